@@ -1,0 +1,209 @@
+"""What an edit is: on disk, on a model, and switched off again.
+
+Two kinds: `gt-qlora` (a PEFT adapter: LoRA on attention and shared experts, whole routers in `modules_to_save`) and
+`projection` (one residual direction removed from everything that writes the residual stream).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gtqlora.capture import direction_removed
+from gtqlora.config import Mode
+from gtqlora.errors import ModelError, RunError, TrainingError
+from gtqlora.families import Anatomy
+from gtqlora.run import sha256_file, sha256_json
+
+INFO = "gtqlora.json"
+DIRECTION = "direction.safetensors"
+GT_QLORA, PROJECTION = "gt-qlora", "projection"
+
+
+@contextmanager
+def peft_targets_kept() -> Iterator[None]:
+    """Keep PEFT from rewriting shared-expert targets into routed experts, while wrapping and loading (peft#3711)."""
+    convert = transformers_weight_conversion._convert_peft_config_moe
+    transformers_weight_conversion._convert_peft_config_moe = lambda *_: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion._convert_peft_config_moe = convert
+
+
+def lora_config(anatomy: Anatomy, *, mode: Mode, rank: int, alpha: int) -> LoraConfig:
+    """PEFT's description of a GT-QLoRA edit; every module is named in full."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=DUMMY_TARGET_MODULES if mode == "gates" else list(anatomy.lora_targets),
+        modules_to_save=None if mode == "lora" else list(anatomy.routers),
+        task_type="CAUSAL_LM",
+    )
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_gate(name: str) -> bool:
+    return ".modules_to_save." in name
+
+
+def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int) -> None:
+    """Every intended module trains, nothing else does, gates are fp32.
+
+    Raises:
+        TrainingError: names the first module that is too many or missing.
+    """
+    base = model.get_base_model()
+    expected: dict[str, tuple[int, ...]] = {}
+    if mode != "gates":
+        for path in anatomy.lora_targets:
+            out_features, in_features = base.get_submodule(path).weight.shape  # type: ignore[union-attr]
+            expected[f"{path}.lora_A.default.weight"] = (rank, in_features)
+            expected[f"{path}.lora_B.default.weight"] = (out_features, rank)
+    if mode != "lora":
+        for path in anatomy.routers:
+            expected[f"{path}.modules_to_save.default.weight"] = (anatomy.spec.n_experts, anatomy.hidden_size)
+    found = {name.removeprefix("base_model.model."): tuple(p.shape) for name, p in trainable(model).items()}
+    if found != expected:
+        odd = sorted(set(found.items()) ^ set(expected.items()))
+        raise TrainingError(f"{len(odd)} trained tensors differ from GT-QLoRA's, first: {odd[0]}")
+    for name, p in trainable(model).items():
+        if is_gate(name) and p.dtype != torch.float32:
+            raise TrainingError(f"{name} trains in {p.dtype}, but gates need fp32")
+
+
+def routers_of(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+
+
+def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
+    """The router's correction bias is the original's, bit for bit.
+
+    Raises:
+        TrainingError: names the router whose bias moved.
+    """
+    name = anatomy.family.correction_bias
+    for path, wrapper in routers_of(model).items():
+        if name and not torch.equal(
+            getattr(wrapper.modules_to_save["default"], name), getattr(wrapper.original_module, name)
+        ):
+            raise TrainingError(f"{path}.{name} moved; it must stay frozen")
+
+
+@dataclass(frozen=True)
+class Info:
+    """`gtqlora.json` beside the weights: what the adapter is and what it was made for."""
+
+    kind: str
+    base: str
+    family: str
+    details: dict[str, Any]
+
+
+def save(model: PeftModel, path: Path, info: Info) -> None:
+    """Write a GT-QLoRA adapter as a folder PEFT can read, plus `gtqlora.json`."""
+    model.save_pretrained(str(path), save_embedding_layers=False)
+    _write_info(path, info)
+
+
+def save_projection(direction_D: Tensor, path: Path, info: Info) -> None:
+    path.mkdir(parents=True)
+    save_file({"direction": direction_D.contiguous()}, path / DIRECTION)
+    _write_info(path, info)
+
+
+def _write_info(path: Path, info: Info) -> None:
+    (path / INFO).write_text(json.dumps(info.__dict__, indent=2, sort_keys=True) + "\n")
+
+
+def read_info(path: Path) -> Info:
+    """Raises RunError when the folder is not an adapter of ours."""
+    try:
+        return Info(**json.loads((path / INFO).read_text()))
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
+
+
+def adapter_hash(path: Path) -> str:
+    """Identity of an adapter's weights and settings; `export` demands that it is the one `verify` certified."""
+    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+    return sha256_json([(name, sha256_file(path / name)) for name in names])
+
+
+def read_direction(path: Path) -> Tensor:
+    try:
+        return load_file(path / DIRECTION)["direction"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise RunError(f"{path / DIRECTION}: cannot be read ({error}); run `gtqlora project` again") from error
+
+
+class Edited:
+    """A model with an edit that can be switched off: `model` runs edited, `original()` runs it as it was."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, path: Path) -> None:
+        self.anatomy = anatomy
+        self.info = read_info(path)
+        self.direction_D: Tensor | None = None
+        self.model: Any = model
+        if self.info.family != anatomy.family.model_type:
+            raise ModelError(f"{path}: made for {self.info.family}, but the model is {anatomy.family.model_type}")
+        if self.info.kind == PROJECTION:
+            self.direction_D = read_direction(path)
+            self._removal = direction_removed(model, self.direction_D)
+            self._removal.enable()
+        else:
+            self.model = _load_peft(model, path)
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """Within, the model computes what it computed before the edit."""
+        if self.direction_D is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self._removal.disable()
+        try:
+            yield
+        finally:
+            self._removal.enable()
+
+
+def _load_peft(model: nn.Module, path: Path) -> PeftModel:
+    try:
+        with peft_targets_kept():
+            return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{path}: the adapter does not fit the model ({first})") from error
+
+
+__all__ = [
+    "Edited",
+    "Info",
+    "adapter_hash",
+    "assert_bias_frozen",
+    "assert_trains_exactly",
+    "lora_config",
+
+    "peft_targets_kept",
+    "read_info",
+    "save",
+    "save_projection",
+]

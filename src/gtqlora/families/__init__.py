@@ -1,0 +1,31 @@
+"""The only place that knows model families: frozen facts, bound to a model with counts asserted."""
+
+from gtqlora.families.anatomy import (
+    Anatomy,
+    Group,
+    MoeLayer,
+    bind,
+    census,
+    correction_bias_values,
+    language_model,
+)
+from gtqlora.families.facts import FAMILIES, Family, family_of
+from gtqlora.families.loading import load_config, load_model, load_tokenizer, meta_model, quantization
+
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Family",
+    "Group",
+    "MoeLayer",
+    "bind",
+    "census",
+    "correction_bias_values",
+    "family_of",
+    "language_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "quantization",
+]

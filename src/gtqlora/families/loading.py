@@ -1,0 +1,262 @@
+"""Loads configs, models and tokenizers of known families, from a local folder or a hub id, and checks what came.
+
+No code from a model folder is ever run: remote code is off, and only JSON and safetensors are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gtqlora.errors import ModelError
+from gtqlora.families import files
+from gtqlora.families.facts import Family, family_of
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_QUANTIZED = ("quantization_config", "compression_config")
+# Settings that steer the loader (other weight files, patched modules, kernels from the hub) and not the architecture.
+_NOT_ARCHITECTURE = {
+    *("model_type", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version", *_QUANTIZED),
+    *("transformers_weights", "fusion_config", "distributed_config", "attn_implementation", "experts_implementation"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A config.json, read: its family, all of it, and the language model's part."""
+
+    model: str
+    family: Family
+    raw: dict[str, Any]
+    text: dict[str, Any]
+
+    def first(self, *keys: str) -> Any:
+        """The first value present, the language model's own before the whole model's."""
+        return next((part[key] for part in (self.text, self.raw) for key in keys if part.get(key) is not None), None)
+
+
+def _read(model: str) -> _Source:
+    raw = files.read_json(files.config_file(model))
+    family = family_of(raw, model)
+    text = raw.get(family.text_key) if family.text_key else raw
+    if not isinstance(text, dict):
+        raise ModelError(f"{model}: config.json has no {family.text_key!r} section")
+    if family.text_types and text.get("model_type") not in family.text_types:
+        known = ", ".join(family.text_types)
+        raise ModelError(
+            f"{model}: {family.text_key}.model_type is {text.get('model_type')!r}, expected one of {known}"
+        )
+    return _Source(model=model, family=family, raw=raw, text=text)
+
+
+def _dtype(source: _Source) -> torch.dtype | None:
+    name = source.first("dtype", "torch_dtype")
+    if name is None:
+        return None
+    dtype = _DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise ModelError(f"{source.model}: dtype {name!r} in config.json; known: {', '.join(_DTYPES)}")
+    return dtype
+
+
+def _config(source: _Source) -> Any:
+    config_class = getattr(transformers, source.family.class_name).config_class
+    settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
+    try:
+        return config_class(**settings, dtype=_dtype(source))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())
+        raise ModelError(f"{source.model}: config.json does not fit {source.family.model_type} ({detail})") from error
+
+
+def load_config(model: str) -> tuple[Family, Any]:
+    """The family and the language model's transformers config of MODEL (folder, config.json, or hub id).
+
+    `config.dtype` is the checkpoint's, or None if config.json does not say. Quantized checkpoints are fine here.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, dense or unknown architecture.
+    """
+    source = _read(model)
+    return source.family, _config(source)
+
+
+def meta_model(family: Family, config: Any) -> PreTrainedModel:
+    """The model with shapes and no memory, for anatomy from a config alone; bf16 if the config names no dtype.
+
+    Raises:
+        ModelError: the config's sizes make no model.
+    """
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, family.class_name)(config)
+    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AssertionError) as error:
+        raise ModelError(f"{family.model_type}: the config makes no model ({files.first_line(error)})") from error
+    return model.to(config.dtype or torch.bfloat16)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of MODEL, left-padding, with a chat template.
+
+    Raises:
+        ModelError: it cannot be loaded or has no chat template.
+    """
+    folder = files.small_files(model)
+    _check_tokenizer_files(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(f"{model}: the tokenizer cannot be loaded ({files.first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{model}: the tokenizer has no chat template; put a chat_template.jinja into the model folder"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            files.read_json(folder / name)
+    fast = folder / "tokenizer.json"
+    if not fast.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(fast))
+    except Exception as error:  # the Rust library raises bare Exception for a malformed file, nothing narrower
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"{fast}: the tokenizer cannot be loaded ({files.first_line(error)})") from error
+
+
+def load_model(model: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Family, PreTrainedModel]:
+    """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+
+    Raises:
+        ModelError: quantized, pickled, missing, corrupt or mismatched weights, or NaN in them.
+    """
+    source = _read(model)
+    _refuse_quantized(source)
+    config = _config(source)
+    folder, names = files.weight_files(model)
+    _check_experts(model, source.family, config, files.tensor_names(folder, names))
+    loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model)
+    _check_loading(model, source.family, config, info)
+    _check_finite(model, loaded)
+    return source.family, loaded.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def quantization(model: str) -> str | None:
+    """How MODEL's checkpoint is quantized (its `quant_method`), or None if it is not.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, dense or unknown architecture.
+    """
+    return _quant_method(_read(model))
+
+
+def _quant_method(source: _Source) -> str | None:
+    settings = source.first(*_QUANTIZED)
+    if settings is None:
+        return None
+    return str(settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings)
+
+
+def _refuse_quantized(source: _Source) -> None:
+    method = _quant_method(source)
+    if method is not None:
+        raise ModelError(
+            f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and "
+            "fp32 checkpoints only. `gtqlora inspect` works on it"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' load report: `_check_loading` judges the same facts and knows which are in order."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _from_pretrained(
+    folder: str, family: Family, config: Any, dtype: str, model: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model_class = getattr(transformers, family.class_name)
+    renames = {f"^{re.escape(family.disk_prefix)}": ""} if family.disk_prefix else None
+    try:
+        with _quiet():
+            return model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                key_mapping=renames,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # so that they come back by name; `_check_loading` refuses them
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{model}: the weights cannot be loaded ({files.first_line(error)})") from error
+
+
+def _check_experts(model: str, family: Family, config: Any, present: frozenset[str]) -> None:
+    """Every expert's matrices are there. The loader fuses what it finds, so it cannot name the one that is missing."""
+    n_experts = getattr(config, family.experts_key)
+    for layer in family.moe_layers(config):
+        wanted = {name for expert in range(n_experts) for name in family.on_disk(layer, expert)}
+        missing = sorted(wanted - present)
+        if missing and len(missing) < len(wanted):
+            raise ModelError(f"{model}: {len(missing)} tensors missing, e.g. {', '.join(missing[:3])}")
+
+
+def _check_loading(model: str, family: Family, config: Any, info: dict[str, Any]) -> None:
+    # Multi-token-prediction layers follow the last decoder layer on disk; they are not part of the language model.
+    n_layers, n_extra = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    extra = tuple(f"model.layers.{n_layers + i}." for i in range(n_extra))
+    known = (*family.other_towers, *extra)
+    unexpected = [key for key in info.get("unexpected_keys", ()) if not key.startswith(known)]
+    mismatched = [
+        f"{key} {tuple(disk)} on disk, {tuple(memory)} by config"
+        for key, disk, memory in info.get("mismatched_keys", ())
+    ]
+    for what, keys in (
+        ("of another shape than config.json says", mismatched),
+        ("missing", info.get("missing_keys", ())),
+        ("not of this architecture", unexpected),
+    ):
+        if keys:
+            raise ModelError(f"{model}: {len(keys)} tensors {what}, e.g. {', '.join(sorted(keys)[:3])}")
+
+
+def _check_finite(model: str, loaded: PreTrainedModel) -> None:
+    for name, tensor in loaded.state_dict().items():
+        bad = _bad_part(tensor)
+        if bad is not None:
+            raise ModelError(f"{model}: tensor {name}{bad} holds NaN or infinity; get the weights again")
+
+
+def _bad_part(tensor: Tensor) -> str | None:
+    """Where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
+    if tensor.ndim < 3:
+        return None if bool(tensor.isfinite().all()) else ""
+    return next((f"[{i}]" for i, part in enumerate(tensor) if not part.isfinite().all()), None)

@@ -1,0 +1,148 @@
+"""Shows a model's parts from its config.json alone: what is trained, what stays frozen, what it is called on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gtqlora.errors import ConfigError
+from gtqlora.families import (
+    Anatomy,
+    Group,
+    bind,
+    census,
+    correction_bias_values,
+    load_config,
+    meta_model,
+    quantization,
+)
+from gtqlora.families.files import read_json, small_files
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Name:
+    """Tensors on disk and the parameter in memory they become; `shape` is the parameter's."""
+
+    disk: tuple[str, ...]
+    memory: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A model's parts and totals. Bytes are at the checkpoint's dtype, trained gates at fp32.
+
+    Attributes:
+        gate_parameters: router weights, all of them trained.
+        correction_bias_values: router biases that only steer selection; buffers, never trained.
+        chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
+        quantized: the checkpoint's quant method, if it is quantized; counts and bytes are of the unpacked model.
+        names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
+    """
+
+    model: str
+    family: str
+    class_name: str
+    layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    score: str
+    n_group: int
+    topk_group: int
+    hidden_size: int
+    dtype: str
+    quantized: str | None
+    lora_rank: int
+    groups: tuple[Group, ...]
+    text_parameters: int
+    bytes: int
+    routers: int
+    gate_parameters: int
+    correction_bias_values: int
+    lora_parameters: int
+    trained_parameters: int
+    trained_bytes: int
+    chat_template: bool | None
+    names: tuple[Name, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def inspect(model: str, *, lora_rank: int = 32) -> Inspection:
+    """The parts of MODEL (folder, config.json or hub id); no weights are read and none need be there.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, dense or unknown architecture, or sizes that make no model.
+        ConfigError: `lora_rank` is below 1.
+    """
+    if lora_rank < 1:
+        raise ConfigError(f"lora_rank = {lora_rank}: must be at least 1")
+    family, config = load_config(model)
+    skeleton = meta_model(family, config)
+    anatomy = bind(skeleton, family)
+    groups = census(skeleton, anatomy, lora_rank)
+    gates = sum(skeleton.get_submodule(path).get_parameter("weight").numel() for path in anatomy.routers)
+    trained = sum(group.trained_parameters for group in groups)
+    return Inspection(
+        model=model,
+        family=family.model_type,
+        class_name=family.class_name,
+        layers=anatomy.n_layers,
+        moe_layers=tuple(layer.index for layer in anatomy.moe),
+        experts=anatomy.spec.n_experts,
+        top_k=anatomy.spec.top_k,
+        score=anatomy.spec.score,
+        n_group=anatomy.spec.n_group,
+        topk_group=anatomy.spec.topk_group,
+        hidden_size=anatomy.hidden_size,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        quantized=quantization(model),
+        lora_rank=lora_rank,
+        groups=groups,
+        text_parameters=sum(group.parameters for group in groups),
+        bytes=sum(group.bytes for group in groups),
+        routers=len(anatomy.routers),
+        gate_parameters=gates,
+        correction_bias_values=correction_bias_values(skeleton, anatomy),
+        lora_parameters=trained - gates,
+        trained_parameters=trained,
+        trained_bytes=sum(group.trained_bytes for group in groups),
+        chat_template=_chat_template(model),
+        names=_names(skeleton, anatomy),
+    )
+
+
+def _chat_template(model: str) -> bool | None:
+    folder = small_files(model)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    if any((folder / name).is_file() for name in _TEMPLATE_FILES):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+
+
+def _names(skeleton: torch.nn.Module, anatomy: Anatomy) -> tuple[Name, ...]:
+    """The first MoE layer's parameters, with the checkpoint tensors that make each."""
+    layer, family = anatomy.moe[0], anatomy.family
+    gate_first, up_first, down_first = family.on_disk(layer.index, 0)
+    gate_last, up_last, down_last = family.on_disk(layer.index, anatomy.spec.n_experts - 1)
+    fused = {
+        f"{layer.experts}.gate_up_proj": (gate_first, up_first, gate_last, up_last),
+        f"{layer.experts}.down_proj": (down_first, down_last),
+    }
+    prefix = layer.router.removesuffix(family.router)
+    state: dict[str, Any] = skeleton.state_dict()
+    return tuple(
+        Name(disk=fused.get(name, (f"{family.disk_prefix}{name}",)), memory=name, shape=tuple(tensor.shape))
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    )

@@ -1,0 +1,67 @@
+"""Pure tensor maths on routing decisions.
+
+Shape letters: T tokens, E experts, K experts chosen per token, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """How one family turns router logits into chosen experts and their weights."""
+
+    score: Literal["sigmoid", "softmax"]
+    top_k: int
+    n_experts: int
+    normalise: bool
+    scale: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+
+
+def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Router scores_TE in [0, 1]: sigmoid (DeepSeek-V3, arXiv 2412.19437 eq. 15) or softmax (Qwen3)."""
+    logits_TE = logits_TE.float()
+    return logits_TE.sigmoid() if spec.score == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
+    grouped = choice_TE.view(len(choice_TE), spec.n_group, -1)
+    group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1)[0].sum(-1)
+    kept = torch.zeros_like(group_score, dtype=torch.bool)
+    kept.scatter_(1, group_score.topk(spec.topk_group, dim=-1)[1], True)
+    return kept.unsqueeze(-1).expand_as(grouped).reshape(choice_TE.shape)
+
+
+def choose(
+    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None
+) -> Tensor:
+    """Indices_TK of the experts a router picks, with some experts optionally masked out (bool, True = removed)."""
+    choice_TE = scores(logits_TE, spec)
+    if bias_E is not None:
+        choice_TE = choice_TE + bias_E.to(choice_TE)
+    if masked_E is not None:
+        choice_TE = choice_TE.masked_fill(masked_E, float("-inf"))
+    if spec.n_group > 1:
+        choice_TE = choice_TE.masked_fill(~_group_mask(choice_TE, spec), float("-inf"))
+    return choice_TE.topk(spec.top_k, dim=-1).indices
+
+
+def weigh(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """Weights_TK of given experts, as the router itself would weigh them."""
+    weights_TK = scores(logits_TE, spec).gather(1, indices_TK)
+    if spec.normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return (weights_TK * spec.scale).to(logits_TE.dtype)  # Qwen3's router rounds to its own dtype; DeepSeek's is fp32
+
+
+def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:
+    """0/1 selection of each expert by each token, float."""
+    out = torch.zeros(len(indices_TK), n_experts, device=indices_TK.device)
+    return out.scatter_(1, indices_TK, 1.0)
