@@ -13,10 +13,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers import PreTrainedTokenizerBase
+
 from gtqlora import routing
-from gtqlora.families import Anatomy
-from gtqlora.families.anatomy import language_model
+from gtqlora.families import Anatomy, bind, language_model, load_model, load_tokenizer
 from gtqlora.routing import RouterSpec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study with its tokenizer and anatomy; `model` may be wrapped by an edit."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        return language_model(self.model).config.max_position_embeddings
+
+    @property
+    def stop_ids(self) -> Tensor:
+        """Token ids that end a completion."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        if self.tokenizer.eos_token_id is not None:
+            ends.append(self.tokenizer.eos_token_id)
+        return torch.tensor(sorted(set(ends)), device=self.device)
+
+
+def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu") -> Subject:
+    """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
+
+    Raises:
+        ModelError: as `load_model` and `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(model)
+    family, loaded = load_model(model, dtype=dtype, device=device)
+    anatomy = bind(loaded, family)
+    _routers_to_fp32(loaded, anatomy)
+    return Subject(loaded, tokenizer, anatomy)
+
+
+def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
+    """Some families' routers compute in the model's dtype; hooks on the router's parent survive PEFT's wrapping."""
+    for path in anatomy.routers:
+        router = model.get_submodule(path)
+        if router.get_parameter("weight").dtype == torch.float32:
+            continue
+        router.weight.data = router.get_parameter("weight").data.float()
+        router.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(), *inputs[1:]))
+        router.register_forward_hook(_scores_in(model.dtype))  # type: ignore[arg-type]
+
+
+def _scores_in(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return lambda _module, _inputs, output: (output[0], output[1].to(dtype), output[2])
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class DiagnoseConfig(StageConfig):
 
     split: str = "validation"
     max_pairs: int = 200
-    top_experts: int = 4
+    min_difference: float = 0.1
+    max_experts: int = 64
     random_controls: int = 5
     bootstrap: int = 1000
     level: float = 0.95
