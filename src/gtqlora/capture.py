@@ -116,15 +116,26 @@ def routers_tapped(model: nn.Module, anatomy: Anatomy, *handlers: Handler) -> It
 
 
 class Recorder:
-    """Keeps the last decision of every MoE layer; `armed` off ignores the recomputation of gradient checkpointing."""
+    """Keeps the last decision of every MoE layer."""
 
     def __init__(self) -> None:
         self.decisions: dict[int, Decision] = {}
-        self.armed = True
 
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> None:
-        if self.armed:
-            self.decisions[position] = decision
+        self.decisions[position] = decision
+
+    def rows(self, rows: Tensor, batch: int) -> Recorder:
+        """The decisions of some rows only, of a batch of `batch` sequences."""
+
+        def pick(tokens: Tensor) -> Tensor:
+            return tokens.view(batch, -1, tokens.shape[-1])[rows].flatten(0, 1)
+
+        chosen = Recorder()
+        chosen.decisions = {
+            position: Decision(pick(d.logits_TE), pick(d.weights_TK), pick(d.indices_TK))
+            for position, d in self.decisions.items()
+        }
+        return chosen
 
 
 class Replay:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Messages = tuple[Message, ...]
 
+FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
 OPENING_WORDS, OPENING_CHARACTERS = 24, 240

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,3 +66,50 @@ def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:
     """0/1 selection of each expert by each token, float."""
     out = torch.zeros(len(indices_TK), n_experts, device=indices_TK.device)
     return out.scatter_(1, indices_TK, 1.0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How evenly one layer's tokens are spread over its experts.
+
+    Attributes:
+        cv: coefficient of variation of the load.
+        max_vio: (max - mean) / mean load (Wang et al., arXiv 2408.15664).
+        entropy: of the load, as a share of the largest possible.
+    """
+
+    cv: float
+    max_vio: float
+    entropy: float
+
+
+def load(counts_E: Tensor) -> Load:
+    """Balance of selection counts; zeros everywhere count as even."""
+    counts_E = counts_E.double()
+    mean = counts_E.mean()
+    if mean <= 0:
+        return Load(0.0, 0.0, 1.0)
+    share_E = counts_E / counts_E.sum()
+    entropy = -(share_E * share_E.clamp(min=1e-300).log()).sum() / torch.tensor(len(counts_E)).double().log()
+    return Load(
+        float(counts_E.std(unbiased=False) / mean), float((counts_E.max() - mean) / mean), float(entropy)
+    )
+
+
+def overlap_T(indices_TK: Tensor, others_TK: Tensor) -> Tensor:
+    """Share of a token's experts that two routings have in common."""
+    return (indices_TK.unsqueeze(-1) == others_TK.unsqueeze(-2)).any(-1).float().mean(-1)
+
+
+def divergence_T(original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """KL(original || edited) of a token's router scores, in nats; logits in.
+
+    Softmax scores are one distribution over experts. Sigmoid scores are one Bernoulli per expert; their divergences
+    add up, so an expert's drift counts the same however many experts there are. Zero when the routing is the original.
+    """
+    if spec.score == "softmax":
+        p_TE, q_TE = original_TE.log_softmax(-1), edited_TE.log_softmax(-1)
+        return F.kl_div(q_TE, p_TE, log_target=True, reduction="none").sum(-1)
+    p_TE = original_TE.sigmoid()
+    cross_TE = F.binary_cross_entropy_with_logits(edited_TE, p_TE, reduction="none")
+    return (cross_TE - F.binary_cross_entropy_with_logits(original_TE, p_TE, reduction="none")).sum(-1)

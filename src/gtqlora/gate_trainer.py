@@ -1,0 +1,234 @@
+"""TRL's DPO trainer, with a learning rate for the gates, the routing anchor, router health and a guard.
+
+Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T = B*S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+
+from gtqlora import routing
+from gtqlora.adapters import assert_bias_frozen, is_gate, trainable
+from gtqlora.capture import Recorder, routers_tapped
+from gtqlora.config import TrainConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.errors import TrainingError
+from gtqlora.families import Anatomy
+from gtqlora.progress import report
+from gtqlora.run import write_json
+
+COMPLETE = "complete.json"
+
+
+class GuardStop(TrainingError):
+    """Training was stopped: a loss that is not finite, or routing that collapsed."""
+
+
+class KindCollator(DataCollatorForPreference):
+    """TRL's preference batch plus each row's kind, as an index into `KINDS`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["kind"] = torch.tensor([KINDS.index(example["kind"]) for example in examples])
+        return batch
+
+
+class Health:
+    """Router health of one batch against the original model; counts of experts run over the whole training."""
+
+    def __init__(self, anatomy: Anatomy, dead_budget: int) -> None:
+        self.spec, self.dead_budget = anatomy.spec, dead_budget
+        self.used_LE = torch.zeros(len(anatomy.moe), anatomy.spec.n_experts)
+        self.tokens = 0
+
+    def measure(self, edited: Recorder, original: Recorder, mask_BS: Tensor, kind_B: Tensor) -> dict[str, float]:
+        """Means over MoE layers; both recorders saw the same tokens, `mask_BS` says which are real."""
+        real_T, kind_T = mask_BS.flatten() > 0, kind_B[:, None].expand(mask_BS.shape).flatten()
+        layers: list[dict[str, float]] = []
+        for position, ours in edited.decisions.items():
+            theirs = original.decisions[position]
+            counts_E = self._counts(ours.indices_TK[real_T])
+            self.used_LE[position] += counts_E.cpu()
+            now, then = routing.load(counts_E), routing.load(self._counts(theirs.indices_TK[real_T]))
+            found = {"load_cv": now.cv, "load_cv_original": then.cv, "max_vio": now.max_vio, "load_entropy": now.entropy}
+            same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)
+            kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec)
+            for index, kind in enumerate(KINDS):
+                chosen_T = real_T & (kind_T == index)
+                if bool(chosen_T.any()):
+                    found[f"overlap_{kind}"] = float(same_T[chosen_T].mean())
+                    found[f"kl_{kind}"] = float(kl_T[chosen_T].mean())
+            layers.append(found)
+        self.tokens += int(real_T.sum())
+        means = {f"health/{key}": sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+        if self.tokens >= self.dead_budget:
+            means["health/dead_experts"] = float((self.used_LE == 0).sum())
+        return means
+
+    def _counts(self, indices_TK: Tensor) -> Tensor:
+        return torch.bincount(indices_TK.flatten(), minlength=self.spec.n_experts).float()
+
+
+class GateTargetedTrainer(DPOTrainer):
+    """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
+
+    def __init__(self, *, anatomy: Anatomy, settings: TrainConfig, **kwargs: Any) -> None:
+        self.anatomy, self.settings = anatomy, settings
+        self.health = Health(anatomy, settings.dead_budget)
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = trainable(self.model)
+            lora = {"params": [p for n, p in named.items() if not is_gate(n)], "lr": self.settings.lr_lora}
+            gates = {"params": [p for n, p in named.items() if is_gate(n)], "lr": self.settings.lr_gates}
+            self.optimizer = torch.optim.AdamW(
+                [group for group in (lora, gates) if group["params"]], weight_decay=self.settings.weight_decay
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        kind_B = inputs.pop("kind")
+        both = Recorder()
+        with routers_tapped(self.model, self.anatomy, both):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise GuardStop(f"the loss is {loss.item()} at step {self.state.global_step}")
+        anchor = self._anchor(both, inputs, kind_B)
+        self._metrics["train"]["loss/anchor"].append(anchor.item())
+        return loss + anchor
+
+    def _weights(self, kind_B: Tensor) -> Tensor:
+        table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
+        return torch.tensor([table.get(kind, 0.0) for kind in KINDS], device=kind_B.device)[kind_B]
+
+    def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor) -> Tensor:
+        """Weighted divergence of router scores from the original's, over prompt and chosen completion.
+
+        On logging steps every row is compared, for the health figures; the loss only has the anchored kinds.
+        """
+        weight_B = self._weights(kind_B)
+        logging = self.state.global_step % self.settings.logging_steps == 0
+        rows = torch.arange(len(kind_B), device=kind_B.device) if logging else weight_B.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return torch.zeros((), device=kind_B.device)
+        ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
+        original = self._original_routing(ids_BS, mask_BS)
+        edited = both.rows(rows, len(inputs["input_ids"]))
+        if logging:
+            self._record_health(edited, original, mask_BS, kind_B[rows])
+        weight_T = (weight_B[rows, None] * mask_BS).flatten()
+        losses = [
+            (routing.divergence_T(original.decisions[p].logits_TE, d.logits_TE, self.anatomy.spec) * weight_T).sum()
+            for p, d in edited.decisions.items()
+        ]
+        anchored_tokens = (mask_BS.sum(-1) * (weight_B[rows] > 0)).sum().clamp(min=1)
+        return torch.stack(losses).mean() / anchored_tokens
+
+    @torch.no_grad()
+    def _original_routing(self, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
+        recorder = Recorder()
+        with self.model.disable_adapter(), routers_tapped(self.model, self.anatomy, recorder):
+            self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        return recorder
+
+    @torch.no_grad()
+    def _record_health(self, edited: Recorder, original: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
+        measured = self.health.measure(edited, original, mask_BS, kind_B)
+        for key, value in measured.items():
+            self._metrics["train"][key].append(value)
+        limit = self.settings.max_load_cv * max(measured["health/load_cv_original"], 0.1)
+        if measured["health/load_cv"] > limit:
+            raise GuardStop(
+                f"routing collapsed at step {self.state.global_step}: the load's coefficient of variation is "
+                f"{measured['health/load_cv']:.2f}, the limit is {limit:.2f}"
+            )
+        overlap = measured.get("health/overlap_harmful", 1.0)
+        if overlap < self.settings.min_overlap:
+            raise GuardStop(
+                f"routing of harmful prompts left the original at step {self.state.global_step}: "
+                f"top-k overlap {overlap:.2f}, the limit is {self.settings.min_overlap:.2f}"
+            )
+
+    @torch.no_grad()
+    def assert_exact_reference(self) -> None:
+        """Before the first step policy and reference agree: the margin is 0, and the stored log-probs are these.
+
+        Raises:
+            TrainingError: they do not, so the reference is not the model that training starts from.
+        """
+        rows = [self.train_dataset[i] for i in range(min(len(self.train_dataset), self.args.train_batch_size))]
+        batch = {k: v.to(self.accelerator.device) for k, v in self.data_collator(rows).items() if k != "kind"}
+        reference = torch.cat(self.compute_ref_log_probs(self.model, dict(batch)))
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        policy = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        ).log_probs.sum(dim=1)
+        margin = float((policy - reference).abs().max())
+        if margin != 0.0:
+            raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
+        stored = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).to(reference)
+        # another batch composition pads differently, which changes the last bits of a sum
+        loose = 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        if not torch.allclose(stored, reference, rtol=loose, atol=loose * 10):
+            raise TrainingError("the precomputed reference log-probs are not those of the starting model")
+
+
+class Journal(TrainerCallback):
+    """Progress, `metrics.jsonl`, and a mark on every checkpoint that was written whole."""
+
+    def __init__(self, metrics: Path, stage_hash: str, anatomy: Anatomy) -> None:
+        self.metrics, self.stage_hash, self.anatomy = metrics, stage_hash, anatomy
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        kept = [line for line in read_metrics(self.metrics) if line["step"] <= state.global_step]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        report("train", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        report("train", state.global_step, state.max_steps)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        line = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps({"step": state.global_step, **line}) + "\n")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        assert_bias_frozen(model, self.anatomy)
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE, {"hash": self.stage_hash, "step": state.global_step})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
