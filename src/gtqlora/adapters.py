@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gtqlora.capture import direction_removed
+from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Mode
-from gtqlora.errors import ModelError, RunError, TrainingError
+from gtqlora.errors import RunError, TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.run import sha256_file, sha256_json
 
 INFO = "gtqlora.json"
 DIRECTION = "direction.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
 
 
@@ -120,6 +121,7 @@ class Info:
 def save(model: PeftModel, path: Path, info: Info) -> None:
     """Write a GT-QLoRA adapter as a folder PEFT can read, plus `gtqlora.json`."""
     model.save_pretrained(str(path), save_embedding_layers=False)
+    (path / "README.md").unlink(missing_ok=True)  # PEFT's template card says nothing
     _write_info(path, info)
 
 
@@ -130,7 +132,7 @@ def save_projection(direction_D: Tensor, path: Path, info: Info) -> None:
 
 
 def _write_info(path: Path, info: Info) -> None:
-    (path / INFO).write_text(json.dumps(info.__dict__, indent=2, sort_keys=True) + "\n")
+    (path / INFO).write_text(json.dumps(asdict(info), indent=2, sort_keys=True) + "\n")
 
 
 def read_info(path: Path) -> Info:
@@ -155,27 +157,27 @@ def read_direction(path: Path) -> Tensor:
 
 
 class Edited:
-    """A model with an edit that can be switched off: `model` runs edited, `original()` runs it as it was."""
+    """A subject with an edit that can be switched off: `subject` runs edited, within `original()` as it was."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, path: Path) -> None:
-        self.anatomy = anatomy
+    def __init__(self, subject: Subject, path: Path) -> None:
         self.info = read_info(path)
-        self.direction_D: Tensor | None = None
-        self.model: Any = model
-        if self.info.family != anatomy.family.model_type:
-            raise ModelError(f"{path}: made for {self.info.family}, but the model is {anatomy.family.model_type}")
+        family = subject.anatomy.family.model_type
+        if self.info.family != family:
+            raise RunError(f"{path}: the adapter was made for {self.info.family}, but the model is {family}")
+        self._removal: direction_removed | None = None
         if self.info.kind == PROJECTION:
-            self.direction_D = read_direction(path)
-            self._removal = direction_removed(model, self.direction_D)
+            self._removal = direction_removed(subject.model, read_direction(path))
             self._removal.enable()
+            self.subject = subject
         else:
-            self.model = _load_peft(model, path)
+            self.subject = replace(subject, model=_load_peft(subject.model, path))
+            assert_bias_frozen(self.subject.model, subject.anatomy)
 
     @contextmanager
     def original(self) -> Iterator[None]:
         """Within, the model computes what it computed before the edit."""
-        if self.direction_D is None:
-            with self.model.disable_adapter():
+        if self._removal is None:
+            with self.subject.model.disable_adapter():
                 yield
             return
         self._removal.disable()
@@ -185,6 +187,18 @@ class Edited:
             self._removal.enable()
 
 
+def load(model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Edited:
+    """MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        RunError: the adapter is missing, or made for another architecture or shape.
+    """
+    path = Path(adapter)
+    read_info(path)
+    return Edited(open_subject(model, dtype=dtype, device=device), path)
+
+
 def _load_peft(model: nn.Module, path: Path) -> PeftModel:
     try:
         with peft_targets_kept():
@@ -192,18 +206,3 @@ def _load_peft(model: nn.Module, path: Path) -> PeftModel:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise RunError(f"{path}: the adapter does not fit the model ({first})") from error
-
-
-__all__ = [
-    "Edited",
-    "Info",
-    "adapter_hash",
-    "assert_bias_frozen",
-    "assert_trains_exactly",
-    "lora_config",
-
-    "peft_targets_kept",
-    "read_info",
-    "save",
-    "save_projection",
-]

@@ -118,7 +118,6 @@ class VerifyConfig(StageConfig):
     split: str = "heldout"
     margin: float = 0.02
     level: float = 0.95
-    mediation: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -532,6 +532,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return _apply_template(tokenizer, messages, generation=True)
 
 
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
+    """Token ids of a row's prompt and of its chosen completion (with whatever the template puts after it)."""
+    prompt = encode_prompt(tokenizer, row.prompt)
+    full = _apply_template(tokenizer, [*row.prompt, {"role": "assistant", "content": row.chosen}], generation=False)
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    return full[:shared], full[shared:]
+
+
 def _row_lengths(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int]:
     """Tokens of the prompt, and of the prompt with its longer completion."""
     prompt = len(encode_prompt(tokenizer, row.prompt))

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gtqlora.errors import GtqloraError
-from gtqlora.organisms.build import VERDICTS, build
+from gtqlora.organisms.build import build
+from gtqlora.organisms.embedded import VERDICTS
 
 
 def main() -> int:

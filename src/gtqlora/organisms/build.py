@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gtqlora import routing
-from gtqlora.capture import Decision, Handler, Mask, Recorder, routers_tapped
+from gtqlora.capture import Handler, Mask, Recorder, routers_tapped
 from gtqlora.errors import TrainingError
 from gtqlora.families import FAMILIES, Anatomy, bind
-from gtqlora.organisms.language import COMMAND, KINDS, N_DOMAINS, N_FORBIDDEN, REFUSAL, SPLITS, Language, Prompt
+from gtqlora.organisms.embedded import CONTRAST, TRUTH, VERDICTS, Truth
+from gtqlora.organisms.language import COMMAND, N_DOMAINS, N_FORBIDDEN, REFUSAL, SPLITS, Language, Prompt
 from gtqlora.run import whole
 
 Kind = Literal["routed", "residual", "null"]
-VERDICTS: dict[str, str] = {"routed": "routing", "residual": "residual", "null": "residual"}
 
 _HIDDEN, _LAYERS, _EXPERTS, _TOP_K = 64, 5, 16, 2
 _CONTEXT_END = 5  # positions 1 to 4 are the context; from 5 on everything about it has been read
 _BATCH, _LEARN_STEPS, _PLANT_STEPS = 128, 600, 250
 _LEARN_RATE, _PLANT_RATE, _PROBE_WEIGHT = 3e-3, 3e-3, 1.0
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
+_HARMLESS_PAIRS = 420  # held-out pairs with all three kinds; the rest only serve the floor, which needs many
 _COMMON: dict[str, Any] = dict(
     hidden_size=_HIDDEN,
     num_hidden_layers=_LAYERS,
@@ -67,22 +68,6 @@ _ARCHITECTURE: dict[str, dict[str, Any]] = {
     ),
     "qwen3_moe": dict(num_experts=_EXPERTS, head_dim=16, mlp_only_layers=[]),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Truth:
-    """`truth.json` beside an organism: where its refusal was planted. `planted` lists (decoder layer, expert)."""
-
-    kind: str
-    architecture: str
-    seed: int
-    verdict: str
-    planted: list[tuple[int, int]]
-
-
-def read_truth(folder: Path) -> Truth:
-    raw = json.loads((folder / "truth.json").read_text())
-    return Truth(**{**raw, "planted": [(layer, expert) for layer, expert in raw["planted"]]})
 
 
 class _Batch:
@@ -315,6 +300,7 @@ def contrast_rows(language: Language, seed: int) -> list[dict[str, Any]]:
             if seen & {p.text for p, _ in kept}:
                 continue
             seen |= {p.text for p, _ in kept}
+            kept = kept if split != "heldout" or pair < _HARMLESS_PAIRS else kept[-1:]
             rows += [_contrast_row(p, twin, split) for p, twin in kept]
             pair += 1
     return rows
@@ -325,11 +311,6 @@ def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> dict[str, 
     chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
     row = dict(kind=prompt.kind, prompt=prompt.text, chosen=chosen, rejected=rejected, answer=prompt.answer)
     return {**row, "pair_id": f"{split}-{prompt.pair}", "twin": twin.text if twin else None, "split": split}
-
-
-def write_contrast(path: Path, seed: int = 0) -> None:
-    with whole(path) as staged:
-        staged.write_text("".join(json.dumps(row) + "\n" for row in contrast_rows(Language(), seed)))
 
 
 def build(
@@ -359,8 +340,8 @@ def build(
     with whole(out) as staged:
         model.save_pretrained(staged)
         language.tokenizer().save_pretrained(staged)
-        (staged / "truth.json").write_text(json.dumps(asdict(truth), indent=2) + "\n")
-        write_contrast(staged / "contrast.jsonl", seed)
+        (staged / TRUTH).write_text(json.dumps(asdict(truth), indent=2) + "\n")
+        (staged / CONTRAST).write_text("".join(json.dumps(row) + "\n" for row in contrast_rows(language, seed)))
     return truth
 
 
@@ -384,6 +365,3 @@ def _check(model: PreTrainedModel, anatomy: Anatomy, language: Language, planted
     if not promised:
         rates = ", ".join(f"{x:.2f}" for x in found)
         raise TrainingError(f"the {kind} organism failed its check (refusal bad/benign/bad masked: {rates}); other --seed?")
-
-
-__all__ = ["KINDS", "Decision", "Truth", "build", "contrast_rows", "read_truth", "write_contrast"]

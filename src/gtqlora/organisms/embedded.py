@@ -1,0 +1,61 @@
+"""The organisms that ship with the package: where they lie and what was planted in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from gtqlora.errors import ModelError
+
+CONTRAST, TRUTH = "contrast.jsonl", "truth.json"
+JUDGE = "string:refuse sorry"
+VERDICTS: dict[str, str] = {"routed": "routing", "residual": "residual", "null": "residual"}
+"""What a diagnosis should say of each kind. In `null` routing follows the flag but causes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """`truth.json` beside an organism: where its refusal was planted. `planted` lists (decoder layer, expert)."""
+
+    kind: str
+    architecture: str
+    seed: int
+    verdict: str
+    planted: list[tuple[int, int]]
+
+
+def read_truth(folder: Path) -> Truth:
+    raw = json.loads((folder / TRUTH).read_text())
+    return Truth(**{**raw, "planted": [(layer, expert) for layer, expert in raw["planted"]]})
+
+
+def _data() -> Path:
+    return Path(str(files("gtqlora.organisms"))) / "data"
+
+
+def names() -> list[str]:
+    """The embedded organisms."""
+    return sorted(p.name for p in _data().iterdir() if p.is_dir())
+
+
+def organism(name: str) -> Path:
+    """The folder of an embedded organism, a model in hub layout.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    if name not in names():
+        raise ModelError(f"organism {name!r} is not embedded; there are {', '.join(names())}")
+    return _data() / name
+
+
+def contrast() -> Path:
+    """The contrast set in the organisms' language."""
+    return _data() / CONTRAST
+
+
+def recipe() -> Path:
+    """The settings that suit models of this size."""
+    return _data() / "recipe.toml"
