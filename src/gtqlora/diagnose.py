@@ -23,7 +23,7 @@ from gtqlora.contrasts import load
 from gtqlora.directions import difference_of_means, last_token_states, separations
 from gtqlora.errors import ContrastError
 from gtqlora.judging import judge_of
-from gtqlora.localise import Bench, Intervention, Pair, pairs_of, random_like, verdict_of
+from gtqlora.localise import Bench, Intervention, Pair, control_prompts, pairs_of, random_like
 from gtqlora.progress import track
 from gtqlora.routing import selection_TE
 from gtqlora.run import Run, fingerprint, whole, write_json, write_parquet
@@ -131,10 +131,10 @@ def _p_values(difference_NLE: np.ndarray) -> np.ndarray:
 
 
 def top_experts(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and at least half as much more as the first."""
+    """Experts chosen clearly more on flagged prompts: significant, and surely two thirds as much more as the first."""
     sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
     ranked = sorted(sure, key=lambda a: -a.difference)
-    cut = max(config.min_difference, ranked[0].difference / 2) if ranked else 0.0
+    cut = max(config.min_difference, ranked[0].difference * 2 / 3) if ranked else 0.0
     return [a for a in ranked if a.low >= cut][: config.max_experts]
 
 
@@ -220,12 +220,11 @@ def _swap_tests(
     """Twin's routing into the flagged prompt and back, against another flagged prompt's routing as control."""
     pairs = [pair for pair in bench.pairs if pair.aligned]
     if not pairs:
-        nothing = np.zeros(0)
-        return [], verdict_of(nothing, nothing, nothing, config.seed), 0
+        return [], localise.verdict_of_scores([], [], [], config.seed), 0
     aligned = Bench(subject, pairs, bench.judge, config.batch_size, config.max_new_tokens)
     twins = aligned.twins("twins")
     swapped = aligned.flagged("twin's routing", routing=[p.twin for p in pairs])
-    control = aligned.flagged("another's routing", routing=_others(pairs, config.seed))
+    control = aligned.flagged("another's routing", routing=control_prompts(pairs, config.seed))
     back = aligned.twins("flagged routing in twins", routing=[p.prompt for p in pairs])
     out = [
         aligned.intervention("flagged with its twin's routing", swapped, aligned.base),
@@ -233,19 +232,5 @@ def _swap_tests(
         aligned.intervention("twin as it is", twins, twins),
         aligned.intervention("twin with the flagged prompt's routing", back, twins),
     ]
-    behaving = np.array([b.refused and not t.refused for b, t in zip(aligned.base, twins, strict=True)])
-    refused = [np.array([s.refused for s in scores]) for scores in (swapped, control)]
-    return out, verdict_of(refused[0], refused[1], behaving, config.seed), len(pairs)
-
-
-def _others(pairs: Sequence[Pair], seed: int) -> list[list[int]]:
-    """For each pair another flagged prompt of the same token count (itself if there is none)."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, pair in enumerate(pairs):
-        by_length[len(pair.prompt)].append(index)
-    rng, partner = random.Random(seed), {}
-    for indices in by_length.values():
-        turned = indices[:]
-        rng.shuffle(turned)
-        partner.update(zip(turned, turned[1:] + turned[:1], strict=True))
-    return [pairs[partner[i]].prompt for i in range(len(pairs))]
+    usable = [b.refused and not t.refused for b, t in zip(aligned.base, twins, strict=True)]
+    return out, localise.verdict_of_scores(swapped, control, usable, config.seed), len(pairs)

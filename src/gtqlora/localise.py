@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,15 +43,35 @@ class Pair:
 
 
 def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> list[Pair]:
-    """Lookalike and harmful rows that have a twin, at most `limit`, drawn evenly and reproducibly."""
-    found = []
+    """Lookalike and harmful rows that have a twin, at most `limit`, drawn reproducibly with their siblings."""
+    groups: dict[str, list[Pair]] = defaultdict(list)
     for row in (*contrast.of_kind("lookalike"), *contrast.of_kind("harmful")):
         twin = contrast.twin_of(row)
         if twin is not None:
             pair = Pair(row, encode_prompt(subject.tokenizer, row.prompt), encode_prompt(subject.tokenizer, twin))
-            found.append(pair)
-    random.Random(seed).shuffle(found)
-    return found[:limit]
+            groups[row.pair_id].append(pair)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    return [pair for pair_id in order for pair in groups[pair_id]][:limit]
+
+
+def control_prompts(pairs: Sequence[Pair], seed: int) -> list[list[int]]:
+    """For each pair a flagged prompt whose routing to borrow as control: it disturbs as a twin's does, but is flagged.
+
+    The nearest is the sibling (same pair_id, so mostly the same words); else any flagged prompt of the same token
+    count; else the prompt itself, which disturbs nothing and so counts nothing for routing's share.
+    """
+    by_length: dict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_length[len(pair.prompt)].append(pair)
+    rng = random.Random(seed)
+
+    def partner(pair: Pair) -> Pair:
+        others = [p for p in by_length[len(pair.prompt)] if p is not pair]
+        siblings = [p for p in others if p.row.pair_id == pair.row.pair_id]
+        return rng.choice(siblings or others or [pair])
+
+    return [partner(pair).prompt for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -154,17 +175,34 @@ class Verdict:
     sentence: str
 
 
-def verdict_of(swapped: np.ndarray, control: np.ndarray, base: np.ndarray, seed: int) -> Verdict:
-    """Share of the behaviour that the routing carries, on pairs that behave.
+def verdict_of_scores(
+    swapped: Sequence[Score], control: Sequence[Score], usable: Sequence[bool], seed: int
+) -> Verdict:
+    """The verdict on pairs whose flagged prompt is refused and whose twin is not (`usable`).
 
-    For each behaving pair, what vanishes under the twin's routing less what vanishes under another flagged prompt's
-    routing (the disturbance any swap makes). Routing if the 95 % interval lies above two thirds, residual if below one
-    third, both if between; else one cannot tell.
+    A refusal that only turned into garbage was not moved, so where enough rows give an expected answer, only those
+    count, and they count as moved when answered right.
     """
-    behaving = base.astype(bool)
-    n = int(behaving.sum())
-    gone = (~swapped[behaving].astype(bool)).astype(float) - (~control[behaving].astype(bool)).astype(float)
-    share = bootstrap_mean(gone, seed=seed) if n else Interval(float("nan"), 0.0, 1.0, 0)
+    rows = [i for i, u in enumerate(usable) if u]
+    answered = [i for i in rows if swapped[i].correct is not None]
+    rows = answered if len(answered) >= MIN_PAIRS else rows
+
+    def moved(score: Score) -> bool:
+        return bool(score.correct) if rows is answered else not score.refused
+
+    return verdict_of([moved(swapped[i]) for i in rows], [moved(control[i]) for i in rows], seed)
+
+
+def verdict_of(moved: Sequence[bool], moved_by_control: Sequence[bool], seed: int) -> Verdict:
+    """Share of the behaviour that the routing carries.
+
+    For each behaving pair, whether the twin's routing moves the behaviour, less whether another flagged prompt's
+    routing does (the disturbance any swap makes). Routing if the 95 % interval lies above two thirds, residual if below
+    one third, both if between; else one cannot tell.
+    """
+    n = len(moved)
+    net = np.asarray(moved, dtype=float) - np.asarray(moved_by_control, dtype=float)
+    share = bootstrap_mean(net, seed=seed) if n else Interval(float("nan"), 0.0, 1.0, 0)
     if n < MIN_PAIRS:
         reason = f"only {n} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add twins of equal token count"
         return Verdict("cannot tell", share, n, f"Cannot tell: {reason}.")

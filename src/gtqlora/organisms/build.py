@@ -309,7 +309,8 @@ def contrast_rows(language: Language, seed: int) -> list[dict[str, Any]]:
 def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> dict[str, Any]:
     refuse_first = prompt.kind == "harmful"
     chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
-    row = dict(kind=prompt.kind, prompt=prompt.text, chosen=chosen, rejected=rejected, answer=prompt.answer)
+    answer = None if refuse_first else prompt.answer
+    row = dict(kind=prompt.kind, prompt=prompt.text, chosen=chosen, rejected=rejected, answer=answer)
     return {**row, "pair_id": f"{split}-{prompt.pair}", "twin": twin.text if twin else None, "split": split}
 
 
