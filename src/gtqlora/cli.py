@@ -1,0 +1,462 @@
+"""The command line: parse, call a stage, print. The only module that prints; heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from gtqlora.errors import GtqloraError, TrainingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gtqlora.config import StageConfig
+
+_HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
+broke, and ship the weights.
+
+MODEL is a local folder in hub layout, a hub id, or `organism:NAME` for an embedded toy model (routed, residual, null,
+routed-qwen3). `--contrast organism` and `--config organism` are the organisms' own pairs and settings.
+
+The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
+only after `verify` certified the safety floor."""
+
+app = App(name="gtqlora", help=_HELP, version_flags=["--version"], help_format="markdown")
+contrast_app = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
+app.command(contrast_app)
+
+Config = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")]
+Set = Annotated[
+    list[str] | None,
+    Parameter(name="--set", help="Override one setting, e.g. --set steps=300.", negative=(), consume_multiple=False),
+]
+Contrast = Annotated[str | None, Parameter(name="--contrast", help="JSONL, Parquet, or hub dataset with the pairs.")]
+RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
+Again = Annotated[bool, Parameter(name="--again", negative="", help="Do it again even if nothing changed.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; user errors print one line and give their exit code."""
+    _quieten()
+    try:
+        return int(app(arguments, result_action="return_value") or 0)
+    except GtqloraError as error:
+        _console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
+        return 130
+
+
+def _quieten() -> None:
+    """Libraries' own bars and notes would run through ours; the variables must be set before they are imported."""
+    warnings.filterwarnings("ignore")
+    for name, value in {
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Bars with time left on stderr, one per thing that a stage reports."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from gtqlora.progress import shown_by
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def reporter(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        with shown_by(reporter):
+            yield
+
+
+def _embedded(value: str, kind: str) -> str:
+    """`organism...` shorthands as paths."""
+    from gtqlora.organisms import embedded
+
+    if kind == "model" and value.startswith("organism:"):
+        return str(embedded.organism(value.partition(":")[2]))
+    if value == "organism" and kind in ("contrast", "config"):
+        return str(embedded.contrast() if kind == "contrast" else embedded.recipe())
+    return value
+
+
+def _build(
+    kind: type[StageConfig], config: Path | None, overrides: list[str] | None, model: str | None, contrast: str | None,
+    **given: Any,
+) -> Any:
+    from gtqlora.config import build
+
+    return build(
+        kind,
+        file=Path(_embedded(str(config), "config")) if config else None,
+        overrides=overrides or (),
+        model=_embedded(model, "model") if model else None,
+        contrast=_embedded(contrast, "contrast") if contrast else None,
+        **given,
+    )
+
+
+def _table(title: str, *columns: str) -> Any:
+    """First column left, the rest right-aligned."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(found: dict[str, Any] | None) -> str:
+    if not found or found["value"] is None:
+        return "-"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("[", r"\[")
+
+
+@app.command
+def inspect(
+    model: str, *, rank: Annotated[int, Parameter(help="LoRA rank to count with.")] = 32, as_json: Json = False
+) -> None:
+    """Show a model's parts and what GT-QLoRA would train, from its config alone."""
+    from gtqlora.inspect import inspect as look
+
+    found = look(_embedded(model, "model"), lora_rank=rank)
+    if as_json:
+        print(found.to_json())
+        return
+    console = _console()
+    console.print(
+        f"[bold]{_plain(found.model)}[/]: {found.family} ({found.class_name}), {found.layers} layers, "
+        f"{found.routers} routers, {found.experts} experts top-{found.top_k} by {found.score}, {found.dtype}"
+        + (f", quantized ({found.quantized})" if found.quantized else ""),
+        highlight=False,
+    )
+    table = _table("Parts", "part", "modules", "parameters", "bytes", "GT-QLoRA", "trained parameters", "trained bytes")
+    for g in found.groups:
+        table.add_row(
+            g.name, f"{g.modules:,}", f"{g.parameters:,}", f"{g.bytes:,}", g.trained, f"{g.trained_parameters:,}",
+            f"{g.trained_bytes:,}",
+        )
+    table.add_section()
+    table.add_row(
+        "all text parameters", "", f"{found.text_parameters:,}", f"{found.bytes:,}", "", f"{found.trained_parameters:,}",
+        f"{found.trained_bytes:,}",
+    )
+    console.print(table)
+    console.print(
+        f"gate parameters {found.gate_parameters:,}; correction-bias values {found.correction_bias_values:,} (frozen); "
+        f"chat template: {({True: 'yes', False: 'no', None: 'no tokenizer here'})[found.chat_template]}",
+        highlight=False,
+    )
+    names = _table("Names of the first MoE layer", "in memory", "on disk")
+    for name in found.names:
+        names.add_row(name.memory, ", ".join(name.disk))
+    console.print(names)
+
+
+@contrast_app.command
+def check(
+    file: str,
+    *,
+    model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
+    judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
+    out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
+) -> None:
+    """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
+    from gtqlora import contrasts
+    from gtqlora.judging import judge_of
+    from gtqlora.organisms import embedded
+
+    source = _embedded(file, "contrast")
+    judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
+    found = contrasts.load(source, judge_of(judge))
+    tokenizer, limit = None, None
+    if model:
+        from gtqlora.families import load_config, load_tokenizer
+
+        path = _embedded(model, "model")
+        tokenizer, limit = load_tokenizer(path), load_config(path)[1].max_position_embeddings
+    facts = contrasts.statistics(found, tokenizer, limit)
+    table = _table(f"{_plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
+    for split, counts in facts.counts.items():
+        table.add_row(split, *(f"{counts.get(kind, 0):,}" for kind in contrasts.KINDS))
+    console = _console()
+    console.print(table)
+    console.print(f"{facts.with_twin:,} rows with a twin, {facts.unique_prompts:,} different prompts", highlight=False)
+    for name, lengths in (("prompt", facts.prompt_tokens), ("prompt and answer", facts.full_tokens)):
+        if lengths:
+            console.print(
+                f"tokens, {name}: {lengths.minimum} to {lengths.maximum}, median {lengths.median:g}, 95 % {lengths.p95}",
+                highlight=False,
+            )
+    if out:
+        contrasts.save(found, out)
+    console.print("[green]the one-way rule holds in every row[/]")
+
+
+@app.command
+def diagnose(
+    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
+    again: Again = False, as_json: Json = False,
+) -> None:
+    """Find the behaviour: association, interventions with controls, directions, a verdict."""
+    from gtqlora.config import DiagnoseConfig
+    from gtqlora.diagnose import diagnose as stage
+    from gtqlora.run import Run
+
+    settled = _build(DiagnoseConfig, config, settings, model, contrast)
+    with Run(run) as held, _progress():
+        found = stage(settled, held, again=again)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    table = _table("Interventions on the routing", "what", "refusal", "task accuracy", "effect on refusal")
+    for i in found.interventions:
+        name = f"{i['name']} (control)" if i["control"] else i["name"]
+        table.add_row(name, _interval(i["refusal"]), _interval(i["accuracy"]), _interval(i["effect"]))
+    console = _console()
+    console.print(table)
+    experts = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
+    console.print(f"experts chosen clearly more on flagged prompts (layer/expert): {experts}", highlight=False)
+    console.print(f"[bold]{_plain(found.sentence)}[/]", highlight=False)
+
+
+@app.command
+def train(
+    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
+    mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None, again: Again = False,
+) -> int:
+    """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
+    from gtqlora.config import TrainConfig
+    from gtqlora.edit import train as stage
+    from gtqlora.run import Run
+
+    settled = _build(TrainConfig, config, settings, model, contrast, mode=mode)
+    with Run(run) as held, _progress():
+        found = stage(settled, held, again=again)
+    console = _console()
+    if found.stopped:
+        console.print(
+            f"[bold yellow]stopped by the guard:[/] {_plain(found.stopped)}; {found.adapter} holds step {found.steps}, "
+            "the last good checkpoint",
+            highlight=False,
+        )
+        return TrainingError.exit_code
+    console.print(f"{found.steps} steps, adapter in {found.adapter}; next: gtqlora verify {run}", highlight=False)
+    return 0
+
+
+@app.command
+def project(
+    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
+    again: Again = False,
+) -> None:
+    """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
+    from gtqlora.config import ProjectConfig
+    from gtqlora.project import project as stage
+    from gtqlora.run import Run
+
+    settled = _build(ProjectConfig, config, settings, model, contrast)
+    with Run(run) as held, _progress():
+        found = stage(settled, held, again=again)
+    table = _table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
+    for c in found.candidates:
+        chosen = " (chosen)" if c["layer"] == found.layer else ""
+        table.add_row(f"{c['layer']}{chosen}", _share(c["refusal"]), _share(c["accuracy"]))
+    _console().print(table)
+
+
+@app.command
+def verify(
+    run: Path, *, contrast: Contrast = None, config: Config = None, settings: Set = None, again: Again = False,
+    as_json: Json = False,
+) -> int:
+    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
+    from gtqlora.config import VerifyConfig
+    from gtqlora.run import Run
+    from gtqlora.verify import verify as stage
+
+    with Run(run) as held, _progress():
+        given = _as_edited(held)
+        model, used = given.pop("model", None), given.pop("contrast", None)
+        settled = _build(VerifyConfig, config, settings, model, contrast or used, **given)
+        found = stage(settled, held, again=again)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        _print_verdict(found)
+    return 0 if found.floor["verdict"] == "pass" else 4
+
+
+def _as_edited(run: Any) -> dict[str, Any]:
+    """What `verify` takes over from the stage that made the adapter."""
+    stages = run.manifest()["stages"]
+    made = stages.get("train") or stages.get("project")
+    shared = ("model", "contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
+    return {key: made["config"][key] for key in shared} if made else {}
+
+
+def _print_verdict(found: Any) -> None:
+    console = _console()
+    table = _table("Held-out prompts", "kind", "n", "refusal before", "refusal after", "q", "accuracy before", "after")
+    for kind, row in found.table.items():
+        table.add_row(
+            kind, str(row["refusal_before"]["n"]), _interval(row["refusal_before"]), _interval(row["refusal_after"]),
+            f"{row['q']:.2g}", _interval(row["accuracy_before"]), _interval(row["accuracy_after"]),
+        )
+    console.print(table)
+    drift = _table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
+    for kind, row in found.drift.items():
+        drift.add_row(kind, _interval(row["kl"]), _interval(row["overlap"]))
+    console.print(drift)
+    console.print(f"KL to the original on benign completions: {_interval(found.kl_benign)} nats per token", highlight=False)
+    console.print(
+        "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
+        + _interval(found.mediation),
+        highlight=False,
+    )
+    colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
+    console.print(
+        f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({_plain(found.floor['reason'])})", highlight=False
+    )
+
+
+@app.command
+def export(
+    run: Path,
+    out: Path,
+    *,
+    to: Annotated[str, Parameter(help="Format of the weights.")] = "safetensors",
+) -> None:
+    """Ship it: write merged weights, only after a passed safety floor."""
+    from gtqlora.export import export as stage
+    from gtqlora.run import Run
+
+    with Run(run) as held, _progress():
+        found = stage(held, out, to=to)
+    _console().print(
+        f"{found.folder}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate values; largest "
+        f"logit difference from the edited model {found.largest_difference:.2g}",
+        highlight=False,
+    )
+
+
+@app.command
+def report(
+    run: Path,
+    *,
+    compare: Annotated[list[Path] | None, Parameter(help="Other runs for the side by side.", negative=())] = None,
+) -> None:
+    """Read it: one self-contained HTML page."""
+    from gtqlora.report import report as stage
+    from gtqlora.run import Run
+
+    with Run(run) as held:
+        page = stage(held, compare=compare or ())
+    _console().print(f"{page}", highlight=False)
+
+
+@app.command
+def demo(
+    *,
+    out: Annotated[Path, Parameter(help="Where the runs go.")] = Path("demo-run"),
+    json_file: Annotated[Path | None, Parameter(name="--json", help="Also write the numbers as JSON here.")] = None,
+) -> None:
+    """All of it on two embedded toy models, in under three minutes."""
+    from gtqlora.demo import demo as stage
+    from gtqlora.run import write_json
+
+    console = _console()
+    with _demo_progress() as on_event:
+        outcomes, seconds = stage(out, on_event)
+    for name, outcome in outcomes.items():
+        _print_outcome(console, name, outcome)
+    console.print(f"{seconds:.0f} s", highlight=False)
+    if json_file:
+        numbers = {name: outcome.numbers for name, outcome in outcomes.items()}
+        write_json(json_file, {"organisms": numbers, "seconds": round(seconds, 1)})
+
+
+@contextmanager
+def _demo_progress() -> Iterator[Any]:
+    """One bar per organism over all its work, with what it is doing now."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def on_event(event: tuple[str, str, int, int]) -> None:
+            organism, what, done, total = event
+            if organism not in tasks:
+                tasks[organism] = bars.add_task(organism)
+            bars.update(tasks[organism], description=f"{organism}: {what}", completed=done, total=total)
+
+        yield on_event
+
+
+def _print_outcome(console: Console, name: str, outcome: Any) -> None:
+    numbers = outcome.numbers
+    agree = "as planted" if numbers["verdict"] == numbers["truth"] else f"planted was {numbers['truth']}"
+    console.print(f"\n[bold]{name} organism[/]: verdict [bold]{numbers['verdict']}[/], {agree}", highlight=False)
+    console.print(f"  {_plain(outcome.sentence)}", highlight=False)
+    if numbers["planted_recall"] is not None:
+        console.print(
+            f"  planted experts found: precision {_share(numbers['planted_precision'])}, "
+            f"recall {_share(numbers['planted_recall'])}",
+            highlight=False,
+        )
+    table = _table(
+        "", "edit", "harmful refusal", "lookalike refusal", "benign refusal", "lookalike accuracy", "benign accuracy",
+        "floor", "lookalike refusal, original routing replayed",
+    )
+    for edit, row in numbers["edits"].items():
+        colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
+        cells = [_share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
+        label = f"[bold]{edit}[/]" if edit == "gt" else edit
+        table.add_row(
+            label, *cells, f"[{colour}]{row['floor']}[/]", _share(row["replayed_lookalike_refusal"])
+        )
+    console.print(table)
+    console.print(f"  weights: {outcome.exported}\n  report:  {outcome.report}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The `demo`: both embedded organisms, diagnosed, edited in four ways, verified, exported and reported, side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gtqlora.errors import GtqloraError, RunError
+from gtqlora.organisms import embedded
+
+ORGANISMS = ("routed", "residual")
+EDITS = ("projection", "lora", "gates", "gt")
+
+Event = tuple[str, str, int, int]
+"""(organism, what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One organism's numbers under stable keys, and the paths worth opening."""
+
+    numbers: dict[str, Any]
+    sentence: str
+    report: Path
+    exported: Path
+
+
+def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcome], float]:
+    """Run both organisms side by side, each in a process of its own; the outcomes and the seconds taken.
+
+    Raises:
+        GtqloraError: a stage failed; whatever was finished stays in `out`.
+    """
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    events: Any = context.Queue()
+    threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
+    workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}
+    for worker in workers.values():
+        worker.start()
+    try:
+        outcomes = _collect(workers, events, on_event)
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+    return {name: outcomes[name] for name in ORGANISMS}, time.monotonic() - started
+
+
+def _collect(workers: dict[str, Any], events: Any, on_event: Callable[[Event], None]) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    while len(outcomes) < len(workers):
+        try:
+            tag, payload = events.get(timeout=1)
+        except queue.Empty:
+            dead = [name for name, worker in workers.items() if name not in outcomes and not worker.is_alive()]
+            if dead and events.empty():
+                raise RunError(f"the demo's process for {dead[0]!r} died (out of memory?); run it again") from None
+            continue
+        if tag == "event":
+            on_event(payload)
+        elif tag == "done":
+            outcomes[payload[0]] = payload[1]
+        elif tag == "error":
+            raise GtqloraError(payload)
+        else:
+            raise RuntimeError(payload)
+    return outcomes
+
+
+def _work(name: str, out: Path, threads: int, events: Any) -> None:
+    """One process: report progress and the outcome through `events`."""
+    import torch
+
+    from gtqlora.progress import shown_by
+
+    torch.set_num_threads(threads)
+    stage = ["start"]
+
+    def reporter(what: str, done: int, total: int) -> None:
+        events.put(("event", (name, f"{stage[0]}: {what}", done, total)))
+
+    try:
+        with shown_by(reporter):
+            events.put(("done", (name, run_organism(name, out, lambda label: stage.__setitem__(0, label)))))
+    except GtqloraError as error:
+        events.put(("error", f"{name}: {error}"))
+    except BaseException:  # a crash in a child must reach the parent whole, whatever it was
+        events.put(("crash", traceback.format_exc()))
+
+
+def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outcome:
+    """Diagnose, edit in every way, verify each, export and report the GT-QLoRA edit."""
+    from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
+    from gtqlora.diagnose import diagnose
+    from gtqlora.edit import train
+    from gtqlora.export import export
+    from gtqlora.project import project
+    from gtqlora.report import report
+    from gtqlora.run import Run
+    from gtqlora.verify import Verdict, verify
+
+    given: dict[str, Any] = {
+        "file": embedded.recipe(),
+        "model": str(embedded.organism(name)),
+        "contrast": str(embedded.contrast()),
+    }
+    verdicts: dict[str, Verdict] = {}
+    with Run(out / "gt") as run:
+        on_stage("diagnose")
+        diagnosis = diagnose(build(DiagnoseConfig, **given), run)
+    for edit in EDITS:
+        on_stage(edit)
+        with Run(out / edit) as run:
+            if edit == "projection":
+                project(build(ProjectConfig, **given), run)
+            else:
+                train(build(TrainConfig, **given, mode=edit), run)
+            verdicts[edit] = verify(build(VerifyConfig, **given), run)
+    on_stage("export and report")
+    with Run(out / "gt") as run:
+        exported = out / "exported"
+        if not exported.exists():
+            export(run, exported)
+        page = report(run, compare=[out / edit for edit in EDITS if edit != "gt"])
+    found = {(e["layer"], e["expert"]) for e in diagnosis.top_experts}
+    numbers = _numbers(diagnosis.verdict, found, embedded.read_truth(embedded.organism(name)), verdicts)
+    return Outcome(numbers, diagnosis.sentence, page, exported)
+
+
+def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]) -> dict[str, Any]:
+    planted = set(truth.planted)
+    hits = len(found & planted)
+    return {
+        "verdict": verdict,
+        "truth": truth.verdict,
+        "planted_precision": hits / len(found) if planted and found else None,
+        "planted_recall": hits / len(planted) if planted else None,
+        "edits": {"base": _base(verdicts["gt"])} | {edit: _edited(verdicts[edit]) for edit in EDITS},
+    }
+
+
+def _edited(verdict: Any) -> dict[str, Any]:
+    table = verdict.table
+    return {
+        "harmful_refusal": table["harmful"]["refusal_after"]["value"],
+        "lookalike_refusal": table["lookalike"]["refusal_after"]["value"],
+        "benign_refusal": table["benign"]["refusal_after"]["value"],
+        "lookalike_accuracy": table["lookalike"]["accuracy_after"]["value"],
+        "benign_accuracy": table["benign"]["accuracy_after"]["value"],
+        "floor": verdict.floor["verdict"],
+        "replayed_lookalike_refusal": table["lookalike"]["refusal_replayed"]["value"],
+    }
+
+
+def _base(verdict: Any) -> dict[str, Any]:
+    """The model before any edit; its floor is its own refusal, and its own routing replayed changes nothing."""
+    table = verdict.table
+    return {
+        "harmful_refusal": table["harmful"]["refusal_before"]["value"],
+        "lookalike_refusal": table["lookalike"]["refusal_before"]["value"],
+        "benign_refusal": table["benign"]["refusal_before"]["value"],
+        "lookalike_accuracy": table["lookalike"]["accuracy_before"]["value"],
+        "benign_accuracy": table["benign"]["accuracy_before"]["value"],
+        "floor": "pass",
+        "replayed_lookalike_refusal": table["lookalike"]["refusal_before"]["value"],
+    }
