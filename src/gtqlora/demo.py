@@ -7,7 +7,7 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,41 +98,57 @@ def _work(name: str, out: Path, threads: int, events: Any) -> None:
 
 def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outcome:
     """Diagnose, edit in every way, verify each, export and report the GT-QLoRA edit."""
-    from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
-    from gtqlora.diagnose import diagnose
-    from gtqlora.edit import train
     from gtqlora.export import export
-    from gtqlora.project import project
     from gtqlora.report import report
     from gtqlora.run import Run
-    from gtqlora.verify import Verdict, verify
 
-    given: dict[str, Any] = {
-        "file": embedded.recipe(),
-        "model": str(embedded.organism(name)),
-        "contrast": str(embedded.contrast()),
-    }
-    verdicts: dict[str, Verdict] = {}
-    with Run(out / "gt") as run:
-        on_stage("diagnose")
-        diagnosis = diagnose(build(DiagnoseConfig, **given), run)
-    for edit in EDITS:
-        on_stage(edit)
-        with Run(out / edit) as run:
-            if edit == "projection":
-                project(build(ProjectConfig, **given), run)
-            else:
-                train(build(TrainConfig, **given, mode=edit), run)
-            verdicts[edit] = verify(build(VerifyConfig, **given), run)
+    organism = embedded.organism(name)
+    numbers, sentence = study(organism, embedded.contrast(), out, edits=EDITS, on_stage=on_stage)
     on_stage("export and report")
     with Run(out / "gt") as run:
         exported = out / "exported"
         if not exported.exists():
             export(run, exported)
         page = report(run, compare=[out / edit for edit in EDITS if edit != "gt"])
-    found = {(e["layer"], e["expert"]) for e in diagnosis.top_experts}
-    numbers = _numbers(diagnosis.verdict, found, embedded.read_truth(embedded.organism(name)), verdicts)
-    return Outcome(numbers, diagnosis.sentence, page, exported)
+    return Outcome(numbers, sentence, page, exported)
+
+
+def study(
+    model: Path,
+    contrast: Path,
+    out: Path,
+    *,
+    edits: Sequence[str],
+    on_stage: Callable[[str], None] = lambda _label: None,
+    overrides: Sequence[str] = (),
+) -> tuple[dict[str, Any], str]:
+    """Diagnose an organism, edit and verify it in each way; the numbers under the demo's keys, and the verdict line.
+
+    Args:
+        overrides: `key=value` settings for training.
+    """
+    from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
+    from gtqlora.diagnose import diagnose
+    from gtqlora.edit import train
+    from gtqlora.project import project
+    from gtqlora.run import Run
+    from gtqlora.verify import Verdict, verify
+
+    given: dict[str, Any] = {"file": embedded.recipe(), "model": str(model), "contrast": str(contrast)}
+    with Run(out / "gt") as run:
+        on_stage("diagnose")
+        diagnosis = diagnose(build(DiagnoseConfig, **given), run)
+    verdicts: dict[str, Verdict] = {}
+    for edit in edits:
+        on_stage(edit)
+        with Run(out / edit) as run:
+            if edit == "projection":
+                project(build(ProjectConfig, **given), run)
+            else:
+                train(build(TrainConfig, **given, mode=edit, overrides=overrides), run)
+            verdicts[edit] = verify(build(VerifyConfig, **given), run)
+    found = {(expert["layer"], expert["expert"]) for expert in diagnosis.top_experts}
+    return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
 def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +159,7 @@ def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, v
         "truth": truth.verdict,
         "planted_precision": hits / len(found) if planted and found else None,
         "planted_recall": hits / len(planted) if planted else None,
-        "edits": {"base": _base(verdicts["gt"])} | {edit: _edited(verdicts[edit]) for edit in EDITS},
+        "edits": {"base": _base(v) for v in list(verdicts.values())[:1]} | {k: _edited(v) for k, v in verdicts.items()},
     }
 
 
