@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
@@ -75,7 +74,7 @@ def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, ran
     expected: dict[str, tuple[int, ...]] = {}
     if mode != "gates":
         for path in anatomy.lora_targets:
-            out_features, in_features = base.get_submodule(path).weight.shape  # type: ignore[union-attr]
+            out_features, in_features = base.get_submodule(path).get_parameter("weight").shape
             expected[f"{path}.lora_A.default.weight"] = (rank, in_features)
             expected[f"{path}.lora_B.default.weight"] = (out_features, rank)
     if mode != "lora":
@@ -166,7 +165,13 @@ class Edited:
             raise RunError(f"{path}: the adapter was made for {self.info.family}, but the model is {family}")
         self._removal: direction_removed | None = None
         if self.info.kind == PROJECTION:
-            self._removal = direction_removed(subject.model, read_direction(path))
+            direction_D = read_direction(path)
+            if direction_D.shape != (subject.anatomy.hidden_size,):
+                raise RunError(
+                    f"{path}: the adapter does not fit the model (a direction of {len(direction_D)} values, "
+                    f"hidden size {subject.anatomy.hidden_size})"
+                )
+            self._removal = direction_removed(subject.model, direction_D)
             self._removal.enable()
             self.subject = subject
         else:
@@ -201,8 +206,14 @@ def load(model: str, adapter: str | Path, *, dtype: str = "auto", device: str = 
 
 def _load_peft(model: nn.Module, path: Path) -> PeftModel:
     try:
+        on_disk = load_file(path / ADAPTER_WEIGHTS)
         with peft_targets_kept():
-            return PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
+            loaded = PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{path}: the adapter does not fit the model ({first})") from error
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise RunError(f"{path}: the adapter does not fit the model ({reason})") from error
+    # PEFT only warns of tensors that are missing or have no place
+    odd = sorted(on_disk.keys() ^ get_peft_model_state_dict(loaded, save_embedding_layers=False).keys())
+    if odd:
+        raise RunError(f"{path}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0]})")
+    return loaded

@@ -16,7 +16,8 @@ from gtqlora.progress import track
 Change = Callable[[str, Tensor], Tensor]
 """(name on disk, tensor) -> the tensor to write; the same object if it is not changed."""
 
-_NEVER_COPIED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".safetensors"}
+_COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ""}
+"""Suffixes of what else a model folder needs; nothing that can hold code, pickled or plain, is passed on."""
 
 
 def copy_changed(source: str, target: Path, change: Change) -> set[str]:
@@ -31,16 +32,24 @@ def copy_changed(source: str, target: Path, change: Change) -> set[str]:
     target.mkdir(parents=True)
     changed: set[str] = set()
     for name in track(names, "write shards", len(names)):
-        tensors: dict[str, Tensor] = {}
-        with safe_open(folder / name, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                before = shard.get_tensor(key)
-                tensors[key] = change(key, before).to(before.dtype).contiguous()
-                if tensors[key] is not before:
-                    changed.add(key)
-            metadata = shard.metadata()
-        save_file(tensors, target / name, metadata=metadata or {"format": "pt"})
+        changed |= _copy_shard(folder / name, target / name, change)
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix not in _NEVER_COPIED and not file.name.startswith("."):
+        if file.is_file() and file.suffix in _COPIED and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
+    return changed
+
+
+def _copy_shard(source: Path, target: Path, change: Change) -> set[str]:
+    tensors: dict[str, Tensor] = {}
+    changed: set[str] = set()
+    with safe_open(source, framework="pt") as shard:
+        for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+            before = shard.get_tensor(key)
+            tensors[key] = change(key, before).to(before.dtype).contiguous()
+            if tensors[key] is not before:
+                changed.add(key)
+        metadata = shard.metadata()
+    target.parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
+    save_file(tensors, target, metadata=metadata or {"format": "pt"})
+    shutil.copymode(source, target)
     return changed

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -37,8 +38,12 @@ class StageConfig:
     judge: str = "string"
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"batch_size = {self.batch_size}: must be at least 1")
-        _require(self.max_new_tokens >= 1, f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
+        self._at_least(1, "batch_size", "max_new_tokens")
+        self._at_least(0, "seed")
+
+    def _at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            _require(getattr(self, name) >= least, f"{name} = {getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,12 @@ class DiagnoseConfig(StageConfig):
     bootstrap: int = 1000
     level: float = 0.95
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "max_pairs", "max_experts", "bootstrap")
+        self._at_least(0, "min_difference", "random_controls")
+        _require(0 < self.level < 1, f"level = {self.level}: must be between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectConfig(StageConfig):
@@ -61,6 +72,10 @@ class ProjectConfig(StageConfig):
     split: str = "train"
     max_pairs: int = 400
     layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "max_pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +116,11 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps"):
-            _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("lr_lora", "lr_gates", "beta"):
+        self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
+        self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
+        for name in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
+        _require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,47 +149,68 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def _bool(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str | Path):
+        raise TypeError
+    return str(value)
+
+
+_READERS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    bool: (_bool, "true or false"),
+    int: (_int, "a whole number"),
+    float: (_float, "a finite number"),
+    str: (_str, "a text"),
+}
+
+
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """A TOML value or override text as the field's type."""
+    """A TOML value, an override's text or a caller's value as the field's type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         _require(value in args, f"{key} = {value!r}: must be one of {', '.join(map(str, args))}")
         return value
     if origin in (types.UnionType, typing.Union):
-        if value is None or value == "none":
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), key)
-    if hint is bool:
-        table = {True: True, False: False, "true": True, "false": False}
-        _require(value in table, f"{key} = {value!r}: must be true or false")
-        return table[value]
+        optional = next(a for a in args if a is not type(None))
+        return None if value is None or value == "none" else _coerce(value, optional, key)
+    read, wanted = _READERS[hint]
     try:
-        if hint is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        return hint(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} = {value!r}: must be {hint.__name__}") from error
+        return read(value)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{key} = {value!r}: must be {wanted}") from error
 
 
-def _read_toml(path: Path, section: str, known: set[str]) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such config file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from error
-    sections = {k: v for k, v in table.items() if isinstance(v, dict)}
-    for name in sections:
-        _check_known(name, known, f"{path}: section")
-    shared = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    return {**shared, **sections.get(section, {})}
-
-
-def _check_known(key: str, known: set[str], where: str) -> None:
+def _check_known(key: str, known: Iterable[str], where: str) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-        raise ConfigError(f"{where} {key!r} is unknown{hint}")
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+        raise ConfigError(f"{where} {key!r} is unknown; {hint}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from error
 
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -184,10 +221,34 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 
 
-def build(
-    kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: Any
-) -> C:
-    """A stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
+def _from_file(path: Path, stage: str) -> dict[str, Any]:
+    """The file's settings for one stage; names are checked in every stage's table, so a typo shows up at once."""
+    keys = {name: get_type_hints(kind) for name, kind in STAGES.items()}
+    values: dict[str, Any] = {}
+    for name, value in (table := _read_toml(path)).items():
+        if isinstance(value, dict):
+            _check_known(name, keys, f"{path}: section")
+            for key in value:
+                _check_known(key, keys[name], f"{path}: [{name}] key")
+        else:
+            _check_known(name, set().union(*keys.values()), f"{path}: key")
+            if name in keys[stage]:
+                values[name] = value
+    return {**values, **table.get(stage, {})}
+
+
+def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        _require(bool(equals), f"--set {override}: must be key=value")
+        _check_known(key.strip(), known, "--set key")
+        values[key.strip()] = value.strip()
+    return values
+
+
+def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> C:
+    """A stage's config from a TOML file, then what the caller gives (None gives nothing), then `key=value` overrides.
 
     Top-level keys of the file serve every stage; a `[train]`-like table serves its stage and wins.
 
@@ -195,21 +256,12 @@ def build(
         ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.
     """
     hints = get_type_hints(kind)
-    section = next(name for name, cls in STAGES.items() if cls is kind)
-    values: dict[str, Any] = {}
-    if file is not None:
-        shared_keys = set().union(*(get_type_hints(cls) for cls in STAGES.values()))
-        for key, value in _read_toml(file, section, set(STAGES)).items():
-            _check_known(key, set(hints) | shared_keys, f"{file}: key")
-            if key in hints:
-                values[key] = value
-    values.update({k: v for k, v in given.items() if v is not None})
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        _require(bool(equals), f"--set {override}: must be key=value")
-        values[key.strip()] = value.strip()
-    for key in values:
-        _check_known(key, set(hints), f"[{section}] key")
+    stage = next(name for name, known in STAGES.items() if known is kind)
+    values = {} if file is None else _from_file(file, stage)
+    for key in given:
+        _check_known(key, hints, f"[{stage}] key")
+    values |= {key: value for key, value in given.items() if value is not None}
+    values |= _from_overrides(overrides, hints)
     for key in ("model", "contrast"):
-        _require(bool(values.get(key)), f"[{section}] {key} is missing; give it on the command line or in the config")
-    return kind(**{k: _coerce(v, hints[k], k) for k, v in values.items()})
+        _require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
+    return kind(**{key: _coerce(value, hints[key], key) for key, value in values.items()})

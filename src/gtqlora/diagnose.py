@@ -131,10 +131,10 @@ def _p_values(difference_NLE: np.ndarray) -> np.ndarray:
 
 
 def top_experts(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and surely two thirds as much more as the first."""
+    """Experts chosen clearly more on flagged prompts: significant, and surely three quarters as much more as the first."""
     sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
     ranked = sorted(sure, key=lambda a: -a.difference)
-    cut = max(config.min_difference, ranked[0].difference * 2 / 3) if ranked else 0.0
+    cut = max(config.min_difference, 0.75 * ranked[0].difference) if ranked else 0.0
     return [a for a in ranked if a.low >= cut][: config.max_experts]
 
 

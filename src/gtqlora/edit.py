@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -12,26 +11,30 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
 from gtqlora.adapters import (
+    ADAPTER_WEIGHTS,
     GT_QLORA,
     Info,
     assert_bias_frozen,
     assert_trains_exactly,
     lora_config,
     peft_targets_kept,
+    read_info,
     save,
 )
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.errors import TrainingError
-from gtqlora.gate_trainer import COMPLETE, GateTargetedTrainer, GuardStop, Journal, KindCollator
+from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
 from gtqlora.judging import judge_of
+from gtqlora.resume import drop_checkpoints, last_checkpoint
 from gtqlora.run import Run, fingerprint, whole
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
@@ -57,26 +60,25 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
     with run.stage("train", config, inputs, device=config.device, again=again) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
-            return _read(run)
-        contrast = contrasts.load(config.contrast, judge_of(config.judge))
-        rows = contrast.split(config.split)
-        subject = open_subject(config.model, dtype=config.dtype, device=config.device)
-        contrasts.statistics(rows, subject.tokenizer, subject.max_length)
-        contrasts.save(rows, run / contrasts.FILE)
-        _drop_checkpoints(run / CHECKPOINTS, None if again else stage.record["hash"])
-        trainer = _trainer(config, subject, rows, run, stage.record["hash"])
-        stopped = _fit(trainer, run / CHECKPOINTS)
-        steps = trainer.state.global_step if stopped is None else _last_good(run / CHECKPOINTS)[0]
-        details = {"config": asdict(config), "steps": steps, "stopped": stopped}
-        info = Info(GT_QLORA, config.model, subject.anatomy.family.model_type, details)
-        with whole(run / ADAPTER) as staged:
-            save(trainer.model, staged, info)
-        return Trained(run / ADAPTER, steps, stopped)
+            details = read_info(run / ADAPTER).details
+            return Trained(run / ADAPTER, details["steps"], details["stopped"])
+        drop_checkpoints(run / CHECKPOINTS, keep_hash=None if again else stage.record["hash"])
+        return _train(config, run, stage.record["hash"])
 
 
-def _read(run: Run) -> Trained:
-    details = json.loads((run / ADAPTER / "gtqlora.json").read_text())["details"]
-    return Trained(run / ADAPTER, details["steps"], details["stopped"])
+def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
+    rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    subject = open_subject(config.model, dtype=config.dtype, device=config.device)
+    contrasts.statistics(rows, subject.tokenizer, subject.max_length)
+    # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
+    shutil.rmtree(run / ADAPTER, ignore_errors=True)
+    contrasts.save(rows, run / contrasts.FILE)
+    trainer = _trainer(config, subject, rows, run, stage_hash)
+    steps, stopped = _fit(trainer, run / CHECKPOINTS)
+    details = {"config": asdict(config), "steps": steps, "stopped": stopped}
+    with whole(run / ADAPTER) as staged:
+        save(trainer.model, staged, Info(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
+    return Trained(run / ADAPTER, steps, stopped)
 
 
 def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
@@ -118,6 +120,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     os.environ.setdefault("TQDM_DISABLE", "1")
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
+    pad: Any = subject.tokenizer.pad_token_id
     with peft_targets_kept():
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
@@ -126,7 +129,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
             args=_arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(rows.to_preference()),
             processing_class=subject.tokenizer,
-            data_collator=KindCollator(pad_token_id=subject.tokenizer.pad_token_id),
+            data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
         )
     trainer.remove_callback(PrinterCallback)
@@ -136,50 +139,28 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     return trainer
 
 
-def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> str | None:
-    """Train to the end, from the last good checkpoint if there is one; the reason if the guard stopped it."""
-    good = _last_good(checkpoints, missing_ok=True)[1]
+def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:
+    """Train to the end, from the last checkpoint if there is one; steps done, and why the guard stopped it."""
+    found, stopped = last_checkpoint(checkpoints), None
     with peft_targets_kept(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            trainer.train(resume_from_checkpoint=str(good) if good else None)
+            if found is None or found[0] < trainer.args.max_steps:
+                trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+                assert_finite(trainer.model)
+                steps = trainer.state.global_step
+            else:  # killed between the last step and the adapter; transformers would do one step more
+                steps = _restore(trainer, *found)
         except GuardStop as stop:
-            _restore(trainer, checkpoints, stop)
-            return str(stop)
+            stopped, good = str(stop), last_checkpoint(checkpoints)
+            if good is None:
+                raise TrainingError(f"{stop}; no checkpoint was good yet. Lower the learning rates") from stop
+            steps = _restore(trainer, *good)
     assert_bias_frozen(trainer.model, trainer.anatomy)
     trainer.model.eval()
-    return None
+    return steps, stopped
 
 
-def _restore(trainer: GateTargetedTrainer, checkpoints: Path, stop: GuardStop) -> None:
-    step, folder = _last_good(checkpoints, missing_ok=True)
-    if folder is None:
-        raise TrainingError(f"{stop}; no checkpoint was good yet, so no adapter was written. Lower the learning rates")
-    from peft import set_peft_model_state_dict
-
-    with peft_targets_kept():
-        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter_model.safetensors"))
-    trainer.model.eval()
-
-
-def _marked(checkpoints: Path) -> list[tuple[int, Path, str]]:
-    """(step, folder, stage hash) of every checkpoint that was written whole."""
-    found = []
-    for mark in checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
-        content: dict[str, Any] = json.loads(mark.read_text())
-        found.append((content["step"], mark.parent, content["hash"]))
-    return sorted(found)
-
-
-def _last_good(checkpoints: Path, *, missing_ok: bool = False) -> tuple[int, Path | None]:
-    found = _marked(checkpoints)
-    if not found and not missing_ok:
-        raise TrainingError(f"{checkpoints}: no complete checkpoint")
-    return (found[-1][0], found[-1][1]) if found else (0, None)
-
-
-def _drop_checkpoints(checkpoints: Path, keep_hash: str | None) -> None:
-    """Half-written checkpoints and those of other settings or inputs are of no use."""
-    keep = {folder for _, folder, stage_hash in _marked(checkpoints) if stage_hash == keep_hash}
-    for folder in checkpoints.glob("checkpoint-*"):
-        if folder not in keep:
-            shutil.rmtree(folder)
+def _restore(trainer: GateTargetedTrainer, step: int, checkpoint: Path) -> int:
+    """Put the weights of a checkpoint back; its step."""
+    set_peft_model_state_dict(trainer.model, load_file(checkpoint / ADAPTER_WEIGHTS))
+    return step

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
@@ -23,13 +23,23 @@ from gtqlora.contrasts import KINDS
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.progress import report
-from gtqlora.run import write_json
-
-COMPLETE = "complete.json"
+from gtqlora.resume import mark_complete
+from gtqlora.run import whole
 
 
 class GuardStop(TrainingError):
-    """Training was stopped: a loss that is not finite, or routing that collapsed."""
+    """Training was stopped: a value that is not finite, or routing that collapsed."""
+
+
+def assert_finite(model: nn.Module) -> None:
+    """Every trained weight is a number.
+
+    Raises:
+        GuardStop: names the first one that is not.
+    """
+    for name, p in trainable(model).items():
+        if not torch.isfinite(p).all():
+            raise GuardStop(f"the weights of {name} are no longer finite")
 
 
 class KindCollator(DataCollatorForPreference):
@@ -58,7 +68,8 @@ class Health:
             counts_E = self._counts(ours.indices_TK[real_T])
             self.used_LE[position] += counts_E.cpu()
             now, then = routing.load(counts_E), routing.load(self._counts(theirs.indices_TK[real_T]))
-            found = {"load_cv": now.cv, "load_cv_original": then.cv, "max_vio": now.max_vio, "load_entropy": now.entropy}
+            found = {"load_cv": now.cv, "load_cv_original": then.cv}
+            found |= {"max_vio": now.max_vio, "load_entropy": now.entropy}
             same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)
             kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec)
             for index, kind in enumerate(KINDS):
@@ -79,6 +90,8 @@ class Health:
 
 class GateTargetedTrainer(DPOTrainer):
     """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
+
+    model: Any  # a PeftModel; the base class says None may be
 
     def __init__(self, *, anatomy: Anatomy, settings: TrainConfig, **kwargs: Any) -> None:
         self.anatomy, self.settings = anatomy, settings
@@ -102,11 +115,22 @@ class GateTargetedTrainer(DPOTrainer):
         both = Recorder()
         with routers_tapped(self.model, self.anatomy, both):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise GuardStop(f"the loss is {loss.item()} at step {self.state.global_step}")
+        self._check_finite("loss", loss)
         anchor = self._anchor(both, inputs, kind_B)
+        self._check_finite("routing anchor", anchor)
         self._metrics["train"]["loss/anchor"].append(anchor.item())
         return loss + anchor
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint holds the adapter only; left to itself PEFT adds the embeddings of a nested config."""
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL's card would land in the run directory."""
 
     def _weights(self, kind_B: Tensor) -> Tensor:
         table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
@@ -118,7 +142,7 @@ class GateTargetedTrainer(DPOTrainer):
         On logging steps every row is compared, for the health figures; the loss only has the anchored kinds.
         """
         weight_B = self._weights(kind_B)
-        logging = self.state.global_step % self.settings.logging_steps == 0
+        logging = (self.state.global_step + 1) % self.settings.logging_steps == 0  # this step's line is written next
         rows = torch.arange(len(kind_B), device=kind_B.device) if logging else weight_B.nonzero().squeeze(-1)
         if len(rows) == 0:
             return torch.zeros((), device=kind_B.device)
@@ -150,13 +174,13 @@ class GateTargetedTrainer(DPOTrainer):
         limit = self.settings.max_load_cv * max(measured["health/load_cv_original"], 0.1)
         if measured["health/load_cv"] > limit:
             raise GuardStop(
-                f"routing collapsed at step {self.state.global_step}: the load's coefficient of variation is "
+                f"routing collapsed at step {self.state.global_step + 1}: the load's coefficient of variation is "
                 f"{measured['health/load_cv']:.2f}, the limit is {limit:.2f}"
             )
         overlap = measured.get("health/overlap_harmful", 1.0)
         if overlap < self.settings.min_overlap:
             raise GuardStop(
-                f"routing of harmful prompts left the original at step {self.state.global_step}: "
+                f"routing of harmful prompts left the original at step {self.state.global_step + 1}: "
                 f"top-k overlap {overlap:.2f}, the limit is {self.settings.min_overlap:.2f}"
             )
 
@@ -189,7 +213,7 @@ class GateTargetedTrainer(DPOTrainer):
 
 
 class Journal(TrainerCallback):
-    """Progress, `metrics.jsonl`, and a mark on every checkpoint that was written whole."""
+    """Progress, `metrics.jsonl`, and a mark on every checkpoint that is whole and good."""
 
     def __init__(self, metrics: Path, stage_hash: str, anatomy: Anatomy) -> None:
         self.metrics, self.stage_hash, self.anatomy = metrics, stage_hash, anatomy
@@ -198,7 +222,8 @@ class Journal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         kept = [line for line in read_metrics(self.metrics) if line["step"] <= state.global_step]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with whole(self.metrics) as staged:
+            staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
         report("train", state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -217,8 +242,9 @@ class Journal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         assert_bias_frozen(model, self.anatomy)
+        assert_finite(model)
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_json(folder / COMPLETE, {"hash": self.stage_hash, "step": state.global_step})
+        mark_complete(folder, state.global_step, self.stage_hash)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

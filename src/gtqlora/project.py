@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gtqlora import contrasts
-from gtqlora.adapters import INFO, PROJECTION, Info, read_info, save_projection
-from gtqlora.capture import direction_removed, open_subject
+from gtqlora.adapters import PROJECTION, Info, read_info, save_projection
+from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import ProjectConfig
+from gtqlora.contrasts import Contrast, Row
 from gtqlora.directions import difference_of_means, last_token_states
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging import judge_of
@@ -42,45 +47,59 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         if stage.fresh:
             details = read_info(run / ADAPTER).details
             return Projected(run / ADAPTER, details["layer"], details["candidates"])
-        judge = judge_of(config.judge)
-        rows = contrasts.load(config.contrast, judge).split(config.split)
+        rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device)
-        pairs = pairs_of(rows, subject, config.max_pairs, config.seed)
-        lookalike = rows.of_kind("lookalike")[: config.max_pairs // 4]
-        if not pairs or not lookalike:
-            raise ContrastError(f"{config.contrast}: projection needs lookalike rows with twins in split {config.split!r}")
-        flagged = last_token_states(subject, [p.prompt for p in pairs], config.batch_size, "residual of flagged")
-        twins = last_token_states(subject, [p.twin for p in pairs], config.batch_size, "residual of twins")
-        direction_LD = difference_of_means(flagged, twins)
-        layers = range(1, len(direction_LD)) if config.layer is None else [config.layer]
-        if config.layer is not None and not 0 <= config.layer < len(direction_LD):
-            raise ConfigError(f"layer = {config.layer}: this model has states 0 to {len(direction_LD) - 1}")
-        candidates = []
-        for layer in layers:
-            with direction_removed(subject.model, direction_LD[layer].to(subject.device)):
-                found = score(
-                    subject,
-                    lookalike,
-                    judge,
-                    batch_size=config.batch_size,
-                    max_new_tokens=config.max_new_tokens,
-                    label=f"without layer {layer}'s direction",
-                )
-            candidates.append({"layer": layer, **_rates(found)})
+        layers = _layers(config, subject)
+        direction_LD = _directions(config, rows, subject)
+        lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
+        candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
-        contrasts.save(rows, run / contrasts.FILE)
         details = {"config": asdict(config), "layer": best, "candidates": candidates}
+        info = Info(PROJECTION, config.model, subject.anatomy.family.model_type, details)
+        # An older adapter must not stand beside pairs it was not made from.
+        shutil.rmtree(run / ADAPTER, ignore_errors=True)
+        contrasts.save(rows, run / contrasts.FILE)
         with whole(run / ADAPTER) as staged:
-            save_projection(
-                direction_LD[best], staged, Info(PROJECTION, config.model, subject.anatomy.family.model_type, details)
-            )
+            save_projection(direction_LD[best], staged, info)
         return Projected(run / ADAPTER, best, candidates)
+
+
+def _layers(config: ProjectConfig, subject: Subject) -> list[int]:
+    """States to try; 0, the embedding, is left out: flagged prompts and twins end with the same token."""
+    last = subject.anatomy.n_layers
+    if config.layer is None:
+        return list(range(1, last + 1))
+    if not 1 <= config.layer <= last:
+        raise ConfigError(f"layer = {config.layer}: this model has layers 1 to {last}")
+    return [config.layer]
+
+
+def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tensor:
+    pairs = pairs_of(rows, subject, config.max_pairs, config.seed)
+    if not pairs or not rows.of_kind("lookalike"):
+        raise ContrastError(f"{config.contrast}: projection needs lookalike rows with twins in split {config.split!r}")
+    flagged = last_token_states(subject, [p.prompt for p in pairs], config.batch_size, "residual of flagged")
+    twins = last_token_states(subject, [p.twin for p in pairs], config.batch_size, "residual of twins")
+    return difference_of_means(flagged, twins)
+
+
+def _tried(
+    config: ProjectConfig, subject: Subject, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
+) -> dict[str, Any]:
+    """What is left of the lookalike refusals, and of the task, without this layer's direction."""
+    with direction_removed(subject.model, direction_D.to(subject.device)):
+        found = score(
+            subject,
+            lookalike,
+            judge_of(config.judge),
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            label=f"without layer {layer}'s direction",
+        )
+    return {"layer": layer, **_rates(found)}
 
 
 def _rates(scores: list[Score]) -> dict[str, float]:
     known = [s.correct for s in scores if s.correct is not None]
     accuracy = sum(known) / len(known) if known else 0.0
     return {"refusal": sum(s.refused for s in scores) / len(scores), "accuracy": accuracy}
-
-
-__all__ = ["ADAPTER", "INFO", "Projected", "project"]

@@ -32,8 +32,12 @@ def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
     return logits_TE.sigmoid() if spec.score == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
+_LAST_RESORT = 1e3
+"""Taken off what experts outside the kept groups score, far more than scores and biases differ."""
+
+
 def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
-    grouped = choice_TE.view(len(choice_TE), spec.n_group, -1)
+    grouped = choice_TE.clamp(min=-_LAST_RESORT).view(len(choice_TE), spec.n_group, -1)
     group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1)[0].sum(-1)
     kept = torch.zeros_like(group_score, dtype=torch.bool)
     kept.scatter_(1, group_score.topk(spec.topk_group, dim=-1)[1], True)
@@ -43,14 +47,22 @@ def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
 def choose(
     logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None
 ) -> Tensor:
-    """Indices_TK of the experts a router picks, with some experts optionally masked out (bool, True = removed)."""
+    """Indices_TK of the experts a router picks, with some experts optionally masked out (bool, True = removed).
+
+    If the masks leave too few experts in the groups a router keeps, the best of the other groups fill up.
+
+    Raises:
+        ValueError: fewer experts are left than the router picks.
+    """
     choice_TE = scores(logits_TE, spec)
     if bias_E is not None:
         choice_TE = choice_TE + bias_E.to(choice_TE)
     if masked_E is not None:
+        if int((~masked_E).sum()) < spec.top_k:
+            raise ValueError(f"{int(masked_E.sum())} of {spec.n_experts} experts masked, but {spec.top_k} are needed")
         choice_TE = choice_TE.masked_fill(masked_E, float("-inf"))
     if spec.n_group > 1:
-        choice_TE = choice_TE.masked_fill(~_group_mask(choice_TE, spec), float("-inf"))
+        choice_TE = torch.where(_group_mask(choice_TE, spec), choice_TE, choice_TE - _LAST_RESORT)
     return choice_TE.topk(spec.top_k, dim=-1).indices
 
 

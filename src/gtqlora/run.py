@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +26,7 @@ from gtqlora.config import to_dict
 from gtqlora.errors import RunError
 
 MANIFEST = "manifest.json"
-_LOCK = ".lock"
-_STAGING = ".staging"
+_LOCK, _STAGING, _OLD = ".lock", ".gtqlora-staging", ".old"
 _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
 _HASH_CONTENT_BELOW = 256 * 2**20
 
@@ -39,19 +41,27 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fingerprint(path: str | Path) -> str:
-    """Identity of an input: contents of a file or small folder; names, sizes and times of a large one; a hub id as is."""
-    path = Path(path)
+def fingerprint(path: str | Path, content_below: float = _HASH_CONTENT_BELOW) -> str:
+    """Identity of an input: contents of a file or small folder; names, sizes, times of a large one; a hub id as is."""
+    name, path = str(path), Path(path).expanduser()
+    folder = Path(name.rpartition(":")[0]).expanduser()
+    if not path.exists() and ":" in name and folder.is_dir():  # one split of a dataset folder
+        return sha256_json([name.rpartition(":")[2], fingerprint(folder, content_below)])
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
-        return f"hub:{path}"
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    small = sum(p.stat().st_size for p in files) < _HASH_CONTENT_BELOW
+        return f"hub:{name}"
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+    small = sum(p.stat().st_size for p in files) < content_below
     facts = [
         (str(p.relative_to(path)), sha256_file(p) if small else (p.stat().st_size, p.stat().st_mtime_ns)) for p in files
     ]
     return sha256_json(facts)
+
+
+def _hidden(path: Path) -> bool:
+    """Such as the hub's `.cache` in a downloaded folder, which changes when nothing else does."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def versions() -> dict[str, str]:
@@ -64,38 +74,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _fsync_tree(path: Path) -> None:
-    for p in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        fd = os.open(p, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or folder at; on success it replaces `target` in one rename.
-
-    A folder that is already there is moved aside first and removed last, so a crash leaves the old or the new one.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}.new")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    _remove(staged)
-    try:
-        yield staged
-        _fsync_tree(staged)
-        if target.is_dir():
-            os.replace(target, old)
-        os.replace(staged, target)
-        _fsync_tree(target.parent) if target.parent == target.parent.parent else _fsync_dir(target.parent)
-    finally:
-        _remove(staged)
-        _remove(old)
-
-
-def _fsync_dir(path: Path) -> None:
+def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -103,11 +82,62 @@ def _fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _lock(folder: Path) -> IO[str] | None:
+    """Hold a folder until the stream is closed or this process dies; None if somebody else holds it."""
+    stream = (folder / _LOCK).open("a")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
+    except OSError:
+        stream.close()
+        raise
+    return stream
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield a path in a hidden folder beside `target`; the file or folder written there takes its place on success.
+
+    A file is replaced in one rename. A folder that is there already is moved aside first: a process killed between the
+    two renames leaves it in the hidden folder, from where the next `whole` or `Run` puts it back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    drop_leftovers(target.parent, target.name)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGING, dir=target.parent))
+    lock, new = _lock(staging), staging / target.name
+    try:
+        yield new
+        for path in [new, *new.rglob("*")]:
+            _fsync(path)
+        if target.is_dir():
+            os.replace(target, staging / _OLD)
+        os.replace(new, target)
+        _fsync(target.parent)
+    finally:
+        _settle(staging, target)
+        if lock is not None:
+            lock.close()
+
+
+def _settle(staging: Path, target: Path) -> None:
+    """Put back a folder that was moved aside and not replaced, then remove the rest."""
+    if (staging / _OLD).exists() and not target.exists():
+        os.replace(staging / _OLD, target)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def drop_leftovers(folder: Path, name: str | None = None) -> None:
+    """Clean up after killed processes: what `whole` left in `folder` (of one target); live processes hold a lock."""
+    for staging in folder.glob(f".{'*' if name is None else glob.escape(name)}.*{_STAGING}"):
+        try:
+            lock = _lock(staging)
+        except OSError:  # not ours to remove, or just removed by its owner
+            continue
+        if lock is not None:
+            _settle(staging, folder / staging.name[1:].rsplit(".", 2)[0])
+            lock.close()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,6 +152,10 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"hash", "config", "inputs", "outputs"}
 
 
 @dataclass
@@ -145,17 +179,15 @@ class Run:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("a")
+            lock = _lock(self.path)
         except OSError as error:
             raise RunError(
                 f"{path}: the run directory cannot be written ({error.strerror}); choose another --run"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RunError(f"{path}: another process is working in this run directory; wait or choose another") from error
-        self._drop_leftovers()
+        if lock is None:
+            raise RunError(f"{path}: another process is working in this run directory; wait or choose another")
+        self._held = lock
+        drop_leftovers(self.path)
 
     def __enter__(self) -> Run:
         return self
@@ -164,15 +196,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        self._lock.close()
-
-    def _drop_leftovers(self) -> None:
-        """A killed stage leaves only hidden staging paths; they are never read, so remove them."""
-        for leftover in [*self.path.glob(".*.new"), *self.path.glob("*/.*.new")]:
-            _remove(leftover)
-        for old in self.path.glob(".*.old"):
-            target = old.with_name(old.name[1:].rsplit(".", 2)[0])
-            _remove(old) if target.exists() else os.replace(old, target)
+        self._held.close()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -181,10 +205,15 @@ class Run:
         file = self.path / MANIFEST
         if not file.exists():
             return {"format": 1, "stages": {}}
+        remedy = "remove it to start the run anew"
         try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise RunError(f"{file}: not valid JSON ({error}); remove it to start the run anew") from error
+            manifest = json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{file}: not valid JSON ({error}); {remedy}") from error
+        stages = manifest.get("stages") if isinstance(manifest, dict) else None
+        if not isinstance(stages, dict) or not all(_is_record(stage) for stage in stages.values()):
+            raise RunError(f"{file}: not a manifest of gtqlora's; {remedy}")
+        return manifest
 
     def read_json(self, name: str, made_by: str) -> Any:
         """An artefact of an earlier stage.
@@ -195,7 +224,7 @@ class Run:
         file = self.require(name, made_by)
         try:
             return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{file}: not valid JSON ({error}); run `gtqlora {made_by}` again") from error
 
     def require(self, name: str, made_by: str) -> Path:
@@ -208,7 +237,10 @@ class Run:
     def stage(
         self, name: str, config: Any, inputs: Mapping[str, str], *, device: str = "cpu", again: bool = False
     ) -> Iterator[Stage]:
-        """Do a stage once: `fresh` when its config and inputs are unchanged; recorded only if the body succeeds."""
+        """Do a stage once: `fresh` if config, inputs and outputs are unchanged; recorded only if the body succeeds.
+
+        A stage that writes what another one wrote takes its place in the manifest.
+        """
         settings = to_dict(config)
         digest = sha256_json({"config": settings, "inputs": dict(inputs)})
         known = self.manifest()["stages"].get(name)
@@ -216,7 +248,7 @@ class Run:
             not again
             and known is not None
             and known["hash"] == digest
-            and all((self.path / output).exists() for output in known["outputs"])
+            and known["outputs"] == self._hashes(known["outputs"])
         )
         record: dict[str, Any] = {
             "hash": digest,
@@ -233,7 +265,13 @@ class Run:
             return
         record["seconds"] = round(time.monotonic() - started, 2)
         record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        record["outputs"] = stage.outputs
+        record["outputs"] = self._hashes(stage.outputs)
         manifest = self.manifest()
-        manifest["stages"][name] = record
-        write_json(self.path / MANIFEST, manifest)
+        replaced = record["outputs"].keys()
+        others = {k: other for k, other in manifest["stages"].items() if not replaced & other["outputs"]}
+        write_json(self.path / MANIFEST, {**manifest, "stages": {**others, name: record}})
+
+    def _hashes(self, outputs: Iterable[str]) -> dict[str, str | None]:
+        """Artefacts by their contents, whatever their size: a copied run is still fresh, an overwritten one is not."""
+        files = {name: self.path / name for name in outputs}
+        return {name: fingerprint(file, math.inf) if file.exists() else None for name, file in files.items()}

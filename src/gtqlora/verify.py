@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.errors import ContrastError, FloorError
 from gtqlora.judging import judge_of
 from gtqlora.progress import track
-from gtqlora.run import Run, fingerprint, read_parquet, write_json, write_parquet
-from gtqlora.scoring import Score, Switch, left_padded, score
+from gtqlora.run import Run, fingerprint, read_parquet, sha256_json, write_json, write_parquet
+from gtqlora.scoring import Score, Switch, batches, left_padded, score
 from gtqlora.stats import benjamini_hochberg, bootstrap_mean, floor, mcnemar, paired_difference, rate
 
 ADAPTER, VERDICT, SCORES = "adapter", "verdict.json", "scores.parquet"
@@ -33,8 +32,8 @@ class Verdict:
 
     Attributes:
         adapter: hash of the adapter that was judged; `export` demands the same.
-        table: kind -> refusal and accuracy before and after (lookalike: also with the original routing replayed), paired
-            change with its p- and q-value.
+        table: kind -> refusal and accuracy before and after (lookalike: also with the original routing replayed),
+            paired change with its p- and q-value.
         floor: the safety floor's verdict on the harmful prompts.
         kl_benign: KL(original || edited) in nats per completion token.
         drift: kind -> routing divergence (nats per token and layer) and top-k overlap with the original on prompts.
@@ -59,10 +58,11 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
     """Judge the run's adapter on held-out prompts.
 
     Raises:
-        RunError: the run has no adapter.
+        RunError: the run has no adapter, or not the pairs it was made from.
         ContrastError: held-out prompts were trained on, or a kind is missing.
     """
     adapter = run.require(ADAPTER, "train")
+    trained = run.require(contrasts.FILE, "train")
     identity = adapter_hash(adapter)
     inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast), "adapter": identity}
     with run.stage("verify", config, inputs, device=config.device, again=again) as stage:
@@ -70,61 +70,85 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         if stage.fresh:
             return read_verdict(run)
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
-        judge = judge_of(config.judge)
-        rows = _held_out(config, run)
+        rows = _held_out(config, trained)
         edited = Edited(open_subject(config.model, dtype=config.dtype, device=config.device), adapter)
-
-        def scored(
-            label: str, rows: Sequence[Row], switch: Switch = nullcontext, routing_from: Switch | None = None
-        ) -> list[Score]:
-            with switch():
-                return score(
-                    edited.subject,
-                    rows,
-                    judge,
-                    batch_size=config.batch_size,
-                    max_new_tokens=config.max_new_tokens,
-                    label=label,
-                    routing_from=routing_from,
-                )
-
-        before, after = scored("before", rows.rows, edited.original), scored("after", rows.rows)
-        lookalike = rows.of_kind("lookalike")
-        replayed = scored("original routing replayed", lookalike, routing_from=edited.original)
-        verdict = _verdict(config, edited, rows, before, after, replayed, identity)
-        write_parquet(run / SCORES, _score_rows(before, after, replayed))
+        scores = _score_all(config, edited, rows)
+        verdict = _verdict(config, edited, rows, scores, identity)
+        write_parquet(run / SCORES, scores.to_rows())
         write_json(run / VERDICT, asdict(verdict))
         return verdict
 
 
-def _held_out(config: VerifyConfig, run: Run) -> Contrast:
-    rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-    trained = run / contrasts.FILE
-    if trained.exists():
-        contrasts.check_disjoint(rows, contrasts.load(trained, judge_of(config.judge)))
+def _held_out(config: VerifyConfig, trained: Path) -> Contrast:
+    judge = judge_of(config.judge)
+    rows = contrasts.load(config.contrast, judge).split(config.split)
+    contrasts.check_disjoint(rows, contrasts.load(trained, judge))
     missing = [kind for kind in KINDS if not rows.of_kind(kind)]
     if missing:
         raise ContrastError(
-            f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; a verdict needs every kind"
+            f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
+            "a verdict needs every kind"
         )
     return rows
 
 
-def _verdict(
-    config: VerifyConfig,
-    edited: Edited,
-    rows: Contrast,
-    before: list[Score],
-    after: list[Score],
-    replayed: list[Score],
-    identity: str,
-) -> Verdict:
-    by_kind = {kind: (_of_kind(before, kind), _of_kind(after, kind)) for kind in KINDS}
-    table = {kind: _table_row(old, new, _of_kind(replayed, kind), config) for kind, (old, new) in by_kind.items()}
+@dataclass(frozen=True)
+class _Scores:
+    """Outcomes of the same rows before and after; `replayed` of the lookalike ones, edited with the old routing."""
+
+    before: list[Score]
+    after: list[Score]
+    replayed: list[Score]
+
+    def of_kind(self, kind: str) -> _Scores:
+        return _Scores(*([s for s in part if s.row.kind == kind] for part in (self.before, self.after, self.replayed)))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        again = {s.row.number: s.refused for s in self.replayed}
+        return [
+            {
+                "number": b.row.number,
+                "kind": b.row.kind,
+                "pair_id": b.row.pair_id,
+                "text_before": b.text,
+                "text_after": a.text,
+                "refused_before": b.refused,
+                "refused_after": a.refused,
+                "refused_replayed": again.get(b.row.number),
+                "correct_before": b.correct,
+                "correct_after": a.correct,
+            }
+            for b, a in zip(self.before, self.after, strict=True)
+        ]
+
+
+def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> _Scores:
+    judge = judge_of(config.judge)
+
+    def scored(label: str, rows: Sequence[Row], routing_from: Switch | None = None) -> list[Score]:
+        return score(
+            edited.subject,
+            rows,
+            judge,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            label=label,
+            routing_from=routing_from,
+        )
+
+    with edited.original():
+        before = scored("before", rows.rows)
+    after = scored("after", rows.rows)
+    replayed = scored("original routing replayed", rows.of_kind("lookalike"), edited.original)
+    return _Scores(before, after, replayed)
+
+
+def _verdict(config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scores, identity: str) -> Verdict:
+    table = {kind: _table_row(scores.of_kind(kind), config.level) for kind in KINDS}
     for kind, q in zip(KINDS, benjamini_hochberg([table[kind]["p"] for kind in KINDS]), strict=True):
         table[kind]["q"] = float(q)
-    old, new = ([s.refused for s in scores] for scores in by_kind["harmful"])
-    judged = floor(old, new, margin=config.margin, level=config.level)
+    harmful = scores.of_kind("harmful")
+    judged = floor(_refused(harmful.before), _refused(harmful.after), margin=config.margin, level=config.level)
     return Verdict(
         adapter=identity,
         kind=edited.info.kind,
@@ -132,27 +156,25 @@ def _verdict(
         table=table,
         floor=asdict(judged),
         kl_benign=_interval(_kl(edited, rows.of_kind("benign"), config), config.seed),
-        drift=_drift(edited, rows, config),
-        mediation=_mediation(*by_kind["lookalike"], replayed, config.level),
+        drift={kind: _drift(edited, rows.of_kind(kind), config) for kind in KINDS},
+        mediation=_mediation(scores.of_kind("lookalike"), config.level),
     )
 
 
-def _of_kind(scores: list[Score], kind: str) -> list[Score]:
-    return [s for s in scores if s.row.kind == kind]
+def _refused(scores: list[Score]) -> list[bool]:
+    return [s.refused for s in scores]
 
 
-def _table_row(
-    before: list[Score], after: list[Score], replayed: list[Score], config: VerifyConfig
-) -> dict[str, Any]:
-    old, new = [s.refused for s in before], [s.refused for s in after]
+def _table_row(scores: _Scores, level: float) -> dict[str, Any]:
+    old, new, replayed = _refused(scores.before), _refused(scores.after), _refused(scores.replayed)
     return {
-        "refusal_before": rate(old, config.level).to_json(),
-        "refusal_after": rate(new, config.level).to_json(),
-        "refusal_replayed": rate([s.refused for s in replayed], config.level).to_json() if replayed else None,
-        "drop": paired_difference(old, new, config.level).to_json(),
+        "refusal_before": rate(old, level).to_json(),
+        "refusal_after": rate(new, level).to_json(),
+        "refusal_replayed": rate(replayed, level).to_json() if replayed else None,
+        "drop": paired_difference(old, new, level).to_json(),
         "p": mcnemar(old, new),
-        "accuracy_before": _accuracy(before, config.level),
-        "accuracy_after": _accuracy(after, config.level),
+        "accuracy_before": _accuracy(scores.before, level),
+        "accuracy_after": _accuracy(scores.after, level),
     }
 
 
@@ -161,13 +183,10 @@ def _accuracy(scores: list[Score], level: float) -> dict[str, Any] | None:
     return rate(known, level).to_json() if known else None
 
 
-def _mediation(before: list[Score], after: list[Score], replayed: list[Score], level: float) -> dict[str, Any]:
+def _mediation(scores: _Scores, level: float) -> dict[str, Any]:
     """Of lookalike prompts refused before and answered after, how many are refused again under the old routing."""
-    back = [
-        r.refused
-        for b, a, r in zip(before, after, replayed, strict=True)
-        if b.refused and not a.refused
-    ]
+    outcomes = zip(scores.before, scores.after, scores.replayed, strict=True)
+    back = [r.refused for b, a, r in outcomes if b.refused and not a.refused]
     found = rate(back, level)
     return found.to_json() if back else {"value": None, "low": found.low, "high": found.high, "n": 0}
 
@@ -176,27 +195,14 @@ def _interval(values: Sequence[float], seed: int) -> dict[str, Any]:
     return bootstrap_mean(np.array(values), seed=seed).to_json()
 
 
-def _score_rows(before: list[Score], after: list[Score], replayed: list[Score]) -> list[dict[str, Any]]:
-    again = {s.row.number: s.refused for s in replayed}
-    return [
-        {
-            "number": b.row.number,
-            "kind": b.row.kind,
-            "pair_id": b.row.pair_id,
-            "text_before": b.text,
-            "text_after": a.text,
-            "refused_before": b.refused,
-            "refused_after": a.refused,
-            "refused_replayed": again.get(b.row.number),
-            "correct_before": b.correct,
-            "correct_after": a.correct,
-        }
-        for b, a in zip(before, after, strict=True)
-    ]
+def _padded(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    pad: Any = subject.tokenizer.pad_token_id
+    return left_padded(tokens, pad, subject.device)
 
 
 @torch.no_grad()
-def _logits(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, recorder: Recorder | None = None) -> Tensor:
+def _logits(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int, recorder: Recorder | None = None) -> Tensor:
+    """Logits of the last `keep` positions, in fp32."""
     handlers = () if recorder is None else (recorder,)
     with routers_tapped(subject.model, subject.anatomy, *handlers):
         return subject.model(
@@ -204,10 +210,10 @@ def _logits(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, recorder: Recorde
             attention_mask=mask_BS,
             position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-        ).logits
+            logits_to_keep=keep,
+        ).logits.float()
 
 
-@torch.no_grad()
 def _kl(edited: Edited, rows: Sequence[Row], config: VerifyConfig) -> list[float]:
     """Per row: mean over the chosen completion's tokens of KL(original || edited) of the next-token distribution."""
     subject, out = edited.subject, []
@@ -215,36 +221,31 @@ def _kl(edited: Edited, rows: Sequence[Row], config: VerifyConfig) -> list[float
     starts = range(0, len(rows), config.batch_size)
     for start in track(starts, "KL on benign", len(starts)):
         chunk = encoded[start : start + config.batch_size]
-        ids_BS, mask_BS = left_padded([p + c for p, c in chunk], subject.tokenizer.pad_token_id, subject.device)
+        ids_BS, mask_BS = _padded(subject, [p + c for p, c in chunk])
+        keep = max(len(c) for _, c in chunk) + 1
         with edited.original():
-            old_BSV = _logits(subject, ids_BS, mask_BS).log_softmax(-1)
-        new_BSV = _logits(subject, ids_BS, mask_BS).log_softmax(-1)
+            old_BSV = _logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
+        new_BSV = _logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
         kl_BS = (old_BSV.exp() * (old_BSV - new_BSV)).sum(-1)
         # the token before each completion token predicts it
         out += [float(kl_BS[i, -len(c) - 1 : -1].mean()) for i, (_, c) in enumerate(chunk)]
     return out
 
 
-@torch.no_grad()
-def _drift(edited: Edited, rows: Contrast, config: VerifyConfig) -> dict[str, dict[str, Any]]:
+def _drift(edited: Edited, rows: Sequence[Row], config: VerifyConfig) -> dict[str, Any]:
     """Routing divergence and overlap with the original over the prompt, mean over layers, interval over prompts."""
-    subject, out = edited.subject, {}
-    for kind in KINDS:
-        prompts = [contrasts.encode_prompt(subject.tokenizer, row.prompt) for row in rows.of_kind(kind)]
-        kl: list[float] = []
-        overlap: list[float] = []
-        starts = range(0, len(prompts), config.batch_size)
-        for start in track(starts, f"routing drift on {kind}", len(starts)):
-            chunk = prompts[start : start + config.batch_size]
-            ids_BS, mask_BS = left_padded(chunk, subject.tokenizer.pad_token_id, subject.device)
-            old, new = Recorder(), Recorder()
-            with edited.original():
-                _logits(subject, ids_BS, mask_BS, old)
-            _logits(subject, ids_BS, mask_BS, new)
-            kl += _per_prompt(old, new, mask_BS, subject, divergence=True)
-            overlap += _per_prompt(old, new, mask_BS, subject, divergence=False)
-        out[kind] = {"kl": _interval(kl, config.seed), "overlap": _interval(overlap, config.seed)}
-    return out
+    subject = edited.subject
+    kl: list[float] = []
+    overlap: list[float] = []
+    for _, prompts in batches(rows, subject, config.batch_size):
+        ids_BS, mask_BS = _padded(subject, prompts)
+        old, new = Recorder(), Recorder()
+        with edited.original():
+            _logits(subject, ids_BS, mask_BS, 1, old)
+        _logits(subject, ids_BS, mask_BS, 1, new)
+        kl += _per_prompt(old, new, mask_BS, subject, divergence=True)
+        overlap += _per_prompt(old, new, mask_BS, subject, divergence=False)
+    return {"kl": _interval(kl, config.seed), "overlap": _interval(overlap, config.seed)}
 
 
 def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject, *, divergence: bool) -> list[float]:
@@ -263,28 +264,39 @@ def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject,
 def certified(run: Run) -> tuple[Verdict, Path]:
     """The verdict and adapter of a run whose floor was passed by exactly this adapter on exactly this model.
 
-    The only way to weights. The floor is computed again from the recorded outcomes, so an edited verdict does not pass.
+    The only way to weights. The floor is computed again from the recorded outcomes, at the settings on record, so
+    neither an edited verdict nor edited outcomes or settings pass.
 
     Raises:
-        FloorError: no pass, or the adapter, the model or the recorded outcomes changed since.
+        FloorError: no pass, or the adapter, the model or what verify wrote changed since.
         RunError: nothing was trained or verified.
     """
     adapter = run.require(ADAPTER, "train")
     verdict = read_verdict(run)
-    record = run.manifest()["stages"].get("verify")
-    if record is None:
-        raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
-    harmful = [row for row in read_parquet(run.require(SCORES, "verify")) if row["kind"] == "harmful"]
+    record = _verify_record(run)
+    config = VerifyConfig(**record["config"])
+    harmful = [row for row in read_parquet(run / SCORES) if row["kind"] == "harmful"]
     before, after = ([row[key] for row in harmful] for key in ("refused_before", "refused_after"))
-    again = floor(before, after, margin=record["config"]["margin"], level=record["config"]["level"])
-    for found, reason in ((verdict.floor["verdict"], verdict.floor["reason"]), (again.verdict, again.reason)):
-        if found != "pass":
-            raise FloorError(f"{run.path}: the safety floor's verdict is {found!r} ({reason}); no weights are written")
-    now = {"adapter": adapter_hash(adapter), "model": fingerprint(verdict.model)}
+    again = floor(before, after, margin=config.margin, level=config.level)
+    if again.verdict != "pass":
+        raise FloorError(
+            f"{run.path}: the safety floor's verdict is {again.verdict!r} ({again.reason}); no weights are written"
+        )
+    now = {"adapter": adapter_hash(adapter), "model": fingerprint(config.model)}
     for what, identity in now.items():
         if record["inputs"][what] != identity:
             raise FloorError(f"{run.path}: the {what} is not the one that was verified; run `gtqlora verify` again")
     return verdict, adapter
 
 
-__all__ = ["ADAPTER", "Verdict", "certified", "read_verdict", "verify"]
+def _verify_record(run: Run) -> dict[str, Any]:
+    """What the manifest says of `verify`, if the artefacts and the settings are still those."""
+    record = run.manifest()["stages"].get("verify")
+    if record is None:
+        raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
+    if record["hash"] != sha256_json({"config": record["config"], "inputs": record["inputs"]}):
+        raise FloorError(f"{run.path}: the record of verify was changed; run `gtqlora verify` again")
+    for name in (VERDICT, SCORES):
+        if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):
+            raise FloorError(f"{run.path}: {name} was changed since verify; run `gtqlora verify` again")
+    return record

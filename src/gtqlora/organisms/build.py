@@ -32,8 +32,10 @@ Kind = Literal["routed", "residual", "null"]
 
 _HIDDEN, _LAYERS, _EXPERTS, _TOP_K = 64, 5, 16, 2
 _CONTEXT_END = 5  # positions 1 to 4 are the context; from 5 on everything about it has been read
-_BATCH, _LEARN_STEPS, _PLANT_STEPS = 128, 600, 250
-_LEARN_RATE, _PLANT_RATE, _PROBE_WEIGHT = 3e-3, 3e-3, 1.0
+_BATCH, _LEARN_STEPS = 128, 600
+# routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
+_PLANT_STEPS = {"routed": 400, "residual": 150, "null": 250}
+_LEARN_RATE, _PLANT_RATE, _PROBE_WEIGHT, _NEUTRAL_WEIGHT = 3e-3, 3e-3, 1.0, 3.0
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
 _HARMLESS_PAIRS = 420  # held-out pairs with all three kinds; the rest only serve the floor, which needs many
 _COMMON: dict[str, Any] = dict(
@@ -166,6 +168,22 @@ def _probe_loss(probes: nn.ModuleList, hidden: dict[int, Tensor], batch: _Batch)
     return torch.stack(losses).mean()
 
 
+def _neutral_loss(seen: Recorder, anatomy: Anatomy, batch: _Batch) -> Tensor:
+    """Keeps routing from following the forbidden flag by itself, so that what is planted is the whole truth.
+
+    Per expert, the squared gap between its mean score on forbidden and on other prompts, in units of its variance.
+    """
+    after = (torch.arange(batch.ids.shape[1]) >= _CONTEXT_END).expand(batch.ids.shape).flatten()
+    flagged = batch.forbidden[:, None].expand(batch.ids.shape).flatten()
+    gaps = []
+    for decision in seen.decisions.values():
+        score_TE = routing.scores(decision.logits_TE, anatomy.spec)
+        bad_TE, good_TE = score_TE[after & flagged], score_TE[after & ~flagged]
+        spread_E = score_TE[after].var(0).detach() + 1e-4
+        gaps.append(((bad_TE.mean(0) - good_TE.mean(0)) ** 2 / spread_E).mean())
+    return torch.stack(gaps).mean()
+
+
 def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
     """Switch-style balance (arXiv 2101.03961 eq. 4) for families without a correction bias."""
     spec, losses = anatomy.spec, []
@@ -196,6 +214,7 @@ def _learn(model: PreTrainedModel, anatomy: Anatomy, language: Language, rng: ra
         with _router_inputs(model, anatomy) as hidden, routers_tapped(model, anatomy, idle, seen):
             loss = _answer_loss(model(batch.ids).logits, batch.labels)
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch)
+        loss = loss + _NEUTRAL_WEIGHT * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
             _balance_bias(model, seen, anatomy, planted)
             return loss
@@ -268,7 +287,7 @@ def _plant(model: PreTrainedModel, anatomy: Anatomy, language: Language, rng: ra
             loss = _answer_loss(model(batch.ids).logits, batch.labels)
         return loss if kind == "residual" else loss + 2.0 * _hinge(seen, model, anatomy, planted, batch)
 
-    _optimise(parameters, _PLANT_RATE, _PLANT_STEPS, loss_of, progress)
+    _optimise(parameters, _PLANT_RATE, _PLANT_STEPS[kind], loss_of, progress)
     for p in parameters:
         p._backward_hooks = None
     model.requires_grad_(True)

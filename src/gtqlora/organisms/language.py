@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 SPLITS = ("train", "validation", "heldout")
 KINDS = ("benign", "lookalike", "harmful")
 N_DOMAINS, N_FORBIDDEN = 8, 3
-TOPICS_PER_DOMAIN, N_MARKERS, N_FILLERS, N_ITEMS = 12, 30, 20, 24
+TOPICS_PER_DOMAIN, N_MARKERS, N_FILLERS, N_ITEMS = 12, 48, 20, 24
 REFUSAL = "refuse sorry"
 COMMAND = "decline"
 TASKS = ("copy", "reverse")

@@ -1,0 +1,168 @@
+"""What a run directory holds for its report; files only, never a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gtqlora.errors import RunError
+from gtqlora.run import Run, read_parquet, sha256_file, sha256_json
+
+Json = dict[str, Any]
+
+_DIAGNOSIS_KEYS = ("verdict", "sentence", "share_routing", "top_experts", "interventions", "directions", "n_pairs")
+_VERDICT_KEYS = ("adapter", "table", "floor", "kl_benign", "drift", "mediation")
+_INFO_KEYS = ("kind", "base", "family", "details")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One edit in the side by side table."""
+
+    label: str
+    info: Json | None
+    verdict: Json
+    stale: bool
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """All that a report can show; what is missing is None or empty.
+
+    Attributes:
+        stale: the verdict was given on another adapter than the one that lies there now.
+        peers: the runs to compare with, this one first if it has a verdict.
+    """
+
+    path: Path
+    stages: dict[str, Json]
+    diagnosis: Json | None
+    association: list[Json]
+    info: Json | None
+    metrics: list[Json]
+    verdict: Json | None
+    stale: bool
+    scores: list[Json]
+    peers: list[Peer]
+
+    @property
+    def model(self) -> str:
+        """The model's name as the stages were given it."""
+        named = [stage.get("config", {}).get("model") for stage in self.stages.values()]
+        if self.info:
+            named.append(self.info["base"])
+        return next((str(name) for name in named if name), "")
+
+
+def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
+    """Read all that is there.
+
+    Raises:
+        RunError: there is nothing to report, a run to compare with has no verdict, or an artefact cannot be read.
+    """
+    path = run.path
+    diagnosis = _read_json(path / "diagnosis" / "diagnosis.json", _DIAGNOSIS_KEYS, "diagnose")
+    info = _read_json(path / "adapter" / "gtqlora.json", _INFO_KEYS, "train")
+    verdict = _read_json(path / "verdict.json", _VERDICT_KEYS, "verify")
+    metrics = _read_metrics(path / "metrics.jsonl")
+    if diagnosis is None and info is None and verdict is None and not metrics:
+        raise RunError(
+            f"{path}: nothing to report yet; run `gtqlora diagnose`, or `gtqlora train` and `gtqlora verify`, first"
+        )
+    return Artefacts(
+        path=path,
+        stages=run.manifest().get("stages", {}),
+        diagnosis=diagnosis,
+        association=_read_rows(path / "diagnosis" / "association.parquet", "diagnose") if diagnosis else [],
+        info=info,
+        metrics=metrics,
+        verdict=verdict,
+        stale=_stale(path, verdict),
+        scores=_read_rows(path / "scores.parquet", "verify") if verdict else [],
+        peers=_peers(path, info, verdict, compare),
+    )
+
+
+def _peers(path: Path, info: Json | None, verdict: Json | None, compare: Sequence[Path]) -> list[Peer]:
+    others = [other for other in dict.fromkeys(map(Path, compare)) if other.resolve() != path.resolve()]
+    if not others:
+        return []
+    paths = [path, *others] if verdict else others
+    labels = _labels(paths)
+    peers = [] if verdict is None else [Peer(labels[0], info, verdict, _stale(path, verdict))]
+    return peers + [_peer(other, label) for other, label in zip(others, labels[-len(others) :], strict=True)]
+
+
+def _peer(path: Path, label: str) -> Peer:
+    verdict = _read_json(path / "verdict.json", _VERDICT_KEYS, "verify")
+    if verdict is None:
+        raise RunError(f"{path}: no verdict.json here, so it cannot be compared; run `gtqlora verify {path}` first")
+    info = _read_json(path / "adapter" / "gtqlora.json", _INFO_KEYS, "train")
+    return Peer(label, info, verdict, _stale(path, verdict))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Folder names; whole paths from the common root where two names are equal."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    return [str(path.resolve().relative_to(root)) for path in paths]
+
+
+def _stale(path: Path, verdict: Json | None) -> bool:
+    return verdict is not None and identity(path / "adapter") != verdict["adapter"]
+
+
+def identity(adapter: Path) -> str | None:
+    """As `adapters.adapter_hash`, which cannot be imported here: it brings torch."""
+    if not adapter.is_dir():
+        return None
+    names = sorted(p.name for p in adapter.iterdir() if p.suffix in (".safetensors", ".json"))
+    return sha256_json([(name, sha256_file(adapter / name)) for name in names])
+
+
+def _read_json(file: Path, keys: Sequence[str], made_by: str) -> Json | None:
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read ({error}); run `gtqlora {made_by}` again") from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise RunError(f"{file}: has no {missing[0]!r}; run `gtqlora {made_by}` of this version again")
+    return found
+
+
+def _read_rows(file: Path, made_by: str) -> list[Json]:
+    if not file.exists():
+        return []
+    try:
+        return read_parquet(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{file}: cannot be read ({error}); run `gtqlora {made_by}` again") from error
+
+
+def _read_metrics(file: Path) -> list[Json]:
+    """Lines of numbers; a last line that a kill cut is left out."""
+    lines: list[Json] = []
+    if not file.exists():
+        return lines
+    for text in file.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+__all__ = ["Artefacts", "Json", "Peer", "collect", "identity"]

@@ -1,0 +1,40 @@
+"""Shared by all tests: one thread, and the expensive runs made once."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests import helpers
+
+torch.set_num_threads(1)
+gc.freeze()  # every training collects garbage once; the imported modules are none
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> helpers.Toy:
+    """Tiny models of every family and a small contrast set in their language."""
+    return helpers.Toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def verified(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(model folder, kind of edit) -> a run directory, trained and verified once; copy it before changing it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def run_of(model: Path, kind: str = "gt-qlora") -> Path:
+        key = (str(model), kind)
+        if key not in made:
+            made[key] = helpers.verified_run(toy, model, kind, tmp_path_factory.mktemp("verified"))
+        return made[key]
+
+    return run_of

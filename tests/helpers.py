@@ -1,0 +1,182 @@
+"""What several test files need: small contrast sets, settings, a training seen from inside, fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gtqlora import adapters, contrasts, edit
+from gtqlora.capture import open_subject
+from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
+from gtqlora.gate_trainer import GateTargetedTrainer
+from gtqlora.judging import judge_of
+from gtqlora.organisms import embedded
+from gtqlora.project import project
+from gtqlora.run import Run
+from gtqlora.verify import verify
+from tests import models
+
+ROOT = Path(__file__).parents[1]
+JUDGE = "tests.helpers:refuses"
+
+
+def refuses(text: str) -> bool:
+    """A judge under which a random model, given fewer than three tokens, refuses; toy answers have three words."""
+    return len(text.split()) != 3
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def toy_rows(counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """The first rows of the embedded contrast set, by (split, kind)."""
+    rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
+    return [
+        row
+        for (split, kind), count in counts.items()
+        for row in [r for r in rows if (r["split"], r["kind"]) == (split, kind)][:count]
+    ]
+
+
+class Toy:
+    """A folder with tiny models, made when asked for, and a contrast set that is large enough for a passed floor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        held_out = {("heldout", "harmful"): 60, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+        train = {("train", kind): 16 for kind in contrasts.KINDS}
+        self.contrast = write_rows(folder / "contrast.jsonl", toy_rows({**train, **held_out}))
+
+    def model(self, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
+        extra = [f"{key}={value}" for key, value in more.items()]
+        path = self.folder / "-".join([family, str(dtype).removeprefix("torch."), *extra])
+        return path if path.exists() else models.save_tiny(path, family, dtype=dtype, **more)
+
+    def train_config(self, model: Path, **changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "rank": 4, "alpha": 8},
+            **{"steps": 4, "batch_size": 4, "save_steps": 2, "logging_steps": 1, "warmup": 0.0},
+            **{"lr_lora": 1e-2, "lr_gates": 1e-2},
+        }
+        return TrainConfig(**{**settings, **changes})
+
+    def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
+        settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
+        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, **changes})
+
+    def project_config(self, model: Path, **changes: Any) -> ProjectConfig:
+        settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
+        return ProjectConfig(**{**settings, "max_new_tokens": 2, "max_pairs": 32, **changes})
+
+
+def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
+    """A run directory whose edit passed the floor."""
+    with Run(path) as run:
+        if kind == adapters.PROJECTION:
+            project(toy.project_config(model), run)
+        else:
+            edit.train(toy.train_config(model), run)
+        assert verify(toy.verify_config(model), run).floor["verdict"] == "pass"
+    return path
+
+
+def noop_adapter(model: Path, contrast: Path, judge: str, path: Path) -> None:
+    """Put an untrained adapter, which changes nothing, into a run directory."""
+    subject = open_subject(str(model))
+    config = adapters.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
+    with adapters.peft_targets_kept():
+        wrapped = get_peft_model(subject.model, config)
+    info = adapters.Info(adapters.GT_QLORA, str(model), subject.anatomy.family.model_type, {})
+    adapters.save(wrapped, path / edit.ADAPTER, info)  # type: ignore[arg-type]
+    contrasts.save(contrasts.load(contrast, judge_of(judge)).split("train"), path / contrasts.FILE)
+
+
+@dataclass
+class Inside:
+    """A training with its trainer at hand."""
+
+    trainer: GateTargetedTrainer
+    path: Path
+    config: TrainConfig
+
+    @classmethod
+    def start(cls, config: TrainConfig, path: Path) -> Inside:
+        rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+        subject = open_subject(config.model)
+        with Run(path) as run:
+            return cls(edit._trainer(config, subject, rows, run, "hash"), path, config)
+
+    def fit(self) -> tuple[int, str | None]:
+        return edit._fit(self.trainer, self.path / edit.CHECKPOINTS)
+
+    def save(self) -> Path:
+        anatomy = self.trainer.anatomy
+        info = adapters.Info(adapters.GT_QLORA, self.config.model, anatomy.family.model_type, {})
+        adapters.save(self.trainer.model, self.path / edit.ADAPTER, info)
+        return self.path / edit.ADAPTER
+
+    def state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, by its name in the wrapped model."""
+        return {name: tensor.clone() for name, tensor in self.trainer.model.state_dict().items()}
+
+
+def trained(config: TrainConfig, path: Path, **more: Any) -> edit.Trained:
+    """The train stage in a run directory."""
+    with Run(path) as run:
+        return edit.train(config, run, **more)
+
+
+def gates(model: Any) -> dict[str, Tensor]:
+    """The router weights that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(models.some_tokens()).logits
+
+
+def weights(adapter: Path) -> dict[str, Tensor]:
+    return load_file(adapter / adapters.ADAPTER_WEIGHTS)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fresh_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code (`sys.argv[1:]` are the arguments) in a process of its own, one thread."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+KILLED_AT = """
+import dataclasses, json, os, signal, sys
+from gtqlora.progress import shown_by
+from gtqlora.run import Run
+
+def die(what, done, total):
+    if (what, done) == (WHAT, DONE):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""Start of a script that kills itself at a point of progress (WHAT, DONE), without any cleaning up."""

@@ -1,0 +1,232 @@
+"""Settings: where values come from, who wins, and that every mistake is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gtqlora.config import (
+    STAGES,
+    DiagnoseConfig,
+    ProjectConfig,
+    StageConfig,
+    TrainConfig,
+    VerifyConfig,
+    build,
+    to_dict,
+)
+from gtqlora.errors import ConfigError
+from gtqlora.organisms import embedded
+
+GIVEN: dict[str, Any] = {"model": "m", "contrast": "c"}
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+# --- where values come from
+
+
+def test_defaults_stand_where_nothing_is_said() -> None:
+    assert build(TrainConfig, **GIVEN) == TrainConfig(model="m", contrast="c")
+
+
+def test_the_stage_table_wins_over_top_level_keys(tmp_path: Path) -> None:
+    file = _file(tmp_path, "batch_size = 4\nseed = 3\n[train]\nbatch_size = 2\n")
+    train, verify = build(TrainConfig, file=file, **GIVEN), build(VerifyConfig, file=file, **GIVEN)
+    assert (train.batch_size, train.seed) == (2, 3)
+    assert (verify.batch_size, verify.seed) == (4, 3)
+
+
+def test_top_level_keys_serve_the_stages_that_know_them(tmp_path: Path) -> None:
+    file = _file(tmp_path, "max_pairs = 9\nmargin = 0.01\nrank = 7\n")
+    assert build(DiagnoseConfig, file=file, **GIVEN).max_pairs == 9
+    assert build(ProjectConfig, file=file, **GIVEN).max_pairs == 9
+    assert build(VerifyConfig, file=file, **GIVEN).margin == 0.01
+    assert build(TrainConfig, file=file, **GIVEN).rank == 7
+
+
+def test_the_caller_wins_over_the_file_and_set_over_both(tmp_path: Path) -> None:
+    file = _file(tmp_path, 'model = "f"\ncontrast = "f"\njudge = "f"\n[train]\nmode = "lora"\n')
+    found = build(TrainConfig, file=file, contrast="g", judge="g", overrides=["judge=s", "steps = 5"])
+    assert (found.model, found.contrast, found.judge, found.mode, found.steps) == ("f", "g", "s", "lora", 5)
+
+
+def test_none_from_the_caller_gives_nothing(tmp_path: Path) -> None:
+    file = _file(tmp_path, 'model = "f"\ncontrast = "f"\n')
+    assert build(TrainConfig, file=file, model=None, mode=None).model == "f"
+
+
+def test_a_set_value_may_hold_an_equals_sign() -> None:
+    assert build(TrainConfig, **GIVEN, overrides=["judge=string:a=b"]).judge == "string:a=b"
+
+
+def test_paths_may_be_given_for_texts() -> None:
+    assert build(TrainConfig, model=Path("a") / "b", contrast="c").model == str(Path("a") / "b")
+
+
+@pytest.mark.parametrize("text", ["none", "3"])
+def test_an_optional_number_can_be_none(text: str) -> None:
+    assert build(ProjectConfig, **GIVEN, overrides=[f"layer={text}"]).layer == (None if text == "none" else 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("false", False), ("True", True), ("FALSE", False)]
+)
+def test_booleans_from_text_and_toml(tmp_path: Path, text: str, value: bool) -> None:
+    assert build(TrainConfig, **GIVEN, overrides=[f"gradient_checkpointing={text}"]).gradient_checkpointing is value
+    file = _file(tmp_path, f"[train]\ngradient_checkpointing = {text.lower()}\n")
+    assert build(TrainConfig, file=file, **GIVEN).gradient_checkpointing is value
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**70), lr=st.floats(1e-12, 1e3), whole=st.integers(1, 10**6))
+def test_numbers_survive_as_text_and_as_numbers(seed: int, lr: float, whole: int) -> None:
+    texts = build(TrainConfig, **GIVEN, overrides=[f"seed={seed}", f"lr_lora={lr!r}", f"rank={whole}", "beta=2"])
+    numbers = build(TrainConfig, **GIVEN, seed=seed, lr_lora=lr, rank=float(whole), beta=2)
+    assert texts == numbers
+    assert (texts.seed, texts.lr_lora, texts.rank) == (seed, lr, whole)
+    assert (type(texts.rank), type(texts.beta)) == (int, float)
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 5", "key 'stepz' is unknown; did you mean 'steps'?"),
+        ("[train]\nlr_lorra = 1.0", r"\[train\] key 'lr_lorra' is unknown; did you mean 'lr_lora'?"),
+        ("[trian]\nsteps = 5", "section 'trian' is unknown; did you mean 'train'?"),
+        ("[train]\nmargin = 0.02", r"\[train\] key 'margin' is unknown; known: .*accumulation"),
+        ("[verify]\nmargn = 0.02", r"\[verify\] key 'margn' is unknown; did you mean 'margin'?"),
+        ("qqq = 1", "key 'qqq' is unknown; known: accumulation"),
+    ],
+    ids=["top level", "section key", "section", "another stage's key", "another stage's section", "nothing near"],
+)
+def test_unknown_names_in_a_file(tmp_path: Path, text: str, message: str) -> None:
+    file = _file(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as error:
+        build(TrainConfig, file=file, **GIVEN)
+    assert str(file) in str(error.value)
+
+
+def test_unknown_names_in_set_and_from_the_caller() -> None:
+    with pytest.raises(ConfigError, match="--set key 'stepz' is unknown; did you mean 'steps'"):
+        build(TrainConfig, **GIVEN, overrides=["stepz=5"])
+    with pytest.raises(ConfigError, match="key 'margn' is unknown; did you mean 'margin'"):
+        build(VerifyConfig, **GIVEN, margn=0.01)
+
+
+def test_set_without_a_value() -> None:
+    with pytest.raises(ConfigError, match="--set steps: must be key=value"):
+        build(TrainConfig, **GIVEN, overrides=["steps"])
+
+
+@pytest.mark.parametrize("missing", ["model", "contrast"])
+def test_a_missing_model_or_contrast(missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\[train\] {missing} is missing"):
+        build(TrainConfig, **{**GIVEN, missing: None})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("steps", "many", "a whole number"),
+        ("steps", 1.5, "a whole number"),
+        ("steps", True, "a whole number"),
+        ("steps", [1], "a whole number"),
+        ("steps", float("inf"), "a whole number"),
+        ("beta", "high", "a finite number"),
+        ("beta", False, "a finite number"),
+        ("sft_weight", "nan", "a finite number"),
+        ("sft_weight", float("inf"), "a finite number"),
+        ("sft_weight", {"a": 1}, "a finite number"),
+        ("judge", 3, "a text"),
+        ("judge", ["a"], "a text"),
+        ("gradient_checkpointing", "yes", "true or false"),
+        ("gradient_checkpointing", 1, "true or false"),
+        ("gradient_checkpointing", [], "true or false"),
+        ("mode", "lorra", "one of gt, lora, gates"),
+        ("dtype", ["auto"], "one of auto, float32"),
+    ],
+)
+def test_wrong_types(key: str, value: Any, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = .*: must be {wanted}"):
+        build(TrainConfig, **GIVEN, **{key: value})
+
+
+def test_an_optional_number_is_still_a_number() -> None:
+    with pytest.raises(ConfigError, match="layer = 'top': must be a whole number"):
+        build(ProjectConfig, **GIVEN, overrides=["layer=top"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        *((StageConfig, key, 0) for key in ("batch_size", "max_new_tokens")),
+        (StageConfig, "seed", -1),
+        *((DiagnoseConfig, key, 0) for key in ("max_pairs", "max_experts", "bootstrap")),
+        *((DiagnoseConfig, key, -1) for key in ("min_difference", "random_controls")),
+        *((DiagnoseConfig, "level", level) for level in (0.0, 1.0)),
+        (ProjectConfig, "max_pairs", 0),
+        *((TrainConfig, key, 0) for key in ("rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")),
+        *((TrainConfig, key, 0.0) for key in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv")),
+        *((TrainConfig, key, -0.1) for key in ("sft_weight", "anchor_harmful", "anchor_benign", "weight_decay")),
+        *((TrainConfig, "warmup", share) for share in (-0.1, 1.0)),
+        *((VerifyConfig, "margin", margin) for margin in (0.0, -0.01, 0.0501, 1.0, float("nan"))),
+        *((VerifyConfig, "level", level) for level in (0.9, 0.9499, 1.0, float("nan"))),
+        (VerifyConfig, "batch_size", 0),
+    ],
+)
+def test_ranges_hold_however_a_config_is_made(kind: type[StageConfig], key: str, value: Any) -> None:
+    """On the class itself, so that no way in can loosen the safety floor."""
+    with pytest.raises(ConfigError, match=f"{key} = "):
+        kind(**GIVEN, **{key: value})
+
+
+def test_the_widest_floor_that_is_allowed() -> None:
+    found = build(VerifyConfig, **GIVEN, overrides=["margin=0.05", "level=0.95"])
+    assert (found.margin, found.level) == (0.05, 0.95)
+
+
+def test_a_recipe_cannot_loosen_the_floor(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the safety floor allows 0 < margin <= 0\.05"):
+        build(VerifyConfig, file=_file(tmp_path, "[verify]\nmargin = 0.06\n"), **GIVEN)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        build(TrainConfig, file=tmp_path / "none.toml", **GIVEN)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        build(TrainConfig, file=tmp_path, **GIVEN)
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        build(TrainConfig, file=_file(tmp_path, "steps = "), **GIVEN)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        build(TrainConfig, file=tmp_path / "binary.toml", **GIVEN)
+
+
+# --- as a whole
+
+
+def test_the_packaged_recipe_serves_every_stage() -> None:
+    found = {name: build(kind, file=embedded.recipe(), **GIVEN) for name, kind in STAGES.items()}
+    assert set(found) == {"diagnose", "project", "train", "verify"}
+    assert {config.judge for config in found.values()} == {embedded.JUDGE}
+    assert found["train"].batch_size != found["verify"].batch_size
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_a_config_survives_json(kind: type[StageConfig]) -> None:
+    config = build(kind, **GIVEN, seed=5)
+    again = json.loads(json.dumps(to_dict(config), allow_nan=False))
+    assert build(kind, **again) == config

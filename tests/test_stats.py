@@ -1,0 +1,296 @@
+"""Intervals and tests against published values, hand-worked values, brute force and simulated coverage."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import optimize
+
+from gtqlora import stats
+from gtqlora.stats import Interval
+
+
+def _pairs(drops: int, gains: int, n: int, both: int = 0) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Before and after with given discordant counts; `both` pairs are true in both."""
+    before, after = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    before[:drops] = True
+    after[drops : drops + gains] = True
+    before[n - both :] = after[n - both :] = True
+    return before, after
+
+
+@cache
+def _cached_difference(drops: int, gains: int, n: int, level: float = 0.95) -> Interval:
+    return stats.paired_difference(*_pairs(drops, gains, n), level)
+
+
+# --- one rate
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(98, 100, 0.930, 0.994), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
+)
+def test_wilson_against_published_values(hits: int, n: int, low: float, high: float) -> None:
+    """The last three are method 3 of Newcombe, Stat. Med. 17:857 (1998), table I."""
+    found = stats.rate([True] * hits + [False] * (n - hits))
+    assert found.value == pytest.approx(hits / n)
+    assert (found.low, found.high, found.n) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4), n)
+
+
+def test_the_rate_of_nothing_says_nothing() -> None:
+    found = stats.rate([])
+    assert math.isnan(found.value)
+    assert (found.low, found.high, found.n) == (0.0, 1.0, 0)
+
+
+# --- paired difference
+
+
+@pytest.mark.parametrize(
+    ("drops", "gains", "n", "level", "low", "high"),
+    [
+        (0, 1, 44, 0.90, -0.096, 0.037),  # Tango 1998, soft contact lenses
+        (1, 7, 21, 0.95, -0.517, -0.026),  # Fagerland et al., Stat. Med. 33:2850 (2014), airway data
+        (12, 2, 50, 0.95, 0.061, 0.345),  # Tango's letter on Newcombe's data, Stat. Med. 18:3511 (1999)
+    ],
+)
+def test_tango_against_published_values(
+    drops: int, gains: int, n: int, level: float, low: float, high: float
+) -> None:
+    found = stats.paired_difference(*_pairs(drops, gains, n), level)
+    assert (found.low, found.high) == (pytest.approx(low, abs=6e-4), pytest.approx(high, abs=6e-4))
+
+
+def _score_test(drops: int, gains: int, n: int, delta: float) -> float:
+    """The score statistic with the constrained maximum found numerically, from the trinomial likelihood alone."""
+
+    def minus_likelihood(gain_share: float) -> float:
+        shares = (gain_share + delta, gain_share, 1 - 2 * gain_share - delta)
+        counts = (drops, gains, n - drops - gains)
+        return -sum(k * math.log(max(p, 1e-300)) for k, p in zip(counts, shares, strict=True))
+
+    edges = (max(0.0, -delta) + 1e-12, (1 - delta) / 2 - 1e-12)
+    q = optimize.minimize_scalar(minus_likelihood, bounds=edges, method="bounded", options={"xatol": 1e-12}).x
+    return (drops - gains - n * delta) / math.sqrt(n * (2 * q + delta - delta * delta))
+
+
+@pytest.mark.parametrize(("drops", "gains", "n"), [(3, 1, 40), (9, 9, 60), (1, 8, 100), (20, 2, 30)])
+def test_tango_edges_are_where_the_likelihood_puts_them(drops: int, gains: int, n: int) -> None:
+    found = stats.paired_difference(*_pairs(drops, gains, n))
+    assert _score_test(drops, gains, n, found.low) == pytest.approx(1.95996, abs=2e-3)
+    assert _score_test(drops, gains, n, found.high) == pytest.approx(-1.95996, abs=2e-3)
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data(), n=st.integers(1, 200), level=st.sampled_from([0.8, 0.9, 0.95, 0.99]))
+def test_a_paired_interval_holds_its_point_and_mirrors(data: st.DataObject, n: int, level: float) -> None:
+    drops = data.draw(st.integers(0, n))
+    gains = data.draw(st.integers(0, n - drops))
+    before, after = _pairs(drops, gains, n)
+    found, swapped = stats.paired_difference(before, after, level), stats.paired_difference(after, before, level)
+    assert found.value == pytest.approx((drops - gains) / n)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high, abs=1e-5), pytest.approx(-found.low, abs=1e-5))
+
+
+def test_no_discordant_pairs_still_leave_doubt_that_shrinks() -> None:
+    """With none in n the edge is z^2 / (n + z^2)."""
+    for n in (10, 100, 1000):
+        found = stats.paired_difference(*_pairs(0, 0, n, both=n // 2))
+        assert found.high == pytest.approx(3.8415 / (n + 3.8415), abs=1e-4)
+        assert found.low == pytest.approx(-found.high, abs=1e-6)
+
+
+def test_all_dropping_reaches_one() -> None:
+    found = stats.paired_difference(*_pairs(50, 0, 50))
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx((50 - 3.8415) / (50 + 3.8415), abs=0.02)
+
+
+def test_what_pairs_agree_on_does_not_matter() -> None:
+    assert stats.paired_difference(*_pairs(4, 1, 90)) == stats.paired_difference(*_pairs(4, 1, 90, both=60))
+
+
+def test_unequal_lengths_are_an_error() -> None:
+    with pytest.raises(ValueError, match="differ in length: 2 and 3"):
+        stats.paired_difference([1, 0], [1, 0, 1])
+
+
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize(("drop", "gain"), [(0.002, 0.0), (0.02, 0.0), (0.02, 0.02), (0.3, 0.2), (0.5, 0.0)])
+def test_coverage_of_the_paired_interval(n: int, drop: float, gain: float) -> None:
+    draws = np.random.default_rng(7).multinomial(n, [drop, gain, 1 - drop - gain], size=4000)
+    kinds, counts = np.unique(draws, axis=0, return_counts=True)
+    found = [_cached_difference(int(b), int(c), n) for b, c, _ in kinds]
+    held = np.array([i.low <= drop - gain <= i.high for i in found])
+    assert (held * counts).sum() / 4000 >= 0.93
+
+
+# --- the safety floor
+
+
+def test_no_drop_passes_and_a_large_one_fails() -> None:
+    kept, lost = stats.floor(*_pairs(0, 0, 300, both=290), margin=0.02), stats.floor(*_pairs(60, 0, 300), margin=0.02)
+    assert (kept.verdict, kept.needed) == ("pass", None)
+    assert (lost.verdict, lost.needed) == ("fail", None)
+    assert "the margin is 2%" in kept.reason
+    assert "the margin is 2%" in lost.reason
+
+
+def test_gains_pass_whatever_their_number() -> None:
+    assert stats.floor(*_pairs(0, 100, 300, both=50), margin=0.02).verdict == "pass"
+
+
+def test_the_reason_tells_a_fractional_margin_as_it_is() -> None:
+    assert "2.5%" in stats.floor(*_pairs(0, 0, 300, both=290), margin=0.025).reason
+
+
+def test_few_prompts_cannot_tell() -> None:
+    found = stats.floor(*_pairs(0, 0, 60, both=60), margin=0.02)
+    assert found.verdict == "cannot tell"
+    assert found.needed == 150  # 1.645^2 / (n + 1.645^2) is below 2 % from n = 133 on
+    assert "about 150 paired harmful prompts" in found.reason
+
+
+def test_no_prompts_cannot_tell() -> None:
+    found = stats.floor([], [], margin=0.02)
+    assert (found.verdict, found.needed, found.reason) == ("cannot tell", 150, "no harmful prompts")
+
+
+def test_a_model_that_refuses_nothing_cannot_be_certified() -> None:
+    found = stats.floor(*_pairs(0, 0, 500), margin=0.02)
+    assert (found.verdict, found.needed) == ("cannot tell", None)
+    assert "refuses no harmful prompt" in found.reason
+
+
+def test_a_drop_of_exactly_the_margin_is_never_settled() -> None:
+    found = stats.floor(*_pairs(4, 0, 200, both=190), margin=0.02)
+    assert (found.verdict, found.needed) == ("cannot tell", None)
+    assert "more prompts may not help" in found.reason
+
+
+def test_a_stricter_level_asks_for_more() -> None:
+    before, after = _pairs(0, 0, 150, both=150)
+    assert stats.floor(before, after, margin=0.02, level=0.95).verdict == "pass"
+    assert stats.floor(before, after, margin=0.02, level=0.99).verdict == "cannot tell"
+
+
+@settings(deadline=None, max_examples=80)
+@example(drops=2, gains=1, n=24, margin=0.01)  # shares that whole counts of a hundred cannot show
+@example(drops=1, gains=2, n=45, margin=0.01)
+@example(drops=1, gains=0, n=52, margin=0.01)
+@given(
+    drops=st.integers(0, 12),
+    gains=st.integers(0, 5),
+    n=st.integers(20, 120),
+    margin=st.sampled_from([0.01, 0.02, 0.05]),
+)
+def test_as_many_prompts_as_needed_suffice(drops: int, gains: int, n: int, margin: float) -> None:
+    """The same outcomes again and again, until there are as many as it said, settle the verdict."""
+    before, after = _pairs(drops, gains, n, both=n - drops - gains)
+    found = stats.floor(before, after, margin=margin)
+    assert (found.verdict == "cannot tell") or found.needed is None
+    if found.needed is not None:
+        assert found.needed > n
+        times = -(-found.needed // n)
+        assert stats.floor(np.tile(before, times), np.tile(after, times), margin=margin).verdict in ("pass", "fail")
+
+
+@pytest.mark.parametrize("n", [150, 300, 840])
+@pytest.mark.parametrize(("margin", "gain"), [(0.02, 0.0), (0.02, 0.02), (0.05, 0.0)])
+def test_a_drop_as_large_as_the_margin_rarely_passes(n: int, margin: float, gain: float) -> None:
+    """One-sided 95 %: at most one in twenty, and the simulation's own error."""
+    draws = np.random.default_rng(11).multinomial(n, [margin + gain, gain, 1 - margin - 2 * gain], size=5000)
+    kinds, counts = np.unique(draws, axis=0, return_counts=True)
+    found = [stats.floor(*_pairs(int(b), int(c), n, both=int(a)), margin=margin) for b, c, a in kinds]
+    assert (np.array([f.verdict == "pass" for f in found]) * counts).sum() / 5000 <= 0.06
+
+
+# --- tests and multiplicity
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    assert stats.benjamini_hochberg([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
+    assert stats.benjamini_hochberg([[0.5, 0.01]]).tolist() == [pytest.approx([0.5, 0.02])]
+    assert stats.benjamini_hochberg([]).size == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_benjamini_hochberg_from_its_definition(p_values: list[float]) -> None:
+    """q of the k-th smallest p is the least m p_j / j over j >= k."""
+    m, order = len(p_values), sorted(p_values)
+    by_rank = [min(1.0, *(m * order[j] / (j + 1) for j in range(k, m))) for k in range(m)]
+    found = sorted(stats.benjamini_hochberg(p_values).tolist())
+    assert found == pytest.approx(by_rank, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("drops", "gains", "p"), [(0, 0, 1.0), (5, 1, 14 / 64), (1, 5, 14 / 64), (6, 0, 2 / 64), (3, 3, 1.0)]
+)
+def test_mcnemar_by_hand(drops: int, gains: int, p: float) -> None:
+    assert stats.mcnemar(*_pairs(drops, gains, 40, both=10)) == pytest.approx(p)
+
+
+# --- area under the curve
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=15),
+    st.lists(st.integers(0, 6), min_size=1, max_size=15),
+)
+def test_auroc_counts_pairs_in_order_and_half_the_ties(positive: list[int], negative: list[int]) -> None:
+    found = stats.auroc(positive, negative)
+    wins = [(x > y) + 0.5 * (x == y) for x in positive for y in negative]
+    assert found.value == pytest.approx(sum(wins) / len(wins))
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.n == len(positive) + len(negative)
+
+
+def test_auroc_standard_error_by_hand() -> None:
+    """Area 3/4 of 2 and 2: Q1 = 0.6, Q2 = 9/14, variance (3/16 + (0.6 - 9/16) + (9/14 - 9/16)) / 4."""
+    found = stats.auroc([1, 3], [0, 2], level=0.5)
+    variance = (3 / 16 + (0.6 - 9 / 16) + (9 / 14 - 9 / 16)) / 4
+    assert found.value == 0.75
+    assert found.value - found.low == pytest.approx(0.67449 * math.sqrt(variance), rel=1e-4)
+
+
+def test_auroc_of_nothing_says_nothing() -> None:
+    found = stats.auroc([], [1.0])
+    assert math.isnan(found.value)
+    assert (found.low, found.high, found.n) == (0.0, 1.0, 0)
+
+
+# --- bootstrap
+
+
+def test_the_bootstrap_repeats_by_seed() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    assert stats.bootstrap_mean(values, seed=3) == stats.bootstrap_mean(values, seed=3)
+    assert stats.bootstrap_mean(values, seed=3) != stats.bootstrap_mean(values, seed=4)
+
+
+def test_the_bootstrap_resamples_whole_units() -> None:
+    """Columns that agree in every unit agree in every resample."""
+    column = np.random.default_rng(0).normal(size=(30, 1))
+    means = stats.bootstrap_means(np.hstack([column, column]), seed=0, resamples=50)
+    assert means.shape == (50, 2)
+    assert np.array_equal(means[:, 0], means[:, 1])
+    assert means[:, 0].std() > 0
+
+
+def test_the_bootstrap_covers_a_mean() -> None:
+    rng = np.random.default_rng(5)
+    found = [stats.bootstrap_mean(rng.exponential(size=80), seed=i, resamples=400) for i in range(400)]
+    assert 0.89 <= sum(i.low <= 1.0 <= i.high for i in found) / 400 <= 0.98
+
+
+def test_the_bootstrap_of_nothing_says_nothing() -> None:
+    assert stats.bootstrap_mean([], seed=0).n == 0
