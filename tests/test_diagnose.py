@@ -29,18 +29,31 @@ from gtqlora.run import Run, read_parquet
 ORGANISMS = ("routed", "residual", "null", "routed-qwen3")
 
 
-def _config(organism: str, **given: Any) -> DiagnoseConfig:
-    settings = {"contrast": embedded.contrast(), "max_pairs": 80, "random_controls": 1, **given}
-    return build(DiagnoseConfig, file=embedded.recipe(), model=embedded.organism(organism), **settings)
+def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
+    settings = {"model": embedded.organism(organism), "contrast": contrast, "random_controls": 1, **given}
+    return build(DiagnoseConfig, file=embedded.recipe(), **settings)
+
+
+def _write_contrast(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row) -> Path:
+    """Forty groups of a benign row, a lookalike and a harmful one, each row changed."""
+    rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "validation"][:120]
+    path.write_text("\n".join(json.dumps(change(i, row)) for i, row in enumerate(rows)))
+    return path
 
 
 @pytest.fixture(scope="module")
-def diagnosed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Diagnosis, Path]]:
+def contrast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write_contrast(tmp_path_factory.mktemp("contrast") / "c.jsonl")
+
+
+@pytest.fixture(scope="module")
+def diagnosed(tmp_path_factory: pytest.TempPathFactory, contrast: Path) -> Callable[[str], tuple[Diagnosis, Path]]:
     @cache
     def of(organism: str) -> tuple[Diagnosis, Path]:
         path = tmp_path_factory.mktemp(organism)
         with Run(path) as run:
-            return diagnose(_config(organism), run), path
+            return diagnose(_config(organism, contrast), run), path
 
     return of
 
@@ -51,17 +64,8 @@ def subject() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def pairs(subject: Subject) -> list[Pair]:
-    contrast = load(embedded.contrast(), judge_of(embedded.JUDGE)).split("validation")
-    return pairs_of(contrast, subject, 60, seed=0)
-
-
-def _changed_contrast(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Path:
-    """Forty groups of a benign row, a lookalike and a harmful one, each row changed."""
-    rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "validation"][:120]
-    path.write_text("\n".join(json.dumps(change(i, row)) for i, row in enumerate(rows)))
-    return path
+def pairs(subject: Subject, contrast: Path) -> list[Pair]:
+    return pairs_of(load(contrast, judge_of(embedded.JUDGE)), subject, 60, seed=0)
 
 
 # --- against the ground truth
@@ -145,21 +149,20 @@ def test_the_direction_is_written_and_separates(diagnosed: Any) -> None:
     assert found.directions[-1]["separation"]["n"] == 80
 
 
-def test_a_second_diagnosis_reads_the_first(diagnosed: Any) -> None:
+def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> None:
     found, path = diagnosed("routed")
     file = path / "diagnosis" / "diagnosis.json"
     before = file.stat().st_mtime_ns
     with Run(path) as run:
-        assert diagnose(_config("routed"), run) == found == read_diagnosis(run)
+        assert diagnose(_config("routed", contrast), run) == found == read_diagnosis(run)
     assert file.stat().st_mtime_ns == before
 
 
-def test_it_repeats_by_seed(tmp_path: Path) -> None:
-    contrast = _changed_contrast(tmp_path / "c.jsonl", lambda _i, row: row)
+def test_it_repeats_by_seed(tmp_path: Path, contrast: Path) -> None:
     found, rows = [], []
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         with Run(tmp_path / name) as run:
-            found.append(diagnose(_config("routed", contrast=contrast, max_pairs=20, seed=seed), run))
+            found.append(diagnose(_config("routed", contrast, max_pairs=20, seed=seed), run))
         rows.append(read_parquet(tmp_path / name / "diagnosis" / "association.parquet"))
     assert found[0] == found[1] != found[2]
     assert rows[0] == rows[1] != rows[2]
@@ -169,9 +172,9 @@ def test_it_repeats_by_seed(tmp_path: Path) -> None:
 
 
 def test_a_set_without_twins_is_an_error(tmp_path: Path) -> None:
-    contrast = _changed_contrast(tmp_path / "c.jsonl", lambda i, row: {**row, "twin": None, "pair_id": f"p{i}"})
+    contrast = _write_contrast(tmp_path / "c.jsonl", lambda i, row: {**row, "twin": None, "pair_id": f"p{i}"})
     with Run(tmp_path / "run") as run, pytest.raises(ContrastError, match="split 'validation' has no twins"):
-        diagnose(_config("routed", contrast=contrast), run)
+        diagnose(_config("routed", contrast), run)
     assert not (tmp_path / "run" / "diagnosis").exists()
 
 
@@ -179,10 +182,10 @@ _ONE = pytest.mark.xfail(raises=ValueError, strict=True, reason="diagnose writes
 
 
 @pytest.mark.parametrize("max_pairs", [pytest.param(1, marks=_ONE), 12])
-def test_too_few_pairs_cannot_tell_and_it_says_how_many_are_needed(tmp_path: Path, max_pairs: int) -> None:
-    contrast = _changed_contrast(tmp_path / "c.jsonl", lambda _i, row: row)
-    with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast=contrast, max_pairs=max_pairs), run)
+def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: int) -> None:
+    """And it says how many are needed."""
+    with Run(tmp_path) as run:
+        found = diagnose(_config("routed", contrast, max_pairs=max_pairs), run)
     assert found.verdict == "cannot tell"
     assert f"and {MIN_PAIRS} are needed" in found.sentence
     assert (found.n_pairs, found.n_aligned) == (max_pairs, max_pairs)
@@ -192,9 +195,9 @@ def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
     def longer(_i: int, row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "twin": row["twin"] and f"{row['twin']} {row['twin'].split()[0]}"}
 
-    contrast = _changed_contrast(tmp_path / "c.jsonl", longer)
+    contrast = _write_contrast(tmp_path / "c.jsonl", longer)
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast=contrast), run)
+        found = diagnose(_config("routed", contrast), run)
     assert (found.verdict, found.n_aligned, found.share_routing) == ("cannot tell", 0, {})
     assert "add twins of equal token count" in found.sentence
     assert found.n_pairs == 80
