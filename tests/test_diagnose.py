@@ -27,17 +27,21 @@ from gtqlora.organisms import embedded
 from gtqlora.run import Run, read_parquet
 
 ORGANISMS = ("routed", "residual", "null", "routed-qwen3")
+# A swap garbles one answer in five of this one, so that routing's share is about 80 % and takes more pairs to tell.
+MANY_PAIRS = {"routed-qwen3": 250}
 
 
 def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
-    settings = {"model": embedded.organism(organism), "contrast": contrast, "random_controls": 1, **given}
-    return build(DiagnoseConfig, file=embedded.recipe(), **settings)
+    settings = {"model": embedded.organism(organism), "contrast": contrast, "random_controls": 1, "max_pairs": 500}
+    return build(DiagnoseConfig, file=embedded.recipe(), **settings | given)
 
 
-def _write_contrast(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row) -> Path:
-    """Forty groups of a benign row, a lookalike and a harmful one, each row changed."""
+def _write_contrast(
+    path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row, groups: int = 40
+) -> Path:
+    """Groups of a benign row, a lookalike and a harmful one, each row changed."""
     rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "validation"][:120]
+    rows = [row for row in rows if row["split"] == "validation"][: 3 * groups]
     path.write_text("\n".join(json.dumps(change(i, row)) for i, row in enumerate(rows)))
     return path
 
@@ -52,8 +56,10 @@ def diagnosed(tmp_path_factory: pytest.TempPathFactory, contrast: Path) -> Calla
     @cache
     def of(organism: str) -> tuple[Diagnosis, Path]:
         path = tmp_path_factory.mktemp(organism)
-        with Run(path) as run:
-            return diagnose(_config(organism, contrast), run), path
+        groups = MANY_PAIRS.get(organism)
+        rows = contrast if groups is None else _write_contrast(path / "c.jsonl", groups=groups)
+        with Run(path / "run") as run:
+            return diagnose(_config(organism, rows), run), run.path
 
     return of
 
@@ -77,10 +83,11 @@ def test_the_verdict_is_the_truth(diagnosed: Any, organism: str) -> None:
     truth = embedded.read_truth(embedded.organism(organism))
     assert found.verdict == truth.verdict
     assert found.sentence.startswith(found.verdict.capitalize())
-    assert (found.n_pairs, found.n_aligned) == (80, 80)
+    n = 2 * MANY_PAIRS.get(organism, 40)  # each group has a lookalike and a harmful row
+    assert (found.n_pairs, found.n_aligned) == (n, n)
     share = found.share_routing
     assert share["low"] <= share["value"] <= share["high"]
-    assert share["value"] > 0.8 if truth.verdict == "routing" else share["value"] < 0.1
+    assert share["value"] > 0.7 if truth.verdict == "routing" else share["value"] < 0.1
 
 
 @pytest.mark.parametrize("organism", ["routed", "routed-qwen3"])
