@@ -185,17 +185,15 @@ def test_a_set_without_twins_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "diagnosis").exists()
 
 
-_ONE = pytest.mark.xfail(raises=ValueError, strict=True, reason="diagnose writes the NaN of a separation without pairs")
-
-
-@pytest.mark.parametrize("max_pairs", [pytest.param(1, marks=_ONE), 12])
+@pytest.mark.parametrize("max_pairs", [1, 12])
 def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: int) -> None:
     """And it says how many are needed."""
     with Run(tmp_path) as run:
         found = diagnose(_config("routed", contrast, max_pairs=max_pairs), run)
     assert found.verdict == "cannot tell"
     assert f"and {MIN_PAIRS} are needed" in found.sentence
-    assert (found.n_pairs, found.n_aligned) == (max_pairs, max_pairs)
+    assert found.n_pairs == max_pairs
+    assert found.n_aligned == (max_pairs if max_pairs > 1 else 0)  # a lone pair has no control
 
 
 def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
@@ -252,13 +250,16 @@ def test_control_prompts_are_flagged_siblings_of_the_same_length(pairs: list[Pai
     assert len(groups) == 30  # lookalike and harmful of each
     flagged = {tuple(pair.prompt): pair.row.pair_id for pair in pairs}
     for pair, control in zip(pairs, control_prompts(pairs, 0), strict=True):
+        assert control is not None
         assert len(control) == len(pair.prompt)
         assert control != pair.prompt
         assert flagged[tuple(control)] == pair.row.pair_id
     lone = [pair for pair in pairs if pair.row.kind == "harmful"]
     for pair, control in zip(lone, control_prompts(lone, 0), strict=True):
-        assert tuple(control) in flagged and control != pair.prompt
-    assert control_prompts(pairs[:1], 0) == [pairs[0].prompt]
+        assert control is not None
+        assert tuple(control) in flagged
+        assert control != pair.prompt
+    assert control_prompts(pairs[:1], 0) == [None]
 
 
 @given(
@@ -299,14 +300,14 @@ def test_random_controls_are_of_like_frequency() -> None:
         (65, 0, 100, "cannot tell"),
         (40, 0, 100, "cannot tell"),
         (33, 0, 100, "cannot tell"),
-        (100, 50, 100, "both"),  # half of it is what another flagged prompt's routing does too
+        (100, 50, 100, "cannot tell"),  # another flagged prompt's routing does half of it too
         (0, 0, MIN_PAIRS, "residual"),
         (MIN_PAIRS - 1, 0, MIN_PAIRS - 1, "cannot tell"),
         (0, 0, 0, "cannot tell"),
     ],
 )
 def test_verdicts(moved: int, by_control: int, n: int, verdict: str) -> None:
-    found = verdict_of([i < moved for i in range(n)], [i < by_control for i in range(n)], seed=0)
+    found = verdict_of([i < moved for i in range(n)], [i < by_control for i in range(n)])
     assert found.verdict == verdict
     assert found.n_pairs == n
     assert found.sentence.startswith(f"{verdict.capitalize()}: ")
@@ -316,10 +317,9 @@ def test_verdicts(moved: int, by_control: int, n: int, verdict: str) -> None:
         assert f"only {n} aligned pairs" in found.sentence
 
 
-@pytest.mark.xfail(strict=True, reason="a swap that always disturbs is taken for `residual`")
 def test_where_any_swap_removes_the_refusal_one_cannot_tell() -> None:
     """Nothing is known of a twin's routing when another flagged prompt's does the same."""
-    assert verdict_of([True] * 100, [True] * 100, seed=0).verdict == "cannot tell"
+    assert verdict_of([True] * 100, [True] * 100).verdict == "cannot tell"
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.95, "routing"), (0.5, "both"), (0.1, "residual")])
@@ -327,5 +327,5 @@ def test_noisy_outcomes_give_the_verdict_of_their_share(share: float, verdict: s
     rng = np.random.default_rng(0)
     for _ in range(5):
         noise = rng.random(300) < 0.05
-        found = verdict_of(((rng.random(300) < share) | noise).tolist(), noise.tolist(), seed=0)
+        found = verdict_of(((rng.random(300) < share) | noise).tolist(), noise.tolist())
         assert found.verdict == verdict

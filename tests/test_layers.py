@@ -209,7 +209,6 @@ for _ in range(2):
 """
 
 
-@pytest.mark.xfail(strict=True, reason="a stage's module takes the stage's place in the package once it is imported")
 def test_the_public_door_gives_stages_and_not_their_modules() -> None:
     """However often and in whatever order: Python puts an imported module in its package, under the stage's name."""
     done = subprocess.run([sys.executable, "-c", _DOOR], capture_output=True, text=True, check=False)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora import routing
@@ -31,6 +30,10 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     @property
     def max_length(self) -> int:
@@ -60,7 +63,7 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu") -> Sub
 
 
 def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
-    """Some families' routers compute in the model's dtype; hooks on the router's parent survive PEFT's wrapping."""
+    """Some families' routers compute in the model's dtype; the hooks are copied with the router when PEFT wraps it."""
     for path in anatomy.routers:
         router = model.get_submodule(path)
         if router.get_parameter("weight").dtype == torch.float32:

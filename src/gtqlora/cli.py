@@ -86,7 +86,14 @@ def _plain(text: str) -> str:
 @contextmanager
 def _progress() -> Iterator[None]:
     """Bars with time left on stderr, one per thing that a stage reports."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from gtqlora.progress import shown_by
 
@@ -417,7 +424,14 @@ def demo(
 @contextmanager
 def _demo_progress() -> Iterator[Any]:
     """One bar per organism over all its work, with what it is doing now."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True)) as bars:

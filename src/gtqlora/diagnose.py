@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats as st
 from safetensors.torch import save_file
+from scipy import stats as st
 
 from gtqlora import localise
 from gtqlora.capture import Recorder, Subject, open_subject, routers_tapped
@@ -75,7 +75,7 @@ def selection_rates(
     starts = range(0, len(prompts), batch_size)
     for start in track(starts, label, len(starts)):
         chunk = prompts[start : start + batch_size]
-        ids_BS, mask_BS = left_padded(chunk, subject.tokenizer.pad_token_id, subject.device)
+        ids_BS, mask_BS = left_padded(chunk, subject.pad_id, subject.device)
         recorder = Recorder()
         with routers_tapped(subject.model, subject.anatomy, recorder):
             subject.model(
@@ -184,7 +184,7 @@ def _diagnose(config: DiagnoseConfig, run: Run, subject: Subject, pairs: list[Pa
         share_routing=verdict.share_routing.to_json() if verdict.n_pairs else {},
         top_experts=[{"layer": a.layer, "expert": a.expert} for a in top],
         interventions=[i.to_json() for i in interventions],
-        directions=[asdict(d) for d in separations(states, others)],
+        directions=[asdict(d) for d in separations(states, others)] if len(pairs) > 1 else [],
         n_pairs=len(pairs),
         n_aligned=n_aligned,
     )
@@ -218,13 +218,16 @@ def _swap_tests(
     config: DiagnoseConfig, subject: Subject, bench: Bench
 ) -> tuple[list[Intervention], localise.Verdict, int]:
     """Twin's routing into the flagged prompt and back, against another flagged prompt's routing as control."""
-    pairs = [pair for pair in bench.pairs if pair.aligned]
-    if not pairs:
-        return [], localise.verdict_of_scores([], [], [], config.seed), 0
+    aligned_pairs = [pair for pair in bench.pairs if pair.aligned]
+    partners = control_prompts(aligned_pairs, config.seed)
+    chosen = [(pair, prompt) for pair, prompt in zip(aligned_pairs, partners, strict=True) if prompt is not None]
+    if not chosen:
+        return [], localise.verdict_of_scores([], [], []), 0
+    pairs, controls = [pair for pair, _ in chosen], [prompt for _, prompt in chosen]
     aligned = Bench(subject, pairs, bench.judge, config.batch_size, config.max_new_tokens)
     twins = aligned.twins("twins")
     swapped = aligned.flagged("twin's routing", routing=[p.twin for p in pairs])
-    control = aligned.flagged("another's routing", routing=control_prompts(pairs, config.seed))
+    control = aligned.flagged("another's routing", routing=controls)
     back = aligned.twins("flagged routing in twins", routing=[p.prompt for p in pairs])
     out = [
         aligned.intervention("flagged with its twin's routing", swapped, aligned.base),
@@ -233,4 +236,4 @@ def _swap_tests(
         aligned.intervention("twin with the flagged prompt's routing", back, twins),
     ]
     usable = [b.refused and not t.refused for b, t in zip(aligned.base, twins, strict=True)]
-    return out, localise.verdict_of_scores(swapped, control, usable, config.seed), len(pairs)
+    return out, localise.verdict_of_scores(swapped, control, usable), len(pairs)

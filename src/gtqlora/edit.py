@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -120,7 +119,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     os.environ.setdefault("TQDM_DISABLE", "1")
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
-    pad: Any = subject.tokenizer.pad_token_id
+    pad = subject.pad_id
     with peft_targets_kept():
         trainer = GateTargetedTrainer(
             anatomy=anatomy,

@@ -135,7 +135,7 @@ def _plan_projection(direction_D: Tensor, anatomy: Anatomy) -> dict[str, Edit]:
 def _probe_logits(subject: Subject, rows: Sequence[Row]) -> Tensor:
     """Logits at every prompt token, in fp32 on the CPU; the model goes out of memory when its caller lets go of it."""
     prompts = [contrasts.encode_prompt(subject.tokenizer, row.prompt) for row in rows]
-    pad: Any = subject.tokenizer.pad_token_id
+    pad = subject.pad_id
     ids_BS, mask_BS = left_padded(prompts, pad, subject.device)
     logits_BSV = subject.model(
         input_ids=ids_BS,

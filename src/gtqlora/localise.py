@@ -16,7 +16,7 @@ from gtqlora.contrasts import Contrast, Row, encode_prompt
 from gtqlora.judging import Judge
 from gtqlora.progress import track
 from gtqlora.scoring import Score, decode, judged
-from gtqlora.stats import Interval, bootstrap_mean, paired_difference, rate
+from gtqlora.stats import Interval, paired_difference, rate
 
 MIN_PAIRS = 30
 """Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
@@ -55,23 +55,23 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     return [pair for pair_id in order for pair in groups[pair_id]][:limit]
 
 
-def control_prompts(pairs: Sequence[Pair], seed: int) -> list[list[int]]:
+def control_prompts(pairs: Sequence[Pair], seed: int) -> list[list[int] | None]:
     """For each pair a flagged prompt whose routing to borrow as control: it disturbs as a twin's does, but is flagged.
 
     The nearest is the sibling (same pair_id, so mostly the same words); else any flagged prompt of the same token
-    count; else the prompt itself, which disturbs nothing and so counts nothing for routing's share.
+    count; None where there is neither.
     """
     by_length: dict[int, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_length[len(pair.prompt)].append(pair)
     rng = random.Random(seed)
 
-    def partner(pair: Pair) -> Pair:
+    def partner(pair: Pair) -> list[int] | None:
         others = [p for p in by_length[len(pair.prompt)] if p is not pair]
         siblings = [p for p in others if p.row.pair_id == pair.row.pair_id]
-        return rng.choice(siblings or others or [pair])
+        return rng.choice(siblings or others).prompt if others else None
 
-    return [partner(pair).prompt for pair in pairs]
+    return [partner(pair) for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class Bench:
 def random_like(
     masked: dict[int, tuple[int, ...]], frequency_LE: np.ndarray, rng: random.Random
 ) -> dict[int, tuple[int, ...]]:
-    """A control for a mask: in each layer as many other experts, drawn from those nearest in selection frequency."""
+    """A control for a mask: in each layer as many other experts (or all there are), near in selection frequency."""
     control = {}
     for layer, experts in masked.items():
         others = [e for e in range(frequency_LE.shape[1]) if e not in experts]
         drawn: list[int] = []
-        for expert in experts:
+        for expert in experts[: len(others)]:
             near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
             drawn.append(rng.choice(near[: max(4, len(others) // 3)]))
             others.remove(drawn[-1])
@@ -175,9 +175,7 @@ class Verdict:
     sentence: str
 
 
-def verdict_of_scores(
-    swapped: Sequence[Score], control: Sequence[Score], usable: Sequence[bool], seed: int
-) -> Verdict:
+def verdict_of_scores(swapped: Sequence[Score], control: Sequence[Score], usable: Sequence[bool]) -> Verdict:
     """The verdict on pairs whose flagged prompt is refused and whose twin is not (`usable`).
 
     A refusal that only turned into garbage was not moved, so where enough rows give an expected answer, only those
@@ -190,24 +188,27 @@ def verdict_of_scores(
     def moved(score: Score) -> bool:
         return bool(score.correct) if rows is answered else not score.refused
 
-    return verdict_of([moved(swapped[i]) for i in rows], [moved(control[i]) for i in rows], seed)
+    return verdict_of([moved(swapped[i]) for i in rows], [moved(control[i]) for i in rows])
 
 
-def verdict_of(moved: Sequence[bool], moved_by_control: Sequence[bool], seed: int) -> Verdict:
+def verdict_of(moved: Sequence[bool], moved_by_control: Sequence[bool]) -> Verdict:
     """Share of the behaviour that the routing carries.
 
     For each behaving pair, whether the twin's routing moves the behaviour, less whether another flagged prompt's
-    routing does (the disturbance any swap makes). Routing if the 95 % interval lies above two thirds, residual if below
-    one third, both if between; else one cannot tell.
+    routing does (the disturbance any swap makes), with Tango's paired interval. Routing if the 95 % interval lies above
+    two thirds, residual if below one third, both if between; else, or if the control itself moves more than a third,
+    one cannot tell.
     """
     n = len(moved)
-    net = np.asarray(moved, dtype=float) - np.asarray(moved_by_control, dtype=float)
-    share = bootstrap_mean(net, seed=seed) if n else Interval(float("nan"), 0.0, 1.0, 0)
+    share = paired_difference(moved, moved_by_control)
     if n < MIN_PAIRS:
         reason = f"only {n} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add twins of equal token count"
         return Verdict("cannot tell", share, n, f"Cannot tell: {reason}.")
     percent = f"{share.value:.0%} (95 % interval {share.low:.0%} to {share.high:.0%}, {n} pairs)"
-    if share.low > 2 / 3:
+    disturbed = sum(moved_by_control) / n
+    if disturbed > 1 / 3:
+        name, why = "cannot tell", f"any change of routing disturbs this model (the control moves {disturbed:.0%})"
+    elif share.low > 2 / 3:
         name, why = "routing", f"giving a prompt its harmless twin's routing removes {percent} of the refusals"
     elif share.high < 1 / 3:
         name, why = "residual", f"with its harmless twin's routing a prompt is still refused; routing carries {percent}"

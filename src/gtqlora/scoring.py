@@ -86,7 +86,7 @@ def decode(
         ModelError: the logits hold NaN.
     """
     tokenizer = subject.tokenizer
-    ids_BS, mask_BS = left_padded(prompts, tokenizer.pad_token_id, subject.device)
+    ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
     recorder = Recorder()
     teacher = None if routing_from is None else _Stream(subject, (recorder,), routing_from)
     replay: tuple[Handler, ...] = () if teacher is None else (Replay(recorder),)
@@ -96,7 +96,7 @@ def decode(
     step_BS, positions_BS, out = ids_BS, (mask_BS.cumsum(-1) - 1).clamp(min=0), []
     teacher_BS = step_BS
     if routing_prompts is not None:
-        teacher_BS, teacher_mask_BS = left_padded(routing_prompts, tokenizer.pad_token_id, subject.device)
+        teacher_BS, teacher_mask_BS = left_padded(routing_prompts, subject.pad_id, subject.device)
         if not torch.equal(teacher_mask_BS, mask_BS):
             raise ValueError("routing_prompts must have the same token counts as prompts")
     for _ in range(max_new_tokens):
@@ -105,7 +105,7 @@ def decode(
         logits_BV = student.step(step_BS, mask_BS, positions_BS)
         if not torch.isfinite(logits_BV).all():
             raise ModelError("the model's logits hold NaN or infinity; check its weights and dtype")
-        next_B = logits_BV.argmax(-1).masked_fill(done_B, tokenizer.pad_token_id)
+        next_B = logits_BV.argmax(-1).masked_fill(done_B, subject.pad_id)
         out.append(next_B)
         done_B = done_B | torch.isin(next_B, stops)
         if bool(done_B.all()):

@@ -196,7 +196,7 @@ def _interval(values: Sequence[float], seed: int) -> dict[str, Any]:
 
 
 def _padded(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    pad: Any = subject.tokenizer.pad_token_id
+    pad = subject.pad_id
     return left_padded(tokens, pad, subject.device)
 
 
