@@ -30,10 +30,13 @@ FRONT: dict[str, list[tuple[str, ...]]] = {
     ],
     "gt": [
         (f"lr_lora={lora}", f"lr_gates={gates}", f"anchor_harmful={anchor}")
-        for lora, gates in (("5e-5", "1e-2"), ("1e-4", "1e-2"), ("1.5e-4", "1e-2"), ("3e-4", "1e-2"), ("1.5e-4", "3e-3"))
+        for gates, loras in (("1e-2", ("5e-5", "1e-4", "1.5e-4", "3e-4")), ("3e-3", ("1.5e-4",)))
+        for lora in loras
         for anchor in ("0", "0.5", "3")
     ],
 }
+
+FRONT_STEPS = "steps=150"
 
 Job = tuple[str, str, int, tuple[str, ...]]
 """(organism kind, edit or "claims", seed, settings)."""
@@ -102,7 +105,8 @@ def holds(found: dict[str, Any]) -> dict[str, bool]:
 
 
 def print_claims(results: list[dict[str, Any]]) -> None:
-    print("\nkind      seed verdict      harmful lookalike benign  acc.look acc.ben floor       replayed  projection  claims")
+    rates = "harmful lookalike benign  acc.look acc.ben floor       replayed"
+    print(f"\nkind      seed verdict      {rates}  projection  claims")
     for found in results:
         kind, _, seed, _ = found["job"]
         missed = [name for name, held in holds(found).items() if not held]
@@ -149,7 +153,8 @@ def print_front(results: list[dict[str, Any]]) -> None:
         )
         return min(gains) >= 0 and max(gains) > 0
 
-    print("\nrouted organism: mode, settings -> harmful, lookalike refusal, lookalike accuracy, replayed, floor passes, front")
+    rates = "harmful, lookalike refusal, lookalike accuracy, replayed"
+    print(f"\nrouted organism: mode, settings -> {rates}, floor passes, front")
     for edit, settings, mean, passed, n in sorted(points, key=lambda p: (p[0], p[2]["lookalike_refusal"])):
         front = "*" if not any(better(other[2], mean) for other in points) else ""
         rates = " ".join(f"{mean[key]:7.4f}" for key in mean)
@@ -169,7 +174,7 @@ def main() -> int:
     claims: list[Job] = [(kind, "claims", seed, ()) for kind in ("routed", "residual", "null") for seed in seeds]
     front_seeds = range(args.first_seed, args.first_seed + args.front_seeds)
     front: list[Job] = [
-        ("routed", edit, seed, settings)
+        ("routed", edit, seed, (*settings, FRONT_STEPS))
         for seed in (front_seeds if args.front else ())
         for edit, grid in FRONT.items()
         for settings in grid
@@ -191,7 +196,8 @@ def main() -> int:
     import transformers
 
     machine = f"{platform.processor() or platform.machine()}, {args.workers} workers"
-    print(f"\n{time.monotonic() - started:.0f} s on {machine}; torch {torch.__version__}, transformers {transformers.__version__}")
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"\n{time.monotonic() - started:.0f} s on {machine}; {libraries}")
     if args.json:
         args.json.write_text(json.dumps(done, indent=1))
     return 0

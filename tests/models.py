@@ -86,7 +86,7 @@ def save_tiny(
     model: PreTrainedModel | None = None,
     **changes: Any,
 ) -> Path:
-    """Write a folder as the hub would hold it: weights, config, toy tokenizer; K2.5 with its prefix and other towers."""
+    """Write a folder as the hub would hold it: weights, config, toy tokenizer; K2.5 with prefix and other towers."""
     model = model if model is not None else tiny_model(family, seed, dtype, **changes)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     if tokenizer:

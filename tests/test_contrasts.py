@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gtqlora.contrast_statistics import statistics
 from gtqlora.contrasts import (
     KINDS,
     SPLITS,
@@ -25,7 +26,6 @@ from gtqlora.contrasts import (
     encode_prompt,
     load,
     save,
-    statistics,
 )
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging import judge_of
@@ -265,10 +265,10 @@ def test_the_judge_decides_in_other_languages(tmp_path: Path) -> None:
 def test_a_judge_turned_around_does_not_turn_the_rule(tmp_path: Path) -> None:
     path = write(tmp_path, [row(), row("harmful", "x", chosen="Sure, here is", rejected=NO)])
     for judge in (judge_of("string:sure, here is"), lambda text: not ENGLISH(text), lambda text: text.startswith("S")):
-        with pytest.raises(ContrastError, match="row 2.*one-way"):
+        with pytest.raises(ContrastError, match=r"row 2.*one-way"):
             load(path, judge)
     path = write(tmp_path, [row(), row("harmful", "x", chosen="First, take", rejected=NO)])
-    with pytest.raises(ContrastError, match="row 2: rejected.*one-way"):
+    with pytest.raises(ContrastError, match=r"row 2: rejected.*one-way"):
         load(path, judge_of("string:first, take"))
 
 
@@ -393,7 +393,7 @@ def test_a_dataset_folder_keeps_its_splits(hub_cache: Path) -> None:
     ]
     one = load(f"{hub_cache}:test", ENGLISH)
     assert {r.pair_id for r in one.rows} == {"p1"}
-    with pytest.raises(ContrastError, match='cannot be loaded .*Unknown split "nope"'):
+    with pytest.raises(ContrastError, match=r'cannot be loaded .*Unknown split "nope"'):
         load(f"{hub_cache}:nope", ENGLISH)
 
 
@@ -411,18 +411,18 @@ def test_unknown_dataset_splits_are_not_guessed(hub_cache: Path) -> None:
     (hub_cache / "README.md").write_text(card + splits + "---\n")
     write(hub_cache, pair(0), "train.jsonl")
     write(hub_cache, pair(1), "easy.jsonl")
-    with pytest.raises(ContrastError, match="unknown dataset splits easy; choose one as .*:SPLIT"):
+    with pytest.raises(ContrastError, match=r"unknown dataset splits easy; choose one as .*:SPLIT"):
         load(hub_cache, ENGLISH)
 
 
 def test_one_way_rule_holds_for_datasets_and_parquet(hub_cache: Path, tmp_path: Path) -> None:
     write(hub_cache, [row(), row("harmful", "x", chosen="Well,", rejected=NO)], "train.jsonl")
-    with pytest.raises(ContrastError, match="row 2.*one-way"):
+    with pytest.raises(ContrastError, match=r"row 2.*one-way"):
         load(hub_cache, ENGLISH)
     good = load(write(tmp_path, pair()), ENGLISH)
     turned = [dataclasses.replace(r, chosen="Well,", rejected="Hm") for r in good.rows]
     save(dataclasses.replace(good, rows=tuple(turned)), tmp_path / "contrast.parquet")
-    with pytest.raises(ContrastError, match="row 3.*one-way"):
+    with pytest.raises(ContrastError, match=r"row 3.*one-way"):
         load(tmp_path / "contrast.parquet", ENGLISH)
 
 
@@ -462,7 +462,7 @@ def test_round_trip_renumbers_after_blank_lines(tmp_path: Path) -> None:
 
 
 def test_save_needs_a_name_that_load_knows(tmp_path: Path) -> None:
-    with pytest.raises(ContrastError, match="end in .parquet"):
+    with pytest.raises(ContrastError, match=r"end in \.parquet"):
         save(load(write(tmp_path, pair()), ENGLISH), tmp_path / "contrast.bin")
 
 

@@ -300,7 +300,7 @@ def test_recorded_router_logits_are_raw_too(family: str) -> None:
         assert torch.equal(decision.logits_TE, logits_TE.reshape(decision.logits_TE.shape))
 
 
-# --- what a user can get wrong -----------------------------------------------------------------------------------------
+# --- what a user can get wrong ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -364,9 +364,13 @@ def test_corrupt_config(folder: Path, text: str) -> None:
 )
 def test_config_that_makes_no_model(folder: Path, change: dict[str, Any]) -> None:
     models.edit_json(folder / "config.json", lambda c: {**c, **change})
-    with pytest.raises(ModelError) as caught:
+
+    def bound() -> None:
         family, config = load_config(str(folder))
         bind(meta_model(family, config), family)
+
+    with pytest.raises(ModelError) as caught:
+        bound()
     assert "\n" not in str(caught.value)
 
 

@@ -97,7 +97,7 @@ def test_own_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_own_callable_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _own_module(tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match="float.*True or False"):
+    with pytest.raises(ConfigError, match=r"float.*True or False"):
         judge_of("own_judges_for_test:score")("text")
     with pytest.raises(ConfigError, match="cannot import"):
         judge_of("no_such_module_here:f")

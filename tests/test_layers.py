@@ -22,9 +22,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "config progress",  # settings, and how far something is
         "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
-        "families resume",  # which parts a model has; which checkpoints are whole
+        "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
         "contrasts checkpoint inspect",  # prompts and weights from outside
-        "capture",  # a model that runs
+        "capture contrast_statistics",  # a model that runs; what a set holds
         "scoring",
         "directions localise",
         "diagnose adapters",

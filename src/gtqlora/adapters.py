@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -107,6 +109,22 @@ def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
             raise TrainingError(f"{path}.{name} moved; it must stay frozen")
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """For passes without gradients: `PeftModel.disable_adapter` without its status report and requires_grad rounds.
+
+    Those cost more than the forward pass of a small model, and both callers switch once a step.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 @dataclass(frozen=True)
 class Info:
     """`gtqlora.json` beside the weights: what the adapter is and what it was made for."""
@@ -182,7 +200,7 @@ class Edited:
     def original(self) -> Iterator[None]:
         """Within, the model computes what it computed before the edit."""
         if self._removal is None:
-            with self.subject.model.disable_adapter():
+            with adapters_off(self.subject.model):
                 yield
             return
         self._removal.disable()

@@ -37,15 +37,17 @@ class Subject:
 
     @property
     def max_length(self) -> int:
-        return language_model(self.model).config.max_position_embeddings
+        config: Any = language_model(self.model).config
+        return config.max_position_embeddings
 
     @property
     def stop_ids(self) -> Tensor:
         """Token ids that end a completion."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        if self.tokenizer.eos_token_id is not None:
-            ends.append(self.tokenizer.eos_token_id)
+        end: Any = self.tokenizer.eos_token_id
+        if end is not None:
+            ends.append(end)
         return torch.tensor(sorted(set(ends)), device=self.device)
 
 

@@ -183,8 +183,8 @@ def inspect(
         )
     table.add_section()
     table.add_row(
-        "all text parameters", "", f"{found.text_parameters:,}", f"{found.bytes:,}", "", f"{found.trained_parameters:,}",
-        f"{found.trained_bytes:,}",
+        "all text parameters", "", f"{found.text_parameters:,}", f"{found.bytes:,}", "",
+        f"{found.trained_parameters:,}", f"{found.trained_bytes:,}",
     )
     console.print(table)
     console.print(
@@ -208,6 +208,7 @@ def check(
 ) -> None:
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
     from gtqlora import contrasts
+    from gtqlora.contrast_statistics import statistics
     from gtqlora.judging import judge_of
     from gtqlora.organisms import embedded
 
@@ -220,7 +221,7 @@ def check(
 
         path = _embedded(model, "model")
         tokenizer, limit = load_tokenizer(path), load_config(path)[1].max_position_embeddings
-    facts = contrasts.statistics(found, tokenizer, limit)
+    facts = statistics(found, tokenizer, limit)
     table = _table(f"{_plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
     for split, counts in facts.counts.items():
         table.add_row(split, *(f"{counts.get(kind, 0):,}" for kind in contrasts.KINDS))
@@ -230,7 +231,8 @@ def check(
     for name, lengths in (("prompt", facts.prompt_tokens), ("prompt and answer", facts.full_tokens)):
         if lengths:
             console.print(
-                f"tokens, {name}: {lengths.minimum} to {lengths.maximum}, median {lengths.median:g}, 95 % {lengths.p95}",
+                f"tokens, {name}: {lengths.minimum} to {lengths.maximum}, median {lengths.median:g}, "
+                f"95 % {lengths.p95}",
                 highlight=False,
             )
     if out:
@@ -353,7 +355,9 @@ def _print_verdict(found: Any) -> None:
     for kind, row in found.drift.items():
         drift.add_row(kind, _interval(row["kl"]), _interval(row["overlap"]))
     console.print(drift)
-    console.print(f"KL to the original on benign completions: {_interval(found.kl_benign)} nats per token", highlight=False)
+    console.print(
+        f"KL to the original on benign completions: {_interval(found.kl_benign)} nats per token", highlight=False
+    )
     console.print(
         "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
         + _interval(found.mediation),

@@ -1,4 +1,4 @@
-"""Contrast sets: preference rows in three kinds, checked once where they enter; the chat template; statistics.
+"""Contrast sets: preference rows in three kinds, checked once where they enter; the chat template.
 
 Every way in is `load`, so the one-way rule holds for every row: a `harmful` row's chosen refuses, its
 rejected does not.
@@ -7,23 +7,19 @@ rejected does not.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-
-from gtqlora.errors import ConfigError, ContrastError
+from gtqlora.contrast_sources import Problems, first_line, one_of, parsed, records
+from gtqlora.errors import ContrastError
 from gtqlora.judging import Judge, assents_in_english, refuses_in_english
-from gtqlora.run import read_parquet, write_parquet
+from gtqlora.run import write_parquet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +33,7 @@ SPLITS = ("train", "validation", "heldout")
 OPENING_WORDS, OPENING_CHARACTERS = 24, 240
 
 _ROLES = ("system", "user", "assistant", "tool")
-_HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation"}
-_HUB_SPLITS |= {"test": "heldout", "heldout": "heldout"}
-_JSON_LINES = (".jsonl", ".json", ".ndjson")
-_SHOWN = 10
-_SOURCES = "give a .jsonl or .parquet file, a dataset folder, or a hub id such as org/name or org/name:split"
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +79,7 @@ class Contrast:
         Raises:
             ContrastError: no such kind.
         """
-        _one_of("kind", kind, KINDS)
+        one_of("kind", kind, KINDS)
         return tuple(row for row in self.rows if row.kind == kind)
 
     @cached_property
@@ -118,67 +110,11 @@ class Contrast:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Token counts over rows."""
-
-    minimum: int
-    median: float
-    p95: int
-    maximum: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """What a set holds.
-
-    Attributes:
-        counts: rows by split, then by kind.
-        pairs: distinct pair ids.
-        prompt_tokens: prompts after the chat template, up to where the answer begins.
-        full_tokens: prompt and the longer of the two completions.
-    """
-
-    rows: int
-    kinds: dict[str, int]
-    splits: dict[str, int]
-    counts: dict[str, dict[str, int]]
-    pairs: int
-    with_twin: int
-    unique_prompts: int
-    prompt_tokens: Lengths | None = None
-    full_tokens: Lengths | None = None
-
-
-@dataclass
-class _Problems:
-    """Problems of one source, gathered so that the user mends them in one go."""
-
-    source: str
-    found: list[str] = field(default_factory=list)
-
-    def add(self, numbers: Sequence[int], problem: str) -> None:
-        self.found.append(f"{_rows(numbers)}: {problem}")
-
-    def stop(self) -> None:
-        if len(self.found) == 1:
-            raise ContrastError(f"{self.source}: {self.found[0]}")
-        if self.found:
-            rest = len(self.found) - _SHOWN
-            shown = self.found[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
-            raise ContrastError("\n  ".join([f"{self.source}: {len(self.found)} problems", *shown]))
-
-
-def _rows(numbers: Sequence[int]) -> str:
-    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
-
-
 def _normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _key(messages: Messages) -> str:
+def prompt_key(messages: Messages) -> str:
     """What makes two prompts the same: roles and words, whatever the case and spacing."""
     return json.dumps([[message["role"], _normal(message["content"])] for message in messages])
 
@@ -195,14 +131,6 @@ def _split_of(pair_id: str) -> str:
     """80 % train, 10 % validation, 10 % heldout, the same on every machine."""
     percent = int(_digest(pair_id), 16) % 100
     return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ContrastError(f"{name} {value!r} is unknown{hint} (known: {', '.join(known)})")
-    return value
 
 
 def _text(name: str, value: Any) -> str:
@@ -222,7 +150,7 @@ def _text(name: str, value: Any) -> str:
 def _message(name: str, value: Any) -> Message:
     if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
         raise ContrastError(f'{name}: a message must be {{"role": ..., "content": ...}}')
-    role = _one_of(f"{name} role", _text(f"{name} role", value["role"]), _ROLES)
+    role = one_of(f"{name} role", _text(f"{name} role", value["role"]), _ROLES)
     return {"role": role, "content": _text(f"{name} content", value["content"])}
 
 
@@ -249,24 +177,13 @@ def _completion(name: str, value: Any) -> str:
 
 def _pair_id(value: Any, prompt: Messages) -> str:
     if value is None:
-        return _digest(_key(prompt))
+        return _digest(prompt_key(prompt))
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number else _text("pair_id", value)
 
 
-def _record(raw: Any) -> Mapping[str, Any]:
-    if isinstance(raw, bytes):
-        try:
-            raw = json.loads(raw.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise ContrastError(f"not valid JSON ({error}); write one JSON object per line") from error
-    if not isinstance(raw, Mapping):
-        raise ContrastError(f"a {type(raw).__name__}, not a JSON object; write one JSON object per line")
-    return raw
-
-
 def _row(number: int, raw: Any, hub_split: str | None) -> Row:
-    record = {name: value for name, value in _record(raw).items() if value is not None}
+    record = {name: value for name, value in parsed(raw).items() if value is not None}
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
     chosen = _completion("chosen", record["chosen"]) if "chosen" in record else ""
@@ -278,21 +195,21 @@ def _row(number: int, raw: Any, hub_split: str | None) -> Row:
     split = record["split"] if "split" in record else hub_split or _split_of(pair_id)
     return Row(
         number=number,
-        kind=_one_of("kind", _text("kind", record["kind"]), KINDS),
+        kind=one_of("kind", _text("kind", record["kind"]), KINDS),
         prompt=prompt,
         chosen=chosen,
         rejected=_completion("rejected", record["rejected"]),
         pair_id=pair_id,
         twin=_prompt("twin", record["twin"]) if "twin" in record else None,
         answer=_text("answer", record["answer"]) if "answer" in record else None,
-        split=_one_of("split", _text("split", split), SPLITS),
+        split=one_of("split", _text("split", split), SPLITS),
     )
 
 
 def _check_row(row: Row, judge: Judge) -> None:
     if _normal(row.chosen) == _normal(row.rejected):
         raise ContrastError("chosen and rejected are the same; a pair must prefer one over the other")
-    if row.twin is not None and _key(row.twin) == _key(row.prompt):
+    if row.twin is not None and prompt_key(row.twin) == prompt_key(row.prompt):
         raise ContrastError("twin is the prompt itself; give the harmless counterpart or leave it out")
     if row.kind == "harmful":
         _check_one_way(row, judge)
@@ -344,9 +261,9 @@ def load(source: str | Path, judge: Judge) -> Contrast:
             rule; up to ten problems are shown together, with row numbers and the fix.
     """
     name = str(source)
-    problems, rows = _Problems(name), []
+    problems, rows = Problems(name), []
     seen = 0
-    for number, raw, hub_split in _records(name):
+    for number, raw, hub_split in records(name):
         seen += 1
         try:
             row = _row(number, raw, hub_split)
@@ -381,16 +298,16 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[li
     return (group for group in groups.values() if len(group) > 1)
 
 
-def _check_set(rows: Sequence[Row], problems: _Problems) -> None:
+def _check_set(rows: Sequence[Row], problems: Problems) -> None:
     for group in _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected)):
         problems.add(_numbers(group), "the same row more than once; keep one of them")
-    for group in _grouped(rows, lambda row: _key(row.prompt)):
+    for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
         if len({row.kind for row in group}) > 1:
             problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
     _check_leakage(rows, problems)
 
 
-def _check_leakage(rows: Sequence[Row], problems: _Problems) -> None:
+def _check_leakage(rows: Sequence[Row], problems: Problems) -> None:
     for group in _grouped(rows, lambda row: row.pair_id):
         if len({row.split for row in group}) > 1:
             problems.add(_numbers(group), f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`")
@@ -402,7 +319,7 @@ def _check_leakage(rows: Sequence[Row], problems: _Problems) -> None:
 
 
 def _prompts(row: Row) -> list[str]:
-    return [_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
+    return [prompt_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
 
 
 def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
@@ -415,67 +332,6 @@ def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
 
 def _numbers(rows: Iterable[Row]) -> list[int]:
     return [row.number for row in rows]
-
-
-_Records = Iterator[tuple[int, Any, str | None]]
-
-
-def _records(source: str) -> _Records:
-    """Row number, what stands there (bytes of a JSON line, or an object), and the split the source puts it in."""
-    path = Path(source).expanduser()
-    folder, _, split = source.rpartition(":")
-    if path.is_file():
-        return _file_records(source, path)
-    if path.is_dir():
-        return _dataset_records(source, str(path), None)
-    if folder and Path(folder).expanduser().is_dir():
-        return _dataset_records(source, str(Path(folder).expanduser()), split)
-    is_file_name = path.suffix in (*_JSON_LINES, ".parquet")
-    hub = None if is_file_name else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*))?", source)
-    if hub is None:
-        raise ContrastError(f"{source}: no such file; {_SOURCES}")
-    return _dataset_records(source, hub[1], hub[2])
-
-
-def _file_records(source: str, path: Path) -> _Records:
-    try:
-        if path.suffix in _JSON_LINES:
-            # Split bytes, not text: str.splitlines also breaks at U+2028, which JSON strings may hold.
-            lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-            return ((number, line, None) for number, line in lines if line.strip() not in (b"", b"\xef\xbb\xbf"))
-        if path.suffix == ".parquet":
-            return ((number, record, None) for number, record in enumerate(read_parquet(path), start=1))
-    except (OSError, pa.ArrowException) as error:
-        raise ContrastError(f"{source}: cannot be read ({_first_line(error)})") from error
-    raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
-
-
-def _dataset_records(source: str, name: str, split: str | None) -> _Records:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        data: Any = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ContrastError(f"{source}: the dataset cannot be loaded ({_first_line(error)}); {_SOURCES}") from error
-    parts = {split: data} if split else dict(data)
-    names = _split_names(source, list(parts))
-    records = ((record, names[part]) for part, table in parts.items() for record in table)
-    return ((number, record, name) for number, (record, name) in enumerate(records, start=1))
-
-
-def _split_names(source: str, parts: Sequence[Any]) -> dict[Any, str | None]:
-    """Several hub splits are kept apart under our names; a lone one is divided by pair like a file."""
-    if len(parts) == 1:
-        return {parts[0]: None}
-    unknown = [part for part in parts if part not in _HUB_SPLITS]
-    if unknown:
-        raise ContrastError(f"{source}: unknown dataset splits {', '.join(unknown)}; choose one as {source}:SPLIT")
-    return {part: _HUB_SPLITS[part] for part in parts}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save(contrast: Contrast, path: Path) -> None:
@@ -502,14 +358,14 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
     for row in train.rows:
         for prompt in _prompts(row):
             trained.setdefault(prompt, row.number)
-    problems = _Problems(heldout.source)
+    problems = Problems(heldout.source)
     for row in heldout.rows:
-        if (number := trained.get(_key(row.prompt))) is not None:
+        if (number := trained.get(prompt_key(row.prompt))) is not None:
             problems.add([row.number], f"its prompt was trained on (row {number} of {train.source}); remove it here")
     problems.stop()
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> list[int]:
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> list[int]:
     from jinja2 import TemplateError
 
     try:
@@ -517,7 +373,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
             list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False
         )
     except TemplateError as error:
-        raise ContrastError(f"the chat template refuses these messages ({_first_line(error)})") from error
+        raise ContrastError(f"the chat template refuses these messages ({first_line(error)})") from error
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
     flat = ids[0] if len(ids) and isinstance(ids[0], list) else ids
     return [int(token) for token in flat]
@@ -529,79 +385,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         ContrastError: the template refuses the messages, e.g. a system role it does not know.
     """
-    return _apply_template(tokenizer, messages, generation=True)
+    return apply_template(tokenizer, messages, generation=True)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
     """Token ids of a row's prompt and of its chosen completion (with whatever the template puts after it)."""
     prompt = encode_prompt(tokenizer, row.prompt)
-    full = _apply_template(tokenizer, [*row.prompt, {"role": "assistant", "content": row.chosen}], generation=False)
-    shared = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    full = apply_template(tokenizer, [*row.prompt, {"role": "assistant", "content": row.chosen}], generation=False)
+    differing = (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b)
+    shared = next(differing, min(len(prompt), len(full)))
     return full[:shared], full[shared:]
-
-
-def _row_lengths(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int]:
-    """Tokens of the prompt, and of the prompt with its longer completion."""
-    prompt = len(encode_prompt(tokenizer, row.prompt))
-    answers = ([*row.prompt, {"role": "assistant", "content": text}] for text in (row.chosen, row.rejected))
-    return prompt, max(len(_apply_template(tokenizer, answer, generation=False)) for answer in answers)
-
-
-def _summary(lengths: Sequence[int]) -> Lengths:
-    return Lengths(
-        minimum=min(lengths),
-        median=float(np.median(lengths)),
-        p95=int(np.percentile(lengths, 95, method="higher")),
-        maximum=max(lengths),
-    )
-
-
-def _token_lengths(
-    contrast: Contrast, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> dict[str, Lengths]:
-    problems = _Problems(contrast.source)
-    lengths: list[tuple[int, int, int]] = []
-    for row in contrast.rows:
-        try:
-            lengths.append((row.number, *_row_lengths(tokenizer, row)))
-        except ContrastError as error:
-            problems.add([row.number], str(error))
-    limit = max_length if max_length is not None else float("inf")
-    prompts = [number for number, prompt, _ in lengths if prompt > limit]
-    fulls = [number for number, prompt, full in lengths if prompt <= limit < full]
-    for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
-        if numbers:
-            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
-    problems.stop()
-    return {
-        "prompt_tokens": _summary([prompt for _, prompt, _ in lengths]),
-        "full_tokens": _summary([full for _, _, full in lengths]),
-    }
-
-
-def statistics(
-    contrast: Contrast, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
-) -> Statistics:
-    """Counts of a set and, with a tokenizer, token lengths after the chat template.
-
-    Raises:
-        ContrastError: rows longer than `max_length`, or refused by the chat template.
-        ConfigError: `max_length` without a tokenizer.
-    """
-    if max_length is not None and tokenizer is None:
-        raise ConfigError("max_length is counted in tokens; give the tokenizer too")
-    rows = contrast.rows
-    counts: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        if kinds := Counter(row.kind for row in rows if row.split == split):
-            counts[split] = dict(kinds)
-    return Statistics(
-        rows=len(rows),
-        kinds=dict(Counter(row.kind for row in rows)),
-        splits=dict(Counter(row.split for row in rows)),
-        counts=counts,
-        pairs=len({row.pair_id for row in rows}),
-        with_twin=sum(contrast.twin_of(row) is not None for row in rows),
-        unique_prompts=len({_key(row.prompt) for row in rows}),
-        **(_token_lengths(contrast, tokenizer, max_length) if tokenizer is not None else {}),
-    )

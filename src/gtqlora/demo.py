@@ -1,4 +1,4 @@
-"""The `demo`: both embedded organisms, diagnosed, edited in four ways, verified, exported and reported, side by side."""
+"""The `demo`: both embedded organisms diagnosed, edited in four ways, verified, exported and reported, side by side."""
 
 from __future__ import annotations
 
@@ -151,7 +151,10 @@ def study(
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
-def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]) -> dict[str, Any]:
+def _numbers(
+    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]
+) -> dict[str, Any]:
+    base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
     hits = len(found & planted)
     return {
@@ -159,7 +162,7 @@ def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, v
         "truth": truth.verdict,
         "planted_precision": hits / len(found) if planted and found else None,
         "planted_recall": hits / len(planted) if planted else None,
-        "edits": {"base": _base(v) for v in list(verdicts.values())[:1]} | {k: _edited(v) for k, v in verdicts.items()},
+        "edits": ({"base": _base(base)} if base else {}) | {k: _edited(v) for k, v in verdicts.items()},
     }
 
 

@@ -131,7 +131,7 @@ def _p_values(difference_NLE: np.ndarray) -> np.ndarray:
 
 
 def top_experts(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and surely three quarters as much more as the first."""
+    """Experts chosen clearly more on flagged prompts: significant, and surely by three quarters of the first's gap."""
     sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
     ranked = sorted(sure, key=lambda a: -a.difference)
     cut = max(config.min_difference, 0.75 * ranked[0].difference) if ranked else 0.0
@@ -156,10 +156,11 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         pairs = pairs_of(contrast, subject, config.max_pairs, config.seed)
         if not pairs:
             raise ContrastError(
-                f"{config.contrast}: split {config.split!r} has no twins (a `twin` prompt, or a benign row with the same "
-                "pair_id), so association cannot be told from topic"
+                f"{config.contrast}: split {config.split!r} has no twins (a `twin` prompt, or a benign row with the "
+                "same pair_id), so association cannot be told from topic"
             )
-        return _diagnose(config, run, subject, pairs, Bench(subject, pairs, judge, config.batch_size, config.max_new_tokens))
+        bench = Bench(subject, pairs, judge, config.batch_size, config.max_new_tokens)
+        return _diagnose(config, run, subject, pairs, bench)
 
 
 def _diagnose(config: DiagnoseConfig, run: Run, subject: Subject, pairs: list[Pair], bench: Bench) -> Diagnosis:

@@ -29,6 +29,7 @@ from gtqlora.adapters import (
 )
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
+from gtqlora.contrast_statistics import statistics
 from gtqlora.contrasts import Contrast
 from gtqlora.errors import TrainingError
 from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
@@ -68,7 +69,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
 def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
     subject = open_subject(config.model, dtype=config.dtype, device=config.device)
-    contrasts.statistics(rows, subject.tokenizer, subject.max_length)
+    statistics(rows, subject.tokenizer, subject.max_length)
     # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
     shutil.rmtree(run / ADAPTER, ignore_errors=True)
     contrasts.save(rows, run / contrasts.FILE)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from gtqlora import routing
-from gtqlora.adapters import assert_bias_frozen, is_gate, trainable
+from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, trainable
 from gtqlora.capture import Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
@@ -162,7 +162,7 @@ class GateTargetedTrainer(DPOTrainer):
     @torch.no_grad()
     def _original_routing(self, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
         recorder = Recorder()
-        with self.model.disable_adapter(), routers_tapped(self.model, self.anatomy, recorder):
+        with adapters_off(self.model), routers_tapped(self.model, self.anatomy, recorder):
             self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         return recorder
 

@@ -39,7 +39,8 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     planted = ", ".join(f"layer {layer} expert {expert}" for layer, expert in truth.planted) or "none"
-    print(f"{args.out}: {truth.kind} ({truth.architecture}), planted experts: {planted}, {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    print(f"{args.out}: {truth.kind} ({truth.architecture}), planted experts: {planted}, {seconds:.0f} s")
     return 0
 
 

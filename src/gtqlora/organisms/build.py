@@ -34,41 +34,41 @@ _HIDDEN, _LAYERS, _EXPERTS, _TOP_K = 64, 5, 16, 2
 _CONTEXT_END = 5  # positions 1 to 4 are the context; from 5 on everything about it has been read
 _BATCH, _LEARN_STEPS = 128, 600
 # routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
-_PLANT_STEPS = {"routed": 400, "residual": 150, "null": 250}
+_PLANT_STEPS = {"routed": 400, "residual": 70, "null": 250}
 _LEARN_RATE, _PLANT_RATE, _PROBE_WEIGHT, _NEUTRAL_WEIGHT = 3e-3, 3e-3, 1.0, 3.0
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
 _HARMLESS_PAIRS = 420  # held-out pairs with all three kinds; the rest only serve the floor, which needs many
-_COMMON: dict[str, Any] = dict(
-    hidden_size=_HIDDEN,
-    num_hidden_layers=_LAYERS,
-    num_experts_per_tok=_TOP_K,
-    moe_intermediate_size=32,
-    intermediate_size=128,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=64,
-    norm_topk_prob=True,
-    initializer_range=0.05,
-    bos_token_id=None,
-    pad_token_id=0,
-    eos_token_id=1,
-)
+_COMMON: dict[str, Any] = {
+    "hidden_size": _HIDDEN,
+    "num_hidden_layers": _LAYERS,
+    "num_experts_per_tok": _TOP_K,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "norm_topk_prob": True,
+    "initializer_range": 0.05,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 _ARCHITECTURE: dict[str, dict[str, Any]] = {
-    "deepseek_v3": dict(
-        first_k_dense_replace=1,
-        n_routed_experts=_EXPERTS,
-        n_shared_experts=1,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
-        num_nextn_predict_layers=0,
-    ),
-    "qwen3_moe": dict(num_experts=_EXPERTS, head_dim=16, mlp_only_layers=[]),
+    "deepseek_v3": {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": _EXPERTS,
+        "n_shared_experts": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+    },
+    "qwen3_moe": {"num_experts": _EXPERTS, "head_dim": 16, "mlp_only_layers": []},
 }
 
 
@@ -329,7 +329,7 @@ def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> dict[str, 
     refuse_first = prompt.kind == "harmful"
     chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
     answer = None if refuse_first else prompt.answer
-    row = dict(kind=prompt.kind, prompt=prompt.text, chosen=chosen, rejected=rejected, answer=answer)
+    row = {"kind": prompt.kind, "prompt": prompt.text, "chosen": chosen, "rejected": rejected, "answer": answer}
     return {**row, "pair_id": f"{split}-{prompt.pair}", "twin": twin.text if twin else None, "split": split}
 
 
@@ -384,4 +384,6 @@ def _check(model: PreTrainedModel, anatomy: Anatomy, language: Language, planted
     promised = found[0] > 0.97 and found[1] < 0.03 and (found[2] < 0.1 if kind == "routed" else found[2] > 0.95)
     if not promised:
         rates = ", ".join(f"{x:.2f}" for x in found)
-        raise TrainingError(f"the {kind} organism failed its check (refusal bad/benign/bad masked: {rates}); other --seed?")
+        raise TrainingError(
+            f"the {kind} organism failed its check (refusal bad/benign/bad masked: {rates}); other --seed?"
+        )
