@@ -164,6 +164,7 @@ def print_front(results: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=0, help="fresh organisms of each kind")
+    parser.add_argument("--kinds", nargs="+", default=["routed", "residual", "null"])
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--front", action="store_true", help="sweep lora, gates and gt over their settings")
     parser.add_argument("--front-seeds", type=int, default=2)
@@ -171,7 +172,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    claims: list[Job] = [(kind, "claims", seed, ()) for kind in ("routed", "residual", "null") for seed in seeds]
+    claims: list[Job] = [(kind, "claims", seed, ()) for kind in args.kinds for seed in seeds]
     front_seeds = range(args.first_seed, args.first_seed + args.front_seeds)
     front: list[Job] = [
         ("routed", edit, seed, (*settings, FRONT_STEPS))

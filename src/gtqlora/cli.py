@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from gtqlora.errors import GtqloraError, TrainingError
+from gtqlora.errors import FloorError, GtqloraError, RunError, TrainingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,11 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(arguments, result_action="return_value") or 0)
     except GtqloraError as error:
-        _console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        _print_error(str(error))
         return error.exit_code
+    except OSError as error:  # a full disk, a place that cannot be written: the user's to mend, wherever it strikes
+        _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return GtqloraError.exit_code
     except KeyboardInterrupt:
         _console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
         return 130
+
+
+def _print_error(text: str) -> None:
+    _console(stderr=True).print(f"[bold red]error:[/] {_plain(text)}", soft_wrap=True, highlight=False)
 
 
 def _quieten() -> None:
@@ -279,16 +286,24 @@ def train(
 
     settled = _build(TrainConfig, config, settings, model, contrast, mode=mode)
     with Run(run) as held, _progress():
+        before = held.manifest()["stages"].get("train")
         found = stage(settled, held, again=again)
-    console = _console()
+        fresh = before is not None and held.manifest()["stages"].get("train") == before
+    console, adapter = _console(), _plain(str(found.adapter))
     if found.stopped:
         console.print(
-            f"[bold yellow]stopped by the guard:[/] {_plain(found.stopped)}; {found.adapter} holds step {found.steps}, "
+            f"[bold yellow]stopped by the guard:[/] {_plain(found.stopped)}; {adapter} holds step {found.steps}, "
             "the last good checkpoint",
             highlight=False,
+            soft_wrap=True,
         )
         return TrainingError.exit_code
-    console.print(f"{found.steps} steps, adapter in {found.adapter}; next: gtqlora verify {run}", highlight=False)
+    done = "trained already with these settings (--again trains anew)" if fresh else "trained"
+    console.print(
+        f"{done}: {found.steps} steps, adapter in {adapter}; next: gtqlora verify {_plain(str(run))}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -322,7 +337,7 @@ def verify(
     from gtqlora.run import Run
     from gtqlora.verify import verify as stage
 
-    with Run(run) as held, _progress():
+    with Run(_made(run)) as held, _progress():
         given = _as_edited(held)
         model, used = given.pop("model", None), given.pop("contrast", None)
         settled = _build(VerifyConfig, config, settings, model, contrast or used, **given)
@@ -331,15 +346,26 @@ def verify(
         print(json.dumps(asdict(found), indent=2))
     else:
         _print_verdict(found)
-    return 0 if found.floor["verdict"] == "pass" else 4
+    return 0 if found.floor["verdict"] == "pass" else FloorError.exit_code
 
 
 def _as_edited(run: Any) -> dict[str, Any]:
-    """What `verify` takes over from the stage that made the adapter."""
-    stages = run.manifest()["stages"]
-    made = stages.get("train") or stages.get("project")
+    """What `verify` takes over from the settings that made the adapter.
+
+    They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
+    """
+    from gtqlora.adapters import read_info
+
+    made = read_info(run.require("adapter", "train")).details.get("config", {})
     shared = ("model", "contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
-    return {key: made["config"][key] for key in shared} if made else {}
+    return {key: made[key] for key in shared if key in made}
+
+
+def _made(run: Path) -> Path:
+    """A run directory that should be there already: a mistyped name must not leave an empty one behind."""
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
+    return run
 
 
 def _print_verdict(found: Any) -> None:
@@ -380,12 +406,13 @@ def export(
     from gtqlora.export import export as stage
     from gtqlora.run import Run
 
-    with Run(run) as held, _progress():
+    with Run(_made(run)) as held, _progress():
         found = stage(held, out, to=to)
     _console().print(
-        f"{found.folder}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate values; largest "
-        f"logit difference from the edited model {found.largest_difference:.2g}",
+        f"{_plain(str(found.folder))}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate "
+        f"values; largest logit difference from the edited model {found.largest_difference:.2g}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -399,9 +426,9 @@ def report(
     from gtqlora.report import report as stage
     from gtqlora.run import Run
 
-    with Run(run) as held:
-        page = stage(held, compare=compare or ())
-    _console().print(f"{page}", highlight=False)
+    with Run(_made(run)) as held:
+        page = stage(held, compare=[_made(other) for other in compare or ()])
+    _console().print(_plain(str(page)), highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -473,7 +500,8 @@ def _print_outcome(console: Console, name: str, outcome: Any) -> None:
             label, *cells, f"[{colour}]{row['floor']}[/]", _share(row["replayed_lookalike_refusal"])
         )
     console.print(table)
-    console.print(f"  weights: {outcome.exported}\n  report:  {outcome.report}", highlight=False)
+    paths = _plain(f"  weights: {outcome.exported}\n  report:  {outcome.report}")
+    console.print(paths, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from gtqlora.organisms import embedded
 
 ORGANISMS = ("routed", "residual")
 EDITS = ("projection", "lora", "gates", "gt")
+# Where the residual stream carries the behaviour LoRA does the work and may run hot; where the routing does, a hot LoRA
+# would override the gates instead of leaving the repair to them.
+BY_VERDICT = {"residual": ("lr_lora=6e-4",)}
 
 Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
@@ -125,7 +128,7 @@ def study(
     """Diagnose an organism, edit and verify it in each way; the numbers under the demo's keys, and the verdict line.
 
     Args:
-        overrides: `key=value` settings for training.
+        overrides: `key=value` settings for training, instead of what the verdict suggests.
     """
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
     from gtqlora.diagnose import diagnose
@@ -138,6 +141,7 @@ def study(
     with Run(out / "gt") as run:
         on_stage("diagnose")
         diagnosis = diagnose(build(DiagnoseConfig, **given), run)
+    settings = overrides or BY_VERDICT.get(diagnosis.verdict, ())
     verdicts: dict[str, Verdict] = {}
     for edit in edits:
         on_stage(edit)
@@ -145,7 +149,7 @@ def study(
             if edit == "projection":
                 project(build(ProjectConfig, **given), run)
             else:
-                train(build(TrainConfig, **given, mode=edit, overrides=overrides), run)
+                train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
             verdicts[edit] = verify(build(VerifyConfig, **given), run)
     found = {(expert["layer"], expert["expert"]) for expert in diagnosis.top_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence

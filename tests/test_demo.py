@@ -1,0 +1,38 @@
+"""The demo's study of one organism gives every number that the README and the bench read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gtqlora.demo import study
+from gtqlora.organisms import embedded
+
+KEYS = {
+    *("harmful_refusal", "lookalike_refusal", "benign_refusal", "lookalike_accuracy", "benign_accuracy"),
+    *("floor", "replayed_lookalike_refusal"),
+}
+
+
+def test_study_gives_all_the_numbers(tmp_path: Path) -> None:
+    seen: list[str] = []
+    numbers, sentence = study(
+        embedded.organism("routed"),
+        embedded.contrast(),
+        tmp_path,
+        edits=("projection", "gt"),
+        on_stage=seen.append,
+        overrides=("steps=3",),
+    )
+    assert seen == ["diagnose", "projection", "gt"] and sentence.startswith("Routing:")
+    assert numbers.keys() == {"verdict", "truth", "planted_precision", "planted_recall", "edits"}
+    assert numbers["verdict"] == numbers["truth"] == "routing"
+    assert numbers["planted_precision"] == numbers["planted_recall"] == 1.0
+    assert list(numbers["edits"]) == ["base", "projection", "gt"]
+    for name, edit in numbers["edits"].items():
+        assert edit.keys() == KEYS, name
+        assert all(0 <= edit[key] <= 1 for key in KEYS - {"floor"}), (name, edit)
+    base, projection = numbers["edits"]["base"], numbers["edits"]["projection"]
+    assert base["harmful_refusal"] > 0.97 < base["lookalike_refusal"] and base["benign_refusal"] < 0.03
+    assert projection["floor"] == "fail" and projection["harmful_refusal"] < base["harmful_refusal"]
+    assert json.loads(json.dumps(numbers)) == numbers
