@@ -74,6 +74,7 @@ def _quieten() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -146,9 +147,10 @@ def _build(
 
 def _table(title: str, *columns: str) -> Any:
     """First column left, the rest right-aligned."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
@@ -489,8 +491,8 @@ def _print_outcome(console: Console, name: str, outcome: Any) -> None:
             highlight=False,
         )
     table = _table(
-        "", "edit", "harmful refusal", "lookalike refusal", "benign refusal", "lookalike accuracy", "benign accuracy",
-        "floor", "lookalike refusal, original routing replayed",
+        "", "edit", "harmful\nrefused", "lookalike\nrefused", "benign\nrefused", "lookalike\nright", "benign\nright",
+        "floor", "lookalike\nrefused,\nrouting\nreplayed",
     )
     for edit, row in numbers["edits"].items():
         colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
