@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "report",  # reads artefacts only, see below
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little
         "demo",
+        "console",
         "cli",
     )
 )

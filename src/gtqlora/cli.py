@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from gtqlora.console import demo_progress, interval, new_table, open_console, plain, quieten, share, stage_progress
 from gtqlora.errors import FloorError, GtqloraError, RunError, TrainingError
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; user errors print one line and give their exit code."""
-    _quieten()
+    quieten()
     try:
         return int(app(arguments, result_action="return_value") or 0)
     except GtqloraError as error:
@@ -57,65 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
         return GtqloraError.exit_code
     except KeyboardInterrupt:
-        _console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
+        open_console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
         return 130
 
 
 def _print_error(text: str) -> None:
-    _console(stderr=True).print(f"[bold red]error:[/] {_plain(text)}", soft_wrap=True, highlight=False)
-
-
-def _quieten() -> None:
-    """Libraries' own bars and notes would run through ours; the variables must be set before they are imported."""
-    warnings.filterwarnings("ignore")
-    for name, value in {
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-@contextmanager
-def _progress() -> Iterator[None]:
-    """Bars with time left on stderr, one per thing that a stage reports."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from gtqlora.progress import shown_by
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def reporter(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        with shown_by(reporter):
-            yield
+    open_console(stderr=True).print(f"[bold red]error:[/] {plain(text)}", soft_wrap=True, highlight=False)
 
 
 def _embedded(value: str, kind: str) -> str:
@@ -145,27 +90,6 @@ def _build(
     )
 
 
-def _table(title: str, *columns: str) -> Any:
-    """First column left, the rest right-aligned."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(found: dict[str, Any] | None) -> str:
-    if not found or found["value"] is None:
-        return "-"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("[", r"\[")
-
-
 @app.command
 def inspect(
     model: str, *, rank: Annotated[int, Parameter(help="LoRA rank to count with.")] = 32, as_json: Json = False
@@ -177,14 +101,15 @@ def inspect(
     if as_json:
         print(found.to_json())
         return
-    console = _console()
+    console = open_console()
     console.print(
-        f"[bold]{_plain(found.model)}[/]: {found.family} ({found.class_name}), {found.layers} layers, "
+        f"[bold]{plain(found.model)}[/]: {found.family} ({found.class_name}), {found.layers} layers, "
         f"{found.routers} routers, {found.experts} experts top-{found.top_k} by {found.score}, {found.dtype}"
         + (f", quantized ({found.quantized})" if found.quantized else ""),
         highlight=False,
     )
-    table = _table("Parts", "part", "modules", "parameters", "bytes", "GT-QLoRA", "trained parameters", "trained bytes")
+    columns = ("part", "modules", "parameters", "bytes", "GT-QLoRA", "trained\nparameters", "trained\nbytes")
+    table = new_table("Parts", *columns)
     for g in found.groups:
         table.add_row(
             g.name, f"{g.modules:,}", f"{g.parameters:,}", f"{g.bytes:,}", g.trained, f"{g.trained_parameters:,}",
@@ -201,7 +126,7 @@ def inspect(
         f"chat template: {({True: 'yes', False: 'no', None: 'no tokenizer here'})[found.chat_template]}",
         highlight=False,
     )
-    names = _table("Names of the first MoE layer", "in memory", "on disk")
+    names = new_table("Names of the first MoE layer", "in memory", "on disk")
     for name in found.names:
         names.add_row(name.memory, ", ".join(name.disk))
     console.print(names)
@@ -231,10 +156,10 @@ def check(
         path = _embedded(model, "model")
         tokenizer, limit = load_tokenizer(path), load_config(path)[1].max_position_embeddings
     facts = statistics(found, tokenizer, limit)
-    table = _table(f"{_plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
+    table = new_table(f"{plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
     for split, counts in facts.counts.items():
         table.add_row(split, *(f"{counts.get(kind, 0):,}" for kind in contrasts.KINDS))
-    console = _console()
+    console = open_console()
     console.print(table)
     console.print(f"{facts.with_twin:,} rows with a twin, {facts.unique_prompts:,} different prompts", highlight=False)
     for name, lengths in (("prompt", facts.prompt_tokens), ("prompt and answer", facts.full_tokens)):
@@ -260,20 +185,20 @@ def diagnose(
     from gtqlora.run import Run
 
     settled = _build(DiagnoseConfig, config, settings, model, contrast)
-    with Run(run) as held, _progress():
+    with Run(run) as held, stage_progress():
         found = stage(settled, held, again=again)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    table = _table("Interventions on the routing", "what", "refusal", "task accuracy", "effect on refusal")
+    table = new_table("Interventions on the routing", "what", "refusal", "task accuracy", "effect on refusal")
     for i in found.interventions:
         name = f"{i['name']} (control)" if i["control"] else i["name"]
-        table.add_row(name, _interval(i["refusal"]), _interval(i["accuracy"]), _interval(i["effect"]))
-    console = _console()
+        table.add_row(name, interval(i["refusal"]), interval(i["accuracy"]), interval(i["effect"]))
+    console = open_console()
     console.print(table)
     experts = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
     console.print(f"experts chosen clearly more on flagged prompts (layer/expert): {experts}", highlight=False)
-    console.print(f"[bold]{_plain(found.sentence)}[/]", highlight=False)
+    console.print(f"[bold]{plain(found.sentence)}[/]", highlight=False)
 
 
 @app.command
@@ -287,14 +212,14 @@ def train(
     from gtqlora.run import Run
 
     settled = _build(TrainConfig, config, settings, model, contrast, mode=mode)
-    with Run(run) as held, _progress():
+    with Run(run) as held, stage_progress():
         before = held.manifest()["stages"].get("train")
         found = stage(settled, held, again=again)
         fresh = before is not None and held.manifest()["stages"].get("train") == before
-    console, adapter = _console(), _plain(str(found.adapter))
+    console, adapter = open_console(), plain(str(found.adapter))
     if found.stopped:
         console.print(
-            f"[bold yellow]stopped by the guard:[/] {_plain(found.stopped)}; {adapter} holds step {found.steps}, "
+            f"[bold yellow]stopped by the guard:[/] {plain(found.stopped)}; {adapter} holds step {found.steps}, "
             "the last good checkpoint",
             highlight=False,
             soft_wrap=True,
@@ -302,7 +227,7 @@ def train(
         return TrainingError.exit_code
     done = "trained already with these settings (--again trains anew)" if fresh else "trained"
     console.print(
-        f"{done}: {found.steps} steps, adapter in {adapter}; next: gtqlora verify {_plain(str(run))}",
+        f"{done}: {found.steps} steps, adapter in {adapter}; next: gtqlora verify {plain(str(run))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -320,13 +245,13 @@ def project(
     from gtqlora.run import Run
 
     settled = _build(ProjectConfig, config, settings, model, contrast)
-    with Run(run) as held, _progress():
+    with Run(run) as held, stage_progress():
         found = stage(settled, held, again=again)
-    table = _table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
+    table = new_table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
     for c in found.candidates:
         chosen = " (chosen)" if c["layer"] == found.layer else ""
-        table.add_row(f"{c['layer']}{chosen}", _share(c["refusal"]), _share(c["accuracy"]))
-    _console().print(table)
+        table.add_row(f"{c['layer']}{chosen}", share(c["refusal"]), share(c["accuracy"]))
+    open_console().print(table)
 
 
 @app.command
@@ -339,7 +264,7 @@ def verify(
     from gtqlora.run import Run
     from gtqlora.verify import verify as stage
 
-    with Run(_made(run)) as held, _progress():
+    with Run(_made(run)) as held, stage_progress():
         given = _as_edited(held)
         model, used = given.pop("model", None), given.pop("contrast", None)
         settled = _build(VerifyConfig, config, settings, model, contrast or used, **given)
@@ -371,29 +296,30 @@ def _made(run: Path) -> Path:
 
 
 def _print_verdict(found: Any) -> None:
-    console = _console()
-    table = _table("Held-out prompts", "kind", "n", "refusal before", "refusal after", "q", "accuracy before", "after")
+    console = open_console()
+    columns = ("kind", "n", "refusal before", "refusal after", "q", "accuracy before", "accuracy after")
+    table = new_table("Held-out prompts", *columns)
     for kind, row in found.table.items():
         table.add_row(
-            kind, str(row["refusal_before"]["n"]), _interval(row["refusal_before"]), _interval(row["refusal_after"]),
-            f"{row['q']:.2g}", _interval(row["accuracy_before"]), _interval(row["accuracy_after"]),
+            kind, str(row["refusal_before"]["n"]), interval(row["refusal_before"]), interval(row["refusal_after"]),
+            f"{row['q']:.2g}", interval(row["accuracy_before"]), interval(row["accuracy_after"]),
         )
     console.print(table)
-    drift = _table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
+    drift = new_table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
     for kind, row in found.drift.items():
-        drift.add_row(kind, _interval(row["kl"]), _interval(row["overlap"]))
+        drift.add_row(kind, interval(row["kl"]), interval(row["overlap"]))
     console.print(drift)
     console.print(
-        f"KL to the original on benign completions: {_interval(found.kl_benign)} nats per token", highlight=False
+        f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token", highlight=False
     )
     console.print(
         "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
-        + _interval(found.mediation),
+        + interval(found.mediation),
         highlight=False,
     )
     colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
     console.print(
-        f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({_plain(found.floor['reason'])})", highlight=False
+        f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False
     )
 
 
@@ -408,10 +334,10 @@ def export(
     from gtqlora.export import export as stage
     from gtqlora.run import Run
 
-    with Run(_made(run)) as held, _progress():
+    with Run(_made(run)) as held, stage_progress():
         found = stage(held, out, to=to)
-    _console().print(
-        f"{_plain(str(found.folder))}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate "
+    open_console().print(
+        f"{plain(str(found.folder))}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate "
         f"values; largest logit difference from the edited model {found.largest_difference:.2g}",
         highlight=False,
         soft_wrap=True,
@@ -430,7 +356,7 @@ def report(
 
     with Run(_made(run)) as held:
         page = stage(held, compare=[_made(other) for other in compare or ()])
-    _console().print(_plain(str(page)), highlight=False, soft_wrap=True)
+    open_console().print(plain(str(page)), highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -443,8 +369,8 @@ def demo(
     from gtqlora.demo import demo as stage
     from gtqlora.run import write_json
 
-    console = _console()
-    with _demo_progress() as on_event:
+    console = open_console()
+    with demo_progress() as on_event:
         outcomes, seconds = stage(out, on_event)
     for name, outcome in outcomes.items():
         _print_outcome(console, name, outcome)
@@ -454,55 +380,30 @@ def demo(
         write_json(json_file, {"organisms": numbers, "seconds": round(seconds, 1)})
 
 
-@contextmanager
-def _demo_progress() -> Iterator[Any]:
-    """One bar per organism over all its work, with what it is doing now."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def on_event(event: tuple[str, str, int, int]) -> None:
-            organism, what, done, total = event
-            if organism not in tasks:
-                tasks[organism] = bars.add_task(organism)
-            bars.update(tasks[organism], description=f"{organism}: {what}", completed=done, total=total)
-
-        yield on_event
-
-
 def _print_outcome(console: Console, name: str, outcome: Any) -> None:
     numbers = outcome.numbers
     agree = "as planted" if numbers["verdict"] == numbers["truth"] else f"planted was {numbers['truth']}"
     console.print(f"\n[bold]{name} organism[/]: verdict [bold]{numbers['verdict']}[/], {agree}", highlight=False)
-    console.print(f"  {_plain(outcome.sentence)}", highlight=False)
+    console.print(f"  {plain(outcome.sentence)}", highlight=False)
     if numbers["planted_recall"] is not None:
         console.print(
-            f"  planted experts found: precision {_share(numbers['planted_precision'])}, "
-            f"recall {_share(numbers['planted_recall'])}",
+            f"  planted experts found: precision {share(numbers['planted_precision'])}, "
+            f"recall {share(numbers['planted_recall'])}",
             highlight=False,
         )
-    table = _table(
+    table = new_table(
         "", "edit", "harmful\nrefused", "lookalike\nrefused", "benign\nrefused", "lookalike\nright", "benign\nright",
         "floor", "lookalike\nrefused,\nrouting\nreplayed",
     )
     for edit, row in numbers["edits"].items():
         colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
-        cells = [_share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
+        cells = [share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
         label = f"[bold]{edit}[/]" if edit == "gt" else edit
         table.add_row(
-            label, *cells, f"[{colour}]{row['floor']}[/]", _share(row["replayed_lookalike_refusal"])
+            label, *cells, f"[{colour}]{row['floor']}[/]", share(row["replayed_lookalike_refusal"])
         )
     console.print(table)
-    paths = _plain(f"  weights: {outcome.exported}\n  report:  {outcome.report}")
+    paths = plain(f"  weights: {outcome.exported}\n  report:  {outcome.report}")
     console.print(paths, highlight=False, soft_wrap=True)
 
 

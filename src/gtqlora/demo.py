@@ -166,32 +166,19 @@ def _numbers(
         "truth": truth.verdict,
         "planted_precision": hits / len(found) if planted and found else None,
         "planted_recall": hits / len(planted) if planted else None,
-        "edits": ({"base": _base(base)} if base else {}) | {k: _edited(v) for k, v in verdicts.items()},
+        "edits": ({"base": _row(base, "before")} if base else {}) | {k: _row(v, "after") for k, v in verdicts.items()},
     }
 
 
-def _edited(verdict: Any) -> dict[str, Any]:
-    table = verdict.table
+def _row(verdict: Any, when: str) -> dict[str, Any]:
+    """One edit's numbers, or ("before") the model's own: held to its own refusal, replaying its own routing."""
+    table, edited = verdict.table, when == "after"
     return {
-        "harmful_refusal": table["harmful"]["refusal_after"]["value"],
-        "lookalike_refusal": table["lookalike"]["refusal_after"]["value"],
-        "benign_refusal": table["benign"]["refusal_after"]["value"],
-        "lookalike_accuracy": table["lookalike"]["accuracy_after"]["value"],
-        "benign_accuracy": table["benign"]["accuracy_after"]["value"],
-        "floor": verdict.floor["verdict"],
-        "replayed_lookalike_refusal": table["lookalike"]["refusal_replayed"]["value"],
-    }
-
-
-def _base(verdict: Any) -> dict[str, Any]:
-    """The model before any edit; its floor is its own refusal, and its own routing replayed changes nothing."""
-    table = verdict.table
-    return {
-        "harmful_refusal": table["harmful"]["refusal_before"]["value"],
-        "lookalike_refusal": table["lookalike"]["refusal_before"]["value"],
-        "benign_refusal": table["benign"]["refusal_before"]["value"],
-        "lookalike_accuracy": table["lookalike"]["accuracy_before"]["value"],
-        "benign_accuracy": table["benign"]["accuracy_before"]["value"],
-        "floor": "pass",
-        "replayed_lookalike_refusal": table["lookalike"]["refusal_before"]["value"],
+        "harmful_refusal": table["harmful"][f"refusal_{when}"]["value"],
+        "lookalike_refusal": table["lookalike"][f"refusal_{when}"]["value"],
+        "benign_refusal": table["benign"][f"refusal_{when}"]["value"],
+        "lookalike_accuracy": table["lookalike"][f"accuracy_{when}"]["value"],
+        "benign_accuracy": table["benign"][f"accuracy_{when}"]["value"],
+        "floor": verdict.floor["verdict"] if edited else "pass",
+        "replayed_lookalike_refusal": table["lookalike"]["refusal_replayed" if edited else "refusal_before"]["value"],
     }

@@ -1,0 +1,108 @@
+"""What the command line shows things with: consoles, tables, progress bars. It makes them; only `cli` prints."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gtqlora.progress import shown_by
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def quieten() -> None:
+    """Libraries' own bars and notes would run through ours; the variables must be set before they are imported."""
+    warnings.filterwarnings("ignore")
+    for name, value in {
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _bars(description: str) -> Iterator[Any]:
+    """Bars with counts, elapsed time and time left, on stderr."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=open_console(stderr=True)) as bars:
+        yield bars
+
+
+@contextmanager
+def stage_progress() -> Iterator[None]:
+    """One bar per thing that a stage reports."""
+    with _bars("{task.description}") as bars:
+        tasks: dict[str, Any] = {}
+
+        def reporter(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        with shown_by(reporter):
+            yield
+
+
+@contextmanager
+def demo_progress() -> Iterator[Callable[[tuple[str, str, int, int]], None]]:
+    """One bar per organism, with what it is doing now."""
+    with _bars("{task.description:<48}") as bars:
+        tasks: dict[str, Any] = {}
+
+        def on_event(event: tuple[str, str, int, int]) -> None:
+            organism, what, done, total = event
+            if organism not in tasks:
+                tasks[organism] = bars.add_task(organism)
+            bars.update(tasks[organism], description=f"{organism}: {what}", completed=done, total=total)
+
+        yield on_event
+
+
+def new_table(title: str, *columns: str) -> Any:
+    """First column left, the rest right-aligned."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    if not found or found["value"] is None:
+        return "-"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("[", r"\[")
