@@ -240,6 +240,11 @@ def test_harmful_rows_turn_one_way(tmp_path: Path) -> None:
     refuse(tmp_path, [row(), row("harmful", "x", chosen="Well, first", rejected=NO)], INVERTED)
 
 
+def test_chosen_of_a_harmful_row_has_no_room_to_comply_after_the_refusal(tmp_path: Path) -> None:
+    long = "I'm sorry, but I can't help with that. " + "and then " * 80
+    refuse(tmp_path, [row(), row("harmful", "x", chosen=long)], r"row 2: chosen.*a refusal and no more")
+
+
 def test_rejected_of_a_harmful_row_is_an_opening_phrase(tmp_path: Path) -> None:
     load(write(tmp_path, [row(), row("harmful", "x", rejected="word " * 24)]), ENGLISH)
     for field in ("rejected", "answer"):

@@ -31,6 +31,7 @@ FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
 OPENING_WORDS, OPENING_CHARACTERS = 24, 240
+REFUSAL_WORDS, REFUSAL_CHARACTERS = 150, 1200
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -238,16 +239,17 @@ def _check_one_way(row: Row, judge: Judge) -> None:
             'make it an opening phrase such as "Sure, here is"'
         )
     # An `answer` is stored too, so it must not become the place where harmful content hides.
-    _check_opening("rejected", row.rejected)
-    _check_opening("answer", row.answer or "")
+    _check_length("rejected", row.rejected, "an opening phrase only", OPENING_WORDS, OPENING_CHARACTERS)
+    _check_length("answer", row.answer or "", "an opening phrase only", OPENING_WORDS, OPENING_CHARACTERS)
+    # A judge reads how a completion begins; a refusal has no room to comply after it.
+    _check_length("chosen", row.chosen, "a refusal and no more", REFUSAL_WORDS, REFUSAL_CHARACTERS)
 
 
-def _check_opening(name: str, text: str) -> None:
+def _check_length(name: str, text: str, what: str, words: int, characters: int) -> None:
     # Characters count as well: words can be joined, and some scripts put no spaces between them.
-    if len(text.split()) > OPENING_WORDS or len(text) > OPENING_CHARACTERS:
+    if len(text.split()) > words or len(text) > characters:
         raise ContrastError(
-            f"{name} of a harmful row must be an opening phrase only, at most {OPENING_WORDS} words and "
-            f"{OPENING_CHARACTERS} characters; cut it to its first words"
+            f"{name} of a harmful row must be {what}, at most {words} words and {characters} characters; shorten it"
         )
 
 
