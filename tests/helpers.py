@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from gtqlora import adapters, contrasts, edit
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
+from gtqlora.families import load_config
 from gtqlora.gate_trainer import GateTargetedTrainer
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
@@ -83,14 +84,17 @@ class Toy:
 
 
 def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
-    """A run directory whose edit passed the floor."""
+    """A run directory whose edit passed the floor; of a projection, the first layer whose removal does."""
     with Run(path) as run:
-        if kind == adapters.PROJECTION:
-            project(toy.project_config(model), run)
-        else:
+        if kind != adapters.PROJECTION:
             edit.train(toy.train_config(model), run)
-        assert verify(toy.verify_config(model), run).floor["verdict"] == "pass"
-    return path
+            assert verify(toy.verify_config(model), run).floor["verdict"] == "pass"
+            return path
+        for layer in range(1, load_config(str(model))[1].num_hidden_layers + 1):
+            project(replace(toy.project_config(model), layer=layer), run)
+            if verify(toy.verify_config(model), run).floor["verdict"] == "pass":
+                return path
+    raise AssertionError(f"no layer's projection passes the floor on {model}")
 
 
 def noop_adapter(model: Path, contrast: Path, judge: str, path: Path) -> None:

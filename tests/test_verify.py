@@ -126,7 +126,7 @@ def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> 
     assert verdict.mediation["n"] == sum(
         row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] for row in rows
     )
-    assert verdict.kl_benign["value"] > 0.01
+    assert verdict.kl_benign["value"] > 0.001
     assert verdict.drift["harmful"]["kl"]["value"] > 0.001 and verdict.drift["harmful"]["overlap"]["value"] < 1
 
 
