@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora import routing
-from gtqlora.families import Anatomy, bind, language_model, load_model, load_tokenizer
+from gtqlora.experts.loading import BF16, load_model
+from gtqlora.families import Anatomy, bind, language_model, load_tokenizer
 from gtqlora.routing import RouterSpec
 
 
@@ -51,14 +52,18 @@ class Subject:
         return torch.tensor(sorted(set(ends)), device=self.device)
 
 
-def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu") -> Subject:
+def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16) -> Subject:
     """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
+
+    Args:
+        experts: "bf16" as in the checkpoint, or frozen in "nf4", "int4-g32", "int4-g128" or "native".
 
     Raises:
         ModelError: as `load_model` and `load_tokenizer`.
+        ConfigError: `experts` is none of these.
     """
     tokenizer = load_tokenizer(model)
-    family, loaded = load_model(model, dtype=dtype, device=device)
+    family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
     anatomy = bind(loaded, family)
     _routers_to_fp32(loaded, anatomy)
     return Subject(loaded, tokenizer, anatomy)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
+import torch
 from torch import nn
 
 from gtqlora.errors import ModelError
@@ -56,7 +57,8 @@ class Anatomy:
 class Group:
     """A line of `gtqlora inspect`: parameters of one kind and what GT-QLoRA does with them.
 
-    Bytes are at the model's own dtype; trained gates are fp32 masters, LoRA has its base module's dtype.
+    Parameters count weights, however few bits each has; bytes are those in memory. Trained gates are fp32 masters,
+    LoRA has its base module's dtype, or the model's where that module is quantized.
     """
 
     name: str
@@ -66,6 +68,22 @@ class Group:
     trained: str
     trained_parameters: int
     trained_bytes: int
+
+
+class FrozenRange(Protocol):
+    """Routed experts `first` to `first + count` of a layer, held in buffers of a few bits instead of parameters."""
+
+    n_experts: int
+    first: int
+    count: int
+    hidden_size: int
+    intermediate_size: int
+
+
+def is_frozen(experts: nn.Module) -> TypeGuard[FrozenRange]:
+    """Whether a layer's experts are frozen in buffers."""
+    attributes = ("n_experts", "first", "count", "hidden_size", "intermediate_size")
+    return not any(True for _ in experts.parameters()) and all(hasattr(experts, name) for name in attributes)
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -156,13 +174,22 @@ def _check_layer(
         raise ModelError(f"layer {index}: router weight {shape}, expected {(spec.n_experts, config.hidden_size)}")
     if experts is None:
         raise ModelError(f"layer {index}: no {family.experts} beside the router")
-    inner, hidden = config.moe_intermediate_size, config.hidden_size
-    wanted = {"gate_up_proj": (spec.n_experts, 2 * inner, hidden), "down_proj": (spec.n_experts, hidden, inner)}
-    found = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+    found, wanted = _expert_shapes(experts, spec.n_experts, config.hidden_size, config.moe_intermediate_size)
     if found != wanted:
         raise ModelError(f"layer {index}: experts {found}, expected {wanted}")
     if family.correction_bias and not hasattr(router, family.correction_bias):
         raise ModelError(f"layer {index}: router lacks {family.correction_bias}")
+
+
+def _expert_shapes(
+    experts: nn.Module, n_experts: int, hidden: int, inner: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sizes of a layer's experts, found and wanted."""
+    if is_frozen(experts):
+        found = {"experts": experts.n_experts, "hidden": experts.hidden_size, "inner": experts.intermediate_size}
+        return found, {"experts": n_experts, "hidden": hidden, "inner": inner}
+    found = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+    return found, {"gate_up_proj": (n_experts, 2 * inner, hidden), "down_proj": (n_experts, hidden, inner)}
 
 
 _ROUTED, _GATES, _ATTENTION, _SHARED = "routed experts", "routers (gates)", "attention", "shared experts"
@@ -202,22 +229,50 @@ def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Pa
     return owned
 
 
-def _group(model: nn.Module, kind: str, owned: dict[str, list[nn.Parameter]], lora_rank: int) -> Group:
-    parameters = [parameter for group in owned.values() for parameter in group]
-    count = sum(p.numel() for p in parameters)
+def _stored(parameter: nn.Parameter) -> tuple[int, int]:
+    """Weights in a parameter and the bytes that hold them; bitsandbytes packs a matrix and keeps its statistics."""
+    state: Any = getattr(parameter, "quant_state", None)
+    held = parameter.numel() * parameter.element_size()
+    if state is None:
+        return parameter.numel(), held
+    statistics = [value for value in state.as_dict(packed=True).values() if isinstance(value, torch.Tensor)]
+    return state.shape.numel(), held + sum(value.nbytes for value in statistics)
+
+
+def _frozen_sizes(experts: FrozenRange) -> tuple[int, int]:
+    """Weights and bytes of frozen experts."""
+    weights = 3 * experts.count * experts.hidden_size * experts.intermediate_size
+    return weights, sum(buffer.nbytes for buffer in cast(nn.Module, experts).buffers())
+
+
+def _lora_sizes(model: nn.Module, paths: Iterable[str], rank: int) -> tuple[int, int]:
+    """Weights and bytes of LoRA on these linears."""
+    count = size = 0
+    for path in paths:
+        linear = cast(nn.Linear, model.get_submodule(path))
+        weights = rank * (linear.in_features + linear.out_features)
+        dtype = linear.weight.dtype if linear.weight.is_floating_point() else cast(torch.dtype, model.dtype)
+        count, size = count + weights, size + weights * dtype.itemsize
+    return count, size
+
+
+def _group(
+    model: nn.Module, kind: str, owned: dict[str, list[nn.Parameter]], frozen: list[FrozenRange], lora_rank: int
+) -> Group:
+    sizes = [_stored(parameter) for group in owned.values() for parameter in group]
+    sizes += [_frozen_sizes(experts) for experts in frozen]
+    count = sum(weights for weights, _ in sizes)
     trained, n_trained, trained_bytes = "frozen", 0, 0
     if kind == _GATES:
         trained, n_trained, trained_bytes = "full, fp32", count, count * _FP32_BYTES
     elif kind in (_ATTENTION, _SHARED):
-        weights = [model.get_submodule(path).get_parameter("weight") for path in owned]
         trained = f"LoRA rank {lora_rank}"
-        n_trained = sum(lora_rank * sum(w.shape) for w in weights)
-        trained_bytes = sum(lora_rank * sum(w.shape) * w.element_size() for w in weights)
+        n_trained, trained_bytes = _lora_sizes(model, owned, lora_rank)
     return Group(
         name=kind,
-        modules=len(owned),
+        modules=len(owned) + len(frozen),
         parameters=count,
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        bytes=sum(held for _, held in sizes),
         trained=trained,
         trained_parameters=n_trained,
         trained_bytes=trained_bytes,
@@ -225,14 +280,21 @@ def _group(model: nn.Module, kind: str, owned: dict[str, list[nn.Parameter]], lo
 
 
 def census(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tuple[Group, ...]:
-    """Counts and bytes by kind, covering every parameter of the language model exactly once.
+    """Counts and bytes by kind, covering every parameter of the language model, and frozen experts, exactly once.
 
     Raises:
         ModelError: a parameter is of no known kind, or the counts do not add up to the model's.
     """
     owned = _owned(model, anatomy)
-    groups = tuple(_group(model, kind, owned[kind], lora_rank) for kind in _KINDS if owned[kind])
-    counted, total = sum(g.parameters for g in groups), sum(p.numel() for p in model.parameters())
+    routed = [model.get_submodule(layer.experts) for layer in anatomy.moe]
+    frozen: dict[str, list[FrozenRange]] = {_ROUTED: [experts for experts in routed if is_frozen(experts)]}
+    groups = tuple(
+        _group(model, kind, owned[kind], frozen.get(kind, []), lora_rank)
+        for kind in _KINDS
+        if owned[kind] or frozen.get(kind)
+    )
+    counted = sum(g.parameters for g in groups)
+    total = sum(_stored(p)[0] for p in model.parameters()) + sum(_frozen_sizes(e)[0] for e in frozen[_ROUTED])
     if counted != total:
         raise ModelError(f"census does not cover the model: {counted} of {total} parameters")
     return groups

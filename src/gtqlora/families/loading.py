@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gtqlora.errors import ModelError
-from gtqlora.families import files
+from gtqlora.families import files, packed
 from gtqlora.families.facts import Family, family_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -144,21 +144,41 @@ def _check_tokenizer_files(folder: Path) -> None:
         raise ModelError(f"{fast}: the tokenizer cannot be loaded ({files.first_line(error)})") from error
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Family, PreTrainedModel]:
+def load_model(
+    model: str, *, dtype: str = "auto", device: str = "cpu", quantization_config: Any = None
+) -> tuple[Family, PreTrainedModel]:
     """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+
+    Args:
+        quantization_config: a transformers quantization config, used instead of the checkpoint's own. Its quantizer
+            answers for the tensors it takes, and works on `device`.
 
     Raises:
         ModelError: quantized, pickled, missing, corrupt or mismatched weights, or NaN in them.
     """
     source = _read(model)
-    _refuse_quantized(source)
+    if quantization_config is None:
+        _refuse_quantized(source)
     config = _config(source)
     folder, names = files.weight_files(model)
-    _check_experts(model, source.family, config, files.tensor_names(folder, names))
-    loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model)
+    present = files.tensor_names(folder, names)
+    quantizing: dict[str, Any] = {}
+    if quantization_config is None:
+        _check_experts(model, source.family, config, present)
+    else:
+        quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
+    loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, **quantizing)
     _check_loading(model, source.family, config, info)
     _check_finite(model, loaded)
     return source.family, loaded.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _indexed(device: str) -> torch.device:
+    """The device with its number: trainers compare devices, and `cuda` is not equal to `cuda:0`."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def quantization(model: str) -> str | None:
@@ -171,19 +191,25 @@ def quantization(model: str) -> str | None:
 
 
 def _quant_method(source: _Source) -> str | None:
-    settings = source.first(*_QUANTIZED)
-    if settings is None:
-        return None
-    return str(settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings)
+    settings = packed.settings_of(source.raw, source.family.text_key)
+    return None if settings is None else packed.method_of(settings)
 
 
 def _refuse_quantized(source: _Source) -> None:
-    method = _quant_method(source)
-    if method is not None:
+    settings = packed.settings_of(source.raw, source.family.text_key)
+    if settings is None:
+        return
+    method = packed.method_of(settings)
+    if method == packed.OURS or packed.is_packed_int4(settings):
+        what = "saved with 4-bit experts" if method == packed.OURS else "INT4"
         raise ModelError(
-            f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and "
-            "fp32 checkpoints only. `gtqlora inspect` works on it"
+            f"{source.model}: the checkpoint is {what} (quant_method {method}); use --experts native to keep its "
+            "experts as they are, or give the bf16, fp16 or fp32 checkpoint"
         )
+    raise ModelError(
+        f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and fp32 "
+        "checkpoints, and compressed-tensors INT4 ones with --experts native. `gtqlora inspect` works on it"
+    )
 
 
 @contextmanager
@@ -198,7 +224,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_pretrained(
-    folder: str, family: Family, config: Any, dtype: str, model: str
+    folder: str, family: Family, config: Any, dtype: str, model: str, **more: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     model_class = getattr(transformers, family.class_name)
     renames = {f"^{re.escape(family.disk_prefix)}": ""} if family.disk_prefix else None
@@ -214,6 +240,7 @@ def _from_pretrained(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # so that they come back by name; `_check_loading` refuses them
                 output_loading_info=True,
+                **more,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{model}: the weights cannot be loaded ({files.first_line(error)})") from error
@@ -257,6 +284,8 @@ def _check_finite(model: str, loaded: PreTrainedModel) -> None:
 
 def _bad_part(tensor: Tensor) -> str | None:
     """Where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
+    if not tensor.is_floating_point():
+        return None
     if tensor.ndim < 3:
         return None if bool(tensor.isfinite().all()) else ""
     return next((f"[{i}]" for i, part in enumerate(tensor) if not part.isfinite().all()), None)

@@ -1,0 +1,38 @@
+"""Loads a model of a known family with its routed experts as they are or frozen in 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from gtqlora import families
+from gtqlora.errors import ConfigError
+from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig
+from gtqlora.families import Family
+
+BF16 = "bf16"
+"""Experts in the checkpoint's own dtype, trained through like any other weight."""
+
+
+def load_model(
+    model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16, dense: str = KEEP, **more: Any
+) -> tuple[Family, PreTrainedModel]:
+    """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+
+    Args:
+        experts: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
+        dense, more: settings of `FrozenExpertsConfig`.
+
+    Raises:
+        ModelError: as `families.load_model`, or the checkpoint does not go with `experts`.
+        ConfigError: a setting is unknown or out of range.
+    """
+    if experts == BF16:
+        if dense != KEEP or more:
+            raise ConfigError(f"dense = {dense!r}, {more}: settings of frozen experts, but experts = {BF16!r}")
+        return families.load_model(model, dtype=dtype, device=device)
+    if experts not in CHOICES:
+        raise ConfigError(f"experts = {experts!r}: known are {', '.join((BF16, *CHOICES))}")
+    settings = FrozenExpertsConfig(format=experts, dense=dense, **more)
+    return families.load_model(model, dtype=dtype, device=device, quantization_config=settings)

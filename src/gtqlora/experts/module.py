@@ -1,0 +1,182 @@
+"""The module that stands where a transformers MoE layer has its fused experts, and holds them frozen in 4 bits.
+
+Shape letters: T tokens, D hidden, E experts held here, K experts chosen per token, H hidden and I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from gtqlora.errors import ModelError
+from gtqlora.experts import products, tiles
+from gtqlora.experts.layout import Format, Parts
+
+Fused = Literal["gate_up", "down"]
+Projection = Literal["gate", "up", "down"]
+
+_PLACE: dict[str, tuple[Fused, int]] = {"gate": ("gate_up", 0), "up": ("gate_up", 1), "down": ("down", 0)}
+_MATRICES: dict[Fused, int] = {"gate_up": 2, "down": 1}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class FrozenExperts(nn.Module):
+    """A contiguous range of one layer's routed experts, frozen in 4 bits.
+
+    The weights are buffers `gate_up_<part>` with leading dims [E, 2] (gate, up) and `down_<part>` with [E, 1]. They
+    hold nothing meaningful until `put`, `quantise_into` or a state dict fills them, and no cast changes them.
+
+    Args:
+        format: how the weights are laid out.
+        n_experts: routed experts of the whole layer.
+        act_fn: the activation of the gate.
+        config: the model's config, kept for those who ask the experts for it.
+        first, count: the experts held here, all after `first` by default; others contribute zero.
+
+    Raises:
+        ModelError: the format cannot hold matrices of these sizes, or the range is not inside the layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        format: Format,
+        n_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        act_fn: nn.Module | Callable[[Tensor], Tensor],
+        config: Any = None,
+        first: int = 0,
+        count: int | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.format = format
+        self.n_experts, self.first = n_experts, first
+        self.count = n_experts - first if count is None else count
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.act_fn, self.config = act_fn, config
+        self.product = "auto"
+        self.tiled = False
+        if first < 0 or self.count < 1 or first + self.count > n_experts:
+            raise ModelError(f"experts {first} to {first + self.count - 1} are not a range of {n_experts} experts")
+        for fused, matrices in _MATRICES.items():
+            empty = format.empty((self.count, matrices), *self.sizes(fused), device=device)
+            for name, part in empty.items():
+                self.register_buffer(f"{fused}_{name}", part)
+
+    def sizes(self, projection: Fused | Projection) -> tuple[int, int]:
+        """Rows and columns of one matrix: gate and up are [I, H], down is [H, I]."""
+        if projection == "down":
+            return self.hidden_size, self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts:
+        """Views of the parts with leading dims [E, 2] or [E, 1]; `experts` counts from the first one held here."""
+        self.arrange(tiled=False)
+        return self._parts(projection, experts)
+
+    def _parts(self, projection: Fused, experts: slice | int = slice(None)) -> Parts:
+        names = self.format.layout(*self.sizes(projection))
+        return {name: self.get_buffer(f"{projection}_{name}").data[experts] for name in names}
+
+    @torch.no_grad()
+    def arrange(self, *, tiled: bool) -> None:
+        """Put the weights into the order of `tiles`, or back into the plain one; in place, an expert at a time."""
+        if tiled == self.tiled:
+            return
+        reorder = tiles.tiled if tiled else tiles.untiled
+        for fused in _MATRICES:
+            for expert in range(self.count):
+                mine = self._parts(fused, expert)
+                for name, part in reorder(self.format, mine, *self.sizes(fused)).items():
+                    mine[name].copy_(part)
+        self.tiled = tiled
+
+    @torch.no_grad()
+    def put(self, expert: int, projection: Projection, parts: Parts) -> None:
+        """Write one matrix's parts.
+
+        Args:
+            expert: its number in the whole layer.
+
+        Raises:
+            ModelError: the expert is not held here, or the parts are not those of such a matrix.
+        """
+        fused, place = _PLACE[projection]
+        if not self.first <= expert < self.first + self.count:
+            raise ModelError(f"expert {expert} is not among {self.first} to {self.first + self.count - 1} held here")
+        with _named(expert, projection):
+            lead = self.format.check_parts(parts, *self.sizes(projection))
+            if lead:
+                raise ModelError(f"{self.format.name}: parts of {list(lead)} matrices, expected one matrix")
+        for name, mine in self.parts(fused).items():
+            mine[expert - self.first, place].copy_(parts[name])
+
+    def quantise_into(self, expert: int, projection: Projection, matrix: Tensor) -> None:
+        """Quantise one matrix [I, H] or [H, I] and write its parts.
+
+        Raises:
+            ModelError: NaN or infinity in it, another shape, or the expert is not held here.
+        """
+        with _named(expert, projection):
+            if tuple(matrix.shape) != self.sizes(projection):
+                raise ModelError(f"a matrix {list(matrix.shape)}, expected {list(self.sizes(projection))}")
+            parts = self.format.quantise(matrix)
+        self.put(expert, projection, parts)
+
+    def weights(self, projection: Fused, experts: slice, dtype: torch.dtype) -> Tensor:
+        """Dequantised weights, fused as in transformers: gate_up [E, 2I, H] with gate's rows first, down [E, H, I]."""
+        return self.format.dequantise(self.parts(projection, experts), *self.sizes(projection), dtype).flatten(1, 2)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sums_TD of the experts' outputs, for hidden_states_TD, top_k_index_TK and top_k_weights_TK."""
+        experts_forward: Any = ALL_EXPERTS_FUNCTIONS[products.PREFIX + self.product]
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
+        self.arrange(tiled=False)
+        super()._save_to_state_dict(*arguments, **more)
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        self.arrange(tiled=False)
+        super()._load_from_state_dict(*arguments, **more)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(_moving_bits(fn), recurse)
+
+    def extra_repr(self) -> str:
+        held = "" if self.count == self.n_experts else f", held={self.first}..{self.first + self.count - 1}"
+        return (
+            f"{self.format.name}, n_experts={self.n_experts}{held}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, product={self.product}"
+        )
+
+
+class _named:
+    """Puts the matrix's name before a format's complaint."""
+
+    def __init__(self, expert: int, projection: str) -> None:
+        self.name = f"expert {expert} {projection}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, ModelError):
+            raise ModelError(f"{self.name}: {error}") from error
+
+
+def _moving_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply`, without its casts: those leave integers alone, so it is given the tensor's bits."""
+
+    def move(tensor: Tensor) -> Tensor:
+        bits = tensor.view(_INTEGERS[tensor.element_size()])
+        moved = fn(bits)
+        return moved.view(tensor.dtype) if moved.dtype == bits.dtype else tensor.to(moved.device)
+
+    return move

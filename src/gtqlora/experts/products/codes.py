@@ -1,0 +1,102 @@
+"""4-bit parts as Triton kernels read them: both formats alike, words of 8 codes in the order of the flattened matrix.
+
+Shape letters: E experts, M matrices of each (2 for gate and up, 1 for down), N rows and K columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gtqlora.errors import ModelError
+from gtqlora.experts import nf4
+from gtqlora.experts.formats import Int4, Nf4
+from gtqlora.experts.layout import Parts
+from gtqlora.experts.products.row_kernels import tl, triton
+from gtqlora.experts.products.rows import Experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """The matrices of some experts.
+
+    Attributes:
+        experts, matrices, rows, columns: E, M, N and K.
+        nf4: whether codes are NF4 levels with scales in 8 bits, or integers with scales in bf16.
+        group: codes that share a scale, counted along the flattened matrix.
+        tensors: words (int32), scales, and for NF4 the scales' scales, offsets, levels and the scales' levels.
+    """
+
+    experts: int
+    matrices: int
+    rows: int
+    columns: int
+    nf4: bool
+    group: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What every kernel that calls `decoded` and `scales_of` is specialised for."""
+        blocks = self.rows * self.columns // self.group
+        return {"NF4": self.nf4, "GROUP": self.group, "BLOCKS": blocks, "NESTED": -(-blocks // 256)}
+
+
+def codes_of(module: Experts, projection: Literal["gate_up", "down"], experts: slice = slice(None)) -> Codes:
+    """The experts' matrices, without a copy; `experts` counts from the first one held here.
+
+    Raises:
+        ModelError: a format these kernels do not know.
+    """
+    gate_up = projection == "gate_up"
+    rows, columns = module.hidden_size, module.intermediate_size
+    rows, columns = (columns, rows) if gate_up else (rows, columns)
+    parts, is_nf4 = module.parts(projection, experts), isinstance(module.format, Nf4)
+    if not is_nf4 and not isinstance(module.format, Int4):
+        raise ModelError(f'this product does not know the format {module.format.name}; set product = "reference"')
+    return Codes(
+        experts=len(parts["packed"]),
+        matrices=2 if gate_up else 1,
+        rows=rows,
+        columns=columns,
+        nf4=is_nf4,
+        group=module.format.group if is_nf4 else min(module.format.group, columns),
+        tensors=_nf4_tensors(parts) if is_nf4 else _int4_tensors(parts),
+    )
+
+
+def _int4_tensors(parts: Parts) -> tuple[Tensor, ...]:
+    words, scale = parts["packed"], parts["scale"]
+    return words, scale, scale, scale, scale, scale
+
+
+def _nf4_tensors(parts: Parts) -> tuple[Tensor, ...]:
+    device = parts["packed"].device
+    scales = (parts["absmax"], parts["absmax_scale"], parts["absmax_offset"])
+    return parts["packed"].view(torch.int32), *scales, nf4.levels(device), nf4.nested_levels(device)
+
+
+@triton.jit
+def decoded(word, place, levels, NF4: tl.constexpr):
+    """The levels (fp32) of the codes at `place` 0..7 of words; int4's low nibble is first, NF4's the high one."""
+    if NF4:
+        return tl.load(levels + ((word >> ((place * 4) ^ 4)) & 15))
+    # These bits are 2^23 + code in fp32, exactly: cheaper than a conversion.
+    return (((word >> (place * 4)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def scales_of(
+    block, matrix, inside, scales, scale_scales, offsets, scale_levels,
+    NF4: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """The scales (fp32) of numbered blocks of numbered matrices; finite, whatever it is, where not `inside`."""
+    found = tl.load(scales + (matrix * BLOCKS + block), mask=inside, other=0)
+    if NF4:
+        centred = tl.load(scale_levels + found.to(tl.int32))
+        spread = tl.load(scale_scales + (matrix * NESTED + block // 256), mask=inside, other=0)
+        return centred * spread + tl.load(offsets + matrix, mask=inside, other=0)
+    return found.to(tl.float32)

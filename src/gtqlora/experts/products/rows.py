@@ -1,0 +1,96 @@
+"""Which rows go to which expert, and how their outputs come together again; shared by all products.
+
+A row is one (token, choice) pair. Shape letters: T tokens, D hidden, E experts held, K experts chosen per token,
+R = T*K rows, N of them for experts held here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gtqlora.experts.layout import Format, Parts
+
+
+class Experts(Protocol):
+    """What a product may ask of the experts, see `FrozenExperts`."""
+
+    format: Format
+    n_experts: int
+    first: int
+    count: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def act_fn(self) -> object: ...
+
+    def parts(self, projection: Literal["gate_up", "down"], experts: slice = slice(None)) -> Parts: ...
+
+    def weights(self, projection: Literal["gate_up", "down"], experts: slice, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows sorted by expert, in order of tokens for each.
+
+    Attributes:
+        order_R: which (token, choice) each row is, flat; rows for experts held elsewhere come last.
+        offsets_E1: int32 [E + 1]; the rows of the held expert e are offsets[e] to offsets[e + 1], N is the last one.
+        top_k: choices of a token.
+    """
+
+    order_R: Tensor
+    offsets_E1: Tensor
+    top_k: int
+
+    @property
+    def tokens_R(self) -> Tensor:
+        """The token of each row."""
+        return self.order_R // self.top_k
+
+
+@torch.no_grad()
+def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
+    """Rows for the experts `first` to `first + count - 1`. Nothing here waits for a GPU."""
+    expert_R = top_k_index_TK.reshape(-1).to(torch.int32) - first
+    expert_R = expert_R.masked_fill(expert_R < 0, count)
+    sorted_R, order_R = expert_R.sort(stable=True)
+    bounds_E1 = torch.arange(count + 1, dtype=torch.int32, device=sorted_R.device)
+    offsets_E1 = torch.searchsorted(sorted_R, bounds_E1, out_int32=True)
+    return Rows(order_R=order_R, offsets_E1=offsets_E1, top_k=top_k_index_TK.shape[-1])
+
+
+def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
+    """Values_ND of the tokens of the first `n_rows` rows."""
+    return values_TD.index_select(0, rows.tokens_R[:n_rows])
+
+
+def spread(values_ND: Tensor, rows: Rows) -> Tensor:
+    """Sorted rows' values back in their places [T, K, D]; zero for experts held elsewhere."""
+    shape = (len(rows.order_R), *values_ND.shape[1:])
+    n_rows = len(values_ND)
+    placed = values_ND.new_empty(shape) if n_rows == len(rows.order_R) else values_ND.new_zeros(shape)
+    placed[rows.order_R[:n_rows]] = values_ND
+    return placed.unflatten(0, (-1, rows.top_k))
+
+
+def sum_of(precision: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of such numbers are kept: half precisions add up in fp32."""
+    return torch.promote_types(precision, torch.float32)
+
+
+def combine(outputs_ND: Tensor, top_k_weights_TK: Tensor, rows: Rows) -> Tensor:
+    """Weighted sums_TD over each token's choices, in at least fp32, rounded once to the outputs' dtype."""
+    dtype = sum_of(outputs_ND.dtype)
+    weighted_TKD = spread(outputs_ND, rows).to(dtype) * top_k_weights_TK.to(dtype).unsqueeze(-1)
+    return weighted_TKD.sum(1).to(outputs_ND.dtype)
+
+
+def compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype experts compute in: the hidden states' own, or autocast's where that is on."""
+    kind = hidden_states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype

@@ -1,0 +1,292 @@
+"""Loads and saves models with frozen 4-bit experts through transformers' own `from_pretrained` and `save_pretrained`.
+
+transformers merges all experts of a layer before a quantizer sees them, so they are kept away from it: `FrozenExperts`
+take their place before the weights come, and are filled from the files, one matrix at a time, once the others are in.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from gtqlora.errors import ModelError
+from gtqlora.experts import sources
+from gtqlora.experts.census import frozen_census
+from gtqlora.experts.formats import FORMATS, Format, format_of
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig
+from gtqlora.experts.tensor_files import TensorFiles
+from gtqlora.families import packed
+from gtqlora.families.facts import Family, family_of
+from gtqlora.families.files import CONFIG, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    """The checkpoint that is being loaded.
+
+    Attributes:
+        settings: its own quantization settings, None if it is not quantized.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    family: Family
+    settings: Any
+
+    @property
+    def ours(self) -> FrozenExpertsConfig | None:
+        if self.settings is None or packed.method_of(self.settings) != packed.OURS:
+            return None
+        return FrozenExpertsConfig(**self.settings)
+
+
+def _checkpoint(paths: Iterable[str] | None, model: PreTrainedModel) -> _Checkpoint:
+    files = tuple(Path(path) for path in paths or ())
+    if not files:
+        raise ModelError("frozen experts are read from safetensors files; give from_pretrained a model folder")
+    folder = files[0].parent
+    raw = read_json(folder / CONFIG)
+    family = family_of(raw, str(folder))
+    if type(model).__name__ != family.class_name:
+        raise ModelError(
+            f"{folder}: opened as {type(model).__name__}, expected {family.class_name}; load it with "
+            "gtqlora.experts.load_model"
+        )
+    settings = packed.settings_of(raw, family.text_key)
+    return _Checkpoint(folder=folder, files=files, family=family, settings=settings)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Put the folder before the complaints about what is in it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def _source(
+    checkpoint: _Checkpoint, wanted: str, matrices: tuple[sources.Matrix, ...], files: TensorFiles
+) -> sources.Source:
+    """How the experts lie in the checkpoint, if that goes with the format that is wanted.
+
+    Raises:
+        ModelError: it does not, or the checkpoint is quantized in a way that is not read.
+    """
+    ours = checkpoint.ours
+    if checkpoint.settings is None:
+        if wanted == NATIVE:
+            raise ModelError(f"format {NATIVE!r}, but the checkpoint is not quantized; use one of {', '.join(FORMATS)}")
+        return _unquantised(format_of(wanted), matrices, files)
+    if ours is not None:
+        if wanted not in (NATIVE, ours.format):
+            raise ModelError(
+                f"format {wanted!r}, but the experts were saved as {ours.format}; use {ours.format!r} or {NATIVE!r}"
+            )
+        return sources.PartsSource(format=format_of(ours.format))
+    group = packed.packed_group(checkpoint.settings)
+    if wanted != NATIVE:
+        raise ModelError(f"format {wanted!r}, but the checkpoint's experts are INT4 already; use {NATIVE!r}")
+    return sources.PackedSource(format=format_of(f"int4-g{group}"))
+
+
+def _unquantised(format: Format, matrices: tuple[sources.Matrix, ...], files: TensorFiles) -> sources.Source:
+    fused = sources.FusedSource(format=format, n_experts=1 + max(matrix.expert for matrix in matrices))
+    is_fused = fused.wanted(matrices[0]).keys() <= files.where.keys()
+    return fused if is_fused else sources.PlainSource(format=format)
+
+
+def experts_of(model: nn.Module, family: Family) -> dict[int, FrozenExperts]:
+    """The frozen experts of a language model, by layer."""
+    config: Any = model.config
+    found = {i: model.get_submodule(f"model.layers.{i}.{family.experts}") for i in family.moe_layers(config)}
+    return {layer: module for layer, module in found.items() if isinstance(module, FrozenExperts)}
+
+
+@register_quantizer(packed.OURS)
+class FrozenExpertsQuantizer(HfQuantizer):
+    """transformers' hooks around loading and saving; see the module's docstring."""
+
+    quantization_config: FrozenExpertsConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: FrozenExpertsConfig, **kwargs: Any) -> None:
+        # A copy, because what the checkpoint settles is written into it.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self._dense: Bnb4BitHfQuantizer | None = None
+        self._checkpoint: _Checkpoint | None = None
+        self._source: sources.Source | None = None
+        self._shape_dtype = torch.int64
+
+    # --- loading
+
+    def validate_environment(self, *_args: Any, **_kwargs: Any) -> None:
+        if self.quantization_config.dense == NF4 and find_spec("bitsandbytes") is None:
+            raise ModelError(f"dense = {NF4!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        checkpoint, config = _checkpoint(checkpoint_files, model), self.quantization_config
+        family, text = checkpoint.family, model.config
+        self._checkpoint, matrices = checkpoint, tuple(sources.matrices(family, text))
+        with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
+            if not matrices:
+                raise ModelError("this config has no MoE layer, so there are no experts to freeze")
+            self._source = _source(checkpoint, config.format, matrices, files)
+            _replace_experts(model, family, self._source.format, config)
+            sources.check(self._source, matrices, family, text, files)
+            self._settle(checkpoint)
+            if isinstance(self._source, sources.PackedSource):
+                self._shape_dtype = self._source.shape_dtype(matrices[0], files)
+        _hide_experts(model, family)
+        self._replace_dense(model, family, kwargs.get("dtype"))
+        return model
+
+    def _settle(self, checkpoint: _Checkpoint) -> None:
+        """Settings that follow from the checkpoint."""
+        config, ours = self.quantization_config, checkpoint.ours
+        if ours is not None:
+            config.format = ours.format
+            if ours.dense != config.dense and ours.dense != KEEP:
+                raise ModelError(f"dense = {config.dense!r}, but the checkpoint was saved with dense = {ours.dense!r}")
+        elif checkpoint.settings is not None:
+            config.on_disk = _without_prefix(checkpoint.settings, checkpoint.family.disk_prefix)
+        # What transformers takes for quantized already; it then leaves dtypes alone, so only where that is needed.
+        self.pre_quantized = ours is not None and ours.dense == NF4
+
+    def _replace_dense(self, model: PreTrainedModel, family: Family, dtype: torch.dtype | None) -> None:
+        if self.quantization_config.dense != NF4:
+            return
+        routers = [f"model.layers.{i}.{family.router}" for i in family.moe_layers(model.config)]
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=NF4,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", *routers],
+        )
+        self._dense = Bnb4BitHfQuantizer(settings, pre_quantized=self.pre_quantized)
+        self._dense._process_model_before_weight_loading(model, device_map=None)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """All conversions but those that would merge experts."""
+        assert self._checkpoint is not None
+        kept = [entry for entry in weight_conversions if not _merges(entry, self._checkpoint.family.experts)]
+        return kept + (self._dense.get_weight_conversions() if self._dense else [])
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return self._dense is not None and self._dense.param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        sizes = self._dense or super()
+        return sizes.param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self) -> Any:
+        assert self._dense is not None
+        return self._dense.get_quantize_ops()
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        checkpoint, source = self._checkpoint, self._source
+        assert checkpoint is not None and source is not None
+        experts = experts_of(model, checkpoint.family)
+        _check_placed(experts)
+        with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
+            sources.stream(source, tuple(sources.matrices(checkpoint.family, model.config)), experts, files)
+        if self._dense is not None:
+            self._dense._process_model_after_weight_loading(model)
+        # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
+        model.__dict__["_weight_conversions"] = []
+        frozen_census(model, checkpoint.family)
+        return model
+
+    # --- saving
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: experts under the names from which they are read, the rest as it is.
+
+        Raises:
+            ModelError: the model holds part of the experts only, or no single config.json would describe it.
+        """
+        config = self.quantization_config
+        if config.expert_range is not None:
+            rank, n_ranks = config.expert_range
+            raise ModelError(f"the model holds part {rank} of {n_ranks} of its experts; save one that holds all")
+        if config.on_disk is not None and config.dense != KEEP:
+            raise ModelError(f"{NATIVE} experts cannot be saved with dense = {config.dense!r}; use dense = {KEEP!r}")
+        assert self._checkpoint is not None and isinstance(self._source, sources.Source)
+        family = replace(self._checkpoint.family, disk_prefix="")
+        native = isinstance(self._source, sources.PackedSource)
+        source = (sources.PackedSource if native else sources.PartsSource)(format=self._source.format)
+        experts = experts_of(model, family)
+        held = tuple(f"model.layers.{layer}.{family.experts}." for layer in experts)
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(held)}
+        state.update(sources.saved(source, sources.matrices(family, model.config), experts, self._shape_dtype))
+        return state, {}
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Through the experts, not the experts themselves."""
+        return True
+
+
+def _replace_experts(model: PreTrainedModel, family: Family, format: Format, config: FrozenExpertsConfig) -> None:
+    text: Any = model.config
+    first, count = config.held(getattr(text, family.experts_key))
+    for layer in family.moe_layers(text):
+        path = f"model.layers.{layer}.{family.experts}"
+        frozen = FrozenExperts(
+            format=format,
+            n_experts=getattr(text, family.experts_key),
+            hidden_size=text.hidden_size,
+            intermediate_size=text.moe_intermediate_size,
+            act_fn=model.get_submodule(path).act_fn,  # pyright: ignore[reportArgumentType]
+            config=text,
+            first=first,
+            count=count,
+            device="meta",
+        )
+        frozen.product = config.product
+        model.set_submodule(path, frozen)
+
+
+def _hide_experts(model: Any, family: Family) -> None:
+    """Keep the experts out of transformers' reports: `sources.check` has accounted for each of their tensors."""
+    layers = "|".join(map(str, family.moe_layers(model.config)))
+    pattern = rf"(^|\.)model\.layers\.({layers})\.{re.escape(family.experts)}\."
+    for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+        setattr(model, name, {*(getattr(model, name, None) or ()), pattern})
+
+
+def _merges(entry: Any, experts: str) -> bool:
+    return isinstance(entry, WeightConverter) and any(experts in target for target in entry.target_patterns)
+
+
+def _check_placed(experts: dict[int, FrozenExperts]) -> None:
+    for layer, module in experts.items():
+        if any(buffer.is_meta for buffer in module.buffers()):
+            raise ModelError(f"layer {layer}: frozen experts cannot be offloaded to disk; give a device_map without it")
+
+
+def _without_prefix(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Settings that go with the names of a saved language model, which stands alone."""
+    ignore = [entry.removeprefix(prefix) for entry in settings.get("ignore") or ()]
+    return {**settings, "ignore": ignore}

@@ -1,0 +1,92 @@
+"""The setting that puts frozen 4-bit experts into a transformers model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gtqlora.errors import ConfigError
+from gtqlora.experts.formats import FORMATS, format_of
+from gtqlora.families import packed
+
+NATIVE, KEEP, NF4 = "native", "keep", "nf4"
+"""Experts as the checkpoint has them; dense weights as they are, or in 4 bits."""
+CHOICES = (*FORMATS, NATIVE)
+"""Known values of `FrozenExpertsConfig.format`."""
+_PRODUCTS = ("auto", "reference", "chunk", "fused")
+
+
+class FrozenExpertsConfig(QuantizationConfigMixin):
+    """Routed experts frozen in 4 bits, as `quantization_config` of `from_pretrained` and in config.json.
+
+    Attributes:
+        format: "nf4", "int4-g32" or "int4-g128" quantizes; "native" keeps a quantized checkpoint's own bits.
+        dense: "keep", or "nf4" for the linears of attention, dense MLPs and shared experts through bitsandbytes.
+        expert_range: (rank, n_ranks): hold experts rank*E/n_ranks up to (rank+1)*E/n_ranks of E; None holds all.
+        product: how to multiply by them, see `FrozenExperts.product`.
+        on_disk: what config.json says instead, where the saved weights are another library's.
+
+    Raises:
+        ModelError: an unknown format.
+        ConfigError: another setting is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        format: str = "nf4",
+        dense: str = KEEP,
+        expert_range: tuple[int, int] | list[int] | None = None,
+        product: str = "auto",
+        on_disk: dict[str, Any] | None = None,
+        quant_method: str = packed.OURS,
+    ) -> None:
+        if format != NATIVE:
+            format_of(format)
+        for key, value, known in (
+            ("dense", dense, (KEEP, NF4)),
+            ("product", product, _PRODUCTS),
+            ("quant_method", quant_method, (packed.OURS,)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{key} = {value!r}: known are {', '.join(known)}")
+        self.quant_method: Any = packed.OURS
+        self.format, self.dense, self.product, self.on_disk = format, dense, product, on_disk
+        self.expert_range = _checked_range(expert_range)
+
+    def held(self, n_experts: int) -> tuple[int, int]:
+        """The first expert held and how many there are.
+
+        Raises:
+            ConfigError: there are more ranks than experts.
+        """
+        rank, n_ranks = self.expert_range or (0, 1)
+        if n_ranks > n_experts:
+            raise ConfigError(f"expert_range = {self.expert_range}: the model has {n_experts} experts a layer")
+        first = rank * n_experts // n_ranks
+        return first, (rank + 1) * n_experts // n_ranks - first
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        if self.on_disk is not None:
+            return copy.deepcopy(self.on_disk)
+        settings = {key: value for key, value in vars(self).items() if key != "on_disk"}
+        return {**settings, "expert_range": list(self.expert_range) if self.expert_range else None}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+
+
+def _checked_range(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    parts = tuple(value)
+    if len(parts) != 2 or not all(isinstance(part, int) for part in parts) or not 0 <= parts[0] < parts[1]:
+        raise ConfigError(f"expert_range = {value!r}: must be (rank, n_ranks) with 0 <= rank < n_ranks")
+    return parts
+
+
+# Not as a decorator, which would hide the class from type checkers.
+register_quantization_config(packed.OURS)(FrozenExpertsConfig)

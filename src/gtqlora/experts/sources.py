@@ -1,0 +1,260 @@
+"""How routed experts lie in a checkpoint: which tensors make a matrix, and how one is put into `FrozenExperts`.
+
+On disk a quantized expert is three matrices with a few tensors each, so that it can be read and written one at a time:
+
+| saved as | names of a matrix, after `...mlp.experts.E.gate_proj` (`up_proj`, `down_proj`) |
+|---|---|
+| unquantized | `.weight`; or fused, `...mlp.experts.gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] |
+| by gtqlora, nf4 | `.packed`, `.absmax`, `.absmax_scale`, `.absmax_offset` |
+| by gtqlora, int4-g32 and int4-g128 | `.packed`, `.scale` |
+| compressed-tensors INT4 | `.weight_packed`, `.weight_scale`, `.weight_shape` |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from gtqlora.errors import ModelError
+from gtqlora.experts.formats import Format, Parts
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.tensor_files import TensorFiles
+from gtqlora.families.facts import Family
+from gtqlora.progress import track
+
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+PACKED_PARTS = {"packed": "weight_packed", "scale": "weight_scale"}
+"""compressed-tensors' names for the parts of int4."""
+PACKED_SHAPE = "weight_shape"
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**_FLOATS, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+_QUANTIZED_ENDINGS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_g_idx", ".weight_scale_inv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One projection of one routed expert.
+
+    Attributes:
+        stem: what its tensors' names on disk start with.
+        rows, columns: outputs N and inputs K.
+    """
+
+    layer: int
+    expert: int
+    projection: Projection
+    stem: str
+    rows: int
+    columns: int
+
+
+Wanted = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+"""Shape and possible dtypes of tensors, by name."""
+
+
+def matrices(family: Family, config: Any) -> Iterator[Matrix]:
+    """Every matrix of every routed expert that the config says there is."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    for layer in family.moe_layers(config):
+        for expert in range(getattr(config, family.experts_key)):
+            for projection, name in zip(PROJECTIONS, family.on_disk(layer, expert), strict=True):
+                rows, columns = (hidden, inner) if projection == "down" else (inner, hidden)
+                yield Matrix(
+                    layer=layer,
+                    expert=expert,
+                    projection=projection,
+                    stem=name.removesuffix(".weight"),
+                    rows=rows,
+                    columns=columns,
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """A way in which experts lie in a checkpoint.
+
+    Attributes:
+        format: what they become, or are.
+    """
+
+    format: Format
+
+    @abstractmethod
+    def wanted(self, matrix: Matrix) -> Wanted:
+        """The tensors that make a matrix."""
+
+    @abstractmethod
+    def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        """Put a matrix, whose tensors have the right shapes, where it belongs.
+
+        Raises:
+            ModelError: a value is not finite, or contradicts the config.
+        """
+
+
+def _device(experts: FrozenExperts) -> torch.device:
+    return next(experts.buffers()).device
+
+
+def _quantise_into(experts: FrozenExperts, matrix: Matrix, name: str, weight_NK: Tensor) -> None:
+    try:
+        experts.quantise_into(matrix.expert, matrix.projection, weight_NK.to(_device(experts)))
+    except ModelError as error:
+        raise ModelError(f"tensor {name}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainSource(Source):
+    """A tensor for each matrix, not quantized."""
+
+    def wanted(self, matrix: Matrix) -> Wanted:
+        return {f"{matrix.stem}.weight": ((matrix.rows, matrix.columns), tuple(_FLOATS.values()))}
+
+    def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        name = f"{matrix.stem}.weight"
+        _quantise_into(experts, matrix, name, files.read(name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedSource(Source):
+    """One tensor for all gates and ups of a layer, gate's rows first, and one for all downs; not quantized."""
+
+    n_experts: int
+
+    def _name(self, matrix: Matrix) -> str:
+        layer = matrix.stem.rpartition(f".{matrix.expert}.")[0]
+        return f"{layer}.{'down_proj' if matrix.projection == 'down' else 'gate_up_proj'}"
+
+    def wanted(self, matrix: Matrix) -> Wanted:
+        rows = matrix.rows if matrix.projection == "down" else 2 * matrix.rows
+        return {self._name(matrix): ((self.n_experts, rows, matrix.columns), tuple(_FLOATS.values()))}
+
+    def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        start = matrix.rows if matrix.projection == "up" else 0
+        weight_NK = files.part(self._name(matrix), matrix.expert, slice(start, start + matrix.rows))
+        _quantise_into(experts, matrix, f"{self._name(matrix)}[{matrix.expert}]", weight_NK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsSource(Source):
+    """The parts of a format under their own names, as gtqlora saves them."""
+
+    def name(self, matrix: Matrix, part: str) -> str:
+        return f"{matrix.stem}.{part}"
+
+    def wanted(self, matrix: Matrix) -> Wanted:
+        layout = self.format.layout(matrix.rows, matrix.columns)
+        return {self.name(matrix, part): (shape, (dtype,)) for part, (shape, dtype) in layout.items()}
+
+    def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        parts: Parts = {}
+        for part in self.format.layout(matrix.rows, matrix.columns):
+            parts[part] = files.read(self.name(matrix, part)).to(_device(experts))
+            if parts[part].is_floating_point() and not bool(parts[part].isfinite().all()):
+                raise ModelError(f"tensor {self.name(matrix, part)} holds NaN or infinity; get the weights again")
+        experts.put(matrix.expert, matrix.projection, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSource(PartsSource):
+    """compressed-tensors' `pack-quantized` INT4."""
+
+    def name(self, matrix: Matrix, part: str) -> str:
+        return f"{matrix.stem}.{PACKED_PARTS[part]}"
+
+    def wanted(self, matrix: Matrix) -> Wanted:
+        return {**super().wanted(matrix), f"{matrix.stem}.{PACKED_SHAPE}": ((2,), (torch.int32, torch.int64))}
+
+    def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        shape = files.read(f"{matrix.stem}.{PACKED_SHAPE}").tolist()
+        if shape != [matrix.rows, matrix.columns]:
+            raise ModelError(
+                f"tensor {matrix.stem}.{PACKED_SHAPE} says {shape}, config.json {[matrix.rows, matrix.columns]}"
+            )
+        super().fill(experts, matrix, files)
+
+    def shape_dtype(self, matrix: Matrix, files: TensorFiles) -> torch.dtype:
+        """The integers that `weight_shape` is stored in."""
+        return _DTYPES[files.header(f"{matrix.stem}.{PACKED_SHAPE}")[1]]
+
+
+def check(source: Source, wanted: Iterable[Matrix], family: Family, config: Any, files: TensorFiles) -> None:
+    """Every tensor of the experts is there, with the right shape and dtype, and no other; headers only.
+
+    Raises:
+        ModelError: the message counts those that are not, and names the first.
+    """
+    tensors = {name: found for matrix in wanted for name, found in source.wanted(matrix).items()}
+    missing = [name for name in tensors if name not in files.where]
+    present = {name: wanted for name, wanted in tensors.items() if name in files.where}
+    wrong = [text for name, (shape, dtypes) in present.items() for text in _wrong(name, shape, dtypes, files)]
+    layers = tuple(f"{family.disk_prefix}model.layers.{i}.{family.experts}." for i in family.moe_layers(config))
+    foreign = [name for name in files.where if name.startswith(layers) and name not in tensors]
+    for what, names in (
+        ("missing", missing),
+        ("that do not fit config.json", wrong),
+        ("not of these experts", foreign),
+        ("quantized, but not of a routed expert", list(_stray(family, config, files, tensors))),
+    ):
+        if names:
+            raise ModelError(f"{len(names)} tensors {what}, e.g. {', '.join(names[:3])}")
+
+
+def _wrong(name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], files: TensorFiles) -> Iterator[str]:
+    found, dtype = files.header(name)
+    if found != shape:
+        yield f"{name} {found} on disk, {shape} by config"
+    elif _DTYPES.get(dtype) not in dtypes:
+        known = " or ".join(str(known).removeprefix("torch.") for known in dtypes)
+        yield f"{name} is {dtype}, expected {known}"
+
+
+def _stray(family: Family, config: Any, files: TensorFiles, tensors: Wanted) -> Iterator[str]:
+    """Quantized tensors of the language model that are none of the experts'; those of bitsandbytes are no such."""
+    layers = tuple(f"{family.disk_prefix}model.layers.{i}." for i in range(config.num_hidden_layers))
+    ours = (*layers, f"{family.disk_prefix}lm_head.", f"{family.disk_prefix}model.embed_tokens.")
+    for name in files.where:
+        if name.startswith(ours) and name.endswith(_QUANTIZED_ENDINGS) and name not in tensors:
+            yield name
+
+
+def stream(source: Source, wanted: Iterable[Matrix], experts: dict[int, FrozenExperts], files: TensorFiles) -> None:
+    """Fill the experts of each layer with the matrices they hold, one at a time, in the order of the files.
+
+    Raises:
+        ModelError: as `Source.fill`.
+    """
+    held = [matrix for matrix in wanted if _holds(experts[matrix.layer], matrix.expert)]
+    held.sort(key=lambda matrix: files.where[next(iter(source.wanted(matrix)))].name)
+    for matrix in track(held, "loading experts", len(held)):
+        source.fill(experts[matrix.layer], matrix, files)
+
+
+def _holds(experts: FrozenExperts, expert: int) -> bool:
+    return experts.first <= expert < experts.first + experts.count
+
+
+def saved(
+    source: PartsSource, wanted: Iterable[Matrix], experts: dict[int, FrozenExperts], shape_dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, of memory the experts own, under which `source` finds them again."""
+    for matrix in wanted:
+        module = experts[matrix.layer]
+        local = slice(matrix.expert - module.first, matrix.expert - module.first + 1)
+        fused, row = ("down", 0) if matrix.projection == "down" else ("gate_up", int(matrix.projection == "up"))
+        for part, tensor in module.parts(cast(Any, fused), local).items():
+            yield source.name(matrix, part), _own_storage(tensor[0, row])
+        if isinstance(source, PackedSource):
+            yield f"{matrix.stem}.{PACKED_SHAPE}", torch.tensor([matrix.rows, matrix.columns], dtype=shape_dtype)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: transformers would copy all views of a storage before it saves any."""
+    return torch.from_dlpack(tensor.detach())

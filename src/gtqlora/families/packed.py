@@ -1,0 +1,97 @@
+"""What a config.json says of how its weights are quantized, and which of that gtqlora reads as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gtqlora.errors import ModelError
+
+OURS = "gtqlora"
+"""`quant_method` of checkpoints whose experts were quantized, and saved, by gtqlora itself."""
+
+_COMPRESSED, _PACKED = "compressed-tensors", "pack-quantized"
+_KEYS = ("quantization_config", "compression_config")
+_GROUP_SIZES = (32, 128)
+_NAMES = {"fp8": "FP8", "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
+
+
+def settings_of(raw: dict[str, Any], text_key: str | None = None) -> Any:
+    """The quantization settings of a config.json: the language model's own before the whole model's; None if none."""
+    text = raw.get(text_key) if text_key else None
+    parts = [part for part in (text, raw) if isinstance(part, dict)]
+    return next((part[key] for part in parts for key in _KEYS if part.get(key) is not None), None)
+
+
+def method_of(settings: Any) -> str:
+    """The `quant_method` of quantization settings, or what stands in its place."""
+    return str(settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings)
+
+
+def is_packed_int4(settings: Any) -> bool:
+    """Whether these are settings that `packed_group` accepts."""
+    return method_of(settings) == _COMPRESSED and not list(_objections(settings))
+
+
+def packed_group(settings: Any) -> int:
+    """Inputs per scale of a compressed-tensors INT4 checkpoint.
+
+    Raises:
+        ModelError: it is quantized in another way; the message names the way.
+    """
+    method = method_of(settings)
+    if method != _COMPRESSED:
+        what = _NAMES.get(method, "quantized in a way of its own")
+        raise ModelError(
+            f"the checkpoint is {what} (quant_method {method}); gtqlora reads unquantized checkpoints and "
+            "compressed-tensors INT4 (pack-quantized) ones"
+        )
+    for objection in _objections(settings):
+        raise ModelError(
+            f"the checkpoint is {_COMPRESSED} with {objection}; gtqlora reads symmetric INT4 in the "
+            f"{_PACKED} format with groups of {' or '.join(map(str, _GROUP_SIZES))}, and nothing else quantized"
+        )
+    return next(_weights(settings))["group_size"]
+
+
+def _groups(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = settings.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+
+
+def _weights(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (group.get("weights") or {} for group in _groups(settings))
+
+
+def _objections(settings: dict[str, Any]) -> Iterator[str]:
+    """What keeps compressed-tensors settings from being plain INT4, in the order a reader would want to know."""
+    groups = _groups(settings)
+    if not groups:
+        yield "no config_groups"
+    for group in groups:
+        yield from _weight_objections(group.get("weights") or {})
+        layout = group.get("format") or settings.get("format")
+        if layout != _PACKED:
+            yield f"format {layout!r}"
+        yield from (f"quantized {key}" for key in ("input_activations", "output_activations") if group.get(key))
+    if len({weights.get("group_size") for weights in _weights(settings)}) > 1:
+        yield "groups of several sizes"
+    yield from (key for key in ("kv_cache_scheme", "transform_config") if settings.get(key))
+    sparsity = settings.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        yield f"sparse weights ({sparsity['format']})"
+
+
+def _weight_objections(weights: dict[str, Any]) -> Iterator[str]:
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if (bits, kind) != (4, "int"):
+        yield f"{bits}-bit {kind} weights"
+    if weights.get("symmetric", True) is not True:
+        yield "asymmetric weights (zero points)"
+    if weights.get("actorder"):
+        yield f"activation-ordered groups (actorder {weights['actorder']})"
+    strategy, size = weights.get("strategy", "group"), weights.get("group_size")
+    if strategy != "group" or size not in _GROUP_SIZES:
+        yield f"strategy {strategy!r} and group_size {size}"
+    if weights.get("dynamic"):
+        yield "dynamic weight scales"
