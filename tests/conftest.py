@@ -20,6 +20,14 @@ transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> helpers.Toy:
     """Tiny models of every family and a small contrast set in their language."""

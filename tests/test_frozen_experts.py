@@ -73,7 +73,7 @@ def _run(experts: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, 
     states, index, weights = batch
     states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
     out = experts(states, index, weights)
-    out.backward(torch.randn(out.shape, generator=_generator(1)).to(out.dtype))
+    out.backward(torch.randn(out.shape, generator=_generator(1)).to(out))
     assert states.grad is not None and weights.grad is not None
     return out.detach(), states.grad, weights.grad
 
@@ -181,7 +181,7 @@ def test_half_precision_without_a_gradient_for_one_of_them(name: str) -> None:
         given = [states.detach(), weights.detach()]
         given[1 - frozen_one].requires_grad_()
         out = frozen(given[0], index, given[1])
-        out.backward(torch.randn(out.shape, generator=_generator(1)).to(out.dtype))
+        out.backward(torch.randn(out.shape, generator=_generator(1)).to(out))
         assert given[frozen_one].grad is None
         grad = given[1 - frozen_one].grad
         assert grad is not None and torch.equal(grad, full[2 - frozen_one])

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gtqlora.experts.products.codes import Codes, codes_of, decoded, scales_of
+from gtqlora.experts.products.codes import Codes, code_at, codes_of, integer, scales_of
 from gtqlora.experts.products.layer import run
 from gtqlora.experts.products.row_kernels import launch, tl, triton
 from gtqlora.experts.products.rows import Experts
@@ -34,11 +34,11 @@ def chunk(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     Raises:
         ModelError: a dtype or format that the kernels do not take.
     """
-    return run(module, hidden_states, top_k_index, top_k_weights, _Chunks())
+    return run(module, hidden_states, top_k_index, top_k_weights, Chunks())
 
 
 @dataclass(kw_only=True)
-class _Chunks:
+class Chunks:
     """A `layer.Multiply` for one layer and pass, which remembers the rows' bounds for its other products."""
 
     bounds: list[int] = field(default_factory=list)
@@ -105,7 +105,7 @@ def _dequantise(
     matrix = tl.program_id(1).to(tl.int64)
     words += matrix * ALL
     out += matrix * ALL * 8
-    code = tl.arange(0, 8)[None, :]
+    place = tl.arange(0, 8)[None, :]
     for turn in tl.static_range(TURNS):  # pyright: ignore[reportGeneralTypeIssues]
         word = (tl.program_id(0) * TURNS + turn) * WORDS + tl.arange(0, WORDS)
         inside = word < ALL
@@ -113,8 +113,9 @@ def _dequantise(
         block = word // (GROUP // 8)
         number = tl.zeros((WORDS,), tl.int64) + matrix
         scale = scales_of(block, number, inside, scales, scale_scales, offsets, scale_levels, NF4, BLOCKS, NESTED)
-        value = decoded(found[:, None], code, levels, NF4) * scale[:, None]
-        tl.store(out + word[:, None] * 8 + code, value.to(out.dtype.element_ty), mask=inside[:, None])
+        code = code_at(found[:, None], place, NF4)
+        value = (tl.load(levels + code) if NF4 else integer(code)) * scale[:, None]
+        tl.store(out + word[:, None] * 8 + place, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:

@@ -80,12 +80,26 @@ def _nf4_tensors(parts: Parts) -> tuple[Tensor, ...]:
 
 
 @triton.jit
-def decoded(word, place, levels, NF4: tl.constexpr):
-    """The levels (fp32) of the codes at `place` 0..7 of words; int4's low nibble is first, NF4's the high one."""
+def code_at(word, place, NF4: tl.constexpr):
+    """The codes at `place` 0..7 of words: int4's low nibble is first, NF4's the high one."""
     if NF4:
-        return tl.load(levels + ((word >> ((place * 4) ^ 4)) & 15))
-    # These bits are 2^23 + code in fp32, exactly: cheaper than a conversion.
-    return (((word >> (place * 4)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+        return (word >> ((place * 4) ^ 4)) & 15
+    return (word >> (place * 4)) & 15
+
+
+@triton.jit
+def codes_in(word, NF4: tl.constexpr):
+    """The codes [A, B, 8] of words [A, B]; by pairs, so that a thread has all 8 of a word and writes them at once."""
+    halves = tl.join(word, word >> 16)
+    quarters = tl.join(halves, halves >> 8)
+    codes = tl.join(quarters >> 4, quarters) if NF4 else tl.join(quarters, quarters >> 4)
+    return tl.reshape(codes & 15, (word.shape[0], word.shape[1], 8))
+
+
+@triton.jit
+def integer(code):
+    """The integers (fp32) that codes stand for; these bits are 2^23 + code, and cheaper than a conversion."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
 @triton.jit

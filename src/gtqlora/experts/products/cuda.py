@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -70,12 +70,13 @@ def allow_shared_memory(function: Any, size: int) -> None:
     _ok(driver.cuFuncSetAttribute(function, limit, size), "cuFuncSetAttribute")
 
 
-def launch(function: Any, blocks: int, threads: int, shared: int, *arguments: Any) -> None:
+def launch(function: Any, blocks: int | tuple[int, int], threads: int, shared: int, *arguments: Any) -> None:
     """Launch on PyTorch's stream; tensors go as pointers, ints as 32 bits, ctypes values as they are."""
     values = [_value(argument) for argument in arguments]
     pointers = numpy.array([ctypes.addressof(value) for value in values], dtype=numpy.uint64)
     stream = torch.cuda.current_stream().cuda_stream
-    sizes = (blocks, 1, 1, threads, 1, 1, shared)
+    across, down = blocks if isinstance(blocks, tuple) else (blocks, 1)
+    sizes = (across, down, 1, threads, 1, 1, shared)
     _ok(_bindings("driver").cuLaunchKernel(function, *sizes, stream, pointers.ctypes.data, 0), "cuLaunchKernel")
 
 
@@ -93,13 +94,19 @@ def tensor_map(tensor: Tensor, element: str, sizes: tuple[int, ...], box: tuple[
         sizes, box: innermost first.
         swizzle: "NONE" or "128B".
     """
+    return _tensor_map(tensor.data_ptr(), element, sizes, box, swizzle)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(address: int, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
+    """Kept by address, as PyTorch gives the same ones again and again and a map takes longer to make than a launch."""
     d = _bindings("driver")
     u32, u64 = d.cuuint32_t, d.cuuint64_t
     width = {"BFLOAT16": 2, "UINT64": 8}[element]
     found = d.cuTensorMapEncodeTiled(
         getattr(d.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{element}"),
         len(sizes),
-        tensor.data_ptr(),
+        address,
         [u64(size) for size in sizes],
         [u64(width * math.prod(sizes[: i + 1])) for i in range(len(sizes) - 1)],
         [u32(size) for size in box],

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gtqlora.experts.products.codes import codes_of, decoded, scales_of
+from gtqlora.experts.products import hopper
+from gtqlora.experts.products.codes import code_at, codes_in, codes_of, integer, scales_of
 from gtqlora.experts.products.layer import Multiply, run
 from gtqlora.experts.products.row_kernels import launch, power_of_two, tl, triton
-from gtqlora.experts.products.rows import Experts
+from gtqlora.experts.products.rows import Experts, compute_dtype
 
 
 def fused(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def fused(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
 def _multiply_for(module: Experts, hidden_states: Tensor) -> Multiply:
     """The fastest product for this GPU; kernels for one generation come in here."""
-    return triton_multiply
+    return hopper.multiply if hopper.takes(module, hidden_states, compute_dtype(hidden_states)) else triton_multiply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,13 @@ class Blocks:
 
 
 def blocks_for(rows_per_expert: float, results: int, contraction: int, dtype: torch.dtype) -> Blocks:
-    """Few rows want small blocks; fp32 has no tensor cores here and wants them smaller still."""
+    """Few rows are bound by memory and want long runs of weights; fp32 has no tensor cores here and little room."""
+    m = min(max(16, power_of_two(math.ceil(rows_per_expert))), 128)
     if dtype == torch.float32:
         m, n, k, warps, stages = 32, 64, 32, 4, 2
+    elif m <= 32:
+        n, k, warps, stages = 64, 128, 4, 3
     else:
-        m = min(max(16, power_of_two(math.ceil(rows_per_expert))), 128)
         n, k, warps, stages = 128, 64, 8 if m == 128 else 4, 3
     return Blocks(m=m, n=_fit(n, results), k=_fit(k, contraction), warps=warps, stages=stages)
 
@@ -59,7 +62,7 @@ def _fit(block: int, size: int) -> int:
 
 
 @triton.jit
-def _find_tile(offsets_E1, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, M: tl.constexpr) -> Any:
+def _find_tile(offsets_E1, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, M: tl.constexpr):
     """The expert, first row and end of its rows for a tile of M rows, and whether there is such a tile."""
     expert = tl.arange(0, EXPERTS_PADDED)
     begin = tl.load(offsets_E1 + expert, mask=expert < EXPERTS, other=0)
@@ -93,12 +96,13 @@ def _weights(
         word = start // 8 + tl.arange(0, WIDTH // 8)
         inside = real[:, None] & (word < COLUMNS // 8)[None, :]
         found = tl.load(words + n[:, None] * (COLUMNS // 8) + word[None, :], mask=inside, other=0)
-        value = decoded(found[:, :, None], tl.arange(0, 8)[None, None, :], levels, NF4)
+        code = codes_in(found, NF4)
     else:
         k = start + tl.arange(0, WIDTH)
-        code = n[:, None] * COLUMNS + k[None, :]
-        found = tl.load(words + code // 8, mask=real[:, None] & (k < COLUMNS)[None, :], other=0)
-        value = decoded(found, code % 8, levels, NF4)
+        place = n[:, None] * COLUMNS + k[None, :]
+        found = tl.load(words + place // 8, mask=real[:, None] & (k < COLUMNS)[None, :], other=0)
+        code = code_at(found, place % 8, NF4)
+    value = tl.gather(levels, tl.reshape(code, (height * WIDTH,)), 0) if NF4 else integer(code)
     return tl.reshape(tl.reshape(value, (height, WIDTH // SPAN, SPAN)) * scale[:, :, None], (height, WIDTH))
 
 
@@ -113,7 +117,10 @@ def _grouped(
     RESULTS: tl.constexpr = COLUMNS if TRANSPOSED else MATRICES * ROWS
     CONTRACTION: tl.constexpr = MATRICES * ROWS if TRANSPOSED else COLUMNS
     ACROSS: tl.constexpr = (RESULTS + N - 1) // N
-    expert, row, end, exists = _find_tile(offsets_E1, tl.program_id(0) // ACROSS, EXPERTS, EXPERTS_PADDED, M)
+    tile = tl.program_id(0) // ACROSS
+    expert, row, end, exists = _find_tile(  # pyright: ignore[reportGeneralTypeIssues]: JIT functions seem not to return
+        offsets_E1, tile, EXPERTS, EXPERTS_PADDED, M
+    )
     if not exists:
         return
     matrix = expert.to(tl.int64) * MATRICES
@@ -126,6 +133,8 @@ def _grouped(
     rows = row + tl.arange(0, M)
     values_RC += rows[:, None].to(tl.int64) * CONTRACTION
     total = tl.zeros((M, N), tl.float32)
+    if NF4:
+        levels = tl.load(levels + tl.arange(0, 16))
     for start in range(0, CONTRACTION, K):
         inner = start + tl.arange(0, K)
         inside = (rows < end)[:, None] & (inner < CONTRACTION)[None, :]
@@ -163,7 +172,7 @@ def triton_multiply(
     launch(
         _grouped,
         (tiles * -(-results // blocks.n),),
-        *(values_RC, out_RS, offsets_E1, *codes.tensors),
+        *(values_RC.contiguous(), out_RS, offsets_E1, *codes.tensors),
         **codes.constants,
         EXPERTS=codes.experts,
         EXPERTS_PADDED=power_of_two(codes.experts),

@@ -330,18 +330,32 @@ extern "C" __global__ void __launch_bounds__(1024, 1) plan(const int* ends, int4
   if (e == 1023) *n_tiles = counts[1023];
 }
 
-// Decodes NF4's double-quantised absmax, in tile order, to bf16. absmax [E][tiles][64]; scale [E][M][nested blocks]; offset [E][M].
-extern "C" __global__ void absmax(const u8* absmax, const float* levels, const float* scale, const float* offset, u16* out, int rows,
-                                  int columns, int matrices, u64 total) {
-  const int tile_columns = columns / 64, blocks = rows * tile_columns, nested = (blocks + 255) / 256;
-  const u64 per_expert = (u64)blocks * matrices;
-  for (u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x; at < total; at += (u64)gridDim.x * blockDim.x) {
-    u64 expert = at / per_expert;
-    int within = (int)(at - expert * per_expert), tile = within / 64, slot = within % 64;
-    int n = tile / tile_columns * 64 + (slot >> 4) * 16 + ((slot >> 1) & 1) * 8 + ((slot >> 2) & 3) * 2 + (slot & 1);
-    u64 matrix = expert * matrices + n / rows;
-    int block = n % rows * tile_columns + tile % tile_columns;
-    float value = levels[absmax[at]] * scale[matrix * nested + block / 256] + offset[matrix];
-    asm("{.reg .b16 h;\ncvt.rn.bf16.f32 h, %1;\nst.global.b16 [%0], h;}" ::"l"(out + at), "f"(value) : "memory");
+// Decodes NF4's double-quantised absmax, in tile order, to bf16: a block for 64 outputs (x) of an expert (y), four outputs a thread.
+// codes [E][M * rows / 64][columns / 64][64]; scale [E][M][nested blocks]; offset [E][M], for M matrices of `rows` x `columns`.
+extern "C" __global__ void absmax(const u32* codes, const float* values, const float* scale, const float* offset, uint2* out, int rows,
+                                  int columns) {
+  __shared__ float value_of[256];
+  value_of[threadIdx.x] = values[threadIdx.x];
+  __syncthreads();
+  const int tiles = columns / 64, nested = (rows * tiles + 255) / 256;
+  const int matrices = gridDim.x * 64 / rows, matrix = blockIdx.y * matrices + blockIdx.x * 64 / rows, first = blockIdx.x * 64 % rows;
+  const float shift = offset[matrix];
+  scale += (u64)matrix * nested;
+  const u64 line = ((u64)blockIdx.y * gridDim.x + blockIdx.x) * tiles * 16;
+  for (int at = threadIdx.x; at < tiles * 16; at += 256) {
+    const int tile = at / 16, slot = at % 16, n = first + slot / 4 * 16 + slot % 4 * 2;
+    const u32 four = codes[line + at];
+    u32 found[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float pair[2];
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int block = (n + 8 * i + c) * tiles + tile;
+        pair[c] = value_of[four >> (16 * i + 8 * c) & 255] * scale[block / 256] + shift;
+      }
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found[i]) : "f"(pair[1]), "f"(pair[0]));
+    }
+    out[line + at] = make_uint2(found[0], found[1]);
   }
 }

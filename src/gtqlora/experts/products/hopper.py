@@ -208,11 +208,10 @@ def decode_absmax(absmax: Tensor, scale: Tensor, offset: Tensor, rows: int, colu
     device = absmax.get_device()
     kernels = _loaded(Variant(nf4=True, group=64, transposed=False, wide=1), device)
     out = torch.empty(absmax.numel(), dtype=torch.bfloat16, device=absmax.device)
-    arguments = (absmax, nested_levels(absmax.device), scale, offset, out, rows, columns, offset.shape[-1])
+    experts, matrices = offset.shape
+    arguments = (absmax, nested_levels(absmax.device), scale, offset, out, rows, columns)
     with torch.cuda.device(device):
-        cuda.launch(
-            kernels["absmax"], 8 * _multiprocessors(device), 256, 0, *arguments, ctypes.c_uint64(absmax.numel())
-        )
+        cuda.launch(kernels["absmax"], (matrices * rows // TILE, experts), 256, 0, *arguments)
     return out
 
 
@@ -235,29 +234,44 @@ def takes(module: Experts, hidden_states: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+_decoded: dict[int, dict[tuple[int, str], Tensor]] = {}
+"""By device, NF4 scales of the layer that last ran forward: under checkpointing its backward comes next."""
+
+
+def _scales(module: Any, projection: Literal["gate_up", "down"], transposed: bool) -> Tensor:
+    """bf16 scales in the order of the tiles; decoded anew in every forward pass, and once for it and its backward."""
+    if module.format.name != "nf4":
+        return module.get_buffer(f"{projection}_scale")
+    parts = [module.get_buffer(f"{projection}_{part}") for part in ("absmax", "absmax_scale", "absmax_offset")]
+    kept, key = _decoded.setdefault(parts[0].get_device(), {}), (id(module), projection)
+    if transposed and key in kept:
+        return kept.pop(key)
+    scales = decode_absmax(*parts, *module.sizes(projection))
+    if not transposed:
+        for other in [other for other in kept if other[0] != id(module)]:
+            del kept[other]
+        kept[key] = scales
+    return scales
+
+
+def tiled_of(module: Any, projection: Literal["gate_up", "down"], transposed: bool) -> Tiled:
+    """A projection of a module whose weights are in tiles."""
+    rows, columns = module.sizes(projection)
+    codes = module.get_buffer(f"{projection}_packed")
+    return Tiled(
+        nf4=module.format.name == "nf4",
+        group=module.format.group,
+        rows=codes.shape[1] * rows,
+        columns=columns,
+        codes=codes,
+        scales=_scales(module, projection, transposed),
+    )
+
+
 def multiply(
     values_NK: Tensor, module: Any, projection: Literal["gate_up", "down"], offsets_E1: Tensor, transposed: bool
 ) -> Tensor:
     """Rows sorted by expert times their experts' matrices, for `layer.run`; puts the weights into tiles first."""
     module.arrange(tiled=True)
-    rows, columns = module.sizes(projection)
-
-    def buffer(part: str) -> Tensor:
-        return module.get_buffer(f"{projection}_{part}")
-
-    nf4 = module.format.name == "nf4"
-    scales = (
-        buffer("scale")
-        if not nf4
-        else decode_absmax(buffer("absmax"), buffer("absmax_scale"), buffer("absmax_offset"), rows, columns)
-    )
-    matrices = buffer("packed").shape[1]
-    weights = Tiled(
-        nf4=nf4,
-        group=module.format.group,
-        rows=matrices * rows,
-        columns=columns,
-        codes=buffer("packed"),
-        scales=scales,
-    )
+    weights = tiled_of(module, projection, transposed)
     return product(values_NK.contiguous(), weights, offsets_E1[1:].contiguous(), transposed=transposed)
