@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from gtqlora import adapters, contrasts, edit
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
+from gtqlora.experts import FrozenExperts
 from gtqlora.families import load_config
 from gtqlora.gate_trainer import GateTargetedTrainer
 from gtqlora.judging import judge_of
@@ -119,7 +122,7 @@ class Inside:
     @classmethod
     def start(cls, config: TrainConfig, path: Path) -> Inside:
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-        subject = open_subject(config.model)
+        subject = open_subject(config.model, experts=config.experts)
         with Run(path) as run:
             return cls(edit._trainer(config, subject, rows, run, "hash"), path, config)
 
@@ -128,7 +131,8 @@ class Inside:
 
     def save(self) -> Path:
         anatomy = self.trainer.anatomy
-        info = adapters.Info(adapters.GT_QLORA, self.config.model, anatomy.family.model_type, {})
+        details = {"config": asdict(self.config)}
+        info = adapters.Info(adapters.GT_QLORA, self.config.model, anatomy.family.model_type, details)
         adapters.save(self.trainer.model, self.path / edit.ADAPTER, info)
         return self.path / edit.ADAPTER
 
@@ -151,6 +155,31 @@ def gates(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(models.some_tokens()).logits
+
+
+def digests(model: Any) -> dict[str, str]:
+    """sha256 of every buffer of every frozen expert, by its place in the model."""
+    return {
+        f"{path.rpartition('layers.')[2]}.{name}": hashlib.sha256(
+            buffer.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        ).hexdigest()
+        for path, module in frozen_experts(model).items()
+        for name, buffer in module.state_dict().items()  # in which the weights are in their plain order
+    }
+
+
+def frozen_experts(model: Any) -> dict[str, FrozenExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenExperts)}
+
+
+def bench_module(name: str) -> Any:
+    """A script of bench/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def weights(adapter: Path) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from gtqlora.adapters import load
+from gtqlora.adapters import load, trainable
 from gtqlora.config import DiagnoseConfig, TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
@@ -19,6 +20,7 @@ from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.run import Run
 from gtqlora.verify import verify
+from tests import helpers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -62,3 +64,43 @@ def test_adapter_gives_the_same_logits_twice_on_cuda(tmp_path: Path) -> None:
         with torch.no_grad():
             logits.append(edited.subject.model(ids).logits)
     assert torch.equal(*logits)
+
+
+# --- frozen 4-bit experts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", ["nf4", "int4-g32"])
+@pytest.mark.parametrize(("name", "dtype"), [("routed", "float32"), ("routed-qwen3", "bfloat16")])
+def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: str, experts: str) -> None:
+    given = _given(name, dtype)
+    with Run(tmp_path / "run") as run:
+        trained = train(build(TrainConfig, **given, experts=experts, overrides=["steps=100"]), run)
+        assert trained.stopped is None  # and the stage has compared the experts' bits
+        losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+        assert losses[-1] < 0.5 * losses[0]
+        for on in (experts, "bf16"):
+            verdict = verify(build(VerifyConfig, **given, experts=on), run)
+            assert (verdict.experts, verdict.floor["verdict"]) == (on, "pass")
+            assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
+        assert export(run, tmp_path / "out").tensors_changed > 0
+
+
+@pytest.mark.parametrize("experts", ["nf4", "int4-g32"])
+@pytest.mark.parametrize(
+    "shape", [["qwen3-30b-a3b", "--layers", "2"], ["k2.5", "--layers", "2", "--experts", "64"]], ids=lambda s: s[0]
+)
+def test_train_at_the_width_of_real_models(tmp_path: Path, shape: list[str], experts: str) -> None:
+    """Random weights, one batch of random tokens, learnt by heart; gradient checkpointing on."""
+    bench, device = helpers.bench_module("train_step"), torch.device("cuda", torch.cuda.current_device())
+    args = bench.parse(["--shape", *shape, "--pairs", "4", "--tokens", "128", "--steps", "10", "--anchor"])
+    model, anatomy = bench.build(args, experts, device)
+    before = helpers.digests(model)
+    trainer: Any = bench.trainer_of(args, experts, model, anatomy, tmp_path, bench.Clock(device))
+    trainer.args.logging_steps = 1
+    start = {name: p.detach().clone() for name, p in trainable(trainer.model).items()}
+    trainer.assert_exact_reference()
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.02
+    assert not [name for name, p in trainable(trainer.model).items() if torch.equal(p, start[name])]
+    assert helpers.digests(trainer.model) == before and len(before) > 0

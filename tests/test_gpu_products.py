@@ -6,6 +6,7 @@ One test that needs no GPU runs this file again, interpreted; the variable must 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,34 +31,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
 
-EITHER = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="needs a CUDA GPU or Triton's interpreter"),
-]
-NATIVE = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
-
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 64, 32, 2
 SIZES = [
-    *[("int4-g32", 64, 32), ("int4-g32", 96, 64)],
-    *[("int4-g128", 64, 32), ("int4-g128", 40, 24), ("int4-g128", 256, 24)],
-    *[("nf4", 64, 32), ("nf4", 96, 40), ("nf4", 64, 9)],
+    *[("int4-g32", 64, 32), ("int4-g32", 96, 64), ("int4-g128", 40, 24), ("int4-g128", 256, 24)],
+    *[("nf4", 64, 32), ("nf4", 64, 9)],
 ]
 MOST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def either(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that runs on a GPU and in the interpreter."""
-    for mark in EITHER:
-        test = mark(test)
-    return test
-
-
 def native(test: Callable[..., None]) -> Callable[..., None]:
     """A test that only a GPU can run."""
-    for mark in NATIVE:
-        test = mark(test)
-    return test
+    return pytest.mark.gpu(pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")(test))
+
+
+def either(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs on a GPU and in the interpreter."""
+    return test if INTERPRETED else native(test)
 
 
 def _multiply(product: str) -> Multiply:
@@ -158,7 +148,7 @@ def test_products_for_all_sizes(product: str, name: str, hidden: int, inner: int
 
 @either
 @BOTH
-@pytest.mark.parametrize("name", ["int4-g32", "nf4"])
+@pytest.mark.parametrize("name", ["nf4"] if INTERPRETED else FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_products_in_half_precision(product: str, name: str, dtype: torch.dtype) -> None:
     _needs_bf16_products(product, dtype)
@@ -238,7 +228,7 @@ def test_another_activation() -> None:
 @either
 @BOTH
 def test_ranges_add_up_to_the_whole(product: str) -> None:
-    batch, bounds = _batch(), (0, 1, 4, EXPERTS)
+    batch, bounds = _batch(2), (0, 1, 4, EXPERTS)
     ranges = [
         _gradients(_layer(product, _frozen("nf4", first=start, count=stop - start)), batch)
         for start, stop in pairwise(bounds)
@@ -275,7 +265,7 @@ class _filled_memory:
 @either
 @pytest.mark.parametrize("needed", [0, 2])
 def test_a_gradient_for_one_of_them(needed: int) -> None:
-    frozen, batch = _frozen("int4-g128"), _batch()
+    frozen, batch = _frozen("int4-g128"), _batch(1)
     full = _gradients(_layer("fused", frozen), batch)
     inputs = [part.clone().requires_grad_(place == needed) for place, part in enumerate(batch)]
     out = _layer("fused", frozen)(*inputs)
@@ -297,7 +287,7 @@ def test_no_tokens(product: str, dtype: torch.dtype) -> None:
 
 @either
 def test_activation_checkpointing_changes_no_gradient() -> None:
-    layer, batch = _layer("chunk", _frozen("nf4")), _batch()
+    layer, batch = _layer("chunk", _frozen("nf4")), _batch(2)
     plain = _gradients(layer, batch)
     again = _gradients(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False), batch)  # type: ignore[arg-type]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
@@ -414,9 +404,10 @@ def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.skipif(INTERPRETED, reason="is what starts this")
 def test_everything_in_the_interpreter() -> None:
-    done = _python("-m", "pytest", "-p", "no:cacheprovider", "-rs", __file__, TRITON_INTERPRET="1")
+    done = _python("-m", "pytest", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert "needs a CUDA GPU or" not in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 50, done.stdout
 
 
 WITHOUT_TRITON = """

@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Mode
 from gtqlora.errors import RunError, TrainingError
-from gtqlora.families import Anatomy
+from gtqlora.experts.loading import BF16
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.families import Anatomy, language_model
 from gtqlora.run import sha256_file, sha256_json
 
 INFO = "gtqlora.json"
 DIRECTION = "direction.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @contextmanager
@@ -76,9 +79,9 @@ def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, ran
     expected: dict[str, tuple[int, ...]] = {}
     if mode != "gates":
         for path in anatomy.lora_targets:
-            out_features, in_features = base.get_submodule(path).get_parameter("weight").shape
-            expected[f"{path}.lora_A.default.weight"] = (rank, in_features)
-            expected[f"{path}.lora_B.default.weight"] = (out_features, rank)
+            linear: Any = base.get_submodule(path)
+            expected[f"{path}.lora_A.default.weight"] = (rank, linear.in_features)
+            expected[f"{path}.lora_B.default.weight"] = (linear.out_features, rank)
     if mode != "lora":
         for path in anatomy.routers:
             expected[f"{path}.modules_to_save.default.weight"] = (anatomy.spec.n_experts, anatomy.hidden_size)
@@ -107,6 +110,34 @@ def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
             getattr(wrapper.modules_to_save["default"], name), getattr(wrapper.original_module, name)
         ):
             raise TrainingError(f"{path}.{name} moved; it must stay frozen")
+
+
+FrozenState = dict[str, tuple[int, int]]
+"""Per buffer: how often it was written to in place, and the sum of its bits as whole numbers."""
+
+
+def frozen_state(model: nn.Module) -> FrozenState:
+    """Of all frozen experts, by name in the model inside any PEFT wrapper; one pass over their memory, no copy."""
+    state: FrozenState = {}
+    for path, module in language_model(model).named_modules():
+        if isinstance(module, FrozenExperts):
+            module.arrange(tiled=False)  # products may have put the weights into another order
+            for name, buffer in module.named_buffers():
+                bits = buffer.view(_INTEGERS[buffer.element_size()])
+                state[f"{path}.{name}"] = (buffer._version, int(bits.sum(dtype=torch.int64)))
+    return state
+
+
+def assert_experts_frozen(model: nn.Module, before: FrozenState) -> None:
+    """The experts' 4-bit weights are what `frozen_state` saw.
+
+    Raises:
+        TrainingError: names the first buffer that was written to.
+    """
+    now = frozen_state(model)
+    if now != before:
+        written = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        raise TrainingError(f"{len(written)} buffers of frozen experts were written to, first: {written[0]}")
 
 
 @contextmanager
@@ -210,16 +241,27 @@ class Edited:
             self._removal.enable()
 
 
-def load(model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Edited:
+def trained_experts(info: Info) -> str:
+    """The routed experts that an edit was made with; before there was a choice, the checkpoint's own."""
+    return info.details.get("config", {}).get("experts", BF16)
+
+
+def load(
+    model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu", experts: str | None = None
+) -> Edited:
     """MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
+
+    Args:
+        experts: as in `open_subject`; None takes those that the adapter was made with.
 
     Raises:
         ModelError: the model cannot be loaded.
+        ConfigError: unknown `experts`.
         RunError: the adapter is missing, or made for another architecture or shape.
     """
     path = Path(adapter)
-    read_info(path)
-    return Edited(open_subject(model, dtype=dtype, device=device), path)
+    experts = trained_experts(read_info(path)) if experts is None else experts
+    return Edited(open_subject(model, dtype=dtype, device=device, experts=experts), path)
 
 
 def _load_peft(model: nn.Module, path: Path) -> PeftModel:

@@ -38,6 +38,14 @@ Set = Annotated[
     Parameter(name="--set", help="Override one setting, e.g. --set steps=300.", negative=(), consume_multiple=False),
 ]
 Contrast = Annotated[str | None, Parameter(name="--contrast", help="JSONL, Parquet, or hub dataset with the pairs.")]
+Experts = Annotated[
+    str | None,
+    Parameter(
+        name="--experts",
+        help="Routed experts: bf16 (as the checkpoint has them), nf4, int4-g32 or int4-g128 (frozen in 4 bits), or "
+        "native (a checkpoint that is INT4 already).",
+    ),
+]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Again = Annotated[bool, Parameter(name="--again", negative="", help="Do it again even if nothing changed.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
@@ -177,14 +185,14 @@ def check(
 @app.command
 def diagnose(
     model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
-    again: Again = False, as_json: Json = False,
+    experts: Experts = None, again: Again = False, as_json: Json = False,
 ) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
     from gtqlora.config import DiagnoseConfig
     from gtqlora.diagnose import diagnose as stage
     from gtqlora.run import Run
 
-    settled = _build(DiagnoseConfig, config, settings, model, contrast)
+    settled = _build(DiagnoseConfig, config, settings, model, contrast, experts=experts)
     with Run(run) as held, stage_progress():
         found = stage(settled, held, again=again)
     if as_json:
@@ -204,14 +212,15 @@ def diagnose(
 @app.command
 def train(
     model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
-    mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None, again: Again = False,
+    mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None,
+    experts: Experts = None, again: Again = False,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
     from gtqlora.config import TrainConfig
     from gtqlora.edit import train as stage
     from gtqlora.run import Run
 
-    settled = _build(TrainConfig, config, settings, model, contrast, mode=mode)
+    settled = _build(TrainConfig, config, settings, model, contrast, mode=mode, experts=experts)
     with Run(run) as held, stage_progress():
         before = held.manifest()["stages"].get("train")
         found = stage(settled, held, again=again)
@@ -237,14 +246,14 @@ def train(
 @app.command
 def project(
     model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
-    again: Again = False,
+    experts: Experts = None, again: Again = False,
 ) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
     from gtqlora.config import ProjectConfig
     from gtqlora.project import project as stage
     from gtqlora.run import Run
 
-    settled = _build(ProjectConfig, config, settings, model, contrast)
+    settled = _build(ProjectConfig, config, settings, model, contrast, experts=experts)
     with Run(run) as held, stage_progress():
         found = stage(settled, held, again=again)
     table = new_table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
@@ -256,8 +265,8 @@ def project(
 
 @app.command
 def verify(
-    run: Path, *, contrast: Contrast = None, config: Config = None, settings: Set = None, again: Again = False,
-    as_json: Json = False,
+    run: Path, *, contrast: Contrast = None, config: Config = None, settings: Set = None, experts: Experts = None,
+    again: Again = False, as_json: Json = False,
 ) -> int:
     """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
     from gtqlora.config import VerifyConfig
@@ -267,6 +276,7 @@ def verify(
     with Run(_made(run)) as held, stage_progress():
         given = _as_edited(held)
         model, used = given.pop("model", None), given.pop("contrast", None)
+        given |= {} if experts is None else {"experts": experts}
         settled = _build(VerifyConfig, config, settings, model, contrast or used, **given)
         found = stage(settled, held, again=again)
     if as_json:
@@ -284,7 +294,7 @@ def _as_edited(run: Any) -> dict[str, Any]:
     from gtqlora.adapters import read_info
 
     made = read_info(run.require("adapter", "train")).details.get("config", {})
-    shared = ("model", "contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
+    shared = ("model", "contrast", "judge", "max_new_tokens", "device", "dtype", "experts", "seed")
     return {key: made[key] for key in shared if key in made}
 
 
@@ -317,6 +327,7 @@ def _print_verdict(found: Any) -> None:
         + interval(found.mediation),
         highlight=False,
     )
+    console.print(f"routed experts: {found.experts}", highlight=False)
     colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
     console.print(
         f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False

@@ -17,6 +17,7 @@ from gtqlora.errors import ConfigError
 
 Mode = Literal["gt", "lora", "gates"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Experts = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -26,12 +27,18 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every stage on a model shares."""
+    """What every stage on a model shares.
+
+    Attributes:
+        experts: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put into
+            4 bits while it is loaded.
+    """
 
     model: str
     contrast: str
     device: str = "cpu"
     dtype: Dtype = "auto"
+    experts: Experts = "bf16"
     seed: int = 0
     batch_size: int = 64
     max_new_tokens: int = 64

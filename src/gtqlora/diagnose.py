@@ -152,7 +152,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
             return read_diagnosis(run)
         judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
-        subject = open_subject(config.model, dtype=config.dtype, device=config.device)
+        subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
         pairs = pairs_of(contrast, subject, config.max_pairs, config.seed)
         if not pairs:
             raise ContrastError(

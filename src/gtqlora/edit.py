@@ -21,7 +21,9 @@ from gtqlora.adapters import (
     GT_QLORA,
     Info,
     assert_bias_frozen,
+    assert_experts_frozen,
     assert_trains_exactly,
+    frozen_state,
     lora_config,
     peft_targets_kept,
     read_info,
@@ -68,13 +70,15 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
 
 def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-    subject = open_subject(config.model, dtype=config.dtype, device=config.device)
+    subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
     statistics(rows, subject.tokenizer, subject.max_length)
     # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
     shutil.rmtree(run / ADAPTER, ignore_errors=True)
     contrasts.save(rows, run / contrasts.FILE)
+    frozen = frozen_state(subject.model)
     trainer = _trainer(config, subject, rows, run, stage_hash)
     steps, stopped = _fit(trainer, run / CHECKPOINTS)
+    assert_experts_frozen(trainer.model, frozen)
     details = {"config": asdict(config), "steps": steps, "stopped": stopped}
     with whole(run / ADAPTER) as staged:
         save(trainer.model, staged, Info(GT_QLORA, config.model, subject.anatomy.family.model_type, details))

@@ -18,6 +18,7 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.checkpoint import copy_changed
 from gtqlora.contrasts import Row
 from gtqlora.errors import RunError
+from gtqlora.experts.loading import BF16
 from gtqlora.families import Anatomy, bind, load_config, meta_model
 from gtqlora.judging import judge_of
 from gtqlora.run import Run, sha256_file, versions, whole, write_json
@@ -41,17 +42,23 @@ class Exported:
 
 
 def export(run: Run, out: Path, *, to: str = "safetensors") -> Exported:
-    """Write the certified edit as plain merged weights in hub layout.
+    """Write the certified edit as plain merged weights in hub layout; routed experts stay as the checkpoint has them.
 
     Raises:
-        FloorError: the safety floor was not passed by this very adapter and model.
-        RunError: unknown format, OUT exists, or the written weights do not compute what the edited model does.
+        FloorError: the safety floor was not passed by this very adapter and model, with the checkpoint's own experts.
+        RunError: unknown format, OUT exists, a projection of packed experts, or the written weights do not compute
+            what the edited model does.
     """
     if to != "safetensors":
         raise RunError(f"--to {to}: unknown format; known: safetensors")
     verdict, adapter = certified(run)
     if out.exists():
         raise RunError(f"{out}: exists already; choose another folder or remove it")
+    if verdict.kind == PROJECTION and verdict.experts != BF16:
+        raise RunError(
+            f"{run.path}: a projection changes the routed experts, which {verdict.model} holds in 4 bits; export it "
+            "from the bf16, fp16 or fp32 checkpoint"
+        )
     family, config = load_config(verdict.model)
     anatomy = bind(meta_model(family, config), family)
     edits = plan(adapter, anatomy)
@@ -150,7 +157,7 @@ def _validate(staged: Path, verdict: Verdict, adapter: Path, run: Run) -> float:
     """The written weights, loaded anew, compute what the edited model computes; the largest logit difference."""
     settings = run.manifest()["stages"]["verify"]["config"]
     rows = contrasts.load(settings["contrast"], judge_of(settings["judge"])).split(settings["split"]).rows[:_PROBES]
-    where = {"dtype": settings["dtype"], "device": settings["device"]}
+    where = {"dtype": settings["dtype"], "device": settings["device"], "experts": verdict.experts}
     ours = _probe_logits(open_subject(str(staged), **where), rows)
     theirs = _probe_logits(load(verdict.model, adapter, **where).subject, rows)
     off = (ours - theirs).abs()
@@ -173,6 +180,7 @@ def _describe(staged: Path, verdict: Verdict, result: Exported, run: Run) -> Non
         "base": verdict.model,
         "base_fingerprint": run.manifest()["stages"]["verify"]["inputs"]["model"],
         "adapter": verdict.adapter,
+        "experts": verdict.experts,
         "floor": verdict.floor,
         "tensors_changed": result.tensors_changed,
         "gate_values_changed": result.gate_values_changed,
@@ -210,5 +218,10 @@ def model_card(verdict: Verdict, result: Exported) -> str:
     for kind, row in verdict.table.items():
         cells = (_percent(row["refusal_before"]), _percent(row["refusal_after"]), _percent(row["accuracy_after"]))
         lines.append(f"| {kind} | {row['refusal_before']['n']} | {' | '.join(cells)} |")
-    lines += ["", "Rates with 95 % intervals on held-out prompts. Verified in the dtype of the checkpoint.", ""]
+    lines += [
+        "",
+        "Rates with 95 % intervals on held-out prompts. Verified in the dtype of the checkpoint, with its own experts"
+        + (" (4 bits)." if verdict.experts != BF16 else "."),
+        "",
+    ]
     return "\n".join(lines)

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from gtqlora import routing
-from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, trainable
+from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, routers_of, trainable
 from gtqlora.capture import Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
@@ -88,6 +92,27 @@ class Health:
         return torch.bincount(indices_TK.flatten(), minlength=self.spec.n_experts).float()
 
 
+@contextmanager
+def weights_unhashed() -> Iterator[None]:
+    """Keep TRL from hashing every weight, which takes minutes, for a cache file that data in memory never gets."""
+    module: Any = dpo_trainer
+    kept, module.hash_module = module.hash_module, lambda _module: ""
+    try:
+        yield
+    finally:
+        module.hash_module = kept
+
+
+@torch.no_grad()
+def _restore_masters(model: PeftModel) -> None:
+    """fp32 again for what trains: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
+    for p in trainable(model).values():
+        p.data = p.data.float()
+    for wrapper in routers_of(model).values():
+        gate: Any = wrapper.modules_to_save["default"]
+        gate.weight.copy_(wrapper.original_module.weight)
+
+
 class GateTargetedTrainer(DPOTrainer):
     """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
 
@@ -96,7 +121,9 @@ class GateTargetedTrainer(DPOTrainer):
     def __init__(self, *, anatomy: Anatomy, settings: TrainConfig, **kwargs: Any) -> None:
         self.anatomy, self.settings = anatomy, settings
         self.health = Health(anatomy, settings.dead_budget)
-        super().__init__(**kwargs)
+        with weights_unhashed():
+            super().__init__(**kwargs)
+        _restore_masters(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -48,7 +48,7 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
             details = read_info(run / ADAPTER).details
             return Projected(run / ADAPTER, details["layer"], details["candidates"])
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-        subject = open_subject(config.model, dtype=config.dtype, device=config.device)
+        subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
         layers = _layers(config, subject)
         direction_LD = _directions(config, rows, subject)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]

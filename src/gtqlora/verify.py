@@ -17,6 +17,9 @@ from gtqlora.capture import Recorder, Subject, open_subject, routers_tapped
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.errors import ContrastError, FloorError
+from gtqlora.experts.loading import BF16
+from gtqlora.experts.settings import NATIVE
+from gtqlora.families import quantization
 from gtqlora.judging import judge_of
 from gtqlora.progress import track
 from gtqlora.run import Run, fingerprint, read_parquet, sha256_json, write_json, write_parquet
@@ -32,6 +35,7 @@ class Verdict:
 
     Attributes:
         adapter: hash of the adapter that was judged; `export` demands the same.
+        experts: the routed experts it was judged with, see `StageConfig`; `export` demands the checkpoint's own.
         table: kind -> refusal and accuracy before and after (lookalike: also with the original routing replayed),
             paired change with its p- and q-value.
         floor: the safety floor's verdict on the harmful prompts.
@@ -48,6 +52,7 @@ class Verdict:
     kl_benign: dict[str, Any]
     drift: dict[str, dict[str, Any]]
     mediation: dict[str, Any]
+    experts: str = BF16
 
 
 def read_verdict(run: Run) -> Verdict:
@@ -71,7 +76,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
             return read_verdict(run)
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
-        edited = Edited(open_subject(config.model, dtype=config.dtype, device=config.device), adapter)
+        subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        edited = Edited(subject, adapter)
         scores = _score_all(config, edited, rows)
         verdict = _verdict(config, edited, rows, scores, identity)
         write_parquet(run / SCORES, scores.to_rows())
@@ -158,6 +164,7 @@ def _verdict(config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scor
         kl_benign=_interval(_kl(edited, rows.of_kind("benign"), config), config.seed),
         drift={kind: _drift(edited, rows.of_kind(kind), config) for kind in KINDS},
         mediation=_mediation(scores.of_kind("lookalike"), config.level),
+        experts=config.experts,
     )
 
 
@@ -264,11 +271,13 @@ def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject,
 def certified(run: Run) -> tuple[Verdict, Path]:
     """The verdict and adapter of a run whose floor was passed by exactly this adapter on exactly this model.
 
-    The only way to weights. The floor is computed again from the recorded outcomes, at the settings on record, so
-    neither an edited verdict nor edited outcomes or settings pass.
+    And with the checkpoint's own experts, which are what is written. The only way to weights. The floor is computed
+    again from the recorded outcomes, at the settings on record, so neither an edited verdict nor edited outcomes or
+    settings pass.
 
     Raises:
-        FloorError: no pass, or the adapter, the model or what verify wrote changed since.
+        FloorError: no pass, or not with the checkpoint's own experts, or the adapter, the model or what verify wrote
+            changed since.
         RunError: nothing was trained or verified.
     """
     adapter = run.require(ADAPTER, "train")
@@ -286,7 +295,19 @@ def certified(run: Run) -> tuple[Verdict, Path]:
     for what, identity in now.items():
         if record["inputs"][what] != identity:
             raise FloorError(f"{run.path}: the {what} is not the one that was verified; run `gtqlora verify` again")
+    _check_shipped(run, config, verdict)
     return verdict, adapter
+
+
+def _check_shipped(run: Run, config: VerifyConfig, verdict: Verdict) -> None:
+    """The floor was passed by what would be written."""
+    shipped = BF16 if quantization(verdict.model) is None else NATIVE
+    for judged in (verdict.experts, config.experts):
+        if judged != shipped:
+            raise FloorError(
+                f"{run.path}: verified with {judged} experts, but the written weights have the checkpoint's own "
+                f"({shipped}); run `gtqlora verify {run.path} --experts {shipped}` first"
+            )
 
 
 def _verify_record(run: Run) -> dict[str, Any]:

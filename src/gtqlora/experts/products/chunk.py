@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 1_500_000_000
 """Dequantised weights that are in memory at a time, at most, unless one expert has more."""
 
 _WORDS, _TURNS = 256, 4
-"""Words of a program at a time, one a thread so that neighbours write neighbouring 16 bytes, and how many times."""
+"""Words of a program at a time, one a thread so that neighbours write neighbouring 16 bytes, and how often at most."""
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -123,8 +123,9 @@ def dequantise(codes: Codes, dtype: torch.dtype) -> Tensor:
     matrices, weights = codes.experts * codes.matrices, codes.rows * codes.columns
     words = weights // 8
     out = _workspace(codes.tensors[0].device, matrices * weights * dtype.itemsize).view(dtype)[: matrices * weights]
-    grid = (-(-words // (_WORDS * _TURNS)), matrices)
-    constants = {**codes.constants, "ALL": words, "WORDS": _WORDS, "TURNS": _TURNS}
+    turns = min(_TURNS, -(-words // _WORDS))
+    grid = (-(-words // (_WORDS * turns)), matrices)
+    constants = {**codes.constants, "ALL": words, "WORDS": _WORDS, "TURNS": turns}
     launch(_dequantise, grid, out, *codes.tensors, **constants, num_warps=8)
     return out.view(codes.experts, codes.matrices * codes.rows, codes.columns)
 

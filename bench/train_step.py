@@ -1,0 +1,417 @@
+"""A whole DPO step through frozen 4-bit experts, against TRL and PEFT on bf16 experts: tokens a second, peak memory.
+
+    python bench/train_step.py                                       # Qwen3-30B-A3B, all layers, 8 pairs of 512 tokens
+    python bench/train_step.py --pairs 4 --tokens 1024 --json out.json
+    python bench/train_step.py --shape k2.5 --layers 3               # Kimi-K2.5's width: one dense and two MoE layers
+    python bench/train_step.py --device cpu --tiny                   # does it run?
+
+Random weights and random tokens; all sequences are `--tokens` long, half of them prompt. Every way trains the same LoRA
+(rank 32) and routers with the same loss (DPO and SFT), gradient checkpointing and stored reference log-probabilities:
+
+    nf4, int4-g32, int4-g128    gtqlora's trainer on experts frozen in that format
+    bf16                        gtqlora's trainer on transformers' own experts
+    trl                         TRL's DPOTrainer and PEFT as they come, on transformers' own experts, bf16 autocast
+
+`--anchor` adds the routing anchor to gtqlora's trainer: one more forward pass of the anchored rows. Ways run one after
+the other; two steps warm up, the median of five counts. Experts' bits are compared before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConfig, TrainerCallback
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from gtqlora import edit
+from gtqlora.adapters import (
+    assert_experts_frozen,
+    assert_trains_exactly,
+    frozen_state,
+    lora_config,
+    peft_targets_kept,
+)
+from gtqlora.capture import _routers_to_fp32
+from gtqlora.config import TrainConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.experts import FORMATS, Format, FrozenExperts
+from gtqlora.families import FAMILIES, Anatomy, bind
+from gtqlora.gate_trainer import GateTargetedTrainer, KindCollator, weights_unhashed
+
+TRL, BF16 = "trl", "bf16"
+WAYS = (*FORMATS, BF16, TRL)
+WARMUP = 2
+_WEIGHTS_AT_ONCE = 2**28
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            **{"num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
+            **{"num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4},
+            **{"head_dim": 128, "vocab_size": 151936, "norm_topk_prob": True, "max_position_embeddings": 40960},
+        },
+    ),
+    "k2.5": (
+        "deepseek_v3",
+        {
+            **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "hidden_size": 7168, "intermediate_size": 18432},
+            **{"moe_intermediate_size": 2048, "n_routed_experts": 384, "n_shared_experts": 1, "num_experts_per_tok": 8},
+            **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.827},
+            **{"num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536, "kv_lora_rank": 512},
+            **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 163840},
+            "max_position_embeddings": 262144,
+        },
+    ),
+}
+TINY: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {"num_experts": 8, "num_key_value_heads": 2, "head_dim": 16},
+    "k2.5": {"n_routed_experts": 8, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32}
+    | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+}
+_TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32} | {
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 512,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One way: seconds of each counted step, the mean loss of all, GiB at the peak (None on a CPU) and of weights."""
+
+    way: str
+    steps: list[float]
+    loss: float
+    peak_gib: float | None
+    model_gib: float
+    experts_gib: float
+    build_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.steps)
+
+
+class Clock(TrainerCallback):
+    """Seconds of every step, and peak memory after the warm-up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.started = device, 0.0
+        self.steps: list[float] = []
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == WARMUP and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.started = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.append(self._now() - self.started)
+
+
+# --- a model made of random numbers ----------------------------------------------------------------------------------
+
+
+def config_of(args: argparse.Namespace) -> tuple[str, Any]:
+    """The family's name and a transformers config."""
+    family, sizes = SHAPES[args.shape]
+    sizes = {**sizes, **_TINY, **TINY[args.shape]} if args.tiny else dict(sizes)
+    sizes |= {} if args.layers is None else {"num_hidden_layers": args.layers}
+    sizes |= {} if args.experts is None else {FAMILIES[family].experts_key: args.experts}
+    kind = Qwen3MoeConfig if family == "qwen3_moe" else DeepseekV3Config
+    return family, kind(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any, Anatomy]:
+    """A bf16 model; routers in fp32 for gtqlora's trainer, experts frozen if the way is a format."""
+    name, config = config_of(args)
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, family.class_name)(config)
+    if way in FORMATS:
+        for layer in family.moe_layers(config):
+            model.set_submodule(f"model.layers.{layer}.{family.experts}", _frozen(FORMATS[way], model, layer, device))
+    for path, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, _random(f"{path}.{key}", parameter, device))
+    model.to(device).eval()
+    anatomy = bind(model, family)
+    if way != TRL:
+        _routers_to_fp32(model, anatomy)
+    return model, anatomy
+
+
+def _random(name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+    return nn.Parameter(made.fill_(1.0) if "norm" in name else made.normal_(std=0.02))
+
+
+def _frozen(format: Format, model: Any, layer: int, device: torch.device) -> FrozenExperts:
+    name = {"DeepseekV3ForCausalLM": "deepseek_v3"}.get(type(model).__name__, "qwen3_moe")
+    config, family = model.config, FAMILIES[name]
+    frozen = FrozenExperts(
+        format=format,
+        n_experts=getattr(config, family.experts_key),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.moe_intermediate_size,
+        act_fn=model.get_submodule(f"model.layers.{layer}.{family.experts}").act_fn,
+        config=config,
+        device=device,
+    )
+    for projection, matrices in (("gate_up", 2), ("down", 1)):
+        sizes = frozen.sizes(projection)  # type: ignore[arg-type]
+        at_once = max(1, _WEIGHTS_AT_ONCE // (matrices * sizes[0] * sizes[1]))
+        for start in range(0, frozen.count, at_once):
+            held = frozen.parts(projection, slice(start, start + at_once))  # type: ignore[arg-type]
+            lead = held["packed"].shape[:2]
+            weights = torch.randn(*lead, *sizes, dtype=torch.bfloat16, device=device) * 0.02
+            for part, tensor in format.quantise(weights).items():
+                held[part].copy_(tensor)
+    return frozen
+
+
+def _bytes(tensors: Any) -> float:
+    return sum(tensor.nbytes for tensor in tensors) / 2**30
+
+
+def _expert_tensors(model: Any, anatomy: Anatomy) -> list[Tensor]:
+    modules = [model.get_submodule(layer.experts) for layer in anatomy.moe]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+# --- a batch of random tokens ----------------------------------------------------------------------------------------
+
+
+def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Token i is the word `wi`."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+
+
+def dataset_of(args: argparse.Namespace, vocabulary: int) -> Dataset:
+    """One batch; TRL ends every answer with the end token."""
+    rng, half = random.Random(0), args.tokens // 2
+
+    def words(count: int) -> str:
+        return " ".join(f"w{rng.randrange(2, vocabulary)}" for _ in range(count))
+
+    rest = args.tokens - half - 1
+    return Dataset.from_list(
+        [
+            {"prompt": words(half), "chosen": f" {words(rest)}", "rejected": f" {words(rest)}"}
+            | {"kind": KINDS[i % len(KINDS)]}
+            for i in range(args.pairs)
+        ]
+    )
+
+
+# --- trainers --------------------------------------------------------------------------------------------------------
+
+
+def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
+    steps = WARMUP + args.steps
+    return TrainConfig(
+        model="random",
+        contrast="random",
+        device=device.type,
+        batch_size=args.pairs,
+        steps=steps,
+        gradient_checkpointing=not args.no_checkpointing,
+        logging_steps=steps + 1,  # router health, which a logging step measures, is not part of a plain step
+        anchor_harmful=1.0 if args.anchor else 0.0,
+        anchor_benign=0.1 if args.anchor else 0.0,
+        max_load_cv=1e6,
+        min_overlap=0.0,
+    )
+
+
+def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy, out: Path, clock: Clock) -> Any:
+    """What the `train` stage builds, or TRL's own trainer with the same modules to train."""
+    settings, tokenizer = settings_of(args, clock.device), tokenizer_of(model.config.vocab_size)
+    arguments = edit._arguments(settings, out)
+    arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
+    shared: dict[str, Any] = {
+        "model": model,
+        "train_dataset": dataset_of(args, model.config.vocab_size),
+        "processing_class": tokenizer,
+        "peft_config": lora_config(anatomy, mode="gt", rank=settings.rank, alpha=settings.alpha),
+        "callbacks": [clock],
+    }
+    with peft_targets_kept(), weights_unhashed():
+        if way == TRL:
+            return DPOTrainer(args=_trl_arguments(settings, out), **shared)
+        collator = KindCollator(pad_token_id=0)
+        trainer = GateTargetedTrainer(
+            anatomy=anatomy, settings=settings, args=arguments, data_collator=collator, **shared
+        )
+    assert_trains_exactly(trainer.model, anatomy, mode="gt", rank=settings.rank)
+    return trainer
+
+
+def _trl_arguments(settings: TrainConfig, out: Path) -> DPOConfig:
+    """TRL's defaults but for what has to be the same; bf16 autocast is one of them."""
+    return DPOConfig(
+        output_dir=str(out),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, settings.sft_weight],
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=settings.batch_size,
+        max_length=None,
+        bf16=True,
+        use_cpu=settings.device == "cpu",
+        dataloader_pin_memory=settings.device != "cpu",
+        logging_steps=settings.logging_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def measure(args: argparse.Namespace, way: str, device: torch.device) -> Measured:
+    """Build, warm up, count.
+
+    Raises:
+        TrainingError: the experts' bits changed.
+    """
+    started = time.perf_counter()
+    model, anatomy = build(args, way, device)
+    experts = _expert_tensors(model, anatomy)
+    before = frozen_state(model) or {"": _checksum(experts)}
+    clock = Clock(device)
+    with TemporaryDirectory() as folder:
+        trainer = trainer_of(args, way, model, anatomy, Path(folder), clock)
+        trainer.remove_callback(transformers.PrinterCallback)
+        built = time.perf_counter() - started
+        loss = trainer.train().training_loss
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    if way in FORMATS:
+        assert_experts_frozen(trainer.model, before)
+    elif before[""] != _checksum(experts):
+        raise RuntimeError("the experts changed")
+    return Measured(
+        way=way,
+        steps=clock.steps[WARMUP:],
+        loss=loss,
+        peak_gib=peak,
+        model_gib=_bytes([*model.parameters(), *model.buffers()]),
+        experts_gib=_bytes(experts),
+        build_seconds=built,
+    )
+
+
+def _checksum(tensors: list[Tensor]) -> tuple[int, int]:
+    return 0, sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in tensors)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def print_table(args: argparse.Namespace, found: list[Measured]) -> None:
+    """Ratios are to TRL's: how many times faster, and which share of its peak memory."""
+    tokens = 2 * args.pairs * args.tokens
+    reference = next((m for m in found if m.way == TRL), None)
+    columns = ("s/step", "fastest", "slowest", "tokens/s", "x faster", "peak GiB", "share", "experts GiB", "built in s")
+    print(f"{'way':10}" + "".join(f"{column:>12}" for column in columns))
+    for m in found:
+        numbers = [m.seconds, min(m.steps), max(m.steps), tokens / m.seconds]
+        numbers += [reference.seconds / m.seconds if reference else None, m.peak_gib]
+        numbers += [m.peak_gib / reference.peak_gib if reference and m.peak_gib and reference.peak_gib else None]
+        numbers += [m.experts_gib, m.build_seconds]
+        cells = ("-" if n is None else f"{n:,.0f}" if n >= 1000 else f"{n:.3f}" for n in numbers)
+        print(f"{m.way:10}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, help="decoder layers, instead of the shape's")
+    parser.add_argument("--experts", type=int, help="experts a layer, instead of the shape's")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="of every sequence, prompt and answer")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count, after two that do not")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["nf4", "int4-g32", TRL])
+    parser.add_argument("--anchor", action="store_true", help="train with the routing anchor, too (not trl)")
+    parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the shape's architecture in miniature")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    warnings.filterwarnings("ignore")
+    disable_progress_bars()
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    config = config_of(args)[1]
+    print(
+        f"{args.shape}{' (tiny)' if args.tiny else ''}: {config.num_hidden_layers} layers, hidden "
+        f"{config.hidden_size}; {args.pairs} pairs x 2 x {args.tokens} tokens, "
+        f"anchor {'on' if args.anchor else 'off'}, "
+        f"checkpointing {'off' if args.no_checkpointing else 'on'}",
+        flush=True,
+    )
+    found: list[Measured] = []
+    errors: dict[str, str] = {}
+    for way in args.ways:
+        try:
+            found.append(measure(args, way, device))
+            print(f"{way}: {found[-1].seconds:.3f} s a step, mean loss {found[-1].loss:.4f}", flush=True)
+        except Exception as error:  # the other ways are worth their time, whatever befell this one
+            errors[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            print(f"{way}: {errors[way]}", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print_table(args, found)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{card}; torch {torch.__version__}, transformers {transformers.__version__}")
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        args.json.write_text(
+            json.dumps(
+                {"settings": settings, "device": card, "errors": errors, "ways": [asdict(m) for m in found]}, indent=1
+            )
+        )
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
