@@ -166,9 +166,18 @@ class Info:
     details: dict[str, Any]
 
 
+def save_trained(model: PeftModel, path: Path | str) -> None:
+    """PEFT's own files of what was trained; frozen experts are left where they are, in the order they are in."""
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FrozenExperts))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(experts)}
+    # left to itself PEFT adds the embeddings of a nested config
+    model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
+
+
 def save(model: PeftModel, path: Path, info: Info) -> None:
     """Write a GT-QLoRA adapter as a folder PEFT can read, plus `gtqlora.json`."""
-    model.save_pretrained(str(path), save_embedding_layers=False)
+    save_trained(model, path)
     (path / "README.md").unlink(missing_ok=True)  # PEFT's template card says nothing
     _write_info(path, info)
 

@@ -20,7 +20,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from gtqlora import routing
-from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, routers_of, trainable
+from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, routers_of, save_trained, trainable
 from gtqlora.capture import Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
@@ -153,8 +153,8 @@ class GateTargetedTrainer(DPOTrainer):
             raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint holds the adapter only; left to itself PEFT adds the embeddings of a nested config."""
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        """A checkpoint holds the adapter only."""
+        save_trained(self.model, output_dir or self.args.output_dir)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would land in the run directory."""
