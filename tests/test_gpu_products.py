@@ -174,7 +174,7 @@ def test_products_with_several_nested_blocks(product: str) -> None:
 @ALL
 @pytest.mark.parametrize("tokens", [3, 40, 500, 3000])
 def test_products_at_real_sizes(product: str, name: str, tokens: int) -> None:
-    """From a few rows per expert to several tiles, in bf16; the experts of Qwen3-30B-A3B."""
+    """From a few rows per expert to several tiles; two products and an activation, each rounded to bf16."""
     frozen = FrozenExperts(
         format=format_of(name), n_experts=32, hidden_size=2048, intermediate_size=768, act_fn=nn.SiLU(), device=DEVICE
     )
@@ -182,7 +182,7 @@ def test_products_at_real_sizes(product: str, name: str, tokens: int) -> None:
         for projection in ("gate", "up", "down"):
             frozen.quantise_into(expert, projection, 0.02 * torch.randn(frozen.sizes(projection), device=DEVICE))
     batch = _batch(tokens, torch.bfloat16, 2048, 32)
-    _assert_close(_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 1e-2)
+    _assert_close(_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 2e-2)
 
 
 # --- layers

@@ -154,7 +154,7 @@ class GateTargetedTrainer(DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """A checkpoint holds the adapter only."""
-        save_trained(self.model, output_dir or self.args.output_dir)
+        save_trained(self.model, output_dir or str(self.args.output_dir))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would land in the run directory."""

@@ -18,7 +18,7 @@ from gtqlora.experts.layout import Format, Layout, Parts, scaled_pieces
 _NESTED = 256
 _BINS = 65536
 _SMALLEST = 1e-38
-_LEVELS = (
+LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -41,7 +41,7 @@ def unpack(packed: Tensor) -> Tensor:
 @torch.inference_mode(False)
 def levels(device: torch.device) -> Tensor:
     """The value [16] of each 4-bit code, fp32."""
-    return torch.tensor(_LEVELS, dtype=torch.float32, device=device)
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
 @cache

@@ -102,6 +102,20 @@ def integer(code):
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
+_L = tl.constexpr(nf4.LEVELS)
+
+
+@triton.jit
+def level(code):
+    """The NF4 levels (fp32) of codes, by four choices in registers; a table would be read once for every weight."""
+    one, two, four = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0
+    low = tl.where(two, tl.where(one, _L[3], _L[2]), tl.where(one, _L[1], _L[0]))
+    next_low = tl.where(two, tl.where(one, _L[7], _L[6]), tl.where(one, _L[5], _L[4]))
+    high = tl.where(two, tl.where(one, _L[11], _L[10]), tl.where(one, _L[9], _L[8]))
+    next_high = tl.where(two, tl.where(one, _L[15], _L[14]), tl.where(one, _L[13], _L[12]))
+    return tl.where((code & 8) != 0, tl.where(four, next_high, high), tl.where(four, next_low, low))
+
+
 @triton.jit
 def scales_of(
     block, matrix, inside, scales, scale_scales, offsets, scale_levels,

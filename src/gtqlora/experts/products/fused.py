@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gtqlora.experts.products import hopper
-from gtqlora.experts.products.codes import code_at, codes_in, codes_of, integer, scales_of
+from gtqlora.experts.products.codes import code_at, codes_in, codes_of, integer, level, scales_of
 from gtqlora.experts.products.layer import Multiply, run
 from gtqlora.experts.products.row_kernels import launch, power_of_two, tl, triton
 from gtqlora.experts.products.rows import Experts, compute_dtype
@@ -77,7 +77,7 @@ def _find_tile(offsets_E1, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.const
 
 @triton.jit
 def _weights(
-    words, scales, scale_scales, offsets, levels, scale_levels, n, start,
+    words, scales, scale_scales, offsets, scale_levels, n, start,
     NF4: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
     MATRICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -102,13 +102,13 @@ def _weights(
         place = n[:, None] * COLUMNS + k[None, :]
         found = tl.load(words + place // 8, mask=real[:, None] & (k < COLUMNS)[None, :], other=0)
         code = code_at(found, place % 8, NF4)
-    value = tl.gather(levels, tl.reshape(code, (height * WIDTH,)), 0) if NF4 else integer(code)
+    value = level(code) if NF4 else integer(code)
     return tl.reshape(tl.reshape(value, (height, WIDTH // SPAN, SPAN)) * scale[:, :, None], (height, WIDTH))
 
 
 @triton.jit
 def _grouped(
-    values_RC, out_RS, offsets_E1, words, scales, scale_scales, offsets, levels, scale_levels,
+    values_RC, out_RS, offsets_E1, words, scales, scale_scales, offsets, _levels, scale_levels,
     NF4: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
     MATRICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
@@ -133,20 +133,18 @@ def _grouped(
     rows = row + tl.arange(0, M)
     values_RC += rows[:, None].to(tl.int64) * CONTRACTION
     total = tl.zeros((M, N), tl.float32)
-    if NF4:
-        levels = tl.load(levels + tl.arange(0, 16))
     for start in range(0, CONTRACTION, K):
         inner = start + tl.arange(0, K)
         inside = (rows < end)[:, None] & (inner < CONTRACTION)[None, :]
         value = tl.load(values_RC + inner[None, :], mask=inside, other=0.0)
         if TRANSPOSED:
             weight = _weights(
-                words, scales, scale_scales, offsets, levels, scale_levels, inner, first,
+                words, scales, scale_scales, offsets, scale_levels, inner, first,
                 NF4, GROUP, BLOCKS, NESTED, MATRICES, ROWS, COLUMNS, N, SPAN,
             ).to(value.dtype)  # fmt: skip
         else:
             weight = _weights(
-                words, scales, scale_scales, offsets, levels, scale_levels, result, start,
+                words, scales, scale_scales, offsets, scale_levels, result, start,
                 NF4, GROUP, BLOCKS, NESTED, MATRICES, ROWS, COLUMNS, K, SPAN,
             ).to(value.dtype).trans(1, 0)  # fmt: skip
         total = tl.dot(value, weight, total, input_precision="ieee")
