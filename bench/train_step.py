@@ -53,6 +53,7 @@ from gtqlora.adapters import (
     frozen_state,
     lora_config,
     peft_targets_kept,
+    sum_of_bits,
 )
 from gtqlora.capture import _routers_to_fp32
 from gtqlora.config import TrainConfig
@@ -335,7 +336,7 @@ def measure(args: argparse.Namespace, way: str, device: torch.device) -> Measure
 
 
 def _checksum(tensors: list[Tensor]) -> tuple[int, int]:
-    return 0, sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in tensors)
+    return 0, sum(sum_of_bits(tensor) for tensor in tensors)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -78,9 +78,7 @@ def test_an_optional_number_can_be_none(text: str) -> None:
     assert build(ProjectConfig, **GIVEN, overrides=[f"layer={text}"]).layer == (None if text == "none" else 3)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("true", True), ("false", False), ("True", True), ("FALSE", False)]
-)
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("True", True), ("FALSE", False)])
 def test_booleans_from_text_and_toml(tmp_path: Path, text: str, value: bool) -> None:
     assert build(TrainConfig, **GIVEN, overrides=[f"gradient_checkpointing={text}"]).gradient_checkpointing is value
     file = _file(tmp_path, f"[train]\ngradient_checkpointing = {text.lower()}\n")

@@ -405,8 +405,16 @@ def test_a_hub_id_is_itself() -> None:
 # --- stages
 
 
-def _do(run: Run, config: _Config = _Config(), inputs: str = "i", *, name: str = "s", text: str = "done",
-        output: str = "out", again: bool = False) -> bool:
+def _do(
+    run: Run,
+    config: _Config = _Config(),
+    inputs: str = "i",
+    *,
+    name: str = "s",
+    text: str = "done",
+    output: str = "out",
+    again: bool = False,
+) -> bool:
     """Do a stage that writes one artefact; whether it was fresh."""
     with run.stage(name, config, {"model": inputs}, again=again) as stage:
         stage.outputs.append(output)

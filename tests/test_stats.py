@@ -61,9 +61,7 @@ def test_the_rate_of_nothing_says_nothing() -> None:
         (12, 2, 50, 0.95, 0.061, 0.345),  # Tango's letter on Newcombe's data, Stat. Med. 18:3511 (1999)
     ],
 )
-def test_tango_against_published_values(
-    drops: int, gains: int, n: int, level: float, low: float, high: float
-) -> None:
+def test_tango_against_published_values(drops: int, gains: int, n: int, level: float, low: float, high: float) -> None:
     found = stats.paired_difference(*_pairs(drops, gains, n), level)
     assert (found.low, found.high) == (pytest.approx(low, abs=6e-4), pytest.approx(high, abs=6e-4))
 

@@ -36,6 +36,7 @@ DIRECTION = "direction.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_SUMMED_AT_ONCE = 2**26
 
 
 @contextmanager
@@ -116,6 +117,12 @@ FrozenState = dict[str, tuple[int, int]]
 """Per buffer: how often it was written to in place, and the sum of its bits as whole numbers."""
 
 
+def sum_of_bits(tensor: Tensor) -> int:
+    """Of its elements' bits as whole numbers; a piece at a time, as CUDA makes a 64-bit copy of what it adds up."""
+    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
+    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(_SUMMED_AT_ONCE)]).sum())
+
+
 def frozen_state(model: nn.Module) -> FrozenState:
     """Of all frozen experts, by name in the model inside any PEFT wrapper; one pass over their memory, no copy."""
     state: FrozenState = {}
@@ -123,8 +130,7 @@ def frozen_state(model: nn.Module) -> FrozenState:
         if isinstance(module, FrozenExperts):
             module.arrange(tiled=False)  # products may have put the weights into another order
             for name, buffer in module.named_buffers():
-                bits = buffer.view(_INTEGERS[buffer.element_size()])
-                state[f"{path}.{name}"] = (buffer._version, int(bits.sum(dtype=torch.int64)))
+                state[f"{path}.{name}"] = (buffer._version, sum_of_bits(buffer))
     return state
 
 

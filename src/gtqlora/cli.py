@@ -83,7 +83,11 @@ def _embedded(value: str, kind: str) -> str:
 
 
 def _build(
-    kind: type[StageConfig], config: Path | None, overrides: list[str] | None, model: str | None, contrast: str | None,
+    kind: type[StageConfig],
+    config: Path | None,
+    overrides: list[str] | None,
+    model: str | None,
+    contrast: str | None,
     **given: Any,
 ) -> Any:
     from gtqlora.config import build
@@ -120,13 +124,23 @@ def inspect(
     table = new_table("Parts", *columns)
     for g in found.groups:
         table.add_row(
-            g.name, f"{g.modules:,}", f"{g.parameters:,}", f"{g.bytes:,}", g.trained, f"{g.trained_parameters:,}",
+            g.name,
+            f"{g.modules:,}",
+            f"{g.parameters:,}",
+            f"{g.bytes:,}",
+            g.trained,
+            f"{g.trained_parameters:,}",
             f"{g.trained_bytes:,}",
         )
     table.add_section()
     table.add_row(
-        "all text parameters", "", f"{found.text_parameters:,}", f"{found.bytes:,}", "",
-        f"{found.trained_parameters:,}", f"{found.trained_bytes:,}",
+        "all text parameters",
+        "",
+        f"{found.text_parameters:,}",
+        f"{found.bytes:,}",
+        "",
+        f"{found.trained_parameters:,}",
+        f"{found.trained_bytes:,}",
     )
     console.print(table)
     console.print(
@@ -184,8 +198,15 @@ def check(
 
 @app.command
 def diagnose(
-    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
-    experts: Experts = None, again: Again = False, as_json: Json = False,
+    model: str,
+    *,
+    contrast: Contrast = None,
+    run: RunDir,
+    config: Config = None,
+    settings: Set = None,
+    experts: Experts = None,
+    again: Again = False,
+    as_json: Json = False,
 ) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
     from gtqlora.config import DiagnoseConfig
@@ -211,9 +232,15 @@ def diagnose(
 
 @app.command
 def train(
-    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
+    model: str,
+    *,
+    contrast: Contrast = None,
+    run: RunDir,
+    config: Config = None,
+    settings: Set = None,
     mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None,
-    experts: Experts = None, again: Again = False,
+    experts: Experts = None,
+    again: Again = False,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
     from gtqlora.config import TrainConfig
@@ -245,8 +272,14 @@ def train(
 
 @app.command
 def project(
-    model: str, *, contrast: Contrast = None, run: RunDir, config: Config = None, settings: Set = None,
-    experts: Experts = None, again: Again = False,
+    model: str,
+    *,
+    contrast: Contrast = None,
+    run: RunDir,
+    config: Config = None,
+    settings: Set = None,
+    experts: Experts = None,
+    again: Again = False,
 ) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
     from gtqlora.config import ProjectConfig
@@ -265,8 +298,14 @@ def project(
 
 @app.command
 def verify(
-    run: Path, *, contrast: Contrast = None, config: Config = None, settings: Set = None, experts: Experts = None,
-    again: Again = False, as_json: Json = False,
+    run: Path,
+    *,
+    contrast: Contrast = None,
+    config: Config = None,
+    settings: Set = None,
+    experts: Experts = None,
+    again: Again = False,
+    as_json: Json = False,
 ) -> int:
     """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
     from gtqlora.config import VerifyConfig
@@ -311,8 +350,13 @@ def _print_verdict(found: Any) -> None:
     table = new_table("Held-out prompts", *columns)
     for kind, row in found.table.items():
         table.add_row(
-            kind, str(row["refusal_before"]["n"]), interval(row["refusal_before"]), interval(row["refusal_after"]),
-            f"{row['q']:.2g}", interval(row["accuracy_before"]), interval(row["accuracy_after"]),
+            kind,
+            str(row["refusal_before"]["n"]),
+            interval(row["refusal_before"]),
+            interval(row["refusal_after"]),
+            f"{row['q']:.2g}",
+            interval(row["accuracy_before"]),
+            interval(row["accuracy_after"]),
         )
     console.print(table)
     drift = new_table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
@@ -403,16 +447,21 @@ def _print_outcome(console: Console, name: str, outcome: Any) -> None:
             highlight=False,
         )
     table = new_table(
-        "", "edit", "harmful\nrefused", "lookalike\nrefused", "benign\nrefused", "lookalike\nright", "benign\nright",
-        "floor", "lookalike\nrefused,\nrouting\nreplayed",
+        "",
+        "edit",
+        "harmful\nrefused",
+        "lookalike\nrefused",
+        "benign\nrefused",
+        "lookalike\nright",
+        "benign\nright",
+        "floor",
+        "lookalike\nrefused,\nrouting\nreplayed",
     )
     for edit, row in numbers["edits"].items():
         colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
         cells = [share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
         label = f"[bold]{edit}[/]" if edit == "gt" else edit
-        table.add_row(
-            label, *cells, f"[{colour}]{row['floor']}[/]", share(row["replayed_lookalike_refusal"])
-        )
+        table.add_row(label, *cells, f"[{colour}]{row['floor']}[/]", share(row["replayed_lookalike_refusal"]))
     console.print(table)
     paths = plain(f"  weights: {outcome.exported}\n  report:  {outcome.report}")
     console.print(paths, highlight=False, soft_wrap=True)

@@ -36,7 +36,6 @@ REFUSAL_WORDS, REFUSAL_CHARACTERS = 150, 1200
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One preference pair; `number` is its line in a JSONL file, or its 1-based row elsewhere."""

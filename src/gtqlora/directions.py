@@ -32,9 +32,7 @@ def last_token_states(subject: Subject, prompts: Sequence[Sequence[int]], batch_
     parts = []
     starts = range(0, len(prompts), batch_size)
     for start in track(starts, label, len(starts)):
-        ids_BS, mask_BS = left_padded(
-            prompts[start : start + batch_size], subject.pad_id, subject.device
-        )
+        ids_BS, mask_BS = left_padded(prompts[start : start + batch_size], subject.pad_id, subject.device)
         output = subject.model(
             input_ids=ids_BS,
             attention_mask=mask_BS,

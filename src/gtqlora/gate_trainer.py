@@ -245,9 +245,7 @@ class Journal(TrainerCallback):
     def __init__(self, metrics: Path, stage_hash: str, anatomy: Anatomy) -> None:
         self.metrics, self.stage_hash, self.anatomy = metrics, stage_hash, anatomy
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         kept = [line for line in read_metrics(self.metrics) if line["step"] <= state.global_step]
         with whole(self.metrics) as staged:
             staged.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -44,9 +44,7 @@ def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     return kept.unsqueeze(-1).expand_as(grouped).reshape(choice_TE.shape)
 
 
-def choose(
-    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None
-) -> Tensor:
+def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None) -> Tensor:
     """Indices_TK of the experts a router picks, with some experts optionally masked out (bool, True = removed).
 
     If the masks leave too few experts in the groups a router keeps, the best of the other groups fill up.
@@ -103,9 +101,7 @@ def load(counts_E: Tensor) -> Load:
         return Load(0.0, 0.0, 1.0)
     share_E = counts_E / counts_E.sum()
     entropy = -(share_E * share_E.clamp(min=1e-300).log()).sum() / torch.tensor(len(counts_E)).double().log()
-    return Load(
-        float(counts_E.std(unbiased=False) / mean), float((counts_E.max() - mean) / mean), float(entropy)
-    )
+    return Load(float(counts_E.std(unbiased=False) / mean), float((counts_E.max() - mean) / mean), float(entropy))
 
 
 def overlap_T(indices_TK: Tensor, others_TK: Tensor) -> Tensor:

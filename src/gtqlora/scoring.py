@@ -146,9 +146,7 @@ def score(
     texts: dict[int, str] = {}
     total = -(-len(rows) // batch_size)
     for chosen, prompts in track(batches(rows, subject, batch_size), label, total):
-        found = decode(
-            subject, prompts, max_new_tokens=max_new_tokens, handlers=handlers, routing_from=routing_from
-        )
+        found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=handlers, routing_from=routing_from)
         texts.update(zip(chosen, found, strict=True))
     return [judged(row, texts[i], judge) for i, row in enumerate(rows)]
 

@@ -204,8 +204,14 @@ def _balance_bias(model: nn.Module, seen: Recorder, anatomy: Anatomy, idle: dict
         bias_E[live] += 2e-3 * torch.sign(load_E[live].mean() - load_E[live])
 
 
-def _learn(model: PreTrainedModel, anatomy: Anatomy, language: Language, rng: random.Random, planted: Planted,
-           progress: Progress) -> None:
+def _learn(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    language: Language,
+    rng: random.Random,
+    planted: Planted,
+    progress: Progress,
+) -> None:
     probes = nn.ModuleList([nn.Linear(_HIDDEN, 2) for _ in anatomy.moe])
     idle = Mask(anatomy, planted)
 
@@ -267,8 +273,15 @@ def _hinge(seen: Recorder, model: nn.Module, anatomy: Anatomy, planted: Planted,
     return total
 
 
-def _plant(model: PreTrainedModel, anatomy: Anatomy, language: Language, rng: random.Random, planted: Planted,
-           kind: Kind, progress: Progress) -> None:
+def _plant(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    language: Language,
+    rng: random.Random,
+    planted: Planted,
+    kind: Kind,
+    progress: Progress,
+) -> None:
     model.requires_grad_(False)
     _give_average_bias(model, anatomy, planted)
     parameters = _stream_parameters(model, anatomy) if kind != "routed" else []

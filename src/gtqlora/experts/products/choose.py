@@ -13,7 +13,7 @@ from gtqlora.experts.products.fused import fused
 from gtqlora.experts.products.rows import Experts, compute_dtype
 
 _FEW_ROWS = 128
-"""Rows per expert up to which dequantising int4 inside Triton's product beats dequantising first; nf4 never does."""
+"""Rows per expert up to which dequantising int4 in Triton's product beats dequantising first; NF4 hardly does."""
 
 _log = logging.getLogger(__name__)
 
