@@ -2,6 +2,7 @@
 
     python bench/experts.py                                   # Kimi-K2.5 and Qwen3-30B-A3B layers, all ways
     python bench/experts.py --shapes k25 --tokens 1024 8192 --ways bf16 int4-g32 nf4
+    python bench/experts.py --device cpu --shapes organism --ways bf16 "transformers bf16" nf4 int4-g32
 
 Every way runs in this process on the same hidden states and random routing; weights are random. Milliseconds are
 medians of CUDA-event times after warm-up, forward + backward to the hidden states and the routing weights; ratios are
@@ -15,6 +16,7 @@ import gc
 import importlib
 import json
 import platform
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
-from gtqlora.experts.products.fused import triton_multiply
-from gtqlora.experts.products.layer import run
 
 TFLOPS, TERABYTES = 790e12, 4.3e12
 
@@ -46,10 +46,11 @@ class Shape:
         return 3 * self.experts * self.hidden * self.inner
 
 
+DEVICE = "cuda"
 SHAPES = {
     "k25": Shape(7168, 2048, 384, 8),
     "qwen3-30b": Shape(2048, 768, 128, 8),
-    "tiny": Shape(128, 128, 8, 2),
+    "organism": Shape(64, 32, 16, 2),
 }
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden_TD, index_TK, weights_TK) -> sums_TD."""
@@ -63,22 +64,25 @@ def frozen(shape: Shape, name: str, product: str) -> Layer:
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         act_fn=nn.SiLU(),
-        device="cuda",
+        device=DEVICE,
     )
     module.product = "auto" if product == "triton" else product
     for projection in ("gate", "up", "down"):
-        matrix = torch.randn(module.sizes(projection), device="cuda", dtype=torch.bfloat16) * 0.02
+        matrix = torch.randn(module.sizes(projection), device=DEVICE, dtype=torch.bfloat16) * 0.02
         parts = module.format.quantise(matrix)
         for expert in range(shape.experts):
             module.put(expert, projection, parts)
     if product == "triton":
+        from gtqlora.experts.products.fused import triton_multiply
+        from gtqlora.experts.products.layer import run
+
         return lambda hidden_TD, index_TK, weights_TK: run(module, hidden_TD, index_TK, weights_TK, triton_multiply)
     return module
 
 
 def bf16_weights(shape: Shape) -> tuple[Tensor, Tensor]:
     def randn(*sizes: int) -> Tensor:
-        return torch.empty(sizes, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
+        return torch.empty(sizes, device=DEVICE, dtype=torch.bfloat16).normal_(std=0.02)
 
     return randn(shape.experts, 2 * shape.inner, shape.hidden), randn(shape.experts, shape.hidden, shape.inner)
 
@@ -89,11 +93,11 @@ def bf16(shape: Shape) -> Layer:
 
     def layer(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         ids, order = index_TK.reshape(-1).sort()
-        ends = torch.histc(ids.int(), bins=shape.experts, min=0, max=shape.experts - 1).cumsum(0).int()
+        ends = torch.histc(ids.float(), bins=shape.experts, min=0, max=shape.experts - 1).cumsum(0).int()
         gate, up = F.grouped_mm(hidden_TD[order // shape.top_k], gate_up.mT, offs=ends).chunk(2, -1)
         y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends) * weights_TK.reshape(-1)[order, None]
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device="cuda")
+        place[order] = torch.arange(len(order), device=DEVICE)
         return y[place].view(*index_TK.shape, -1).sum(1)
 
     return layer
@@ -126,7 +130,7 @@ def bitsandbytes_loop(shape: Shape) -> Layer:
     sizes = ((shape.inner, shape.hidden), (shape.inner, shape.hidden), (shape.hidden, shape.inner))
     one = [
         bnb.functional.quantize_4bit(
-            torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02, quant_type="nf4", compress_statistics=True
+            torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) * 0.02, quant_type="nf4", compress_statistics=True
         )
         for n, k in sizes
     ]
@@ -175,19 +179,19 @@ def grouped_nf4_gemm(shape: Shape) -> Layer:
     import nf4_grouped  # type: ignore[import-not-found]  # noqa: F401
 
     def weights(n: int, k: int) -> tuple[Tensor, Tensor]:
-        codes = torch.randint(0, 255, (shape.experts, n, k // 2), dtype=torch.uint8, device="cuda")
-        return codes, torch.rand(shape.experts, n, k // 64, device="cuda") * 0.01
+        codes = torch.randint(0, 255, (shape.experts, n, k // 2), dtype=torch.uint8, device=DEVICE)
+        return codes, torch.rand(shape.experts, n, k // 64, device=DEVICE) * 0.01
 
     gate_up, down = weights(2 * shape.inner, shape.hidden), weights(shape.hidden, shape.inner)
 
     def layer(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         ids, order = index_TK.reshape(-1).sort()
-        ends = torch.histc(ids.int(), bins=shape.experts, min=0, max=shape.experts - 1).cumsum(0).int()
+        ends = torch.histc(ids.float(), bins=shape.experts, min=0, max=shape.experts - 1).cumsum(0).int()
         both: Any = _GroupedNf4.apply(hidden_TD[order // shape.top_k], *gate_up, ends)
         gate, up = both.chunk(2, -1)
         y: Any = _GroupedNf4.apply(F.silu(gate) * up, *down, ends)
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device="cuda")
+        place[order] = torch.arange(len(order), device=DEVICE)
         return (y * weights_TK.reshape(-1)[order, None])[place].view(*index_TK.shape, -1).sum(1)
 
     return layer
@@ -210,6 +214,8 @@ def timed(run: Callable[[], object], repeats: int) -> float:
     """Median milliseconds."""
     for _ in range(2):
         run()
+    if DEVICE == "cpu":
+        return 1e3 * sorted(timeit.repeat(run, number=1, repeat=repeats))[repeats // 2]
     torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
@@ -225,10 +231,10 @@ def timed(run: Callable[[], object], repeats: int) -> float:
 def inputs(shape: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden_TD, index_TK, weights_TK and the gradient_TD of the result; the same for every way."""
     torch.manual_seed(tokens)
-    hidden_TD = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    index_TK = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k).indices
-    weights_TK = torch.rand(tokens, shape.top_k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    return hidden_TD, index_TK, weights_TK, torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    hidden_TD = torch.randn(tokens, shape.hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    index_TK = torch.rand(tokens, shape.experts, device=DEVICE).topk(shape.top_k).indices
+    weights_TK = torch.rand(tokens, shape.top_k, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    return hidden_TD, index_TK, weights_TK, torch.randn(tokens, shape.hidden, device=DEVICE, dtype=torch.bfloat16)
 
 
 def floor(shape: Shape, tokens: int, bits: float) -> float:
@@ -237,13 +243,24 @@ def floor(shape: Shape, tokens: int, bits: float) -> float:
     return 1e3 * max(arithmetic, 2 * shape.weights * bits / 8 / TERABYTES)
 
 
+def _peak() -> float:
+    """GB at the peak since it was last asked; there is no such count on a CPU."""
+    if DEVICE == "cpu":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 @contextmanager
 def memory_freed() -> Iterator[None]:
     try:
         yield
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        if DEVICE != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def measure(shape: Shape, way: str, tokens: list[int], repeats: int) -> dict[int, tuple[float, float] | str]:
@@ -262,9 +279,8 @@ def measure(shape: Shape, way: str, tokens: list[int], repeats: int) -> dict[int
                 hidden_TD.grad = weights_TK.grad = None  # noqa: B023
 
             try:
-                torch.cuda.reset_peak_memory_stats()
                 slow = way in ("bitsandbytes loop", "grouped-nf4-gemm")
-                found[count] = (timed(step, 3 if slow else repeats), torch.cuda.max_memory_allocated() / 1e9)
+                found[count] = (timed(step, 3 if slow else repeats), _peak())
             except Exception as error:
                 found[count] = f"{type(error).__name__}: {error}"[:160]
     return found
@@ -275,8 +291,9 @@ def table(name: str, tokens: list[int], results: dict[str, dict[int, tuple[float
     shape = SHAPES[name]
     lines = [f"\n{name}: {shape}, forward + input gradient, bf16 activations"]
     lines.append(f"{'':20}" + "".join(f"{count:>9} tokens      " for count in tokens) + " peak GB")
-    row = "".join(f"{floor(shape, count, 4.5):9.2f} ms          " for count in tokens)
-    lines.append(f"{'floor (4.5 bits)':20}{row}")
+    if DEVICE == "cuda":
+        row = "".join(f"{floor(shape, count, 4.5):9.2f} ms          " for count in tokens)
+        lines.append(f"{'floor (4.5 bits)':20}{row}")
     for way, by_tokens in results.items():
         cells, peak = "", 0.0
         for count in tokens:
@@ -299,11 +316,15 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA GPU")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; --device cpu --shapes organism works without one")
+    global DEVICE
+    DEVICE = given.device
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {platform.machine()}, {versions}")
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {platform.machine()}, {versions}")
     everything: dict[str, Any] = {}
     for name in given.shapes:
         results: dict[str, dict[int, tuple[float, float] | str]] = {}
