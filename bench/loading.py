@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 FORMATS = ("bf16", "nf4", "int4-g32", "int4-g128")
 
@@ -52,6 +53,7 @@ def save(folder: Path, hidden: int, inner: int, experts: int, layers: int) -> No
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    sizes: dict[str, Any] = {"head_dim": 32}
     config = Qwen3MoeConfig(
         hidden_size=hidden,
         moe_intermediate_size=inner,
@@ -60,12 +62,13 @@ def save(folder: Path, hidden: int, inner: int, experts: int, layers: int) -> No
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        **sizes,
         intermediate_size=64,
         vocab_size=256,
     )
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
+    model: Any = Qwen3MoeForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
 
 
 def main() -> None:

@@ -404,7 +404,7 @@ def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.skipif(INTERPRETED, reason="is what starts this")
 def test_everything_in_the_interpreter() -> None:
-    done = _python("-m", "pytest", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+    done = _python("-m", "pytest", "-p", "no:cacheprovider", "-n", "0", __file__, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 50, done.stdout

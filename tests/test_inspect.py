@@ -46,7 +46,9 @@ def test_kimi_lora_is_counted_by_hand(kimi: Inspection) -> None:
     assert 0.165e9 < kimi.lora_parameters < 0.18e9
     assert kimi.trained_parameters == kimi.lora_parameters + kimi.gate_parameters
     assert kimi.trained_bytes == 2 * kimi.lora_parameters + 4 * kimi.gate_parameters
-    assert kimi.bytes == 2 * kimi.text_parameters
+    assert kimi.experts_format == "int4-g32"
+    assert kimi.bytes == 2 * (kimi.text_parameters - 1_014_686_023_680) + 1_014_686_023_680 * 45 // 80
+    assert inspect(kimi.model, experts="bf16").bytes == 2 * kimi.text_parameters
 
 
 def test_kimi_is_told_to_be_quantized_and_without_tokenizer(kimi: Inspection) -> None:

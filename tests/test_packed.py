@@ -405,5 +405,5 @@ def test_settings_out_of_range(tmp_path: Path, change: dict[str, Any], word: str
     assert word in str(caught.value)
     with pytest.raises(ConfigError, match=r"int5.*nf4"):
         load_model(str(folder), experts="int5")
-    with pytest.raises(ModelError, match=r"int5.*nf4"):
+    with pytest.raises(ConfigError, match=r"int5.*nf4.*native"):
         FrozenExpertsConfig(format="int5")

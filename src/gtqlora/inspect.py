@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from gtqlora.errors import ConfigError
+from gtqlora.errors import ConfigError, ModelError
+from gtqlora.experts.formats import Format, format_of
+from gtqlora.experts.loading import BF16, format_on_disk
+from gtqlora.experts.quantizer import replace_experts
+from gtqlora.experts.settings import NATIVE, FrozenExpertsConfig
+from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
 from gtqlora.families import (
     Anatomy,
     Group,
@@ -20,6 +25,7 @@ from gtqlora.families import (
     quantization,
 )
 from gtqlora.families.files import read_json, small_files
+from gtqlora.families.packed import OURS
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -42,7 +48,9 @@ class Inspection:
         gate_parameters: router weights, all of them trained.
         correction_bias_values: router biases that only steer selection; buffers, never trained.
         chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
-        quantized: the checkpoint's quant method, if it is quantized; counts and bytes are of the unpacked model.
+        quantized: the checkpoint's quant method, if it is quantized.
+        experts_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
+            or in a way that gtqlora does not read, and counted as the unpacked model's.
         names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
     """
 
@@ -59,6 +67,7 @@ class Inspection:
     hidden_size: int
     dtype: str
     quantized: str | None
+    experts_format: str | None
     lora_rank: int
     groups: tuple[Group, ...]
     text_parameters: int
@@ -76,17 +85,25 @@ class Inspection:
         return json.dumps(asdict(self), indent=2)
 
 
-def inspect(model: str, *, lora_rank: int = 32) -> Inspection:
+def inspect(model: str, *, lora_rank: int = 32, experts: str | None = None) -> Inspection:
     """The parts of MODEL (folder, config.json or hub id); no weights are read and none need be there.
 
+    Args:
+        experts: count routed experts as `--experts` would hold them; as the checkpoint does by default.
+
     Raises:
-        ModelError: no such model, unreadable config.json, dense or unknown architecture, or sizes that make no model.
-        ConfigError: `lora_rank` is below 1.
+        ModelError: no such model, unreadable config.json, dense or unknown architecture, sizes that make no model or
+            do not go with the format.
+        ConfigError: `lora_rank` is below 1, or unknown `experts`.
     """
     if lora_rank < 1:
         raise ConfigError(f"lora_rank = {lora_rank}: must be at least 1")
     family, config = load_config(model)
     skeleton = meta_model(family, config)
+    names = _names(skeleton, bind(skeleton, family), model)
+    held = _held(model, experts)
+    if held is not None:
+        replace_experts(skeleton, family, held, FrozenExpertsConfig())
     anatomy = bind(skeleton, family)
     groups = census(skeleton, anatomy, lora_rank)
     gates = sum(skeleton.get_submodule(path).get_parameter("weight").numel() for path in anatomy.routers)
@@ -105,6 +122,7 @@ def inspect(model: str, *, lora_rank: int = 32) -> Inspection:
         hidden_size=anatomy.hidden_size,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         quantized=quantization(model),
+        experts_format=held.name if held else None,
         lora_rank=lora_rank,
         groups=groups,
         text_parameters=sum(group.parameters for group in groups),
@@ -116,8 +134,25 @@ def inspect(model: str, *, lora_rank: int = 32) -> Inspection:
         trained_parameters=trained,
         trained_bytes=sum(group.trained_bytes for group in groups),
         chat_template=_chat_template(model),
-        names=_names(skeleton, anatomy),
+        names=names,
     )
+
+
+def _held(model: str, experts: str | None) -> Format | None:
+    """The 4-bit format in which to count the experts."""
+    if experts is None:
+        try:
+            return format_on_disk(model)
+        except ModelError:
+            return None  # quantized in a way that is not read; it can be looked at all the same
+    if experts == NATIVE:
+        found = format_on_disk(model)
+        if found is None:
+            raise ModelError(f"{model}: experts {NATIVE!r}, but the checkpoint is not quantized")
+        return found
+    if experts == BF16:
+        return None
+    return format_of(FrozenExpertsConfig(format=experts).format)
 
 
 def _chat_template(model: str) -> bool | None:
@@ -130,14 +165,32 @@ def _chat_template(model: str) -> bool | None:
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def _names(skeleton: torch.nn.Module, anatomy: Anatomy) -> tuple[Name, ...]:
+def _suffixes(model: str) -> tuple[str, ...]:
+    """What follows a matrix's name in those of its tensors on disk."""
+    try:
+        held = format_on_disk(model)
+    except ModelError:
+        held = None
+    if held is None:
+        return ("weight",)
+    if quantization(model) == OURS:
+        return tuple(held.layout(held.group, held.group))
+    return (*PACKED_PARTS.values(), PACKED_SHAPE)
+
+
+def _names(skeleton: torch.nn.Module, anatomy: Anatomy, model: str) -> tuple[Name, ...]:
     """The first MoE layer's parameters, with the checkpoint tensors that make each."""
     layer, family = anatomy.moe[0], anatomy.family
     gate_first, up_first, down_first = family.on_disk(layer.index, 0)
     gate_last, up_last, down_last = family.on_disk(layer.index, anatomy.spec.n_experts - 1)
+    suffixes = _suffixes(model)
+
+    def tensors(*names: str) -> tuple[str, ...]:
+        return tuple(f"{name.removesuffix('weight')}{suffix}" for name in names for suffix in suffixes)
+
     fused = {
-        f"{layer.experts}.gate_up_proj": (gate_first, up_first, gate_last, up_last),
-        f"{layer.experts}.down_proj": (down_first, down_last),
+        f"{layer.experts}.gate_up_proj": tensors(gate_first, up_first, gate_last, up_last),
+        f"{layer.experts}.down_proj": tensors(down_first, down_last),
     }
     prefix = layer.router.removesuffix(family.router)
     state: dict[str, Any] = skeleton.state_dict()

@@ -299,9 +299,14 @@ def certified(run: Run) -> tuple[Verdict, Path]:
     return verdict, adapter
 
 
+def shipped_experts(model: str) -> str:
+    """The `experts` that `export` writes: the checkpoint's own."""
+    return BF16 if quantization(model) is None else NATIVE
+
+
 def _check_shipped(run: Run, config: VerifyConfig, verdict: Verdict) -> None:
     """The floor was passed by what would be written."""
-    shipped = BF16 if quantization(verdict.model) is None else NATIVE
+    shipped = shipped_experts(verdict.model)
     for judged in (verdict.experts, config.experts):
         if judged != shipped:
             raise FloorError(

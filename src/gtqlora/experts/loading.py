@@ -8,11 +8,28 @@ from transformers import PreTrainedModel
 
 from gtqlora import families
 from gtqlora.errors import ConfigError
+from gtqlora.experts.formats import Format, format_of
 from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig
-from gtqlora.families import Family
+from gtqlora.families import Family, files, packed
+from gtqlora.families.facts import family_of
 
 BF16 = "bf16"
 """Experts in the checkpoint's own dtype, trained through like any other weight."""
+
+
+def format_on_disk(model: str) -> Format | None:
+    """The 4-bit format in which MODEL's checkpoint holds its routed experts, None if it does not.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, or quantized in a way that is not read.
+    """
+    raw = files.read_json(files.config_file(model))
+    settings = packed.settings_of(raw, family_of(raw, model).text_key)
+    if settings is None:
+        return None
+    if packed.method_of(settings) == packed.OURS:
+        return format_of(FrozenExpertsConfig(**settings).format)
+    return format_of(f"int4-g{packed.packed_group(settings)}")
 
 
 def load_model(

@@ -149,7 +149,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
             if not matrices:
                 raise ModelError("this config has no MoE layer, so there are no experts to freeze")
             self._source = _source(checkpoint, config.format, matrices, files)
-            _replace_experts(model, family, self._source.format, config)
+            replace_experts(model, family, self._source.format, config)
             sources.check(self._source, matrices, family, text, files)
             self._settle(checkpoint)
             if isinstance(self._source, sources.PackedSource):
@@ -248,7 +248,8 @@ class FrozenExpertsQuantizer(HfQuantizer):
         return True
 
 
-def _replace_experts(model: PreTrainedModel, family: Family, format: Format, config: FrozenExpertsConfig) -> None:
+def replace_experts(model: PreTrainedModel, family: Family, format: Format, config: FrozenExpertsConfig) -> None:
+    """Put frozen experts, on meta, where the model has its own."""
     text: Any = model.config
     first, count = config.held(getattr(text, family.experts_key))
     for layer in family.moe_layers(text):

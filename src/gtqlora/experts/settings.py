@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gtqlora.errors import ConfigError
-from gtqlora.experts.formats import FORMATS, format_of
+from gtqlora.experts.formats import FORMATS
 from gtqlora.families import packed
 
 NATIVE, KEEP, NF4 = "native", "keep", "nf4"
@@ -30,8 +30,7 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         on_disk: what config.json says instead, where the saved weights are another library's.
 
     Raises:
-        ModelError: an unknown format.
-        ConfigError: another setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range.
     """
 
     def __init__(
@@ -43,9 +42,8 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         on_disk: dict[str, Any] | None = None,
         quant_method: str = packed.OURS,
     ) -> None:
-        if format != NATIVE:
-            format_of(format)
         for key, value, known in (
+            ("format", format, CHOICES),
             ("dense", dense, (KEEP, NF4)),
             ("product", product, _PRODUCTS),
             ("quant_method", quant_method, (packed.OURS,)),

@@ -207,6 +207,8 @@ def headline(artefacts: Artefacts) -> Headline:
     if verdict:
         if verdict["table"]["benign"]["drop"]["high"] < 0:
             found = f"{_moved(verdict['table']['benign'], 'Refusals of plainly harmless prompts')}. {found}"
+        if (experts := verdict.get("experts", "bf16")) not in ("bf16", "native"):
+            found = f"Verified with routed experts in {experts}, not with those that an export writes. {found}"
         tone = "unsure" if artefacts.stale else FLOOR_TONE.get(verdict["floor"]["verdict"], "unsure")
         return Headline(_edit_title(verdict), found, _changes(verdict), tone)
     if artefacts.info:
