@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from gtqlora.errors import ConfigError, ModelError
+from gtqlora.experts import FORMATS, frozen_census
+from gtqlora.experts import load_model as load_frozen
 from gtqlora.families import load_model
 from gtqlora.inspect import Inspection, inspect
 from tests import models
@@ -139,3 +142,45 @@ def test_impossible_sizes_are_told_plainly(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         inspect(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k25", "qwen3_moe"])
+@pytest.mark.parametrize("experts", FORMATS)
+def test_experts_are_counted_as_they_will_be_held(tmp_path: Path, family: str, experts: str) -> None:
+    folder = models.save_tiny(tmp_path / "m", family)
+    found, (facts, loaded) = inspect(str(folder), experts=experts), load_frozen(str(folder), experts=experts)
+    (routed,) = (group for group in found.groups if group.name == "routed experts")
+    census = frozen_census(loaded, facts)
+    assert (routed.parameters, routed.bytes) == (census.expert_parameters, census.expert_bytes)
+    assert found.experts_format == experts
+    assert found.text_parameters == inspect(str(folder)).text_parameters
+
+
+@pytest.mark.parametrize("experts", FORMATS)
+def test_a_checkpoint_in_4_bits_is_counted_and_named_as_it_is(tmp_path: Path, experts: str) -> None:
+    folder = models.save_tiny(tmp_path / "m", "deepseek_v3")
+    _, loaded = load_frozen(str(folder), experts=experts)
+    loaded.save_pretrained(tmp_path / "packed")
+    found = inspect(str(tmp_path / "packed"))
+    assert found.experts_format == experts
+    assert found.bytes == inspect(str(folder), experts=experts).bytes
+    with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as file:
+        assert {tensor for name in found.names for tensor in name.disk} <= set(file.keys())
+    assert inspect(str(tmp_path / "packed"), experts="native").bytes == found.bytes
+
+
+def test_what_cannot_be_loaded_can_be_looked_at(tmp_path: Path) -> None:
+    folder = models.save_tiny(tmp_path / "m", "deepseek_v3")
+    models.edit_json(folder / "config.json", lambda raw: {**raw, "quantization_config": {"quant_method": "fp8"}})
+    found = inspect(str(folder))
+    assert (found.quantized, found.experts_format) == ("fp8", None)
+    with pytest.raises(ModelError, match="FP8"):
+        inspect(str(folder), experts="native")
+
+
+def test_unknown_experts_are_refused(tmp_path: Path) -> None:
+    folder = models.save_tiny(tmp_path / "m", "qwen3_moe")
+    with pytest.raises(ConfigError, match="nf5"):
+        inspect(str(folder), experts="nf5")
+    with pytest.raises(ModelError, match="not quantized"):
+        inspect(str(folder), experts="native")

@@ -19,7 +19,8 @@ from gtqlora.checkpoint import copy_changed
 from gtqlora.contrasts import Row
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
-from gtqlora.families import Anatomy, bind, load_config, meta_model
+from gtqlora.families import Anatomy, bind, load_config, meta_model, quantization
+from gtqlora.families.packed import OURS
 from gtqlora.judging import judge_of
 from gtqlora.run import Run, sha256_file, versions, whole, write_json
 from gtqlora.scoring import left_padded
@@ -29,6 +30,10 @@ Edit = Callable[[Tensor], Tensor]
 """A disk tensor in fp32 -> the edited one."""
 
 _PROBES = 8
+_NEEDS_US = (
+    "The experts are saved in 4 bits by gtqlora: `import gtqlora.experts` before `from_pretrained`, or transformers "
+    "makes experts of random numbers."
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,7 @@ def model_card(verdict: Verdict, result: Exported) -> str:
         "",
         f"Merged weights: {result.tensors_changed} tensors changed, routed experts "
         + ("projected." if verdict.kind == PROJECTION else "untouched."),
+        *(["", _NEEDS_US] if quantization(verdict.model) == OURS else []),
         "",
         f"Safety floor: **{verdict.floor['verdict']}** ({verdict.floor['reason']}).",
         "",
