@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gtqlora.capture import open_subject
@@ -387,3 +388,16 @@ def test_quantizing_happens_on_the_gpu_within_memory(big: Path, experts: str) ->
     assert bits(model).keys() == bits(expected).keys()
     if experts != "nf4":  # whose mean of scales may add up in another order there
         assert bits(model) == bits(expected)
+
+
+def test_ddp_leaves_the_experts_alone(tmp_path: Path) -> None:
+    folder = models.save_tiny(tmp_path / "m", "deepseek_v3")
+    _, model = load_model(str(folder), experts="nf4")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sent = {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
+    finally:
+        distributed.destroy_process_group()
+    held = [b for m in model.modules() if isinstance(m, FrozenExperts) for b in m.buffers()]
+    assert held and not any(id(buffer) in sent for buffer in held)
+    assert sent  # others are

@@ -107,6 +107,7 @@ def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
         bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
         use_cpu=config.device == "cpu",
         dataloader_pin_memory=config.device != "cpu",
+        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

@@ -213,6 +213,9 @@ class FrozenExpertsQuantizer(HfQuantizer):
         # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
         model.__dict__["_weight_conversions"] = []
         frozen_census(model, checkpoint.family)
+        # DDP would send every buffer from the first rank to all others, in every step.
+        held = {id(buffer) for module in experts.values() for buffer in module.buffers()}
+        model.__dict__["_ddp_params_and_buffers_to_ignore"] = [n for n, b in model.named_buffers() if id(b) in held]
         return model
 
     # --- saving
