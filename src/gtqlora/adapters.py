@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Mode
 from gtqlora.errors import RunError, TrainingError
+from gtqlora.experts.layout import bits_of
 from gtqlora.experts.loading import BF16
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy, language_model
@@ -35,7 +36,6 @@ INFO = "gtqlora.json"
 DIRECTION = "direction.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _SUMMED_AT_ONCE = 2**26
 
 
@@ -119,7 +119,7 @@ FrozenState = dict[str, tuple[int, int]]
 
 def sum_of_bits(tensor: Tensor) -> int:
     """Of its elements' bits as whole numbers; a piece at a time, as CUDA makes a 64-bit copy of what it adds up."""
-    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
+    bits = bits_of(tensor).flatten()
     return int(torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(_SUMMED_AT_ONCE)]).sum())
 
 

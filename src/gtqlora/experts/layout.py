@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ Parts = dict[str, Tensor]
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of one matrix."""
+
+
+Fused = Literal["gate_up", "down"]
+"""What is multiplied at once: the gates and ups of some experts, or their downs."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory as whole numbers, one for each element."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 _AT_ONCE = 2**21

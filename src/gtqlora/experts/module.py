@@ -14,14 +14,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gtqlora.errors import ModelError
 from gtqlora.experts import products, tiles
-from gtqlora.experts.layout import Format, Parts
+from gtqlora.experts.layout import Format, Fused, Parts, bits_of
 
-Fused = Literal["gate_up", "down"]
 Projection = Literal["gate", "up", "down"]
 
-_PLACE: dict[str, tuple[Fused, int]] = {"gate": ("gate_up", 0), "up": ("gate_up", 1), "down": ("down", 0)}
+PLACE: dict[Projection, tuple[Fused, int]] = {"gate": ("gate_up", 0), "up": ("gate_up", 1), "down": ("down", 0)}
+"""The fused projection that holds a matrix, and which of its matrices it is."""
 _MATRICES: dict[Fused, int] = {"gate_up": 2, "down": 1}
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class FrozenExperts(nn.Module):
@@ -107,7 +106,7 @@ class FrozenExperts(nn.Module):
         Raises:
             ModelError: the expert is not held here, or the parts are not those of such a matrix.
         """
-        fused, place = _PLACE[projection]
+        fused, place = PLACE[projection]
         if not self.first <= expert < self.first + self.count:
             raise ModelError(f"expert {expert} is not among {self.first} to {self.first + self.count - 1} held here")
         with _named(expert, projection):
@@ -175,7 +174,7 @@ def _moving_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn` of `nn.Module._apply`, without its casts: those leave integers alone, so it is given the tensor's bits."""
 
     def move(tensor: Tensor) -> Tensor:
-        bits = tensor.view(_INTEGERS[tensor.element_size()])
+        bits = bits_of(tensor)
         moved = fn(bits)
         return moved.view(tensor.dtype) if moved.dtype == bits.dtype else tensor.to(moved.device)
 

@@ -15,19 +15,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.formats import Format, Parts
-from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.module import PLACE, FrozenExperts, Projection
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families.facts import Family
 from gtqlora.progress import track
 
-Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 PACKED_PARTS = {"packed": "weight_packed", "scale": "weight_scale"}
 """compressed-tensors' names for the parts of int4."""
@@ -248,8 +247,8 @@ def saved(
     for matrix in wanted:
         module = experts[matrix.layer]
         local = slice(matrix.expert - module.first, matrix.expert - module.first + 1)
-        fused, row = ("down", 0) if matrix.projection == "down" else ("gate_up", int(matrix.projection == "up"))
-        for part, tensor in module.parts(cast(Any, fused), local).items():
+        fused, row = PLACE[matrix.projection]
+        for part, tensor in module.parts(fused, local).items():
             yield source.name(matrix, part), _own_storage(tensor[0, row])
         if isinstance(source, PackedSource):
             yield f"{matrix.stem}.{PACKED_SHAPE}", torch.tensor([matrix.rows, matrix.columns], dtype=shape_dtype)

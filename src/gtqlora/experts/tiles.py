@@ -20,14 +20,7 @@ TILE = 64
 _CODES = (-1, 4, 2, 8)  # tile, block, half, place in it; along rows and along columns
 _TO_TILES = (0, 1, 5, 2, 6, 4, 8, 3, 7)
 _FROM_TILES = tuple(_TO_TILES.index(i) for i in range(9))
-
-
 _SCALES = ("scale", "absmax")
-
-
-def fits(rows: int, columns: int, group: int) -> bool:
-    """Whether matrices [N, K] with a scale for every `group` inputs can be tiled."""
-    return rows % TILE == 0 and columns % max(TILE, group) == 0
 
 
 def tiled(format: Format, parts: Parts, rows: int, columns: int) -> Parts:

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gtqlora.experts.layout import Fused
 from gtqlora.experts.products.codes import Codes, code_at, codes_of, integer, scales_of
 from gtqlora.experts.products.layer import run
 from gtqlora.experts.products.row_kernels import launch, tl, triton
-from gtqlora.experts.products.rows import Experts
+from gtqlora.experts.products.rows import Experts, fused_sizes
 
 WORKSPACE_BYTES = 1_500_000_000
 """Dequantised weights that are in memory at a time, at most, unless one expert has more."""
@@ -47,14 +47,12 @@ class Chunks:
         self,
         values_RC: Tensor,
         module: Experts,
-        projection: Literal["gate_up", "down"],
+        projection: Fused,
         offsets_E1: Tensor,
         transposed: bool,
     ) -> Tensor:
         self.bounds = self.bounds or offsets_E1.tolist()
-        outputs, inputs = module.hidden_size, module.intermediate_size
-        if projection == "gate_up":
-            outputs, inputs = 2 * inputs, outputs
+        outputs, inputs = fused_sizes(module, projection)
         out_RS = values_RC.new_empty(len(values_RC), inputs if transposed else outputs)
         for experts in _spans(self.bounds, outputs * inputs * values_RC.element_size()):
             weights = dequantise(codes_of(module, projection, experts), values_RC.dtype)

@@ -6,7 +6,7 @@ Shape letters: E experts, M matrices of each (2 for gate and up, 1 for down), N 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from gtqlora.errors import ModelError
 from gtqlora.experts import nf4
 from gtqlora.experts.formats import Int4, Nf4
-from gtqlora.experts.layout import Parts
+from gtqlora.experts.layout import Fused, Parts
 from gtqlora.experts.products.row_kernels import tl, triton
 from gtqlora.experts.products.rows import Experts
 
@@ -40,12 +40,12 @@ class Codes:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What every kernel that calls `decoded` and `scales_of` is specialised for."""
+        """What every kernel that reads codes and scales is specialised for."""
         blocks = self.rows * self.columns // self.group
         return {"NF4": self.nf4, "GROUP": self.group, "BLOCKS": blocks, "NESTED": -(-blocks // 256)}
 
 
-def codes_of(module: Experts, projection: Literal["gate_up", "down"], experts: slice = slice(None)) -> Codes:
+def codes_of(module: Experts, projection: Fused, experts: slice = slice(None)) -> Codes:
     """The experts' matrices, without a copy; `experts` counts from the first one held here.
 
     Raises:

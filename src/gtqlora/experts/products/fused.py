@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gtqlora.experts.layout import Fused
 from gtqlora.experts.products import hopper
 from gtqlora.experts.products.codes import code_at, codes_in, codes_of, integer, level, scales_of
 from gtqlora.experts.products.layer import Multiply, run
@@ -153,7 +153,7 @@ def _grouped(
 
 
 def triton_multiply(
-    values_RC: Tensor, module: Experts, projection: Literal["gate_up", "down"], offsets_E1: Tensor, transposed: bool
+    values_RC: Tensor, module: Experts, projection: Fused, offsets_E1: Tensor, transposed: bool
 ) -> Tensor:
     """A `layer.Multiply` for sizes, group sizes and numbers of rows of any kind.
 

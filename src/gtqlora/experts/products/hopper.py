@@ -9,12 +9,13 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtqlora.errors import ModelError
+from gtqlora.experts.layout import Fused
 from gtqlora.experts.nf4 import levels, nested_levels
 from gtqlora.experts.products import cuda
 from gtqlora.experts.products.rows import Experts
@@ -238,7 +239,7 @@ _decoded: dict[int, dict[tuple[int, str], Tensor]] = {}
 """By device, NF4 scales of the layer that last ran forward: under checkpointing its backward comes next."""
 
 
-def _scales(module: Any, projection: Literal["gate_up", "down"], transposed: bool) -> Tensor:
+def _scales(module: Any, projection: Fused, transposed: bool) -> Tensor:
     """bf16 scales in the order of the tiles; decoded anew in every forward pass, and once for it and its backward."""
     if module.format.name != "nf4":
         return module.get_buffer(f"{projection}_scale")
@@ -254,7 +255,7 @@ def _scales(module: Any, projection: Literal["gate_up", "down"], transposed: boo
     return scales
 
 
-def tiled_of(module: Any, projection: Literal["gate_up", "down"], transposed: bool) -> Tiled:
+def tiled_of(module: Any, projection: Fused, transposed: bool) -> Tiled:
     """A projection of a module whose weights are in tiles."""
     rows, columns = module.sizes(projection)
     codes = module.get_buffer(f"{projection}_packed")
@@ -268,9 +269,7 @@ def tiled_of(module: Any, projection: Literal["gate_up", "down"], transposed: bo
     )
 
 
-def multiply(
-    values_NK: Tensor, module: Any, projection: Literal["gate_up", "down"], offsets_E1: Tensor, transposed: bool
-) -> Tensor:
+def multiply(values_NK: Tensor, module: Any, projection: Fused, offsets_E1: Tensor, transposed: bool) -> Tensor:
     """Rows sorted by expert times their experts' matrices, for `layer.run`; puts the weights into tiles first."""
     module.arrange(tiled=True)
     weights = tiled_of(module, projection, transposed)

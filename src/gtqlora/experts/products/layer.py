@@ -7,17 +7,18 @@ not matter. Nothing here waits for the GPU. Shape letters as in `rows`; I interm
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gtqlora.errors import ModelError
+from gtqlora.experts.layout import Fused
 from gtqlora.experts.products import row_kernels
-from gtqlora.experts.products.rows import Experts, compute_dtype, sort_rows, sum_of
+from gtqlora.experts.products.rows import Experts, activated, compute_dtype, sort_rows, sum_of
 
-Multiply = Callable[[Tensor, Experts, Literal["gate_up", "down"], Tensor, bool], Tensor]
+Multiply = Callable[[Tensor, Experts, Fused, Tensor, bool], Tensor]
 """(values_RC, module, projection, offsets_E1, transposed) -> contiguous products, in the values' dtype, of the rows
 offsets[e] to offsets[e + 1] with expert e's matrix, or back from its outputs to its inputs if transposed.
 Rows from offsets[-1] on may hold anything, and hold anything afterwards."""
@@ -95,15 +96,10 @@ def _is_silu(act_fn: Any) -> bool:
     return isinstance(act_fn, nn.SiLU) or act_fn is nn.functional.silu
 
 
-def _activated(gate_up_R2I: Tensor, act_fn: Any) -> Tensor:
-    gate_RI, up_RI = gate_up_R2I.chunk(2, dim=-1)
-    return act_fn(gate_RI) * up_RI
-
-
 def _gated(gate_up_R2I: Tensor, module: Experts, offsets_E1: Tensor) -> Tensor:
     if _is_silu(module.act_fn):
         return row_kernels.gated(gate_up_R2I, offsets_E1)
-    return _activated(gate_up_R2I, module.act_fn)
+    return activated(gate_up_R2I, module)
 
 
 def _gated_backward(
@@ -121,7 +117,7 @@ def _gated_backward(
     dtype = sum_of(grad_RI.dtype)
     with torch.enable_grad():
         leaf_R2I = gate_up_R2I.detach().requires_grad_()
-        inner_RI = _activated(leaf_R2I, module.act_fn)
+        inner_RI = activated(leaf_R2I, module)
     weights_R1 = weights_TK.flatten()[order_R].unsqueeze(-1)
     (grad_R2I,) = torch.autograd.grad(inner_RI, leaf_R2I, (grad_RI.to(dtype) * weights_R1).to(grad_RI.dtype))
     dots_TK = (grad_RI.to(dtype) * inner_RI.detach()).sum(-1)[places_TK]

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gtqlora.experts.products.rows import Experts, Rows, combine, compute_dtype, gather, sort_rows, spread, sum_of
+from gtqlora.experts.layout import Fused
+from gtqlora.experts.products.rows import (
+    Experts,
+    Rows,
+    activated,
+    combine,
+    compute_dtype,
+    fused_sizes,
+    gather,
+    sort_rows,
+    spread,
+    sum_of,
+)
 
 _WEIGHTS_AT_ONCE = 2**24
 """Weights dequantised in one go: all experts of a small layer, one of a large one."""
@@ -35,7 +47,7 @@ class _Reference(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weights_TK: Tensor, rows: Rows, module: Experts) -> Tensor:
         offsets = rows.offsets_E1.tolist()
         gate_up_N2I = _products(gather(hidden_TD, rows, offsets[-1]), module, "gate_up", offsets)
-        outputs_ND = _products(_gated(gate_up_N2I, module), module, "down", offsets)
+        outputs_ND = _products(activated(gate_up_N2I, module), module, "down", offsets)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate_up_N2I, weights_TK, rows.order_R, rows.offsets_E1)
             ctx.offsets, ctx.module = offsets, module
@@ -52,7 +64,7 @@ class _Reference(torch.autograd.Function):
             weights_N1 = weights_TK.flatten()[rows.order_R[: offsets[-1]]].unsqueeze(-1)
             with torch.enable_grad():
                 leaf_N2I = gate_up_N2I.detach().requires_grad_()
-                inner_NI = _gated(leaf_N2I, module)
+                inner_NI = activated(leaf_N2I, module)
             grad_weights = grad_hidden = None
             if ctx.needs_input_grad[1]:
                 dots_N = (grad_NI.to(sum_of(dtype)) * inner_NI.detach()).sum(-1)
@@ -64,23 +76,16 @@ class _Reference(torch.autograd.Function):
         return grad_hidden, grad_weights, None, None
 
 
-def _gated(gate_up_N2I: Tensor, module: Any) -> Tensor:
-    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
-    return module.act_fn(gate_NI) * up_NI
-
-
 def _products(
     values_NK: Tensor,
     module: Experts,
-    projection: Literal["gate_up", "down"],
+    projection: Fused,
     offsets: list[int],
     *,
     transposed: bool = False,
 ) -> Tensor:
     """Each row times its expert's matrix; from the outputs back to the inputs if `transposed`."""
-    outputs, inputs = module.hidden_size, module.intermediate_size
-    if projection == "gate_up":
-        outputs, inputs = 2 * module.intermediate_size, module.hidden_size
+    outputs, inputs = fused_sizes(module, projection)
     dtype = values_NK.dtype
     # Half-precision products add up in fp32 anyway; most CPUs are several times faster on fp32 numbers.
     values_NK = values_NK.to(sum_of(dtype)) if values_NK.device.type == "cpu" else values_NK

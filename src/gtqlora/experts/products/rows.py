@@ -6,13 +6,14 @@ R = T*K rows, N of them for experts held here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gtqlora.experts.layout import Format, Parts
+from gtqlora.experts.layout import Format, Fused, Parts
 
 
 class Experts(Protocol):
@@ -26,11 +27,11 @@ class Experts(Protocol):
     intermediate_size: int
 
     @property
-    def act_fn(self) -> object: ...
+    def act_fn(self) -> Callable[[Tensor], Tensor]: ...
 
-    def parts(self, projection: Literal["gate_up", "down"], experts: slice = slice(None)) -> Parts: ...
+    def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts: ...
 
-    def weights(self, projection: Literal["gate_up", "down"], experts: slice, dtype: torch.dtype) -> Tensor: ...
+    def weights(self, projection: Fused, experts: slice, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +95,16 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     """The dtype experts compute in: the hidden states' own, or autocast's where that is on."""
     kind = hidden_states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+
+
+def fused_sizes(module: Experts, projection: Fused) -> tuple[int, int]:
+    """Outputs and inputs of an expert's matrices of that projection, below each other."""
+    if projection == "down":
+        return module.hidden_size, module.intermediate_size
+    return 2 * module.intermediate_size, module.hidden_size
+
+
+def activated(gate_up_N2I: Tensor, module: Experts) -> Tensor:
+    """act_fn(gate) * up, in torch."""
+    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+    return module.act_fn(gate_NI) * up_NI
