@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,3 +213,16 @@ def die(what, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 """Start of a script that kills itself at a point of progress (WHAT, DONE), without any cleaning up."""
+
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def outputs_and_gradients(experts: Callable[..., Tensor], batch: Tensors) -> Tensors:
+    """Outputs_TD, and gradients of hidden states_TD and weights_TK, for a fixed gradient of the outputs."""
+    states, index, weights = batch
+    states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
+    out = experts(states, index, weights)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    assert states.grad is not None and weights.grad is not None
+    return out.detach(), states.grad, weights.grad

@@ -20,6 +20,7 @@ from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.products import NAMES, PREFIX
 from gtqlora.experts.products.rows import combine, gather, sort_rows, spread
 from tests import models
+from tests.helpers import outputs_and_gradients
 
 ALL = pytest.mark.parametrize("name", FORMATS)
 FAMILIES = pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
@@ -68,16 +69,6 @@ def _batch(tokens: int = 33, dtype: torch.dtype = torch.float32, n: int = EXPERT
     return states.requires_grad_(), index, weights.requires_grad_()
 
 
-def _run(experts: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs_TD, and gradients of hidden states_TD and weights_TK, for a fixed gradient of the outputs."""
-    states, index, weights = batch
-    states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = experts(states, index, weights)
-    out.backward(torch.randn(out.shape, generator=_generator(1)).to(out))
-    assert states.grad is not None and weights.grad is not None
-    return out.detach(), states.grad, weights.grad
-
-
 def _error(found: Tensor, expected: Tensor) -> float:
     """Relative to the whole."""
     assert found.shape == expected.shape
@@ -102,7 +93,7 @@ def test_outputs_and_gradients_are_those_of_transformers(
 ) -> None:
     frozen, batch = _frozen(name), _batch(dtype=dtype)
     ordinary = _ordinary(frozen, family, implementation, dtype)
-    _assert_close(_run(frozen, batch), _run(ordinary, batch), most)
+    _assert_close(outputs_and_gradients(frozen, batch), outputs_and_gradients(ordinary, batch), most)
 
 
 @ALL
@@ -110,8 +101,11 @@ def test_bf16_is_no_farther_from_exact_than_transformers(name: str) -> None:
     frozen, batch = _frozen(name), _batch(tokens=200, dtype=torch.bfloat16)
     states, index, weights = batch
     wide = _ordinary(frozen, "qwen3_moe", "eager", torch.bfloat16).double()
-    exact = _run(wide, (states.double(), index, weights.double()))
-    ours, theirs = _run(frozen, batch), _run(_ordinary(frozen, "qwen3_moe", "eager", torch.bfloat16), batch)
+    exact = outputs_and_gradients(wide, (states.double(), index, weights.double()))
+    ours, theirs = (
+        outputs_and_gradients(frozen, batch),
+        outputs_and_gradients(_ordinary(frozen, "qwen3_moe", "eager", torch.bfloat16), batch),
+    )
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
         assert (mine - truth).norm() <= 1.1 * (other - truth).norm()
 
@@ -142,13 +136,17 @@ def _most_empty(tokens: int) -> Batch:
 )
 def test_uneven_routing(name: str, batch: Batch) -> None:
     frozen = _frozen(name)
-    _assert_close(_run(frozen, batch), _run(_ordinary(frozen, "deepseek_v3", "eager", torch.float32), batch), 1e-5)
+    _assert_close(
+        outputs_and_gradients(frozen, batch),
+        outputs_and_gradients(_ordinary(frozen, "deepseek_v3", "eager", torch.float32), batch),
+        1e-5,
+    )
 
 
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens(name: str, dtype: torch.dtype) -> None:
-    out, states_grad, weights_grad = _run(_frozen(name), _batch(0, dtype))
+    out, states_grad, weights_grad = outputs_and_gradients(_frozen(name), _batch(0, dtype))
     assert out.shape == states_grad.shape == (0, HIDDEN)
     assert weights_grad.shape == (0, TOP_K)
     assert out.dtype == dtype
@@ -158,7 +156,7 @@ def test_no_tokens(name: str, dtype: torch.dtype) -> None:
 def test_experts_in_small_portions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large layer's experts are dequantised one by one, and those without rows are not."""
     frozen, batch = _frozen(name), _most_empty(21)
-    together = _run(frozen, batch)
+    together = outputs_and_gradients(frozen, batch)
     seen: list[slice] = []
     plain = frozen.weights
 
@@ -168,7 +166,7 @@ def test_experts_in_small_portions(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("gtqlora.experts.products.reference._WEIGHTS_AT_ONCE", 1)
     monkeypatch.setattr(frozen, "weights", watched)
-    assert all(torch.equal(one, all_) for one, all_ in zip(_run(frozen, batch), together, strict=True))
+    assert all(torch.equal(one, all_) for one, all_ in zip(outputs_and_gradients(frozen, batch), together, strict=True))
     assert {(experts.start, experts.stop) for experts in seen} == {(4, 5), (5, 6), (6, 7)}
 
 
@@ -176,7 +174,7 @@ def test_experts_in_small_portions(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_half_precision_without_a_gradient_for_one_of_them(name: str) -> None:
     frozen = _frozen(name)
     states, index, weights = _batch(dtype=torch.float16)
-    full = _run(frozen, (states, index, weights))
+    full = outputs_and_gradients(frozen, (states, index, weights))
     for frozen_one in (0, 1):
         given = [states.detach(), weights.detach()]
         given[1 - frozen_one].requires_grad_()
@@ -192,7 +190,7 @@ def test_autocast_sets_the_precision() -> None:
     states, index, weights = _batch()
     narrow = frozen(states.bfloat16(), index, weights)
     with torch.autocast("cpu", torch.bfloat16):
-        out, *grads = _run(frozen, (states, index, weights))
+        out, *grads = outputs_and_gradients(frozen, (states, index, weights))
     assert out.dtype == grads[0].dtype == torch.float32
     assert torch.equal(out, narrow.float())
 
@@ -204,8 +202,10 @@ def test_autocast_sets_the_precision() -> None:
 @pytest.mark.parametrize("bounds", [(0, 4, 8), (0, 1, 6, 8), tuple(range(9))], ids=str)
 def test_ranges_add_up_to_the_whole(name: str, bounds: tuple[int, ...]) -> None:
     batch = _batch()
-    whole = _run(_frozen(name), batch)
-    ranges = [_run(_frozen(name, first=start, count=stop - start), batch) for start, stop in pairwise(bounds)]
+    whole = outputs_and_gradients(_frozen(name), batch)
+    ranges = [
+        outputs_and_gradients(_frozen(name, first=start, count=stop - start), batch) for start, stop in pairwise(bounds)
+    ]
     _assert_close(tuple(torch.stack(parts).sum(0) for parts in zip(*ranges, strict=True)), whole, 1e-5)
 
 
@@ -214,7 +214,7 @@ def test_experts_held_elsewhere_contribute_nothing(name: str) -> None:
     """Also the number after the last expert, which transformers gives to rows of other ranks."""
     states, index, weights = _batch()
     for held, expert in (({"first": 2, "count": 3}, 5), ({"first": 2, "count": 3}, 1), ({}, EXPERTS)):
-        found = _run(_frozen(name, **held), (states, torch.full_like(index, expert), weights))
+        found = outputs_and_gradients(_frozen(name, **held), (states, torch.full_like(index, expert), weights))
         assert [float(part.abs().sum()) for part in found] == [0.0, 0.0, 0.0]
 
 
@@ -286,8 +286,8 @@ def test_nothing_is_kept_without_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activation_checkpointing_changes_no_gradient(name: str, dtype: torch.dtype) -> None:
     frozen, batch = _frozen(name), _batch(dtype=dtype)
-    plain = _run(frozen, batch)
-    again = _run(lambda *inputs: checkpoint(frozen, *inputs, use_reentrant=False), batch)  # type: ignore[arg-type]
+    plain = outputs_and_gradients(frozen, batch)
+    again = outputs_and_gradients(lambda *inputs: checkpoint(frozen, *inputs, use_reentrant=False), batch)  # type: ignore[arg-type]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
@@ -355,7 +355,10 @@ def test_nothing_trains_and_everything_is_saved(name: str) -> None:
 def test_a_deep_copy_is_independent(name: str) -> None:
     frozen, batch = _frozen(name), _batch()
     twin, before = copy.deepcopy(frozen), _bits(frozen)
-    assert all(torch.equal(one, other) for one, other in zip(_run(twin, batch), _run(frozen, batch), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(outputs_and_gradients(twin, batch), outputs_and_gradients(frozen, batch), strict=True)
+    )
     twin.quantise_into(0, "gate", torch.zeros(INNER, HIDDEN))
     assert _same(_bits(frozen), before)
     assert not _same(_bits(twin), before)
@@ -479,13 +482,12 @@ def test_the_chosen_product_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @ALL
 def test_the_reference_on_cuda_is_that_on_the_cpu(name: str) -> None:
     frozen, batch = _frozen(name), _batch(200)
-    expected = _run(frozen, batch)
+    expected = outputs_and_gradients(frozen, batch)
     weights = frozen.weights("gate_up", slice(None), torch.bfloat16)
     frozen.product = "reference"
-    found = _run(frozen.cuda(), (batch[0].cuda(), batch[1].cuda(), batch[2].cuda()))
+    found = outputs_and_gradients(frozen.cuda(), (batch[0].cuda(), batch[1].cuda(), batch[2].cuda()))
     assert torch.equal(frozen.weights("gate_up", slice(None), torch.bfloat16).cpu(), weights)
     _assert_close(tuple(part.cpu() for part in found), expected, 1e-4)

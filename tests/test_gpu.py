@@ -22,7 +22,7 @@ from gtqlora.run import Run
 from gtqlora.verify import verify
 from tests import helpers
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 
 def _given(name: str, dtype: str) -> dict:

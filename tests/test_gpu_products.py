@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.products.reference import reference
+from tests.helpers import outputs_and_gradients
 
 pytest.importorskip("triton")
 from gtqlora.experts.products import chunk, fused
@@ -89,16 +90,6 @@ def _batch(tokens: int = 3, dtype: torch.dtype = torch.float32, hidden: int = HI
     return states.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
 
 
-def _gradients(experts: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs_TD, and gradients of hidden states_TD and weights_TK, for a fixed gradient of the outputs."""
-    states, index, weights = batch
-    states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = experts(states, index, weights)
-    out.backward(torch.randn(out.shape, generator=_generator(1)).to(out))
-    assert states.grad is not None and weights.grad is not None
-    return out.detach(), states.grad, weights.grad
-
-
 def _layer(product: str, frozen: FrozenExperts) -> Callable[..., Tensor]:
     return lambda states, index, weights: run(frozen, states, index, weights, _multiply(product))
 
@@ -106,7 +97,7 @@ def _layer(product: str, frozen: FrozenExperts) -> Callable[..., Tensor]:
 def _exact(frozen: FrozenExperts, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The reference in fp64, which rounds nothing."""
     states, index, weights = batch
-    return _gradients(lambda *inputs: reference(frozen, *inputs), (states.double(), index, weights.double()))
+    return outputs_and_gradients(lambda *inputs: reference(frozen, *inputs), (states.double(), index, weights.double()))
 
 
 def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], most: float) -> None:
@@ -182,7 +173,7 @@ def test_products_at_real_sizes(product: str, name: str, tokens: int) -> None:
         for projection in ("gate", "up", "down"):
             frozen.quantise_into(expert, projection, 0.02 * torch.randn(frozen.sizes(projection), device=DEVICE))
     batch = _batch(tokens, torch.bfloat16, 2048, 32)
-    _assert_close(_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 2e-2)
+    _assert_close(outputs_and_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 2e-2)
 
 
 # --- layers
@@ -197,7 +188,7 @@ def _to_one(batch: Batch, expert: int) -> Batch:
 @ALL
 def test_outputs_and_gradients(product: str, name: str) -> None:
     frozen, batch = _frozen(name), _batch(5)
-    _assert_close(_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 1e-5)
+    _assert_close(outputs_and_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 1e-5)
 
 
 @either
@@ -205,7 +196,7 @@ def test_outputs_and_gradients(product: str, name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_all_tokens_to_one_expert(product: str, tokens: int) -> None:
     frozen, batch = _frozen("int4-g32"), _to_one(_batch(tokens), 3)
-    _assert_close(_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 1e-5)
+    _assert_close(outputs_and_gradients(_layer(product, frozen), batch), _exact(frozen, batch), 1e-5)
 
 
 @either
@@ -214,7 +205,7 @@ def test_all_tokens_to_one_expert(product: str, tokens: int) -> None:
 def test_outputs_and_gradients_in_half_precision(product: str, dtype: torch.dtype) -> None:
     _needs_bf16_products(product, dtype)
     frozen, batch = _frozen("nf4"), _batch(dtype=dtype)
-    found = _gradients(_layer(product, frozen), batch)
+    found = outputs_and_gradients(_layer(product, frozen), batch)
     assert [part.dtype for part in found] == [dtype, dtype, torch.float32]
     _assert_close(found, _exact(frozen, batch), 2 * MOST[dtype] if INTERPRETED else MOST[dtype])
 
@@ -222,7 +213,7 @@ def test_outputs_and_gradients_in_half_precision(product: str, dtype: torch.dtyp
 @either
 def test_another_activation() -> None:
     frozen, batch = _frozen("int4-g32", act_fn=nn.GELU(), first=1, count=3), _batch()
-    _assert_close(_gradients(_layer("fused", frozen), batch), _exact(frozen, batch), 1e-5)
+    _assert_close(outputs_and_gradients(_layer("fused", frozen), batch), _exact(frozen, batch), 1e-5)
 
 
 @either
@@ -230,7 +221,7 @@ def test_another_activation() -> None:
 def test_ranges_add_up_to_the_whole(product: str) -> None:
     batch, bounds = _batch(2), (0, 1, 4, EXPERTS)
     ranges = [
-        _gradients(_layer(product, _frozen("nf4", first=start, count=stop - start)), batch)
+        outputs_and_gradients(_layer(product, _frozen("nf4", first=start, count=stop - start)), batch)
         for start, stop in pairwise(bounds)
     ]
     total = tuple(torch.stack(parts).sum(0) for parts in zip(*ranges, strict=True))
@@ -245,9 +236,9 @@ def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Modu
     frozen, batch = _frozen("int4-g32", act_fn=act_fn, first=2, count=2), _batch(4)
     with _filled_memory():
         for expert in (1, 4, EXPERTS):
-            found = _gradients(_layer(product, frozen), _to_one(batch, expert))
+            found = outputs_and_gradients(_layer(product, frozen), _to_one(batch, expert))
             assert [float(part.abs().sum()) for part in found] == [0.0, 0.0, 0.0]
-        found = _gradients(_layer(product, frozen), batch)
+        found = outputs_and_gradients(_layer(product, frozen), batch)
     _assert_close(found, _exact(frozen, batch), 1e-5)
 
 
@@ -266,7 +257,7 @@ class _filled_memory:
 @pytest.mark.parametrize("needed", [0, 2])
 def test_a_gradient_for_one_of_them(needed: int) -> None:
     frozen, batch = _frozen("int4-g128"), _batch(1)
-    full = _gradients(_layer("fused", frozen), batch)
+    full = outputs_and_gradients(_layer("fused", frozen), batch)
     inputs = [part.clone().requires_grad_(place == needed) for place, part in enumerate(batch)]
     out = _layer("fused", frozen)(*inputs)
     out.backward(torch.randn(out.shape, generator=_generator(1)).to(out))
@@ -279,7 +270,7 @@ def test_a_gradient_for_one_of_them(needed: int) -> None:
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens(product: str, dtype: torch.dtype) -> None:
-    out, states_grad, weights_grad = _gradients(_layer(product, _frozen("nf4")), _batch(0, dtype))
+    out, states_grad, weights_grad = outputs_and_gradients(_layer(product, _frozen("nf4")), _batch(0, dtype))
     assert out.shape == states_grad.shape == (0, HIDDEN)
     assert weights_grad.shape == (0, TOP_K)
     assert out.dtype == dtype
@@ -288,8 +279,8 @@ def test_no_tokens(product: str, dtype: torch.dtype) -> None:
 @either
 def test_activation_checkpointing_changes_no_gradient() -> None:
     layer, batch = _layer("chunk", _frozen("nf4")), _batch(2)
-    plain = _gradients(layer, batch)
-    again = _gradients(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False), batch)  # type: ignore[arg-type]
+    plain = outputs_and_gradients(layer, batch)
+    again = outputs_and_gradients(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False), batch)  # type: ignore[arg-type]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
@@ -297,7 +288,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_autocast_sets_the_precision() -> None:
     layer, (states, index, weights) = _layer("fused", _frozen("nf4")), _batch()
     with torch.autocast(DEVICE, torch.float16):
-        out, *grads = _gradients(layer, (states, index, weights))
+        out, *grads = outputs_and_gradients(layer, (states, index, weights))
     assert out.dtype == grads[0].dtype == torch.float32
     assert torch.equal(out, layer(states.half(), index, weights).float())
 
@@ -326,7 +317,7 @@ def test_an_unsupported_precision_is_named() -> None:
 def test_the_module_takes_the_product_it_is_told(product: str) -> None:
     frozen, batch = _frozen("int4-g32"), _batch()
     frozen.product = product
-    _assert_close(_gradients(frozen, batch), _exact(frozen, batch), 1e-5)
+    _assert_close(outputs_and_gradients(frozen, batch), _exact(frozen, batch), 1e-5)
 
 
 # --- in portions
@@ -344,7 +335,7 @@ def small_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Tensor]:
 @either
 def test_chunks_in_a_small_workspace(small_workspace: dict[Any, Tensor]) -> None:
     frozen, batch = _frozen("nf4"), _batch(5)
-    _assert_close(_gradients(_layer("chunk", frozen), batch), _exact(frozen, batch), 1e-5)
+    _assert_close(outputs_and_gradients(_layer("chunk", frozen), batch), _exact(frozen, batch), 1e-5)
     assert [len(workspace) for workspace in small_workspace.values()] == [chunk.WORKSPACE_BYTES]
 
 
@@ -360,7 +351,7 @@ def test_experts_without_rows_are_not_dequantised(
         return plain(codes, dtype)
 
     monkeypatch.setattr(chunk, "dequantise", watched)
-    _gradients(_layer("chunk", _frozen("nf4")), _to_one(_batch(2), 3))
+    outputs_and_gradients(_layer("chunk", _frozen("nf4")), _to_one(_batch(2), 3))
     assert seen == [1, 1, 1, 1]
 
 
@@ -385,9 +376,9 @@ def test_the_fused_product_never_waits_for_the_gpu() -> None:
 @BOTH
 def test_a_gpu_that_is_not_the_current_one(product: str) -> None:
     frozen, batch = _frozen("nf4"), _batch()
-    expected = _gradients(_layer(product, frozen), batch)
+    expected = outputs_and_gradients(_layer(product, frozen), batch)
     states, index, weights = (part.to("cuda:1") for part in batch)
-    elsewhere = _gradients(_layer(product, frozen.to("cuda:1")), (states, index, weights))
+    elsewhere = outputs_and_gradients(_layer(product, frozen.to("cuda:1")), (states, index, weights))
     assert all(torch.equal(one, other.to("cuda:0")) for one, other in zip(expected, elsewhere, strict=True))
 
 
@@ -415,6 +406,7 @@ import sys
 sys.modules["triton"] = None
 from gtqlora.errors import ModelError
 from gtqlora.experts import FrozenExperts, format_of
+from tests.helpers import outputs_and_gradients
 import torch
 sizes = dict(n_experts=2, hidden_size=64, intermediate_size=32)
 frozen = FrozenExperts(format=format_of("nf4"), act_fn=torch.nn.SiLU(), **sizes)

@@ -322,29 +322,7 @@ def test_config_survives_json() -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-_PEAK = """
-import sys, threading, time
-from gtqlora.experts import load_model
-
-def anonymous():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-def watch():
-    while not done.is_set():
-        peaks.append(anonymous())
-        time.sleep(0.0005)
-
-load_model(sys.argv[1], experts=sys.argv[3])  # what is imported on the way is not the load's
-before, peaks, done = anonymous(), [], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-family, model = load_model(sys.argv[2], experts=sys.argv[3])
-done.set()
-watcher.join()
-final = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-print(max(peaks) - before, final)
-"""
+_PEAK = "import sys; from bench.loading import child; child(*sys.argv[1:])"
 
 
 def excess(small: Path, big: Path, experts: str) -> int:
@@ -373,7 +351,6 @@ def test_peak_memory_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("experts", FORMATS)
 def test_quantizing_happens_on_the_gpu_within_memory(big: Path, experts: str) -> None:
     _, expected = load_model(str(big), experts=experts)

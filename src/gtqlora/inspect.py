@@ -100,8 +100,9 @@ def inspect(model: str, *, lora_rank: int = 32, experts: str | None = None) -> I
         raise ConfigError(f"lora_rank = {lora_rank}: must be at least 1")
     family, config = load_config(model)
     skeleton = meta_model(family, config)
-    names = _names(skeleton, bind(skeleton, family), model)
-    held = _held(model, experts)
+    quantized, on_disk = quantization(model), _on_disk(model)
+    names = _names(skeleton, bind(skeleton, family), _suffixes(on_disk, quantized))
+    held = _held(model, experts, on_disk)
     if held is not None:
         replace_experts(skeleton, family, held, FrozenExpertsConfig())
     anatomy = bind(skeleton, family)
@@ -121,7 +122,7 @@ def inspect(model: str, *, lora_rank: int = 32, experts: str | None = None) -> I
         topk_group=anatomy.spec.topk_group,
         hidden_size=anatomy.hidden_size,
         dtype=str(skeleton.dtype).removeprefix("torch."),
-        quantized=quantization(model),
+        quantized=quantized,
         experts_format=held.name if held else None,
         lora_rank=lora_rank,
         groups=groups,
@@ -138,21 +139,24 @@ def inspect(model: str, *, lora_rank: int = 32, experts: str | None = None) -> I
     )
 
 
-def _held(model: str, experts: str | None) -> Format | None:
+def _on_disk(model: str) -> Format | None:
+    """The 4-bit format of the checkpoint; None, too, if it is quantized in a way that is not read."""
+    try:
+        return format_on_disk(model)
+    except ModelError:
+        return None
+
+
+def _held(model: str, experts: str | None, on_disk: Format | None) -> Format | None:
     """The 4-bit format in which to count the experts."""
     if experts is None:
-        try:
-            return format_on_disk(model)
-        except ModelError:
-            return None  # quantized in a way that is not read; it can be looked at all the same
+        return on_disk
     if experts == NATIVE:
         found = format_on_disk(model)
         if found is None:
             raise ModelError(f"{model}: experts {NATIVE!r}, but the checkpoint is not quantized")
         return found
-    if experts == BF16:
-        return None
-    return format_of(FrozenExpertsConfig(format=experts).format)
+    return None if experts == BF16 else format_of(FrozenExpertsConfig(format=experts).format)
 
 
 def _chat_template(model: str) -> bool | None:
@@ -165,25 +169,20 @@ def _chat_template(model: str) -> bool | None:
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def _suffixes(model: str) -> tuple[str, ...]:
+def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:
     """What follows a matrix's name in those of its tensors on disk."""
-    try:
-        held = format_on_disk(model)
-    except ModelError:
-        held = None
-    if held is None:
+    if on_disk is None:
         return ("weight",)
-    if quantization(model) == OURS:
-        return tuple(held.layout(held.group, held.group))
+    if quantized == OURS:
+        return tuple(on_disk.layout(on_disk.group, on_disk.group))
     return (*PACKED_PARTS.values(), PACKED_SHAPE)
 
 
-def _names(skeleton: torch.nn.Module, anatomy: Anatomy, model: str) -> tuple[Name, ...]:
+def _names(skeleton: torch.nn.Module, anatomy: Anatomy, suffixes: tuple[str, ...]) -> tuple[Name, ...]:
     """The first MoE layer's parameters, with the checkpoint tensors that make each."""
     layer, family = anatomy.moe[0], anatomy.family
     gate_first, up_first, down_first = family.on_disk(layer.index, 0)
     gate_last, up_last, down_last = family.on_disk(layer.index, anatomy.spec.n_experts - 1)
-    suffixes = _suffixes(model)
 
     def tensors(*names: str) -> tuple[str, ...]:
         return tuple(f"{name.removesuffix('weight')}{suffix}" for name in names for suffix in suffixes)

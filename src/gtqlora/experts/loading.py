@@ -10,8 +10,7 @@ from gtqlora import families
 from gtqlora.errors import ConfigError
 from gtqlora.experts.formats import Format, format_of
 from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig
-from gtqlora.families import Family, files, packed
-from gtqlora.families.facts import family_of
+from gtqlora.families import Family, packed
 
 BF16 = "bf16"
 """Experts in the checkpoint's own dtype, trained through like any other weight."""
@@ -23,8 +22,7 @@ def format_on_disk(model: str) -> Format | None:
     Raises:
         ModelError: no such model, unreadable config.json, or quantized in a way that is not read.
     """
-    raw = files.read_json(files.config_file(model))
-    settings = packed.settings_of(raw, family_of(raw, model).text_key)
+    settings = families.quantization_settings(model)
     if settings is None:
         return None
     if packed.method_of(settings) == packed.OURS:

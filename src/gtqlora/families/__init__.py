@@ -10,7 +10,14 @@ from gtqlora.families.anatomy import (
     language_model,
 )
 from gtqlora.families.facts import FAMILIES, Family, family_of
-from gtqlora.families.loading import load_config, load_model, load_tokenizer, meta_model, quantization
+from gtqlora.families.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    quantization,
+    quantization_settings,
+)
 
 __all__ = [
     "FAMILIES",
@@ -28,4 +35,5 @@ __all__ = [
     "load_tokenizer",
     "meta_model",
     "quantization",
+    "quantization_settings",
 ]

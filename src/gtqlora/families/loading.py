@@ -187,16 +187,25 @@ def quantization(model: str) -> str | None:
     Raises:
         ModelError: no such model, unreadable config.json, dense or unknown architecture.
     """
-    return _quant_method(_read(model))
-
-
-def _quant_method(source: _Source) -> str | None:
-    settings = packed.settings_of(source.raw, source.family.text_key)
+    settings = quantization_settings(model)
     return None if settings is None else packed.method_of(settings)
 
 
+def quantization_settings(model: str) -> Any:
+    """What MODEL's config.json says of how its checkpoint is quantized, or None.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, dense or unknown architecture.
+    """
+    return _settings(_read(model))
+
+
+def _settings(source: _Source) -> Any:
+    return packed.settings_of(source.raw, source.family.text_key)
+
+
 def _refuse_quantized(source: _Source) -> None:
-    settings = packed.settings_of(source.raw, source.family.text_key)
+    settings = _settings(source)
     if settings is None:
         return
     method = packed.method_of(settings)
