@@ -219,6 +219,87 @@ def read_direction(path: Path) -> Tensor:
         raise RunError(f"{path / DIRECTION}: cannot be read ({error}); run `gtqlora project` again") from error
 
 
+def norm_preserving(info: Info) -> bool:
+    """Whether a projection keeps the lengths of the weights' columns."""
+    return info.details.get("config", {}).get("norm_preserving", False)
+
+
+def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool = False) -> Tensor:
+    """(I - r r^T) W for outputs D and inputs I, r of unit length; in fp32.
+
+    Args:
+        norm_preserving: give every column, what one input writes, its length back. It stays orthogonal to r.
+    """
+    weight_DI, r_D = weight_DI.float(), direction_D.float()
+    kept_DI = weight_DI - torch.outer(r_D, r_D @ weight_DI)
+    if not norm_preserving:
+        return kept_DI
+    norm_I, left_I = weight_DI.norm(dim=0), kept_DI.norm(dim=0)
+    # what is left of a column along r is rounding, which must not be blown up
+    return kept_DI * torch.where(left_I > 1e-5 * norm_I, norm_I / left_I, 0.0)
+
+
+class WeightsProjected:
+    """Every writer of the residual stream projected, its columns' lengths kept.
+
+    How much a column grows depends on the input, inside the fused experts too, so unlike `direction_removed` this
+    holds a second copy of these weights while it lives.
+
+    Raises:
+        RunError: the routed experts are frozen.
+    """
+
+    def __init__(self, subject: Subject, direction_D: Tensor) -> None:
+        base, anatomy = language_model(subject.model), subject.anatomy
+        banks = [base.get_submodule(layer.experts) for layer in anatomy.moe]
+        if any(isinstance(bank, FrozenExperts) for bank in banks):
+            raise RunError("a norm-preserving projection rescales experts; load them with experts = 'bf16'")
+        r_D = direction_D / direction_D.norm()
+        embedding = base.get_submodule("model.embed_tokens").get_parameter("weight")
+        linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
+        experts = [bank.get_parameter("down_proj") for bank in banks]
+        self._enabled = False
+        self._others = [
+            (embedding, _edited(embedding.mT[None], r_D)[0].mT),
+            *((weight, _edited(weight[None], r_D)[0]) for weight in linears),
+            *((weight, _edited(weight, r_D)) for weight in experts),
+        ]
+
+    def _swap(self, enabled: bool) -> None:
+        if enabled != self._enabled:
+            for i, (weight, other) in enumerate(self._others):
+                self._others[i], weight.data = (weight, weight.data), other
+            self._enabled = enabled
+
+    def enable(self) -> None:
+        self._swap(True)
+
+    def disable(self) -> None:
+        self._swap(False)
+
+    def __enter__(self) -> None:
+        self.enable()
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+@torch.no_grad()
+def _edited(weights_EDI: Tensor, r_D: Tensor) -> Tensor:
+    """One matrix at a time, as fp32 copies of a layer's experts are large."""
+    out = torch.empty_like(weights_EDI)
+    for mine, weight_DI in zip(out, weights_EDI, strict=True):
+        mine.copy_(projected(weight_DI, r_D, norm_preserving=True))
+    return out
+
+
+def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsProjected:
+    """Takes a direction out of a subject when entered or enabled, and puts it back."""
+    if norm_preserving:
+        return WeightsProjected(subject, direction_D)
+    return direction_removed(subject.model, direction_D)
+
+
 class Edited:
     """A subject with an edit that can be switched off: `subject` runs edited, within `original()` as it was."""
 
@@ -227,7 +308,7 @@ class Edited:
         family = subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{path}: the adapter was made for {self.info.family}, but the model is {family}")
-        self._removal: direction_removed | None = None
+        self._removal: direction_removed | WeightsProjected | None = None
         if self.info.kind == PROJECTION:
             direction_D = read_direction(path)
             if direction_D.shape != (subject.anatomy.hidden_size,):
@@ -235,7 +316,8 @@ class Edited:
                     f"{path}: the adapter does not fit the model (a direction of {len(direction_D)} values, "
                     f"hidden size {subject.anatomy.hidden_size})"
                 )
-            self._removal = direction_removed(subject.model, direction_D)
+            direction_D = direction_D.to(subject.device)
+            self._removal = removal(subject, direction_D, norm_preserving=norm_preserving(self.info))
             self._removal.enable()
             self.subject = subject
         else:

@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gtqlora import contrasts
-from gtqlora.adapters import ADAPTER_WEIGHTS, PROJECTION, load, read_direction, read_info
+from gtqlora.adapters import (
+    ADAPTER_WEIGHTS,
+    PROJECTION,
+    load,
+    norm_preserving,
+    projected,
+    read_direction,
+    read_info,
+)
 from gtqlora.capture import Subject, open_subject
 from gtqlora.checkpoint import copy_changed
 from gtqlora.contrasts import Row
@@ -104,8 +112,9 @@ def plan(adapter: Path, anatomy: Anatomy) -> dict[str, Edit]:
     Raises:
         RunError: the adapter holds tensors that belong nowhere in this architecture.
     """
-    if read_info(adapter).kind == PROJECTION:
-        return _plan_projection(read_direction(adapter), anatomy)
+    info = read_info(adapter)
+    if info.kind == PROJECTION:
+        return _plan_projection(read_direction(adapter), anatomy, norm_preserving(info))
     settings = json.loads((adapter / "adapter_config.json").read_text())
     scale = settings["lora_alpha"] / settings["r"]
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
@@ -132,14 +141,14 @@ def _put(value: Tensor) -> Edit:
     return lambda _weight: value
 
 
-def _plan_projection(direction_D: Tensor, anatomy: Anatomy) -> dict[str, Edit]:
-    """W <- (I - r r^T) W for every writer of the residual stream; embedding rows lose their r component."""
-    r_D, family = (direction_D / direction_D.norm()).float(), anatomy.family
+def _plan_projection(direction_D: Tensor, anatomy: Anatomy, keep: bool) -> dict[str, Edit]:
+    """W <- (I - r r^T) W for every writer of the residual stream, its columns' lengths kept if told to."""
+    r_D, family = direction_D / direction_D.norm(), anatomy.family
     experts = ((layer.index, expert) for layer in anatomy.moe for expert in range(anatomy.spec.n_experts))
     writers = _on_disk(anatomy, anatomy.residual_writers) + [family.on_disk(*where)[-1] for where in experts]
-    edits: dict[str, Edit] = dict.fromkeys(writers, lambda w: w - torch.outer(r_D, r_D @ w))
+    edits: dict[str, Edit] = dict.fromkeys(writers, lambda w: projected(w, r_D, norm_preserving=keep))
     for name in _on_disk(anatomy, ["model.embed_tokens"]):
-        edits[name] = lambda w: w - torch.outer(w @ r_D, r_D)
+        edits[name] = lambda w: projected(w.mT, r_D, norm_preserving=keep).mT
     return edits
 
 

@@ -1,4 +1,4 @@
-"""The `project` stage: one refusal direction removed from all that writes the residual stream (Level 1 only)."""
+"""The `project` stage: one residual direction removed from all that writes the residual stream (Level 1 only)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from gtqlora import contrasts
-from gtqlora.adapters import PROJECTION, Info, read_info, save_projection
-from gtqlora.capture import Subject, direction_removed, open_subject
+from gtqlora.adapters import PROJECTION, Info, read_info, removal, save_projection
+from gtqlora.capture import Subject, observe, open_subject
 from gtqlora.config import ProjectConfig
 from gtqlora.contrasts import Contrast, Row
-from gtqlora.directions import difference_of_means, last_token_states
+from gtqlora.directions import named_directions
+from gtqlora.directions.named import ORTHOGONAL
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging import judge_of
 from gtqlora.localise import pairs_of
@@ -38,8 +39,9 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
     """Take the direction of the layer whose removal leaves the fewest lookalike refusals on the training split.
 
     Raises:
-        ContrastError: no twins, or no lookalike rows, to take the direction from.
-        ConfigError: `layer` is not a layer of this model.
+        ContrastError: no twins, or no rows of a kind, to take the direction from, or it is 0.
+        ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
+        ModelError: the model's states are not finite.
     """
     inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast)}
     with run.stage("project", config, inputs, device=config.device, again=again) as stage:
@@ -49,8 +51,8 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
             return Projected(run / ADAPTER, details["layer"], details["candidates"])
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-        layers = _layers(config, subject)
         direction_LD = _directions(config, rows, subject)
+        layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
         candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
@@ -64,30 +66,42 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         return Projected(run / ADAPTER, best, candidates)
 
 
-def _layers(config: ProjectConfig, subject: Subject) -> list[int]:
+def _layers(config: ProjectConfig, direction_LD: Tensor) -> list[int]:
     """States to try; 0, the embedding, is left out: flagged prompts and twins end with the same token."""
-    last = subject.anatomy.n_layers
-    if config.layer is None:
-        return list(range(1, last + 1))
-    if not 1 <= config.layer <= last:
+    last = len(direction_LD) - 1
+    if config.layer is not None and not 1 <= config.layer <= last:
         raise ConfigError(f"layer = {config.layer}: this model has layers 1 to {last}")
-    return [config.layer]
+    wanted = range(1, last + 1) if config.layer is None else [config.layer]
+    layers = [layer for layer in wanted if direction_LD[layer].any()]
+    if not layers:
+        raise ContrastError(f"{config.contrast}: the {config.direction} direction is 0; choose another `direction`")
+    return layers
 
 
 def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tensor:
     pairs = pairs_of(rows, subject, config.max_pairs, config.seed)
-    if not pairs or not rows.of_kind("lookalike"):
-        raise ContrastError(f"{config.contrast}: projection needs lookalike rows with twins in split {config.split!r}")
-    flagged = last_token_states(subject, [p.prompt for p in pairs], config.batch_size, "residual of flagged")
-    twins = last_token_states(subject, [p.twin for p in pairs], config.batch_size, "residual of twins")
-    return difference_of_means(flagged, twins)
+    kinds = [pair.row.kind for pair in pairs]
+    needed = ("lookalike", "harmful") if config.direction == ORTHOGONAL else ("lookalike",)
+    if missing := [kind for kind in needed if kind not in kinds]:
+        raise ContrastError(
+            f"{config.contrast}: projection of {config.direction} needs {' and '.join(missing)} rows with twins in "
+            f"split {config.split!r}"
+        )
+
+    def states_NLD(prompts: list[list[int]], label: str) -> Tensor:
+        since = [0] * len(prompts)
+        return observe(subject, prompts, since=since, batch_size=config.batch_size, label=label).states_NSD
+
+    flagged_NLD = states_NLD([pair.prompt for pair in pairs], "residual of flagged")
+    twins_NLD = states_NLD([pair.twin for pair in pairs], "residual of twins")
+    return named_directions(flagged_NLD, twins_NLD, kinds, [pair.row.pair_id for pair in pairs])[config.direction]
 
 
 def _tried(
     config: ProjectConfig, subject: Subject, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
 ) -> dict[str, Any]:
     """What is left of the lookalike refusals, and of the task, without this layer's direction."""
-    with direction_removed(subject.model, direction_D.to(subject.device)):
+    with removal(subject, direction_D.to(subject.device), norm_preserving=config.norm_preserving):
         found = score(
             subject,
             lookalike,
