@@ -2,165 +2,54 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 
-from gtqlora.adapters import GT_QLORA, PROJECTION, Info, adapter_hash
-from gtqlora.config import DiagnoseConfig
+from gtqlora.adapters import PROJECTION, adapter_hash
+from gtqlora.association import Association
 from gtqlora.contrasts import KINDS
-from gtqlora.diagnose import Association, Diagnosis
-from gtqlora.directions import LayerDirection
+from gtqlora.diagnose import Diagnosis
 from gtqlora.errors import RunError
-from gtqlora.localise import Intervention
-from gtqlora.report import curves, report, words
-from gtqlora.report.artefacts import identity
+from gtqlora.report import figures, report, words
+from gtqlora.report.artefacts import ASSOCIATION_COLUMNS, identity
 from gtqlora.run import Run, write_json, write_parquet
-from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
+from gtqlora.stats import rate
 from gtqlora.verify import Verdict
+from tests.report_runs import (
+    NO_TWINS,
+    NOTHING_REPAIRED,
+    association,
+    diagnosis,
+    evil_run,
+    hits,
+    other_run,
+    verdict_of,
+    whole_run,
+    write_adapter,
+    write_diagnosis,
+    write_metrics,
+    write_scores,
+    write_verdict,
+)
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-EVIL = "</script></style><script>window.top.pwned=1;window.pwned=1</script><img src=x onerror='window.pwned=1'>"
-NOTHING_REPAIRED = {"value": None, "low": 0.0, "high": 1.0, "n": 0}
-PLOTS = {"heat-map", "separability", "direction-norm", "trade-off", "loss", "margin", "anchor", "load-cv", "overlap"}
-
-
-def hits(share: float, n: int = 200) -> np.ndarray:
-    return np.arange(n) < round(share * n)
-
-
-def interval(share: float) -> dict[str, Any]:
-    return rate(hits(share)).to_json()
-
-
-def write_diagnosis(
-    run: Run, *, sentence: str = "Routing: all of it.", name: str = "mask", layers: int = 2, experts: int = 4
-) -> None:
-    rng = np.random.default_rng(0)
-    found = [
-        Association(
-            layer, expert, float(rng.random()), float(rng.random()), float(rng.uniform(-0.5, 0.5)), -0.1, 0.2, 0.04
-        )
-        for layer in range(1, layers + 1)
-        for expert in range(experts)
-    ]
-    effect = paired_difference(hits(1), hits(0))
-    interventions = [
-        Intervention("as it is", False, rate(hits(1)), None, effect, []),
-        Intervention(name, False, rate(hits(0)), rate(hits(0.9)), effect, []),
-        Intervention("random", True, rate(hits(0.95)), rate(hits(0.1)), effect, []),
-    ]
-    diagnosis = Diagnosis(
-        verdict="routing",
-        sentence=sentence,
-        share_routing=interval(0.9),
-        top_experts=[{"layer": 1, "expert": 2}],
-        interventions=[i.to_json() for i in interventions],
-        directions=[asdict(LayerDirection(layer, 1.5, Interval(0.9, 0.8, 1.0, 200))) for layer in range(3)],
-        n_pairs=200,
-        n_aligned=150,
-    )
-    write_json(run / "diagnosis" / "diagnosis.json", asdict(diagnosis))
-    write_parquet(run / "diagnosis" / "association.parquet", [asdict(a) for a in found])
-
-
-def write_adapter(run: Run, *, mode: str = "gt", kind: str = GT_QLORA, stopped: str | None = None) -> None:
-    details: dict[str, Any] = {"config": {"mode": mode}, "steps": 20, "stopped": stopped}
-    if kind == PROJECTION:
-        details = {"config": {}, "layer": 2, "candidates": [{"layer": 2, "refusal": 0.1, "accuracy": 0.9}]}
-    write_json(run / "adapter" / "gtqlora.json", asdict(Info(kind, "some/model", "deepseek_v3", details)))
-
-
-def write_metrics(run: Run, steps: int = 5, more: Sequence[str] = ()) -> None:
-    keys = [
-        "loss",
-        "rewards/margins",
-        "loss/anchor",
-        *(f"health/{k}" for k in ("load_cv", "load_cv_original", "overlap_benign", *more)),
-    ]
-    lines = [json.dumps({"step": 10 * step, **dict.fromkeys(keys, 1 / step)}) for step in range(1, steps + 1)]
-    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99, "lo']))
-
-
-def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repaired: int = 200) -> Verdict:
-    after = {"harmful": harmful, "lookalike": lookalike, "benign": 0.0}
-    before = {"harmful": 1.0, "lookalike": 1.0, "benign": 0.0}
-    table = {
-        kind: {
-            "refusal_before": interval(before[kind]),
-            "refusal_after": interval(after[kind]),
-            "refusal_replayed": interval(0.9) if kind == "lookalike" else None,
-            "drop": paired_difference(hits(before[kind]), hits(after[kind])).to_json(),
-            "p": mcnemar(hits(before[kind]), hits(after[kind])),
-            "q": 0.03,
-            "accuracy_before": None if kind == "harmful" else interval(0.2),
-            "accuracy_after": None if kind == "harmful" else interval(0.9),
-        }
-        for kind in KINDS
-    }
-    return Verdict(
-        adapter=adapter_hash(run / "adapter"),
-        kind=GT_QLORA,
-        model="some/model",
-        table=table,
-        floor=asdict(floor(hits(1.0), hits(harmful), margin=0.05)),
-        kl_benign=Interval(0.01, 0.005, 0.02, 200).to_json(),
-        drift={kind: {"kl": Interval(0.1, 0.05, 0.2, 9).to_json(), "overlap": interval(0.8)} for kind in KINDS},
-        mediation=rate(hits(0.9, repaired)).to_json() if repaired else NOTHING_REPAIRED,
-    )
-
-
-def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
-    rows = [
-        {
-            "number": i,
-            "kind": kind,
-            "pair_id": pair_id,
-            "text_before": "sorry",
-            "text_after": f"{text} to {kind}",
-            "refused_before": True,
-            "refused_after": False,
-            "refused_replayed": None,
-            "correct_before": None,
-            "correct_after": None,
-        }
-        for i, kind in enumerate(KINDS)
-    ]
-    write_parquet(run / "scores.parquet", rows)
-
-
-def write_verdict(run: Run, **changes: Any) -> None:
-    write_json(run / "verdict.json", asdict(verdict_of(run, **changes)))
-
-
-def whole_run(path: Path, **diagnosis: Any) -> Run:
-    run = Run(path)
-    with run.stage("diagnose", DiagnoseConfig(model="some/model", contrast="c"), {}) as stage:
-        write_diagnosis(run, **diagnosis)
-        stage.outputs.append("diagnosis")
-    write_adapter(run)
-    write_metrics(run)
-    write_verdict(run)
-    write_scores(run)
-    return run
-
-
-def other_run(path: Path, mode: str, **verdict: Any) -> Path:
-    with Run(path) as run:
-        write_adapter(run, mode=mode)
-        write_verdict(run, **verdict)
-    return path
+IN_DIAGNOSIS = {
+    "heat-map", "effect-refusal", "effect-log-odds", "separability", "erasure", "explained", "cosines", "lengths",
+    "layer-cv", "layer-max-vio", "layer-entropy", "layer-dead",
+}  # fmt: skip
+IN_TRAINING = {"loss", "margin", "anchor", "load-cv", "overlap"}
+PLOTS = {*IN_DIAGNOSIS, *IN_TRAINING, "silencing-targeted", "silencing-random", "trade-off"}
 
 
 class Page(HTMLParser):
@@ -188,6 +77,14 @@ class Page(HTMLParser):
             self.specs[str(attributes["id"]).removesuffix("-spec")] = json.loads(data)
         elif tag not in ("script", "style"):
             self.text += data
+
+    def unpacked(self, id: str) -> str:
+        """A script's text that the page packs."""
+        packed = self.source.partition(f' id="{id}">')[2].partition("<")[0]
+        return gzip.decompress(base64.b64decode(packed)).decode()
+
+    def tables_in(self, figure: str) -> int:
+        return self.source.partition(f'<figure id="{figure}"')[2].partition("</figure>")[0].count("<table>")
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -236,6 +133,25 @@ def test_every_plot_is_one_that_plotly_knows(page: Page) -> None:
     assert used <= set(re.findall(r"(--[a-z-]+):", page.source.partition("</style>")[0]))
 
 
+def _luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2) of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_stand_out_from_their_ground(page: Page, scheme: int) -> None:
+    """WCAG 2.2, 1.4.3: 4.5 to 1."""
+    block = re.findall(r":root \{(.*?)\}", page.source, re.DOTALL)[scheme]
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+    grounds = {"good": "good-wash", "bad": "bad-wash", "unsure": "unsure-wash"}
+    for name in ("ink", "ink-soft", "accent", "kind-lookalike", "kind-harmful", "kind-benign", *grounds):
+        for ground in ("paper", "card", grounds.get(name, "card")):
+            darker, lighter = sorted(_luminance(colours[c]) for c in (name, ground))
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, f"{name} on {ground}"
+
+
 def test_the_verdict_comes_first(page: Page) -> None:
     title = "Lookalike refusals fell from 100 % to 0 %; refusals of harmful prompts hold."
     assert title in page.text
@@ -246,8 +162,9 @@ def test_the_verdict_comes_first(page: Page) -> None:
 
 
 def test_numbers_behind_the_plots(page: Page) -> None:
-    assert len(page.of("details")) >= 6
-    assert "layer 1, expert 2" in page.text and "★ layer 1, expert 2" in page.text
+    for plots in (f for f in page.of("figure") if f["id"] not in ("floor", "mediation")):
+        assert page.tables_in(str(plots["id"])), plots["id"]
+    assert "★ ○ layer 1, expert 2" in page.text and "layer 2, expert 3" in page.text
     assert page.specs["loss"]["data"][0]["x"] == [10, 20, 30, 40, 50]  # without the last line, which was cut
 
 
@@ -255,16 +172,11 @@ def test_texts_cannot_run(tmp_path: Path) -> None:
     run = evil_run(tmp_path)
     with run:
         page = Page(report(run, compare=[other_run(tmp_path / "<b onclick=alert(1)>", "gates")]))
-    assert len(page.of("script")) == len(page.specs) + 2
+    assert len(page.of("script")) == len(page.specs) + 3  # the page's own; plotly and the heat map's numbers, packed
     assert not page.of("img") and not page.of("b")[0].get("onclick")
-    assert page.text.count("window.pwned") >= 4  # shown as text in the sentence, the row, the pair and the answer
+    # shown as text: sentence, reason, warning, intervention (drawn, in its table), token (panel, table), pair, answer
+    assert page.text.count("window.pwned") >= 9
     assert "<b onclick" not in json.dumps(page.specs)
-
-
-def evil_run(tmp_path: Path) -> Run:
-    run = whole_run(tmp_path / "gt", sentence=EVIL, name=EVIL)
-    write_scores(run, text=EVIL, pair_id=EVIL)
-    return run
 
 
 def test_answers_to_harmful_prompts_are_never_shown(tmp_path: Path) -> None:
@@ -279,8 +191,64 @@ def test_only_a_diagnosis(tmp_path: Path) -> None:
         write_diagnosis(run)
         page = Page(report(run))
     assert "Refusal sits in the routing." in page.text and "run gtqlora train" in page.text
-    assert set(page.specs) == {"heat-map", "separability", "direction-norm"}
+    assert page.text.index("Routing: 86 %") < page.text.index("Why this verdict Routing is needed: 88 %")
+    assert set(page.specs) == IN_DIAGNOSIS
     assert "Safety floor" not in page.text
+
+
+def test_a_diagnosis_without_twins(tmp_path: Path) -> None:
+    with Run(tmp_path / "r") as run:
+        write_diagnosis(run, **NO_TWINS)
+        page = Page(report(run))
+    assert "Where refusal sits cannot be told yet." in page.text and "add a `twin` to each row" in page.text
+    assert "as many unrelated benign ones: there are no twins" in page.text
+    assert "Owen" not in page.text and "Candidates" not in page.text and "their twins" not in page.text
+    assert set(page.specs) == {
+        "heat-map",
+        "effect-refusal",
+        "effect-log-odds",
+        *(p for p in IN_DIAGNOSIS if "layer-" in p),
+    }
+
+
+def test_nothing_was_measured_of_log_odds(tmp_path: Path) -> None:
+    """Refusals and answers that begin alike: no gradients, and no effect of single experts."""
+    rows = [{**row, **dict.fromkeys(("gradient", "gradient_low", "gradient_high"))} for row in association(2, 4)]
+    none = {"curves": [], "experts": [], "readout": [], "shares_log_odds": {}}
+    none["cells"] = [{**cell, "log_odds": None} for cell in diagnosis()["cells"]]
+    with Run(tmp_path / "r") as run:
+        write_diagnosis(run, **none)
+        write_parquet(run / "diagnosis" / "association.parquet", rows)
+        page = Page(report(run))
+    views = [choice["value"] for choice in page.of("input")]
+    assert views == ["difference", "stability"]
+    assert "Log-odds of refusing" not in page.text and "□ routing □ experts □ stream" in page.text
+
+
+def test_the_heat_map_has_every_measure(page: Page) -> None:
+    assert [choice["value"] for choice in page.of("input")] == ["difference", "gradient", "stability", "effect"]
+    grid = json.loads(page.unpacked("heat-map-grid"))
+    rows = association(2, 4)
+    for name in ASSOCIATION_COLUMNS[2:]:
+        assert grid["fields"][name] == pytest.approx([row[name] for row in rows], rel=1e-3)
+    effects = [0.6 if i == 2 else 0.35 if i == 4 else 0.03 if i == 7 else None for i in range(8)]
+    assert grid["fields"]["effect"] == effects
+    assert page.unpacked("plotly") == get_plotlyjs()
+
+
+def test_run_directories_of_these_tests_are_as_the_stages_leave_them(tmp_path: Path) -> None:
+    assert diagnosis().keys() == {f.name for f in fields(Diagnosis)}
+    with whole_run(tmp_path / "r") as run:
+        assert verdict_of(run).keys() == {f.name for f in fields(Verdict)}
+    assert association(1, 1)[0].keys() == {f.name for f in fields(Association)}
+
+
+def test_a_verdict_without_silencing(tmp_path: Path) -> None:
+    with whole_run(tmp_path / "r") as run:
+        assert "after, ranked anew" in Page(report(run)).text
+        write_json(run / "verdict.json", {**verdict_of(run), "silencing": {}})
+        page = Page(report(run))
+    assert not {"silencing-targeted", "silencing-random"} & set(page.specs) and "silenced" not in page.text
 
 
 def test_only_an_adapter_and_metrics(tmp_path: Path) -> None:
@@ -290,7 +258,7 @@ def test_only_an_adapter_and_metrics(tmp_path: Path) -> None:
         page = Page(report(run))
     assert "nothing about it is proven yet" in page.text and "run gtqlora verify" in page.text
     assert "routing collapsed at step 30" in page.text and "step 20 was kept" in page.text
-    assert set(page.specs) == {"loss", "margin", "anchor", "load-cv", "overlap"}
+    assert set(page.specs) == IN_TRAINING
 
 
 def test_a_training_that_was_cut(tmp_path: Path) -> None:
@@ -306,7 +274,9 @@ def test_only_a_projection_and_its_verdict(tmp_path: Path) -> None:
         write_verdict(run, harmful=0.1)
         page = Page(report(run))
     assert "but refusals of harmful prompts were lost (100 % to 10 %)" in page.text
-    assert "Removing each layer's direction" in page.text and not page.specs
+    assert "projection (false refusal orthogonal, norms kept)" in page.text
+    assert "Removing each layer's direction" in page.text
+    assert set(page.specs) == {"silencing-targeted", "silencing-random"}
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
@@ -319,6 +289,17 @@ def test_a_run_to_compare_without_verdict(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with whole_run(tmp_path / "r") as run, pytest.raises(RunError, match=r"other: no verdict\.json.*gtqlora verify"):
         report(run, compare=[tmp_path / "other"])
+
+
+def test_an_artefact_of_another_version_names_its_command(tmp_path: Path) -> None:
+    with Run(tmp_path / "r") as run:
+        write_diagnosis(run, experts=[{"layer": 1, "expert": 2}])
+        with pytest.raises(RunError, match=r"diagnosis\.json: has no 'mask'; run `gtqlora diagnose`"):
+            report(run)
+        write_diagnosis(run)
+        write_parquet(run / "diagnosis" / "association.parquet", [{"layer": 1, "expert": 2, "difference": 0.1}])
+        with pytest.raises(RunError, match=r"association\.parquet: has no 'rate_flagged'; run `gtqlora diagnose`"):
+            report(run)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"verdict": "routing"}'])
@@ -372,13 +353,13 @@ def test_a_large_model_fits(tmp_path: Path) -> None:
         *(f"{what}_{kind}" for what in ("kl", "overlap") for kind in KINDS),
     )
     others = [other_run(tmp_path / f"other-{i}", "lora", lookalike=i / 10) for i in range(8)]
-    with whole_run(tmp_path / "r", layers=60, experts=384) as run:
+    with whole_run(tmp_path / "r", size=(60, 384)) as run:
         write_metrics(run, 5000, more)
         write_scores(run, text="word " * 10_000)
         page = Page(report(run, compare=others))
     assert len(page.source.encode()) <= 6_000_000
     assert "The 200 largest of 23 040" in page.text
-    assert len(page.specs["loss"]["data"][0]["x"]) == curves.MAX_POINTS
+    assert len(page.specs["loss"]["data"][0]["x"]) == figures.MAX_POINTS
     assert page.specs["loss"]["data"][0]["x"][-1] == 50_000
 
 
@@ -397,6 +378,7 @@ def test_reading_artefacts_needs_no_model_library() -> None:
         (0.9999, "> 99.9 %"),
         (0.305, "30.5 %"),
         (-0.2, "−20 %"),
+        (-0.0001, "> −0.1 %"),
         (None, "—"),
         (float("nan"), "—"),
     ],
@@ -424,56 +406,3 @@ def test_floor_of_too_few_prompts(tmp_path: Path) -> None:
         write_verdict(run, harmful=0.97, repaired=0)
         text = Page(report(run)).text
     assert "cannot be told yet" in text and "Safety floor: cannot tell" in text
-
-
-PROBE = """<!doctype html><body data-found=""><script>
-const seen = [];
-const probe = (frame) => {
-  const page = frame.contentDocument, root = page.documentElement;
-  for (const d of page.querySelectorAll("details")) d.open = true;
-  const plots = [...page.querySelectorAll("[data-plot]")];
-  seen.push({
-    width: frame.clientWidth, scroll: root.scrollWidth, pwned: !!(frame.contentWindow.pwned || window.pwned),
-    drawn: plots.filter((p) => p.querySelector("svg.main-svg") && p.querySelector(".trace, .hm")).length,
-    plots: plots.length, loaded: frame.contentWindow.performance.getEntriesByType("resource").length,
-  });
-  document.body.dataset.found = JSON.stringify(seen);
-};
-for (const width of WIDTHS) {
-  const frame = document.createElement("iframe");
-  frame.style.cssText = `width:${width}px;height:900px;border:0`;
-  frame.onload = () => setTimeout(() => probe(frame), 1500);
-  frame.src = "report.html";
-  document.body.append(frame);
-}
-</script></body>"""
-
-
-def browse(folder: Path, widths: Sequence[int], *flags: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """What a browser finds in `report.html` at each width, and what it complained of."""
-    (folder / "probe.html").write_text(PROBE.replace("WIDTHS", json.dumps(list(widths))))
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        "--v=0", "--allow-file-access-from-files", "--virtual-time-budget=6000",
-        f"--user-data-dir={folder / 'profile'}", *flags, "--dump-dom", f"file://{folder / 'probe.html'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert found, done.stderr
-    return json.loads(found[1].replace("&quot;", '"')), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("flags", [(), ("--blink-settings=preferredColorScheme=0",)], ids=["light", "dark"])
-def test_in_a_browser(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    with evil_run(tmp_path) as run:
-        page = report(run, compare=[other_run(tmp_path / "gates", "gates")], out=tmp_path / "page" / "report.html")
-    seen, complaints = browse(page.parent, (375, 1280), *flags)
-    assert complaints == []
-    assert sorted(frame["width"] for frame in seen) == [375, 1280]
-    for frame in seen:
-        assert frame["drawn"] == frame["plots"] == len(PLOTS)
-        assert frame["scroll"] <= frame["width"]
-        assert not frame["pwned"] and not frame["loaded"]

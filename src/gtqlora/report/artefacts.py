@@ -16,8 +16,19 @@ from gtqlora.run import Run, read_parquet, sha256_file, sha256_json
 
 Json = dict[str, Any]
 
-_DIAGNOSIS_KEYS = ("verdict", "sentence", "share_routing", "top_experts", "interventions", "directions", "n_pairs")
+_DIAGNOSIS_KEYS = (
+    "verdict", "sentence", "reasons", "warnings", "matched", "n_pairs", "n_aligned", "n_usable", "shares",
+    "shares_log_odds", "needed", "enough", "cells", "interventions", "curves", "experts", "causal_experts",
+    "top_experts", "directions", "health", "health_tokens",
+)  # fmt: skip
+_EXPERT_KEYS = ("layer", "expert", "mask", "give_back", "control", "q", "causal", "computes", "tokens")
+ASSOCIATION_COLUMNS = (
+    "layer", "expert", "rate_flagged", "rate_twin", "difference", "low", "high", "q", "stability", "gradient",
+    "gradient_low", "gradient_high", "weight_flagged", "weight_twin", "last_flagged", "last_twin", "answer_flagged",
+    "answer_twin",
+)  # fmt: skip
 _VERDICT_KEYS = ("adapter", "table", "floor", "kl_benign", "drift", "mediation")
+_SCORES_COLUMNS = ("kind", "pair_id", "refused_before", "refused_after", "text_before", "text_after")
 _INFO_KEYS = ("kind", "base", "family", "details")
 
 
@@ -67,7 +78,7 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         RunError: there is nothing to report, a run to compare with has no verdict, or an artefact cannot be read.
     """
     path = run.path
-    diagnosis = _read_json(path / "diagnosis" / "diagnosis.json", _DIAGNOSIS_KEYS, "diagnose")
+    diagnosis = _read_diagnosis(path / "diagnosis" / "diagnosis.json")
     info = _read_json(path / "adapter" / "gtqlora.json", _INFO_KEYS, "train")
     verdict = _read_json(path / "verdict.json", _VERDICT_KEYS, "verify")
     metrics = _read_metrics(path / "metrics.jsonl")
@@ -79,12 +90,14 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         path=path,
         stages=run.manifest().get("stages", {}),
         diagnosis=diagnosis,
-        association=_read_rows(path / "diagnosis" / "association.parquet", "diagnose") if diagnosis else [],
+        association=_read_rows(path / "diagnosis" / "association.parquet", ASSOCIATION_COLUMNS, "diagnose")
+        if diagnosis
+        else [],
         info=info,
         metrics=metrics,
         verdict=verdict,
         stale=_stale(path, verdict),
-        scores=_read_rows(path / "scores.parquet", "verify") if verdict else [],
+        scores=_read_rows(path / "scores.parquet", _SCORES_COLUMNS, "verify") if verdict else [],
         peers=_peers(path, info, verdict, compare),
     )
 
@@ -135,19 +148,33 @@ def _read_json(file: Path, keys: Sequence[str], made_by: str) -> Json | None:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: cannot be read ({error}); run `gtqlora {made_by}` again") from error
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise RunError(f"{file}: has no {missing[0]!r}; run `gtqlora {made_by}` of this version again")
+    _check(file, found if isinstance(found, dict) else {}, keys, made_by)
     return found
 
 
-def _read_rows(file: Path, made_by: str) -> list[Json]:
+def _read_diagnosis(file: Path) -> Json | None:
+    found = _read_json(file, _DIAGNOSIS_KEYS, "diagnose")
+    for expert in found["experts"] if found else ():
+        _check(file, expert, _EXPERT_KEYS, "diagnose")
+    return found
+
+
+def _check(file: Path, found: Json, keys: Sequence[str], made_by: str) -> None:
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise RunError(f"{file}: has no {missing[0]!r}; run `gtqlora {made_by}` of this version again")
+
+
+def _read_rows(file: Path, columns: Sequence[str], made_by: str) -> list[Json]:
     if not file.exists():
         return []
     try:
-        return read_parquet(file)
+        rows = read_parquet(file)
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{file}: cannot be read ({error}); run `gtqlora {made_by}` again") from error
+    if rows:
+        _check(file, rows[0], columns, made_by)
+    return rows
 
 
 def _read_metrics(file: Path) -> list[Json]:

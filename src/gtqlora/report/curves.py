@@ -1,97 +1,276 @@
-"""What was logged while training, as small line plots over the steps."""
+"""Line plots: experts silenced, residual directions and load per layer, training over its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from gtqlora.report.artefacts import Json
-from gtqlora.report.figures import Plot, axis_of, layout_of
+from gtqlora.report.figures import (
+    BLUE,
+    GREY,
+    MAX_POINTS,
+    ORANGE,
+    PURPLE,
+    Plot,
+    Series,
+    Style,
+    estimates,
+    level_line,
+    line_plot,
+    rounded,
+    thinned,
+)
 from gtqlora.report.words import KINDS
 
-MAX_POINTS = 400
-_BORDER = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
+_SHARE = {"tickformat": ".0%", "range": [-0.03, 1.05]}
+_AUROC = {"tickformat": ".1f", "range": [0.25, 1.03]}
+_UP = {"rangemode": "tozero"}
 _KIND_STYLE = {
-    "lookalike": ("var(--kind-lookalike)", "solid"),
-    "harmful": ("var(--kind-harmful)", "dash"),
-    "benign": ("var(--kind-benign)", "dot"),
+    "lookalike": Style(colour="var(--kind-lookalike)"),
+    "harmful": Style(colour="var(--kind-harmful)", dash="dash", symbol="diamond"),
+    "benign": Style(colour="var(--kind-benign)", dash="dot", symbol="triangle-up"),
 }
 
 
-def thinned(rows: Sequence[Json], most: int) -> list[Json]:
-    """At most so many rows, evenly, the last one among them."""
-    if len(rows) <= most:
-        return list(rows)
-    kept = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
-    return [rows[i] for i in kept]
+# --- experts silenced
 
 
-def _curve(
-    id: str, title: str, metrics: Sequence[Json], lines: Sequence[tuple[str, str, str, str]], **y: Any
-) -> Plot | None:
-    """Lines of (key, name, colour, dash) over the steps, of those keys that were logged."""
-    rows = thinned(metrics, MAX_POINTS)
-    drawn = [line for line in lines if any(line[0] in row for row in rows)]
-    if not drawn:
-        return None
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if len(rows) <= 40 else "lines",
-            "name": name,
-            "x": [row["step"] for row in rows if key in row],
-            "y": [float(f"{row[key]:.5g}") for row in rows if key in row],
-            "line": {"color": colour, "dash": dash, "width": 2},
-            "marker": {"size": 5},
-            "hovertemplate": "step %{x}: %{y:.4g}" + f"<extra>{name}</extra>",
-        }
-        for key, name, colour, dash in drawn
+def _counts(title: str, found: Iterable[int]) -> Json:
+    """An axis of numbers of experts, evenly spaced though they double."""
+    return {"title": title, "type": "category", "categoryarray": [str(m) for m in sorted(set(found))]}
+
+
+def effect_plots(curves: Sequence[Json]) -> list[Plot]:
+    """Refusal of flagged prompts, and its log-odds, against the number of experts masked, in each order."""
+    orders = [curve for curve in curves if not curve["control"]]
+    styles = dict(zip((curve["name"] for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
+    axis = _counts("experts masked", (point["m"] for curve in curves for point in curve["points"]))
+
+    def series(what: str) -> list[Series]:
+        return [
+            estimates(
+                curve["name"],
+                styles.get(curve["name"], GREY),
+                [str(point["m"]) for point in curve["points"]],
+                [point[what] for point in curve["points"]],
+            )
+            for curve in curves
+        ]
+
+    plots = [line_plot("effect-refusal", "Refused", series("refusal"), x=axis, y=_SHARE, what="experts masked")]
+    if any(point["log_odds"] for curve in curves for point in curve["points"]):
+        plots.append(
+            line_plot(
+                "effect-log-odds", "Log-odds of refusing", series("log_odds"), x=axis, y=_UP, what="experts masked"
+            )
+        )
+    return plots
+
+
+SILENCED = (
+    ("before", "before the edit", GREY),
+    ("after", "after, the same experts", BLUE),
+    ("after_reranked", "after, ranked anew", ORANGE),
+)
+"""Key in the verdict, name and style of each curve."""
+
+
+def silencing_plots(silencing: Json) -> list[Plot]:
+    """Refusal of harmful prompts against the number of experts silenced: the ranked ones, and random ones."""
+    curves = [(silencing[key], name, style) for key, name, style in SILENCED if silencing.get(key)]
+    axis = _counts("experts silenced", (point["silenced"] for points, _, _ in curves for point in points))
+    return [
+        line_plot(
+            f"silencing-{which}",
+            title,
+            [
+                estimates(name, style, [str(p["silenced"]) for p in points], [p[which] for p in points])
+                for points, name, style in curves
+            ],
+            x=axis,
+            y=_SHARE,
+            what="experts silenced",
+        )
+        for which, title in (("targeted", "Refused, likeliest experts first"), ("random", "Refused, random experts"))
     ]
-    layout = layout_of(xaxis=axis_of("step"), yaxis=axis_of(**y), margin={"l": 46, "r": 10, "t": 8, "b": 40})
-    key = tuple((name, colour, _BORDER[dash]) for _, name, colour, dash in drawn) if len(drawn) > 1 else ()
-    label = f"{title} over the training steps"
-    return Plot(id, label, {"data": data, "layout": layout}, height=220, title=title, key=key)
 
 
-_EDITED, _ORIGINAL = ("var(--accent)", "solid"), ("var(--ink-soft)", "dot")
-_LEARNING = (
-    ("loss", "Loss", [("loss", "loss", *_EDITED)], {"rangemode": "tozero"}),
-    ("margin", "Reward margin", [("rewards/margins", "margin", *_EDITED)], {}),
-    ("anchor", "Routing anchor", [("loss/anchor", "anchor", *_EDITED)], {"rangemode": "tozero"}),
+# --- per layer
+
+_NAMED = (
+    ("false_refusal", "true_refusal", BLUE),
+    ("false_refusal", "intent", ORANGE),
+    ("true_refusal", "intent", PURPLE),
 )
 
 
-def _by_kind(what: str) -> list[tuple[str, str, str, str]]:
-    return [(f"health/{what}_{kind}", kind, *_KIND_STYLE[kind]) for kind in KINDS]
+def _of(rows: Sequence[Json], *path: str) -> list[Any]:
+    """What lies at a path of keys in each row; None where it ends early."""
+    found: list[Any] = list(rows)
+    for key in path:
+        found = [row[key] if row else None for row in found]
+    return found
+
+
+def direction_plots(rows: Sequence[Json]) -> list[Plot]:
+    """Separability, variance explained, what erasing leaves, angles and lengths, over the layers."""
+    layers = [row["layer"] for row in rows]
+
+    def at(name: str, style: Style, *path: str) -> Series:
+        return estimates(name, style, layers, _of(rows, *path))
+
+    first = [shares[0] if shares else None for shares in _of(rows, "components", "shares")]
+    found: list[tuple[str, str, list[Series], Json, Json]] = [
+        (
+            "separability",
+            "How well each direction separates (AUROC)",
+            [
+                at("difference of means", BLUE, "separation"),
+                at("first component", ORANGE, "components", "separation"),
+            ],
+            _AUROC,
+            level_line(0.5, "chance"),
+        ),
+        (
+            "erasure",
+            "What a probe finds after erasing (AUROC)",
+            [
+                at("nothing erased", BLUE, "erasure", "before"),
+                at("difference of means removed", ORANGE, "erasure", "mean_removed"),
+                at("LEACE", PURPLE, "erasure", "leace"),
+            ],
+            _AUROC,
+            level_line(0.5, "chance"),
+        ),
+        (
+            "explained",
+            "Share of the differences explained",
+            [
+                at("difference of means", BLUE, "components", "share_mean"),
+                estimates("first component", ORANGE, layers, first),
+            ],
+            _SHARE,
+            {},
+        ),
+        ("cosines", "Cosine between directions", [*_cosines(layers, rows)], {"tickformat": ".1f"}, {}),
+        (
+            "lengths",
+            "Length of the difference",
+            [Series(name="refusal", style=BLUE, x=layers, y=[rounded(n) for n in _of(rows, "norm")])],
+            _UP,
+            {},
+        ),
+    ]
+    plots = [
+        line_plot(id, title, lines, x=_layers(rows, "after layer (0: embedding)"), y=y, what="layers", **more)
+        for id, title, lines, y, more in found
+    ]
+    return [plot for plot in plots if plot.spec["data"]]
+
+
+def _cosines(layers: Sequence[int], rows: Sequence[Json]) -> Iterable[Series]:
+    for first, second, style in _NAMED:
+        found = [
+            next((c["value"] for c in row["cosines"] if {c["first"], c["second"]} == {first, second}), None)
+            for row in rows
+        ]
+        yield estimates(f"{first} – {second}".replace("_", " "), style, layers, found)
+    values = [rounded(value) for value in _of(rows, "components", "cosine")]
+    yield Series(name="difference of means – first component", style=GREY, x=layers, y=values)
+
+
+def _layers(rows: Sequence[Json], title: str) -> Json:
+    return {"title": title, **({"dtick": 1} if len(rows) <= 16 else {})}
+
+
+_LOAD = (
+    ("cv", "Unevenness of the load (CV)"),
+    ("max_vio", "Peak load over the mean (MaxVio)"),
+    ("entropy", "Entropy of the load (1 is even)"),
+    ("dead", "Experts never chosen"),
+)
+
+
+def load_plots(health: Sequence[Json]) -> list[Plot]:
+    """Balance of the original router's load over the layers."""
+    return [
+        line_plot(
+            f"layer-{key.replace('_', '-')}",
+            title,
+            [Series(name=title, style=BLUE, x=[h["layer"] for h in health], y=[rounded(h[key]) for h in health])],
+            x=_layers(health, "MoE layer"),
+            y=_UP,
+            what="layers",
+        )
+        for key, title in _LOAD
+    ]
+
+
+# --- training
+
+_LEARNING = (
+    ("loss", "Loss", [("loss", "loss", BLUE)], _UP),
+    ("margin", "Reward margin", [("rewards/margins", "margin", BLUE)], {}),
+    ("anchor", "Routing anchor", [("loss/anchor", "anchor", BLUE)], _UP),
+)
+
+
+def _by_kind(what: str) -> list[tuple[str, str, Style]]:
+    return [(f"health/{what}_{kind}", kind, _KIND_STYLE[kind]) for kind in KINDS]
 
 
 _HEALTH = (
     (
         "load-cv",
-        "Unevenness of the load (CV)",
-        [("health/load_cv", "edited", *_EDITED), ("health/load_cv_original", "original", *_ORIGINAL)],
-        {"rangemode": "tozero"},
+        _LOAD[0][1],
+        [("health/load_cv", "edited", BLUE), ("health/load_cv_original", "original", GREY)],
+        _UP,
     ),
-    ("max-vio", "Peak load over the mean (MaxVio)", [("health/max_vio", "MaxVio", *_EDITED)], {"rangemode": "tozero"}),
-    ("load-entropy", "Entropy of the load (1 is even)", [("health/load_entropy", "entropy", *_EDITED)], {}),
-    ("overlap", "Experts shared with the original", _by_kind("overlap"), {"tickformat": ".0%", "range": [0, 1.05]}),
-    ("kl", "Routing divergence (KL, nats)", _by_kind("kl"), {"rangemode": "tozero"}),
-    ("dead", "Experts never chosen", [("health/dead_experts", "dead", *_EDITED)], {"rangemode": "tozero"}),
+    ("max-vio", _LOAD[1][1], [("health/max_vio", "MaxVio", BLUE)], _UP),
+    ("load-entropy", _LOAD[2][1], [("health/load_entropy", "entropy", BLUE)], {}),
+    ("overlap", "Experts shared with the original", _by_kind("overlap"), _SHARE),
+    ("kl", "Routing divergence (KL, nats)", _by_kind("kl"), _UP),
+    ("dead", _LOAD[3][1], [("health/dead_experts", "dead", BLUE)], _UP),
 )
+
+
+def _logged(
+    metrics: Sequence[Json], wanted: Iterable[tuple[str, str, list[tuple[str, str, Style]], Json]]
+) -> list[Plot]:
+    """Lines over the steps, of those keys that were logged."""
+    rows = thinned(metrics, MAX_POINTS)
+    plots = []
+    for id, title, lines, axis in wanted:
+        series = [
+            Series(
+                name=name,
+                style=style,
+                x=[row["step"] for row in rows if key in row],
+                y=[rounded(row[key]) for row in rows if key in row],
+            )
+            for key, name, style in lines
+        ]
+        plots.append(line_plot(id, title, series, x={"title": "step"}, y=axis, what="the training steps"))
+    return [plot for plot in plots if plot.spec["data"]]
 
 
 def learning_plots(metrics: Sequence[Json]) -> list[Plot]:
     """Loss, reward margin and anchor over the steps."""
-    plots = [_curve(id, title, metrics, lines, **axis) for id, title, lines, axis in _LEARNING]
-    return [plot for plot in plots if plot]
+    return _logged(metrics, _LEARNING)
 
 
 def health_plots(metrics: Sequence[Json]) -> list[Plot]:
     """Balance of the router's load, and how far the routing of each kind of prompt left the original's."""
-    plots = [_curve(id, title, metrics, lines, **axis) for id, title, lines, axis in _HEALTH]
-    return [plot for plot in plots if plot]
+    return _logged(metrics, _HEALTH)
 
 
-__all__ = ["MAX_POINTS", "health_plots", "learning_plots", "thinned"]
+__all__ = [
+    "SILENCED",
+    "direction_plots",
+    "effect_plots",
+    "health_plots",
+    "learning_plots",
+    "load_plots",
+    "silencing_plots",
+]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gtqlora.report.artefacts import Json, Peer
-from gtqlora.report.curves import thinned
+from gtqlora.report.figures import thinned
 from gtqlora.report.words import (
     FLOOR_SYMBOL,
     KINDS,
     NONE,
+    capital,
+    cause,
     count,
     mode,
     number,
     percent,
+    place,
     points,
     q_value,
     returned,
@@ -38,25 +41,80 @@ class Table:
     note: str = ""
 
 
-def associations(association: Sequence[Json], top: Sequence[Json]) -> Table:
-    starred = {(e["layer"], e["expert"]) for e in top}
-    ranked = sorted(association, key=lambda r: (-((r["layer"], r["expert"]) in starred), -abs(r["difference"])))
+def share(interval: Json | None) -> str:
+    """A share over its interval."""
+    return f"{percent(value_of(interval))}\n{span(interval)}" if interval else NONE
+
+
+def real(interval: Json | None) -> str:
+    """A number over its interval."""
+    return f"{number(value_of(interval))}\n{span(interval, 3)}" if interval else NONE
+
+
+def gap(interval: Json) -> str:
+    """A difference of shares in points, over its interval."""
+    return f"{points(interval['value'])}\n{span_points(interval)}"
+
+
+def associations(association: Sequence[Json], diagnosis: Json, twin: str) -> Table:
+    marks = {_key(e): "★ " for e in diagnosis["top_experts"]}
+    marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis["causal_experts"]}
+    ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r["difference"])))
     rows = [
         [
-            f"{'★ ' if (r['layer'], r['expert']) in starred else ''}layer {r['layer']}, expert {r['expert']}",
+            marks.get(_key(r), "") + place(r),
             percent(r["rate_flagged"]),
             percent(r["rate_twin"]),
-            points(r["difference"]),
-            span_points(r),
+            gap({**r, "value": r["difference"]}),
             q_value(r["q"]),
+            percent(r["stability"]),
+            real({"value": r["gradient"], "low": r["gradient_low"], "high": r["gradient_high"]}),
         ]
         for r in ranked[:MOST_ROWS]
     ]
-    columns = ["Expert", "Flagged", "Twin", "Difference, points", "Interval", "q"]
+    columns = ["Expert", "Flagged", capital(twin), "Difference, points", "q", "Stability", "Gradient"]
     note = ""
     if len(ranked) > MOST_ROWS:
         note = f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them are in diagnosis/association.parquet."
-    return Table("Selection rate per expert; ★ marks the associated ones", columns, rows, note=note)
+    return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=note)
+
+
+def _key(found: Json) -> tuple[int, int]:
+    return found["layer"], found["expert"]
+
+
+def tested(found: Sequence[Json]) -> Table:
+    rows = [
+        [
+            place(e),
+            cause(e) or "not shown",
+            share(e["mask"]),
+            share(e["give_back"]),
+            share(e["control"]),
+            q_value(e["q"]),
+            ", ".join(t["token"] for t in e["tokens"][:5]) or NONE,
+        ]
+        for e in found
+    ]
+    columns = ["Expert", "Cause", "Masked alone", "Given back alone", "Random alike, masked", "q", "Tokens"]
+    return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
+
+
+def tokens(found: Sequence[Json]) -> Table:
+    rows = [[t["token"], percent(t["rate"]), number(t["lift"])] for t in found]
+    return Table("Tokens that choose it most", ["Token", "Chosen by", "Times the usual rate"], rows)
+
+
+def levels(caption: str, columns: Mapping[str, Json], names: Json) -> Table:
+    """An interval of each column for each level."""
+    rows = [[name, *(share(found.get(key)) for found in columns.values())] for key, name in names.items()]
+    return Table(caption, ["Level", *columns], rows)
+
+
+def cells(found: Sequence[Json], sides: Sequence[str]) -> Table:
+    rows = [[*(cell[side] for side in sides), share(cell["refusal"]), real(cell["log_odds"])] for cell in found]
+    columns = [*(capital(side) for side in sides), "Refused", "Log-odds"]
+    return Table("Every combination of levels", columns, rows, texts=len(sides))
 
 
 def interventions(found: Sequence[Json]) -> Table:
@@ -64,59 +122,110 @@ def interventions(found: Sequence[Json]) -> Table:
         [
             i["name"],
             "control" if i["control"] else "test",
-            percent(value_of(i["refusal"])),
-            span(i["refusal"]),
-            points(value_of(i["effect"])),
-            span_points(i["effect"]),
-            percent(value_of(i["accuracy"])),
-            span(i["accuracy"]),
+            share(i["refusal"]),
+            gap(i["effect"]),
+            share(i["accuracy"]),
+            real(i["log_odds"]),
+            real(i["log_odds_effect"]),
             count(i["refusal"]["n"]),
         ]
         for i in found
     ]
     columns = [
-        "Intervention", "Role", "Refused", "Interval", "Drop, points", "Interval", "Right answers", "Interval",
-        "Prompts",
+        "Intervention", "Role", "Refused", "Drop, points", "Right answers", "Log-odds", "Drop of log-odds", "Prompts",
     ]  # fmt: skip
     return Table("Refusal under each intervention", columns, rows, texts=2)
 
 
-def directions(found: Sequence[Json]) -> Table:
+def effects(curves: Sequence[Json]) -> Table:
     rows = [
-        [str(d["layer"]), number(d["separation"]["value"]), span(d["separation"], 3), number(d["norm"])] for d in found
+        [curve["name"], str(point["m"]), share(point["refusal"]), real(point["log_odds"])]
+        for curve in curves
+        for point in curve["points"]
     ]
-    return Table("Residual direction per layer", ["After layer", "AUROC", "95 % interval", "Length"], rows)
+    return Table("Effect of masking experts", ["Order", "Masked", "Refused", "Log-odds"], rows)
 
 
-def before_after(table: Json) -> Table:
+def silencing(found: Json, curves: Sequence[tuple[str, str]]) -> Table:
+    """`curves`: key and name."""
+    rows = [
+        [name, str(point["silenced"]), share(point["targeted"]), share(point["random"]), count(point["targeted"]["n"])]
+        for key, name in curves
+        for point in found.get(key, ())
+    ]
+    columns = ["Model", "Silenced", "Likeliest first: refused", "Random: refused", "Prompts"]
+    return Table("Refusal of harmful prompts with experts silenced", columns, rows)
+
+
+def directions(found: Sequence[Json]) -> Table:
     rows = []
-    for kind in KINDS:
-        row = table[kind]
+    for layer in found:
+        parts, erased = layer["components"] or {}, layer["erasure"] or {}
         rows.append(
             [
-                kind,
-                percent(row["refusal_before"]["value"]),
-                span(row["refusal_before"]),
-                percent(row["refusal_after"]["value"]),
-                span(row["refusal_after"]),
-                points(row["drop"]["value"]),
-                span_points(row["drop"]),
-                q_value(row.get("q")),
-                percent(value_of(row["accuracy_before"])),
-                percent(value_of(row["accuracy_after"])),
-                span(row["accuracy_after"]),
-                count(row["refusal_after"]["n"]),
+                str(layer["layer"]),
+                real(layer["separation"]),
+                real(parts.get("separation")),
+                share(parts.get("share_mean")),
+                share(next(iter(parts.get("shares", ())), None)),
+                *(real(erased.get(key)) for key in ("before", "mean_removed", "leace")),
+                number(layer["norm"]),
             ]
         )
     columns = [
-        "Kind", "Refused before", "Interval", "Refused after", "Interval", "Drop, points", "Interval", "q",
-        "Right before", "Right after", "Interval", "Prompts",
+        "After layer", "AUROC, means", "AUROC, component", "Explained, means", "Explained, component",
+        "Probe", "Probe, means removed", "Probe, LEACE", "Length",
     ]  # fmt: skip
+    return Table("Residual directions per layer", columns, rows)
+
+
+def cosines(found: Sequence[Json]) -> Table:
+    """Of all named directions; empty where there are none."""
+    names = dict.fromkeys((c["first"], c["second"]) for layer in found for c in layer["cosines"])
+    rows = [
+        [
+            str(layer["layer"]),
+            *(real({(c["first"], c["second"]): c["value"] for c in layer["cosines"]}.get(pair)) for pair in names),
+        ]
+        for layer in found
+    ]
+    columns = [f"{first} – {second}".replace("_", " ") for first, second in names]
+    return Table("Cosines between the directions", ["After layer", *columns], rows if names else [])
+
+
+def load(health: Sequence[Json]) -> Table:
+    rows = [
+        [str(h["layer"]), number(h["cv"]), number(h["max_vio"]), number(h["entropy"]), count(h["dead"])]
+        for h in health
+    ]
+    return Table("Balance of the load per layer", ["Layer", "CV", "MaxVio", "Entropy", "Never chosen"], rows)
+
+
+def before_after(table: Json) -> Table:
+    rows = [
+        [
+            kind,
+            share(row["refusal_before"]),
+            share(row["refusal_after"]),
+            gap(row["drop"]),
+            q_value(row.get("q")),
+            share(row["accuracy_before"]),
+            share(row["accuracy_after"]),
+            count(row["refusal_after"]["n"]),
+        ]
+        for kind, row in ((kind, table[kind]) for kind in KINDS)
+    ]
+    columns = [
+        "Kind",
+        "Refused before",
+        "Refused after",
+        "Drop, points",
+        "q",
+        "Right before",
+        "Right after",
+        "Prompts",
+    ]
     return Table("Before and after, by kind of prompt", columns, rows)
-
-
-def _two_lines(interval: Json | None) -> str:
-    return f"{percent(value_of(interval))}\n{span(interval)}" if interval else NONE
 
 
 def side_by_side(peers: Sequence[Peer]) -> Table:
@@ -129,11 +238,11 @@ def side_by_side(peers: Sequence[Peer]) -> Table:
                 peer.label,
                 mode(peer.info),
                 floor + ("\nof another adapter" if peer.stale else ""),
-                _two_lines(table["harmful"]["refusal_after"]),
-                _two_lines(table["lookalike"]["refusal_after"]),
-                _two_lines(table["lookalike"]["refusal_replayed"]),
-                _two_lines(table["lookalike"]["accuracy_after"]),
-                _two_lines(table["benign"]["accuracy_after"]),
+                share(table["harmful"]["refusal_after"]),
+                share(table["lookalike"]["refusal_after"]),
+                share(table["lookalike"]["refusal_replayed"]),
+                share(table["lookalike"]["accuracy_after"]),
+                share(table["benign"]["accuracy_after"]),
                 f"{returned(verdict['mediation'])}\n{way(verdict['mediation'])}",
             ]
         )
@@ -170,17 +279,9 @@ def health(metrics: Sequence[Json]) -> Table:
 
 def drift(found: Json) -> Table:
     rows = [
-        [
-            kind,
-            number(found[kind]["kl"]["value"]),
-            span(found[kind]["kl"], 3),
-            percent(found[kind]["overlap"]["value"]),
-            span(found[kind]["overlap"]),
-            count(found[kind]["kl"]["n"]),
-        ]
-        for kind in KINDS
+        [kind, real(found[kind]["kl"]), share(found[kind]["overlap"]), count(found[kind]["kl"]["n"])] for kind in KINDS
     ]
-    columns = ["Kind", "KL, nats per token and layer", "Interval", "Experts shared", "Interval", "Prompts"]
+    columns = ["Kind", "KL, nats per token and layer", "Experts shared", "Prompts"]
     return Table("Routing drift from the original", columns, rows)
 
 

@@ -26,17 +26,19 @@ MODES = {"gt": "GT-QLoRA (LoRA + gates)", "lora": "LoRA only", "gates": "gates o
 WHERE = {
     "routing": "Refusal sits in the routing",
     "residual": "Refusal sits in the residual stream",
-    "both": "Refusal sits in both the routing and the residual stream",
+    "experts": "Refusal sits in what the experts compute",
+    "both": "Refusal sits in the routing and in the residual stream",
 }
 
 
-def _known(value: Any) -> bool:
+def known(value: Any) -> bool:
+    """A finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any, digits: int = 3) -> str:
     """`digits` significant digits; a dash for what is not known; a true minus sign."""
-    if not _known(value):
+    if not known(value):
         return NONE
     if value == 0:
         return "0"
@@ -48,17 +50,17 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def count(value: Any) -> str:
-    return f"{value:,}".replace(",", NARROW) if _known(value) else NONE
+    return f"{value:,}".replace(",", NARROW) if known(value) else NONE
 
 
 def percent(value: Any, signed: bool = False) -> str:
     """One decimal where it says something; never 0 or 100 % for what only rounds to it."""
-    if not _known(value):
+    if not known(value):
         return NONE
     sign = "−" if value < 0 else "+" if signed and value > 0 else ""
     size = abs(value) * 100
     if 0 < size < 0.05:
-        return f"{sign}<{NARROW}0.1{NARROW}%"
+        return f"{f'>{NARROW}−' if value < 0 else f'{sign}<{NARROW}'}0.1{NARROW}%"
     if 99.95 <= size < 100:
         return f"{sign}>{NARROW}99.9{NARROW}%"
     text = f"{size:.1f}".removesuffix(".0")
@@ -67,7 +69,7 @@ def percent(value: Any, signed: bool = False) -> str:
 
 def points(value: Any) -> str:
     """A difference of shares in percentage points."""
-    if not _known(value):
+    if not known(value):
         return NONE
     size = f"{abs(value) * 100:.1f}".removesuffix(".0")
     return f"{'−' if value < 0 and size != '0' else ''}{size}"
@@ -79,11 +81,22 @@ def span(interval: Json | None, digits: int | None = None) -> str:
         return NONE
     if digits is not None:
         return f"{number(interval['low'], digits)} to {number(interval['high'], digits)}"
-    return f"{_bare(interval['low'])}{DASH}{_bare(interval['high'])}{NARROW}%"
+    joint = " to " if interval["low"] < 0 else DASH
+    return f"{_bare(interval['low'])}{joint}{_bare(interval['high'])}{NARROW}%"
 
 
 def _bare(share: float) -> str:
     return f"{round(share * 100, 1) + 0.0:.1f}".removesuffix(".0").replace("-", "−")
+
+
+def place(found: Json) -> str:
+    """An expert's name."""
+    return f"layer {found['layer']}, expert {found['expert']}"
+
+
+def cause(found: Json) -> str:
+    """What a candidate was shown to be; empty for nothing."""
+    return "causal" if found["causal"] else "computes it" if found["computes"] else ""
 
 
 def span_points(interval: Json) -> str:
@@ -91,9 +104,14 @@ def span_points(interval: Json) -> str:
 
 
 def q_value(value: Any) -> str:
-    if not _known(value):
+    if not known(value):
         return NONE
     return f"<{NARROW}0.001" if value < 0.001 else f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def arrow(before: Json | None, after: Json | None) -> str:
+    """A share before and after."""
+    return f"{percent(value_of(before))} → {percent(value_of(after))}"
 
 
 def value_of(interval: Json | None) -> Any:
@@ -104,8 +122,12 @@ def mode(info: Json | None) -> str:
     """What kind of edit an adapter is."""
     if info is None:
         return NONE
-    chosen = info["details"].get("config", {}).get("mode")
-    return MODES.get(chosen, str(info["kind"]))
+    config = info["details"].get("config", {})
+    if "direction" in config:
+        kept = ", norms kept" if config["norm_preserving"] else ""
+        return f"{info['kind']} ({config['direction'].replace('_', ' ')}{kept})"
+    hardened = ", hardened" if config.get("objective") == "harden" else ""
+    return MODES.get(config.get("mode"), str(info["kind"])) + hardened
 
 
 def way(interval: Json) -> str:
@@ -219,9 +241,21 @@ def headline(artefacts: Artefacts) -> Headline:
     return Headline(f"{title}.", found, [], "neutral")
 
 
+def standing(diagnosis: Json) -> str:
+    """What the diagnosis was measured on."""
+    pairs = count(diagnosis["n_pairs"])
+    if not diagnosis["matched"]:
+        return f"Measured on {pairs} flagged prompts and as many unrelated benign ones: there are no twins."
+    return (
+        f"Measured on {pairs} flagged prompts and their harmless twins; {count(diagnosis['n_aligned'])} of equal "
+        f"length can be exchanged, and {count(diagnosis['n_usable'])} of these are refused while their twin is "
+        "answered."
+    )
+
+
 def notices(artefacts: Artefacts) -> list[str]:
     """What a reader must know before trusting the figures, each with its fix."""
-    found = []
+    found = [str(warning) for warning in artefacts.diagnosis["warnings"]] if artefacts.diagnosis else []
     if artefacts.stale:
         found.append("The verdict was given on another adapter than the one in this run; run gtqlora verify again.")
     if artefacts.info and artefacts.info["details"].get("stopped"):

@@ -1,0 +1,318 @@
+"""Run directories for the report's tests: artefacts in the form that the stages leave, with made-up numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gtqlora.adapters import GT_QLORA, PROJECTION, Info, adapter_hash
+from gtqlora.config import DiagnoseConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.run import Run, write_json, write_parquet
+from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
+
+EVIL = "</script></style><script>window.top.pwned=1;window.pwned=1</script><img src=x onerror='window.pwned=1'>"
+NOTHING_REPAIRED = {"value": None, "low": 0.0, "high": 1.0, "n": 0}
+SIDES = ("twin", "flagged")
+TOP = [{"layer": 1, "expert": 2}, {"layer": 2, "expert": 0}]
+
+
+def hits(share: float, n: int = 200) -> np.ndarray:
+    return np.arange(n) < round(share * n)
+
+
+def interval(share: float, n: int = 200) -> dict[str, Any]:
+    return rate(hits(share, n)).to_json()
+
+
+def real(value: float, half: float = 0.1) -> dict[str, Any]:
+    return Interval(value, value - half, value + half, 200).to_json()
+
+
+# --- the diagnosis
+
+
+def association(layers: int, experts: int) -> list[dict[str, Any]]:
+    """Selection rates in which the experts of `TOP` stand out."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for layer in range(1, layers + 1):
+        for expert in range(experts):
+            twin, spread, noise = rng.beta(2, 6), rng.normal(0, 0.03), rng.normal(0, 1)
+            flagged = 0.95 if {"layer": layer, "expert": expert} in TOP else float(np.clip(twin + spread, 0, 1))
+            gap = flagged - twin
+            rows.append(
+                {
+                    "layer": layer, "expert": expert, "rate_flagged": flagged, "rate_twin": twin, "difference": gap,
+                    "low": gap - 0.05, "high": gap + 0.05, "q": float(np.exp(-50 * abs(gap))),
+                    "stability": float(min(1.0, 2 * abs(gap))), "gradient": 2 * gap + 0.1 * noise,
+                    "gradient_low": 2 * gap - 0.2, "gradient_high": 2 * gap + 0.2, "weight_flagged": 0.4,
+                    "weight_twin": 0.3, "last_flagged": flagged, "last_twin": twin, "answer_flagged": flagged / 2,
+                    "answer_twin": twin / 2,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def cells() -> list[dict[str, Any]]:
+    """Refusal follows the routing, and the stream a little."""
+    return [
+        {
+            "routing": routing, "experts": experts, "stream": stream,
+            "refusal": interval(0.02 + 0.85 * (routing == "flagged") + 0.1 * (stream == "flagged")),
+            "log_odds": real(-4 + 7 * (routing == "flagged") + (stream == "flagged"), 0.6),
+        }
+        for routing in SIDES for experts in SIDES for stream in SIDES
+    ]  # fmt: skip
+
+
+def curves() -> list[dict[str, Any]]:
+    def curve(name: str, control: bool, left: Sequence[float]) -> dict[str, Any]:
+        points = [
+            {"m": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
+            for m, share in zip((0, 1, 2, 4, 8, 16), left, strict=True)
+        ]
+        return {"name": name, "control": control, "points": points}
+
+    return [
+        curve("most associated", False, (1, 0.7, 0.2, 0.03, 0.0, 0.0)),
+        curve("largest gradient", False, (1, 0.8, 0.35, 0.1, 0.02, 0.0)),
+        curve("random, matched in layer and frequency", True, (1, 1, 0.99, 0.97, 0.95, 0.86)),
+    ]
+
+
+def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]:
+    return {
+        "layer": layer, "expert": number, "mask": real(effect), "give_back": real(effect / 2),
+        "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
+        "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
+    }  # fmt: skip
+
+
+def directions(layers: int) -> dict[str, Any]:
+    """As `directions.study` leaves them, with nothing known of the embedding."""
+
+    def layer_of(layer: int) -> dict[str, Any]:
+        known, far = layer > 0, layer / layers
+        pairs = [
+            ("refusal", "intent"),
+            ("false_refusal", "true_refusal"),
+            ("false_refusal", "intent"),
+            ("true_refusal", "intent"),
+        ]
+        return {
+            "layer": layer,
+            "norm": 1.5 * far,
+            "norms": {"false_refusal": far, "true_refusal": 2 * far},
+            "separation": interval(0.6 + 0.4 * far) if known else None,
+            "components": {
+                "share_mean": interval(0.5 * far), "shares": [interval(0.6 * far), interval(0.1)], "cosine": 0.9 * far,
+                "separation": interval(0.55 + 0.4 * far),
+            } if known else None,
+            "erasure": {
+                "before": interval(0.99), "mean_removed": interval(0.8), "leace": interval(0.52),
+            } if known else None,
+            "cosines": [
+                {"first": first, "second": second, "value": real(0.8 * far - 0.3 * i, 0.05) if known else None}
+                for i, (first, second) in enumerate(pairs)
+            ],
+        }  # fmt: skip
+
+    return {"n_pairs": 200, "n_groups": 100, "layers": [layer_of(layer) for layer in range(layers + 1)]}
+
+
+def diagnosis(
+    layers: int = 2, *, name: str = "mask the 2 associated experts", token: str = " lever"
+) -> dict[str, Any]:
+    effect = paired_difference(hits(1), hits(0)).to_json()
+    levels = {"routing": 0.86, "experts": 0.04, "residual": 0.1}
+    acts = [("as it is", False, 1.0), (name, False, 0.0), ("mask 2 random experts (1)", True, 0.95)]
+    return {
+        "verdict": "routing",
+        "sentence": "Routing: 86 % of the refusals go with the choice of experts.",
+        "reasons": [
+            "Routing is needed: 88 % of the refusals go when only the routing is the twin’s.",
+            "Routing is enough: 87 % come when only the routing is the flagged prompt’s.",
+            "Controls: another flagged prompt’s routing moves 1 %.",
+        ],
+        "warnings": [],
+        "matched": True,
+        "n_pairs": 200,
+        "n_aligned": 150,
+        "n_usable": 140,
+        "readout": ["Sorry"],
+        "shares": {key: real(share, 0.06) for key, share in {**levels, "interaction": -0.02}.items()},
+        "shares_log_odds": {key: real(share - 0.05, 0.04) for key, share in {**levels, "interaction": 0.03}.items()},
+        "needed": {key: real(share, 0.06) for key, share in levels.items()},
+        "enough": {key: real(share - 0.03, 0.06) for key, share in levels.items()},
+        "cells": cells(),
+        "interventions": [
+            {
+                "name": act, "control": control, "refusal": interval(share), "accuracy": interval(1 - share),
+                "effect": effect, "log_odds": real(8 * share - 4), "log_odds_effect": real(8 - 8 * share),
+            }
+            for act, control, share in acts
+        ],
+        "curves": curves(),
+        "experts": [expert(1, 2, 0.6, token), expert(2, 0, 0.35, token), expert(2, 3, 0.03, token)],
+        "causal_experts": TOP,
+        "top_experts": TOP,
+        "directions": directions(layers),
+        "health": [
+            {"layer": layer, "cv": 0.5 + layer / 9, "max_vio": 1.4, "entropy": 0.93, "dead": layer % 2}
+            for layer in range(1, layers + 1)
+        ],
+        "health_tokens": 12_345,
+    }  # fmt: skip
+
+
+NO_TWINS = {
+    "verdict": "cannot tell",
+    "sentence": "Cannot tell: without twins nothing can be exchanged.",
+    "reasons": ["No prompt has a twin of equal length."],
+    "warnings": ["There are no twins, so association cannot be told from topic; add a `twin` to each row."],
+    "matched": False,
+    "n_aligned": 0,
+    "n_usable": 0,
+    "readout": [],
+    "shares": {},
+    "shares_log_odds": {},
+    "needed": {},
+    "enough": {},
+    "cells": [],
+    "experts": [],
+    "causal_experts": [],
+    "directions": {},
+}
+
+
+def write_diagnosis(run: Run, *, size: tuple[int, int] = (2, 4), **changes: Any) -> None:
+    """`size`: layers and experts."""
+    texts = {key: changes.pop(key) for key in ("name", "token") if key in changes}
+    write_json(run / "diagnosis" / "diagnosis.json", {**diagnosis(size[0], **texts), **changes})
+    write_parquet(run / "diagnosis" / "association.parquet", association(*size))
+
+
+# --- the edit
+
+
+def write_adapter(run: Run, *, mode: str = "gt", kind: str = GT_QLORA, stopped: str | None = None) -> None:
+    details: dict[str, Any] = {"config": {"mode": mode}, "steps": 20, "stopped": stopped}
+    if kind == PROJECTION:
+        config = {"direction": "false_refusal_orthogonal", "norm_preserving": True}
+        details = {"config": config, "layer": 2, "candidates": [{"layer": 2, "refusal": 0.1, "accuracy": 0.9}]}
+    write_json(run / "adapter" / "gtqlora.json", asdict(Info(kind, "some/model", "deepseek_v3", details)))
+
+
+def write_metrics(run: Run, steps: int = 5, more: Sequence[str] = ()) -> None:
+    keys = [
+        "loss",
+        "rewards/margins",
+        "loss/anchor",
+        *(f"health/{k}" for k in ("load_cv", "load_cv_original", "overlap_benign", *more)),
+    ]
+    lines = [json.dumps({"step": 10 * step, **dict.fromkeys(keys, 1 / step)}) for step in range(1, steps + 1)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99, "lo']))
+
+
+def silencing() -> dict[str, Any]:
+    def points(left: Sequence[float], *, control: bool = True) -> list[dict[str, Any]]:
+        counts = (0, 1, 2, 4, 8, 16)
+        return [
+            {"silenced": m, "targeted": interval(share), "random": interval(1 - m / 200) if control else None}
+            for m, share in zip(counts, left, strict=True)
+        ]
+
+    return {
+        "ranked_against": "twins",
+        "ranked_prompts": 100,
+        "controls": 3,
+        "experts": TOP,
+        "before": points((1, 0.8, 0.1, 0.0, 0.0, 0.0)),
+        "after": points((1, 1, 0.99, 0.97, 0.95, 0.9)),
+        "after_reranked": points((1, 0.99, 0.97, 0.95, 0.9, 0.8), control=False),
+    }
+
+
+def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repaired: int = 200) -> dict[str, Any]:
+    after = {"harmful": harmful, "lookalike": lookalike, "benign": 0.0}
+    before = {"harmful": 1.0, "lookalike": 1.0, "benign": 0.0}
+    table = {
+        kind: {
+            "refusal_before": interval(before[kind]),
+            "refusal_after": interval(after[kind]),
+            "refusal_replayed": interval(0.9) if kind == "lookalike" else None,
+            "drop": paired_difference(hits(before[kind]), hits(after[kind])).to_json(),
+            "p": mcnemar(hits(before[kind]), hits(after[kind])),
+            "q": 0.03,
+            "accuracy_before": None if kind == "harmful" else interval(0.2),
+            "accuracy_after": None if kind == "harmful" else interval(0.9),
+        }
+        for kind in KINDS
+    }
+    return {
+        "adapter": adapter_hash(run / "adapter"),
+        "kind": GT_QLORA,
+        "model": "some/model",
+        "table": table,
+        "floor": asdict(floor(hits(1.0), hits(harmful), margin=0.05)),
+        "kl_benign": real(0.01, 0.005),
+        "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},
+        "mediation": interval(0.9, repaired) if repaired else NOTHING_REPAIRED,
+        "experts": "bf16",
+        "silencing": silencing(),
+    }
+
+
+def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
+    rows = [
+        {
+            "number": i,
+            "kind": kind,
+            "pair_id": pair_id,
+            "text_before": "sorry",
+            "text_after": f"{text} to {kind}",
+            "refused_before": True,
+            "refused_after": False,
+            "refused_replayed": None,
+            "correct_before": None,
+            "correct_after": None,
+        }
+        for i, kind in enumerate(KINDS)
+    ]
+    write_parquet(run / "scores.parquet", rows)
+
+
+def write_verdict(run: Run, **changes: Any) -> None:
+    write_json(run / "verdict.json", verdict_of(run, **changes))
+
+
+def whole_run(path: Path, **diagnosis: Any) -> Run:
+    run = Run(path)
+    with run.stage("diagnose", DiagnoseConfig(model="some/model", contrast="c"), {}) as stage:
+        write_diagnosis(run, **diagnosis)
+        stage.outputs.append("diagnosis")
+    write_adapter(run)
+    write_metrics(run)
+    write_verdict(run)
+    write_scores(run)
+    return run
+
+
+def other_run(path: Path, mode: str, **verdict: Any) -> Path:
+    with Run(path) as run:
+        write_adapter(run, mode=mode)
+        write_verdict(run, **verdict)
+    return path
+
+
+def evil_run(folder: Path, **diagnosis: Any) -> Run:
+    """Every text that an artefact brings is a script."""
+    run = whole_run(folder / "gt", **diagnosis, sentence=EVIL, reasons=[EVIL], warnings=[EVIL], name=EVIL, token=EVIL)
+    write_scores(run, text=EVIL, pair_id=EVIL)
+    return run
