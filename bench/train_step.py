@@ -55,7 +55,7 @@ from gtqlora.adapters import (
     peft_targets_kept,
     sum_of_bits,
 )
-from gtqlora.capture import _routers_to_fp32
+from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.experts import FORMATS, Format, FrozenExperts

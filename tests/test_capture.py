@@ -25,7 +25,7 @@ from gtqlora.capture import (
     routers_tapped,
 )
 from gtqlora.errors import ModelError
-from gtqlora.scoring import decode, left_padded
+from gtqlora.scoring import Teacher, decode, left_padded
 from tests.models import FAMILIES, save_tiny, some_tokens
 
 TOKENS, OTHERS = some_tokens(0), some_tokens(1)
@@ -266,7 +266,7 @@ def test_routers_are_fp32_in_a_bf16_model(tmp_path: Path, family: str) -> None:
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(logits).all()
     assert {d.logits_TE.dtype for d in recorder.decisions.values()} == {torch.float32}
-    assert all(decode(subject, PROMPTS, max_new_tokens=3))
+    assert all(decode(subject, PROMPTS, max_new_tokens=3).texts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -299,7 +299,7 @@ def _generated(subject: Subject, prompts: list[list[int]]) -> list[str]:
 
 
 def _completed(subject: Subject, prompts: list[list[int]], **settings: Any) -> list[str]:
-    return decode(subject, prompts, max_new_tokens=NEW, **settings)
+    return decode(subject, prompts, max_new_tokens=NEW, **settings).texts
 
 
 def test_decoding_equals_generate(subject: Subject) -> None:
@@ -334,16 +334,22 @@ def test_each_row_stops_at_its_own_end(subject: Subject) -> None:
     assert texts != free
 
 
+def _replaying(prompts: list[list[int]] | None = None, switch: Any = nullcontext) -> dict[str, Any]:
+    """Decode with the routing of a teacher."""
+    recorder = Recorder()
+    return {"handlers": [Replay(recorder)], "teachers": [Teacher(handlers=[recorder], prompts=prompts, switch=switch)]}
+
+
 def test_decoding_with_its_own_routing_replayed(subject: Subject) -> None:
     plain = _completed(subject, PROMPTS)
-    assert _completed(subject, PROMPTS, routing_from=nullcontext) == plain
-    assert _completed(subject, PROMPTS, routing_from=nullcontext, routing_prompts=PROMPTS) == plain
+    assert _completed(subject, PROMPTS, **_replaying()) == plain
+    assert _completed(subject, PROMPTS, **_replaying(PROMPTS)) == plain
 
 
 def test_decoding_with_another_prompt_s_routing(subject: Subject) -> None:
     """At the first token it is what replaying the other prompt's routing by hand gives."""
     others = [[t + 20 for t in prompt] for prompt in PROMPTS]
-    texts = _completed(subject, PROMPTS, routing_from=nullcontext, routing_prompts=others)
+    texts = _completed(subject, PROMPTS, **_replaying(others))
     assert texts != _completed(subject, PROMPTS)
     for prompt, other, text in zip(PROMPTS, others, texts, strict=True):
         logits = _logits(subject, torch.tensor([prompt]), Replay(_recorded(subject, torch.tensor([other]))))
@@ -351,9 +357,9 @@ def test_decoding_with_another_prompt_s_routing(subject: Subject) -> None:
         assert first in subject.tokenizer.all_special_ids or text.split()[0] == subject.tokenizer.decode([first])
 
 
-def test_routing_prompts_must_match_token_for_token(subject: Subject) -> None:
+def test_a_teacher_s_prompts_must_match_token_for_token(subject: Subject) -> None:
     with pytest.raises(ValueError, match="same token counts"):
-        _completed(subject, PROMPTS, routing_from=nullcontext, routing_prompts=PROMPTS[::-1])
+        _completed(subject, PROMPTS, **_replaying(PROMPTS[::-1]))
 
 
 def test_handlers_act_while_decoding(subject: Subject) -> None:
@@ -387,7 +393,7 @@ def test_what_a_switch_does_ends_with_every_step(subject: Subject) -> None:
     """The teacher may run in another state than the student: here with a direction removed."""
     removal: Callable[[], Any] = lambda: direction_removed(subject.model, torch.ones(32))  # noqa: E731
     before = _hooks(subject.model)
-    replayed = _completed(subject, PROMPTS, routing_from=removal)
+    replayed = _completed(subject, PROMPTS, **_replaying(switch=removal))
     with removal():
         removed = _completed(subject, PROMPTS)
     assert _hooks(subject.model) == before

@@ -292,3 +292,103 @@ def test_the_bootstrap_covers_a_mean() -> None:
 
 def test_the_bootstrap_of_nothing_says_nothing() -> None:
     assert stats.bootstrap_mean([], seed=0).n == 0
+
+
+def test_the_bootstrap_keeps_groups_whole() -> None:
+    """Every value twice in its group: the same as once."""
+    values = np.random.default_rng(0).normal(size=(12, 3))
+    alone = stats.bootstrap_means(values, seed=1, resamples=20)
+    twice = stats.bootstrap_means(
+        np.repeat(values, 2, axis=0), seed=1, resamples=20, groups=[i // 2 for i in range(24)]
+    )
+    np.testing.assert_allclose(alone, twice)
+
+
+def _clustered(rng: np.random.Generator, p: float, n: int, size: int) -> tuple[NDArray[np.floating], list[int]]:
+    """0/1 values of mean p; those of a group are often the same."""
+    own, shared = rng.random(n) < p, np.repeat(rng.random(n // size) < p, size)
+    values = np.where(rng.random(n) < 0.7, shared, own).astype(float)
+    return values, [i // size for i in range(n)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("n", [30, 100])
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.98])
+def test_the_interval_of_a_mean_covers_it(p: float, n: int, size: int) -> None:
+    rng, covered = np.random.default_rng(7), 0
+    for seed in range(150):
+        values, groups = _clustered(rng, p, n, size)
+        found = stats.mean_interval(values, groups=groups, bounds=(0.0, 1.0), seed=seed, resamples=300)
+        assert found.low <= found.value <= found.high
+        covered += found.low <= p <= found.high
+    assert covered / 150 >= 0.9
+
+
+def test_without_groups_the_interval_of_clustered_values_is_too_narrow() -> None:
+    rng, width = np.random.default_rng(7), {"whole": 0.0, "alone": 0.0}
+    for seed in range(20):
+        values, groups = _clustered(rng, 0.5, 100, 5)
+        for name, of in (("whole", groups), ("alone", None)):
+            found = stats.mean_interval(values, groups=of, seed=seed, resamples=300)
+            width[name] += found.high - found.low
+    assert width["whole"] > 1.4 * width["alone"]
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.3, 1.0])
+def test_equal_values_leave_doubt_that_shrinks_with_their_number(value: float) -> None:
+    few, many = (stats.mean_interval([value] * n) for n in (10, 1000))
+    assert few.high - few.low > 0.1
+    assert 0 < many.high - many.low < 0.01
+    assert many.value == pytest.approx(value)
+    assert many.low <= many.value <= many.high
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("n", [40, 120])
+def test_the_interval_of_a_ratio_covers_it(n: int, size: int) -> None:
+    """Numerator and denominator vary together: 0.6 of a gap whose mean is 2."""
+    rng, covered = np.random.default_rng(11), 0
+    for seed in range(150):
+        gap = 2 + np.repeat(rng.normal(size=n // size), size) + 0.3 * rng.normal(size=n)
+        moved = 0.6 * gap + 0.5 * np.repeat(rng.normal(size=n // size), size)
+        groups = [i // size for i in range(n)]
+        found = stats.ratio_interval(moved, gap, groups=groups, seed=seed, resamples=300)
+        assert found.low <= found.value <= found.high
+        covered += found.low <= 0.6 <= found.high
+    assert covered / 150 >= 0.9
+
+
+def test_a_ratio_to_ones_is_a_mean() -> None:
+    values = np.random.default_rng(0).random(20)
+    groups = [i // 3 for i in range(20)]
+    assert stats.ratio_interval(values, np.ones(20), groups=groups) == stats.mean_interval(values, groups=groups)
+
+
+def test_a_ratio_keeps_its_sign_when_both_turn() -> None:
+    rng = np.random.default_rng(0)
+    top, bottom = rng.random(30), 1 + rng.random(30)
+    assert stats.ratio_interval(top, bottom) == stats.ratio_interval(-top, -bottom)
+
+
+def test_a_denominator_that_may_be_zero_gives_the_whole_range() -> None:
+    rng = np.random.default_rng(0)
+    found = stats.ratio_interval(0.1 + rng.normal(size=40), 0.05 + rng.normal(size=40), bounds=(-1.0, 1.0))
+    assert found.low <= -1.0
+    assert found.high >= 1.0
+    nothing = stats.ratio_interval([1.0, 2.0], [1.0, -1.0])
+    assert math.isnan(nothing.value) and (nothing.low, nothing.high, nothing.n) == (-1.0, 1.0, 2)
+    assert stats.mean_interval([], bounds=(0.0, 1.0)).n == 0
+    with pytest.raises(ValueError, match="differ in length"):
+        stats.ratio_interval([1.0], [1.0, 2.0])
+
+
+def test_halves_are_complementary_and_keep_groups_whole() -> None:
+    """With values 2^group, the mean of a half tells which groups are in it."""
+    groups = [i // 2 for i in range(12)]
+    halves = stats.half_sample_means(2.0 ** np.array(groups), seed=0, splits=30, groups=groups)
+    assert halves.shape == (60,)
+    for first, second in zip(halves[::2] * 3, halves[1::2] * 3, strict=True):
+        assert first + second == pytest.approx(2**6 - 1)
+        assert int(first).bit_count() == int(second).bit_count() == 3
+    assert len(set(halves)) > 10
+    assert (stats.half_sample_means(np.ones(1), seed=0, splits=2) == 0).all()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gtqlora import adapters, contrasts, edit
 from gtqlora.adapters import assert_experts_frozen, frozen_state, trainable
-from gtqlora.capture import Subject, _routers_to_fp32, open_subject
+from gtqlora.capture import Subject, open_subject
+from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig, TrainConfig, build
 from gtqlora.diagnose import diagnose

@@ -1,6 +1,6 @@
 """Pure tensor maths on routing decisions.
 
-Shape letters: T tokens, E experts, K experts chosen per token, L MoE layers.
+Shape letters: T tokens, E experts, K experts chosen per token, L MoE layers, B sequences.
 """
 
 from __future__ import annotations
@@ -76,6 +76,36 @@ def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:
     """0/1 selection of each expert by each token, float."""
     out = torch.zeros(len(indices_TK), n_experts, device=indices_TK.device)
     return out.scatter_(1, indices_TK, 1.0)
+
+
+def per_expert(
+    indices_LTK: Tensor, weights_LTK: Tensor, slot_T: Tensor, n_slots: int, n_experts: int
+) -> tuple[Tensor, Tensor]:
+    """How often the tokens of each slot choose each expert, and with what weight altogether; shapes (L, slots, E)."""
+    shape = (len(indices_LTK), n_slots, n_experts)
+    first_L11 = n_slots * n_experts * torch.arange(len(indices_LTK), device=slot_T.device)[:, None, None]
+    place = (indices_LTK + first_L11 + n_experts * slot_T[:, None]).flatten()
+    sums = torch.zeros(2, indices_LTK.shape[0] * n_slots * n_experts, device=slot_T.device)
+    sums[0].scatter_add_(0, place, sums.new_ones(1).expand_as(place))
+    sums[1].scatter_add_(0, place, weights_LTK.flatten())
+    return sums[0].view(shape), sums[1].view(shape)
+
+
+_ONE_HOTS = 2**25
+"""Values of one-hot selections held at once, 128 MiB."""
+
+
+def add_coactivation(total_LEE: Tensor, indices_LTK: Tensor, counted_T: Tensor) -> None:
+    """Add how many of the counted tokens choose both of two experts; integers, in place.
+
+    Sums of zeros and ones are exact in fp32, and in TF32, below 2^24 tokens.
+    """
+    (_, n_tokens, _), n_experts = indices_LTK.shape, total_LEE.shape[-1]
+    step = max(1, _ONE_HOTS // (n_tokens * n_experts))
+    for indices_lTK, total_lEE in zip(indices_LTK.split(step), total_LEE.split(step), strict=True):
+        chosen_lTE = torch.zeros(len(indices_lTK), n_tokens, n_experts, device=counted_T.device)
+        chosen_lTE.scatter_(2, indices_lTK, counted_T.float().view(1, -1, 1).expand(indices_lTK.shape))
+        total_lEE += (chosen_lTE.mT @ chosen_lTE).to(total_lEE.dtype)
 
 
 @dataclass(frozen=True)

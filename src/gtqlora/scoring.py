@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gtqlora.capture import Handler, Recorder, Replay, Subject, routers_tapped
+from gtqlora.capture import (
+    ExpertsHandler,
+    Handler,
+    Recorder,
+    Replay,
+    Subject,
+    experts_tapped,
+    left_padded,
+    routers_tapped,
+)
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.errors import ModelError
 from gtqlora.judging import Judge
@@ -34,17 +43,34 @@ class Score:
     correct: bool | None
 
 
-class _Stream:
-    """One model state decoding a batch: its own cache, its own handlers."""
+@dataclass(frozen=True)
+class Teacher:
+    """Another run decoded beside ours and fed the tokens that we generate; its handlers record what ours replay.
 
-    def __init__(self, subject: Subject, handlers: Sequence[Handler], switch: Switch) -> None:
-        self.subject, self.handlers, self.switch = subject, handlers, switch
+    Attributes:
+        handlers, experts: of its routers and of its routed experts.
+        prompts: its own prompts, token for token as long as ours; None: the same.
+        switch: the state of the model it runs in.
+    """
+
+    handlers: Sequence[Handler] = ()
+    experts: Sequence[ExpertsHandler] = ()
+    prompts: Sequence[Sequence[int]] | None = None
+    switch: Switch = nullcontext
+
+
+class _Stream:
+    """One run decoding a batch: its own cache, its own handlers, its own state of the model."""
+
+    def __init__(self, subject: Subject, run: Teacher) -> None:
+        self.subject, self.run = subject, run
         self.cache = DynamicCache(config=subject.model.config)
 
     def step(self, ids_BS: Tensor, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
         with ExitStack() as stack:
-            stack.enter_context(self.switch())
-            stack.enter_context(routers_tapped(self.subject.model, self.subject.anatomy, *self.handlers))
+            stack.enter_context(self.run.switch())
+            stack.enter_context(routers_tapped(self.subject.model, self.subject.anatomy, *self.run.handlers))
+            stack.enter_context(experts_tapped(self.subject.model, self.subject.anatomy, *self.run.experts))
             output = self.subject.model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS,
@@ -56,12 +82,13 @@ class _Stream:
         return output.logits[:, -1]
 
 
-def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids_BS and attention mask_BS, padded on the left."""
-    longest = max(map(len, token_lists))
-    ids_BS = torch.tensor([[pad] * (longest - len(t)) + list(t) for t in token_lists], device=device)
-    mask_BS = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in token_lists], device=device)
-    return ids_BS, mask_BS
+@dataclass(frozen=True)
+class Decoded:
+    """Completions of B prompts as texts and as tokens without the stop, and the logits_BV of their first tokens."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    first_BV: Tensor
 
 
 @torch.no_grad()
@@ -71,49 +98,53 @@ def decode(
     *,
     max_new_tokens: int,
     handlers: Sequence[Handler] = (),
-    routing_from: Switch | None = None,
-    routing_prompts: Sequence[Sequence[int]] | None = None,
-) -> list[str]:
+    experts: Sequence[ExpertsHandler] = (),
+    teachers: Sequence[Teacher] = (),
+    switch: Switch = nullcontext,
+) -> Decoded:
     """Greedy completions of a batch of prompts.
 
     Args:
-        handlers: see and may replace router decisions at every step.
-        routing_from: run a teacher in this state beside, and replay its routing decisions at every step.
-        routing_prompts: the teacher's prompts, token for token as long as ours (default: the same); from the first
-            new token on it is fed what we generate.
+        handlers, experts: see and may replace decisions of routers and calls of routed experts at every step.
+        teachers: runs made first at every step.
+        switch: the state of the model we run in.
 
     Raises:
         ModelError: the logits hold NaN.
+        ValueError: a teacher's prompts differ from ours in their token counts.
     """
-    tokenizer = subject.tokenizer
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-    recorder = Recorder()
-    teacher = None if routing_from is None else _Stream(subject, (recorder,), routing_from)
-    replay: tuple[Handler, ...] = () if teacher is None else (Replay(recorder),)
-    student = _Stream(subject, (*replay, *handlers), nullcontext)
+    beside = [(_Stream(subject, teacher), _teacher_ids(subject, teacher, ids_BS, mask_BS)) for teacher in teachers]
+    student = _Stream(subject, Teacher(handlers, experts, switch=switch))
     stops = subject.stop_ids
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=subject.device)
-    step_BS, positions_BS, out = ids_BS, (mask_BS.cumsum(-1) - 1).clamp(min=0), []
-    teacher_BS = step_BS
-    if routing_prompts is not None:
-        teacher_BS, teacher_mask_BS = left_padded(routing_prompts, subject.pad_id, subject.device)
-        if not torch.equal(teacher_mask_BS, mask_BS):
-            raise ValueError("routing_prompts must have the same token counts as prompts")
-    for _ in range(max_new_tokens):
-        if teacher is not None:
-            teacher.step(teacher_BS, mask_BS, positions_BS)
+    step_BS, positions_BS, logits, out = ids_BS, (mask_BS.cumsum(-1) - 1).clamp(min=0), [], []
+    for index in range(max_new_tokens):
+        for stream, own_ids_BS in beside:
+            stream.step(own_ids_BS if index == 0 else step_BS, mask_BS, positions_BS)
         logits_BV = student.step(step_BS, mask_BS, positions_BS)
         if not torch.isfinite(logits_BV).all():
             raise ModelError("the model's logits hold NaN or infinity; check its weights and dtype")
+        logits = logits or [logits_BV]
         next_B = logits_BV.argmax(-1).masked_fill(done_B, subject.pad_id)
         out.append(next_B)
         done_B = done_B | torch.isin(next_B, stops)
         if bool(done_B.all()):
             break
         step_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
-        teacher_BS = step_BS
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
-    return [t.strip() for t in tokenizer.batch_decode(_cut(torch.stack(out, 1), stops), skip_special_tokens=True)]
+    tokens = _cut(torch.stack(out, 1), stops)
+    texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return Decoded([text.strip() for text in texts], tokens, logits[0])
+
+
+def _teacher_ids(subject: Subject, teacher: Teacher, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    if teacher.prompts is None:
+        return ids_BS
+    own_BS, own_mask_BS = left_padded(teacher.prompts, subject.pad_id, subject.device)
+    if not torch.equal(own_mask_BS, mask_BS):
+        raise ValueError("a teacher's prompts must have the same token counts as ours")
+    return own_BS
 
 
 def _cut(ids_BS: Tensor, stops: Tensor) -> list[list[int]]:
@@ -142,12 +173,20 @@ def score(
     handlers: Sequence[Handler] = (),
     routing_from: Switch | None = None,
 ) -> list[Score]:
-    """Complete every row's prompt and judge it; in the order of `rows`."""
+    """Complete every row's prompt and judge it; in the order of `rows`.
+
+    Args:
+        handlers: see and may replace router decisions at every step.
+        routing_from: run a teacher in this state beside, and replay its routing decisions at every step.
+    """
     texts: dict[int, str] = {}
+    recorder = Recorder()
+    teachers = () if routing_from is None else (Teacher(handlers=(recorder,), switch=routing_from),)
+    taps = handlers if routing_from is None else (Replay(recorder), *handlers)
     total = -(-len(rows) // batch_size)
     for chosen, prompts in track(batches(rows, subject, batch_size), label, total):
-        found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=handlers, routing_from=routing_from)
-        texts.update(zip(chosen, found, strict=True))
+        found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=taps, teachers=teachers)
+        texts.update(zip(chosen, found.texts, strict=True))
     return [judged(row, texts[i], judge) for i, row in enumerate(rows)]
 
 

@@ -1,4 +1,4 @@
-"""Runs prompts and taps what happens inside; the only forward-hook code.
+"""Forward hooks on routers, routed experts and what writes the residual stream; the only place that hooks a model.
 
 Shape letters: B batch, S sequence, T = B*S tokens, D hidden, E experts, K experts per token.
 """
@@ -12,76 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from gtqlora import routing
-from gtqlora.experts.loading import BF16, load_model
-from gtqlora.families import Anatomy, bind, language_model, load_tokenizer
+from gtqlora.families import Anatomy, language_model
 from gtqlora.routing import RouterSpec
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under study with its tokenizer and anatomy; `model` may be wrapped by an edit."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    anatomy: Anatomy
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-
-    @property
-    def max_length(self) -> int:
-        config: Any = language_model(self.model).config
-        return config.max_position_embeddings
-
-    @property
-    def stop_ids(self) -> Tensor:
-        """Token ids that end a completion."""
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        end: Any = self.tokenizer.eos_token_id
-        if end is not None:
-            ends.append(end)
-        return torch.tensor(sorted(set(ends)), device=self.device)
-
-
-def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16) -> Subject:
-    """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
-
-    Args:
-        experts: "bf16" as in the checkpoint, or frozen in "nf4", "int4-g32", "int4-g128" or "native".
-
-    Raises:
-        ModelError: as `load_model` and `load_tokenizer`.
-        ConfigError: `experts` is none of these.
-    """
-    tokenizer = load_tokenizer(model)
-    family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
-    anatomy = bind(loaded, family)
-    _routers_to_fp32(loaded, anatomy)
-    return Subject(loaded, tokenizer, anatomy)
-
-
-def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
-    """Some families' routers compute in the model's dtype; the hooks are copied with the router when PEFT wraps it."""
-    for path in anatomy.routers:
-        router = model.get_submodule(path)
-        if router.get_parameter("weight").dtype == torch.float32:
-            continue
-        router.weight.data = router.get_parameter("weight").data.float()
-        router.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(), *inputs[1:]))
-        router.register_forward_hook(_scores_in(model.dtype))  # type: ignore[arg-type]
-
-
-def _scores_in(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return lambda _module, _inputs, output: (output[0], output[1].to(dtype), output[2])
 
 
 @dataclass(frozen=True)
@@ -157,6 +91,94 @@ class Replay:
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> Decision:
         recorded = self.source.decisions[position]
         return Decision(decision.logits_TE, recorded.weights_TK, recorded.indices_TK)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one layer's routed experts are given for T tokens: their inputs, and who computes on them how much."""
+
+    hidden_TD: Tensor
+    indices_TK: Tensor
+    weights_TK: Tensor
+
+
+ExpertsHandler = Callable[[int, Call], Call | None]
+"""Sees (position among MoE layers, call); returns a replacement or None to leave it."""
+
+
+@contextmanager
+def experts_tapped(model: nn.Module, anatomy: Anatomy, *handlers: ExpertsHandler) -> Iterator[None]:
+    """Show every call of a layer's routed experts to the handlers in turn; a handler may replace it.
+
+    Shared experts and the residual connection around the layer keep their own inputs.
+    """
+    base = language_model(model)
+
+    def hook(position: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def tap(_module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            call = Call(*inputs)
+            for handler in handlers:
+                call = handler(position, call) or call
+            return call.hidden_TD, call.indices_TK, call.weights_TK
+
+        return tap
+
+    handles = [
+        base.get_submodule(layer.experts).register_forward_pre_hook(hook(position))
+        for position, layer in enumerate(anatomy.moe)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class CallRecorder:
+    """Keeps the last call of every MoE layer's experts."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+
+    def __call__(self, position: int, call: Call) -> None:
+        self.calls[position] = call
+
+
+class Exchange:
+    """Gives the experts the routing of one recorded run and, if wanted, the inputs of another, over aligned tokens."""
+
+    def __init__(self, routing: CallRecorder, inputs: CallRecorder | None) -> None:
+        self.routing, self.inputs = routing, inputs
+
+    def __call__(self, position: int, call: Call) -> Call:
+        routed = self.routing.calls[position]
+        hidden_TD = call.hidden_TD if self.inputs is None else self.inputs.calls[position].hidden_TD
+        return Call(hidden_TD, routed.indices_TK, routed.weights_TK)
+
+
+StatesHandler = Callable[[int, Tensor], None]
+"""Sees (index, state_BSD) of the residual stream: 0 after the embedding, i after decoder layer i - 1."""
+
+
+@contextmanager
+def states_tapped(model: nn.Module, handler: StatesHandler) -> Iterator[None]:
+    """Show the residual stream to the handler, as transformers' `hidden_states` but without keeping it.
+
+    The last state is taken after the final norm, as there.
+    """
+    base = language_model(model)
+    layers = list(base.get_submodule("model.layers").children())
+    places = [base.get_submodule("model.embed_tokens"), *layers[:-1], base.get_submodule("model.norm")]
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: handler(index, output)
+
+    handles = [place.register_forward_hook(hook(index)) for index, place in enumerate(places)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Mask:

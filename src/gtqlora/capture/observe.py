@@ -1,0 +1,217 @@
+"""One pass over prompts: which experts their tokens choose, which are chosen together, and the residual stream.
+
+A batch's decisions (K indices and K weights for each token and MoE layer, less than one residual state) are kept until
+its forward pass ends and then added up for all layers at once, on the device: little is launched, and nothing waits.
+
+Shape letters: N prompts, L MoE layers, E experts, K experts per token, B batch, S sequence, T = B*S tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtqlora import routing
+from gtqlora.capture.batches import by_length, forward, left_padded
+from gtqlora.capture.subject import Subject
+from gtqlora.capture.taps import Decision, routers_tapped, states_tapped
+from gtqlora.errors import ModelError
+from gtqlora.progress import track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Which experts some of each prompt's tokens choose.
+
+    Attributes:
+        rates_NLE: share of these tokens that choose each expert, fp32; 0 for a prompt without such tokens.
+        counts_LE: how many of all prompts' choose it, int64.
+        weight_LE: mean routing weight when chosen, fp32; 0 where never chosen.
+        tokens: how many there are, in all prompts.
+    """
+
+    rates_NLE: np.ndarray
+    counts_LE: np.ndarray
+    weight_LE: np.ndarray
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What one pass over N prompts shows.
+
+    Attributes:
+        prompt: tokens of the prompt from the position given on.
+        last: the last token of the prompt.
+        answer: the answer's tokens; None without answers.
+        coactivation_LEE: tokens of `prompt` that choose both experts, int64; the diagonal is `prompt.counts_LE`.
+        states_NSD: residual stream at the last prompt token after the embedding and each decoder layer (S of them; the
+            last after the final norm), fp32, on the CPU.
+    """
+
+    prompt: Region
+    last: Region
+    answer: Region | None
+    coactivation_LEE: np.ndarray
+    states_NSD: Tensor
+
+    def of(self, rows: Sequence[int]) -> Observation:
+        """Rates and states of some of the prompts; sums over tokens stay those of all."""
+
+        def picked(region: Region) -> Region:
+            return replace(region, rates_NLE=region.rates_NLE[rows])
+
+        answer = None if self.answer is None else picked(self.answer)
+        states_NSD = self.states_NSD[rows]
+        return replace(self, prompt=picked(self.prompt), last=picked(self.last), answer=answer, states_NSD=states_NSD)
+
+
+@torch.no_grad()
+def observe(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    *,
+    answers: Sequence[Sequence[int]] | None = None,
+    since: Sequence[int],
+    batch_size: int,
+    label: str,
+) -> Observation:
+    """Run every prompt, followed by its answer if there are any, once.
+
+    Args:
+        since: for each prompt the first position of the region `prompt`; before it, nothing can differ.
+
+    Raises:
+        ModelError: a layer's routing or residual stream holds NaN or infinity.
+    """
+    tokens = [[*p, *a] for p, a in zip(prompts, answers or [()] * len(prompts), strict=True)]
+    batches = by_length(tokens, batch_size)
+    tally = _Tally(subject, [i for chosen in batches for i in chosen])
+    for chosen in track(batches, label, len(batches)):
+        ids_BS, mask_BS = left_padded([tokens[i] for i in chosen], subject.pad_id, subject.device)
+        edges_2B = torch.tensor([[since[i] for i in chosen], [len(prompts[i]) for i in chosen]], device=subject.device)
+        prompt_BS, last_B, answer_BS = _regions(mask_BS, edges_2B)
+        kept = _Kept(last_B)
+        with routers_tapped(subject.model, subject.anatomy, kept.decision), states_tapped(subject.model, kept.state):
+            forward(subject, ids_BS, mask_BS)
+        tally.add(kept, prompt_BS, answer_BS)
+    return tally.result(answered=answers is not None)
+
+
+def _regions(mask_BS: Tensor, edges_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bools prompt_BS and answer_BS, and where the last prompt tokens stand in the flattened batch.
+
+    Edges are the first positions of the region `prompt`, and the prompts' lengths.
+    """
+    position_BS = mask_BS.cumsum(-1) - 1  # -1 in the padding
+    since_B1, length_B1 = edges_2B[0, :, None], edges_2B[1, :, None]
+    prompt_BS = (position_BS >= since_B1) & (position_BS < length_B1)
+    n_rows, length = mask_BS.shape
+    column_B = (position_BS == length_B1 - 1).int().argmax(1)
+    return prompt_BS, column_B + length * torch.arange(n_rows, device=mask_BS.device), position_BS >= length_B1
+
+
+class _Kept:
+    """What is kept of one batch: decisions of all tokens, states of the last prompt tokens."""
+
+    def __init__(self, last_B: Tensor) -> None:
+        self.last_B = last_B
+        self.indices: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.states: list[Tensor] = []
+
+    def decision(self, _position: int, _module: nn.Module, decision: Decision) -> None:
+        self.indices.append(decision.indices_TK)
+        self.weights.append(decision.weights_TK)
+
+    def state(self, _index: int, state_BSD: Tensor) -> None:
+        self.states.append(state_BSD.flatten(0, 1).index_select(0, self.last_B))
+
+
+_OUTSIDE, _PROMPT, _ANSWER = range(3)
+"""Regions of tokens; those outside are counted, too, and dropped: that costs less than to leave them out."""
+
+
+class _Tally:
+    """Adds up batches on the device; nothing waits for it before the last one.
+
+    Prompts stand in the order they are run in, `result` puts them back.
+    """
+
+    def __init__(self, subject: Subject, order: list[int]) -> None:
+        anatomy, self.device = subject.anatomy, subject.device
+        self.order, self.done = order, 0
+        self.moe = [layer.index for layer in anatomy.moe]
+        n_layers, self.n_experts = len(self.moe), anatomy.spec.n_experts
+        shape = (n_layers, len(order), 3, self.n_experts)
+        self.counts_LNRE = torch.zeros(shape, device=self.device)
+        self.weights_LNRE = torch.zeros(shape, device=self.device)
+        self.last_LNE = torch.zeros(n_layers, len(order), self.n_experts, device=self.device)
+        self.last_weights_LNE = torch.zeros_like(self.last_LNE)
+        self.tokens_NR = torch.zeros(len(order), 3, device=self.device)
+        shape_LEE = (n_layers, self.n_experts, self.n_experts)
+        self.coactivation_LEE = torch.zeros(shape_LEE, dtype=torch.int64, device=self.device)
+        self.states: list[Tensor] = []
+
+    def add(self, kept: _Kept, prompt_BS: Tensor, answer_BS: Tensor) -> None:
+        n_rows = len(prompt_BS)
+        rows = slice(self.done, self.done + n_rows)
+        self.done += n_rows
+        region_BS = prompt_BS * _PROMPT + answer_BS * _ANSWER
+        slot_T = (region_BS + 3 * torch.arange(n_rows, device=self.device)[:, None]).flatten()
+        indices_LTK, weights_LTK = torch.stack(kept.indices), torch.stack(kept.weights).float()
+        counts, weights = routing.per_expert(indices_LTK, weights_LTK, slot_T, 3 * n_rows, self.n_experts)
+        self.counts_LNRE[:, rows] = counts.unflatten(1, (n_rows, 3))
+        self.weights_LNRE[:, rows] = weights.unflatten(1, (n_rows, 3))
+        last_LBK, weights_LBK = (x.index_select(1, kept.last_B) for x in (indices_LTK, weights_LTK))
+        self.last_LNE[:, rows].scatter_(2, last_LBK, 1.0)
+        self.last_weights_LNE[:, rows].scatter_(2, last_LBK, weights_LBK)
+        self.tokens_NR[rows] = F.one_hot(region_BS, 3).sum(1).float()
+        routing.add_coactivation(self.coactivation_LEE, indices_LTK, prompt_BS.flatten())
+        self.states.append(torch.stack(kept.states, dim=1))
+
+    def result(self, *, answered: bool) -> Observation:
+        states_NSD = torch.cat(self.states).float().cpu()[self._back()]
+        self._check(states_NSD)
+        prompt, answer = (self._region(region) for region in (_PROMPT, _ANSWER))
+        ones_N = torch.ones(len(self.order), device=self.device)
+        return Observation(
+            prompt=prompt,
+            last=self._summed(self.last_LNE, self.last_weights_LNE, ones_N),
+            answer=answer if answered else None,
+            coactivation_LEE=self.coactivation_LEE.cpu().numpy(),
+            states_NSD=states_NSD,
+        )
+
+    def _back(self) -> list[int]:
+        """Where each prompt stands in the order they were run in."""
+        return sorted(range(len(self.order)), key=lambda place: self.order[place])
+
+    def _region(self, region: int) -> Region:
+        return self._summed(self.counts_LNRE[:, :, region], self.weights_LNRE[:, :, region], self.tokens_NR[:, region])
+
+    def _summed(self, counts_LNE: Tensor, weights_LNE: Tensor, tokens_N: Tensor) -> Region:
+        rates_NLE = (counts_LNE / tokens_N.clamp(min=1)[:, None]).transpose(0, 1)
+        counts_LE, weights_LE = counts_LNE.double().sum(1), weights_LNE.double().sum(1)
+        return Region(
+            rates_NLE=rates_NLE.cpu().numpy()[self._back()],
+            counts_LE=counts_LE.long().cpu().numpy(),
+            weight_LE=(weights_LE / counts_LE.clamp(min=1)).float().cpu().numpy(),
+            tokens=int(tokens_N.sum()),
+        )
+
+    def _check(self, states_NSD: Tensor) -> None:
+        """Routing weights show NaN in any router logit: softmax spreads it, and top-k takes it for the largest."""
+        counted_LNRE = self.weights_LNRE[:, :, [_PROMPT, _ANSWER]]
+        routed_L = counted_LNRE.isfinite().flatten(1).all(1) & self.last_weights_LNE.isfinite().flatten(1).all(1)
+        flowing_S = states_NSD.isfinite().all(-1).all(0)
+        bad = [layer for layer, finite in zip(self.moe, routed_L.tolist(), strict=True) if not finite]
+        bad += [index - 1 for index, finite in enumerate(flowing_S.tolist()) if not finite]
+        if bad:
+            where = "the embedding" if min(bad) < 0 else f"layer {min(bad)}"
+            raise ModelError(f"{where}: its routing or its output holds NaN or infinity; check its weights and dtype")

@@ -1,0 +1,78 @@
+"""A model opened for study: its tokenizer, its anatomy, and routers that compute in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gtqlora.experts.loading import BF16, load_model
+from gtqlora.families import Anatomy, bind, language_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study with its tokenizer and anatomy; `model` may be wrapped by an edit."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    @property
+    def max_length(self) -> int:
+        config: Any = language_model(self.model).config
+        return config.max_position_embeddings
+
+    @property
+    def stop_ids(self) -> Tensor:
+        """Token ids that end a completion."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        end: Any = self.tokenizer.eos_token_id
+        if end is not None:
+            ends.append(end)
+        return torch.tensor(sorted(set(ends)), device=self.device)
+
+
+def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16) -> Subject:
+    """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
+
+    Args:
+        experts: "bf16" as in the checkpoint, or frozen in "nf4", "int4-g32", "int4-g128" or "native".
+
+    Raises:
+        ModelError: as `load_model` and `load_tokenizer`.
+        ConfigError: `experts` is none of these.
+    """
+    tokenizer = load_tokenizer(model)
+    family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
+    anatomy = bind(loaded, family)
+    _routers_to_fp32(loaded, anatomy)
+    return Subject(loaded, tokenizer, anatomy)
+
+
+def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
+    """Some families' routers compute in the model's dtype; the hooks are copied with the router when PEFT wraps it."""
+    for path in anatomy.routers:
+        router = model.get_submodule(path)
+        if router.get_parameter("weight").dtype == torch.float32:
+            continue
+        router.weight.data = router.get_parameter("weight").data.float()
+        router.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(), *inputs[1:]))
+        router.register_forward_hook(_scores_in(model.dtype))  # type: ignore[arg-type]
+
+
+def _scores_in(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return lambda _module, _inputs, output: (output[0], output[1].to(dtype), output[2])
