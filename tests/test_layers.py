@@ -27,8 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "contrasts checkpoint inspect",  # prompts and weights from outside
         "capture contrast_statistics",  # a model that runs; what a set holds
         "scoring",
-        "directions localise",
-        "diagnose adapters",
+        "association directions localise",
+        "diagnose adapters silencing",
         "project gate_trainer",
         "edit",
         "verify",
@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 MAY_PRINT = {"cli", "organisms.__main__"}
-MAY_HOOK = {"capture", "organisms.build"}  # `build` watches router inputs while it trains its probes
+MAY_HOOK = {"capture.subject", "capture.taps", "organisms.build"}  # `build` watches router inputs while it trains its probes
 
 
 @cache

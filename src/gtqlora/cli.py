@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gtqlora.config import StageConfig
+    from gtqlora.diagnose import Diagnosis
 
 _HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
 broke, and ship the weights.
@@ -27,6 +28,13 @@ routed-qwen3). `--contrast organism` and `--config organism` are the organisms' 
 
 The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
 only after `verify` certified the safety floor."""
+
+COMPONENTS = {
+    "routing": "routing (Level 2)",
+    "experts": "experts' own computation (Level 1)",
+    "residual": "rest of the residual stream (Level 1)",
+    "interaction": "interaction of the levels",
+}
 
 app = App(name="gtqlora", help=_HELP, version_flags=["--version"], help_format="markdown")
 contrast_app = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
@@ -226,14 +234,32 @@ def diagnose(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    table = new_table("Interventions on the routing", "what", "refusal", "task accuracy", "effect on refusal")
+    _print_diagnosis(found)
+
+
+def _print_diagnosis(found: Diagnosis) -> None:
+    console = open_console()
+    causes = new_table("What the prompts do under interventions", "what", "refusal", "effect on refusal", "log-odds")
     for i in found.interventions:
         name = f"{i['name']} (control)" if i["control"] else i["name"]
-        table.add_row(name, interval(i["refusal"]), interval(i["accuracy"]), interval(i["effect"]))
-    console = open_console()
-    console.print(table)
-    experts = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
-    console.print(f"experts chosen clearly more on flagged prompts (layer/expert): {experts}", highlight=False)
+        causes.add_row(plain(name), interval(i["refusal"]), interval(i["effect"]), interval(i["log_odds"], 1))
+    console.print(causes)
+    if found.shares:
+        shares = new_table("Which component carries the refusals", "component", "share", "needed", "enough")
+        for part, name in COMPONENTS.items():
+            columns = (found.shares[part], found.needed.get(part), found.enough.get(part))
+            shares.add_row(name, *(interval(column, 2) for column in columns))
+        console.print(shares)
+    if found.experts:
+        experts = new_table("Experts, as parts of the gap", "layer/expert", "masked", "given back", "carries it")
+        for e in found.experts:
+            carries = "yes" if e["causal"] else "computes it" if e["computes"] else ""
+            experts.add_row(f"{e['layer']}/{e['expert']}", interval(e["mask"]), interval(e["give_back"]), carries)
+        console.print(experts)
+    associated = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
+    console.print(f"experts chosen clearly more on flagged prompts (association only): {associated}", highlight=False)
+    for warning in found.warnings:
+        console.print(f"[yellow]note:[/] {plain(warning)}", highlight=False)
     console.print(f"[bold]{plain(found.sentence)}[/]", highlight=False)
 
 
@@ -246,6 +272,10 @@ def train(
     config: Config = None,
     settings: Set = None,
     mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None,
+    objective: Annotated[
+        str | None,
+        Parameter(help="edit, or harden: edit while experts are silenced, so that refusal hangs on no few of them."),
+    ] = None,
     experts: Experts = None,
     again: Again = False,
 ) -> int:
@@ -254,7 +284,7 @@ def train(
     from gtqlora.edit import train as stage
     from gtqlora.run import Run
 
-    settled = _build(TrainConfig, config, settings, model, contrast, mode=mode, experts=experts)
+    settled = _build(TrainConfig, config, settings, model, contrast, mode=mode, objective=objective, experts=experts)
     with Run(run) as held, stage_progress():
         before = held.manifest()["stages"].get("train")
         found = stage(settled, held, again=again)
@@ -392,11 +422,25 @@ def _print_verdict(found: Any) -> None:
         + interval(found.mediation),
         highlight=False,
     )
+    if found.silencing:
+        console.print(_silencing_table(found.silencing))
     console.print(f"routed experts: {found.experts}", highlight=False)
     colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
     console.print(
         f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False
     )
+
+
+def _silencing_table(found: dict[str, Any]) -> Any:
+    """Refusal of harmful prompts over the number of experts silenced: ranked ones and, beside them, random ones."""
+    table = new_table(
+        "Harmful prompts refused with experts silenced", "silenced", "before", "after", "after, ranked anew", "random"
+    )
+    curves = [{point["silenced"]: point for point in found[name]} for name in ("before", "after", "after_reranked")]
+    for count, point in curves[1].items():
+        targeted = [interval(curve[count]["targeted"]) if count in curve else "-" for curve in curves]
+        table.add_row(str(count), *targeted, interval(point["random"]))
+    return table
 
 
 @app.command

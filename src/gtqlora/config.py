@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from gtqlora.errors import ConfigError
 
 Mode = Literal["gt", "lora", "gates"]
+Objective = Literal["edit", "harden"]
+Direction = Literal["refusal", "false_refusal", "false_refusal_orthogonal"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Experts = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
 
@@ -55,34 +57,58 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(StageConfig):
-    """Association, interventions and verdict."""
+    """Association, interventions and verdict.
+
+    Attributes:
+        min_difference: of selection rates, below which an expert is not called associated.
+        max_experts: associated experts that are reported, and masked in curves.
+        max_candidates: associated experts whose effect is tested one by one; half as many by gradient.
+        min_effect: least part of the gap in log-odds that an expert has to give back to be called causal.
+        random_controls: draws of random experts in curves.
+        bootstrap: resamples for the association's intervals.
+    """
 
     split: str = "validation"
     max_pairs: int = 200
     min_difference: float = 0.1
     max_experts: int = 64
+    max_candidates: int = 16
+    min_effect: float = 0.03
     random_controls: int = 5
     bootstrap: int = 1000
     level: float = 0.95
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "max_pairs", "max_experts", "bootstrap")
-        self._at_least(0, "min_difference", "random_controls")
+        self._at_least(1, "max_pairs", "max_experts", "max_candidates", "bootstrap")
+        self._at_least(0, "min_difference", "min_effect", "random_controls")
         _require(0 < self.level < 1, f"level = {self.level}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectConfig(StageConfig):
-    """Removal of the refusal direction from every weight that writes the residual stream."""
+    """Removal of one residual direction from every weight that writes the residual stream.
+
+    Attributes:
+        direction: all flagged prompts less their twins, lookalike ones less theirs, or the latter without its part
+            along harmful prompts less theirs.
+        norm_preserving: weights keep the lengths they had, column by column.
+        layer: whose direction; None tries all.
+    """
 
     split: str = "train"
     max_pairs: int = 400
+    direction: Direction = "refusal"
+    norm_preserving: bool = False
     layer: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "max_pairs")
+        _require(
+            not self.norm_preserving or self.experts == "bf16",
+            f"norm_preserving = true rescales weights and {self.experts} experts are frozen; set experts = 'bf16'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +116,8 @@ class TrainConfig(StageConfig):
     """GT-QLoRA: DPO with an exact reference, SFT term and routing anchor.
 
     Attributes:
+        objective: "harden" edits while experts are silenced, so that refusal does not hang on a few of them.
+        silence_share: the largest share of a layer's experts that "harden" silences at random.
         mode: "gt" trains LoRA and gates; "lora" and "gates" train one of them, for comparison.
         lr_lora, lr_gates: peak learning rates of the two optimizer groups.
         sft_weight: weight of the next-token loss on `chosen`.
@@ -98,6 +126,8 @@ class TrainConfig(StageConfig):
     """
 
     split: str = "train"
+    objective: Objective = "edit"
+    silence_share: float = 0.25
     mode: Mode = "gt"
     rank: int = 32
     alpha: int = 64
@@ -127,6 +157,7 @@ class TrainConfig(StageConfig):
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
         for name in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
+        _require(0 < self.silence_share < 1, f"silence_share = {self.silence_share}: must be between 0 and 1")
         _require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
 
 
@@ -136,14 +167,22 @@ class VerifyConfig(StageConfig):
 
     Attributes:
         margin: how much refusal of harmful prompts may drop, in share of prompts; at most 0.05.
+        silencing: the largest number of experts silenced, to see on how few refusal hangs; 0 leaves it out.
+        silencing_prompts: held-out harmful prompts it is measured on, at most.
+        silencing_controls: random draws of experts beside each number.
     """
 
     split: str = "heldout"
     margin: float = 0.02
     level: float = 0.95
+    silencing: int = 16
+    silencing_prompts: int = 200
+    silencing_controls: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least(0, "silencing", "silencing_controls")
+        self._at_least(1, "silencing_prompts")
         _require(0 < self.margin <= 0.05, f"margin = {self.margin}: the safety floor allows 0 < margin <= 0.05")
         _require(0.95 <= self.level < 1, f"level = {self.level}: the safety floor is judged at 0.95 or above")
 

@@ -102,7 +102,8 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def interval(found: dict[str, Any] | None) -> str:
+def interval(found: dict[str, Any] | None, digits: int = 3) -> str:
     if not found or found["value"] is None:
         return "-"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("[", r"\[")
+    value, low, high = (f"{round(found[key], digits) + 0.0:.{digits}f}" for key in ("value", "low", "high"))
+    return rf"{value} \[{low}, {high}]"

@@ -151,7 +151,7 @@ def study(
             else:
                 train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
             verdicts[edit] = verify(build(VerifyConfig, **given), run)
-    found = {(expert["layer"], expert["expert"]) for expert in diagnosis.top_experts}
+    found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 

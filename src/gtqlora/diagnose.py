@@ -1,149 +1,96 @@
-"""The `diagnose` stage: association, interventions, directions, and a verdict line.
+"""The `diagnose` stage: association, cause, directions and a verdict.
 
-Shape letters: N pairs, L MoE layers, E experts.
+Candidates are found on one half of the pairs and tested on the other: nothing is confirmed on what suggested it.
+
+Shape letters: N pairs, L MoE layers, E experts, D hidden.
 """
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
-from scipy import stats as st
 
-from gtqlora import localise
-from gtqlora.capture import Recorder, Subject, open_subject, routers_tapped
+from gtqlora import localise, routing
+from gtqlora.association import Association, associate, top_experts
+from gtqlora.capture import Observation, gradient_scores, observe, open_subject, top_tokens
 from gtqlora.config import DiagnoseConfig
-from gtqlora.contrasts import load
-from gtqlora.directions import difference_of_means, last_token_states, separations
+from gtqlora.contrasts import Contrast, load
+from gtqlora.directions import DirectionStudy, study
 from gtqlora.errors import ContrastError
 from gtqlora.judging import judge_of
-from gtqlora.localise import Bench, Intervention, Pair, control_prompts, pairs_of, random_like
-from gtqlora.progress import track
-from gtqlora.routing import selection_TE
+from gtqlora.localise import Effect, Intervention, Outcome, Swaps, Trials, Verdict
 from gtqlora.run import Run, fingerprint, whole, write_json, write_parquet
-from gtqlora.scoring import left_padded
-from gtqlora.stats import benjamini_hochberg, bootstrap_means
+from gtqlora.stats import Interval
 
 FOLDER = "diagnosis"
-
-
-@dataclass(frozen=True)
-class Association:
-    """One expert's selection rate on flagged prompts and on their twins, after the two differ."""
-
-    layer: int
-    expert: int
-    rate_flagged: float
-    rate_twin: float
-    difference: float
-    low: float
-    high: float
-    q: float
+NO_TWINS = (
+    "No flagged prompt has a twin (a `twin` prompt, or a benign row with the same pair_id), so flagged prompts were "
+    "compared with unrelated benign ones: what follows the topic looks like what follows the behaviour, routing cannot "
+    "be swapped, and there is no verdict."
+)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnosis/diagnosis.json` holds."""
+    """What `diagnosis/diagnosis.json` holds; intervals are {value, low, high, n} at 95 %.
+
+    Attributes:
+        verdict, sentence, reasons, shares, shares_log_odds, needed, enough, n_usable: see `localise.Verdict`.
+        warnings: what weakens these conclusions, and what would mend it.
+        matched: flagged prompts have true twins.
+        n_aligned: pairs of equal token count, which can be swapped.
+        readout: the behaviour's first tokens, for log-odds.
+        cells: refusal and log-odds with each component from the flagged prompt or its twin.
+        interventions, curves: see `localise`; on the confirming half where experts or directions were chosen.
+        experts: effects of the candidates, with the tokens that choose them most. `causal`: it acts, is chosen more on
+            flagged prompts, and routing as a whole carries something; `computes`: it acts otherwise.
+        causal_experts: those that carry the behaviour: the causal ones, or those that compute it if experts do.
+        top_experts: those chosen clearly more on flagged prompts; association only.
+        directions: see `directions.DirectionStudy`.
+        health: per MoE layer, balance of the load over all prompts' and answers' tokens.
+    """
 
     verdict: str
     sentence: str
-    share_routing: dict[str, Any]
-    top_experts: list[dict[str, int]]
-    interventions: list[dict[str, Any]]
-    directions: list[dict[str, Any]]
+    reasons: list[str]
+    warnings: list[str]
+    matched: bool
     n_pairs: int
     n_aligned: int
+    n_usable: int
+    readout: list[str]
+    shares: dict[str, Any]
+    shares_log_odds: dict[str, Any]
+    needed: dict[str, Any]
+    enough: dict[str, Any]
+    cells: list[dict[str, Any]]
+    interventions: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    causal_experts: list[dict[str, int]]
+    top_experts: list[dict[str, int]]
+    directions: dict[str, Any]
+    health: list[dict[str, Any]]
+    health_tokens: int
 
 
 def read_diagnosis(run: Run) -> Diagnosis:
     return Diagnosis(**run.read_json(f"{FOLDER}/diagnosis.json", "diagnose"))
 
 
-@torch.no_grad()
-def selection_rates(
-    subject: Subject, prompts: Sequence[Sequence[int]], skip: Sequence[int], batch_size: int, label: str
-) -> np.ndarray:
-    """rates_NLE: how often each expert is chosen over a prompt's tokens from position `skip` on."""
-    parts = []
-    n_experts = subject.anatomy.spec.n_experts
-    starts = range(0, len(prompts), batch_size)
-    for start in track(starts, label, len(starts)):
-        chunk = prompts[start : start + batch_size]
-        ids_BS, mask_BS = left_padded(chunk, subject.pad_id, subject.device)
-        recorder = Recorder()
-        with routers_tapped(subject.model, subject.anatomy, recorder):
-            subject.model(
-                input_ids=ids_BS,
-                attention_mask=mask_BS,
-                position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-                logits_to_keep=1,
-            )
-        skip_B = torch.tensor(skip[start : start + batch_size], device=subject.device)
-        counted_BS = ((mask_BS.cumsum(-1) > skip_B[:, None]) & (mask_BS > 0)).float()
-        layers = [
-            torch.einsum("bse,bs->be", selection_TE(d.indices_TK, n_experts).view(*ids_BS.shape, -1), counted_BS)
-            / counted_BS.sum(1, keepdim=True).clamp(min=1)
-            for _, d in sorted(recorder.decisions.items())
-        ]
-        parts.append(torch.stack(layers, 1).cpu().numpy())
-    return np.concatenate(parts)
-
-
-def associate(flagged_NLE: np.ndarray, twin_NLE: np.ndarray, layers: Sequence[int], config: DiagnoseConfig):
-    """Per expert: paired difference of selection rates, bootstrap interval over pairs, q-value over all experts."""
-    difference_NLE = flagged_NLE - twin_NLE
-    means = bootstrap_means(difference_NLE, seed=config.seed, resamples=config.bootstrap)
-    edge = (1 - config.level) / 2
-    low_LE, high_LE = np.quantile(means, [edge, 1 - edge], axis=0)
-    q_LE = benjamini_hochberg(_p_values(difference_NLE))
-    flagged_LE, twin_LE, mean_LE = flagged_NLE.mean(0), twin_NLE.mean(0), difference_NLE.mean(0)
-    return [
-        Association(
-            layer=layers[position],
-            expert=expert,
-            rate_flagged=float(flagged_LE[position, expert]),
-            rate_twin=float(twin_LE[position, expert]),
-            difference=float(mean_LE[position, expert]),
-            low=float(low_LE[position, expert]),
-            high=float(high_LE[position, expert]),
-            q=float(q_LE[position, expert]),
-        )
-        for position in range(len(layers))
-        for expert in range(mean_LE.shape[1])
-    ]
-
-
-def _p_values(difference_NLE: np.ndarray) -> np.ndarray:
-    """Two-sided paired t-test; where every pair differs by the same amount, the exact sign test."""
-    n = len(difference_NLE)
-    mean_LE, spread_LE = difference_NLE.mean(0), difference_NLE.std(0, ddof=1) if n > 1 else np.zeros(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_LE = 2 * st.t.sf(np.abs(mean_LE) / (spread_LE / np.sqrt(n)), df=max(n - 1, 1))
-    constant = np.broadcast_to(spread_LE, mean_LE.shape) < 1e-12
-    return np.where(constant, np.where(np.abs(mean_LE) < 1e-12, 1.0, 2.0 ** (1 - min(n, 1000))), p_LE)
-
-
-def top_experts(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and surely by three quarters of the first's gap."""
-    sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
-    ranked = sorted(sure, key=lambda a: -a.difference)
-    cut = max(config.min_difference, 0.75 * ranked[0].difference) if ranked else 0.0
-    return [a for a in ranked if a.low >= cut][: config.max_experts]
-
-
 def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagnosis:
     """Find where the refusal of flagged prompts (lookalike and harmful) sits.
 
     Raises:
-        ContrastError: the split has no twins.
-        ModelError: the model cannot be loaded.
+        ContrastError: the split has no flagged prompts, or nothing to compare them with.
+        ModelError: the model cannot be loaded, or computes NaN.
     """
     inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast)}
     with run.stage("diagnose", config, inputs, device=config.device, again=again) as stage:
@@ -152,89 +99,275 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
             return read_diagnosis(run)
         judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
+        _check(contrast, config)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-        pairs = pairs_of(contrast, subject, config.max_pairs, config.seed)
-        if not pairs:
-            raise ContrastError(
-                f"{config.contrast}: split {config.split!r} has no twins (a `twin` prompt, or a benign row with the "
-                "same pair_id), so association cannot be told from topic"
+        trials = Trials(
+            subject,
+            localise.pairs_of(contrast, subject, config.max_pairs, config.seed),
+            judge,
+            localise.readout_tokens(subject, contrast.rows),
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
+        study = _Study(config, trials)
+        diagnosis = study.diagnosis()
+        with whole(run / FOLDER) as staged:
+            study.write(staged, diagnosis)
+        return diagnosis
+
+
+def _check(contrast: Contrast, config: DiagnoseConfig) -> None:
+    flagged = [*contrast.of_kind("lookalike"), *contrast.of_kind("harmful")]
+    where = f"{config.contrast}: split {config.split!r}"
+    if not flagged:
+        raise ContrastError(f"{where} has no lookalike and no harmful rows, so no behaviour to find; choose another")
+    if not contrast.of_kind("benign") and not any(contrast.twin_of(row) for row in flagged):
+        raise ContrastError(
+            f"{where} has neither twins (a `twin` prompt, or a benign row with the same pair_id) nor benign rows to "
+            "compare flagged prompts with; add twins"
+        )
+
+
+class _Study:
+    """The steps of one diagnosis, in order; what an earlier one found is there for the later ones."""
+
+    def __init__(self, config: DiagnoseConfig, trials: Trials) -> None:
+        self.config, self.trials, self.subject = config, trials, trials.subject
+        self.layers = [layer.index for layer in self.subject.anatomy.moe]
+        self.matched = all(pair.matched for pair in trials.pairs)
+        discovery, confirmation = localise.halves(trials.pairs)
+        self.found, self.kept = trials.of(discovery), trials.of(confirmation or discovery)
+        self.seen = self._observe("flagged", trials.flagged, trials.own[0])
+        self.seen_twins = self._observe("twins", trials.twins, trials.own[1])
+        self.associations = self._associate()
+        self.directions = self._directions()
+
+    def _observe(self, name: str, prompts: Sequence[list[int]], outcomes: Sequence[Outcome]) -> Observation:
+        return observe(
+            self.subject,
+            prompts,
+            answers=[o.tokens for o in outcomes],
+            since=[pair.common for pair in self.trials.pairs],
+            batch_size=self.config.batch_size,
+            label=f"routing of {name}",
+        )
+
+    def _associate(self) -> list[Association]:
+        rows, config = self.trials.rows_of(self.found), self.config
+        gradients = None
+        if self.trials.readout:
+            gradients = gradient_scores(
+                self.subject,
+                self.found.flagged,
+                self.trials.readout,
+                batch_size=config.batch_size,
+                label="gradients of routing weights",
             )
-        bench = Bench(subject, pairs, judge, config.batch_size, config.max_new_tokens)
-        return _diagnose(config, run, subject, pairs, bench)
+        return associate(
+            self.seen.of(rows),
+            self.seen_twins.of(rows),
+            self.layers,
+            groups=self.found.groups,
+            matched=self.matched,
+            gradients=gradients,
+            seed=config.seed,
+            resamples=config.bootstrap,
+            level=config.level,
+        )
+
+    def _directions(self) -> DirectionStudy:
+        pairs = self.trials.pairs
+        return study(
+            self.seen.states_NSD,
+            self.seen_twins.states_NSD,
+            [pair.row.kind for pair in pairs],
+            self.trials.groups,
+            seed=self.config.seed,
+            level=self.config.level,
+        )
+
+    # --- rankings of experts, as (position among the MoE layers, expert)
+
+    def _places(self, associations: Sequence[Association]) -> list[localise.Expert]:
+        return [(self.layers.index(a.layer), a.expert) for a in associations]
+
+    def _by_difference(self) -> list[Association]:
+        sure = [a for a in self.associations if a.q < 1 - self.config.level and a.low > 0]
+        wide = [a for a in sure if a.difference >= self.config.min_difference]
+        return sorted(wide, key=lambda a: -a.difference)[: self.config.max_experts]
+
+    def _by_gradient(self) -> list[Association]:
+        sure = [a for a in self.associations if a.gradient_low is not None and a.gradient_low > 0]
+        return sorted(sure, key=lambda a: -(a.gradient or 0.0))[: self.config.max_experts]
+
+    def _candidates(self) -> list[localise.Expert]:
+        most = self.config.max_candidates
+        first = [*self._by_difference()[:most], *self._by_gradient()[: most // 2]]
+        return list(dict.fromkeys(self._places(first)))
+
+    @property
+    def _frequency_LE(self) -> NDArray[np.floating]:
+        return (self.seen.prompt.rates_NLE.mean(0) + self.seen_twins.prompt.rates_NLE.mean(0)) / 2
+
+    # --- cause
+
+    def _swaps(self) -> Swaps | None:
+        aligned = [pair for pair in self.trials.pairs if pair.aligned]
+        paired = zip(aligned, localise.partners(aligned, self.config.seed), strict=True)
+        usable = [(pair, partner) for pair, partner in paired if partner is not None]
+        if not usable:
+            return None
+        return localise.run_swaps(self.trials.of([pair for pair, _ in usable]), [partner for _, partner in usable])
+
+    def _curves(self) -> list[localise.Curve]:
+        rankings = {"most associated": self._by_difference(), "largest gradient": self._by_gradient()}
+        known = {name: self._places(ranking) for name, ranking in rankings.items() if ranking}
+        curves = [localise.curve(self.kept, name, ranking) for name, ranking in known.items()]
+        if known and self.config.random_controls:
+            first = next(iter(known.values()))
+            draws, seed = self.config.random_controls, self.config.seed
+            curves.append(localise.random_curve(self.kept, first, self._frequency_LE, draws, seed))
+        return curves
+
+    def _effects(self) -> list[Effect]:
+        return localise.expert_effects(
+            self.kept,
+            self._candidates(),
+            self._frequency_LE,
+            min_effect=self.config.min_effect,
+            level=self.config.level,
+            seed=self.config.seed,
+        )
+
+    def _ablations(self) -> list[Intervention]:
+        directions_LD = self.directions.tensors["direction"]
+        layer = localise.strongest_layer(self.found, directions_LD)
+        return [] if layer is None else localise.ablations(self.kept, directions_LD[layer], self.config.seed)
+
+    def _masks(self, carriers: Sequence[localise.Expert]) -> list[Intervention]:
+        """The experts that carry the behaviour, and those that are merely chosen more, masked together."""
+        named = {"experts that carry it": carriers, "associated experts": self._places(self._top())}
+        masks = []
+        for name, experts in named.items():
+            if experts:
+                label = f"mask the {len(experts)} {name}"
+                change = localise.masking(self.kept, localise.masked_of(experts))
+                outcomes = self.kept.run(label, self.kept.flagged, change)
+                masks.append(self.kept.intervention(label, outcomes, self.kept.own[0]))
+        return masks
+
+    def _top(self) -> list[Association]:
+        config = self.config
+        return top_experts(
+            self.associations, level=config.level, min_difference=config.min_difference, limit=config.max_experts
+        )
+
+    # --- the whole
+
+    def diagnosis(self) -> Diagnosis:
+        swaps, effects = self._swaps(), self._effects()
+        verdict, (flagged, twins) = localise.judge(swaps), self.trials.own
+        experts = self._experts(effects, verdict.verdict)
+        kind = "computes" if verdict.verdict == "experts" else "causal"
+        carriers = [(e.position, e.expert) for e, row in zip(effects, experts, strict=True) if row[kind]]
+        interventions = [
+            self.trials.intervention("as it is", flagged, flagged),
+            self.trials.intervention("twin as it is", twins, twins),
+            *(localise.interventions_of(swaps) if swaps else []),
+            *self._ablations(),
+            *self._masks(carriers),
+        ]
+        return Diagnosis(
+            verdict=verdict.verdict,
+            sentence=verdict.sentence,
+            reasons=verdict.reasons,
+            warnings=self._warnings(verdict),
+            matched=self.matched,
+            n_pairs=len(self.trials.pairs),
+            n_aligned=len(swaps.trials.pairs) if swaps else 0,
+            n_usable=verdict.n_usable,
+            readout=[str(self.subject.tokenizer.convert_ids_to_tokens(token)) for token in self.trials.readout],
+            shares=_plain(verdict.shares),
+            shares_log_odds=_plain(verdict.shares_log_odds),
+            needed=_plain(verdict.needed),
+            enough=_plain(verdict.enough),
+            cells=localise.cells_of(swaps) if swaps else [],
+            interventions=[i.to_json() for i in interventions],
+            curves=[asdict(curve) for curve in self._curves()],
+            experts=experts,
+            causal_experts=[self._name(*place) for place in carriers],
+            top_experts=[{"layer": a.layer, "expert": a.expert} for a in self._top()],
+            directions=self.directions.to_json(),
+            **self._health(),
+        )
+
+    def _name(self, position: int, expert: int) -> dict[str, int]:
+        return {"layer": self.layers[position], "expert": expert}
+
+    def _experts(self, effects: Sequence[Effect], verdict: str) -> list[dict[str, Any]]:
+        """What candidates do. Where all of the routing together carries nothing, no expert does by being chosen."""
+        chosen_more = self._places(self._by_difference()) if verdict not in ("residual", "experts") else []
+        tokens = top_tokens(
+            self.subject,
+            [*self.trials.flagged, *self.trials.twins],
+            [pair.common for pair in self.trials.pairs] * 2,
+            [(e.position, e.expert) for e in effects],
+            batch_size=self.config.batch_size,
+        )
+        return [
+            {
+                **self._name(effect.position, effect.expert),
+                "mask": effect.mask.to_json(),
+                "give_back": effect.give_back.to_json(),
+                "control": effect.control.to_json(),
+                "q": effect.q,
+                "causal": effect.acts and (effect.position, effect.expert) in chosen_more,
+                "computes": effect.acts and (effect.position, effect.expert) not in chosen_more,
+                "tokens": [asdict(rate) for rate in rates],
+            }
+            for effect, rates in zip(effects, tokens, strict=True)
+        ]
+
+    def _health(self) -> dict[str, Any]:
+        regions = [r for seen in (self.seen, self.seen_twins) for r in (seen.prompt, seen.answer) if r is not None]
+        counts_LE = sum(region.counts_LE for region in regions)
+        loads = [
+            {"layer": layer, **asdict(routing.load(torch.from_numpy(row))), "dead": int((row == 0).sum())}
+            for layer, row in zip(self.layers, np.asarray(counts_LE), strict=True)
+        ]
+        return {"health": loads, "health_tokens": sum(region.tokens for region in regions)}
+
+    def _warnings(self, verdict: Verdict) -> list[str]:
+        found = [] if self.matched else [NO_TWINS]
+        n = len(self.trials.pairs)
+        if self.matched and (unaligned := sum(not pair.aligned for pair in self.trials.pairs)):
+            found.append(
+                f"{unaligned} of {n} twins have another token count than their flagged prompt and cannot be swapped."
+            )
+        if not self.trials.readout:
+            found.append(
+                "Refusals and answers begin with the same tokens, so there are no log-odds: no gradients, no effect of "
+                "single experts, no direction chosen. Longer or more distinct openings in the pairs would mend it."
+            )
+        refused = self.trials.refusal(self.trials.own[0])
+        if refused.value < 0.5:
+            found.append(f"Only {refused.value:.0%} of the flagged prompts are refused; there is little to explain.")
+        if verdict.verdict == "cannot tell" and verdict.n_usable < localise.MIN_PAIRS and self.matched:
+            found.append(
+                f"{verdict.n_usable} of {n} pairs can be used; a verdict needs {localise.MIN_PAIRS} whose flagged "
+                "prompt refuses, whose twin does not, and whose token counts are equal."
+            )
+        return found
+
+    def write(self, folder: Path, diagnosis: Diagnosis) -> None:
+        folder.mkdir()
+        write_parquet(folder / "association.parquet", [asdict(a) for a in self.associations])
+        save_file(self.directions.tensors, folder / "directions.safetensors")
+        counted = {"flagged": self.seen, "twin": self.seen_twins}
+        tables = {f"coactivation_{side}": torch.from_numpy(seen.coactivation_LEE) for side, seen in counted.items()}
+        save_file(tables, folder / "routing.safetensors")
+        write_json(folder / "diagnosis.json", asdict(diagnosis))
 
 
-def _diagnose(config: DiagnoseConfig, run: Run, subject: Subject, pairs: list[Pair], bench: Bench) -> Diagnosis:
-    layers = [layer.index for layer in subject.anatomy.moe]
-    skip = [pair.common for pair in pairs]
-    flagged_NLE = selection_rates(subject, [p.prompt for p in pairs], skip, config.batch_size, "routing of flagged")
-    twin_NLE = selection_rates(subject, [p.twin for p in pairs], skip, config.batch_size, "routing of twins")
-    associations = associate(flagged_NLE, twin_NLE, layers, config)
-    top = top_experts(associations, config)
-    masked: dict[int, list[int]] = defaultdict(list)
-    for a in top:
-        masked[layers.index(a.layer)].append(a.expert)
-    frequency_LE = (flagged_NLE.mean(0) + twin_NLE.mean(0)) / 2
-    interventions = _mask_tests(config, bench, {k: tuple(v) for k, v in masked.items()}, frequency_LE)
-    swaps, verdict, n_aligned = _swap_tests(config, subject, bench)
-    interventions += swaps
-    states = last_token_states(subject, [p.prompt for p in pairs], config.batch_size, "residual of flagged")
-    others = last_token_states(subject, [p.twin for p in pairs], config.batch_size, "residual of twins")
-    diagnosis = Diagnosis(
-        verdict=verdict.verdict,
-        sentence=verdict.sentence,
-        share_routing=verdict.share_routing.to_json() if verdict.n_pairs else {},
-        top_experts=[{"layer": a.layer, "expert": a.expert} for a in top],
-        interventions=[i.to_json() for i in interventions],
-        directions=[asdict(d) for d in separations(states, others)] if len(pairs) > 1 else [],
-        n_pairs=len(pairs),
-        n_aligned=n_aligned,
-    )
-    with whole(run / FOLDER) as staged:
-        staged.mkdir()
-        write_parquet(staged / "association.parquet", [asdict(a) for a in associations])
-        save_file({"direction": difference_of_means(states, others)}, staged / "directions.safetensors")
-        write_json(staged / "diagnosis.json", asdict(diagnosis))
-    return diagnosis
-
-
-def _mask_tests(
-    config: DiagnoseConfig, bench: Bench, masked: dict[int, tuple[int, ...]], frequency_LE: np.ndarray
-) -> list[Intervention]:
-    """Mask the associated experts, then as many random ones of like frequency in the same layers."""
-    out = [bench.intervention("as it is", bench.base, bench.base)]
-    if not masked:
-        return out
-    count = sum(map(len, masked.values()))
-    scores = bench.flagged("mask", [localise.mask_handler(bench.subject, masked)])
-    out.append(bench.intervention(f"mask the {count} associated experts", scores, bench.base))
-    rng = random.Random(config.seed)
-    for index in range(config.random_controls):
-        control = random_like(masked, frequency_LE, rng)
-        scores = bench.flagged(f"random mask {index + 1}", [localise.mask_handler(bench.subject, control)])
-        out.append(bench.intervention(f"mask {count} random experts ({index + 1})", scores, bench.base, control=True))
-    return out
-
-
-def _swap_tests(
-    config: DiagnoseConfig, subject: Subject, bench: Bench
-) -> tuple[list[Intervention], localise.Verdict, int]:
-    """Twin's routing into the flagged prompt and back, against another flagged prompt's routing as control."""
-    aligned_pairs = [pair for pair in bench.pairs if pair.aligned]
-    partners = control_prompts(aligned_pairs, config.seed)
-    chosen = [(pair, prompt) for pair, prompt in zip(aligned_pairs, partners, strict=True) if prompt is not None]
-    if not chosen:
-        return [], localise.verdict_of_scores([], [], []), 0
-    pairs, controls = [pair for pair, _ in chosen], [prompt for _, prompt in chosen]
-    aligned = Bench(subject, pairs, bench.judge, config.batch_size, config.max_new_tokens)
-    twins = aligned.twins("twins")
-    swapped = aligned.flagged("twin's routing", routing=[p.twin for p in pairs])
-    control = aligned.flagged("another's routing", routing=controls)
-    back = aligned.twins("flagged routing in twins", routing=[p.prompt for p in pairs])
-    out = [
-        aligned.intervention("flagged with its twin's routing", swapped, aligned.base),
-        aligned.intervention("flagged with another flagged prompt's routing", control, aligned.base, control=True),
-        aligned.intervention("twin as it is", twins, twins),
-        aligned.intervention("twin with the flagged prompt's routing", back, twins),
-    ]
-    usable = [b.refused and not t.refused for b, t in zip(aligned.base, twins, strict=True)]
-    return out, localise.verdict_of_scores(swapped, control, usable), len(pairs)
+def _plain(shares: dict[str, Interval]) -> dict[str, Any]:
+    return {part: interval.to_json() for part, interval in shares.items()}

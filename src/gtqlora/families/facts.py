@@ -118,8 +118,9 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     if not any(section.get(key) for section in sections for key in _MOE_KEYS):
         raise ModelError(
-            f"{where}: model_type {model_type!r} is a dense model: it has no routers to diagnose or train. "
-            f"gtqlora works on Mixture-of-Experts models of these families: {known}"
+            f"{where}: model_type {model_type!r} is a dense model: it has no routers, so only Level 1 (the "
+            f"residual stream) applies to it, and there is nothing for gtqlora to tell apart or to train. It works on "
+            f"Mixture-of-Experts models of these families: {known}"
         )
     raise ModelError(
         f"{where}: unknown MoE family {model_type!r}; known: {known}. Add an entry to gtqlora/families/facts.py"

@@ -1,0 +1,253 @@
+"""Is the diagnosis right? Builds fresh organisms whose truth was planted, diagnoses each, prints what was found.
+
+    python bench/diagnosis.py --seeds 8 --first-seed 1000                 # 40 organisms, about 90 minutes on 2 cores
+    python bench/diagnosis.py --kinds routed null --seeds 2 --json a.json
+    python bench/diagnosis.py --merge a.json b.json                       # one table of several runs
+
+Even seeds have DeepSeek-V3's architecture, odd ones Qwen3-MoE's. Everything is fp32 on the CPU, one thread a worker.
+The diagnosis has the demo's settings and sees the validation words' pairs. Beside ours: the experts that selection
+frequency alone names, and those that stability selection names (as SAFEx does, arXiv 2506.17368; here with twins, which
+it has not); either says "routing" where it names any expert. Coverage: every interval is compared with the same
+quantity on three times as many fresh pairs of the same organism, whose own error is allowed for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+KINDS = ("routed", "residual", "expert-only", "redundant", "null")
+ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
+STABLE = 0.9
+"""Share of half-samples from which on an expert counts as stably selected."""
+METHODS = ("causal", "frequency", "stability")
+
+Job = tuple[str, int]
+Found = dict[str, Any]
+
+
+def work(job: tuple[Job, str]) -> Found:
+    """Build one organism, diagnose it, and diagnose it again on fresh pairs."""
+    warnings.filterwarnings("ignore")
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ[name] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import torch
+
+    from gtqlora.errors import GtqloraError
+
+    torch.set_num_threads(1)
+    (kind, seed), root = job
+    try:
+        return {"job": [kind, seed], **_study(kind, seed, Path(root) / f"{kind}-{seed}")}
+    except GtqloraError as error:
+        return {"job": [kind, seed], "error": str(error)}
+
+
+def _study(kind: str, seed: int, folder: Path) -> Found:
+    from gtqlora.organisms.build import build
+    from gtqlora.organisms.embedded import CONTRAST, read_truth
+
+    started = time.monotonic()
+    architecture = ARCHITECTURES[seed % 2]
+    build(kind, folder, seed=seed, architecture=architecture, progress=lambda _stage: lambda *_: None)  # type: ignore[arg-type]
+    truth = read_truth(folder)
+    built = time.monotonic()
+    found = _diagnosed(folder, folder / CONTRAST, folder / "run")
+    diagnosed = time.monotonic()
+    larger = _diagnosed(folder, _fresh_pairs(folder, seed), folder / "larger", max_pairs=3 * found["n_pairs"])
+    return {
+        "architecture": architecture,
+        "truth": truth.verdict,
+        "planted": [list(place) for place in truth.planted],
+        "verdict": found["verdict"],
+        "sentence": found["sentence"],
+        "experts": {name: found["experts"][name] for name in METHODS},
+        "coverage": _coverage(found["intervals"], larger["intervals"]),
+        "seconds": [round(built - started), round(diagnosed - built), round(time.monotonic() - diagnosed)],
+    }
+
+
+def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
+    """What a diagnosis says, the experts that each method names, and all of its intervals by name."""
+    from gtqlora.config import DiagnoseConfig, build
+    from gtqlora.diagnose import FOLDER, diagnose
+    from gtqlora.organisms import embedded
+    from gtqlora.run import Run, read_parquet
+
+    settings = {"model": str(model), "contrast": str(contrast), **given}
+    with Run(out) as run:
+        found = diagnose(build(DiagnoseConfig, file=embedded.recipe(), **settings), run)
+    rows = read_parquet(out / FOLDER / "association.parquet")
+    experts = {
+        "causal": [[e["layer"], e["expert"]] for e in found.causal_experts],
+        "frequency": [[e["layer"], e["expert"]] for e in found.top_experts],
+        "stability": [[row["layer"], row["expert"]] for row in rows if row["stability"] >= STABLE and row["low"] > 0],
+    }
+    return {
+        "verdict": found.verdict,
+        "sentence": found.sentence,
+        "n_pairs": found.n_pairs,
+        "experts": experts,
+        "intervals": dict(_intervals(found, rows)),
+    }
+
+
+def _fresh_pairs(folder: Path, seed: int) -> Path:
+    """A larger contrast set of the validation words, drawn anew."""
+    from gtqlora.organisms.build import contrast_rows
+    from gtqlora.organisms.language import Language
+
+    rows = []
+    for part in range(4):
+        drawn = contrast_rows(Language(), random.Random(f"{seed}-{part}").getrandbits(32))
+        rows += [{**row, "pair_id": f"{part}-{row['pair_id']}"} for row in drawn if row["split"] == "validation"]
+    seen: dict[str, dict[str, Any]] = {}
+    taken = {row["pair_id"] for row in rows if seen.setdefault(row["prompt"], row) is not row}  # no prompt stands twice
+    path = folder / "fresh.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["pair_id"] not in taken))
+    return path
+
+
+def _intervals(found: Any, rows: Sequence[Found]) -> Iterator[tuple[str, list[float]]]:
+    """Every interval that means the same in two diagnoses of one organism, as [value, low, high]."""
+
+    def ends(interval: Found) -> list[float]:
+        return [interval["value"], interval["low"], interval["high"]]
+
+    for name in ("shares", "shares_log_odds", "needed", "enough"):
+        for part, interval in getattr(found, name).items():
+            yield f"{name}: {part}", ends(interval)
+    for cell in found.cells:
+        where = "".join(cell[part][0] for part in ("routing", "experts", "stream"))
+        yield f"cells refusal: {where}", ends(cell["refusal"])
+        yield f"cells log-odds: {where}", ends(cell["log_odds"])
+    for row in rows:
+        yield f"association: {row['layer']}/{row['expert']}", [row["difference"], row["low"], row["high"]]
+
+
+def _coverage(found: dict[str, list[float]], larger: dict[str, list[float]]) -> dict[str, list[int]]:
+    """By group of quantities: how many intervals hold the truth, and how many there are.
+
+    The larger sample's own error is allowed for: the gap may be as wide as both half-widths there, in quadrature.
+    """
+    counts: dict[str, list[int]] = {}
+    for name, (value, low, high) in found.items():
+        if name not in larger:
+            continue
+        true, true_low, true_high = larger[name]
+        sides = (high - value, true - true_low) if true > value else (value - low, true_high - true)
+        group = counts.setdefault(name.partition(":")[0], [0, 0])
+        group[0] += abs(true - value) <= (sides[0] ** 2 + sides[1] ** 2) ** 0.5 + 1e-9
+        group[1] += 1
+    return counts
+
+
+# --- what is printed
+
+
+def _said(found: Found, method: str) -> str:
+    """A method's verdict; one that only ranks experts says routing where it names any."""
+    if method == "causal":
+        return found["verdict"]
+    return "routing" if found["experts"][method] else "residual"
+
+
+def _hits(found: Found, method: str) -> tuple[int, int, int]:
+    """Planted experts named, all named, all planted."""
+    named, planted = {tuple(e) for e in found["experts"][method]}, {tuple(e) for e in found["planted"]}
+    return len(named & planted), len(named), len(planted)
+
+
+def print_table(results: Sequence[Found]) -> None:
+    for found in results:
+        kind, seed = found["job"]
+        if "error" in found:
+            print(f"{kind:12} {seed:5} {found['error']}")
+            continue
+        hit, named, planted = _hits(found, "causal")
+        mark = "" if found["verdict"] == found["truth"] else "  WRONG"
+        seconds = "/".join(map(str, found["seconds"]))
+        print(
+            f"{kind:12} {seed:5} {found['architecture']:12} {found['verdict']:12} causal {named:2}, planted among them "
+            f"{hit}/{planted}  {seconds:>11} s{mark}"
+        )
+    good = [found for found in results if "error" not in found]
+    print(f"\n{'':32}{'ours':>16}{'frequency alone':>18}{'stability alone':>18}")
+    for kind in (*KINDS, "all"):
+        chosen = [found for found in good if kind in ("all", found["job"][0])]
+        if chosen:
+            right = [sum(_said(found, m) == found["truth"] for found in chosen) for m in METHODS]
+            print(f"{'verdict right, ' + kind:32}" + _row([f"{r} of {len(chosen)}" for r in right]))
+    _print_experts(good)
+    _print_coverage(good)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, (16, 18, 18), strict=True))
+
+
+def _print_experts(good: Sequence[Found]) -> None:
+    routed = [found for found in good if found["job"][0] == "routed"]
+    null = [found for found in good if found["job"][0] == "null"]
+    sums = {m: [sum(column) for column in zip(*(_hits(f, m) for f in routed), strict=True)] for m in METHODS}
+    if routed:
+        print(f"{'routed: precision':32}" + _row([f"{hit / max(named, 1):.3f}" for hit, named, _ in sums.values()]))
+        print(f"{'routed: recall':32}" + _row([f"{hit / planted:.3f}" for hit, _, planted in sums.values()]))
+    if null:
+        quiet = [sum(not found["experts"][m] for found in null) for m in METHODS]
+        print(f"{'null: no expert named':32}" + _row([f"{q} of {len(null)}" for q in quiet]))
+
+
+def _print_coverage(good: Sequence[Found]) -> None:
+    print("\nintervals that hold the truth (nominal 95 %)")
+    for group in dict.fromkeys(name for found in good for name in found["coverage"]):
+        held = sum(found["coverage"].get(group, [0, 0])[0] for found in good)
+        total = sum(found["coverage"].get(group, [0, 0])[1] for found in good)
+        print(f"{group:32}{held / total:16.3f}   ({held:,} of {total:,})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8, help="fresh organisms of each kind")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--first-seed", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--merge", type=Path, nargs="+", help="print results written before, run nothing")
+    args = parser.parse_args()
+    if args.merge:
+        print_table([found for file in args.merge for found in json.loads(file.read_text())])
+        return 0
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    jobs: list[Job] = [(kind, seed) for kind in args.kinds for seed in seeds]
+    started, context = time.monotonic(), multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as root, context.Pool(args.workers, maxtasksperchild=1) as pool:
+        results = []
+        for found in pool.imap_unordered(work, [(job, root) for job in jobs], chunksize=1):
+            results.append(found)
+            print(f"{found['job']} done, {len(results)} of {len(jobs)}", file=sys.stderr, flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(sorted(results, key=lambda f: str(f["job"])), indent=1))
+    import torch
+    import transformers
+
+    print_table(sorted(results, key=lambda f: (KINDS.index(f["job"][0]), f["job"][1])))
+    machine = f"{platform.machine()}, {args.workers} workers, {time.monotonic() - started:.0f} s"
+    print(f"\n{machine}; torch {torch.__version__}, transformers {transformers.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
