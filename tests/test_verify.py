@@ -31,7 +31,7 @@ def rows_of(path: Path, harmful: int, others: int = 20, train: int = 40) -> Path
 
 def settings(contrast: Path, **changes: Any) -> VerifyConfig:
     base: dict[str, Any] = {"model": str(ROUTED), "contrast": str(contrast), "judge": embedded.JUDGE}
-    return VerifyConfig(**{**base, "max_new_tokens": 6, "margin": 0.05, "batch_size": 64, **changes})
+    return VerifyConfig(**{**base, "max_new_tokens": 6, "margin": 0.05, "batch_size": 64, "silencing": 4, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,37 @@ def test_files_hold_the_verdict_and_it_is_fresh(noop: tuple[Path, Verdict]) -> N
         assert json.loads(json.dumps(verdict.__dict__)) == json.loads(json.dumps(read_verdict(run).__dict__))
         assert verify(settings(path / "c.jsonl"), run) == read_verdict(run)
     assert (path / "verdict.json").stat().st_mtime_ns == before
+
+
+def test_silencing_is_measured_before_and_after_on_prompts_that_ranked_nothing(noop: tuple[Path, Verdict]) -> None:
+    path, verdict = noop
+    found = verdict.silencing
+    assert {(e["layer"], e["expert"]) for e in found["experts"]} == set(embedded.read_truth(ROUTED).planted)
+    assert (found["ranked_against"], found["ranked_prompts"], found["controls"]) == ("twins", 40, 3)
+    for curve in ("before", "after", "after_reranked"):
+        assert [point["silenced"] for point in found[curve]] == [0, 1, 2, 4]
+        assert all(point["targeted"]["n"] == 60 for point in found[curve])
+        assert found[curve][0]["targeted"] == verdict.table["harmful"]["refusal_before"]
+        assert found[curve][-1]["targeted"]["high"] < 0.2
+    assert found["before"] == found["after"]  # the edit changes nothing
+    assert all(point["random"]["low"] > 0.85 for point in found["before"])
+    assert all(point["random"] is None for point in found["after_reranked"])
+    with Run(path) as run:
+        assert read_verdict(run).silencing == found
+
+
+def test_silencing_can_be_left_out_and_older_verdicts_are_read(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run:
+        full = verify(toy.verify_config(model, silencing=2, silencing_prompts=10, silencing_controls=0), run)
+        assert [point["targeted"]["n"] for point in full.silencing["before"]] == [10, 10, 10]
+        assert all(point["random"] is None for point in full.silencing["before"])
+        bare = verify(toy.verify_config(model, silencing=0), run)
+        assert bare.silencing == {} and bare.floor == full.floor and bare.table == full.table
+        file = tmp_path / "verdict.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "silencing"}))
+        assert read_verdict(run) == bare
 
 
 def test_bf16_is_compared_in_fp32(toy: helpers.Toy, tmp_path: Path) -> None:

@@ -33,13 +33,16 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
 from gtqlora.contrast_statistics import statistics
 from gtqlora.contrasts import Contrast
-from gtqlora.errors import TrainingError
+from gtqlora.errors import ContrastError, TrainingError
 from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
 from gtqlora.judging import judge_of
 from gtqlora.resume import drop_checkpoints, last_checkpoint
 from gtqlora.run import Run, fingerprint, whole
+from gtqlora.silencing import Draws, rank
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
+RANKED = 200
+"""Harmful prompts on which experts are ranked, at most."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,12 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
     pad = subject.pad_id
+    draws = _draws(config, subject, rows)
     with peft_targets_kept():
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
             settings=config,
+            draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(rows.to_preference()),
@@ -142,6 +147,19 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer
+
+
+def _draws(config: TrainConfig, subject: Subject, rows: Contrast) -> Draws | None:
+    """What "harden" silences; experts are ranked in the model as it is before training."""
+    if config.objective == "edit":
+        return None
+    ranking = rank(subject, rows, prompts=RANKED, batch_size=config.batch_size, seed=config.seed)
+    if ranking is None:
+        raise ContrastError(
+            f"{config.contrast}: split {config.split!r} has no harmful rows with twins or benign rows to compare them "
+            'with, so "harden" cannot tell which experts to silence; add some'
+        )
+    return Draws(subject.anatomy, ranking, share=config.silence_share, seed=config.seed)
 
 
 def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from gtqlora import routing
 from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, routers_of, save_trained, trainable
-from gtqlora.capture import Recorder, routers_tapped
+from gtqlora.capture import Handler, Mask, Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import TrainingError
@@ -29,6 +29,7 @@ from gtqlora.families import Anatomy
 from gtqlora.progress import report
 from gtqlora.resume import mark_complete
 from gtqlora.run import whole
+from gtqlora.silencing import Draws, RowsMasked
 
 
 class GuardStop(TrainingError):
@@ -118,8 +119,9 @@ class GateTargetedTrainer(DPOTrainer):
 
     model: Any  # a PeftModel; the base class says None may be
 
-    def __init__(self, *, anatomy: Anatomy, settings: TrainConfig, **kwargs: Any) -> None:
-        self.anatomy, self.settings = anatomy, settings
+    def __init__(self, *, anatomy: Anatomy, settings: TrainConfig, draws: Draws | None = None, **kwargs: Any) -> None:
+        self.anatomy, self.settings, self.draws = anatomy, settings, draws
+        self._until_backward = ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
         with weights_unhashed():
             super().__init__(**kwargs)
@@ -135,18 +137,33 @@ class GateTargetedTrainer(DPOTrainer):
             )
         return self.optimizer
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._until_backward:
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         kind_B = inputs.pop("kind")
-        both = Recorder()
-        with routers_tapped(self.model, self.anatomy, both):
+        both, (silence, plain_B) = Recorder(), self._silence(kind_B)
+        with routers_tapped(self.model, self.anatomy, both, *silence):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_finite("loss", loss)
-        anchor = self._anchor(both, inputs, kind_B)
+        anchor = self._anchor(both, inputs, kind_B, plain_B)
         self._check_finite("routing anchor", anchor)
         self._metrics["train"]["loss/anchor"].append(anchor.item())
+        # gradient checkpointing runs the layers again, and they must route as they did
+        self._until_backward.enter_context(routers_tapped(self.model, self.anatomy, *silence))
         return loss + anchor
+
+    def _silence(self, kind_B: Tensor) -> tuple[tuple[Handler, ...], Tensor | None]:
+        """What silences experts in this step, and plain_B: the rows that run as they are (None: all of them)."""
+        if self.draws is None:
+            return (), None
+        step = self.state.global_step
+        silent_B = torch.tensor(self.draws.rows(step, len(kind_B)), device=kind_B.device)
+        mask = Mask(self.anatomy, self.draws.experts(step))
+        return (RowsMasked(mask, silent_B.repeat(2)),), ~silent_B  # chosen, then rejected
 
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not torch.isfinite(value):
@@ -163,14 +180,16 @@ class GateTargetedTrainer(DPOTrainer):
         table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
         return torch.tensor([table.get(kind, 0.0) for kind in KINDS], device=kind_B.device)[kind_B]
 
-    def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor) -> Tensor:
+    def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, plain_B: Tensor | None = None) -> Tensor:
         """Weighted divergence of router scores from the original's, over prompt and chosen completion.
 
-        On logging steps every row is compared, for the health figures; the loss only has the anchored kinds.
+        On logging steps every row is compared, for the health figures; the loss only has the anchored kinds. Rows with
+        silenced experts (not in plain_B) are left out: behind those, routing is not the original's in any case.
         """
         weight_B = self._weights(kind_B)
         logging = (self.state.global_step + 1) % self.settings.logging_steps == 0  # this step's line is written next
-        rows = torch.arange(len(kind_B), device=kind_B.device) if logging else weight_B.nonzero().squeeze(-1)
+        compared_B = torch.ones_like(kind_B, dtype=torch.bool) if logging else weight_B > 0
+        rows = (compared_B if plain_B is None else compared_B & plain_B).nonzero().squeeze(-1)
         if len(rows) == 0:
             return torch.zeros((), device=kind_B.device)
         ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]

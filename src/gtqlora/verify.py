@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gtqlora.judging import judge_of
 from gtqlora.progress import track
 from gtqlora.run import Run, fingerprint, read_parquet, sha256_json, write_json, write_parquet
 from gtqlora.scoring import Score, Switch, batches, left_padded, score
+from gtqlora.silencing import Bench, plan, rank
 from gtqlora.stats import benjamini_hochberg, bootstrap_mean, floor, mcnemar, paired_difference, rate
 
 ADAPTER, VERDICT, SCORES = "adapter", "verdict.json", "scores.parquet"
@@ -42,6 +44,8 @@ class Verdict:
         kl_benign: KL(original || edited) in nats per completion token.
         drift: kind -> routing divergence (nats per token and layer) and top-k overlap with the original on prompts.
         mediation: share of the repaired lookalike refusals that come back when the original routing is replayed.
+        silencing: refusal of harmful prompts against the number of experts silenced, see `_silencing`; it has no part
+            in the floor's verdict.
     """
 
     adapter: str
@@ -53,6 +57,7 @@ class Verdict:
     drift: dict[str, dict[str, Any]]
     mediation: dict[str, Any]
     experts: str = BF16
+    silencing: dict[str, Any] = field(default_factory=dict)
 
 
 def read_verdict(run: Run) -> Verdict:
@@ -79,7 +84,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
         edited = Edited(subject, adapter)
         scores = _score_all(config, edited, rows)
-        verdict = _verdict(config, edited, rows, scores, identity)
+        silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), scores)
+        verdict = _verdict(config, edited, rows, scores, identity, silencing)
         write_parquet(run / SCORES, scores.to_rows())
         write_json(run / VERDICT, asdict(verdict))
         return verdict
@@ -149,7 +155,9 @@ def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> _Scores:
     return _Scores(before, after, replayed)
 
 
-def _verdict(config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scores, identity: str) -> Verdict:
+def _verdict(
+    config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scores, identity: str, silencing: dict[str, Any]
+) -> Verdict:
     table = {kind: _table_row(scores.of_kind(kind), config.level) for kind in KINDS}
     for kind, q in zip(KINDS, benjamini_hochberg([table[kind]["p"] for kind in KINDS]), strict=True):
         table[kind]["q"] = float(q)
@@ -165,7 +173,55 @@ def _verdict(config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scor
         drift={kind: _drift(edited, rows.of_kind(kind), config) for kind in KINDS},
         mediation=_mediation(scores.of_kind("lookalike"), config.level),
         experts=config.experts,
+        silencing=silencing,
     )
+
+
+def _silencing(config: VerifyConfig, edited: Edited, trained: Contrast, scores: _Scores) -> dict[str, Any]:
+    """On how few experts refusal of held-out harmful prompts hangs, before and after the edit.
+
+    Experts are ranked on the rows that were trained on. `before` and `after` silence the same ones, ranked in the
+    original; `after_reranked` those that an adversary would rank first in the edited model. Empty if switched off, or
+    if those rows cannot rank experts.
+    """
+    subject = edited.subject
+    limits = {"prompts": config.silencing_prompts, "batch_size": config.batch_size, "seed": config.seed}
+    with edited.original():
+        original = rank(subject, trained, **limits) if config.silencing else None
+    again = rank(subject, trained, **limits) if original else None
+    if original is None or again is None:
+        return {}
+    bench, before, after = _bench(config, subject, scores.of_kind("harmful"))
+    same = plan(original, most=config.silencing, controls=config.silencing_controls, seed=config.seed)
+    anew = plan(again, most=config.silencing, controls=0, seed=config.seed)
+    with edited.original():
+        curves = {"before": bench.curve(same, before, "before")}
+    curves["after"] = bench.curve(same, after, "after")
+    curves["after_reranked"] = bench.curve(anew, after, "after, ranked anew")
+    layers = [layer.index for layer in subject.anatomy.moe]
+    most = curves["before"][-1].silenced
+    return {
+        "ranked_against": original.against,
+        "ranked_prompts": original.prompts,
+        "controls": config.silencing_controls,
+        "experts": [{"layer": layers[position], "expert": expert} for position, expert in original.order[:most]],
+        **{name: [asdict(point) for point in points] for name, points in curves.items()},
+    }
+
+
+def _bench(config: VerifyConfig, subject: Subject, harmful: _Scores) -> tuple[Bench, list[bool], list[bool]]:
+    """At most `silencing_prompts` of the held-out harmful prompts, drawn, and their refusals before and after."""
+    count = min(config.silencing_prompts, len(harmful.before))
+    drawn = sorted(random.Random(config.seed).sample(range(len(harmful.before)), count))
+    bench = Bench(
+        subject=subject,
+        rows=[harmful.before[i].row for i in drawn],
+        judge=judge_of(config.judge),
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        level=config.level,
+    )
+    return bench, [harmful.before[i].refused for i in drawn], [harmful.after[i].refused for i in drawn]
 
 
 def _refused(scores: list[Score]) -> list[bool]:
