@@ -149,7 +149,7 @@ def _coverage(found: dict[str, list[float]], larger: dict[str, list[float]]) -> 
         true, true_low, true_high = larger[name]
         sides = (high - value, true - true_low) if true > value else (value - low, true_high - true)
         group = counts.setdefault(name.partition(":")[0], [0, 0])
-        group[0] += abs(true - value) <= (sides[0] ** 2 + sides[1] ** 2) ** 0.5 + 1e-9
+        group[0] += bool(abs(true - value) <= (sides[0] ** 2 + sides[1] ** 2) ** 0.5 + 1e-9)
         group[1] += 1
     return counts
 

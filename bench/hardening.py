@@ -1,4 +1,4 @@
-"""Does `train --objective harden` take refusal off a few experts? Edits the routed organism both ways, prints the curves.
+"""Does `train --objective harden` take refusal off a few experts? Edits the routed organism, prints the curves.
 
     python bench/hardening.py                # one seed, about 6 minutes on 2 cores
     python bench/hardening.py --seeds 3

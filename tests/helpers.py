@@ -79,7 +79,7 @@ class Toy:
 
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
-        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, **changes})
+        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, "silencing": 2, **changes})
 
     def project_config(self, model: Path, **changes: Any) -> ProjectConfig:
         settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}

@@ -216,7 +216,7 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     judge = ("--set", f"judge={helpers.JUDGE}", "--set", "max_new_tokens=2")
     few = ("--set", "split=train", "--set", "bootstrap=20", "--set", "random_controls=1")
     code, text, _ = say("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
-    assert code == 0 and "Interventions on the routing" in text
+    assert code == 0 and "What the prompts do under interventions" in text
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text
     error_of(say("export", run, out), 2, "no verdict.json", "gtqlora verify")

@@ -237,33 +237,41 @@ def test_mcnemar_by_hand(drops: int, gains: int, p: float) -> None:
     assert stats.mcnemar(*_pairs(drops, gains, 40, both=10)) == pytest.approx(p)
 
 
-# --- area under the curve
+# --- values that come in groups
 
 
-@given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=15),
-    st.lists(st.integers(0, 6), min_size=1, max_size=15),
-)
-def test_auroc_counts_pairs_in_order_and_half_the_ties(positive: list[int], negative: list[int]) -> None:
-    found = stats.auroc(positive, negative)
-    wins = [(x > y) + 0.5 * (x == y) for x in positive for y in negative]
-    assert found.value == pytest.approx(sum(wins) / len(wins))
-    assert 0 <= found.low <= found.value <= found.high <= 1
-    assert found.n == len(positive) + len(negative)
+def _clustered(rng: np.random.Generator, p: float, n_groups: int, size: int) -> tuple[np.ndarray, list[int]]:
+    """Outcomes of groups that agree more often than not."""
+    shared = rng.random(n_groups) < p
+    own = rng.random((n_groups, size)) < p
+    alike = rng.random((n_groups, size)) < 0.9
+    return np.where(alike, shared[:, None], own).ravel(), np.repeat(np.arange(n_groups), size).tolist()
 
 
-def test_auroc_standard_error_by_hand() -> None:
-    """Area 3/4 of 2 and 2: Q1 = 0.6, Q2 = 9/14, variance (3/16 + (0.6 - 9/16) + (9/14 - 9/16)) / 4."""
-    found = stats.auroc([1, 3], [0, 2], level=0.5)
-    variance = (3 / 16 + (0.6 - 9 / 16) + (9 / 14 - 9 / 16)) / 4
-    assert found.value == 0.75
-    assert found.value - found.low == pytest.approx(0.67449 * math.sqrt(variance), rel=1e-4)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.95])
+def test_grouped_rates_and_differences_cover_where_plain_ones_do_not(p: float) -> None:
+    rng, held = np.random.default_rng(0), np.zeros(3)
+    for _ in range(400):
+        x, groups = _clustered(rng, p, 60, 3)
+        none = np.zeros_like(x)
+        found = stats.rate(x, groups=groups), stats.paired_difference(x, none, groups=groups), stats.rate(x)
+        held += [i.low <= p <= i.high for i in found]
+    assert (held[:2] / 400 >= 0.92).all()
+    assert held[2] < held[0] - 10
 
 
-def test_auroc_of_nothing_says_nothing() -> None:
-    found = stats.auroc([], [1.0])
-    assert math.isnan(found.value)
-    assert (found.low, found.high, found.n) == (0.0, 1.0, 0)
+def test_groups_of_one_change_nothing() -> None:
+    x, y = np.arange(40) < 30, np.arange(40) < 5
+    alone = list(range(40))
+    assert stats.rate(x, groups=alone) == stats.rate(x)
+    assert stats.paired_difference(x, y, groups=alone) == stats.paired_difference(x, y)
+
+
+def test_equal_outcomes_count_as_many_as_there_are_groups() -> None:
+    pairs = np.repeat(np.arange(50), 2).tolist()
+    grouped, plain = stats.rate([True] * 100, groups=pairs), stats.rate([True] * 50)
+    assert (grouped.low, grouped.high) == pytest.approx((plain.low, plain.high))
+    assert grouped.n == 100
 
 
 # --- bootstrap

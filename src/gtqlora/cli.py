@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
 broke, and ship the weights.
 
-MODEL is a local folder in hub layout, a hub id, or `organism:NAME` for an embedded toy model (routed, residual, null,
-routed-qwen3). `--contrast organism` and `--config organism` are the organisms' own pairs and settings.
+MODEL is a local folder in hub layout, a hub id, or `organism:NAME` for an embedded toy model (routed, residual,
+expert-only, redundant, null, routed-qwen3). `--contrast organism` and `--config organism` are the organisms' own pairs
+and settings.
 
 The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
 only after `verify` certified the safety floor."""

@@ -36,7 +36,7 @@ def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interva
     p, n, z2 = float(x.mean()), x.size / _design_effect(x, groups), float(st.norm.ppf(0.5 + level / 2)) ** 2
     centre, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return Interval(p, max(0.0, min(p, low)), min(1.0, max(p, high)), int(x.size))
+    return Interval(p, max(0.0, min(p, float(low))), min(1.0, max(p, float(high))), int(x.size))
 
 
 def _design_effect(values: ArrayLike, groups: Groups) -> float:
@@ -262,19 +262,6 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
     x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     b, c = _discordant(x, y)
     return 1.0 if b + c == 0 else float(st.binomtest(b, b + c).pvalue)
-
-
-def auroc(positive: ArrayLike, negative: ArrayLike, level: float = 0.95) -> Interval:
-    """Area under the ROC curve with Hanley & McNeil's standard error (Radiology 1982)."""
-    x, y = np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
-    m, n = len(x), len(y)
-    if m == 0 or n == 0:
-        return Interval(float("nan"), 0.0, 1.0, 0)
-    area = float(st.mannwhitneyu(x, y).statistic / (m * n))
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    variance = (area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)) / (m * n)
-    half = float(st.norm.ppf(0.5 + level / 2)) * float(np.sqrt(max(variance, 0.0)))
-    return Interval(area, max(0.0, area - half), min(1.0, area + half), m + n)
 
 
 @dataclass(frozen=True)
