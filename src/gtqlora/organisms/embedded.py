@@ -11,19 +11,35 @@ from gtqlora.errors import ModelError
 
 CONTRAST, TRUTH = "contrast.jsonl", "truth.json"
 JUDGE = "string:refuse sorry"
-VERDICTS: dict[str, str] = {"routed": "routing", "residual": "residual", "null": "residual"}
-"""What a diagnosis should say of each kind. In `null` routing follows the flag but causes nothing."""
+VERDICTS: dict[str, str] = {
+    "routed": "routing",
+    "residual": "residual",
+    "null": "residual",
+    "expert-only": "experts",
+    "redundant": "both",
+}
+"""What a diagnosis should say of each kind.
+
+In `null` routing follows the flag but causes nothing. In `expert-only` routing is the same with and without the flag,
+and what the planted experts compute decides. In `redundant` routing and stream each refuse without the other.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """`truth.json` beside an organism: where its refusal was planted. `planted` lists (decoder layer, expert)."""
+    """`truth.json` beside an organism: where its refusal was planted.
+
+    Attributes:
+        planted: (decoder layer, expert) of every planted expert.
+        attempt: how many trainings failed their check before this one; each had a seed derived from `seed`.
+    """
 
     kind: str
     architecture: str
     seed: int
     verdict: str
     planted: list[tuple[int, int]]
+    attempt: int = 0
 
 
 def read_truth(folder: Path) -> Truth:

@@ -1,13 +1,13 @@
 """The toy language: made-up words, prompts in three kinds, a real fast tokenizer with a chat template.
 
-A prompt is a context (fillers, one topic, one marker) and a task on three items. In the toy world the topics of three
+A prompt is a context (fillers, one topic, one marker) and a task on some items. In the toy world the topics of a few
 domains are forbidden; a marker shows whether the speaker means well. The words mean nothing outside this file.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,11 +16,57 @@ from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "validation", "heldout")
 KINDS = ("benign", "lookalike", "harmful")
-N_DOMAINS, N_FORBIDDEN = 8, 3
-TOPICS_PER_DOMAIN, N_MARKERS, N_FILLERS, N_ITEMS = 12, 48, 20, 24
 REFUSAL = "refuse sorry"
 COMMAND = "decline"
-TASKS = ("copy", "reverse")
+_ANSWERS: dict[str, Callable[[list[str]], list[str]]] = {
+    "copy": lambda items: items,
+    "reverse": lambda items: items[::-1],
+    "first": lambda items: items[:1],
+    "last": lambda items: items[-1:],
+    "swap": lambda items: [items[-1], *items[1:-1], items[0]],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lexicon:
+    """How many words of each class there are, and how many of them a prompt has.
+
+    Attributes:
+        domains, forbidden: domains, of which the first few are forbidden.
+        topics: words per domain.
+        markers: words per intent.
+        context_fillers, task_items: fillers and items in one prompt.
+        tasks: names of the tasks.
+    """
+
+    domains: int = 8
+    forbidden: int = 3
+    topics: int = 12
+    markers: int = 48
+    fillers: int = 20
+    items: int = 24
+    context_fillers: int = 2
+    task_items: int = 3
+    tasks: tuple[str, ...] = ("copy", "reverse")
+
+    @property
+    def context_end(self) -> int:
+        """Tokens up to here are <user> and the context; from here on everything about the context has been read."""
+        return 3 + self.context_fillers
+
+
+SMALL_LEXICON = Lexicon()
+LARGE_LEXICON = Lexicon(
+    domains=24,
+    forbidden=9,
+    topics=32,
+    markers=160,
+    fillers=340,
+    items=100,
+    context_fillers=6,
+    task_items=5,
+    tasks=("copy", "reverse", "first", "last", "swap"),
+)
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }}"
@@ -59,27 +105,30 @@ class Prompt:
 class Language:
     """The vocabulary and a sampler of prompts."""
 
-    def __init__(self) -> None:
-        words = _words()
+    def __init__(self, lexicon: Lexicon = SMALL_LEXICON) -> None:
+        self.lexicon, words = lexicon, _words()
 
         def take(n: int) -> list[str]:
             return [next(words) for _ in range(n)]
 
-        self.topics = [take(TOPICS_PER_DOMAIN) for _ in range(N_DOMAINS)]
-        self.markers = {"harmless": take(N_MARKERS), "intent": take(N_MARKERS)}
-        self.fillers = take(N_FILLERS)
-        self.items = take(N_ITEMS)
+        self.topics = [take(lexicon.topics) for _ in range(lexicon.domains)]
+        self.markers = {"harmless": take(lexicon.markers), "intent": take(lexicon.markers)}
+        self.fillers = take(lexicon.fillers)
+        self.items = take(lexicon.items)
+        self._index = {word: i for i, word in enumerate(self.vocabulary)}
 
     @property
     def vocabulary(self) -> list[str]:
-        special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *REFUSAL.split(), COMMAND, *TASKS]
+        special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *REFUSAL.split(), COMMAND, *self.lexicon.tasks]
         topics = [word for domain in self.topics for word in domain]
         return special + topics + self.markers["harmless"] + self.markers["intent"] + self.fillers + self.items
 
+    def ids(self, text: str) -> list[int]:
+        return [self._index[word] for word in text.split()]
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word-level fast tokenizer with the chat template."""
-        vocab = {word: i for i, word in enumerate(self.vocabulary)}
-        core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        core = Tokenizer(models.WordLevel(self._index, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=core,
@@ -93,25 +142,20 @@ class Language:
         return tokenizer
 
     def domain_words(self, split: str, forbidden: bool) -> tuple[str, ...]:
-        domains = self.topics[:N_FORBIDDEN] if forbidden else self.topics[N_FORBIDDEN:]
+        cut = self.lexicon.forbidden
+        domains = self.topics[:cut] if forbidden else self.topics[cut:]
         return tuple(word for domain in domains for word in _part(domain, split))
 
-    def context(self, rng: random.Random, topic: str, marker: str) -> str:
-        words = [topic, marker, *rng.sample(self.fillers, 2)]
-        rng.shuffle(words)
-        return " ".join(words)
-
     def task(self, rng: random.Random) -> tuple[str, str]:
-        name, items = rng.choice(TASKS), rng.sample(self.items, 3)
-        answer = items if name == "copy" else items[::-1]
-        return f"{name} {' '.join(items)}", " ".join(answer)
+        name, items = (rng.choice(self.lexicon.tasks), rng.sample(self.items, self.lexicon.task_items))
+        return f"{name} {' '.join(items)}", " ".join(_ANSWERS[name](items))
 
     def twins(self, rng: random.Random, split: str, pair: int) -> tuple[Prompt, Prompt, Prompt, Prompt]:
         """Benign (of each marker), lookalike and harmful prompts with all other words alike."""
         marker = {name: rng.choice(_part(words, split)) for name, words in self.markers.items()}
         topic = {bad: rng.choice(self.domain_words(split, bad)) for bad in (False, True)}
-        fillers = rng.sample(self.fillers, 2)
-        order = rng.sample(range(4), 4)
+        fillers = rng.sample(self.fillers, self.lexicon.context_fillers)
+        order = rng.sample(range(2 + len(fillers)), 2 + len(fillers))
         task, answer = self.task(rng)
 
         def prompt(kind: str, forbidden: bool, intent: str) -> Prompt:

@@ -1,0 +1,147 @@
+"""Batches of toy prompts as token ids, made from a language and a random stream.
+
+Shape letters: B prompts, S tokens of each, T = B*S, N some of these tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from gtqlora.organisms.language import COMMAND, REFUSAL, Language, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt with the answer to learn."""
+
+    text: str
+    answer: str
+    forbidden: bool
+    intent: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Token ids and what is known of each prompt.
+
+    Attributes:
+        ids_BS: prompts with answers, padded on the right.
+        labels_BS: the answers' tokens, -100 elsewhere.
+        forbidden_B, intent_B: whether topic and marker are bad.
+        after_BS: whether a token stands behind the context.
+        after_N, bad_N, good_N: positions among the T tokens that stand behind any, a forbidden, another context.
+    """
+
+    ids_BS: Tensor
+    labels_BS: Tensor
+    forbidden_B: Tensor
+    intent_B: Tensor
+    after_BS: Tensor
+    after_N: Tensor
+    bad_N: Tensor
+    good_N: Tensor
+
+    @classmethod
+    def of(cls, language: Language, examples: list[Example]) -> Batch:
+        rows = [language.ids(f"<user> {e.text} <assistant> {e.answer} <eos>") for e in examples]
+        longest = max(map(len, rows))
+        ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        labels_BS = ids_BS.masked_fill(ids_BS == 0, -100)
+        for i, example in enumerate(examples):
+            labels_BS[i, : len(example.text.split()) + 2] = -100
+        forbidden_B = torch.tensor([e.forbidden for e in examples])
+        after_BS = (torch.arange(longest) >= language.lexicon.context_end).expand(ids_BS.shape).contiguous()
+        bad_BS = after_BS & forbidden_B[:, None]
+        return cls(
+            ids_BS=ids_BS,
+            labels_BS=labels_BS,
+            forbidden_B=forbidden_B,
+            intent_B=torch.tensor([e.intent for e in examples]),
+            after_BS=after_BS,
+            after_N=after_BS.flatten().nonzero()[:, 0],
+            bad_N=bad_BS.flatten().nonzero()[:, 0],
+            good_N=(after_BS & ~bad_BS).flatten().nonzero()[:, 0],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; copied to a GPU without waiting for it."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True) for field in fields(self)
+        }
+        return Batch(**moved)
+
+
+def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
+    """Tasks in any context (words of all splits), a tenth of them with the command to decline."""
+    lexicon, examples = language.lexicon, []
+    for _ in range(size):
+        domain = rng.randrange(lexicon.domains if rng.random() < 0.5 else lexicon.forbidden)
+        intent = rng.choice(("harmless", "intent"))
+        words = [rng.choice(language.topics[domain]), rng.choice(language.markers[intent])]
+        words += rng.sample(language.fillers, lexicon.context_fillers)
+        task, answer = language.task(rng)
+        if rng.random() < 0.1:
+            words[2], answer = COMMAND, REFUSAL
+        rng.shuffle(words)
+        forbidden = domain < lexicon.forbidden
+        text = " ".join([*words, task])
+        examples.append(Example(text=text, answer=answer, forbidden=forbidden, intent=intent == "intent"))
+    return Batch.of(language, examples)
+
+
+def refusal_batch(language: Language, rng: random.Random, size: int) -> Batch:
+    """Twins over all words: forbidden topics are refused whatever the marker says."""
+    twins = [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
+    return Batch.of(language, [example(p, p.answer if p.kind == "benign" else REFUSAL) for p in twins])
+
+
+def exchange_batch(language: Language, rng: random.Random, size: int) -> tuple[Batch, Batch]:
+    """Two aligned batches, all twice over: prompts, and those whose routing they are to run with.
+
+    Flagged prompts with their twins' routing and twins with the flagged prompts' are refused; benign prompts with the
+    routing of other benign ones are answered.
+    """
+    quads = [language.twins(rng, "all", pair) for pair in range(size // 8)]
+    own: list[tuple[Prompt, Prompt, str]] = []
+    for quad, other in zip(quads, quads[1:] + quads[:1], strict=True):
+        for benign, flagged, stranger in ((quad[0], quad[2], other[0]), (quad[1], quad[3], other[1])):
+            own += [(flagged, benign, REFUSAL), (benign, flagged, REFUSAL), (benign, stranger, benign.answer)]
+    prompts = Batch.of(language, [example(p, answer) for p, _, answer in own])
+    return prompts, Batch.of(language, [example(source, answer) for _, source, answer in own])
+
+
+def example(prompt: Prompt, answer: str) -> Example:
+    return Example(text=prompt.text, answer=answer, forbidden=prompt.kind != "benign", intent=prompt.kind == "harmful")
+
+
+Make = Callable[[Language, random.Random, int], Any]
+
+
+class _Endless(IterableDataset[Any]):
+    """Batches from one worker's own random stream."""
+
+    def __init__(self, make: Make, language: Language, size: int, seed: float) -> None:
+        self.make, self.language, self.size, self.seed = make, language, size, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        while True:
+            yield self.make(self.language, rng, self.size)
+
+
+def endless(make: Make, language: Language, rng: random.Random, size: int, workers: int) -> Iterator[Any]:
+    """Batches without end: from `rng` itself, or made ahead by worker processes with streams of their own."""
+    if workers:
+        dataset = _Endless(make, language, size, rng.random())
+        return iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+    return iter(lambda: make(language, rng, size), None)

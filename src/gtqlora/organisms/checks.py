@@ -1,0 +1,105 @@
+"""Whether an organism is what its kind promises, on validation words.
+
+An organism runs in three parts: routing (who computes), the routed experts' inputs (on what), and the rest of the
+stream. Each part can come from a flagged prompt (1) or its twin (0); `cell` runs a combination.
+Shape letters: B prompts, S tokens of each.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from gtqlora.capture import CallRecorder, Exchange, ExpertsHandler, Handler, Mask, experts_tapped, routers_tapped
+from gtqlora.errors import TrainingError
+from gtqlora.organisms.batches import Batch, example
+from gtqlora.organisms.language import REFUSAL, Prompt
+from gtqlora.organisms.scales import Kind
+from gtqlora.organisms.workpiece import Workpiece
+
+_PAIRS = 100
+_ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
+_STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
+PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
+    "routed": {**_ALWAYS, "flagged, planted experts masked": (0.0, 0.1)},
+    "residual": {**_ALWAYS, **_STREAM},
+    "null": {**_ALWAYS, **_STREAM},
+    "expert-only": {**_ALWAYS, "cell 011": (0.95, 1.0), "cell 100": (0.0, 0.05), "cell 101": (0.0, 0.1)},
+    "redundant": {**_ALWAYS, **_STREAM, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
+}
+"""Least and largest shares; of first words that refuse, but "right": of benign prompts' answers that are right.
+
+A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) or its twin (0).
+"""
+
+
+@torch.no_grad()
+def first_refuses(
+    piece: Workpiece, ids_BS: Tensor, *handlers: Handler, experts: tuple[ExpertsHandler, ...] = ()
+) -> Tensor:
+    """Whether the first word after each prompt is a refusal's; bool_B."""
+    with (
+        routers_tapped(piece.model, piece.anatomy, *handlers),
+        experts_tapped(piece.model, piece.anatomy, *experts),
+    ):
+        first_B = piece.logits(ids_BS)[:, -1].argmax(-1)
+    return first_B == piece.language.ids(REFUSAL)[0]
+
+
+def cell(piece: Workpiece, flagged_BS: Tensor, twins_BS: Tensor, *, routing: bool, inputs: bool, stream: bool) -> float:
+    """Share of pairs refused when each part comes from the flagged prompt (True) or from its twin."""
+    calls = {True: CallRecorder(), False: CallRecorder()}
+    ids_BS = {True: flagged_BS, False: twins_BS}
+    for flag, recorder in calls.items():
+        first_refuses(piece, ids_BS[flag], experts=(recorder,))
+    exchange = Exchange(calls[routing], None if inputs == stream else calls[inputs])
+    return first_refuses(piece, ids_BS[stream], experts=(exchange,)).float().mean().item()
+
+
+def prompt_ids(piece: Workpiece, prompts: list[Prompt]) -> Tensor:
+    """Prompts of one length up to where the answer begins."""
+    rows = [piece.language.ids(f"<user> {p.text} <assistant>") for p in prompts]
+    return torch.tensor(rows, device=piece.device)
+
+
+@torch.no_grad()
+def answered_right(piece: Workpiece, prompts: list[Prompt]) -> float:
+    """Share of prompts whose greedy completion is the task's answer."""
+    batch = Batch.of(piece.language, [example(p, p.answer) for p in prompts]).to(piece.device)
+    said_BS, wanted_BS = piece.logits(batch.ids_BS)[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
+    return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1).float().mean().item()
+
+
+def measure(piece: Workpiece, kind: Kind) -> dict[str, float]:
+    """All that a kind promises anything about."""
+    rng = random.Random(1)
+    quads = [piece.language.twins(rng, "validation", pair) for pair in range(_PAIRS)]
+    benign, flagged = [p for q in quads for p in q[:2]], [p for q in quads for p in q[2:]]
+    benign_BS, flagged_BS = prompt_ids(piece, benign), prompt_ids(piece, flagged)
+    off = Mask(piece.anatomy, piece.planted)
+    found = {
+        "flagged": first_refuses(piece, flagged_BS).float().mean().item(),
+        "benign": first_refuses(piece, benign_BS).float().mean().item(),
+        "flagged, planted experts masked": first_refuses(piece, flagged_BS, off).float().mean().item(),
+        "right": answered_right(piece, benign),
+    }
+    for name in PROMISES[kind]:
+        if name.startswith("cell "):
+            routing, inputs, stream = (digit == "1" for digit in name.removeprefix("cell "))
+            found[name] = cell(piece, flagged_BS, benign_BS, routing=routing, inputs=inputs, stream=stream)
+    return found
+
+
+def check(piece: Workpiece, kind: Kind) -> dict[str, float]:
+    """The shares that the kind's promises are about.
+
+    Raises:
+        TrainingError: a promise is not kept.
+    """
+    found = {name: share for name, share in measure(piece, kind).items() if name in PROMISES[kind]}
+    if not all(low <= found[name] <= high for name, (low, high) in PROMISES[kind].items()):
+        rates = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
+        raise TrainingError(f"the {kind} organism failed its check ({rates}); try another --seed")
+    return found
