@@ -33,7 +33,7 @@ only after `verify` certified the safety floor."""
 COMPONENTS = {
     "routing": "routing (Level 2)",
     "experts": "experts' own computation (Level 1)",
-    "residual": "rest of the residual stream (Level 1)",
+    "residual": "rest of the stream (Level 1)",
     "interaction": "interaction of the levels",
 }
 
