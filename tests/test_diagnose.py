@@ -177,9 +177,10 @@ def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> N
 
 def test_it_repeats_by_seed(tmp_path: Path, contrast: Path) -> None:
     found, rows = [], []
+    few = {"max_pairs": 20, "random_controls": 0, "max_candidates": 1}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         with Run(tmp_path / name) as run:
-            found.append(diagnose(_config("routed", contrast, max_pairs=20, seed=seed, random_controls=0, max_candidates=1), run))
+            found.append(diagnose(_config("routed", contrast, seed=seed, **few), run))
         rows.append(read_parquet(tmp_path / name / "diagnosis" / "association.parquet"))
     assert found[0] == found[1] != found[2]
     assert rows[0] == rows[1] != rows[2]

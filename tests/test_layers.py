@@ -37,13 +37,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little
         "demo",
         "console",
+        "tables",
         "cli",
     )
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 MAY_PRINT = {"cli", "organisms.__main__"}
-MAY_HOOK = {"capture.subject", "capture.taps", "organisms.build"}  # `build` watches router inputs while it trains its probes
+MAY_HOOK = {"capture.subject", "capture.taps", "organisms.build"}  # `build` watches router inputs to train probes
 
 
 @cache

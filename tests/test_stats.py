@@ -240,7 +240,7 @@ def test_mcnemar_by_hand(drops: int, gains: int, p: float) -> None:
 # --- values that come in groups
 
 
-def _clustered(rng: np.random.Generator, p: float, n_groups: int, size: int) -> tuple[np.ndarray, list[int]]:
+def _alike(rng: np.random.Generator, p: float, n_groups: int, size: int) -> tuple[np.ndarray, list[int]]:
     """Outcomes of groups that agree more often than not."""
     shared = rng.random(n_groups) < p
     own = rng.random((n_groups, size)) < p
@@ -252,7 +252,7 @@ def _clustered(rng: np.random.Generator, p: float, n_groups: int, size: int) -> 
 def test_grouped_rates_and_differences_cover_where_plain_ones_do_not(p: float) -> None:
     rng, held = np.random.default_rng(0), np.zeros(3)
     for _ in range(400):
-        x, groups = _clustered(rng, p, 60, 3)
+        x, groups = _alike(rng, p, 60, 3)
         none = np.zeros_like(x)
         found = stats.rate(x, groups=groups), stats.paired_difference(x, none, groups=groups), stats.rate(x)
         held += [i.low <= p <= i.high for i in found]

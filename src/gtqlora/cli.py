@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from gtqlora import tables
 from gtqlora.console import demo_progress, interval, new_table, open_console, plain, quieten, share, stage_progress
 from gtqlora.errors import FloorError, GtqloraError, RunError, TrainingError
 
@@ -29,13 +30,6 @@ and settings.
 
 The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
 only after `verify` certified the safety floor."""
-
-COMPONENTS = {
-    "routing": "routing (Level 2)",
-    "experts": "experts' own computation (Level 1)",
-    "residual": "rest of the stream (Level 1)",
-    "interaction": "interaction of the levels",
-}
 
 app = App(name="gtqlora", help=_HELP, version_flags=["--version"], help_format="markdown")
 contrast_app = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
@@ -136,38 +130,13 @@ def inspect(
         + (", which gtqlora cannot load" if found.quantized and not (found.experts_format or experts) else ""),
         highlight=False,
     )
-    columns = ("part", "modules", "parameters", "bytes", "GT-QLoRA", "trained\nparameters", "trained\nbytes")
-    table = new_table("Parts", *columns)
-    for g in found.groups:
-        table.add_row(
-            g.name,
-            f"{g.modules:,}",
-            f"{g.parameters:,}",
-            f"{g.bytes:,}",
-            g.trained,
-            f"{g.trained_parameters:,}",
-            f"{g.trained_bytes:,}",
-        )
-    table.add_section()
-    table.add_row(
-        "all text parameters",
-        "",
-        f"{found.text_parameters:,}",
-        f"{found.bytes:,}",
-        "",
-        f"{found.trained_parameters:,}",
-        f"{found.trained_bytes:,}",
-    )
-    console.print(table)
+    console.print(tables.parts(found))
     console.print(
         f"gate parameters {found.gate_parameters:,}; correction-bias values {found.correction_bias_values:,} (frozen); "
         f"chat template: {({True: 'yes', False: 'no', None: 'no tokenizer here'})[found.chat_template]}",
         highlight=False,
     )
-    names = new_table("Names of the first MoE layer", "in memory", "on disk")
-    for name in found.names:
-        names.add_row(name.memory, ", ".join(name.disk))
-    console.print(names)
+    console.print(tables.names(found))
 
 
 @contrast_app.command
@@ -240,23 +209,11 @@ def diagnose(
 
 def _print_diagnosis(found: Diagnosis) -> None:
     console = open_console()
-    causes = new_table("What the prompts do under interventions", "what", "refusal", "effect on refusal", "log-odds")
-    for i in found.interventions:
-        name = f"{i['name']} (control)" if i["control"] else i["name"]
-        causes.add_row(plain(name), interval(i["refusal"]), interval(i["effect"]), interval(i["log_odds"], 1))
-    console.print(causes)
+    console.print(tables.interventions(found))
     if found.shares:
-        shares = new_table("Which component carries the refusals", "component", "share", "needed", "enough")
-        for part, name in COMPONENTS.items():
-            columns = (found.shares[part], found.needed.get(part), found.enough.get(part))
-            shares.add_row(name, *(interval(column, 2) for column in columns))
-        console.print(shares)
+        console.print(tables.shares(found))
     if found.experts:
-        experts = new_table("Experts, as parts of the gap", "layer/expert", "masked", "given back", "carries it")
-        for e in found.experts:
-            carries = "yes" if e["causal"] else "computes it" if e["computes"] else ""
-            experts.add_row(f"{e['layer']}/{e['expert']}", interval(e["mask"]), interval(e["give_back"]), carries)
-        console.print(experts)
+        console.print(tables.experts(found))
     associated = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
     console.print(f"experts chosen clearly more on flagged prompts (association only): {associated}", highlight=False)
     for warning in found.warnings:
@@ -398,23 +355,8 @@ def _made(run: Path) -> Path:
 
 def _print_verdict(found: Any) -> None:
     console = open_console()
-    columns = ("kind", "n", "refusal before", "refusal after", "q", "accuracy before", "accuracy after")
-    table = new_table("Held-out prompts", *columns)
-    for kind, row in found.table.items():
-        table.add_row(
-            kind,
-            str(row["refusal_before"]["n"]),
-            interval(row["refusal_before"]),
-            interval(row["refusal_after"]),
-            f"{row['q']:.2g}",
-            interval(row["accuracy_before"]),
-            interval(row["accuracy_after"]),
-        )
-    console.print(table)
-    drift = new_table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
-    for kind, row in found.drift.items():
-        drift.add_row(kind, interval(row["kl"]), interval(row["overlap"]))
-    console.print(drift)
+    console.print(tables.held_out(found))
+    console.print(tables.drift(found))
     console.print(
         f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token", highlight=False
     )
@@ -424,24 +366,12 @@ def _print_verdict(found: Any) -> None:
         highlight=False,
     )
     if found.silencing:
-        console.print(_silencing_table(found.silencing))
+        console.print(tables.silencing(found))
     console.print(f"routed experts: {found.experts}", highlight=False)
     colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
     console.print(
         f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False
     )
-
-
-def _silencing_table(found: dict[str, Any]) -> Any:
-    """Refusal of harmful prompts over the number of experts silenced: ranked ones and, beside them, random ones."""
-    table = new_table(
-        "Harmful prompts refused with experts silenced", "silenced", "before", "after", "after, ranked anew", "random"
-    )
-    curves = [{point["silenced"]: point for point in found[name]} for name in ("before", "after", "after_reranked")]
-    for count, point in curves[1].items():
-        targeted = [interval(curve[count]["targeted"]) if count in curve else "-" for curve in curves]
-        table.add_row(str(count), *targeted, interval(point["random"]))
-    return table
 
 
 @app.command
@@ -512,23 +442,7 @@ def _print_outcome(console: Console, name: str, outcome: Any) -> None:
             f"recall {share(numbers['planted_recall'])}",
             highlight=False,
         )
-    table = new_table(
-        "",
-        "edit",
-        "harmful\nrefused",
-        "lookalike\nrefused",
-        "benign\nrefused",
-        "lookalike\nright",
-        "benign\nright",
-        "floor",
-        "lookalike\nrefused,\nrouting\nreplayed",
-    )
-    for edit, row in numbers["edits"].items():
-        colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
-        cells = [share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
-        label = f"[bold]{edit}[/]" if edit == "gt" else edit
-        table.add_row(label, *cells, f"[{colour}]{row['floor']}[/]", share(row["replayed_lookalike_refusal"]))
-    console.print(table)
+    console.print(tables.edits(numbers))
     paths = plain(f"  weights: {outcome.exported}\n  report:  {outcome.report}")
     console.print(paths, highlight=False, soft_wrap=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gtqlora import routing
 from gtqlora.families import Anatomy, language_model
@@ -29,6 +30,15 @@ class Decision:
 
 Handler = Callable[[int, nn.Module, Decision], Decision | None]
 """Sees (position among MoE layers, router module, decision); returns a replacement or None to leave it."""
+
+
+@contextmanager
+def _removed_at_last(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -52,11 +62,8 @@ def routers_tapped(model: nn.Module, anatomy: Anatomy, *handlers: Handler) -> It
         base.get_submodule(layer.router).register_forward_hook(hook(position))
         for position, layer in enumerate(anatomy.moe)
     ]
-    try:
+    with _removed_at_last(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Recorder:
@@ -127,11 +134,8 @@ def experts_tapped(model: nn.Module, anatomy: Anatomy, *handlers: ExpertsHandler
         base.get_submodule(layer.experts).register_forward_pre_hook(hook(position))
         for position, layer in enumerate(anatomy.moe)
     ]
-    try:
+    with _removed_at_last(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class CallRecorder:
@@ -174,11 +178,8 @@ def states_tapped(model: nn.Module, handler: StatesHandler) -> Iterator[None]:
         return lambda _module, _inputs, output: handler(index, output)
 
     handles = [place.register_forward_hook(hook(index)) for index, place in enumerate(places)]
-    try:
+    with _removed_at_last(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Mask:
