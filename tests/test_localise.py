@@ -186,6 +186,13 @@ def test_effects_need_a_gap_and_a_readout(trials: Trials, swaps: Swaps, planted:
     assert localise.expert_effects(blind, planted, frequency, **settings) == []
 
 
+def test_a_layer_full_of_candidates_leaves_its_routers_their_choice(trials: Trials) -> None:
+    few = trials.of(trials.pairs[:8])
+    candidates = [(2, expert) for expert in range(16)]
+    found = localise.expert_effects(few, candidates, np.full((4, 16), 0.125), min_effect=0.03, level=0.95, seed=0)
+    assert [e.expert for e in found] == list(range(14))  # two are left to choose
+
+
 def test_curves_fall_where_experts_carry_it_and_not_at_random(trials: Trials, planted: list[localise.Expert]) -> None:
     frequency = np.full((4, 16), 0.125)
     targeted = localise.curve(trials, "planted", planted)

@@ -251,7 +251,8 @@ class _Study:
         for name, experts in named.items():
             if experts:
                 label = f"mask the {len(experts)} {name}"
-                change = localise.masking(self.kept, localise.masked_of(experts))
+                spared = localise.spared(experts, self.subject.anatomy.spec)
+                change = localise.masking(self.kept, localise.masked_of(spared))
                 outcomes = self.kept.run(label, self.kept.flagged, change)
                 masks.append(self.kept.intervention(label, outcomes, self.kept.own[0]))
         return masks

@@ -11,6 +11,7 @@ from gtqlora.localise.masks import (
     masking,
     random_curve,
     random_like,
+    spared,
 )
 from gtqlora.localise.pairs import Pair, halves, pairs_of, partners
 from gtqlora.localise.swaps import CELLS, Swaps, cells_of, interventions_of, run_swaps
@@ -45,5 +46,6 @@ __all__ = [
     "random_like",
     "readout_tokens",
     "run_swaps",
+    "spared",
     "strongest_layer",
 ]

@@ -185,6 +185,8 @@ def expert_effects(
     measured = []
     for candidate in track(candidates, "each expert", len(candidates)):
         control = _stand_in(candidate, all_of, frequency_LE, rng)
+        if control and control not in spared([*candidates, control], trials.subject.anatomy.spec):
+            control = None
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
         measured.append((mask_N, back_N, max(like_N, key=np.mean)))
