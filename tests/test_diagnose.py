@@ -259,6 +259,7 @@ def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: in
         found = diagnose(_config("routed", contrast, max_pairs=max_pairs), run)
     assert found.verdict == "cannot tell"
     assert f"and {MIN_PAIRS} are needed" in found.sentence
+    assert any("from 8 pair_ids on" in warning for warning in found.warnings)
     assert found.n_pairs == max_pairs
     assert found.n_aligned == (max_pairs if max_pairs > 1 else 0)  # a lone pair has no control
 

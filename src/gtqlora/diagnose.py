@@ -22,7 +22,7 @@ from gtqlora.association import Association, associate, top_experts
 from gtqlora.capture import Observation, gradient_scores, observe, open_subject, top_tokens
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import Contrast, load
-from gtqlora.directions import DirectionStudy, study
+from gtqlora.directions import MIN_GROUPS, DirectionStudy, study
 from gtqlora.errors import ContrastError
 from gtqlora.judging import judge_of
 from gtqlora.localise import Effect, Intervention, Outcome, Swaps, Trials, Verdict
@@ -349,6 +349,10 @@ class _Study:
             found.append(
                 "Refusals and answers begin with the same tokens, so there are no log-odds: no gradients, no effect of "
                 "single experts, no direction chosen. Longer or more distinct openings in the pairs would mend it."
+            )
+        if (n_groups := len(set(self.trials.groups))) < MIN_GROUPS:
+            found.append(
+                f"Directions are judged on held-out pairs from {MIN_GROUPS} pair_ids on; there are {n_groups} here."
             )
         refused = self.trials.refusal(self.trials.own[0])
         if refused.value < 0.5:
