@@ -150,7 +150,9 @@ def study(
                 project(build(ProjectConfig, **given), run)
             else:
                 train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
-            verdicts[edit] = verify(build(VerifyConfig, **given), run)
+            # silencing is for the report, which is the GT-QLoRA edit's
+            quick = () if edit == "gt" else ("silencing=0",)
+            verdicts[edit] = verify(build(VerifyConfig, **given, overrides=quick), run)
     found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
