@@ -106,6 +106,16 @@ def test_the_readout_is_the_refusal_s_first_token(trials: Trials) -> None:
     assert trials.subject.tokenizer.convert_ids_to_tokens(trials.readout) == ["refuse"]
 
 
+@pytest.mark.parametrize(("alike", "readout"), [(4, ["refuse"]), (5, [])])
+def test_a_refusal_s_first_token_may_begin_few_answers(
+    subject: Subject, contrast: Contrast, alike: int, readout: list[str]
+) -> None:
+    """Four times as many refusals as answers begin with it, or it tells nothing."""
+    rows = [row for row in contrast.rows if row.kind == "lookalike"][:16]
+    rows = [replace(row, chosen=f"refuse {row.chosen}") if i < alike else row for i, row in enumerate(rows)]
+    assert subject.tokenizer.convert_ids_to_tokens(localise.readout_tokens(subject, rows)) == readout
+
+
 # --- swaps
 
 

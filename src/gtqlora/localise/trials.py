@@ -5,6 +5,7 @@ Shape letters: B prompts, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -52,15 +53,19 @@ Changes = Callable[[list[int]], Change]
 """The change for the prompts at these positions."""
 
 
+_TELLING = 4
+"""How many times more refusals than answers begin with a token that tells them apart: "I", say, begins some answers."""
+
+
 def readout_tokens(subject: Subject, rows: Sequence[Row]) -> list[int]:
-    """First tokens of the rows' refusals that begin none of their answers; none if all begin alike."""
-    refusals, answers = set(), set()
+    """First tokens of the rows' refusals that tell them from their answers; none if all begin alike."""
+    refusals, answers = Counter[int](), Counter[int]()
     for row in rows:
         chosen, rejected = row.chosen, row.rejected
         refusal, answer = (chosen, rejected) if row.kind == "harmful" else (rejected, chosen)
-        refusals.add(_first(subject, row, refusal))
-        answers.add(_first(subject, row, answer))
-    return sorted(refusals - answers)
+        refusals[_first(subject, row, refusal)] += 1
+        answers[_first(subject, row, answer)] += 1
+    return sorted(token for token, count in refusals.items() if count >= _TELLING * answers[token])
 
 
 def _first(subject: Subject, row: Row, completion: str) -> int:
