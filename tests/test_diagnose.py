@@ -197,6 +197,7 @@ def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     assert (found.matched, found.n_aligned, found.cells, found.shares) == (False, 0, [], {})
     assert found.warnings[0] == NO_TWINS
     assert found.top_experts and found.curves and found.directions["layers"]
+    assert found.causal_experts == [] and any(e["give_back"]["low"] > 0 for e in found.experts)
 
 
 def _only(*kinds: str, twins: bool = False) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
@@ -260,6 +261,7 @@ def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: in
     assert found.verdict == "cannot tell"
     assert f"and {MIN_PAIRS} are needed" in found.sentence
     assert any("from 8 pair_ids on" in warning for warning in found.warnings)
+    assert found.experts == [] and any("tested on 8 pair_ids or more" in warning for warning in found.warnings)
     assert found.n_pairs == max_pairs
     assert found.n_aligned == (max_pairs if max_pairs > 1 else 0)  # a lone pair has no control
 
@@ -272,6 +274,6 @@ def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
     with Run(tmp_path / "run") as run:
         found = diagnose(_config("routed", contrast), run)
     assert (found.verdict, found.n_aligned, found.shares) == ("cannot tell", 0, {})
-    assert "add twins of equal token count" in found.sentence
+    assert "add pairs, with twins of equal token count" in found.sentence
     assert found.n_pairs == 80
     assert found.top_experts  # the association needs no equal lengths

@@ -289,6 +289,10 @@ def project(
         chosen = " (chosen)" if c["layer"] == found.layer else ""
         table.add_row(f"{c['layer']}{chosen}", share(c["refusal"]), share(c["accuracy"]))
     open_console().print(table)
+    if all(c["refusal"] > 0.9 for c in found.candidates):
+        open_console().print(
+            "[yellow]note:[/] no layer's direction takes the lookalike refusals away, so this edit mends nothing"
+        )
 
 
 @app.command

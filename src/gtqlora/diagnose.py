@@ -30,6 +30,7 @@ from gtqlora.run import Run, fingerprint, whole, write_json, write_parquet
 from gtqlora.stats import Interval
 
 FOLDER = "diagnosis"
+CANNOT_TELL = "cannot tell"
 NO_TWINS = (
     "No flagged prompt has a twin (a `twin` prompt, or a benign row with the same pair_id), so flagged prompts were "
     "compared with unrelated benign ones: what follows the topic looks like what follows the behaviour, routing cannot "
@@ -273,7 +274,7 @@ class _Study:
         carriers = [(e.position, e.expert) for e, row in zip(effects, experts, strict=True) if row[kind]]
         interventions = [
             self.trials.intervention("as it is", flagged, flagged),
-            self.trials.intervention("twin as it is", twins, twins),
+            self.trials.intervention("twin as it is" if self.matched else "benign as it is", twins, twins),
             *(localise.interventions_of(swaps) if swaps else []),
             *self._ablations(),
             *self._masks(carriers),
@@ -306,8 +307,12 @@ class _Study:
         return {"layer": self.layers[position], "expert": expert}
 
     def _experts(self, effects: Sequence[Effect], verdict: str) -> list[dict[str, Any]]:
-        """What candidates do. Where all of the routing together carries nothing, no expert does by being chosen."""
-        chosen_more = self._places(self._by_difference()) if verdict not in ("residual", "experts") else []
+        """What candidates do.
+
+        Where all of the routing together carries nothing, no expert does by being chosen; without a verdict none is
+        called anything.
+        """
+        chosen_more = self._places(self._by_difference()) if verdict in ("routing", "both") else []
         tokens = top_tokens(
             self.subject,
             [*self.trials.flagged, *self.trials.twins],
@@ -323,7 +328,9 @@ class _Study:
                 "control": effect.control.to_json(),
                 "q": effect.q,
                 "causal": effect.acts and (effect.position, effect.expert) in chosen_more,
-                "computes": effect.acts and (effect.position, effect.expert) not in chosen_more,
+                "computes": effect.acts
+                and verdict != CANNOT_TELL
+                and (effect.position, effect.expert) not in chosen_more,
                 "tokens": [asdict(rate) for rate in rates],
             }
             for effect, rates in zip(effects, tokens, strict=True)
@@ -357,7 +364,10 @@ class _Study:
         refused = self.trials.refusal(self.trials.own[0])
         if refused.value < 0.5:
             found.append(f"Only {refused.value:.0%} of the flagged prompts are refused; there is little to explain.")
-        if verdict.verdict == "cannot tell" and verdict.n_usable < localise.MIN_PAIRS and self.matched:
+        if (n_tested := len(set(self.kept.groups))) < localise.MIN_GROUPS:
+            least = localise.MIN_GROUPS
+            found.append(f"Single experts are tested on {least} pair_ids or more; there are {n_tested} here.")
+        if verdict.verdict == CANNOT_TELL and verdict.n_usable < localise.MIN_PAIRS and self.matched:
             found.append(
                 f"{verdict.n_usable} of {n} pairs can be used; a verdict needs {localise.MIN_PAIRS} whose flagged "
                 "prompt refuses, whose twin does not, and whose token counts are equal."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora.experts.loading import BF16, load_model
-from gtqlora.families import Anatomy, bind, language_model, load_tokenizer
+from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert
         ModelError: as `load_model` and `load_tokenizer`.
         ConfigError: `experts` is none of these.
     """
+    load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model)
     family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
     anatomy = bind(loaded, family)

@@ -2,6 +2,7 @@
 
 from gtqlora.localise.ablation import ablations, strongest_layer
 from gtqlora.localise.masks import (
+    MIN_GROUPS,
     Curve,
     Effect,
     Expert,
@@ -20,6 +21,7 @@ from gtqlora.localise.verdict import MIN_PAIRS, Verdict, judge
 
 __all__ = [
     "CELLS",
+    "MIN_GROUPS",
     "MIN_PAIRS",
     "Change",
     "Curve",

@@ -27,6 +27,9 @@ Masked = dict[int, tuple[int, ...]]
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
+MIN_GROUPS = 8
+"""Pair_ids to test experts on, below which nothing is said of single ones."""
+
 
 def masked_of(experts: Iterable[Expert]) -> Masked:
     """Experts by position, as `capture.Mask` takes them."""
@@ -170,10 +173,11 @@ def expert_effects(
     """Test each candidate, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are masked. Empty without a readout, or where flagged prompts and twins do not differ in it.
+    while they are masked. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
+    than `MIN_GROUPS` pair_ids.
     """
     candidates = spared(candidates, trials.subject.anatomy.spec)
-    if not candidates or not trials.readout:
+    if not candidates or not trials.readout or len(set(trials.groups)) < MIN_GROUPS:
         return []
     odds = _Odds(trials)
     base_N = odds(())

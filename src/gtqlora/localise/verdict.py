@@ -66,8 +66,8 @@ def judge(swaps: Swaps | None) -> Verdict:
     usable = [] if swaps is None else _usable(swaps)
     if swaps is None or len(usable) < MIN_PAIRS:
         reason = (
-            f"only {len(usable)} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add twins of equal "
-            "token count"
+            f"only {len(usable)} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add pairs, with twins of "
+            "equal token count"
         )
         return Verdict("cannot tell", f"Cannot tell: {reason}.", [reason], len(usable))
     groups = [swaps.trials.groups[i] for i in usable]
