@@ -197,7 +197,7 @@ def test_effects_need_a_gap_and_a_readout(trials: Trials, swaps: Swaps, planted:
 
 
 def test_a_layer_full_of_candidates_leaves_its_routers_their_choice(trials: Trials) -> None:
-    few = trials.of(trials.pairs[:8])
+    few = trials.of(trials.pairs[:16])
     candidates = [(2, expert) for expert in range(16)]
     found = localise.expert_effects(few, candidates, np.full((4, 16), 0.125), min_effect=0.03, level=0.95, seed=0)
     assert [e.expert for e in found] == list(range(14))  # two are left to choose
