@@ -192,6 +192,7 @@ def check(
 
     source = _embedded(file, "contrast")
     judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
+    _say_what_judges(judge)
     found = contrasts.load(source, judge_of(judge))
     tokenizer, limit = None, None
     if model:

@@ -9,7 +9,7 @@ from gtqlora.console import interval, new_table, plain, share
 if TYPE_CHECKING:
     from gtqlora.diagnose import Diagnosis
     from gtqlora.inspect import Inspection
-    from gtqlora.verify import Verdict
+    from gtqlora.verdict import Verdict
 
 COMPONENTS = {
     "routing": "routing (Level 2)",
@@ -17,6 +17,15 @@ COMPONENTS = {
     "residual": "rest of the stream (Level 1)",
     "interaction": "interaction of the levels",
 }
+
+LOST = {
+    "answers": "answered",
+    "goes on": "that refuse and then answer",
+    "tells": "that hold the answer",
+    "longer": "much longer than the original's",
+    "ready": "where the answer is about as likely",
+}
+"""Why a refusal counts as lost, see `kept.lost_because`."""
 
 
 def parts(found: Inspection) -> Any:
