@@ -21,17 +21,21 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "config progress",  # settings, and how far something is
-        "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
-        "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
+        "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own
+        # parts of a model; checkpoints that are whole; where rows come from; what lies in an adapter; who may judge
+        "families resume contrast_sources adapter_files judge_trust",
         "experts",  # the routed experts of a model, frozen in 4 bits
         "contrasts checkpoint inspect",  # prompts and weights from outside
-        "capture contrast_statistics",  # a model that runs; what a set holds
-        "scoring",
+        "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; what counts as a refusal kept
+        "scoring ledger",
         "association directions localise",
         "diagnose adapters silencing",
+        "merging",  # what an edit does to a checkpoint
+        "edited",
         "project gate_trainer",
         "edit",
-        "verify",
+        "certificate",  # the only way to weights
+        "verify model_card",
         "export",
         "report",  # reads artefacts only, see below
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little
@@ -142,7 +146,7 @@ def test_statistics_need_no_torch() -> None:
 def test_the_report_reads_artefacts_only() -> None:
     for name in MODULES:
         if _unit(name) == "report":
-            assert {_unit(target) for target, _ in _own(name)} <= {"errors", "run", "stats", "report"}
+            assert {_unit(target) for target, _ in _own(name)} <= {"errors", "run", "stats", "report", "adapter_files", "verdict"}
             assert not _packages(name) & {"torch", "transformers", "peft", "trl"}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtqlora.errors import ModelError
 from gtqlora.families.files import checked_file, weight_files
-from gtqlora.families.identity import read_files
+from gtqlora.families.identity import read_files, state_of
 from gtqlora.progress import track
 from gtqlora.run import sha256_bytes, sha256_file, sha256_json
 
@@ -57,11 +57,11 @@ def copy_changed(source: str, target: Path, change: Change) -> Copied:
     with ThreadPoolExecutor(1) as hashing:  # beside the copy, which reads the same bytes
         for name in track(shards, "write shards", len(shards)):
             shard = checked_file(folder, name)
-            before = _state(shard)
+            before = state_of(shard)
             digest = hashing.submit(sha256_file, shard)
             changed |= _copy_shard(shard, target / name, change)
             digests[name] = digest.result()
-            if _state(shard) != before:
+            if state_of(shard) != before:
                 raise ModelError(f"{shard}: was changed while it was copied; nothing was written")
     small = {name for name in read if name not in digests}
     others = {entry.name for entry in os.scandir(folder) if _is_passed_on(entry)}
@@ -77,12 +77,6 @@ def copy_changed(source: str, target: Path, change: Change) -> Copied:
 def _is_passed_on(entry: os.DirEntry[str]) -> bool:
     is_index = entry.name.endswith(".safetensors.index.json")  # of these shards it is among what is read
     return entry.is_file() and Path(entry.name).suffix in _COPIED and not entry.name.startswith(".") and not is_index
-
-
-def _state(file: Path) -> tuple[int, ...]:
-    """What changes when a file does; ctime cannot be set back."""
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _copy_shard(source: Path, target: Path, change: Change) -> set[str]:

@@ -406,6 +406,8 @@ def _made(run: Path) -> Path:
 
 
 def _print_verdict(found: Any) -> None:
+    from gtqlora.verdict import LOST
+
     console = open_console()
     console.print(tables.held_out(found))
     console.print(tables.drift(found))
@@ -421,7 +423,7 @@ def _print_verdict(found: Any) -> None:
         console.print(tables.silencing(found))
     console.print(f"routed experts: {found.experts}; judge: {plain(found.judge)}", highlight=False)
     if found.lost:
-        reasons = ", ".join(f"{count} {tables.LOST[reason]}" for reason, count in found.lost.items())
+        reasons = ", ".join(f"{count} {LOST.get(reason, reason)}" for reason, count in found.lost.items())
         console.print(f"lost refusals: {reasons}", highlight=False)
     if found.tries > 1:
         console.print(

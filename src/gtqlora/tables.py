@@ -18,16 +18,6 @@ COMPONENTS = {
     "interaction": "interaction of the levels",
 }
 
-LOST = {
-    "answers": "answered",
-    "goes on": "that refuse and then answer",
-    "tells": "that hold the answer",
-    "longer": "much longer than the original's",
-    "ready": "where the answer is about as likely",
-}
-"""Why a refusal counts as lost, see `kept.lost_because`."""
-
-
 def parts(found: Inspection) -> Any:
     """What a model consists of, and what of it is trained."""
     columns = ("part", "modules", "parameters", "bytes", "GT-QLoRA", "trained\nparameters", "trained\nbytes")

@@ -15,6 +15,14 @@ from gtqlora.errors import RunError
 from gtqlora.run import Run, read_parquet, write_json, write_parquet
 
 VERDICT, SCORES, HISTORY = "verdict.json", "scores.parquet", "verdicts.jsonl"
+LOST = {
+    "answers": "answered",
+    "goes on": "that refuse and then answer",
+    "tells": "that hold the answer",
+    "longer": "much longer than the original's",
+    "ready": "where the answer has become likely",
+}
+"""Why a refusal counts as lost, see `kept.lost_because`, in words that follow a number."""
 _EXPERTS = "bf16"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,17 +28,42 @@ class ModelIdentity:
         folder: where its files are.
         revision: the hub's commit, None for a folder.
         files: sha256 of the contents by name in the folder, of every file that any verb reads.
+        states: what of each file changes when it does, from before it was hashed.
     """
 
     model: str
     folder: Path
     revision: str | None
     files: dict[str, str]
+    states: dict[str, tuple[int, ...]] = field(repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
         """One hash of names and contents: the same for the same bytes anywhere."""
         return sha256_json(self.files)
+
+    def check_unchanged(self) -> None:
+        """Assure that what was loaded since is what was hashed.
+
+        Raises:
+            ModelError: a file was written to or exchanged.
+        """
+        for name, state in self.states.items():
+            if state_of(self.folder / name) != state:
+                raise ModelError(f"{self.folder / name}: was changed while it was read; run the command again")
+
+
+def state_of(file: Path) -> tuple[int, ...]:
+    """What of a file changes when its contents do; its ctime cannot be set back.
+
+    Raises:
+        ModelError: it is gone.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def pinned(model: str) -> str:
@@ -79,6 +104,7 @@ def identify(model: str) -> ModelIdentity:
     """
     name = pinned(model)
     folder, names = read_files(name)
+    states = {file: state_of(folder / file) for file in names}
     threads = min(_THREADS, os.cpu_count() or 1, len(names))
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -86,4 +112,5 @@ def identify(model: str) -> ModelIdentity:
         except OSError as error:
             raise ModelError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
     revision = None if files.is_local(name) else name.partition("@")[2]
-    return ModelIdentity(model=name, folder=folder, revision=revision, files=dict(zip(names, digests, strict=True)))
+    hashes = dict(zip(names, digests, strict=True))
+    return ModelIdentity(model=name, folder=folder, revision=revision, files=hashes, states=states)
