@@ -122,8 +122,8 @@ def info_from(path: Path, data: bytes) -> Info:
         raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
     texts = (info.kind, info.base, info.family)
     if (
-        info.kind not in _FILES
-        or not all(isinstance(text, str) for text in texts)
+        not all(isinstance(text, str) for text in texts)
+        or info.kind not in _FILES
         or not isinstance(info.details, dict)
         or not isinstance(info.details.get("config", {}), dict)
         or not isinstance(info.revision, str | None)
