@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config progress",  # settings, and how far something is
         "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
         "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
-        "experts",  # the routed experts of a model, frozen in 4 bits
+        "experts template",  # the routed experts of a model, frozen in 4 bits; its chat template
         "contrasts checkpoint inspect",  # prompts and weights from outside
         "capture contrast_statistics",  # a model that runs; what a set holds
         "scoring",

@@ -16,6 +16,7 @@ from gtqlora import contrasts, routing
 from gtqlora.adapters import Edited, adapter_hash
 from gtqlora.capture import Recorder, Subject, open_subject, routers_tapped
 from gtqlora.config import VerifyConfig
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.errors import ContrastError, FloorError
 from gtqlora.experts.loading import BF16
@@ -82,6 +83,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         edited = Edited(subject, adapter)
         scores = _score_all(config, edited, rows)
         silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), scores)
