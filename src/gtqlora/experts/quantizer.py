@@ -209,7 +209,10 @@ class FrozenExpertsQuantizer(HfQuantizer):
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
             sources.stream(source, tuple(sources.matrices(checkpoint.family, model.config)), experts, files)
         if self._dense is not None:
+            from gtqlora.experts.dense import same_everywhere
+
             self._dense._process_model_after_weight_loading(model)
+            same_everywhere(model)
         # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
         model.__dict__["_weight_conversions"] = []
         frozen_census(model, checkpoint.family)
