@@ -102,6 +102,7 @@ def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
 
 def noop_adapter(model: Path, contrast: Path, judge: str, path: Path) -> None:
     """Put an untrained adapter, which changes nothing, into a run directory."""
+    Run(path).close()
     subject = open_subject(str(model))
     config = adapters.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
     with adapters.peft_targets_kept():

@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "config progress",  # settings, and how far something is
+        "config progress contents",  # settings, how far something is, and what files hold
+        "storage",  # files that appear whole
         "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
         "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
         "experts",  # the routed experts of a model, frozen in 4 bits
