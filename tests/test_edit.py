@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from gtqlora.adapters import trainable
 from gtqlora.capture import Decision, Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import TrainingError
 from gtqlora.gate_trainer import Health, read_metrics
+from gtqlora.organisms import embedded
 from tests import helpers, models
 from tests.helpers import gates, trained
 
@@ -52,6 +54,28 @@ def test_a_tampered_start_is_no_reference(toy: helpers.Toy, tmp_path: Path, fami
         trainer.assert_exact_reference()
 
 
+def _drops(module: Any, _inputs: object, output: Tensor) -> Tensor:
+    return torch.nn.functional.dropout(output, 0.1, training=module.training)
+
+
+def test_what_is_random_in_training_is_found_before_it(toy: helpers.Toy, tmp_path: Path) -> None:
+    trainer = helpers.Inside.start(toy.train_config(toy.model("qwen3_moe")), tmp_path).trainer
+    attention = [module for module in trainer.model.modules() if hasattr(module, "attention_dropout")]
+    assert attention
+    for module in attention:
+        module.attention_dropout = 0.2
+    trainer.model.config.attention_dropout = 0.2
+    with pytest.raises(TrainingError, match=r"at random. Set attention_dropout to 0"):
+        trainer.assert_exact_reference()
+    for module in attention:
+        module.attention_dropout = 0.0
+    trainer.assert_exact_reference()
+    with trainer.model.get_submodule("base_model.model.model.layers.1.mlp").register_forward_hook(_drops):
+        trainer.model.eval()  # the check has to look in training mode by itself
+        with pytest.raises(TrainingError, match="at random"):
+            trainer.assert_exact_reference()
+
+
 @every_family
 def test_margins_start_at_zero_and_then_move(toy: helpers.Toy, tmp_path: Path, family: str) -> None:
     path = tmp_path / "run"
@@ -81,10 +105,11 @@ def anchor_of(inside: helpers.Inside, kinds: list[str]) -> tuple[float, Tensor |
     batch = trainer.data_collator(rows)
     batch["kind"] = torch.tensor([KINDS.index(kind) for kind in kinds])
     kind_B = batch.pop("kind")
+    anchored = trainer._sums(batch, kind_B, None).anchored
     both = Recorder()
     with routers_tapped(trainer.model, trainer.anatomy, both):
         trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    value = trainer._anchor(both, batch, kind_B)
+    value = trainer._anchor(both, batch, kind_B, None) / max(anchored, 1.0)
     gate = next(iter(gates(trainer.model).values()))
     gradient = torch.autograd.grad(value, gate, allow_unused=True)[0] if value.requires_grad else None
     return float(value.detach()), gradient
@@ -173,16 +198,58 @@ def test_anchor_reaches_the_gates_under_checkpointing(toy: helpers.Toy, tmp_path
     assert torch.allclose(plain, saving, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_is_a_larger_batch(toy: helpers.Toy, tmp_path: Path) -> None:
-    # SFT and anchor are means over each batch's own tokens, so only DPO adds up exactly.
-    base = {"steps": 2, "lr_lora": 1e-4, "lr_gates": 1e-4, "sft_weight": 0.0}
-    base |= {"anchor_harmful": 0.0, "anchor_benign": 0.0}
-    whole = gradients(toy.train_config(toy.model("deepseek_v3"), batch_size=8, **base), tmp_path / "whole")
-    parts = gradients(
-        toy.train_config(toy.model("deepseek_v3"), batch_size=2, accumulation=4, **base), tmp_path / "parts"
+@pytest.fixture(scope="module")
+def uneven(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 pairs of unequal lengths, four of them held to the original's routing: many parts of a batch have none."""
+    rows = helpers.toy_rows({("train", "lookalike"): 10, ("train", "benign"): 2, ("train", "harmful"): 2})
+    for i, row in enumerate(rows):
+        row["prompt"] = " ".join([row["prompt"], *row["prompt"].split()[: 3 * i % 7]])
+        row["chosen"] = row["chosen"] if row["kind"] == "harmful" else " ".join([row["chosen"]] * (1 + i % 3))
+        row.pop("twin", None)
+    return helpers.write_rows(tmp_path_factory.mktemp("uneven") / "pairs.jsonl", rows)
+
+
+class Cut:
+    """Gradients and logged lines of a short training whose batches come in parts, away from the original model."""
+
+    def __init__(self, config: TrainConfig, path: Path) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        inside = helpers.Inside.start(config, path)
+        generator = torch.Generator().manual_seed(0)
+        for p in trainable(inside.trainer.model).values():
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+        inside.trainer.add_callback(Watch(self._look))
+        inside.fit()
+        self.lines = read_metrics(path / "metrics.jsonl")
+
+    def _look(self, _step: int, model: Any) -> None:
+        self.steps.append({n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad})
+
+    def furthest(self, other: Cut) -> float:
+        """The largest difference of a tensor's gradient, in parts of its length, in any step."""
+        pairs = [(mine[n], theirs[n]) for mine, theirs in zip(self.steps, other.steps, strict=True) for n in mine]
+        return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("objective", "checkpointing"), [("edit", False), ("harden", True)])
+def test_a_batch_is_the_same_in_any_number_of_parts(
+    toy: helpers.Toy, uneven: Path, tmp_path: Path, objective: str, checkpointing: bool
+) -> None:
+    """Steps 2 and 4 end an epoch: their batch has 6 rows, so parts of 4 are unequal."""
+    base = {"contrast": str(uneven), "judge": embedded.JUDGE, "steps": 4, "max_grad_norm": 1e6}
+    base |= {"lr_lora": 1e-12, "lr_gates": 1e-12, "min_overlap": 0.0, "anchor_harmful": 30.0}
+    base |= {"objective": objective, "gradient_checkpointing": checkpointing}
+    whole, *cuts = (
+        Cut(toy.train_config(toy.model("deepseek_v3"), batch_size=8 // n, accumulation=n, **base), tmp_path / str(n))
+        for n in (1, 2, 4, 8)
     )
-    assert all(tensor.abs().max() > 0 for tensor in whole.values())
-    assert close(whole, parts)
+    assert all(g.abs().max() > 0 for step in whole.steps for g in step.values())
+    assert max(line["loss/anchor"] for line in whole.lines) > 1e-2
+    for cut in cuts:
+        assert cut.furthest(whole) < 5e-6
+        for key in ("loss", "loss/anchor", "health/load_cv", "health/max_vio", "health/load_entropy"):
+            figures = [line.get(key) for line in cut.lines]
+            assert figures == pytest.approx([line.get(key) for line in whole.lines], rel=1e-3, abs=1e-7), key
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
@@ -221,7 +288,8 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
         return made
 
     health = Health(anatomy, dead_budget=6)
-    found = health.measure(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    found = health.figures()
     # New loads of real tokens: 2, 1, 2, 1, 0, 0, 0, 0 (mean 6/8); old loads: 3, 3, 0, ...
     assert found["health/max_vio"] == pytest.approx((2 - 0.75) / 0.75)
     assert found["health/load_cv"] == pytest.approx(math.sqrt(10 / 8 - 0.75**2) / 0.75)
@@ -234,5 +302,6 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
     one = 0.5 * math.log(0.5 / sigmoid) + 0.5 * math.log(0.5 / (1 - sigmoid))
     assert found["health/kl_harmful"] == pytest.approx(8 * one, rel=1e-5)
     assert "health/overlap_lookalike" not in found and "health/dead_experts" not in found  # 3 of 6 tokens
-    found = health.measure(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    found = health.figures()
     assert found["health/dead_experts"] == 8  # experts 4 to 7 in both layers

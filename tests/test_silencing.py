@@ -188,9 +188,9 @@ class Watched:
         trainer = self.inside.trainer
         anchor = trainer._anchor
 
-        def look(both: Recorder, inputs: dict[str, Any], kind_B: Tensor, plain_B: Tensor) -> Tensor:
-            self.calls.append((both, inputs, kind_B, plain_B))
-            return anchor(both, inputs, kind_B, plain_B)
+        def look(both: Recorder, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor) -> Tensor:
+            self.calls.append((both, inputs, kind_B, silent_B))
+            return anchor(both, inputs, kind_B, silent_B)
 
         trainer._anchor = look  # type: ignore[method-assign, assignment]
 
@@ -209,18 +209,19 @@ def test_silent_rows_run_without_their_experts_and_plain_ones_as_they_are(
 
     silence = trainer._silence
 
-    def with_look(kind_B: Tensor) -> Any:
-        handlers, plain_B = silence(kind_B)
+    def with_look(silent_B: Tensor) -> Any:
         chosen = Chosen()
         seen.append(chosen.decisions)
-        return (*handlers, chosen), plain_B
+        return (*silence(silent_B), chosen)
 
     trainer._silence = with_look  # type: ignore[method-assign]
     watched.inside.fit()
     assert trainer.draws is not None
     masks = [trainer.draws.experts(step) for step in range(4)]
     assert any(masks)
-    for step, (both, inputs, _, plain_B) in enumerate(watched.calls):
+    assert any(silent_B.any() and not silent_B.all() for *_, silent_B in watched.calls)
+    for step, (both, inputs, _, silent_B) in enumerate(watched.calls):
+        plain_B = ~silent_B
         original = trainer._original_routing(inputs["input_ids"], inputs["attention_mask"])
         for layer, decision in seen[step].items():
             rows = 2 * len(plain_B)

@@ -16,17 +16,14 @@ from transformers import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
+from gtqlora.adapter_files import GT_QLORA, info_of, read_info
 from gtqlora.adapters import (
-    ADAPTER_WEIGHTS,
-    GT_QLORA,
-    Info,
     assert_bias_frozen,
     assert_experts_frozen,
     assert_trains_exactly,
     frozen_state,
     lora_config,
     peft_targets_kept,
-    read_info,
     save,
 )
 from gtqlora.capture import Subject, open_subject
@@ -84,7 +81,7 @@ def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     assert_experts_frozen(trainer.model, frozen)
     details = {"config": asdict(config), "steps": steps, "stopped": stopped}
     with whole(run / ADAPTER) as staged:
-        save(trainer.model, staged, Info(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
+        save(trainer.model, staged, info_of(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
     return Trained(run / ADAPTER, steps, stopped)
 
 
@@ -185,5 +182,5 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
 
 def _restore(trainer: GateTargetedTrainer, step: int, checkpoint: Path) -> int:
     """Put the weights of a checkpoint back; its step."""
-    set_peft_model_state_dict(trainer.model, load_file(checkpoint / ADAPTER_WEIGHTS))
+    set_peft_model_state_dict(trainer.model, load_file(checkpoint / "adapter_model.safetensors"))
     return step
