@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own
         # parts of a model; checkpoints that are whole; where rows come from; what lies in an adapter; who may judge
         "families resume contrast_sources adapter_files judge_trust",
-        "experts",  # the routed experts of a model, frozen in 4 bits
+        "experts template",  # the routed experts of a model, frozen in 4 bits; its chat template
         "contrasts checkpoint inspect",  # prompts and weights from outside
         "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; what counts as a refusal kept
         "scoring ledger",

@@ -194,13 +194,14 @@ def check(
     judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
     _say_what_judges(judge)
     found = contrasts.load(source, judge_of(judge))
-    tokenizer, limit = None, None
+    tokenizer, limit, vocabulary = None, None, None
     if model:
         from gtqlora.families import load_config, load_tokenizer
 
         path = _embedded(model, "model")
-        tokenizer, limit = load_tokenizer(path), load_config(path)[1].max_position_embeddings
-    facts = statistics(found, tokenizer, limit)
+        settings = load_config(path)[1]
+        tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
+    facts = statistics(found, tokenizer, limit, vocabulary)
     table = new_table(f"{plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
     for split, counts in facts.counts.items():
         table.add_row(split, *(f"{counts.get(kind, 0):,}" for kind in contrasts.KINDS))

@@ -28,7 +28,7 @@ from gtqlora.adapters import (
 )
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
-from gtqlora.contrast_statistics import statistics
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast
 from gtqlora.errors import ContrastError, TrainingError
 from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
@@ -71,7 +71,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
 def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
     subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-    statistics(rows, subject.tokenizer, subject.max_length)
+    check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
     shutil.rmtree(run / ADAPTER, ignore_errors=True)
     contrasts.save(rows, run / contrasts.FILE)
@@ -134,7 +134,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
             draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
-            train_dataset=Dataset.from_list(rows.to_preference()),
+            train_dataset=Dataset.from_list([contrasts.encode_preference(subject.tokenizer, row) for row in rows.rows]),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),

@@ -15,6 +15,7 @@ from gtqlora.adapter_files import PROJECTION, info_of, read_info
 from gtqlora.adapters import save_projection
 from gtqlora.capture import Subject, observe, open_subject
 from gtqlora.config import ProjectConfig
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.directions import named_directions
 from gtqlora.directions.named import ORTHOGONAL
@@ -53,6 +54,7 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
             return Projected(run / ADAPTER, details["layer"], details["candidates"])
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]

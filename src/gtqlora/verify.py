@@ -60,7 +60,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-        check_rendering(rows, subject.tokenizer, subject.max_length)
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         edited = Edited(subject, adapter, shipped=config.model)
         model.check_unchanged()
         outcomes = _score_all(config, edited, rows)

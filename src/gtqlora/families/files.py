@@ -32,6 +32,7 @@ _FROM_HUB = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
 # transformers would follow these instead of, or on top of, the weights that are checked here.
 _DIVERTING = {"adapter_config.json": "a PEFT adapter", "shard-*-model-*-of-*.safetensors": "a distributed checkpoint"}
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_SHOWN = 300
 _MAX_BYTES = {INDEX: 2**29, FAST_TOKENIZER: 2**28}
 _MAX_OTHER_BYTES = 2**25
 """A config has a few kB and a vocabulary a few MB; the index of 10^12 parameters has tens of MB."""
@@ -54,9 +55,10 @@ def is_local(model: str) -> bool:
     return local_path(model).exists() or model.startswith((".", "/", "~")) or model.partition("@")[0].count("/") != 1
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an upstream error, for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException | str) -> str:
+    """The first line of an upstream error, for a message: short, and without characters that steer a screen."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN]
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 def checked_file(folder: Path, name: str) -> Path:
