@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "config progress",  # settings, and how far something is
+        "config progress contents",  # settings, how far something is, and what files hold
+        "storage",  # files that appear whole
         "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own
         # parts of a model; checkpoints that are whole; where rows come from; what lies in an adapter; who may judge
         "families resume contrast_sources adapter_files judge_trust",

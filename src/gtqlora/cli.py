@@ -401,8 +401,14 @@ def _as_edited(run: Any, named_judge: str | None) -> dict[str, Any]:
 
 def _made(run: Path) -> Path:
     """A run directory that should be there already: a mistyped name must not leave an empty one behind."""
+    from gtqlora.run import MANIFEST
+    from gtqlora.storage import checked_path
+
+    run = checked_path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
+    if not (run / MANIFEST).exists():
+        raise RunError(f"{run}: not a run directory (no {MANIFEST} in it); name the one that `gtqlora train` made")
     return run
 
 

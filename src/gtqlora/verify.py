@@ -60,23 +60,13 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-<<<<<<< HEAD
-        check_rendering(rows, subject.tokenizer, subject.max_length)
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         edited = Edited(subject, adapter, shipped=config.model)
         model.check_unchanged()
         outcomes = _score_all(config, edited, rows)
         silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), rows, outcomes)
         verdict = _verdict(config, edited, rows, outcomes, run, inputs, silencing)
         write_verdict(run, verdict, outcomes)
-=======
-        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
-        edited = Edited(subject, adapter)
-        scores = _score_all(config, edited, rows)
-        silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), scores)
-        verdict = _verdict(config, edited, rows, scores, identity, silencing)
-        write_parquet(run / SCORES, scores.to_rows())
-        write_json(run / VERDICT, asdict(verdict))
->>>>>>> w-families
         return verdict
 
 
