@@ -20,12 +20,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "config progress",  # settings, and how far something is
+        "config folding progress",  # settings, what makes texts alike, and how far something is
         "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
         "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
         "experts",  # the routed experts of a model, frozen in 4 bits
         "contrasts checkpoint inspect",  # prompts and weights from outside
-        "capture contrast_statistics",  # a model that runs; what a set holds
+        "capture contrast_statistics kept",  # a model that runs; what a set holds; which refusals an edit keeps
         "scoring",
         "association directions localise",
         "diagnose adapters silencing",
