@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "config progress contents",  # settings, how far something is, and what files hold
+        "config progress contents folding",  # settings, progress, what files hold, what makes texts alike
         "storage",  # files that appear whole
         "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own
         # parts of a model; checkpoints that are whole; where rows come from; what lies in an adapter; who may judge
