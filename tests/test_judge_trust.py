@@ -1,4 +1,4 @@
-"""Code runs only if this call says so: what a file names is never imported, what the user named is told and remembered."""
+"""Code runs only if this call says so: what a file names is not imported, what the user named is remembered."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "families resume contrast_sources adapter_files judge_trust",
         "experts template",  # the routed experts of a model, frozen in 4 bits; its chat template
         "contrasts checkpoint inspect",  # prompts and weights from outside
-        "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; what counts as a refusal kept
+        "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; refusals kept
         "scoring ledger",
         "association directions localise",
         "diagnose adapters silencing",
@@ -147,7 +147,8 @@ def test_statistics_need_no_torch() -> None:
 def test_the_report_reads_artefacts_only() -> None:
     for name in MODULES:
         if _unit(name) == "report":
-            assert {_unit(target) for target, _ in _own(name)} <= {"errors", "run", "stats", "report", "adapter_files", "verdict"}
+            artefacts = {"errors", "run", "stats", "report", "adapter_files", "verdict"}
+            assert {_unit(target) for target, _ in _own(name)} <= artefacts
             assert not _packages(name) & {"torch", "transformers", "peft", "trl"}
 
 

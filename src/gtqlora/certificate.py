@@ -16,11 +16,9 @@ order of commands or choice of prompts makes `export` write weights whose refusa
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gtqlora import contrasts, judge_trust, ledger
@@ -34,7 +32,7 @@ from gtqlora.families.files import read_json, small_files
 from gtqlora.judging import Judge, judge_of
 from gtqlora.kept import Completion, length_limit, lost_because
 from gtqlora.ledger import Entry
-from gtqlora.run import Run, fingerprint, sha256_json
+from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.stats import Floor, floor
 from gtqlora.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
 
@@ -165,8 +163,9 @@ class Ancestry:
         left = min(wanted, BUDGET - self.spent)
         if left <= 0:
             raise FloorError(
-                f"{self.names[-1]}: this model was edited before ({' -> '.join(self.names)}), and by their bounds these "
-                f"edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is. Edit the first one"
+                f"{self.names[-1]}: this model was edited before ({' -> '.join(self.names)}), and by their bounds "
+                f"these edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is, so edit the "
+                "first one"
             )
         return left
 
@@ -253,7 +252,8 @@ def _decide(
     if found.verdict != "pass":
         tried = f"; {tries} edits were judged on these prompts, so the level is {found.level:.4f}" if tries > 1 else ""
         raise FloorError(
-            f"{run.path}: the safety floor's verdict is {found.verdict!r} ({found.reason}{tried}); no weights are written"
+            f"{run.path}: the safety floor's verdict is {found.verdict!r} ({found.reason}{tried}); no weights are "
+            "written"
         )
     model = record["inputs"]["model"]
     outcomes = tuple(read_outcomes(run))
@@ -323,7 +323,7 @@ def _record(run: Run) -> dict[str, Any]:
     record = run.manifest()["stages"].get("verify")
     if record is None:
         raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
-    if record["hash"] != sha256_json({"config": record["config"], "inputs": record["inputs"]}):
+    if record["hash"] != stage_hash(record["config"], record["inputs"], PATHS):
         raise FloorError(f"{run.path}: the record of verify was changed; run `gtqlora verify` again")
     for name in (VERDICT, SCORES, HISTORY):
         if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):

@@ -1,7 +1,7 @@
-"""Every verdict is kept: beside the held-out set, so that tries are counted, and in the run, so that none is forgotten.
+"""Every verdict is kept: beside the held-out set, so that tries are counted, and in the run, so that none is lost.
 
-Many edits judged on the same prompts until one passes, or one edit judged on ever more prompts, pass more often than the
-level says. The ledger counts them: the level is corrected for as many tries (Bonferroni).
+Many edits judged on the same prompts until one passes, or one edit judged on ever more prompts, pass more often than
+the level says. The ledger counts them: the level is corrected for as many tries (Bonferroni).
 """
 
 from __future__ import annotations
