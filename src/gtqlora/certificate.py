@@ -232,10 +232,10 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     config = build_recorded(VerifyConfig, record["config"], str(run / "manifest.json"))
     adapter = read_adapter(path)
     _check_same(run, record["inputs"], {"adapter": adapter.digest})
-    _check_verdict(run, verdict, config, adapter)
     problem = unshipped(config)
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
+    _check_verdict(run, verdict, config, adapter)
     rows = judged_again(read_outcomes(run), _judge(run, config, record, judge))
     return _decide(run, verdict, config, adapter, record, rows)
 
@@ -248,13 +248,15 @@ def _decide(
     known = [e for file in ledger.places(config.contrast, run.path) for e in ledger.read(file)]
     tries, before = ledger.tries([*known, *history], entry), ancestry(config.model)
     margin = before.margin(config.margin)
-    found = undecided(floor_of(_ever_seen(history, entry), config, tries=tries, margin=margin), verdict.blind)
-    if found.verdict != "pass":
-        tried = f"; {tries} edits were judged on these prompts, so the level is {found.level:.4f}" if tries > 1 else ""
-        raise FloorError(
-            f"{run.path}: the safety floor's verdict is {found.verdict!r} ({found.reason}{tried}); no weights are "
-            "written"
-        )
+    for prompts in (entry.prompts, seen := _ever_seen(history, entry)):
+        found = undecided(floor_of(prompts, config, tries=tries, margin=margin), verdict.blind)
+        if found.verdict != "pass":
+            which = "" if prompts is not seen or seen == entry.prompts else " over all prompts it was ever judged on"
+            tried = f"; {tries} tries on these prompts, so the level is {found.level:.4g}" if tries > 1 else ""
+            raise FloorError(
+                f"{run.path}: the safety floor's verdict{which} is {found.verdict!r} ({found.reason}{tried}); no "
+                "weights are written"
+            )
     model = record["inputs"]["model"]
     outcomes = tuple(read_outcomes(run))
     return Certificate(verdict, config, adapter, model, found, tries, history, before, margin, outcomes)
