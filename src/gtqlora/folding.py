@@ -61,9 +61,8 @@ _TO_LATIN = str.maketrans(_LATIN)
 
 _WORD = re.compile(r"[^\W_]+")
 _RUN = 5
-_ASSENTS = frozenset(
-    ["sure", "certainly", "absolutely", "of", "course", "gladly", "yes", "yeah", "yep", "ok", "okay", "alright", "here", "is", "are", "s", "it", "the"]
-)
+_ASSENTS = frozenset(("sure", "certainly", "absolutely", "of", "course", "gladly", "yes", "yeah", "yep", "ok", "okay"))
+_ASSENTS |= {"alright", "here", "is", "are", "s", "it", "the"}
 
 
 def fold(text: str) -> str:
