@@ -28,7 +28,7 @@ from gtqlora.experts import sources
 from gtqlora.experts.census import frozen_census
 from gtqlora.experts.formats import FORMATS, Format, format_of
 from gtqlora.experts.module import FrozenExperts
-from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig
+from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
 from gtqlora.families.facts import Family, family_of
@@ -52,7 +52,7 @@ class _Checkpoint:
     def ours(self) -> FrozenExpertsConfig | None:
         if self.settings is None or packed.method_of(self.settings) != packed.OURS:
             return None
-        return FrozenExpertsConfig(**self.settings)
+        return saved_settings(self.settings)
 
 
 def _checkpoint(paths: Iterable[str] | None, model: PreTrainedModel) -> _Checkpoint:
@@ -67,7 +67,7 @@ def _checkpoint(paths: Iterable[str] | None, model: PreTrainedModel) -> _Checkpo
             f"{folder}: opened as {type(model).__name__}, expected {family.class_name}; load it with "
             "gtqlora.experts.load_model"
         )
-    settings = packed.settings_of(raw, family.text_key)
+    settings = packed.settings_of(raw, family.text_key, str(folder))
     return _Checkpoint(folder=folder, files=files, family=family, settings=settings)
 
 
