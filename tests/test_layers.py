@@ -20,6 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
+        "machine",  # which devices and trackers are here
         "config progress",  # settings, and how far something is
         "judging run stats routing",  # texts, artefacts, numbers and decisions, each known on its own
         "families resume contrast_sources",  # parts of a model; checkpoints that are whole; where rows come from
