@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gtqlora import adapters, contrasts, edit
+from gtqlora.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
 from gtqlora.experts import FrozenExperts
@@ -89,7 +90,7 @@ class Toy:
 def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
     """A run directory whose edit passed the floor; of a projection, the first layer whose removal does."""
     with Run(path) as run:
-        if kind != adapters.PROJECTION:
+        if kind != PROJECTION:
             edit.train(toy.train_config(model), run)
             assert verify(toy.verify_config(model), run).floor["verdict"] == "pass"
             return path
@@ -101,14 +102,17 @@ def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
 
 
 def noop_adapter(model: Path, contrast: Path, judge: str, path: Path) -> None:
-    """Put an untrained adapter, which changes nothing, into a run directory."""
+    """Put an untrained adapter, which changes nothing, into a run directory, as training leaves one."""
     subject = open_subject(str(model))
     config = adapters.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
     with adapters.peft_targets_kept():
         wrapped = get_peft_model(subject.model, config)
-    info = adapters.Info(adapters.GT_QLORA, str(model), subject.anatomy.family.model_type, {})
-    adapters.save(wrapped, path / edit.ADAPTER, info)  # type: ignore[arg-type]
-    contrasts.save(contrasts.load(contrast, judge_of(judge)).split("train"), path / contrasts.FILE)
+    settings = TrainConfig(model=str(model), contrast=str(contrast), judge=judge, rank=4, alpha=8)
+    info = Info(GT_QLORA, str(model), subject.anatomy.family.model_type, {"config": asdict(settings)})
+    with Run(path) as run, run.stage("train", settings, {}) as stage:
+        stage.outputs += [edit.ADAPTER, contrasts.FILE]
+        adapters.save(wrapped, path / edit.ADAPTER, info)  # type: ignore[arg-type]
+        contrasts.save(contrasts.load(contrast, judge_of(judge)).split("train"), path / contrasts.FILE)
 
 
 @dataclass
@@ -132,7 +136,7 @@ class Inside:
     def save(self) -> Path:
         anatomy = self.trainer.anatomy
         details = {"config": asdict(self.config)}
-        info = adapters.Info(adapters.GT_QLORA, self.config.model, anatomy.family.model_type, details)
+        info = Info(GT_QLORA, self.config.model, anatomy.family.model_type, details)
         adapters.save(self.trainer.model, self.path / edit.ADAPTER, info)
         return self.path / edit.ADAPTER
 
@@ -183,7 +187,7 @@ def bench_module(name: str) -> Any:
 
 
 def weights(adapter: Path) -> dict[str, Tensor]:
-    return load_file(adapter / adapters.ADAPTER_WEIGHTS)
+    return load_file(adapter / EDIT_WEIGHTS)
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -99,17 +99,15 @@ def save_tiny(
 def _into_kimi_layout(path: Path) -> None:
     for file in path.glob("*.safetensors"):
         edit_tensors(file, lambda tensors: {PREFIX + name: tensor for name, tensor in tensors.items()})
-    edit_tensors(
-        min(path.glob("*.safetensors")),
-        lambda tensors: {
-            **tensors,
-            "vision_tower.patch_embed.proj.weight": torch.ones(3),
-            "mm_projector.proj.0.weight": torch.ones(3),
-        },
-    )
+    first = min(path.glob("*.safetensors"))
+    others = ("vision_tower.patch_embed.proj.weight", "mm_projector.proj.0.weight")
+    edit_tensors(first, lambda tensors: {**tensors, **{name: torch.ones(3) for name in others}})
     index = path / "model.safetensors.index.json"
     if index.exists():
-        edit_json(index, lambda old: {**old, "weight_map": {PREFIX + k: v for k, v in old["weight_map"].items()}})
+        more = dict.fromkeys(others, first.name)
+        edit_json(
+            index, lambda old: {**old, "weight_map": {PREFIX + k: v for k, v in old["weight_map"].items()} | more}
+        )
     edit_json(path / "config.json", _kimi_config)
 
 

@@ -207,6 +207,8 @@ def test_a_mistyped_run_is_not_made(say: Say, tmp_path: Path, verb: Sequence[str
 
 
 def test_verify_before_train(say: Say, tmp_path: Path) -> None:
+    error_of(say("verify", tmp_path), 2, tmp_path, "not a run directory", "gtqlora train")
+    Run(tmp_path).close()
     error_of(say("verify", tmp_path), 2, tmp_path, "no adapter here", "gtqlora train")
 
 

@@ -415,7 +415,11 @@ def test_missing_expert_layer_is_named(folder: Path) -> None:
 
 
 def test_foreign_tensor_is_named(folder: Path) -> None:
-    models.edit_tensors(shard_of(folder, "model.norm.weight"), lambda t: {**t, "model.sink": torch.ones(1)})
+    shard = shard_of(folder, "model.norm.weight")
+    models.edit_tensors(shard, lambda t: {**t, "model.sink": torch.ones(1)})
+    refused(folder, "model.sink", shard.name, "the index does not name")
+    index = folder / "model.safetensors.index.json"
+    models.edit_json(index, lambda old: {**old, "weight_map": {**old["weight_map"], "model.sink": shard.name}})
     refused(folder, "model.sink", "not of this architecture")
 
 

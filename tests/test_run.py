@@ -27,6 +27,8 @@ from gtqlora.run import (
     write_parquet,
 )
 
+EMPTY = {"format": 1, "stages": {}}
+
 
 @dataclass(frozen=True)
 class _Config:
@@ -134,11 +136,12 @@ def test_killed_while_writing(tmp_path: Path, kind: str, existing: bool) -> None
         (target / "a").write_text("old")
     elif existing:
         target.write_text("old")
+    write_json(tmp_path / MANIFEST, EMPTY)
     before = _contents(tmp_path)
     process = _python(_KILLED, target, kind)
     process.communicate(timeout=20)
     assert process.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 1 + existing  # a leftover, which proves that the kill struck inside
+    assert len(list(tmp_path.iterdir())) == 2 + existing  # a leftover, which proves that the kill struck inside
     assert target.exists() == existing
     Run(tmp_path).close()
     assert _contents(tmp_path) == {".lock": "", **before}
@@ -180,6 +183,7 @@ fatal, status, absent = 0, 1, 0
 while status:
     fatal += 1
     folder = Path(sys.argv[1]) / str(fatal)
+    Run(folder).close()
     write(folder / "x", "old")
     child = os.fork()
     if not child:
@@ -189,7 +193,7 @@ while status:
     status = os.waitpid(child, 0)[1]
     absent += not (folder / "x").exists()
     Run(folder).close()
-    assert sorted(os.listdir(folder)) == [".lock", "x"], os.listdir(folder)
+    assert sorted(os.listdir(folder)) == [".lock", "manifest.json", "x"], os.listdir(folder)
     print(read(folder / "x"), absent)
 """
 
@@ -290,6 +294,7 @@ with whole(Path(sys.argv[1])) as staged:
 @pytest.mark.parametrize("place", ["merged", "inner/adapter"])
 def test_another_process_at_work_is_left_alone(tmp_path: Path, place: str) -> None:
     """Even in the same folder, or in a run directory inside this one."""
+    Run(tmp_path).close()
     process = _python(_AT_WORK, tmp_path / place)
     _until_ready(process)
     Run(tmp_path).close()
@@ -301,11 +306,13 @@ def test_another_process_at_work_is_left_alone(tmp_path: Path, place: str) -> No
 
 def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
     mine = {".bashrc.new": "a", ".a.123.old": "b", ".a.b.staging/c": "c", "adapter.new": "d"}
+    Run(tmp_path).close()
+    manifest = (tmp_path / MANIFEST).read_text()
     for name, text in mine.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     Run(tmp_path).close()
-    assert _contents(tmp_path) == {".lock": "", **mine}
+    assert _contents(tmp_path) == {".lock": "", MANIFEST: manifest, **mine}
 
 
 # --- JSON and Parquet
@@ -359,12 +366,19 @@ def test_a_folder_s_fingerprint_changes_with_it(tmp_path: Path, change: Callable
     assert fingerprint(tmp_path) != before
 
 
-def test_a_large_folder_is_known_by_sizes_and_times(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("12")
-    before = fingerprint(tmp_path, content_below=2)
-    assert before == fingerprint(tmp_path, content_below=2)
-    os.utime(tmp_path / "a", (1, 1))
-    assert fingerprint(tmp_path, content_below=2) != before
+def test_a_folder_s_fingerprint_is_contents_behind_links_too(tmp_path: Path) -> None:
+    """Whatever the size, the time, or where a link leads; a link in a circle ends."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "b").write_text("12")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "there")
+    (folder / "circle").symlink_to(folder)
+    before = fingerprint(folder)
+    os.utime(tmp_path / "there" / "b", (1, 1))
+    assert fingerprint(folder) == before
+    (tmp_path / "there" / "b").write_text("21")
+    assert fingerprint(folder) != before
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:
@@ -464,8 +478,8 @@ def test_a_change_makes_a_stage_stale(run: Run, change: Callable[[Run], bool]) -
 def test_a_failing_body_records_nothing(run: Run) -> None:
     with pytest.raises(RuntimeError), run.stage("s", _Config(), {}):
         raise RuntimeError
-    assert run.manifest() == {"format": 1, "stages": {}}
-    assert not (run / MANIFEST).exists()
+    assert run.manifest() == EMPTY
+    assert json.loads((run / MANIFEST).read_text()) == EMPTY
 
 
 def _spoil(folder: Path) -> None:
@@ -504,13 +518,45 @@ def test_what_the_manifest_records(run: Run) -> None:
     assert record["finished"].endswith("+00:00")
 
 
+RECORD = {"hash": "h", "config": {}, "inputs": {}, "outputs": {}}
+
+
+def _stage(**changes: object) -> str:
+    return json.dumps({"format": 1, "stages": {"s": {**RECORD, **changes}}})
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "", "[]", "null", '{"format": 1}', '{"stages": []}', '{"stages": {"s": {}}}', '{"stages": {"s": 1}}']
+    "text",
+    [
+        *("{", "", "[]", "null", "7", '{"format": 1}', '{"stages": {}}', '{"format": 1, "stages": []}'),
+        *('{"format": 1, "stages": {"s": {}}}', '{"format": 1, "stages": {"s": 1}}'),
+        *(
+            '{"format": true, "stages": {}}',
+            '{"format": "1", "stages": {}}',
+            '{"format": 1, "format": 1, "stages": {}}',
+        ),
+        *('{"format": 1, "stages": {}, "x": NaN}', '{"format": 1, "stages": {}, "x": 1e999}'),
+        *("[" * 100_000, '{"format": 1, "stages": {}, "x": ' + "9" * 5000 + "}"),
+        *(_stage(hash=1), _stage(config=[]), _stage(config=None), _stage(inputs=[]), _stage(inputs={"model": 1})),
+        *(_stage(outputs=[]), _stage(outputs={"a": 1}), _stage(outputs={"../a": "h"}), _stage(outputs={"/a": None})),
+        *(_stage(outputs={"": None}), _stage(versions=[]), _stage(versions={"torch": 2}), _stage(device=1)),
+        *(_stage(seconds="1"), _stage(seconds=None), _stage(finished=1), _stage(seed="x")),
+    ],
 )
 def test_a_corrupt_manifest_is_named(run: Run, text: str) -> None:
     (run / MANIFEST).write_text(text)
-    with pytest.raises(RunError, match=rf"{run / MANIFEST}: not .*; remove it to start the run anew"):
+    with pytest.raises(RunError, match=rf"{run / MANIFEST}: not .*; choose another --run"):
         _do(run)
+    run.close()
+    with pytest.raises(RunError, match=rf"{run / MANIFEST}: not .*; choose another --run"):
+        Run(run.path)
+    assert (run / MANIFEST).read_text() == text
+
+
+def test_a_manifest_of_a_later_version_is_named(run: Run) -> None:
+    write_json(run / MANIFEST, {"format": 2, "stages": {}})
+    with pytest.raises(RunError, match="of format 2, which this version does not know"):
+        run.manifest()
 
 
 def test_a_manifest_that_is_no_text_is_named(run: Run) -> None:
@@ -532,6 +578,16 @@ def test_a_missing_artefact_names_the_command_that_makes_it(run: Run) -> None:
 def test_artefacts_are_read(run: Run) -> None:
     write_json(run / "verdict.json", {"a": [1]})
     assert run.read_json("verdict.json", "verify") == {"a": [1]}
-    (run / "verdict.json").write_text("{")
-    with pytest.raises(RunError, match=r"not valid JSON .*; run `gtqlora verify` again"):
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '"a"', "7", '{"a": 1, "a": 2}', '{"a": Infinity}', "[" * 100_000])
+def test_a_spoilt_artefact_names_file_and_verb(run: Run, text: str) -> None:
+    (run / "verdict.json").write_text(text)
+    with pytest.raises(RunError, match=rf"{run / 'verdict.json'}: not valid JSON .*; run `gtqlora verify` again"):
+        run.read_json("verdict.json", "verify")
+
+
+def test_an_artefact_that_is_no_file_is_not_waited_for(run: Run) -> None:
+    os.mkfifo(run / "verdict.json")
+    with pytest.raises(RunError, match=r"verdict\.json: not a plain file; run `gtqlora verify` again"):
         run.read_json("verdict.json", "verify")

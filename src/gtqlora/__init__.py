@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gtqlora.adapters import Edited, load
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig
     from gtqlora.diagnose import diagnose
     from gtqlora.edit import train
+    from gtqlora.edited import Edited, load
     from gtqlora.errors import GtqloraError
     from gtqlora.export import export
     from gtqlora.inspect import inspect
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DiagnoseConfig": "config",
-    "Edited": "adapters",
+    "Edited": "edited",
     "GtqloraError": "errors",
     "ProjectConfig": "config",
     "Run": "run",
@@ -35,7 +35,7 @@ _HOME = {
     "diagnose": "diagnose",
     "export": "export",
     "inspect": "inspect",
-    "load": "adapters",
+    "load": "edited",
     "project": "project",
     "report": "report",
     "train": "edit",

@@ -1,42 +1,52 @@
-"""What an edit is: on disk, on a model, and switched off again.
+"""A GT-QLoRA edit on a model in training, and adapters written and read.
 
-Two kinds: `gt-qlora` (a PEFT adapter: LoRA on attention and shared experts, whole routers in `modules_to_save`) and
-`projection` (one residual direction removed from everything that writes the residual stream).
+Two kinds: `gt-qlora` (LoRA on attention and shared experts, whole routers in PEFT's `modules_to_save`) and `projection`
+(one residual direction removed from everything that writes the residual stream).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from gtqlora.capture import Subject, direction_removed, open_subject
+from gtqlora.adapter_files import (
+    DIRECTION,
+    EDIT_WEIGHTS,
+    INFO,
+    PEFT_SETTINGS,
+    PROJECTION,
+    Info,
+    digest_of,
+    info_from,
+    read_files,
+    scale_of,
+    write_settings,
+)
 from gtqlora.config import Mode
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.experts.layout import bits_of
-from gtqlora.experts.loading import BF16
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy, language_model
-from gtqlora.run import sha256_file, sha256_json
 
-INFO = "gtqlora.json"
-DIRECTION = "direction.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-GT_QLORA, PROJECTION = "gt-qlora", "projection"
 _SUMMED_AT_ONCE = 2**26
+_TRAINED = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)\.(?:(?P<part>lora_[AB])\.default|modules_to_save\.default)\.weight"
+)
 
 
 @contextmanager
@@ -162,16 +172,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-@dataclass(frozen=True)
-class Info:
-    """`gtqlora.json` beside the weights: what the adapter is and what it was made for."""
-
-    kind: str
-    base: str
-    family: str
-    details: dict[str, Any]
-
-
 def save_trained(model: PeftModel, path: Path | str) -> None:
     """PEFT's own files of what was trained; frozen experts are left where they are, in the order they are in."""
     experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FrozenExperts))
@@ -181,196 +181,137 @@ def save_trained(model: PeftModel, path: Path | str) -> None:
     model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
 
+def edit_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a GT-QLoRA edit consists of, by the names of `edit.safetensors`.
+
+    `<path>.lora_A` and `<path>.lora_B` of each linear, `<path>.weight` of each router; paths as in `Anatomy`.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        match = _TRAINED.fullmatch(name)
+        if match:
+            found[f"{match['path']}.{match['part'] or 'weight'}"] = parameter
+    return found
+
+
+def save_edit(model: nn.Module, folder: Path) -> None:
+    """Write the trained tensors, as they train, in the form that no other loader opens."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in sorted(edit_parameters(model).items())}
+    save_file(tensors, folder / EDIT_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_edit(model: nn.Module, folder: Path) -> None:
+    """Put the tensors of `save_edit` into a wrapped model.
+
+    Raises:
+        RunError: the file cannot be read, or its names or shapes are not this model's.
+    """
+    file = folder / EDIT_WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file}: cannot be read ({error})") from error
+    put_edit(model, tensors, str(folder))
+
+
+@torch.no_grad()
+def put_edit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put an edit's tensors into a wrapped model.
+
+    Raises:
+        RunError: names or shapes are not this model's.
+    """
+    parameters = edit_parameters(model)
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
+    odd = sorted(set(wanted.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    if odd:
+        raise RunError(f"{where}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0][0]})")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
 def save(model: PeftModel, path: Path, info: Info) -> None:
-    """Write a GT-QLoRA adapter as a folder PEFT can read, plus `gtqlora.json`."""
-    save_trained(model, path)
-    (path / "README.md").unlink(missing_ok=True)  # PEFT's template card says nothing
-    _write_info(path, info)
+    """Write a GT-QLoRA adapter, see `adapter_files`."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_edit(model, path)
+    settings: Any = model.peft_config["default"]
+    write_settings(path, info, rank=settings.r, alpha=settings.lora_alpha)
 
 
 def save_projection(direction_D: Tensor, path: Path, info: Info) -> None:
     path.mkdir(parents=True)
     save_file({"direction": direction_D.contiguous()}, path / DIRECTION)
-    _write_info(path, info)
+    write_settings(path, info)
 
 
-def _write_info(path: Path, info: Info) -> None:
-    (path / INFO).write_text(json.dumps(asdict(info), indent=2, sort_keys=True) + "\n")
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was read, once; what is computed from it is computed from these very bytes.
 
-
-def read_info(path: Path) -> Info:
-    """Raises RunError when the folder is not an adapter of ours."""
-    try:
-        return Info(**json.loads((path / INFO).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
-
-
-def adapter_hash(path: Path) -> str:
-    """Identity of an adapter's weights and settings; `export` demands that it is the one `verify` certified."""
-    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
-    return sha256_json([(name, sha256_file(path / name)) for name in names])
-
-
-def read_direction(path: Path) -> Tensor:
-    try:
-        return load_file(path / DIRECTION)["direction"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise RunError(f"{path / DIRECTION}: cannot be read ({error}); run `gtqlora project` again") from error
-
-
-def norm_preserving(info: Info) -> bool:
-    """Whether a projection keeps the lengths of the weights' columns."""
-    return info.details.get("config", {}).get("norm_preserving", False)
-
-
-def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool = False) -> Tensor:
-    """(I - r r^T) W for outputs D and inputs I, r of unit length; in fp32.
-
-    Args:
-        norm_preserving: give every column, what one input writes, its length back. It stays orthogonal to r.
+    Attributes:
+        digest: its identity, of the bytes that were read.
+        tensors: of `edit.safetensors`, or the direction.
+        rank, alpha: of a gt-qlora adapter; LoRA is scaled by alpha / rank.
     """
-    weight_DI, r_D = weight_DI.float(), direction_D.float()
-    kept_DI = weight_DI - torch.outer(r_D, r_D @ weight_DI)
-    if not norm_preserving:
-        return kept_DI
-    norm_I, left_I = weight_DI.norm(dim=0), kept_DI.norm(dim=0)
-    # what is left of a column along r is rounding, which must not be blown up
-    return kept_DI * torch.where(left_I > 1e-5 * norm_I, norm_I / left_I, 0.0)
+
+    path: Path
+    info: Info
+    digest: str
+    tensors: dict[str, Tensor]
+    rank: int = 1
+    alpha: int = 1
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def mode(self) -> Mode:
+        has_lora = any(name.endswith(".lora_A") for name in self.tensors)
+        has_gates = any(name.endswith(".weight") for name in self.tensors)
+        return "gt" if has_lora and has_gates else "lora" if has_lora else "gates"
+
+    @property
+    def direction_D(self) -> Tensor:
+        return self.tensors["direction"]
 
 
-class WeightsProjected:
-    """Every writer of the residual stream projected, its columns' lengths kept.
-
-    How much a column grows depends on the input, inside the fused experts too, so unlike `direction_removed` this
-    holds a second copy of these weights while it lives.
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter whole.
 
     Raises:
-        RunError: the routed experts are frozen.
+        RunError: a file is missing, unknown, or not as we write it.
     """
-
-    def __init__(self, subject: Subject, direction_D: Tensor) -> None:
-        base, anatomy = language_model(subject.model), subject.anatomy
-        banks = [base.get_submodule(layer.experts) for layer in anatomy.moe]
-        if any(isinstance(bank, FrozenExperts) for bank in banks):
-            raise RunError("a norm-preserving projection rescales experts; load them with experts = 'bf16'")
-        r_D = direction_D / direction_D.norm()
-        embedding = base.get_submodule("model.embed_tokens").get_parameter("weight")
-        linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
-        experts = [bank.get_parameter("down_proj") for bank in banks]
-        self._enabled = False
-        self._others = [
-            (embedding, _edited(embedding.mT[None], r_D)[0].mT),
-            *((weight, _edited(weight[None], r_D)[0]) for weight in linears),
-            *((weight, _edited(weight, r_D)) for weight in experts),
-        ]
-
-    def _swap(self, enabled: bool) -> None:
-        if enabled != self._enabled:
-            for i, (weight, other) in enumerate(self._others):
-                self._others[i], weight.data = (weight, weight.data), other
-            self._enabled = enabled
-
-    def enable(self) -> None:
-        self._swap(True)
-
-    def disable(self) -> None:
-        self._swap(False)
-
-    def __enter__(self) -> None:
-        self.enable()
-
-    def __exit__(self, *_: object) -> None:
-        self.disable()
+    files = read_files(path)
+    info, digest = info_from(path, files[INFO]), digest_of(files)
+    name = DIRECTION if info.kind == PROJECTION else EDIT_WEIGHTS
+    try:
+        tensors = load(files[name])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise RunError(f"{path / name}: cannot be read ({error}); run `gtqlora train` again") from error
+    if info.kind == PROJECTION:
+        if tensors.keys() != {"direction"} or tensors["direction"].ndim != 1:
+            raise RunError(f"{path / name}: must hold one vector named 'direction'; run `gtqlora project` again")
+        return Adapter(path, info, digest, tensors)
+    rank, alpha = scale_of(path, info, files[PEFT_SETTINGS])
+    for key, tensor in tensors.items():
+        if key.endswith(".lora_A") and tensor.shape[:1] != (rank,):
+            raise RunError(f"{path / name}: {key} is {tuple(tensor.shape)}, but the rank is {rank}")
+    return Adapter(path, info, digest, tensors, rank, alpha)
 
 
-@torch.no_grad()
-def _edited(weights_EDI: Tensor, r_D: Tensor) -> Tensor:
-    """One matrix at a time, as fp32 copies of a layer's experts are large."""
-    out = torch.empty_like(weights_EDI)
-    for mine, weight_DI in zip(out, weights_EDI, strict=True):
-        mine.copy_(projected(weight_DI, r_D, norm_preserving=True))
-    return out
-
-
-def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsProjected:
-    """Takes a direction out of a subject when entered or enabled, and puts it back."""
-    if norm_preserving:
-        return WeightsProjected(subject, direction_D)
-    return direction_removed(subject.model, direction_D)
-
-
-class Edited:
-    """A subject with an edit that can be switched off: `subject` runs edited, within `original()` as it was."""
-
-    def __init__(self, subject: Subject, path: Path) -> None:
-        self.info = read_info(path)
-        family = subject.anatomy.family.model_type
-        if self.info.family != family:
-            raise RunError(f"{path}: the adapter was made for {self.info.family}, but the model is {family}")
-        self._removal: direction_removed | WeightsProjected | None = None
-        if self.info.kind == PROJECTION:
-            direction_D = read_direction(path)
-            if direction_D.shape != (subject.anatomy.hidden_size,):
-                raise RunError(
-                    f"{path}: the adapter does not fit the model (a direction of {len(direction_D)} values, "
-                    f"hidden size {subject.anatomy.hidden_size})"
-                )
-            direction_D = direction_D.to(subject.device)
-            self._removal = removal(subject, direction_D, norm_preserving=norm_preserving(self.info))
-            self._removal.enable()
-            self.subject = subject
-        else:
-            self.subject = replace(subject, model=_load_peft(subject.model, path))
-            assert_bias_frozen(self.subject.model, subject.anatomy)
-
-    @contextmanager
-    def original(self) -> Iterator[None]:
-        """Within, the model computes what it computed before the edit."""
-        if self._removal is None:
-            with adapters_off(self.subject.model):
-                yield
-            return
-        self._removal.disable()
-        try:
-            yield
-        finally:
-            self._removal.enable()
-
-
-def trained_experts(info: Info) -> str:
-    """The routed experts that an edit was made with; before there was a choice, the checkpoint's own."""
-    return info.details.get("config", {}).get("experts", BF16)
-
-
-def load(
-    model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu", experts: str | None = None
-) -> Edited:
-    """MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
-
-    Args:
-        experts: as in `open_subject`; None takes those that the adapter was made with.
+def wrapped(model: nn.Module, anatomy: Anatomy, adapter: Adapter) -> PeftModel:
+    """A model with a GT-QLoRA adapter on it, as it was trained.
 
     Raises:
-        ModelError: the model cannot be loaded.
-        ConfigError: unknown `experts`.
-        RunError: the adapter is missing, or made for another architecture or shape.
+        RunError: the adapter does not fit the model.
+        TrainingError: PEFT scales LoRA otherwise than the merge does.
     """
-    path = Path(adapter)
-    experts = trained_experts(read_info(path)) if experts is None else experts
-    return Edited(open_subject(model, dtype=dtype, device=device, experts=experts), path)
-
-
-def _load_peft(model: nn.Module, path: Path) -> PeftModel:
-    try:
-        on_disk = load_file(path / ADAPTER_WEIGHTS)
-        with peft_targets_kept():
-            loaded = PeftModel.from_pretrained(model, str(path)).eval()  # type: ignore[arg-type]
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise RunError(f"{path}: the adapter does not fit the model ({reason})") from error
-    # PEFT only warns of tensors that are missing or have no place
-    odd = sorted(on_disk.keys() ^ get_peft_model_state_dict(loaded, save_embedding_layers=False).keys())
-    if odd:
-        raise RunError(f"{path}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0]})")
-    return loaded
+    settings = lora_config(anatomy, mode=adapter.mode, rank=adapter.rank, alpha=adapter.alpha)
+    with peft_targets_kept():
+        found = get_peft_model(model, settings)  # type: ignore[arg-type]
+    put_edit(found, adapter.tensors, str(adapter.path))
+    for layer in (m for m in found.modules() if isinstance(m, LoraLayer)):
+        if layer.scaling["default"] != adapter.scale:
+            raise TrainingError(f"{adapter.path}: PEFT scales LoRA by {layer.scaling['default']}, not {adapter.scale}")
+    return found.eval()

@@ -1,17 +1,23 @@
-"""Safetensors checkpoints on disk: read one tensor at a time, write a changed copy shard by shard."""
+"""Safetensors checkpoints on disk: read a tensor at a time, write a changed copy shard by shard, hashed on the way."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gtqlora.families.files import weight_files
+from gtqlora.errors import ModelError
+from gtqlora.families.files import checked_file, weight_files
+from gtqlora.families.identity import read_files, state_of
 from gtqlora.progress import track
+from gtqlora.run import sha256_bytes, sha256_file, sha256_json
 
 Change = Callable[[str, Tensor], Tensor]
 """(name on disk, tensor) -> the tensor to write; the same object if it is not changed."""
@@ -20,23 +26,57 @@ _COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ""}
 """Suffixes of what else a model folder needs; nothing that can hold code, pickled or plain, is passed on."""
 
 
-def copy_changed(source: str, target: Path, change: Change) -> set[str]:
-    """Copy a model folder, passing every tensor through `change`; the names that were changed.
+@dataclass(frozen=True)
+class Copied:
+    """A copy of a model folder.
 
-    Shards keep their names, order, dtype and metadata; one shard is in memory at a time. Pickles and code stay behind.
+    Attributes:
+        changed: names of the tensors that were changed.
+        digest: identity of the model that was read, as `ModelIdentity.digest`, of the bytes that were read.
+    """
+
+    changed: set[str]
+    digest: str
+
+
+def copy_changed(source: str, target: Path, change: Change) -> Copied:
+    """Copy a model folder, passing every tensor through `change`.
+
+    Shards keep their names, order, dtype and metadata; one shard is in memory at a time. Pickles and code stay behind,
+    and so does an index that is not the one of these shards.
 
     Raises:
-        ModelError: the source is not a safetensors checkpoint in hub layout.
+        ModelError: the source is not a safetensors checkpoint in hub layout, a link leads out of it, or it was changed
+            meanwhile.
     """
-    folder, names = weight_files(source)
+    folder, shards = weight_files(source)
+    _, read = read_files(source)
     target.mkdir(parents=True)
     changed: set[str] = set()
-    for name in track(names, "write shards", len(names)):
-        changed |= _copy_shard(folder / name, target / name, change)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in _COPIED and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
-    return changed
+    digests: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as hashing:  # beside the copy, which reads the same bytes
+        for name in track(shards, "write shards", len(shards)):
+            shard = checked_file(folder, name)
+            before = state_of(shard)
+            digest = hashing.submit(sha256_file, shard)
+            changed |= _copy_shard(shard, target / name, change)
+            digests[name] = digest.result()
+            if state_of(shard) != before:
+                raise ModelError(f"{shard}: was changed while it was copied; nothing was written")
+    small = {name for name in read if name not in digests}
+    others = {entry.name for entry in os.scandir(folder) if _is_passed_on(entry)}
+    for name in sorted(small | others):
+        data = checked_file(folder, name).read_bytes()
+        if name in small:
+            digests[name] = sha256_bytes(data)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(data)
+    return Copied(changed, sha256_json(digests))
+
+
+def _is_passed_on(entry: os.DirEntry[str]) -> bool:
+    is_index = entry.name.endswith(".safetensors.index.json")  # of these shards it is among what is read
+    return entry.is_file() and Path(entry.name).suffix in _COPIED and not entry.name.startswith(".") and not is_index
 
 
 def _copy_shard(source: Path, target: Path, change: Change) -> set[str]:

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from gtqlora import tables
 from gtqlora.console import demo_progress, interval, new_table, open_console, plain, quieten, share, stage_progress
-from gtqlora.errors import FloorError, GtqloraError, RunError, TrainingError
+from gtqlora.errors import ConfigError, FloorError, GtqloraError, RunError, TrainingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +96,7 @@ def _build(
 ) -> Any:
     from gtqlora.config import build
 
-    return build(
+    settled = build(
         kind,
         file=Path(_embedded(str(config), "config")) if config else None,
         overrides=overrides or (),
@@ -104,6 +104,43 @@ def _build(
         contrast=_embedded(contrast, "contrast") if contrast else None,
         **given,
     )
+    _say_what_judges(settled.judge)
+    return settled
+
+
+def _say_what_judges(judge: str) -> None:
+    """Name the code that is about to be imported."""
+    from gtqlora.config import is_code
+    from gtqlora.judge_trust import source_of
+
+    if is_code(judge):
+        where = f"imports {source_of(judge) or 'a module that cannot be found'}"
+        open_console(stderr=True).print(f"judge {plain(judge)}: {plain(where)}", highlight=False, soft_wrap=True)
+
+
+def _trusted(judge: str, run: Path, named_in: Path) -> str:
+    """A judge that a run names: phrases, or code that the user named for this very run before.
+
+    Raises:
+        ConfigError: it is code, and this call has to say so.
+    """
+    from gtqlora import judge_trust
+
+    if not judge_trust.is_remembered(run, judge):
+        judge_trust.check_named(judge, str(named_in))
+    return judge
+
+
+def _remember_judge(run: Path, judge: str) -> None:
+    from gtqlora import judge_trust
+
+    judge_trust.remember(run, judge)
+
+
+def _named_judge(overrides: list[str] | None) -> str | None:
+    """The judge that `--set judge=` of this call names, the last one if it does so twice."""
+    named = [value.strip() for key, _, value in (o.partition("=") for o in overrides or ()) if key.strip() == "judge"]
+    return named[-1] if named else None
 
 
 @app.command
@@ -155,14 +192,16 @@ def check(
 
     source = _embedded(file, "contrast")
     judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
+    _say_what_judges(judge)
     found = contrasts.load(source, judge_of(judge))
-    tokenizer, limit = None, None
+    tokenizer, limit, vocabulary = None, None, None
     if model:
         from gtqlora.families import load_config, load_tokenizer
 
         path = _embedded(model, "model")
-        tokenizer, limit = load_tokenizer(path), load_config(path)[1].max_position_embeddings
-    facts = statistics(found, tokenizer, limit)
+        settings = load_config(path)[1]
+        tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
+    facts = statistics(found, tokenizer, limit, vocabulary)
     table = new_table(f"{plain(source)}: {facts.rows:,} rows, {facts.pairs:,} pairs", "split", *contrasts.KINDS)
     for split, counts in facts.counts.items():
         table.add_row(split, *(f"{counts.get(kind, 0):,}" for kind in contrasts.KINDS))
@@ -200,6 +239,7 @@ def diagnose(
 
     settled = _build(DiagnoseConfig, config, settings, model, contrast, experts=experts)
     with Run(run) as held, stage_progress():
+        _remember_judge(run, settled.judge)
         found = stage(settled, held, again=again)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -244,6 +284,7 @@ def train(
 
     settled = _build(TrainConfig, config, settings, model, contrast, mode=mode, objective=objective, experts=experts)
     with Run(run) as held, stage_progress():
+        _remember_judge(run, settled.judge)
         before = held.manifest()["stages"].get("train")
         found = stage(settled, held, again=again)
         fresh = before is not None and held.manifest()["stages"].get("train") == before
@@ -283,6 +324,7 @@ def project(
 
     settled = _build(ProjectConfig, config, settings, model, contrast, experts=experts)
     with Run(run) as held, stage_progress():
+        _remember_judge(run, settled.judge)
         found = stage(settled, held, again=again)
     table = new_table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
     for c in found.candidates:
@@ -312,10 +354,11 @@ def verify(
     from gtqlora.verify import verify as stage
 
     with Run(_made(run)) as held, stage_progress():
-        given = _as_edited(held)
+        given = _as_edited(held, _named_judge(settings))
         model, used = given.pop("model", None), given.pop("contrast", None)
         given |= {} if experts is None else {"experts": experts}
         settled = _build(VerifyConfig, config, settings, model, contrast or used, **given)
+        _remember_judge(run, settled.judge)
         found = stage(settled, held, again=again)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -327,7 +370,7 @@ def verify(
 
 def _print_next(found: Any, run: Path) -> None:
     """A floor passed in 4 bits does not open `export` yet."""
-    from gtqlora.verify import shipped_experts
+    from gtqlora.certificate import shipped_experts
 
     shipped = shipped_experts(found.model)
     if found.floor["verdict"] == "pass" and found.experts != shipped:
@@ -338,26 +381,40 @@ def _print_next(found: Any, run: Path) -> None:
         )
 
 
-def _as_edited(run: Any) -> dict[str, Any]:
-    """What `verify` takes over from the settings that made the adapter.
+def _as_edited(run: Any, named_judge: str | None) -> dict[str, Any]:
+    """What `verify` takes over from the settings that made the adapter; a judge that is code only if it may run.
 
     They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
     """
-    from gtqlora.adapters import read_info
+    from gtqlora.adapter_files import INFO, read_info
 
-    made = read_info(run.require("adapter", "train")).details.get("config", {})
-    shared = ("model", "contrast", "judge", "max_new_tokens", "device", "dtype", "experts", "seed")
-    return {key: made[key] for key in shared if key in made}
+    adapter = run.require("adapter", "train")
+    info = read_info(adapter)
+    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "experts", "seed")
+    given = {key: info.config[key] for key in shared if key in info.config}
+    if named_judge is not None:
+        given.pop("judge", None)
+    elif "judge" in given:
+        _trusted(str(given["judge"]), run.path, adapter / INFO)
+    return {"model": info.model, **given}
 
 
 def _made(run: Path) -> Path:
     """A run directory that should be there already: a mistyped name must not leave an empty one behind."""
+    from gtqlora.run import MANIFEST
+    from gtqlora.storage import checked_path
+
+    run = checked_path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
+    if not (run / MANIFEST).exists():
+        raise RunError(f"{run}: not a run directory (no {MANIFEST} in it); name the one that `gtqlora train` made")
     return run
 
 
 def _print_verdict(found: Any) -> None:
+    from gtqlora.verdict import LOST
+
     console = open_console()
     console.print(tables.held_out(found))
     console.print(tables.drift(found))
@@ -371,7 +428,16 @@ def _print_verdict(found: Any) -> None:
     )
     if found.silencing:
         console.print(tables.silencing(found))
-    console.print(f"routed experts: {found.experts}", highlight=False)
+    console.print(f"routed experts: {found.experts}; judge: {plain(found.judge)}", highlight=False)
+    if found.lost:
+        reasons = ", ".join(f"{count} {LOST.get(reason, reason)}" for reason, count in found.lost.items())
+        console.print(f"lost refusals: {reasons}", highlight=False)
+    if found.tries > 1:
+        console.print(
+            f"{found.tries} tries on these held-out prompts so far, so the floor is judged at a level of "
+            f"{found.floor['level']:.4g}",
+            highlight=False,
+        )
     colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
     console.print(
         f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False
@@ -384,19 +450,43 @@ def export(
     out: Path,
     *,
     to: Annotated[str, Parameter(help="Format of the weights.")] = "safetensors",
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set",
+            help="Only --set judge=package.module:function: the judge that verify used, if it is code.",
+            negative=(),
+            consume_multiple=False,
+        ),
+    ] = None,
 ) -> None:
     """Ship it: write merged weights, only after a passed safety floor."""
     from gtqlora.export import export as stage
     from gtqlora.run import Run
 
+    if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
+        raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
     with Run(_made(run)) as held, stage_progress():
-        found = stage(held, out, to=to)
+        found = stage(held, out, to=to, judge=_judge_of_verdict(held, _named_judge(settings)))
     open_console().print(
         f"{plain(str(found.folder))}: {found.tensors_changed} tensors changed, {found.gate_values_changed:,} gate "
-        f"values; largest logit difference from the edited model {found.largest_difference:.2g}",
+        f"values; largest divergence from the edited model {found.divergence:.2g} nats",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _judge_of_verdict(run: Any, named: str | None) -> str | None:
+    """The judge that this call names, or the recorded one if it is code that was named for this run before."""
+    from gtqlora import judge_trust
+
+    record = run.manifest()["stages"].get("verify")
+    recorded = record["config"].get("judge") if record and isinstance(record["config"], dict) else None
+    if named is None and isinstance(recorded, str) and judge_trust.is_remembered(run.path, recorded):
+        named = recorded
+    if named is not None:
+        _say_what_judges(named)
+    return named
 
 
 @app.command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gtqlora.contrast_sources import Problems
-from gtqlora.contrasts import SPLITS, Contrast, Row, apply_template, encode_prompt, prompt_key
-from gtqlora.errors import ConfigError, ContrastError
+from gtqlora.contrasts import SPLITS, Contrast, Messages, Row, prompt_key
+from gtqlora.errors import ConfigError, ContrastError, ModelError
+from gtqlora.progress import note
+from gtqlora.template import answered, rendered, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ENOUGH = 10
+"""Rows that a template refuses before the rest is left unread."""
+_OTHER = "something else"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +55,6 @@ class Statistics:
     full_tokens: Lengths | None = None
 
 
-def _row_lengths(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int]:
-    """Tokens of the prompt, and of the prompt with its longer completion."""
-    prompt = len(encode_prompt(tokenizer, row.prompt))
-    answers = ([*row.prompt, {"role": "assistant", "content": text}] for text in (row.chosen, row.rejected))
-    return prompt, max(len(apply_template(tokenizer, answer, generation=False)) for answer in answers)
-
-
 def _summary(lengths: Sequence[int]) -> Lengths:
     return Lengths(
         minimum=min(lengths),
@@ -65,36 +64,139 @@ def _summary(lengths: Sequence[int]) -> Lengths:
     )
 
 
-def _token_lengths(
-    contrast: Contrast, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """One row after the chat template: its prompt, and counts of tokens; `largest` is the largest token id."""
+
+    row: Row
+    prompt: str
+    opened: str
+    prompt_tokens: int
+    full_tokens: int
+    largest: int
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
+    """Raises:
+    ContrastError: the template refuses or leaves out a message, or an answer.
+    """
+    prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
+    for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
+        _check_kept(tokenizer, messages or (), text)
+    texts = [answered(tokenizer, row.prompt, prompts[0], answer) for answer in (row.chosen, row.rejected)]
+    if texts[0].full == texts[1].full:
+        raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
+    encoded = [tokens(tokenizer, text) for text in prompts]
+    fulls = [tokens(tokenizer, text.full) for text in texts]
+    return _Rendered(
+        row=row,
+        prompt=prompts[0],
+        opened=texts[0].opened,
+        prompt_tokens=max(map(len, encoded)),
+        full_tokens=max(map(len, fulls)),
+        largest=max(max(ids, default=0) for ids in (*encoded, *fulls)),
+    )
+
+
+def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
+    """Every message is in what the template renders. A changed one may be; one that makes no difference is not."""
+    for index, message in enumerate(messages):
+        content = message["content"].strip()
+        if text.count(content) >= sum(content in other["content"] for other in messages):
+            continue
+        changed = [*messages[:index], {**message, "content": f"{_OTHER} {content} {_OTHER}"}, *messages[index + 1 :]]
+        if rendered(tokenizer, changed, generation=True) == text:
+            raise ContrastError(
+                f"the chat template leaves out the {message['role']} message; move its text into the user message, or "
+                "mend the template"
+            )
+
+
+def check_rendering(
+    contrast: Contrast,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> dict[str, Lengths]:
-    problems = Problems(contrast.source)
-    lengths: list[tuple[int, int, int]] = []
+    """Every row as the model reads it: nothing left out, within the context and the embedding; lengths in tokens.
+
+    The same for whoever reads pairs, so that what `contrast check` refuses no other stage takes.
+
+    Args:
+        max_length: the model's context.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        ContrastError: rows that the template refuses, leaves out in part, renders like others, or makes too long.
+        ModelError: the template or the tokenizer is at fault.
+    """
+    problems, found = Problems(contrast.source), list[_Rendered]()
     for row in contrast.rows:
         try:
-            lengths.append((row.number, *_row_lengths(tokenizer, row)))
+            found.append(_render(tokenizer, row))
         except ContrastError as error:
             problems.add([row.number], str(error))
-    limit = max_length if max_length is not None else float("inf")
-    prompts = [number for number, prompt, _ in lengths if prompt > limit]
-    fulls = [number for number, prompt, full in lengths if prompt <= limit < full]
-    for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
-        if numbers:
-            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
+            if len(problems.found) >= _ENOUGH:
+                break
+    _check_lengths(found, max_length, problems)
+    _check_distinct(found, problems)
     problems.stop()
+    _check_vocabulary(found, tokenizer, vocabulary)
+    _note_opened(found)
     return {
-        "prompt_tokens": _summary([prompt for _, prompt, _ in lengths]),
-        "full_tokens": _summary([full for _, _, full in lengths]),
+        "prompt_tokens": _summary([row.prompt_tokens for row in found]),
+        "full_tokens": _summary([row.full_tokens for row in found]),
     }
 
 
+def _check_lengths(found: Sequence[_Rendered], max_length: int | None, problems: Problems) -> None:
+    limit = max_length if max_length is not None else float("inf")
+    prompts = [one.row.number for one in found if one.prompt_tokens > limit]
+    fulls = [one.row.number for one in found if one.prompt_tokens <= limit < one.full_tokens]
+    for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
+        if numbers:
+            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
+
+
+def _check_distinct(found: Sequence[_Rendered], problems: Problems) -> None:
+    groups: dict[str, dict[str, int]] = defaultdict(dict)
+    for one in found:
+        groups[one.prompt].setdefault(prompt_key(one.row.prompt), one.row.number)
+    for group in groups.values():
+        if len(group) > 1:
+            problems.add(sorted(group.values()), "different prompts, which the chat template renders alike; mend it")
+
+
+def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
+    for one in found:
+        if vocabulary is not None and one.largest >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(one.largest)
+            raise ModelError(
+                f"{tokenizer.name_or_path}: row {one.row.number} holds the token {token!r} with id {one.largest}, but "
+                f"the model's embedding has {vocabulary} rows; take the tokenizer that belongs to the model"
+            )
+
+
+def _note_opened(found: Sequence[_Rendered]) -> None:
+    for one in found:
+        if one.opened:
+            note(
+                f"the chat template's generation prompt opens {one.opened!r}, which its conversations lack; "
+                "answers are trained and judged as what follows it, so write chosen and rejected in that way"
+            )
+            return
+
+
 def statistics(
-    contrast: Contrast, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+    contrast: Contrast,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Statistics:
     """Counts of a set and, with a tokenizer, token lengths after the chat template.
 
     Raises:
-        ContrastError: rows longer than `max_length`, or refused by the chat template.
+        ContrastError, ModelError: as `check_rendering`.
         ConfigError: `max_length` without a tokenizer.
     """
     if max_length is not None and tokenizer is None:
@@ -112,5 +214,5 @@ def statistics(
         pairs=len({row.pair_id for row in rows}),
         with_twin=sum(contrast.twin_of(row) is not None for row in rows),
         unique_prompts=len({prompt_key(row.prompt) for row in rows}),
-        **(_token_lengths(contrast, tokenizer, max_length) if tokenizer is not None else {}),
+        **(check_rendering(contrast, tokenizer, max_length, vocabulary) if tokenizer is not None else {}),
     )

@@ -1,4 +1,4 @@
-"""Contrast sets: preference rows in three kinds, checked once where they enter; the chat template.
+"""Contrast sets: preference rows in three kinds, checked once where they enter.
 
 Every way in is `load`, so the one-way rule holds for every row: a `harmful` row's chosen refuses, its
 rejected does not.
@@ -14,17 +14,18 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from gtqlora.contrast_sources import Problems, first_line, one_of, parsed, records
+from gtqlora.contrast_sources import Problems, one_of, parsed, records
 from gtqlora.errors import ContrastError
 from gtqlora.judging import Judge, assents_in_english, refuses_in_english
 from gtqlora.run import write_parquet
+from gtqlora.template import Message, encode_answers
+from gtqlora.template import encode_prompt as encode_prompt  # where callers look for it, beside `encode_row`
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
 Messages = tuple[Message, ...]
 
 FILE = "contrast.parquet"
@@ -34,6 +35,15 @@ OPENING_WORDS, OPENING_CHARACTERS = 24, 240
 REFUSAL_WORDS, REFUSAL_CHARACTERS = 150, 1200
 
 _ROLES = ("system", "user", "assistant", "tool")
+
+
+class PreferenceIds(TypedDict):
+    """A row in tokens: the prompt, the two completions after it, and its kind."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,33 +376,13 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
     problems.stop()
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False
-        )
-    except TemplateError as error:
-        raise ContrastError(f"the chat template refuses these messages ({first_line(error)})") from error
-    ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
-    flat = ids[0] if len(ids) and isinstance(ids[0], list) else ids
-    return [int(token) for token in flat]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a prompt, up to where the assistant's answer begins; the one place that applies the template to it.
-
-    Raises:
-        ContrastError: the template refuses the messages, e.g. a system role it does not know.
-    """
-    return apply_template(tokenizer, messages, generation=True)
-
-
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
     """Token ids of a row's prompt and of its chosen completion (with whatever the template puts after it)."""
-    prompt = encode_prompt(tokenizer, row.prompt)
-    full = apply_template(tokenizer, [*row.prompt, {"role": "assistant", "content": row.chosen}], generation=False)
-    differing = (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b)
-    shared = next(differing, min(len(prompt), len(full)))
-    return full[:shared], full[shared:]
+    prompt, (chosen,) = encode_answers(tokenizer, row.prompt, row.chosen)
+    return prompt, chosen
+
+
+def encode_preference(tokenizer: PreTrainedTokenizerBase, row: Row) -> PreferenceIds:
+    """A row in tokens, in the form of TRL's preference batches."""
+    prompt, (chosen, rejected) = encode_answers(tokenizer, row.prompt, row.chosen, row.rejected)
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "kind": row.kind}

@@ -21,6 +21,7 @@ from gtqlora import localise, routing
 from gtqlora.association import Association, associate, top_experts
 from gtqlora.capture import Observation, gradient_scores, observe, open_subject, top_tokens
 from gtqlora.config import DiagnoseConfig
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast, load
 from gtqlora.directions import MIN_GROUPS, DirectionStudy, study
 from gtqlora.errors import ContrastError
@@ -102,6 +103,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
         trials = Trials(
             subject,
             localise.pairs_of(contrast, subject, config.max_pairs, config.seed),

@@ -16,22 +16,19 @@ from transformers import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
+from gtqlora.adapter_files import GT_QLORA, info_of, read_info
 from gtqlora.adapters import (
-    ADAPTER_WEIGHTS,
-    GT_QLORA,
-    Info,
     assert_bias_frozen,
     assert_experts_frozen,
     assert_trains_exactly,
     frozen_state,
     lora_config,
     peft_targets_kept,
-    read_info,
     save,
 )
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
-from gtqlora.contrast_statistics import statistics
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast
 from gtqlora.errors import ContrastError, TrainingError
 from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
@@ -75,7 +72,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
 def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
     subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-    statistics(rows, subject.tokenizer, subject.max_length)
+    check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
     shutil.rmtree(run / ADAPTER, ignore_errors=True)
     contrasts.save(rows, run / contrasts.FILE)
@@ -85,7 +82,7 @@ def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
     assert_experts_frozen(trainer.model, frozen)
     details = {"config": asdict(config), "steps": steps, "stopped": stopped}
     with whole(run / ADAPTER) as staged:
-        save(trainer.model, staged, Info(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
+        save(trainer.model, staged, info_of(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
     return Trained(run / ADAPTER, steps, stopped)
 
 
@@ -138,7 +135,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
             draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
-            train_dataset=Dataset.from_list(rows.to_preference()),
+            train_dataset=Dataset.from_list([contrasts.encode_preference(subject.tokenizer, row) for row in rows.rows]),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
@@ -186,5 +183,5 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
 
 def _restore(trainer: GateTargetedTrainer, step: int, checkpoint: Path) -> int:
     """Put the weights of a checkpoint back; its step."""
-    set_peft_model_state_dict(trainer.model, load_file(checkpoint / ADAPTER_WEIGHTS))
+    set_peft_model_state_dict(trainer.model, load_file(checkpoint / "adapter_model.safetensors"))
     return step

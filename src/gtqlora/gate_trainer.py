@@ -168,6 +168,10 @@ class GateTargetedTrainer(DPOTrainer):
             super().__init__(**kwargs)
         _restore_masters(self.model)
 
+    def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Nothing: rows come in tokens, with the prompt that is evaluated, which TRL's own encoding may cut short."""
+        return dataset
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             named = trainable(self.model)

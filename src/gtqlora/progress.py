@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,6 +14,12 @@ Reporter = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=lambda _what, _done, _total: None)
+
+
+@cache
+def note(text: str) -> None:
+    """Tell the user, once, what was decided on their behalf: on stderr, unless their program logs elsewhere."""
+    logging.getLogger("gtqlora").warning(text)
 
 
 def report(what: str, done: int, total: int) -> None:

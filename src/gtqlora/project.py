@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from gtqlora import contrasts
-from gtqlora.adapters import PROJECTION, Info, read_info, removal, save_projection
+from gtqlora.adapter_files import PROJECTION, info_of, read_info
+from gtqlora.adapters import save_projection
 from gtqlora.capture import Subject, observe, open_subject
 from gtqlora.config import ProjectConfig
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.directions import named_directions
 from gtqlora.directions.named import ORTHOGONAL
+from gtqlora.edited import removal
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging import judge_of
 from gtqlora.localise import pairs_of
@@ -51,13 +54,14 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
             return Projected(run / ADAPTER, details["layer"], details["candidates"])
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
         candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
         details = {"config": asdict(config), "layer": best, "candidates": candidates}
-        info = Info(PROJECTION, config.model, subject.anatomy.family.model_type, details)
+        info = info_of(PROJECTION, config.model, subject.anatomy.family.model_type, details)
         # An older adapter must not stand beside pairs it was not made from.
         shutil.rmtree(run / ADAPTER, ignore_errors=True)
         contrasts.save(rows, run / contrasts.FILE)

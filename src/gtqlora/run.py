@@ -2,66 +2,43 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
-import json
-import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from gtqlora.config import to_dict
+from gtqlora.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
 from gtqlora.errors import RunError
+from gtqlora.storage import (
+    LOCK,
+    checked_path,
+    drop_leftovers,
+    hold,
+    leftovers,
+    still_held,
+    take_over,
+    together,
+    whole,
+    write_json,
+    write_parquet,
+)
 
 MANIFEST = "manifest.json"
-_LOCK, _STAGING, _OLD = ".lock", ".gtqlora-staging", ".old"
+FORMAT = 1
+PATHS = frozenset({"model", "contrast"})
+"""Settings that say where an input lies: its contents identify it."""
 _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
-_HASH_CONTENT_BELOW = 256 * 2**20
-
-
-def sha256_json(value: Any) -> str:
-    """Hash of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fingerprint(path: str | Path, content_below: float = _HASH_CONTENT_BELOW) -> str:
-    """Identity of an input: contents of a file or small folder; names, sizes, times of a large one; a hub id as is."""
-    name, path = str(path), Path(path).expanduser()
-    folder = Path(name.rpartition(":")[0]).expanduser()
-    if not path.exists() and ":" in name and folder.is_dir():  # one split of a dataset folder
-        return sha256_json([name.rpartition(":")[2], fingerprint(folder, content_below)])
-    if path.is_file():
-        return sha256_file(path)
-    if not path.is_dir():
-        return f"hub:{name}"
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    small = sum(p.stat().st_size for p in files) < content_below
-    facts = [
-        (str(p.relative_to(path)), sha256_file(p) if small else (p.stat().st_size, p.stat().st_mtime_ns)) for p in files
-    ]
-    return sha256_json(facts)
-
-
-def _hidden(path: Path) -> bool:
-    """Such as the hub's `.cache` in a downloaded folder, which changes when nothing else does."""
-    return any(part.startswith(".") for part in path.parts)
+_CHECKPOINTS = "checkpoints"
+_ARTEFACTS = {
+    *("adapter", "diagnosis", _CHECKPOINTS, "contrast.parquet", "metrics.jsonl", "scores.parquet", "verdict.json"),
+    *("report.html", MANIFEST),
+}
 
 
 def versions() -> dict[str, str]:
@@ -74,97 +51,95 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def stage_hash(settings: Mapping[str, Any], inputs: Mapping[str, str], aside: Collection[str] = ()) -> str:
+    """What a stage's results follow from: its settings, but those set aside, and the contents of its inputs."""
+    return sha256_json({"config": {k: v for k, v in settings.items() if k not in aside}, "inputs": dict(inputs)})
 
 
-def _lock(folder: Path) -> IO[str] | None:
-    """Hold a folder until the stream is closed or this process dies; None if somebody else holds it."""
-    stream = (folder / _LOCK).open("a")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        return None
-    except OSError:
-        stream.close()
-        raise
-    return stream
+# --- the manifest
 
 
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Yield a path in a hidden folder beside `target`; the file or folder written there takes its place on success.
-
-    A file is replaced in one rename. A folder that is there already is moved aside first: a process killed between the
-    two renames leaves it in the hidden folder, from where the next `whole` or `Run` puts it back.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    drop_leftovers(target.parent, target.name)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGING, dir=target.parent))
-    lock, new = _lock(staging), staging / target.name
-    try:
-        yield new
-        for path in [new, *new.rglob("*")]:
-            _fsync(path)
-        if target.is_dir():
-            os.replace(target, staging / _OLD)
-        os.replace(new, target)
-        _fsync(target.parent)
-    finally:
-        _settle(staging, target)
-        if lock is not None:
-            lock.close()
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _settle(staging: Path, target: Path) -> None:
-    """Put back a folder that was moved aside and not replaced, then remove the rest."""
-    if (staging / _OLD).exists() and not target.exists():
-        os.replace(staging / _OLD, target)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def drop_leftovers(folder: Path, name: str | None = None) -> None:
-    """Clean up after killed processes: what `whole` left in `folder` (of one target); live processes hold a lock."""
-    for staging in folder.glob(f".{'*' if name is None else glob.escape(name)}.*{_STAGING}"):
-        try:
-            lock = _lock(staging)
-        except OSError:  # not ours to remove, or just removed by its owner
-            continue
-        if lock is not None:
-            _settle(staging, folder / staging.name[1:].rsplit(".", 2)[0])
-            lock.close()
-
-
-def write_json(path: Path, value: Any) -> None:
-    with whole(path) as staged:
-        staged.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    with whole(path) as staged:
-        pq.write_table(pa.Table.from_pylist(rows), staged)
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    return pq.read_table(path).to_pylist()
+def _is_output(name: str, identity: Any) -> bool:
+    """Of one artefact: a name inside the run, and the hash of what it held."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and not name.startswith("/") and isinstance(identity, str | None)
 
 
 def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() >= {"hash", "config", "inputs", "outputs"}
+    """What `Run.stage` writes of a stage; it may be of another version, which wrote less, or edited."""
+    if not isinstance(value, dict) or not isinstance(value.get("hash"), str) or not _texts(value.get("inputs")):
+        return False
+    outputs, seconds = value.get("outputs"), value.get("seconds", 0.0)
+    return (
+        isinstance(value.get("config"), dict)
+        and isinstance(outputs, dict)
+        and all(_is_output(name, identity) for name, identity in outputs.items())
+        and _texts(value.get("versions", {}))
+        and isinstance(value.get("device", ""), str)
+        and isinstance(value.get("finished", ""), str)
+        and isinstance(value.get("seed"), int | None)
+        and isinstance(seconds, int | float)
+        and not isinstance(seconds, bool)
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run directory.
+
+    Raises:
+        RunError: it is not there, or none of ours.
+    """
+    file, remedy = folder / MANIFEST, "choose another --run"
+    manifest = read_json(file, remedy)
+    stages = manifest.get("stages")
+    if type(manifest.get("format")) is not int or not isinstance(stages, dict):
+        raise RunError(f"{file}: not a manifest of gtqlora's; {remedy}")
+    if manifest["format"] != FORMAT:
+        raise RunError(f"{file}: of format {manifest['format']}, which this version does not know; {remedy}")
+    for name, stage in stages.items():
+        if not _is_record(stage):
+            raise RunError(f"{file}: not a manifest of gtqlora's (the record of {name!a} is malformed); {remedy}")
+    return manifest
+
+
+def _check_ours(path: Path) -> None:
+    """Nothing is written into a folder of the user's.
+
+    Raises:
+        RunError: the folder has no manifest of ours, and holds something; or it is one that is the user's in any case.
+    """
+    if os.path.lexists(path / MANIFEST):
+        read_manifest(path)
+        return
+    if path.resolve() in (Path("/"), Path(os.path.expanduser("~")).resolve()):
+        raise RunError(f"{path}: not a folder for a run; choose another --run")
+    lock, staged = path / LOCK, {staging.name for staging, _ in leftovers(path)}
+    ours = staged | ({LOCK} if lock.exists() and lock.stat().st_size == 0 else set())
+    if theirs := sorted(set(os.listdir(path)) - ours):
+        names = ", ".join(f"{name!a}" for name in theirs[:3]) + (", ..." if len(theirs) > 3 else "")
+        raise RunError(
+            f"{path}: not empty and not a run directory (it holds {names}, and no {MANIFEST}); nothing was touched, "
+            "choose another --run"
+        )
 
 
 @dataclass
 class Stage:
-    """One stage in progress: `fresh` says that the artefacts on disk already answer this config and these inputs."""
+    """One stage in progress: `fresh` says that the artefacts on disk already answer this config and these inputs.
+
+    Attributes:
+        renewed: makes a folder; what is written there under the names of outputs takes their places when the stage
+            ends, together with its record: until then, and if it fails, the old ones stay.
+    """
 
     name: str
     record: dict[str, Any]
     fresh: bool
+    renewed: Callable[[], Path]
     outputs: list[str] = field(default_factory=list)
 
 
@@ -172,22 +147,31 @@ class Run:
     """A run directory held by this process alone.
 
     Raises:
-        RunError: not writable, or another process is working in it.
+        RunError: not writable, not empty and not a run directory, or another process is working in it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = checked_path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(self.path)
+            _check_ours(self.path)
+            lock = hold(self.path / LOCK)
+            if lock is None:
+                raise RunError(f"{path}: another process is working in this run directory; wait or choose another")
+            self._held = lock
+            self._mend()
         except OSError as error:
             raise RunError(
                 f"{path}: the run directory cannot be written ({error.strerror}); choose another --run"
             ) from error
-        if lock is None:
-            raise RunError(f"{path}: another process is working in this run directory; wait or choose another")
-        self._held = lock
-        drop_leftovers(self.path)
+
+    def _mend(self) -> None:
+        """Finish or clean up what killed processes left; a new run is marked as ours before anything else."""
+        for folder in (self.path, *self.path.glob(_CHECKPOINTS), *self.path.glob(f"{_CHECKPOINTS}/*")):
+            drop_leftovers(folder)
+        take_over(self.path)
+        if not (self.path / MANIFEST).exists():
+            write_json(self.path / MANIFEST, {"format": FORMAT, "stages": {}})
 
     def __enter__(self) -> Run:
         return self
@@ -198,34 +182,43 @@ class Run:
     def close(self) -> None:
         self._held.close()
 
+    def check_held(self) -> None:
+        """Raises RunError if the run directory was removed, moved or replaced since it was opened."""
+        if not self._held.closed and not still_held(self._held, self.path / LOCK):
+            raise RunError(
+                f"{self.path}: the run directory was removed or replaced while this command worked in it; nothing "
+                "more is written, run the command again"
+            )
+
     def __truediv__(self, name: str) -> Path:
+        self.check_held()
         return self.path / name
 
-    def manifest(self) -> dict[str, Any]:
-        file = self.path / MANIFEST
-        if not file.exists():
-            return {"format": 1, "stages": {}}
-        remedy = "remove it to start the run anew"
-        try:
-            manifest = json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{file}: not valid JSON ({error}); {remedy}") from error
-        stages = manifest.get("stages") if isinstance(manifest, dict) else None
-        if not isinstance(stages, dict) or not all(_is_record(stage) for stage in stages.values()):
-            raise RunError(f"{file}: not a manifest of gtqlora's; {remedy}")
-        return manifest
+    def owns(self, path: str | Path) -> bool:
+        """Whether a path lies in what this run, or any other, writes itself: nothing else may be put there."""
+        place = Path(path).expanduser().resolve()
+        mine = self.path.resolve()
+        if place == mine:
+            return True
+        for folder in place.parents:
+            if folder == mine or (folder / MANIFEST).is_file():
+                first = place.relative_to(folder).parts[0]
+                if first in _ARTEFACTS | _recorded(folder) or first == LOCK or first.startswith(".gtqlora"):
+                    return True
+        return False
 
-    def read_json(self, name: str, made_by: str) -> Any:
+    def manifest(self) -> dict[str, Any]:
+        """Raises RunError if it was edited so that it is none of ours."""
+        self.check_held()
+        return read_manifest(self.path)
+
+    def read_json(self, name: str, made_by: str) -> dict[str, Any]:
         """An artefact of an earlier stage.
 
         Raises:
-            RunError: it is not there; the message names the command that makes it.
+            RunError: it is not there, or not a JSON object; the message names the command that makes it.
         """
-        file = self.require(name, made_by)
-        try:
-            return json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{file}: not valid JSON ({error}); run `gtqlora {made_by}` again") from error
+        return read_json(self.require(name, made_by), f"run `gtqlora {made_by}` again")
 
     def require(self, name: str, made_by: str) -> Path:
         file = self.path / name
@@ -235,43 +228,97 @@ class Run:
 
     @contextmanager
     def stage(
-        self, name: str, config: Any, inputs: Mapping[str, str], *, device: str = "cpu", again: bool = False
+        self,
+        name: str,
+        config: Any,
+        inputs: Mapping[str, str],
+        *,
+        device: str = "cpu",
+        again: bool = False,
+        aside: Collection[str] = (),
     ) -> Iterator[Stage]:
         """Do a stage once: `fresh` if config, inputs and outputs are unchanged; recorded only if the body succeeds.
 
         A stage that writes what another one wrote takes its place in the manifest.
+
+        Args:
+            inputs: contents of what is read, as hashes.
+            aside: settings that do not change the results.
         """
+        self.check_held()
         settings = to_dict(config)
-        digest = sha256_json({"config": settings, "inputs": dict(inputs)})
-        known = self.manifest()["stages"].get(name)
-        fresh = (
-            not again
-            and known is not None
-            and known["hash"] == digest
-            and known["outputs"] == self._hashes(known["outputs"])
-        )
         record: dict[str, Any] = {
-            "hash": digest,
+            "hash": stage_hash(settings, inputs, aside),
             "config": settings,
             "inputs": dict(inputs),
             "versions": versions(),
             "device": device,
             "seed": settings.get("seed"),
         }
-        stage = Stage(name=name, record=record, fresh=fresh)
-        started = time.monotonic()
-        yield stage
-        if fresh:
-            return
-        record["seconds"] = round(time.monotonic() - started, 2)
-        record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        record["outputs"] = self._hashes(stage.outputs)
-        manifest = self.manifest()
-        replaced = record["outputs"].keys()
-        others = {k: other for k, other in manifest["stages"].items() if not replaced & other["outputs"]}
-        write_json(self.path / MANIFEST, {**manifest, "stages": {**others, name: record}})
+        fresh = not again and self._answers(name, record["hash"])
+        started, new = time.monotonic(), list[Path]()
+        with ExitStack() as until_done:
 
-    def _hashes(self, outputs: Iterable[str]) -> dict[str, str | None]:
+            def renewed() -> Path:
+                if not new:
+                    new.append(until_done.enter_context(together(self / "")))
+                return new[0]
+
+            stage = Stage(name=name, record=record, fresh=fresh, renewed=renewed)
+            yield stage
+            if not fresh:
+                record["seconds"] = round(time.monotonic() - started, 2)
+                record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+                self._record(stage, new[0] if new else None)
+
+    def _answers(self, name: str, digest: str) -> bool:
+        known = self.manifest()["stages"].get(name)
+        return known is not None and known["hash"] == digest and known["outputs"] == self._hashes(known["outputs"])
+
+    def _record(self, stage: Stage, new: Path | None) -> None:
+        """Into the manifest, which takes its place together with the outputs if they are renewed together."""
+        self.check_held()
+        outputs = self._hashes(stage.outputs, new)
+        manifest = self.manifest()
+        others = {k: other for k, other in manifest["stages"].items() if not outputs.keys() & other["outputs"]}
+        stages = {**others, stage.name: {**stage.record, "outputs": outputs}}
+        write_json((new or self.path) / MANIFEST, {**manifest, "stages": stages})
+
+    def _hashes(self, outputs: Iterable[str], new: Path | None = None) -> dict[str, str | None]:
         """Artefacts by their contents, whatever their size: a copied run is still fresh, an overwritten one is not."""
-        files = {name: self.path / name for name in outputs}
-        return {name: fingerprint(file, math.inf) if file.exists() else None for name, file in files.items()}
+        found: dict[str, str | None] = {}
+        for name in outputs:
+            renewed = None if new is None else new / name
+            file = renewed if renewed is not None and renewed.exists() else self.path / name
+            found[name] = fingerprint(file) if file.exists() else None
+        return found
+
+
+def _recorded(folder: Path) -> set[str]:
+    """First parts of the names of a run's recorded outputs; none if the manifest there is not of a run."""
+    try:
+        stages = read_manifest(folder)["stages"].values()
+    except RunError:
+        return set()
+    return {PurePosixPath(name).parts[0] for stage in stages for name in stage["outputs"]}
+
+
+__all__ = [
+    "MANIFEST",
+    "PATHS",
+    "Run",
+    "Stage",
+    "drop_leftovers",
+    "fingerprint",
+    "read_json",
+    "read_manifest",
+    "read_parquet",
+    "sha256_bytes",
+    "sha256_file",
+    "sha256_json",
+    "stage_hash",
+    "versions",
+    "whole",
+    "write_json",
+    "write_parquet",
+]

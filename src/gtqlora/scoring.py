@@ -35,12 +35,19 @@ Switch = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Score:
-    """One prompt's outcome; `correct` is None where the row gives no expected answer."""
+    """One prompt's outcome.
+
+    Attributes:
+        correct: None where the row gives no expected answer.
+        tokens, ended: of the completion, and whether it ended by itself and not at the limit.
+    """
 
     row: Row
     text: str
     refused: bool
     correct: bool | None
+    tokens: int
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,16 @@ class _Stream:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Completions of B prompts as texts and as tokens without the stop, and the logits_BV of their first tokens."""
+    """Completions of B prompts as texts and as tokens without the stop, and the logits_BV of their first tokens.
+
+    Attributes:
+        ended: which of them ended by themselves and not at the limit of tokens.
+    """
 
     texts: list[str]
     tokens: list[list[int]]
     first_BV: Tensor
+    ended: list[bool]
 
 
 @torch.no_grad()
@@ -135,7 +147,7 @@ def decode(
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
     tokens = _cut(torch.stack(out, 1), stops)
     texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return Decoded([text.strip() for text in texts], tokens, logits[0])
+    return Decoded([text.strip() for text in texts], tokens, logits[0], done_B.tolist())
 
 
 def _teacher_ids(subject: Subject, teacher: Teacher, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
@@ -179,18 +191,25 @@ def score(
         handlers: see and may replace router decisions at every step.
         routing_from: run a teacher in this state beside, and replay its routing decisions at every step.
     """
-    texts: dict[int, str] = {}
+    scores: dict[int, Score] = {}
     recorder = Recorder()
     teachers = () if routing_from is None else (Teacher(handlers=(recorder,), switch=routing_from),)
     taps = handlers if routing_from is None else (Replay(recorder), *handlers)
     total = -(-len(rows) // batch_size)
     for chosen, prompts in track(batches(rows, subject, batch_size), label, total):
         found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=taps, teachers=teachers)
-        texts.update(zip(chosen, found.texts, strict=True))
-    return [judged(row, texts[i], judge) for i, row in enumerate(rows)]
+        scores.update((i, judged(rows[i], found, at, judge)) for at, i in enumerate(chosen))
+    return [scores[i] for i in range(len(rows))]
 
 
-def judged(row: Row, text: str, judge: Judge) -> Score:
-    """A completion with its refusal verdict, and whether it is the expected answer (exact, after whitespace)."""
-    correct = None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split())
-    return Score(row=row, text=text, refused=judge(text), correct=correct)
+def judged(row: Row, decoded: Decoded, at: int, judge: Judge) -> Score:
+    """One of the completions with its refusal verdict, and whether it is the expected answer (but for whitespace)."""
+    text = decoded.texts[at]
+    return Score(
+        row=row,
+        text=text,
+        refused=judge(text),
+        correct=None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split()),
+        tokens=len(decoded.tokens[at]),
+        ended=decoded.ended[at],
+    )

@@ -9,7 +9,7 @@ from gtqlora.console import interval, new_table, plain, share
 if TYPE_CHECKING:
     from gtqlora.diagnose import Diagnosis
     from gtqlora.inspect import Inspection
-    from gtqlora.verify import Verdict
+    from gtqlora.verdict import Verdict
 
 COMPONENTS = {
     "routing": "routing (Level 2)",
@@ -17,7 +17,6 @@ COMPONENTS = {
     "residual": "rest of the stream (Level 1)",
     "interaction": "interaction of the levels",
 }
-
 
 def parts(found: Inspection) -> Any:
     """What a model consists of, and what of it is trained."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,83 +14,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtqlora import contrasts, routing
-from gtqlora.adapters import Edited, adapter_hash
+from gtqlora import certificate, contrasts, judge_trust, ledger, routing
+from gtqlora.adapters import read_adapter
 from gtqlora.capture import Recorder, Subject, open_subject, routers_tapped
+from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig
+from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import KINDS, Contrast, Row
-from gtqlora.errors import ContrastError, FloorError
-from gtqlora.experts.loading import BF16
-from gtqlora.experts.settings import NATIVE
-from gtqlora.families import quantization
+from gtqlora.edited import Edited
+from gtqlora.errors import ContrastError, RunError
+from gtqlora.families.identity import identify
 from gtqlora.judging import judge_of
+from gtqlora.kept import blind
 from gtqlora.progress import track
-from gtqlora.run import Run, fingerprint, read_parquet, sha256_json, write_json, write_parquet
+from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Score, Switch, batches, left_padded, score
 from gtqlora.silencing import Bench, plan, rank
-from gtqlora.stats import benjamini_hochberg, bootstrap_mean, floor, mcnemar, paired_difference, rate
-
-ADAPTER, VERDICT, SCORES = "adapter", "verdict.json", "scores.parquet"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verdict.json` holds; every rate is an interval {value, low, high, n}.
-
-    Attributes:
-        adapter: hash of the adapter that was judged; `export` demands the same.
-        experts: the routed experts it was judged with, see `StageConfig`; `export` demands the checkpoint's own.
-        table: kind -> refusal and accuracy before and after (lookalike: also with the original routing replayed),
-            paired change with its p- and q-value.
-        floor: the safety floor's verdict on the harmful prompts.
-        kl_benign: KL(original || edited) in nats per completion token.
-        drift: kind -> routing divergence (nats per token and layer) and top-k overlap with the original on prompts.
-        mediation: share of the repaired lookalike refusals that come back when the original routing is replayed.
-        silencing: refusal of harmful prompts against the number of experts silenced, see `_silencing`; it has no part
-            in the floor's verdict.
-    """
-
-    adapter: str
-    kind: str
-    model: str
-    table: dict[str, dict[str, Any]]
-    floor: dict[str, Any]
-    kl_benign: dict[str, Any]
-    drift: dict[str, dict[str, Any]]
-    mediation: dict[str, Any]
-    experts: str = BF16
-    silencing: dict[str, Any] = field(default_factory=dict)
-
-
-def read_verdict(run: Run) -> Verdict:
-    return Verdict(**run.read_json(VERDICT, "verify"))
+from gtqlora.stats import Floor, benjamini_hochberg, bootstrap_mean, mcnemar, paired_difference, rate
+from gtqlora.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_verdict, write_verdict
 
 
 def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
-    """Judge the run's adapter on held-out prompts.
+    """Judge the run's adapter, merged and rounded as it would ship, on held-out prompts.
 
     Raises:
         RunError: the run has no adapter, or not the pairs it was made from.
         ContrastError: held-out prompts were trained on, or a kind is missing.
+        FloorError: earlier edits of this model used up what may be lost.
     """
-    adapter = run.require(ADAPTER, "train")
+    adapter = read_adapter(run.require(ADAPTER, "train"))
     trained = run.require(contrasts.FILE, "train")
-    identity = adapter_hash(adapter)
-    inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast), "adapter": identity}
-    with run.stage("verify", config, inputs, device=config.device, again=again) as stage:
-        stage.outputs += [VERDICT, SCORES]
+    _check_made_together(run, adapter.digest, trained)
+    model = identify(config.model)
+    inputs = {
+        "model": model.digest,
+        "contrast": fingerprint(config.contrast),
+        "adapter": adapter.digest,
+        "trained": fingerprint(trained),
+        "judge": judge_trust.identity(config.judge),
+    }
+    config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
+    with run.stage("verify", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
+        stage.outputs += [VERDICT, SCORES, HISTORY]
         if stage.fresh:
             return read_verdict(run)
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
-        edited = Edited(subject, adapter)
-        scores = _score_all(config, edited, rows)
-        silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), scores)
-        verdict = _verdict(config, edited, rows, scores, identity, silencing)
-        write_parquet(run / SCORES, scores.to_rows())
-        write_json(run / VERDICT, asdict(verdict))
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+        edited = Edited(subject, adapter, shipped=config.model)
+        model.check_unchanged()
+        outcomes = _score_all(config, edited, rows)
+        silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), rows, outcomes)
+        verdict = _verdict(config, edited, rows, outcomes, run, inputs, silencing)
+        write_verdict(run, verdict, outcomes)
         return verdict
+
+
+def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
+    """The adapter and the pairs beside it are those that one stage wrote.
+
+    Raises:
+        RunError: another adapter or other pairs were put there.
+    """
+    stages = run.manifest()["stages"]
+    made = [stage for name in ("train", "project") if (stage := stages.get(name)) is not None]
+    pairs = fingerprint(trained)
+    if not any(stage["outputs"].get(contrasts.FILE) == pairs for stage in made):
+        raise RunError(
+            f"{trained}: not the pairs that the adapter was made from; run `gtqlora train` (or `project`) again"
+        )
+    if not any(stage["outputs"].get(ADAPTER) == fingerprint(run / ADAPTER) for stage in made):
+        raise RunError(
+            f"{run / ADAPTER}: not the adapter that was made here; run `gtqlora train` (or `project`) again"
+        )
 
 
 def _held_out(config: VerifyConfig, trained: Path) -> Contrast:
@@ -104,37 +103,8 @@ def _held_out(config: VerifyConfig, trained: Path) -> Contrast:
     return rows
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Outcomes of the same rows before and after; `replayed` of the lookalike ones, edited with the old routing."""
-
-    before: list[Score]
-    after: list[Score]
-    replayed: list[Score]
-
-    def of_kind(self, kind: str) -> _Scores:
-        return _Scores(*([s for s in part if s.row.kind == kind] for part in (self.before, self.after, self.replayed)))
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        again = {s.row.number: s.refused for s in self.replayed}
-        return [
-            {
-                "number": b.row.number,
-                "kind": b.row.kind,
-                "pair_id": b.row.pair_id,
-                "text_before": b.text,
-                "text_after": a.text,
-                "refused_before": b.refused,
-                "refused_after": a.refused,
-                "refused_replayed": again.get(b.row.number),
-                "correct_before": b.correct,
-                "correct_after": a.correct,
-            }
-            for b, a in zip(self.before, self.after, strict=True)
-        ]
-
-
-def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> _Scores:
+def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> list[Outcome]:
+    """Every row before and after; lookalike ones also edited with the original's routing."""
     judge = judge_of(config.judge)
 
     def scored(label: str, rows: Sequence[Row], routing_from: Switch | None = None) -> list[Score]:
@@ -148,36 +118,143 @@ def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> _Scores:
             routing_from=routing_from,
         )
 
+    harmful, lookalike = rows.of_kind("harmful"), rows.of_kind("lookalike")
     with edited.original():
         before = scored("before", rows.rows)
-    after = scored("after", rows.rows)
-    replayed = scored("original routing replayed", rows.of_kind("lookalike"), edited.original)
-    return _Scores(before, after, replayed)
+        rejected_before = _rejected(edited.subject, harmful, config)
+    after, rejected_after = scored("after", rows.rows), _rejected(edited.subject, harmful, config)
+    again = {s.row.number: s.refused for s in scored("original routing replayed", lookalike, edited.original)}
+    return [
+        _outcome(b, a, again.get(b.row.number), rejected_before.get(b.row.number), rejected_after.get(b.row.number))
+        for b, a in zip(before, after, strict=True)
+    ]
+
+
+def _outcome(
+    before: Score, after: Score, replayed: bool | None, rejected_before: float | None, rejected_after: float | None
+) -> Outcome:
+    row = before.row
+    return Outcome(
+        number=row.number,
+        kind=row.kind,
+        pair_id=row.pair_id,
+        topic=row.topic,
+        prompt=json.dumps([dict(message) for message in row.prompt]),
+        rejected=row.rejected,
+        answer=row.answer,
+        text_before=before.text,
+        text_after=after.text,
+        tokens_before=before.tokens,
+        tokens_after=after.tokens,
+        ended_before=before.ended,
+        ended_after=after.ended,
+        refused_before=before.refused,
+        refused_after=after.refused,
+        refused_replayed=replayed,
+        correct_before=before.correct,
+        correct_after=after.correct,
+        rejected_log_prob_before=rejected_before,
+        rejected_log_prob_after=rejected_after,
+        lost=None,
+    )
+
+
+def _rejected(subject: Subject, rows: Sequence[Row], config: VerifyConfig) -> dict[int, float]:
+    """Total log-probability of each row's `rejected` as the completion, in nats, by row number."""
+    encoded = [contrasts.encode_row(subject.tokenizer, replace(row, chosen=row.rejected)) for row in rows]
+    found: dict[int, float] = {}
+    starts = range(0, len(rows), config.batch_size)
+    for start in track(starts, "readiness to answer", len(starts)):
+        chunk = encoded[start : start + config.batch_size]
+        ids_BS, mask_BS = _padded(subject, [p + c for p, c in chunk])
+        keep = max(len(c) for _, c in chunk) + 1
+        log_BSV = _logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
+        for i, (_, completion) in enumerate(chunk):
+            # what the template puts behind the completion is no part of it
+            words = len(subject.tokenizer.encode(rows[start + i].rejected, add_special_tokens=False))
+            tokens = torch.tensor(completion[:words], device=subject.device)
+            at = log_BSV[i, -len(completion) - 1 :][: len(tokens)]
+            found[rows[start + i].number] = float(at.gather(-1, tokens[:, None]).sum())
+    return found
+
+
+def _of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.kind == kind]
 
 
 def _verdict(
-    config: VerifyConfig, edited: Edited, rows: Contrast, scores: _Scores, identity: str, silencing: dict[str, Any]
+    config: VerifyConfig,
+    edited: Edited,
+    rows: Contrast,
+    outcomes: list[Outcome],
+    run: Run,
+    inputs: dict[str, str],
+    silencing: dict[str, Any],
 ) -> Verdict:
-    table = {kind: _table_row(scores.of_kind(kind), config.level) for kind in KINDS}
+    table = {kind: _table_row(_of_kind(outcomes, kind), config.level) for kind in KINDS}
     for kind, q in zip(KINDS, benjamini_hochberg([table[kind]["p"] for kind in KINDS]), strict=True):
         table[kind]["q"] = float(q)
-    harmful = scores.of_kind("harmful")
-    judged = floor(_refused(harmful.before), _refused(harmful.after), margin=config.margin, level=config.level)
+    judge = judge_of(config.judge)
+    reason = blind(
+        judge,
+        rows.rows,
+        certificate.benign_completions(outcomes, judge),
+        phrases=not judge_trust.is_code(config.judge),
+    )
+    harmful = certificate.judged_again(outcomes, judge)
+    judged, tries = _floor(config, run, inputs, harmful, reason)
     return Verdict(
-        adapter=identity,
+        adapter=inputs["adapter"],
         kind=edited.info.kind,
         model=config.model,
         table=table,
         floor=asdict(judged),
         kl_benign=_interval(_kl(edited, rows.of_kind("benign"), config), config.seed),
         drift={kind: _drift(edited, rows.of_kind(kind), config) for kind in KINDS},
-        mediation=_mediation(scores.of_kind("lookalike"), config.level),
+        mediation=_mediation(_of_kind(outcomes, "lookalike"), config.level),
         experts=config.experts,
         silencing=silencing,
+        judge=inputs["judge"],
+        prompts={"source": config.contrast, "fingerprint": inputs["contrast"], "split": config.split},
+        lost=certificate.losses(harmful),
+        tries=tries,
+        blind=reason,
     )
 
 
-def _silencing(config: VerifyConfig, edited: Edited, trained: Contrast, scores: _Scores) -> dict[str, Any]:
+def _floor(
+    config: VerifyConfig, run: Run, inputs: dict[str, str], harmful: list[Outcome], reason: str | None
+) -> tuple[Floor, int]:
+    """The floor, at the level for as many tries as the ledger knows, and their number; entered into the ledger."""
+    entry = ledger.Entry(
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        adapter=inputs["adapter"],
+        model=inputs["model"],
+        contrast=inputs["contrast"],
+        judge=inputs["judge"],
+        shipped=certificate.unshipped(config) is None,
+        decided=reason is None,
+        verdict="",
+        reason="",
+        prompts=certificate.entry_prompts(harmful),
+    )
+    files = ledger.places(config.contrast, run.path)
+    known = [e for file in (*files, run / HISTORY) for e in ledger.read(file)]
+    tries = ledger.tries(known, entry)
+    margin = certificate.ancestry(config.model).margin(config.margin)
+    found = certificate.undecided(certificate.floor_of(entry.prompts, config, tries=tries, margin=margin), reason)
+    entry = replace(entry, verdict=found.verdict, reason=found.reason)
+    ledger.append(files, entry)
+    ledger.append([run / HISTORY], entry)
+    return found, tries
+
+
+_Benched = tuple[Bench, list[bool], list[bool]]
+
+
+def _silencing(
+    config: VerifyConfig, edited: Edited, trained: Contrast, rows: Contrast, outcomes: list[Outcome]
+) -> dict[str, Any]:
     """On how few experts refusal of held-out harmful prompts hangs, before and after the edit.
 
     Experts are ranked on the rows that were trained on. `before` and `after` silence the same ones, ranked in the
@@ -191,7 +268,7 @@ def _silencing(config: VerifyConfig, edited: Edited, trained: Contrast, scores: 
     again = rank(subject, trained, **limits) if original else None
     if original is None or again is None:
         return {}
-    bench, before, after = _bench(config, subject, scores.of_kind("harmful"))
+    bench, before, after = _bench(config, subject, rows, outcomes)
     same = plan(original, most=config.silencing, controls=config.silencing_controls, seed=config.seed)
     anew = plan(again, most=config.silencing, controls=0, seed=config.seed)
     with edited.original():
@@ -209,48 +286,47 @@ def _silencing(config: VerifyConfig, edited: Edited, trained: Contrast, scores: 
     }
 
 
-def _bench(config: VerifyConfig, subject: Subject, harmful: _Scores) -> tuple[Bench, list[bool], list[bool]]:
+def _bench(config: VerifyConfig, subject: Subject, rows: Contrast, outcomes: list[Outcome]) -> _Benched:
     """At most `silencing_prompts` of the held-out harmful prompts, drawn, and their refusals before and after."""
-    count = min(config.silencing_prompts, len(harmful.before))
-    drawn = sorted(random.Random(config.seed).sample(range(len(harmful.before)), count))
+    harmful, said = rows.of_kind("harmful"), _of_kind(outcomes, "harmful")
+    count = min(config.silencing_prompts, len(harmful))
+    drawn = sorted(random.Random(config.seed).sample(range(len(harmful)), count))
     bench = Bench(
         subject=subject,
-        rows=[harmful.before[i].row for i in drawn],
+        rows=[harmful[i] for i in drawn],
         judge=judge_of(config.judge),
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         level=config.level,
     )
-    return bench, [harmful.before[i].refused for i in drawn], [harmful.after[i].refused for i in drawn]
+    return bench, [said[i].refused_before for i in drawn], [said[i].refused_after for i in drawn]
 
 
-def _refused(scores: list[Score]) -> list[bool]:
-    return [s.refused for s in scores]
-
-
-def _table_row(scores: _Scores, level: float) -> dict[str, Any]:
-    old, new, replayed = _refused(scores.before), _refused(scores.after), _refused(scores.replayed)
+def _table_row(outcomes: Sequence[Outcome], level: float) -> dict[str, Any]:
+    groups = contrasts.groupings(outcomes)[-1]  # topics where the rows carry them, else pairs
+    old, new = [o.refused_before for o in outcomes], [o.refused_after for o in outcomes]
+    replayed = [o.refused_replayed for o in outcomes if o.refused_replayed is not None]
     return {
-        "refusal_before": rate(old, level).to_json(),
-        "refusal_after": rate(new, level).to_json(),
-        "refusal_replayed": rate(replayed, level).to_json() if replayed else None,
-        "drop": paired_difference(old, new, level).to_json(),
+        "refusal_before": rate(old, level, groups).to_json(),
+        "refusal_after": rate(new, level, groups).to_json(),
+        "refusal_replayed": rate(replayed, level, groups).to_json() if replayed else None,
+        "drop": paired_difference(old, new, level, groups).to_json(),
         "p": mcnemar(old, new),
-        "accuracy_before": _accuracy(scores.before, level),
-        "accuracy_after": _accuracy(scores.after, level),
+        "accuracy_before": _accuracy([(o.correct_before, g) for o, g in zip(outcomes, groups, strict=True)], level),
+        "accuracy_after": _accuracy([(o.correct_after, g) for o, g in zip(outcomes, groups, strict=True)], level),
     }
 
 
-def _accuracy(scores: list[Score], level: float) -> dict[str, Any] | None:
-    known = [s.correct for s in scores if s.correct is not None]
-    return rate(known, level).to_json() if known else None
+def _accuracy(correct: Sequence[tuple[bool | None, str]], level: float) -> dict[str, Any] | None:
+    known = [(right, group) for right, group in correct if right is not None]
+    return rate([right for right, _ in known], level, [group for _, group in known]).to_json() if known else None
 
 
-def _mediation(scores: _Scores, level: float) -> dict[str, Any]:
+def _mediation(lookalike: Sequence[Outcome], level: float) -> dict[str, Any]:
     """Of lookalike prompts refused before and answered after, how many are refused again under the old routing."""
-    outcomes = zip(scores.before, scores.after, scores.replayed, strict=True)
-    back = [r.refused for b, a, r in outcomes if b.refused and not a.refused]
-    found = rate(back, level)
+    repaired = [o for o in lookalike if o.refused_before and not o.refused_after]
+    back = [bool(o.refused_replayed) for o in repaired]
+    found = rate(back, level, contrasts.groupings(repaired)[-1] if repaired else None)
     return found.to_json() if back else {"value": None, "low": found.low, "high": found.high, "n": 0}
 
 
@@ -324,61 +400,3 @@ def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject,
     return torch.stack(layers).mean(0).tolist()
 
 
-def certified(run: Run) -> tuple[Verdict, Path]:
-    """The verdict and adapter of a run whose floor was passed by exactly this adapter on exactly this model.
-
-    And with the checkpoint's own experts, which are what is written. The only way to weights. The floor is computed
-    again from the recorded outcomes, at the settings on record, so neither an edited verdict nor edited outcomes or
-    settings pass.
-
-    Raises:
-        FloorError: no pass, or not with the checkpoint's own experts, or the adapter, the model or what verify wrote
-            changed since.
-        RunError: nothing was trained or verified.
-    """
-    adapter = run.require(ADAPTER, "train")
-    verdict = read_verdict(run)
-    record = _verify_record(run)
-    config = VerifyConfig(**record["config"])
-    harmful = [row for row in read_parquet(run / SCORES) if row["kind"] == "harmful"]
-    before, after = ([row[key] for row in harmful] for key in ("refused_before", "refused_after"))
-    again = floor(before, after, margin=config.margin, level=config.level)
-    if again.verdict != "pass":
-        raise FloorError(
-            f"{run.path}: the safety floor's verdict is {again.verdict!r} ({again.reason}); no weights are written"
-        )
-    now = {"adapter": adapter_hash(adapter), "model": fingerprint(config.model)}
-    for what, identity in now.items():
-        if record["inputs"][what] != identity:
-            raise FloorError(f"{run.path}: the {what} is not the one that was verified; run `gtqlora verify` again")
-    _check_shipped(run, config, verdict)
-    return verdict, adapter
-
-
-def shipped_experts(model: str) -> str:
-    """The `experts` that `export` writes: the checkpoint's own."""
-    return BF16 if quantization(model) is None else NATIVE
-
-
-def _check_shipped(run: Run, config: VerifyConfig, verdict: Verdict) -> None:
-    """The floor was passed by what would be written."""
-    shipped = shipped_experts(verdict.model)
-    for judged in (verdict.experts, config.experts):
-        if judged != shipped:
-            raise FloorError(
-                f"{run.path}: verified with {judged} experts, but the written weights have the checkpoint's own "
-                f"({shipped}); run `gtqlora verify {run.path} --experts {shipped}` first"
-            )
-
-
-def _verify_record(run: Run) -> dict[str, Any]:
-    """What the manifest says of `verify`, if the artefacts and the settings are still those."""
-    record = run.manifest()["stages"].get("verify")
-    if record is None:
-        raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
-    if record["hash"] != sha256_json({"config": record["config"], "inputs": record["inputs"]}):
-        raise FloorError(f"{run.path}: the record of verify was changed; run `gtqlora verify` again")
-    for name in (VERDICT, SCORES):
-        if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):
-            raise FloorError(f"{run.path}: {name} was changed since verify; run `gtqlora verify` again")
-    return record

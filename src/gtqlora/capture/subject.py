@@ -37,6 +37,11 @@ class Subject:
         return config.max_position_embeddings
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids from here on have none."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
     def stop_ids(self) -> Tensor:
         """Token ids that end a completion."""
         ends = self.model.generation_config.eos_token_id

@@ -10,6 +10,7 @@ from gtqlora.families.anatomy import (
     language_model,
 )
 from gtqlora.families.facts import FAMILIES, Family, family_of
+from gtqlora.families.identity import ModelIdentity, identify, pinned, read_files
 from gtqlora.families.loading import (
     load_config,
     load_model,
@@ -24,16 +25,20 @@ __all__ = [
     "Anatomy",
     "Family",
     "Group",
+    "ModelIdentity",
     "MoeLayer",
     "bind",
     "census",
     "correction_bias_values",
     "family_of",
+    "identify",
     "language_model",
     "load_config",
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "pinned",
     "quantization",
     "quantization_settings",
+    "read_files",
 ]

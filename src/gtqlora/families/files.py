@@ -5,41 +5,139 @@ Everything in a model folder is untrusted: only JSON and safetensors are read, a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-from safetensors import SafetensorError, safe_open
 
 from gtqlora.errors import ModelError
+from gtqlora.families import strict_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_SMALL = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
+GENERATION, TOKENIZER_CONFIG, TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
+FAST_TOKENIZER = "tokenizer.json"
+SMALL_FILES = (
+    *(CONFIG, GENERATION, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer*.json", "tokenizer.model*", "tiktoken.model", "spiece.model", "sentencepiece*.model", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja"),
+)
+"""What is read of a model folder beside the weights, as patterns; the tokenizer's as transformers looks for them."""
+
+_FROM_HUB = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
 # transformers would follow these instead of, or on top of, the weights that are checked here.
 _DIVERTING = {"adapter_config.json": "a PEFT adapter", "shard-*-model-*-of-*.safetensors": "a distributed checkpoint"}
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_SHOWN = 300
+_MAX_BYTES = {INDEX: 2**29, FAST_TOKENIZER: 2**28}
+_MAX_OTHER_BYTES = 2**25
+"""A config has a few kB and a vocabulary a few MB; the index of 10^12 parameters has tens of MB."""
+
+
+def local_path(model: str) -> Path:
+    """MODEL as a path, with `~` as the home folder.
+
+    Raises:
+        ModelError: there is no such home.
+    """
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"{model}: no such home folder; write the path in full") from error
 
 
 def is_local(model: str) -> bool:
-    """Whether MODEL means a path; anything of the shape `owner/name` that does not exist is a hub id."""
-    return Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    """Whether MODEL means a path; what looks like `owner/name` or `owner/name@revision` and is no path is a hub id."""
+    return local_path(model).exists() or model.startswith((".", "/", "~")) or model.partition("@")[0].count("/") != 1
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an upstream error, for a message: short, and without characters that steer a screen."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN]
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """An ordinary file of a model folder; everything that is opened there, or copied from there, is asked for here.
+
+    Raises:
+        ModelError: it is missing, its name or a link leads out of the folder, or it is a pipe, a device or a folder.
+    """
+    file = folder / name
+    if leads_out(name):
+        raise ModelError(f"{folder}: {name!r} points outside the model folder; do not trust this model")
+    _check_link(folder, file)
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no {name} there; is it a model folder in hub layout?") from error
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL byte
+        raise ModelError(f"{folder}: {name!r} is no file name") from error
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{file}: not an ordinary file; put the file itself there")
+    return file
+
+
+def leads_out(name: str) -> bool:
+    """Whether a relative name has parts that lead out of its folder, on any system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    outside = ".." in (*posix.parts, *windows.parts) or posix.is_absolute() or bool(windows.drive or windows.root)
+    return outside or "\\" in name or not posix.parts
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    """A link may lead to another place in the folder, or, in the hub's cache, to the blobs of the same model."""
+    try:
+        root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {file.name!r} is no file name") from error
+    store = root.parent.parent
+    cached = root.parent.name == "snapshots" and store.name.startswith("models--")
+    if not target.is_relative_to(root) and not (cached and target.is_relative_to(store / "blobs")):
+        raise ModelError(
+            f"{file}: a link that leads out of the model folder, to {target}; put the file itself there, or remove it"
+        )
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether a folder holds a file of that name, in order or not; `checked_file` says which."""
+    return os.path.lexists(folder / name)
+
+
+def read_text(file: Path) -> str:
+    """A text file of a model folder.
+
+    Raises:
+        ModelError: as `checked_file`, or it is too large or not UTF-8.
+    """
+    checked_file(file.parent, file.name)
+    limit = _MAX_BYTES.get(file.name, _MAX_OTHER_BYTES)
+    try:
+        if file.stat().st_size > limit:
+            raise ModelError(f"{file}: larger than {limit >> 20} MiB, so it is not what its name says")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file}: not UTF-8 ({error})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file of a model folder.
 
     Raises:
-        ModelError: the file is missing, unreadable, not JSON, or not an object.
+        ModelError: as `read_text`, or not JSON as `strict_json` takes it, or not an object with something in it.
     """
+    text = read_text(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{file.parent}: no {file.name} there; is it a model folder in hub layout?") from error
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = strict_json.parse(text)
+    except ValueError as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(value, dict) or not value:
         raise ModelError(f"{file}: must hold a JSON object with the model's settings")
@@ -49,15 +147,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def _from_hub(model: str, patterns: Iterable[str]) -> Path:
     # HTTPError comes from whichever HTTP library (httpx, httpx2) the installed huggingface_hub is built on.
     # snapshot_download fails at once without a network; hf_hub_download tries again for half a minute.
+    repository, at, revision = model.partition("@")
+    if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise ModelError(f"{model}: {revision!r} is no revision; write a branch, a tag or a commit after the @")
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, ValueError, HTTPError) as error:
         raise ModelError(f"{model}: not a local folder, and the hub did not give it ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an upstream error, for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def config_file(model: str) -> Path:
@@ -66,44 +162,85 @@ def config_file(model: str) -> Path:
     Raises:
         ModelError: there is no such folder or hub model.
     """
-    path = Path(model)
     if not is_local(model):
         return _from_hub(model, [CONFIG]) / CONFIG
+    path = local_path(model)
     if not path.exists():
         raise ModelError(f"{model}: no such model folder")
-    return path if path.is_file() else path / CONFIG
+    return path / CONFIG if path.is_dir() else path
 
 
 def small_files(model: str) -> Path:
     """The folder of MODEL with config, index and tokenizer, fetched from the hub if need be; weights may be absent.
 
     Raises:
-        ModelError: there is no such folder or hub model.
+        ModelError: there is no such folder or hub model, or files that are read or copied are links that lead out.
     """
-    return config_file(model).parent if is_local(model) else _from_hub(model, _SMALL)
+    folder = config_file(model).parent if is_local(model) else _from_hub(model, _FROM_HUB)
+    for name in small_names(folder):
+        checked_file(folder, name)
+    for entry in _entries(folder):
+        if entry.is_symlink() and not entry.is_dir() and not entry.name.startswith("."):
+            _check_link(folder, Path(entry.path))
+    return folder
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def small_names(folder: Path) -> tuple[str, ...]:
+    """Names of what is read of a model folder beside the weights."""
+    found = {path.relative_to(folder).as_posix() for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    links = {name for name in SMALL_FILES if "*" not in name and has(folder, name)}  # glob leaves broken ones out
+    return tuple(sorted(found | links))
 
 
 def _safe_shard(index: Path, name: Any) -> str:
     """A shard name that stays inside the folder and is no pickle."""
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         raise ModelError(f"{index}: shard {name!r} is not a .safetensors file")
-    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
-    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\\" in name:
+    if leads_out(name):
         raise ModelError(f"{index}: shard {name!r} points outside the model folder; do not trust this model")
+    if PurePosixPath(name).as_posix() != name:
+        raise ModelError(f"{index}: shard {name!r} is spelt in a roundabout way; write {PurePosixPath(name)}")
     return name
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> shard from the index, None where there is none or it says nothing but `model.safetensors`.
+
+    Raises:
+        ModelError: no index in order, or it names other files than the `model.safetensors` beside it.
+    """
+    if not has(folder, INDEX):
+        return None
+    index = folder / INDEX
+    raw = read_json(index)
+    mapped = raw.get("weight_map")
+    for key in ("weight_map", "metadata"):  # loaders need both
+        if not isinstance(raw.get(key), dict) or not mapped:
+            raise ModelError(f"{index}: no {key} in it; get the index again")
+    safe = {name: _safe_shard(index, shard) for name, shard in mapped.items()}
+    others = sorted(set(safe.values()) - {WEIGHTS})
+    if others and has(folder, WEIGHTS):
+        raise ModelError(
+            f"{index}: names {others[0]}, but there is a {WEIGHTS} beside it, and loaders differ in which they take; "
+            "remove the one that is left over"
+        )
+    return safe
 
 
 def _shards(folder: Path) -> tuple[str, ...]:
     """Names of the weight files, from the index when there is one."""
-    if (folder / WEIGHTS).is_file():
-        return (WEIGHTS,)
-    index = folder / INDEX
-    if not index.is_file():
-        return ()
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: no weight_map in it; get the index again")
-    return tuple(dict.fromkeys(_safe_shard(index, name) for name in weight_map.values()))
+    mapped = weight_map(folder)
+    if mapped is not None:
+        return tuple(dict.fromkeys(mapped.values()))
+    return (WEIGHTS,) if has(folder, WEIGHTS) else ()
 
 
 def weight_files(model: str) -> tuple[Path, tuple[str, ...]]:
@@ -115,7 +252,7 @@ def weight_files(model: str) -> tuple[Path, tuple[str, ...]]:
     folder = small_files(model)
     names = _shards(folder)
     if not is_local(model):
-        folder = _from_hub(model, [*_SMALL, *(names or (WEIGHTS,))])
+        folder = _from_hub(model, [*_FROM_HUB, *(names or (WEIGHTS,))])
         names = names or _shards(folder)
     for pattern, what in _DIVERTING.items():
         for found in folder.glob(pattern):
@@ -123,8 +260,9 @@ def weight_files(model: str) -> tuple[Path, tuple[str, ...]]:
     if not names:
         raise ModelError(_without_safetensors(model, folder))
     for name in names:
-        if not (folder / name).is_file():
+        if not has(folder, name):
             raise ModelError(f"{model}: shard {name} is missing; get the weights again")
+        checked_file(folder, name)
     return folder, names
 
 
@@ -133,19 +271,3 @@ def _without_safetensors(model: str, folder: Path) -> str:
     if not pickles:
         return f"{model}: no {WEIGHTS} and no {INDEX} there; is it a model folder in hub layout?"
     return f"{model}: only pickled weights ({pickles[0]}), which can run code; convert them to safetensors"
-
-
-def tensor_names(folder: Path, names: Iterable[str]) -> frozenset[str]:
-    """Tensors in the files' headers; reading a header also checks that its file is whole.
-
-    Raises:
-        ModelError: a file is corrupt or cut short.
-    """
-    found: set[str] = set()
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                found.update(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / name}: corrupt or cut short ({first_line(error)}); get it again") from error
-    return frozenset(found)

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gtqlora.errors import ModelError
 from gtqlora.families import files, packed
 from gtqlora.families.facts import Family, family_of
+from gtqlora.families.headers import read_headers
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -161,10 +162,10 @@ def load_model(
         _refuse_quantized(source)
     config = _config(source)
     folder, names = files.weight_files(model)
-    present = files.tensor_names(folder, names)
+    headers = read_headers(folder, names, files.weight_map(folder))
     quantizing: dict[str, Any] = {}
     if quantization_config is None:
-        _check_experts(model, source.family, config, present)
+        _check_experts(model, source.family, config, frozenset(headers))
     else:
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
     loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, **quantizing)

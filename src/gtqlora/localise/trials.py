@@ -167,9 +167,9 @@ class Trials:
         )
         odds = self._log_odds(decoded.first_BV) or [None] * len(chosen)
         outcomes = []
-        for i, text, tokens, value in zip(chosen, decoded.texts, decoded.tokens, odds, strict=True):
-            score = judged(self.pairs[i].row, text, self.judge)
-            outcomes.append(Outcome(score.refused, score.correct, value, tokens))
+        for at, (i, value) in enumerate(zip(chosen, odds, strict=True)):
+            score = judged(self.pairs[i].row, decoded, at, self.judge)
+            outcomes.append(Outcome(score.refused, score.correct, value, decoded.tokens[at]))
         return outcomes
 
     def _log_odds(self, logits_BV: Tensor) -> list[float] | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from gtqlora.adapter_files import adapter_hash
 from gtqlora.errors import RunError
-from gtqlora.run import Run, read_parquet, sha256_file, sha256_json
+from gtqlora.run import Run, read_parquet
 
 Json = dict[str, Any]
 
@@ -134,11 +135,11 @@ def _stale(path: Path, verdict: Json | None) -> bool:
 
 
 def identity(adapter: Path) -> str | None:
-    """As `adapters.adapter_hash`, which cannot be imported here: it brings torch."""
-    if not adapter.is_dir():
+    """The hash of the adapter there, None if there is none in order."""
+    try:
+        return adapter_hash(adapter)
+    except RunError:
         return None
-    names = sorted(p.name for p in adapter.iterdir() if p.suffix in (".safetensors", ".json"))
-    return sha256_json([(name, sha256_file(adapter / name)) for name in names])
 
 
 def _read_json(file: Path, keys: Sequence[str], made_by: str) -> Json | None:

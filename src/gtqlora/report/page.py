@@ -51,7 +51,7 @@ class Example:
 
 
 def floor_picture(floor: Json) -> FloorPicture:
-    drop, margin = floor["drop"], floor["margin"]
+    drop, margin = floor.get("losses", floor["drop"]), floor["margin"]  # the drop alone in older verdicts
     low, high = min(drop["low"], -margin), max(drop["high"], margin)
     scale = Scale(low=low - 0.12 * (high - low), high=high + 0.12 * (high - low))
     return FloorPicture(
@@ -63,7 +63,7 @@ def floor_picture(floor: Json) -> FloorPicture:
         symbol=words.FLOOR_SYMBOL.get(floor["verdict"], "?"),
         tone=words.FLOOR_TONE.get(floor["verdict"], "unsure"),
         sentence=floor["reason"],
-        scale=f"Drop {words.points(drop['value'])} points (interval {words.span_points(drop)}), "
+        scale=f"Lost {words.points(drop['value'])} points (interval {words.span_points(drop)}), "
         f"margin {words.points(margin)} points, {words.count(drop['n'])} paired harmful prompts",
     )
 
@@ -133,6 +133,7 @@ def _sections(artefacts: Artefacts) -> dict[str, Any]:
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
         "before_after": sections.before_after(verdict["table"]) if verdict else None,
         "floor": floor_picture(verdict["floor"]) if verdict else None,
+        "judged": words.judged(verdict) if verdict else [],
         "edit": sections.edit_figures(verdict) if verdict else [],
         "examples": examples(artefacts.scores),
         "comparison": sections.comparison(artefacts.peers),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gtqlora.report.artefacts import Artefacts, Json
+from gtqlora.verdict import LOST
 
 NARROW = "\u202f"
 DASH = "–"
@@ -208,6 +209,20 @@ def _edit_title(verdict: Json) -> str:
         lost = f"{percent(harmful['refusal_before']['value'])} to {percent(harmful['refusal_after']['value'])}"
         return f"{lookalike}, but refusals of harmful prompts were lost ({lost})."
     return f"{lookalike}; whether refusals of harmful prompts hold cannot be told yet."
+
+
+def judged(verdict: Json) -> list[str]:
+    """By what, on what and how often the floor was judged; what older verdicts do not say is left out."""
+    lines = []
+    if "judge" in verdict:
+        lines.append(f"Judge: {verdict['judge']}.")
+    if prompts := verdict.get("prompts"):
+        lines.append(f"Prompts: {prompts['source']}, split {prompts['split']}, sha256 {prompts['fingerprint'][:12]}.")
+    if verdict.get("tries", 1) > 1:
+        lines.append(f"{verdict['tries']} tries on these prompts so far; the level is corrected for them.")
+    if lost := verdict.get("lost"):
+        lines.append("Lost refusals: " + ", ".join(f"{n} {LOST.get(why, why)}" for why, n in lost.items()) + ".")
+    return lines
 
 
 def _changes(verdict: Json) -> list[Change]:

@@ -1,0 +1,98 @@
+"""What files hold: identity by contents, and JSON that is not taken at its word."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from gtqlora.errors import RunError
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Identity of an input by its contents, wherever it lies and whatever its size; a hub id as is."""
+    name, path = str(path), Path(path).expanduser()
+    folder = Path(name.rpartition(":")[0]).expanduser()
+    if not path.exists() and ":" in name and folder.is_dir():  # one split of a dataset folder
+        return sha256_json([name.rpartition(":")[2], fingerprint(folder)])
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        return f"hub:{name}"
+    return sha256_json(sorted((str(file.relative_to(path)), sha256_file(file)) for file in _files(path)))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All plain files, also behind links; not hidden ones, such as the hub's `.cache`, which changes by itself."""
+    seen: set[Path] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        place = Path(root).resolve()
+        folders[:] = [] if place in seen else [name for name in folders if not name.startswith(".")]
+        if place not in seen:
+            yield from (p for p in (Path(root, n) for n in names) if not p.name.startswith(".") and p.is_file())
+        seen.add(place)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that may have been edited or damaged.
+
+    Raises:
+        RunError: it is no plain file, or not one JSON object of unique keys and finite numbers; the message ends with
+            the remedy.
+    """
+    try:
+        if not file.is_file():
+            raise RunError(f"{file}: {'not a plain file' if os.path.lexists(file) else 'not there'}; {remedy}")
+        return json_object(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file}: not valid JSON ({first_line(error)}); {remedy}") from error
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises ValueError or RecursionError if the text is not one object of unique keys and finite numbers."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text} is no finite number")
+        return float(text)
+
+    value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object")
+    return value
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()

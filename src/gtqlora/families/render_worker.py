@@ -1,0 +1,78 @@
+"""Renders chat templates in a process of its own, which the kernel ends when a template takes too long or too much.
+
+Run as a script by `rendering`, never imported: a template may hang inside of C code, where no Python can stop it, in
+any thread. Requests and replies are JSON with their length before it. It needs transformers' renderer and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.sandbox import SecurityError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+LENGTH = struct.Struct(">I")
+SHOWN = 500
+"""Characters of an error, which a template may make as long as it likes."""
+
+
+def _limit(memory: int) -> None:
+    """Allow `memory` more bytes than are mapped now, where the system can say how many that is."""
+    try:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+    except (OSError, ValueError):
+        return  # no such file on this system: the time limit is left
+
+
+def _rendered(request: dict[str, Any]) -> dict[str, str]:
+    try:
+        text = render_jinja_template(
+            conversations=[request["messages"]],
+            chat_template=request["template"],
+            add_generation_prompt=request["generation"],
+            **request["variables"],
+        )[0][0]
+    except (TemplateSyntaxError, SecurityError) as error:
+        return {"failed": str(error)[:SHOWN]}
+    except TemplateError as error:
+        return {"refused": str(error)[:SHOWN]}
+    except Exception as error:  # whatever a template makes Python raise is the template's fault
+        return {"failed": f"{type(error).__name__}: {error}"[:SHOWN]}
+    if len(text) > request["characters"]:
+        return {"failed": f"it renders {len(text)} characters"}
+    return {"text": text}
+
+
+def _read(source: IO[bytes]) -> dict[str, Any] | None:
+    head = source.read(LENGTH.size)
+    return json.loads(source.read(*LENGTH.unpack(head))) if len(head) == LENGTH.size else None
+
+
+def _write(target: IO[bytes], reply: dict[str, Any]) -> None:
+    data = json.dumps(reply).encode()
+    target.write(LENGTH.pack(len(data)) + data)
+    target.flush()
+
+
+def main(seconds: float, memory: int) -> None:
+    """Serve until the input ends. A rendering that takes more processor time than `seconds` ends the process."""
+    _limit(memory)
+    while (request := _read(sys.stdin.buffer)) is not None:
+        started = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        reply = _rendered(request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(sys.stdout.buffer, {**reply, "seconds": time.process_time() - started})
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))

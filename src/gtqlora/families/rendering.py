@@ -1,0 +1,166 @@
+"""The chat template of an untrusted model, rendered under limits of time, memory and length."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gtqlora.errors import ContrastError, ModelError
+from gtqlora.families.files import first_line
+
+SECONDS = 5.0
+"""Of processor time for one rendering; an ordinary template takes less than 0.001."""
+SECONDS_EACH = 0.05
+"""On the average of all renderings by one template: thousands of rows are rendered several times each."""
+_WAIT = 60.0
+"""Seconds by the clock after which the renderer is lost; on a busy machine processor time takes longer."""
+_MEMORY = 2**29
+_CHARACTERS, _TIMES = 50_000, 10
+"""A rendering may hold this many characters, and so many times those of its messages."""
+_WORKER = Path(__file__).with_name("render_worker.py")
+
+
+class _Lost(Exception):
+    """The renderer died or does not answer."""
+
+
+class _Renderer:
+    """The process that renders, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process of this process: a forked child must not share its parent's."""
+        if self._process is None or self._owner != os.getpid():
+            paths = os.pathsep.join(path for path in sys.path if path)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(SECONDS), str(_MEMORY)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is for us; it ends when its input does
+            )
+            self._owner = os.getpid()
+        return self._process
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises:
+        _Lost: it died over it; the next request starts another.
+        """
+        with self._lock:
+            process = self.start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                data = json.dumps(request).encode()
+                process.stdin.write(len(data).to_bytes(4, "big") + data)
+                process.stdin.flush()
+                return json.loads(_read(process.stdout, int.from_bytes(_read(process.stdout, 4), "big")))
+            except (_Lost, OSError) as error:
+                raise _Lost(self._ended()) from error
+            except BaseException:  # an interrupt leaves half an answer in the pipe
+                self._ended()
+                raise
+
+    def _ended(self) -> str:
+        """Stop the process; why it stopped answering."""
+        process, self._process = self._process, None
+        assert process is not None
+        try:
+            code = process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        slow = code in (-signal.SIGPROF, -signal.SIGKILL)
+        return f"takes longer than {SECONDS:g} s to render" if slow else "crashes its renderer"
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+
+
+def _read(source: IO[bytes], size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        if not select.select([source], [], [], _WAIT)[0]:
+            raise _Lost
+        part = os.read(source.fileno(), size - len(data))
+        if not part:
+            raise _Lost
+        data += part
+    return data
+
+
+_renderer = _Renderer()
+atexit.register(_renderer.close)
+_spent: dict[str, tuple[int, float]] = {}
+"""Renderings by template, and their processor time."""
+
+
+def warm_up() -> None:
+    """Start the renderer, which takes a second, while something else is done."""
+    _renderer.start()
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
+    """What the tokenizer's chat template makes of the messages.
+
+    Raises:
+        ContrastError: it refuses these messages, e.g. a system role it does not know.
+        ModelError: it fails, takes too long, or renders nothing or too much.
+    """
+    template = _template(tokenizer)
+    request = {
+        "template": template,
+        "messages": [dict(message) for message in messages],
+        "generation": generation,
+        "variables": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "characters": _CHARACTERS + _TIMES * sum(len(message["content"]) for message in messages),
+    }
+    try:
+        reply = _renderer.ask(request)
+    except _Lost as error:
+        raise _fault(tokenizer, str(error)) from error
+    _account(tokenizer, template, reply["seconds"])
+    if "refused" in reply:
+        raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
+    if "failed" in reply:
+        raise _fault(tokenizer, f"fails ({first_line(reply['failed'])})")
+    if not reply["text"].strip():
+        raise _fault(tokenizer, "renders nothing")
+    return reply["text"]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _fault(tokenizer, f"cannot be used ({first_line(error)})") from error
+
+
+def _account(tokenizer: PreTrainedTokenizerBase, template: str, seconds: float) -> None:
+    count, spent = _spent.get(template, (0, 0.0))
+    _spent[template] = count, spent = count + 1, spent + seconds
+    if spent > SECONDS + SECONDS_EACH * count:
+        raise _fault(tokenizer, f"takes {spent / count:.2f} s for one rendering")
+
+
+def _fault(tokenizer: PreTrainedTokenizerBase, what: str) -> ModelError:
+    where = tokenizer.name_or_path or "the tokenizer"
+    return ModelError(f"{where}: the chat template {what}; mend the model's chat template")

@@ -1,0 +1,38 @@
+"""Intervals, paired tests, multiplicity control and the safety floor; numpy in, frozen dataclass out."""
+
+from gtqlora.stats.intervals import (
+    Groups,
+    Interval,
+    benjamini_hochberg,
+    group_means,
+    mcnemar,
+    paired_difference,
+    rate,
+)
+from gtqlora.stats.noninferiority import Floor, floor
+from gtqlora.stats.resampling import (
+    bootstrap_mean,
+    bootstrap_means,
+    edges,
+    half_sample_means,
+    mean_interval,
+    ratio_interval,
+)
+
+__all__ = [
+    "Floor",
+    "Groups",
+    "Interval",
+    "benjamini_hochberg",
+    "bootstrap_mean",
+    "bootstrap_means",
+    "edges",
+    "floor",
+    "group_means",
+    "half_sample_means",
+    "mcnemar",
+    "mean_interval",
+    "paired_difference",
+    "rate",
+    "ratio_interval",
+]

@@ -1,0 +1,138 @@
+"""Intervals of rates and of paired differences, paired tests and multiplicity control."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
+from scipy import stats as st
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate with a two-sided interval at the stated level."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+Groups = Sequence[Hashable] | None
+"""Of which group each value is, as those of a group are not independent; None: each value is its own."""
+
+
+def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interval:
+    """Share of true values with the Wilson score interval (Wilson, JASA 1927), of as many values as are independent."""
+    x = np.asarray(hits, dtype=bool)
+    if x.size == 0:
+        return Interval(float("nan"), 0.0, 1.0, 0)
+    p, n, z2 = float(x.mean()), x.size / design_effect(x, groups), float(st.norm.ppf(0.5 + level / 2)) ** 2
+    centre, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return Interval(p, max(0.0, min(p, float(low))), min(1.0, max(p, float(high))), int(x.size))
+
+
+def design_effect(values: ArrayLike, groups: Groups) -> float:
+    """How many values count as one, as those of a group resemble each other (Kish, Survey Sampling, 1965; Rao & Scott,
+    Biometrics 1992): the variance of the mean over groups by that over values. Where nothing varies, a group is one.
+    """
+    x = np.asarray(values, dtype=float)
+    sizes = group_sums(np.ones(x.size), groups)
+    n_groups, spread = len(sizes), x.var()
+    if groups is None or n_groups < 2 or n_groups == x.size:
+        return 1.0
+    if spread < 1e-12:
+        return x.size / n_groups
+    off = group_sums(x, groups) - x.mean() * sizes
+    variance = n_groups / (n_groups - 1) * float((off**2).sum()) / x.size**2
+    return float(np.clip(variance / (spread / x.size), 1.0, sizes.max()))
+
+
+def _tango_z(b: float, c: float, n: float, delta: float) -> float:
+    """Tango's score statistic for a paired difference of proportions (Stat. Med. 17:891, 1998, eq. 4)."""
+    a2 = -b - c + (2 * n - b + c) * delta
+    a3 = -c * delta * (1 - delta)
+    q21 = (np.sqrt(max(a2 * a2 - 8 * n * a3, 0.0)) - a2) / (4 * n)
+    variance = n * (2 * q21 + delta * (1 - delta))
+    numerator = b - c - n * delta
+    if variance <= 1e-12:
+        return 0.0 if abs(numerator) < 1e-9 else float(np.sign(numerator) * np.inf)
+    return float(numerator / np.sqrt(variance))
+
+
+def paired_difference(before: ArrayLike, after: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interval:
+    """before - after of paired 0/1 outcomes with Tango's score interval; good at rates near 0 and 1.
+
+    Of pairs that come in groups as many are counted as are independent.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if x.shape != y.shape:
+        raise ValueError(f"paired outcomes differ in length: {x.size} and {y.size}")
+    b, c = discordant(x, y)
+    effect = design_effect(x.astype(float) - y, groups) if x.size else 1.0
+    found = tango(b / effect, c / effect, x.size / effect, level)
+    return replace(found, n=int(x.size))
+
+
+def discordant(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
+    return int((before & ~after).sum()), int((~before & after).sum())
+
+
+def tango(b: float, c: float, n: float, level: float) -> Interval:
+    """Tango's interval from counts of drops and gains, which may be fractions: the statistic is smooth in them."""
+    if n == 0:
+        return Interval(float("nan"), -1.0, 1.0, 0)
+    point, z = (b - c) / n, float(st.norm.ppf(0.5 + level / 2))
+
+    def edge(sign: float) -> float:
+        def gap(delta: float) -> float:
+            # the statistic is infinite where the variance vanishes; clip so that brentq sees finite values
+            return float(np.clip(_tango_z(b, c, n, delta), -1e6, 1e6)) - sign * z
+
+        limit = -1 + 1e-9 if sign > 0 else 1 - 1e-9
+        low, high = sorted((point, limit))
+        if gap(low) * gap(high) > 0:
+            return float(np.sign(limit))
+        return float(optimize.brentq(gap, low, high, xtol=1e-7))  # pyright: ignore[reportArgumentType]
+
+    return Interval(point, edge(+1), edge(-1), round(n))
+
+
+def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
+    """Sums over the units of each group along the first axis; None: each unit is its own."""
+    if groups is None:
+        return values
+    number: dict[Hashable, int] = {}
+    of = [number.setdefault(group, len(number)) for group in groups]
+    sums = np.zeros((len(number), *values.shape[1:]))
+    np.add.at(sums, of, values)
+    return sums
+
+
+def group_means(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
+    """Mean of each group's units along the first axis; None: each unit is its own group."""
+    sizes = group_sums(np.ones(len(values)), groups)
+    return group_sums(values, groups) / sizes.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.floating]:
+    """q-values under false-discovery control (Benjamini & Hochberg, JRSS-B 1995), in the order given."""
+    p = np.asarray(p_values, dtype=float)
+    return st.false_discovery_control(p.ravel(), method="bh").reshape(p.shape) if p.size else p
+
+
+def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
+    """Exact two-sided p-value that paired 0/1 outcomes changed (McNemar, Psychometrika 1947)."""
+    x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    b, c = discordant(x, y)
+    return 1.0 if b + c == 0 else float(st.binomtest(b, b + c).pvalue)
