@@ -20,6 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
+        "machine",  # which devices and trackers are here
         "config progress contents folding",  # settings, progress, what files hold, what makes texts alike
         "storage",  # files that appear whole
         "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own

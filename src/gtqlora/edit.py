@@ -33,6 +33,7 @@ from gtqlora.contrasts import Contrast
 from gtqlora.errors import ContrastError, TrainingError
 from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
 from gtqlora.judging import judge_of
+from gtqlora.machine import trackers
 from gtqlora.resume import drop_checkpoints, last_checkpoint
 from gtqlora.run import Run, fingerprint, whole
 from gtqlora.silencing import Draws, rank
@@ -114,7 +115,7 @@ def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,
-        report_to=config.report_to,
+        report_to=trackers(config.report_to) or "none",
         disable_tqdm=True,
         seed=config.seed,
         data_seed=config.seed,
