@@ -47,7 +47,7 @@ EXPORTED = "export.json"
 
 def harmful_prompts(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The harmful rows, one for each different prompt."""
-    found = {contrasts.prompt_key(o.messages): o for o in reversed(outcomes) if o.kind == "harmful"}
+    found = {contrasts.prompt_key(o.prompt): o for o in reversed(outcomes) if o.kind == "harmful"}
     return list(reversed(found.values()))
 
 
@@ -94,7 +94,7 @@ def entry_prompts(rows: Sequence[Outcome]) -> dict[str, list[bool | str]]:
     """Outcomes as the ledger keeps them."""
     groupings = [[ledger.short_hash(group) for group in groups] for groups in contrasts.groupings(rows)]
     return {
-        ledger.short_hash(contrasts.prompt_key(row.messages)): [row.refused_before, _kept(row), *groups]
+        ledger.short_hash(contrasts.prompt_key(row.prompt)): [row.refused_before, _kept(row), *groups]
         for row, *groups in zip(rows, *groupings, strict=True)
     }
 
@@ -164,8 +164,8 @@ class Ancestry:
         if left <= 0:
             raise FloorError(
                 f"{self.names[-1]}: this model was edited before ({' -> '.join(self.names)}), and by their bounds "
-                f"these edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is, so edit the "
-                "first one"
+                f"these edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is, so edit "
+                "the first one"
             )
         return left
 

@@ -161,7 +161,7 @@ def _probes(certificate: Certificate) -> list[Outcome]:
 @torch.no_grad()
 def _behaviour(subject: Subject, probes: Sequence[Outcome], max_new_tokens: int) -> _Behaviour:
     """The model goes out of memory when its caller lets go of it."""
-    prompts = [contrasts.encode_prompt(subject.tokenizer, probe.messages) for probe in probes]
+    prompts = [contrasts.encode_prompt(subject.tokenizer, probe.prompt) for probe in probes]
     texts = decode(subject, prompts, max_new_tokens=max_new_tokens).texts
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
     logits_BSV = subject.model(

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import gtqlora
 from gtqlora import user_state
 from gtqlora.errors import RunError
 from gtqlora.run import sha256_json
@@ -61,7 +60,7 @@ def short_hash(value: str) -> str:
 
 def places(contrast: str, run: Path) -> list[Path]:
     """Where the ledger of a held-out set may lie, the best first: beside it, with the user, in the run."""
-    path, package = Path(contrast), Path(gtqlora.__file__).parent
+    path, package = Path(contrast), Path(__file__).parent
     local = path if path.exists() else Path(contrast.rpartition(":")[0])
     state = user_state.folder()
     found = [] if not local.is_absolute() or package in local.parents else [local.parent / NAME]

@@ -70,7 +70,7 @@ class Outcome:
     """One held-out row before and after; a line of `scores.parquet`.
 
     Attributes:
-        prompt: its messages as JSON.
+        prompt_json: its messages.
         tokens_before, ended_before: of the completion, and whether it ended by itself.
         refused_replayed: of lookalike rows, edited with the original's routing.
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
@@ -81,7 +81,7 @@ class Outcome:
     kind: str
     pair_id: str
     topic: str | None
-    prompt: str
+    prompt_json: str
     rejected: str
     answer: str | None
     text_before: str
@@ -100,8 +100,8 @@ class Outcome:
     lost: str | None
 
     @property
-    def messages(self) -> Messages:
-        return tuple(json.loads(self.prompt))
+    def prompt(self) -> Messages:
+        return tuple(json.loads(self.prompt_json))
 
 
 def write_verdict(run: Run, verdict: Verdict, outcomes: list[Outcome]) -> None:

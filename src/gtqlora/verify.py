@@ -139,7 +139,7 @@ def _outcome(
         kind=row.kind,
         pair_id=row.pair_id,
         topic=row.topic,
-        prompt=json.dumps([dict(message) for message in row.prompt]),
+        prompt_json=json.dumps([dict(message) for message in row.prompt]),
         rejected=row.rejected,
         answer=row.answer,
         text_before=before.text,
