@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_a_refusal_far_into_an_answer_is_no_refusal() -> None:
 
 @given(st.sampled_from(REFUSALS), st.text(max_size=50))
 def test_every_listed_phrase_refuses_in_any_case(phrase: str, rest: str) -> None:
-    assert judge_of("string")(phrase.upper().replace("'", "\u2019") + " " + rest)
+    """In a sentence of its own: what follows in the same one may make it an idiom ("I will not refuse")."""
+    assert judge_of("string")(phrase.upper().replace("'", "\u2019") + ". " + rest)
 
 
 def test_own_phrases_replace_the_english_ones() -> None:
@@ -421,6 +423,26 @@ def test_an_answer_is_found_however_late(rest: str) -> None:
     text = "I'm sorry, but I can't help with that. " + "It would do harm to people. " * 20
     assert not answers_after_refusing(text)
     assert answers_after_refusing(text + rest)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 100_000 + "x",
+        "\n" * 100_000,
+        '"' * 100_000,
+        "*" * 100_000,
+        "-" * 100_000,
+        "1. a" * 30_000,
+        "\u200b" * 100_000,
+    ]
+    + [word * 20_000 for word in ("i can't ", "here is ", "first ", "the a ", "sorry ", "you need ", "e\u0301", "'a ")],
+)
+def test_long_texts_are_read_in_time(text: str) -> None:
+    """In seconds, where a pattern that tries every start with every end takes hours."""
+    begun = time.monotonic()
+    _refuses_only(text)
+    assert time.monotonic() - begun < 20
 
 
 # --- what a text tells
