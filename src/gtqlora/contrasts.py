@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from gtqlora.contrast_sources import (
     Messages,
@@ -145,7 +145,17 @@ def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(first.values())
 
 
-def groupings(rows: Sequence[Row]) -> list[list[str]]:
+class Grouped(Protocol):
+    """What belongs to a pair and maybe to a topic."""
+
+    @property
+    def pair_id(self) -> str: ...
+
+    @property
+    def topic(self) -> str | None: ...
+
+
+def groupings(rows: Sequence[Grouped]) -> list[list[str]]:
     """The ways in which rows belong together: by pair, and by topic where they have several; rows of none are one."""
     topics = [flat(row.topic or "") for row in rows]
     return [[row.pair_id for row in rows], *([topics] if len(set(filter(None, topics))) > 1 else [])]
