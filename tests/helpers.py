@@ -205,7 +205,7 @@ def fresh_process(code: str, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=300,

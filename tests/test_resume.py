@@ -93,7 +93,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path:
     assert died.returncode == -9, died.stderr
     assert not (tmp_path / "killed" / "adapter").exists()
     checkpoints = tmp_path / "killed" / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "metrics.jsonl"]
 
     changed = shutil.copytree(tmp_path / "killed", tmp_path / "changed")
     half = checkpoints / "checkpoint-5"  # as a kill in the middle of a save leaves it

@@ -52,8 +52,8 @@ from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.silencing import Draws, rank
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
-ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget"}
-"""Settings that the edit does not depend on."""
+ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
+"""Settings that the edit does not depend on, bit for bit."""
 _UNUSED = frozenset({"max_new_tokens"})
 """Settings that only go with the edit, for `verify`."""
 RANKED = 200
@@ -205,7 +205,9 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
-            train_dataset=Dataset.from_list([contrasts.encode_preference(subject.tokenizer, row) for row in rows.rows]),
+            train_dataset=Dataset.from_list(
+                [dict(contrasts.encode_preference(subject.tokenizer, r)) for r in rows.rows]
+            ),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),

@@ -244,12 +244,23 @@ class GateTargetedTrainer(CheckpointedTrainer):
     def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
         """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.
 
-        On logging steps every row is compared, for the health figures; the loss only has the anchored kinds. Rows with
-        silenced experts are left out: behind those, routing is not the original's in any case.
+        The loss has the anchored kinds. On logging steps the other rows are compared too, for the health figures, and
+        by themselves: whether a step is logged must not change how the sums of its loss are rounded. Rows with silenced
+        experts are left out: behind those, routing is not the original's in any case.
         """
         weight_B = self._weights(kind_B)
-        compared_B = torch.ones_like(kind_B, dtype=torch.bool) if self._logging else weight_B > 0
-        rows = (compared_B if silent_B is None else compared_B & ~silent_B).nonzero().squeeze(-1)
+        plain_B = torch.ones_like(kind_B, dtype=torch.bool) if silent_B is None else ~silent_B
+        loss = self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B > 0))
+        if self._logging:
+            with torch.no_grad():
+                self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B == 0))
+        return loss
+
+    def _divergence(
+        self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, weight_B: Tensor, compared_B: Tensor
+    ) -> Tensor:
+        """Of the compared rows; they are counted for the health figures on logging steps."""
+        rows = compared_B.nonzero().squeeze(-1)
         if len(rows) == 0:
             return torch.zeros((), device=kind_B.device)
         ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
