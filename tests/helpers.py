@@ -23,6 +23,7 @@ from gtqlora.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
 from gtqlora.experts import FrozenExperts
+from gtqlora.export import Exported, export
 from gtqlora.families import load_config
 from gtqlora.gate_trainer import GateTargetedTrainer
 from gtqlora.judging import judge_of
@@ -58,11 +59,14 @@ def toy_rows(counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
 
 
 class Toy:
-    """A folder with tiny models, made when asked for, and a contrast set that is large enough for a passed floor."""
+    """A folder with tiny models, made when asked for, and a contrast set.
+
+    It is large enough for a passed floor, whatever the number of tries that a session's tests come to.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        held_out = {("heldout", "harmful"): 60, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+        held_out = {("heldout", "harmful"): 200, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
         train = {("train", kind): 16 for kind in contrasts.KINDS}
         self.contrast = write_rows(folder / "contrast.jsonl", toy_rows({**train, **held_out}))
 
@@ -102,12 +106,21 @@ def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
     raise AssertionError(f"no layer's projection passes the floor on {model}")
 
 
-def noop_adapter(model: Path, contrast: Path, judge: str, path: Path) -> None:
-    """Put an untrained adapter, which changes nothing, into a run directory, as training leaves one."""
+def exported(path: Path, out: Path, **more: Any) -> Exported:
+    """The export stage, which is told the judge that verify used."""
+    with Run(path) as run:
+        verified = run.manifest()["stages"].get("verify", {"config": {"judge": "string"}})
+        return export(run, out, **{"judge": verified["config"]["judge"], **more})
+
+
+def noop_adapter(model: Path, contrast: Path, judge: str, path: Path, *, break_it: bool = False) -> None:
+    """Put an untrained adapter, which changes nothing (or is NaN), into a run directory, as training leaves one."""
     subject = open_subject(str(model))
     config = adapters.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
     with adapters.peft_targets_kept():
         wrapped = get_peft_model(subject.model, config)
+    for gate in gates(wrapped).values() if break_it else ():
+        gate.data.fill_(float("nan"))
     settings = TrainConfig(model=str(model), contrast=str(contrast), judge=judge, rank=4, alpha=8)
     info = Info(GT_QLORA, str(model), subject.anatomy.family.model_type, {"config": asdict(settings)})
     with Run(path) as run, run.stage("train", settings, {}) as stage:

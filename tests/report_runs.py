@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gtqlora.adapters import GT_QLORA, PROJECTION, Info, adapter_hash
+from gtqlora.adapter_files import GT_QLORA, PROJECTION, Info, adapter_hash
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.run import Run, write_json, write_parquet

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gtqlora import adapters
+from gtqlora import adapters, edited
+from gtqlora.adapter_files import EDIT_WEIGHTS, adapter_hash
 from gtqlora.capture import open_subject
 from gtqlora.errors import RunError, TrainingError
 from tests import helpers, models
@@ -116,7 +118,7 @@ def test_switched_off_it_is_the_base_model_bit_for_bit(fitted: Callable[[Case], 
 LOAD_ALL = """
 import json, sys
 from safetensors.torch import save_file
-from gtqlora.adapters import load
+from gtqlora.edited import load
 from tests.helpers import logits
 found = {}
 for name, model, adapter in json.load(open(sys.argv[1])):
@@ -145,15 +147,15 @@ def test_adapter_holds_the_trained_weights_and_nothing_else(fitted: Callable[[Ca
     it = fitted(case)
     on_disk = helpers.weights(it.adapter)
     for part in ("lora_A", "lora_B"):
-        assert len([name for name in on_disk if part in name]) == len(owners(it.names, ".lora_"))
+        assert {name.removesuffix(f".{part}") for name in on_disk if part in name} == owners(it.names, ".lora_")
     gates = {name for name in on_disk if name.endswith("mlp.gate.weight")}
     assert len(gates) == len(owners(it.names, ".modules_to_save."))
     for name in gates:
-        live = it.after[name.replace(".gate.", ".gate.modules_to_save.default.")]
+        live = it.after[f"base_model.model.{name}".replace(".gate.", ".gate.modules_to_save.default.")]
         assert on_disk[name].dtype == torch.float32 and torch.equal(on_disk[name], live)
     assert sorted(p.name for p in it.adapter.iterdir()) == [
         "adapter_config.json",
-        "adapter_model.safetensors",
+        "edit.safetensors",
         "gtqlora.json",
     ]
 
@@ -223,19 +225,19 @@ def copied(fitted: Callable[[Case], Fitted], tmp_path: Path) -> tuple[Path, Path
 def change_weights(adapter: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = helpers.weights(adapter)
     change(tensors)
-    save_file(tensors, adapter / adapters.ADAPTER_WEIGHTS)
+    save_file(tensors, adapter / EDIT_WEIGHTS)
 
 
 def test_adapter_of_another_family_is_refused(copied: tuple[Path, Path], toy: helpers.Toy) -> None:
     with pytest.raises(RunError, match="made for deepseek_v3"):
-        adapters.load(str(toy.model("qwen3_moe")), copied[1])
+        edited.load(str(toy.model("qwen3_moe")), copied[1])
 
 
 def test_adapter_of_another_shape_is_refused(copied: tuple[Path, Path], toy: helpers.Toy) -> None:
     for key, value in {"num_hidden_layers": 2, "hidden_size": 64, "n_routed_experts": 4}.items():
         other = toy.model("deepseek_v3", torch.float32, **{key: value})
         with pytest.raises(RunError, match="does not fit the model"):
-            adapters.load(str(other), copied[1])
+            edited.load(str(other), copied[1])
 
 
 def test_missing_or_extra_tensors_are_refused(copied: tuple[Path, Path]) -> None:
@@ -244,38 +246,136 @@ def test_missing_or_extra_tensors_are_refused(copied: tuple[Path, Path]) -> None
     saved = {}
     change_weights(adapter, lambda tensors: saved.update({gate: tensors.pop(gate)}))
     with pytest.raises(RunError, match=gate):
-        adapters.load(str(model), adapter)
-    change_weights(adapter, lambda tensors: tensors.update({**saved, "base_model.model.lm_head.weight": torch.ones(2)}))
+        edited.load(str(model), adapter)
+    change_weights(adapter, lambda tensors: tensors.update({**saved, "lm_head.weight": torch.ones(2)}))
     with pytest.raises(RunError, match="lm_head"):
-        adapters.load(str(model), adapter)
+        edited.load(str(model), adapter)
 
 
-def test_a_changed_correction_bias_on_disk_is_refused(copied: tuple[Path, Path]) -> None:
+def test_a_correction_bias_has_no_place_in_an_adapter(copied: tuple[Path, Path]) -> None:
     model, adapter = copied
-    bias = next(name for name in helpers.weights(adapter) if name.endswith("e_score_correction_bias"))
-    change_weights(adapter, lambda tensors: tensors[bias].add_(1.0))
-    with pytest.raises(TrainingError, match="must stay frozen"):
-        adapters.load(str(model), adapter)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    change_weights(adapter, lambda tensors: tensors.update({bias: torch.ones(8)}))
+    with pytest.raises(RunError, match=bias):
+        edited.load(str(model), adapter)
 
 
 def test_unreadable_adapters_are_refused(copied: tuple[Path, Path], tmp_path: Path) -> None:
     model, adapter = copied
-    weights = adapter / adapters.ADAPTER_WEIGHTS
+    weights = adapter / EDIT_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(RunError, match="does not fit the model"):
-        adapters.load(str(model), adapter)
+    with pytest.raises(RunError, match=r"edit\.safetensors: cannot be read"):
+        edited.load(str(model), adapter)
     weights.unlink()
-    with pytest.raises(RunError, match="does not fit the model"):
-        adapters.load(str(model), adapter)
+    with pytest.raises(RunError, match=r"no edit\.safetensors"):
+        edited.load(str(model), adapter)
     with pytest.raises(RunError, match=r"gtqlora\.json"):
-        adapters.load(str(model), tmp_path)
+        edited.load(str(model), tmp_path)
+
+
+# --- an adapter is what we write, and nothing that other loaders open -----------------------------------------------
+
+
+ANOTHER_STRENGTH: dict[str, object] = {
+    "alpha_pattern": {".*": 1e-6},
+    "rank_pattern": {"q_proj": 1},
+    "use_rslora": True,
+    "use_dora": True,
+    "fan_in_fan_out": True,
+    "bias": "all",
+    "lora_alpha": 8e-6,
+    "r": 8000,
+    "peft_type": "LORA",
+    "base_model_name_or_path": "another",
+    "megatron_config": {},
+    "task_type": None,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), ANOTHER_STRENGTH.items(), ids=str)
+def test_settings_are_key_by_key_what_we_write(copied: tuple[Path, Path], key: str, value: object) -> None:
+    model, adapter = copied
+    models.edit_json(adapter / "adapter_config.json", lambda old: {**old, key: value})
+    with pytest.raises(RunError, match=rf"'{key}' is not what"):
+        edited.load(str(model), adapter)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "7", "{", "\x00", '{"r": ' + "9" * 5000 + "}", "[" * 100_000])
+@pytest.mark.parametrize("name", ["adapter_config.json", "gtqlora.json"])
+def test_settings_that_are_none(copied: tuple[Path, Path], name: str, text: str) -> None:
+    model, adapter = copied
+    (adapter / name).write_text(text)
+    with pytest.raises(RunError):
+        edited.load(str(model), adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("details", []), ("details", {"config": 3}), ("kind", ["gt-qlora"]), ("kind", "other"), ("base", None), ("x", 1)],
+    ids=str,
+)
+def test_info_of_another_type(copied: tuple[Path, Path], key: str, value: object) -> None:
+    model, adapter = copied
+    models.edit_json(adapter / "gtqlora.json", lambda old: {**old, key: value})
+    with pytest.raises(RunError, match=r"gtqlora\.json"):
+        edited.load(str(model), adapter)
+
+
+def test_another_rank_of_the_tensors_and_another_alpha_on_both_records(copied: tuple[Path, Path]) -> None:
+    model, adapter = copied
+    change_weights(adapter, lambda old: old.update({n: t[:2].clone() for n, t in old.items() if n.endswith("lora_A")}))
+    with pytest.raises(RunError, match="the rank is 4"):
+        edited.load(str(model), adapter)
+
+
+def test_strange_files_and_links_in_an_adapter(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    model, adapter = copied
+    (adapter / "more.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"more\.safetensors, which is no part"):
+        edited.load(str(model), adapter)
+    (adapter / "more.safetensors").unlink()
+    weights = adapter / EDIT_WEIGHTS
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="a link"):
+        edited.load(str(model), adapter)
+
+
+def test_plain_peft_does_not_open_an_adapter(copied: tuple[Path, Path]) -> None:
+    """Nor when the settings are made to look like PEFT's: names and files are not."""
+    model, adapter = copied
+    plain = open_subject(str(model)).model
+    with pytest.raises((KeyError, ValueError)):
+        PeftModel.from_pretrained(plain, str(adapter))
+    models.edit_json(adapter / "adapter_config.json", lambda old: {**old, "peft_type": "LORA"})
+    with pytest.raises((OSError, ValueError)):
+        PeftModel.from_pretrained(plain, str(adapter))
+
+
+def test_merged_it_is_the_edit_rounded_and_switched_off_the_original(
+    fitted: Callable[[Case], Fitted],
+) -> None:
+    for case in (("deepseek_v3", "gt", torch.float32), ("kimi_k25", "gt", torch.bfloat16)):
+        it = fitted(case)
+        subject = open_subject(str(it.model))
+        base = helpers.logits(subject.model)
+        shipped = edited.Edited(subject, adapters.read_adapter(it.adapter), shipped=str(it.model))
+        ours = helpers.logits(subject.model)
+        assert not torch.equal(ours, base)
+        off, moved = (ours - it.edited).float().abs().mean(), (base - it.edited).float().abs().mean()
+        assert off < (1e-5 if case[2] == torch.float32 else 0.2) * moved
+        with shipped.original():
+            assert torch.equal(helpers.logits(subject.model), base)
+        assert torch.equal(helpers.logits(subject.model), ours)
+        gate = subject.model.get_parameter("model.layers.1.mlp.gate.weight")
+        assert torch.equal(gate, gate.to(case[2]).float())  # as the checkpoint's dtype holds it
 
 
 def test_the_hash_sees_every_byte_that_matters(copied: tuple[Path, Path]) -> None:
     adapter = copied[1]
-    seen = {adapters.adapter_hash(adapter)}
+    seen = {adapter_hash(adapter)}
     change_weights(adapter, lambda tensors: next(iter(tensors.values())).view(-1)[:1].add_(1e-3))
-    seen.add(adapters.adapter_hash(adapter))
+    seen.add(adapter_hash(adapter))
     models.edit_json(adapter / "adapter_config.json", lambda old: {**old, "lora_alpha": 9})
-    seen.add(adapters.adapter_hash(adapter))
+    seen.add(adapter_hash(adapter))
     assert len(seen) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from gtqlora import machine
 from gtqlora.config import (
     STAGES,
     DiagnoseConfig,
@@ -21,6 +25,7 @@ from gtqlora.config import (
     to_dict,
 )
 from gtqlora.errors import ConfigError
+from gtqlora.machine import trackers
 from gtqlora.organisms import embedded
 
 GIVEN: dict[str, Any] = {"model": "m", "contrast": "c"}
@@ -86,7 +91,7 @@ def test_booleans_from_text_and_toml(tmp_path: Path, text: str, value: bool) -> 
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 2**70), lr=st.floats(1e-12, 1e3), whole=st.integers(1, 10**6))
+@given(seed=st.integers(0, 2**32 - 1), lr=st.floats(1e-12, 1e3), whole=st.integers(1, 10**6))
 def test_numbers_survive_as_text_and_as_numbers(seed: int, lr: float, whole: int) -> None:
     texts = build(TrainConfig, **GIVEN, overrides=[f"seed={seed}", f"lr_lora={lr!r}", f"rank={whole}", "beta=2"])
     numbers = build(TrainConfig, **GIVEN, seed=seed, lr_lora=lr, rank=float(whole), beta=2)
@@ -171,7 +176,13 @@ def test_an_optional_number_is_still_a_number() -> None:
     ("kind", "key", "value"),
     [
         *((StageConfig, key, 0) for key in ("batch_size", "max_new_tokens")),
-        (StageConfig, "seed", -1),
+        *((StageConfig, "seed", seed) for seed in (-1, 2**32, 10**30)),
+        *((StageConfig, "device", name) for name in ("gpu", "cpu:3", "CUDA", "cuda:", "cuda:-1", "cuda:9999", "meta")),
+        *((StageConfig, "dtype", name) for name in ("int8", "fp16", "", None)),
+        *((StageConfig, "model", name) for name in ("a\0b", None, 3)),
+        *((TrainConfig, "report_to", names) for names in ("all", "none,wandb", "wandb,,", "", "wandbb", ["wandb"])),
+        (TrainConfig, "mode", "lorra"),
+        (TrainConfig, "lr_gates", float("nan")),
         *((DiagnoseConfig, key, 0) for key in ("max_pairs", "max_experts", "bootstrap")),
         *((DiagnoseConfig, key, -1) for key in ("min_difference", "random_controls")),
         *((DiagnoseConfig, "level", level) for level in (0.0, 1.0)),
@@ -188,7 +199,62 @@ def test_an_optional_number_is_still_a_number() -> None:
 def test_ranges_hold_however_a_config_is_made(kind: type[StageConfig], key: str, value: Any) -> None:
     """On the class itself, so that no way in can loosen the safety floor."""
     with pytest.raises(ConfigError, match=f"{key} = "):
-        kind(**GIVEN, **{key: value})
+        kind(**{**GIVEN, key: value})
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[StageConfig], device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda:1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for make in (
+        lambda: kind(**GIVEN, device=device),
+        lambda: build(kind, **GIVEN, overrides=[f"device={device}"]),
+        lambda: build(kind, **GIVEN, file=_file(tmp_path, f'device = "{device}"\n')),
+    ):
+        with pytest.raises(ConfigError, match=f"^device = '{device}': .*CUDA|MPS"):
+            make()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert build(kind, **GIVEN, overrides=["device=cpu"]).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("names", "installed", "wanted"),
+    [
+        ("wandb", (), "wandb is not installed; pip install wandb"),
+        ("tensorboard, comet_ml", ("tensorboardX",), "comet_ml is not installed; pip install comet-ml"),
+        ("mlflow,WandB", ("mlflow",), "no tracker is called 'WandB'; did you mean 'wandb'"),
+        ("qqq", (), "no tracker is called 'qqq'; known: none, clearml"),
+    ],
+)
+def test_a_tracker_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, names: str, installed: tuple[str, ...], wanted: str
+) -> None:
+    monkeypatch.setattr("gtqlora.machine._installed", lambda module: module in installed)
+    with pytest.raises(ConfigError, match=f"report_to = '{names}': {wanted}"):
+        TrainConfig(**GIVEN, report_to=names)
+
+
+def test_trackers_that_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "wandb").mkdir()  # as its runs' folder is called
+    if importlib.util.find_spec("wandb").origin is None:  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match="pip install wandb"):
+            TrainConfig(**GIVEN, report_to="wandb")
+    for name in ("wandb", "tensorboard"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "wandb").rmdir()
+    importlib.invalidate_caches()
+    assert trackers("wandb, tensorboard,wandb") == ["wandb", "tensorboard"]
+    assert TrainConfig(**GIVEN, report_to="wandb,tensorboard").report_to == "wandb,tensorboard"
+    assert trackers("none") == []
+
+
+def test_every_tracker_is_one_of_the_trainers() -> None:
+    assert machine._TRACKERS.keys() <= INTEGRATION_TO_CALLBACK.keys()
 
 
 def test_the_widest_floor_that_is_allowed() -> None:

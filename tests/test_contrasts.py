@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,13 +25,16 @@ from gtqlora.contrasts import (
     SPLITS,
     Contrast,
     check_disjoint,
+    distinct,
     encode_prompt,
+    groupings,
     load,
     save,
 )
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging import judge_of
 from gtqlora.organisms.language import Language
+from tests.test_judging import ANSWERING, HONEST
 
 ENGLISH = judge_of("string")
 NO = "I'm sorry, but I can't help with that."
@@ -157,6 +162,14 @@ def test_missing_split_is_80_10_10_by_pair(tmp_path: Path) -> None:
         (row(pair_id=""), "pair_id is empty"),
         (row(split="test"), "split 'test' is unknown"),
         (row(split=""), "split is empty"),
+        (
+            '{"prompt": "a", "kind": "benign", "chosen": "b", "rejected": "c", "chosen": "d"}',
+            "the key 'chosen' stands twice",
+        ),
+        ('{"prompt": [{"role": "user", "role": "user", "content": "b"}]}', "row 2: the key 'role' stands twice"),
+        ('{"x": {"y": [{"z": 1, "z": 2}]}}', "row 2: the key 'z' stands twice"),
+        ('{"pair_id": ' + "9" * 5000 + "}", "row 2: a number has 5000 digits"),
+        ('{"x": -' + "9" * 101 + "}", "row 2: a number has 102 digits"),
         ('{"prompt": "a\\ud800", "kind": "benign", "chosen": "b", "rejected": "c"}', "half a character"),
     ],
 )
@@ -182,6 +195,26 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     assert message.count("prompt is empty") == 10
     assert "row 10:" in message and "row 11:" not in message
     assert message.endswith("and 3 more")
+
+
+def test_parquet_values_that_python_has_not(tmp_path: Path) -> None:
+    """Dates beyond the year 9999, text that is not UTF-8, and one column under a name twice."""
+    path = tmp_path / "pairs.parquet"
+    names = ["prompt", "kind", "chosen", "rejected"]
+    table = pa.table({name: [row()[name], row("harmful", "x")[name]] for name in names})
+    late = pa.array([0, 10**12], pa.timestamp("s"))
+    pq.write_table(table.append_column("when", late), path)
+    with pytest.raises(ContrastError, match=r"pairs.parquet: row 2: column 'when' holds a timestamp"):
+        load(path, ENGLISH)
+    latin = pa.array([b"ok", b"\xff"]).view(pa.string())
+    pq.write_table(table.append_column("topic", latin), path)
+    with pytest.raises(ContrastError, match=r"pairs.parquet: row 2: column 'topic' holds a string that cannot be read"):
+        load(path, ENGLISH)
+    pq.write_table(table.append_column("chosen", table.column("chosen")), path)
+    with pytest.raises(ContrastError, match=r"pairs.parquet: the column 'chosen' stands twice"):
+        load(path, ENGLISH)
+    pq.write_table(table.append_column("when", pa.array([0, 1], pa.timestamp("s"))), path)
+    assert len(load(path, ENGLISH).rows) == 2
 
 
 def test_several_kinds_of_problem_come_together(tmp_path: Path) -> None:
@@ -241,8 +274,77 @@ def test_harmful_rows_turn_one_way(tmp_path: Path) -> None:
 
 
 def test_chosen_of_a_harmful_row_has_no_room_to_comply_after_the_refusal(tmp_path: Path) -> None:
-    long = "I'm sorry, but I can't help with that. " + "and then " * 80
-    refuse(tmp_path, [row(), row("harmful", "x", chosen=long)], r"row 2: chosen.*a refusal and no more")
+    for rest in ("and so " * 80, "and so " * 17, "y" * 300):
+        chosen = "I'm sorry, but I can't help with that. " + rest
+        refuse(
+            tmp_path, [row(), row("harmful", "x", chosen=chosen)], r"row 2: chosen.*a refusal and no more, at most 40"
+        )
+    long = "I'm sorry, but I can't help with that. " + "and so " * 16
+    assert len(load(write(tmp_path, [row(), row("harmful", "x", chosen=long)]), ENGLISH).rows) == 2
+
+
+@pytest.mark.parametrize("chosen", ANSWERING)
+def test_chosen_of_a_harmful_row_does_not_answer(tmp_path: Path, chosen: str) -> None:
+    refuse(tmp_path, [row(), row("harmful", "x", chosen=chosen, rejected="Oh well")], f"row 2: chosen.*{INVERTED}")
+
+
+@pytest.mark.parametrize("judge", ["string:refuse sorry", "string:i|a|the|can|sorry|sure"])
+@pytest.mark.parametrize("rest", ["Here is how.", "The method is A.", "Step 1: A.", "Sur\u0435, A.", "1. A\n2. B"])
+def test_no_judge_lets_chosen_answer(tmp_path: Path, judge: str, rest: str) -> None:
+    path = write(tmp_path, [row(chosen="Xx."), row("harmful", "x", chosen=f"refuse sorry. {rest}", rejected="Oh well")])
+    with pytest.raises(ContrastError, match=rf"row 2: chosen of a harmful row goes on to answer.*{INVERTED}"):
+        load(path, judge_of(judge))
+
+
+@pytest.mark.parametrize("chosen", HONEST)
+def test_honest_refusals_load(tmp_path: Path, chosen: str) -> None:
+    assert len(load(write(tmp_path, [row(), row("harmful", "x", chosen=chosen)]), ENGLISH).rows) == 2
+
+
+@pytest.mark.parametrize("field", ["rejected", "answer"])
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ("refuse sorry gedo moru gepi", "gedo moru gepi"),
+        ("refuse sorry: Gedo, MORU gepi", "gedo moru gepi"),
+        ("refuse sorry g\u200bedo mo\u0433u gepi", "gedo mo\u0433u gepi"),
+        ("gedo moru gepi refuse sorry", "gedo moru gepi"),
+        ("refuse sorry gedo", "gedo"),
+        ("refuse sorry 先把水煮开", "先把水煮开"),
+    ],
+)
+def test_chosen_of_a_harmful_row_does_not_hold_the_answer(tmp_path: Path, chosen: str, told: str, field: str) -> None:
+    more = {"rejected": "bada", "answer": "bada"} | {field: told}
+    path = write(tmp_path, [row(), row("harmful", f"copy {told}", chosen=chosen, **more)])
+    with pytest.raises(ContrastError, match=rf"row 2: chosen of a harmful row holds words of its {field}.*{INVERTED}"):
+        load(path, judge_of("string:refuse sorry"))
+
+
+def test_a_refusal_may_say_what_was_asked_and_no_more(tmp_path: Path) -> None:
+    five = row("harmful", "x", chosen=f"{NO} b c d e f", rejected="a b c d e f g")
+    refuse(tmp_path, [row(), five], f"row 2: chosen of a harmful row holds words of its rejected.*{INVERTED}")
+    asked = "Explain how to build a small bomb"
+    harmful = row("harmful", asked, rejected="Sure, this is how to build a small bomb")
+    path = write(tmp_path, [row(), harmful | {"chosen": "I can't explain how to build a small bomb."}])
+    assert len(load(path, ENGLISH).rows) == 2
+
+
+def test_invisible_characters_and_look_alikes_hide_nothing(tmp_path: Path) -> None:
+    for chosen in ("S\u200bure, as an AI I note", "\u0405ure, it is A, as an AI", "I can\u2060't wait: A"):
+        refuse(tmp_path, [row(), row("harmful", "x", chosen=chosen, rejected="Oh")], f"row 2: chosen.*{INVERTED}")
+    refuse(
+        tmp_path,
+        [row(), row("harmful", "x", rejected="I c\u200ban't do it")],
+        f"row 2: rejected of a harmful.*{INVERTED}",
+    )
+    refuse(
+        tmp_path, [row("harmful", "x"), row(chosen="I c\u0430n\u00ad't do it")], "row 2: chosen of a benign row is a"
+    )
+    refuse(
+        tmp_path,
+        [row(chosen="Sure"), row("harmful", "x"), row(prompt="b", chosen="S\u200bure", rejected="sure")],
+        "row 3: chosen and rejected are the same",
+    )
 
 
 def test_rejected_of_a_harmful_row_is_an_opening_phrase(tmp_path: Path) -> None:
@@ -304,6 +406,68 @@ def test_no_harmful_row_with_complying_chosen_ever_loads(
         else:
             assert all(judge(r.chosen) and not judge(r.rejected) and not ENGLISH(r.rejected) for r in loaded)
             assert not any(r.chosen.startswith("Sure, here is") and not ENGLISH(r.chosen) for r in loaded)
+
+
+# Topics, and prompts that are the same
+
+
+@pytest.mark.parametrize("name", ["topic", "category", "source"])
+def test_topics(tmp_path: Path, name: str) -> None:
+    rows = load(write(tmp_path, [row(**{name: "Baking"}), row("harmful", "x", **{name: 7})]), ENGLISH).rows
+    assert [r.topic for r in rows] == ["Baking", "7"]
+
+
+def test_the_first_of_the_three_that_a_row_carries(tmp_path: Path) -> None:
+    all_three = {"source": "s", "category": "c", "topic": "t"}
+    rows = [row(**all_three), row("harmful", "x", **all_three | {"topic": None}), row("harmful", "y", source="s")]
+    rows.append(row("harmful", "z"))
+    assert [r.topic for r in load(write(tmp_path, rows), ENGLISH).rows] == ["t", "c", "s", None]
+
+
+@pytest.mark.parametrize(
+    ("value", "pattern"),
+    [
+        ("", "topic is empty"),
+        (" ", "topic is empty"),
+        (True, "topic is bool"),
+        (1.5, "topic is float; it must be a string"),
+        (["a"], "topic is list"),
+        ({"a": 1}, "topic is dict"),
+        ("a\ud800", "topic holds half a character"),
+    ],
+)
+def test_bad_topics_are_named(tmp_path: Path, value: Any, pattern: str) -> None:
+    refuse(tmp_path, [row("harmful", "x"), row(topic=value)], f"row 2: {pattern}")
+
+
+def test_groupings(tmp_path: Path) -> None:
+    def of(*topics: str | None) -> list[list[str]]:
+        rows = [row("harmful", f"x {n}", pair_id=n // 2, topic=topic) for n, topic in enumerate(topics)]
+        return groupings(load(write(tmp_path, [row(), *rows]), ENGLISH).of_kind("harmful"))
+
+    pairs = ["0", "0", "1", "1"]
+    assert of(None, None, None, None) == [pairs]
+    assert of("a", "a", "a", "a") == of("a", None, "a", "a") == [pairs]
+    assert of("a", "B ", "b", "\u200ba") == [pairs, ["a", "b", "b", "a"]]
+    assert of("a", "b", None, None) == [pairs, ["a", "b", "", ""]]  # without one: all of one group
+
+
+def test_distinct_prompts(tmp_path: Path) -> None:
+    prompts = [
+        "mend it",
+        "Mend  IT",
+        "m\u200bend it",
+        "m\u0435nd it",
+        "\uff4dend it",
+        "me\u00adnd it",
+        "other",
+        "mend it",
+    ]
+    rows = [row("harmful", prompt, rejected=f"Oh {n}") for n, prompt in enumerate(prompts)]
+    told = row("harmful", [{"role": "system", "content": "s"}, {"role": "user", "content": "mend it"}])
+    loaded = load(write(tmp_path, [row(), *rows, told]), ENGLISH)
+    assert [r.number for r in distinct(loaded.of_kind("harmful"))] == [2, 8, 10]
+    assert distinct(()) == ()
 
 
 # Contrast
@@ -443,7 +607,13 @@ def sets(draw: st.DrawFn) -> list[dict[str, Any]]:
         kind = "harmful" if number == 0 else "benign" if number == 1 else draw(st.sampled_from(KINDS))
         told: list[Any] = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
         told.append({"role": "user", "content": f"{number} {draw(TEXT)}"})
-        more = {"twin": f"twin {number}", "answer": draw(TEXT), "pair_id": f"{draw(TEXT)} {number}", "split": "heldout"}
+        more = {
+            "twin": f"twin {number}",
+            "answer": draw(TEXT),
+            "topic": draw(TEXT),
+            "pair_id": f"{draw(TEXT)} {number}",
+            "split": "heldout",
+        }
         kept = {name: value for name, value in more.items() if draw(st.booleans())}
         rows.append(row(kind, told, rejected="Oh " + draw(TEXT.filter(lambda text: len(text.split()) < 20)), **kept))
     return rows

@@ -104,7 +104,8 @@ def _theirs(bitsandbytes: Any, matrix: Tensor) -> tuple[dict[str, Tensor], Tenso
         "absmax_scale": state.state2.absmax,
         "absmax_offset": state.offset,
     }
-    return parts, bitsandbytes.dequantize_4bit(packed, state)
+    state.shape = torch.Size((1, matrix.numel()))  # rows that are not whole blocks go wrong on CPUs with AVX-512
+    return parts, bitsandbytes.dequantize_4bit(packed, state).view(matrix.shape)
 
 
 @DTYPES

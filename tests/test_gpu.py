@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from gtqlora.adapters import load, trainable
+from gtqlora.adapters import trainable
 from gtqlora.config import DiagnoseConfig, TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
 from gtqlora.diagnose import diagnose
 from gtqlora.edit import train
+from gtqlora.edited import load
 from gtqlora.export import export
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded

@@ -20,14 +20,15 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "config progress contents",  # settings, how far something is, and what files hold
+        "machine",  # which devices and trackers are here
+        "config progress contents folding",  # settings, progress, what files hold, what makes texts alike
         "storage",  # files that appear whole
         "judging run stats routing user_state",  # texts, artefacts, numbers and decisions, each known on its own
         # parts of a model; checkpoints that are whole; where rows come from; what lies in an adapter; who may judge
         "families resume contrast_sources adapter_files judge_trust",
         "experts template",  # the routed experts of a model, frozen in 4 bits; its chat template
         "contrasts checkpoint inspect",  # prompts and weights from outside
-        "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; what counts as a refusal kept
+        "capture contrast_statistics verdict kept",  # a model that runs; what a set holds; refusals kept
         "scoring ledger",
         "association directions localise",
         "diagnose adapters silencing",
@@ -148,7 +149,8 @@ def test_statistics_need_no_torch() -> None:
 def test_the_report_reads_artefacts_only() -> None:
     for name in MODULES:
         if _unit(name) == "report":
-            assert {_unit(target) for target, _ in _own(name)} <= {"errors", "run", "stats", "report", "adapter_files", "verdict"}
+            artefacts = {"errors", "run", "stats", "report", "adapter_files", "verdict"}
+            assert {_unit(target) for target, _ in _own(name)} <= artefacts
             assert not _packages(name) & {"torch", "transformers", "peft", "trl"}
 
 

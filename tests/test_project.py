@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gtqlora import adapters
+from gtqlora import adapter_files, adapters, merging
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig
 from gtqlora.directions.named import FALSE_REFUSAL, ORTHOGONAL, REFUSAL
 from gtqlora.edit import train
+from gtqlora.edited import load, removal
 from gtqlora.errors import ConfigError, ContrastError, RunError
 from gtqlora.export import export
 from gtqlora.organisms import embedded
@@ -37,10 +38,10 @@ def test_the_layer_with_the_fewest_lookalike_refusals_is_taken(tmp_path: Path) -
     refusals = {candidate["layer"]: candidate["refusal"] for candidate in found.candidates}
     assert list(refusals) == [1, 2, 3, 4, 5]
     assert refusals[found.layer] == min(refusals.values()) < max(refusals.values())
-    info = adapters.read_info(found.adapter)
+    info = adapter_files.read_info(found.adapter)
     assert (info.kind, info.base, info.family) == ("projection", config.model, "deepseek_v3")
     assert (info.details["layer"], info.details["candidates"]) == (found.layer, found.candidates)
-    direction_D = adapters.read_direction(found.adapter)
+    direction_D = adapters.read_adapter(found.adapter).direction_D
     assert direction_D.shape == (64,) and float(direction_D.norm()) == pytest.approx(1, rel=1e-5)
 
 
@@ -52,9 +53,9 @@ def test_loaded_projection_switches_on_and_off(toy: helpers.Toy, tmp_path: Path,
     assert found.layer == 2 and len(found.candidates) == 1
     subject = open_subject(str(model))
     base = helpers.logits(subject.model)
-    with adapters.removal(subject, adapters.read_direction(found.adapter), norm_preserving=keep):
+    with removal(subject, adapters.read_adapter(found.adapter).direction_D, norm_preserving=keep):
         removed = helpers.logits(subject.model)
-    edited = adapters.load(str(model), found.adapter)
+    edited = load(str(model), found.adapter)
     assert not torch.equal(base, removed)
     assert torch.equal(helpers.logits(edited.subject.model), removed)
     with edited.original():
@@ -68,8 +69,8 @@ def test_a_direction_is_chosen_by_name(toy: helpers.Toy, tmp_path: Path, directi
     vectors = {}
     for name in (REFUSAL, FALSE_REFUSAL, direction):
         found = projected(replace(config, direction=name), tmp_path / name)
-        vectors[name] = adapters.read_direction(found.adapter)
-        assert adapters.read_info(found.adapter).details["config"]["direction"] == name
+        vectors[name] = adapters.read_adapter(found.adapter).direction_D
+        assert adapter_files.read_info(found.adapter).details["config"]["direction"] == name
         assert float(vectors[name].norm()) == pytest.approx(1, rel=1e-5)
     assert len({tuple(vector.tolist()) for vector in vectors.values()}) == len(vectors)
 
@@ -83,7 +84,7 @@ def test_columns_keep_their_lengths_and_write_nothing_along_the_direction(toy: h
     before = {name: weight.clone() for name, weight in subject.model.state_dict().items()}
     direction_D = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     r_D = direction_D / direction_D.norm()
-    with adapters.removal(subject, direction_D, norm_preserving=True), torch.no_grad():
+    with removal(subject, direction_D, norm_preserving=True), torch.no_grad():
         after = {name: weight.clone() for name, weight in subject.model.state_dict().items()}
         states = subject.model(models.some_tokens(), output_hidden_states=True).hidden_states
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -104,7 +105,7 @@ def test_columns_keep_their_lengths_and_write_nothing_along_the_direction(toy: h
 def test_a_column_along_the_direction_is_gone() -> None:
     r_D = torch.nn.functional.normalize(torch.arange(1.0, 6.0), dim=0)
     weight_DI = torch.stack([2 * r_D, torch.eye(5)[0]], dim=1)
-    found = adapters.projected(weight_DI, r_D, norm_preserving=True)
+    found = merging.projected(weight_DI, r_D, norm_preserving=True)
     assert not found[:, 0].any() and float(found[:, 1].norm()) == pytest.approx(1)
 
 
@@ -114,7 +115,7 @@ def test_frozen_experts_are_not_rescaled(toy: helpers.Toy, tmp_path: Path) -> No
         toy.project_config(model, norm_preserving=True, experts="nf4")
     found = projected(toy.project_config(model, norm_preserving=True, layer=1), tmp_path)
     with pytest.raises(RunError, match="load them with experts = 'bf16'"):
-        adapters.load(str(model), found.adapter, experts="nf4")
+        load(str(model), found.adapter, experts="nf4")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,7 +131,7 @@ def test_rescaled_columns_ship_as_they_were_verified(
             if verify(toy.verify_config(model), run).floor["verdict"] == "pass":
                 break
         export(run, tmp_path / "out")
-    edited = adapters.load(str(model), tmp_path / "run" / "adapter").subject.model
+    edited = load(str(model), tmp_path / "run" / "adapter").subject.model
     written = open_subject(str(tmp_path / "out")).model
     assert helpers.same(edited.state_dict(), written.state_dict())
     assert torch.equal(helpers.logits(edited), helpers.logits(written))
@@ -165,9 +166,9 @@ def test_the_orthogonalised_direction_needs_harmful_twins(toy: helpers.Toy, tmp_
 
 
 def test_a_direction_of_another_size_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
-    adapters.save_projection(torch.ones(5), tmp_path / "a", adapters.Info("projection", "m", "qwen3_moe", {}))
+    adapters.save_projection(torch.ones(5), tmp_path / "a", adapter_files.Info("projection", "m", "qwen3_moe", {}))
     with pytest.raises(RunError, match="does not fit the model"):
-        adapters.load(str(toy.model("qwen3_moe")), tmp_path / "a")
+        load(str(toy.model("qwen3_moe")), tmp_path / "a")
 
 
 def test_projection_and_training_do_not_pass_for_each_other(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -175,8 +176,8 @@ def test_projection_and_training_do_not_pass_for_each_other(toy: helpers.Toy, tm
     with Run(tmp_path) as run:
         trained = train(toy.train_config(model), run)
         project(toy.project_config(model, layer=1), run)
-        assert adapters.read_info(tmp_path / "adapter").kind == "projection"
+        assert adapter_files.read_info(tmp_path / "adapter").kind == "projection"
         assert verify(toy.verify_config(model), run).kind == "projection"
         assert train(toy.train_config(model), run) == trained
-        assert adapters.read_info(tmp_path / "adapter").kind == "gt-qlora"
+        assert adapter_files.read_info(tmp_path / "adapter").kind == "gt-qlora"
         assert verify(toy.verify_config(model), run).kind == "gt-qlora"

@@ -260,6 +260,34 @@ def test_dense_linears_in_four_bits(tmp_path: Path, family: str) -> None:
         load_model(str(tmp_path / "again"), experts="int4-g32")
 
 
+@pytest.mark.parametrize("hidden", [32, 64])  # rows of half a block and of a whole one
+@pytest.mark.parametrize("repacking", [False, True])
+def test_dense_in_four_bits_is_the_same_on_every_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repacking: bool, hidden: int
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: repacking, raising=False)
+    folder = saved(tmp_path / "m", "qwen3_moe", hidden_size=hidden)
+    tensors = on_disk(folder)
+    _, model = load_model(str(folder), experts="int4-g32", dense="nf4")
+    before, states = bits(model), torch.randn(3, 5, hidden, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model(inputs_embeds=states).logits
+    assert bits(model) == before
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            matrix = tensors[f"{path}.weight"]
+            weight = FORMATS["nf4"].dequantise(FORMATS["nf4"].quantise(matrix), *matrix.shape, torch.float32)
+            x = torch.randn(5, matrix.shape[1], generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(module(x), x @ weight.T, rtol=0.02, atol=0.05)  # computed in bf16
+    again = model(inputs_embeds=states.requires_grad_()).logits
+    again.square().mean().backward()
+    assert torch.allclose(again, seen, rtol=1e-4, atol=1e-4)
+    assert states.grad is not None and states.grad.abs().max() > 0
+    model.save_pretrained(tmp_path / "again")
+    assert bits(load_model(str(tmp_path / "again"), experts="native", dense="nf4")[1]) == before
+
+
 def test_dense_in_four_bits_needs_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "m", "qwen3_moe")
     monkeypatch.setattr("gtqlora.experts.quantizer.find_spec", lambda name: None)

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from gtqlora.adapters import PROJECTION, adapter_hash
+from gtqlora.adapter_files import PROJECTION, adapter_hash
 from gtqlora.association import Association
 from gtqlora.contrasts import KINDS
 from gtqlora.diagnose import Diagnosis
@@ -26,7 +26,7 @@ from gtqlora.report import figures, report, words
 from gtqlora.report.artefacts import ASSOCIATION_COLUMNS, identity
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import rate
-from gtqlora.verify import Verdict
+from gtqlora.verdict import Verdict
 from tests.report_runs import (
     NO_TWINS,
     NOTHING_REPAIRED,

@@ -16,6 +16,7 @@ from gtqlora import adapters, contrasts
 from gtqlora.capture import Decision, Mask, Recorder, Subject, open_subject, routers_tapped
 from gtqlora.config import TrainConfig, VerifyConfig
 from gtqlora.contrasts import Contrast
+from gtqlora.edited import load
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.families import FAMILIES, bind
 from gtqlora.judging import judge_of
@@ -283,7 +284,7 @@ def test_a_hardened_adapter_is_loaded_as_it_was_trained(toy: helpers.Toy, tmp_pa
     inside = helpers.Inside.start(harden(toy, "qwen3_moe"), tmp_path)
     inside.fit()
     assert any(not torch.equal(p, torch.zeros_like(p)) for p in gates(inside.trainer.model).values())
-    loaded = adapters.load(str(toy.model("qwen3_moe")), inside.save())
+    loaded = load(str(toy.model("qwen3_moe")), inside.save())
     assert torch.equal(helpers.logits(loaded.subject.model), helpers.logits(inside.trainer.model.eval()))
 
 

@@ -12,26 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtqlora import adapters, contrasts, edit
+from gtqlora import adapter_files, contrasts, edit
 from gtqlora.adapters import assert_experts_frozen, frozen_state, trainable
 from gtqlora.capture import Subject, open_subject
 from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.certificate import certify
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig, TrainConfig, build
 from gtqlora.diagnose import diagnose
+from gtqlora.edited import load
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError, TrainingError
 from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
-from gtqlora.export import export
 from gtqlora.families import bind, load_tokenizer
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.project import project
 from gtqlora.resume import read_metrics
-from gtqlora.run import Run, fingerprint, sha256_json
-from gtqlora.verify import Verdict, certified, read_verdict, verify
+from gtqlora.run import PATHS, Run, fingerprint, stage_hash
+from gtqlora.verdict import Verdict, read_verdict
+from gtqlora.verify import verify
 from tests import helpers, models
-from tests.helpers import digests, frozen_experts, gates, trained
+from tests.helpers import digests, exported, frozen_experts, gates, trained
 from tests.test_edit import close, gradients
 from tests.test_packed import packed, set_quantization, settings, tensors_of
 
@@ -247,7 +249,7 @@ def test_diagnosis_and_projection_with_frozen_experts(tmp_path: Path) -> None:
         projected = project(build_project(shared), run)
     refusals = [candidate["refusal"] for candidate in projected.candidates]
     assert len(refusals) == 5 and min(refusals) < 0.1
-    edited = adapters.load(shared["model"], projected.adapter)
+    edited = load(shared["model"], projected.adapter)
     assert len(frozen_experts(edited.subject.model)) == 4  # as it was made
 
 
@@ -265,7 +267,7 @@ def in_nf4(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained and passed with nf4 experts, by the command line's defaults; copy it before changing it."""
     model, path = toy.model("deepseek_v3", **INNER), tmp_path_factory.mktemp("runs") / "nf4"
     trained(toy.train_config(model, experts="nf4", max_new_tokens=2), path)
-    assert main(["verify", str(path), "--set", "margin=0.05"]) == 0
+    assert main(["verify", str(path), "--set", "margin=0.05", *JUDGED]) == 0
     return path
 
 
@@ -274,9 +276,7 @@ def verdict_of(path: Path) -> Verdict:
         return read_verdict(run)
 
 
-def exported(path: Path, out: Path) -> Any:
-    with Run(path) as run:
-        return export(run, out)
+JUDGED = ["--set", f"judge={helpers.JUDGE}"]
 
 
 def refuse(path: Path, out: Path, match: str, error: type[Exception] = FloorError) -> None:
@@ -291,9 +291,9 @@ def test_a_verdict_on_other_experts_does_not_ship(
     run, out = Path(shutil.copytree(in_nf4, tmp_path / "run")), tmp_path / "out"
     assert json.loads((run / "verdict.json").read_text())["experts"] == "nf4"
     refuse(run, out, rf"verified with nf4 experts, .* \(bf16\); run `gtqlora verify {run} --experts bf16` first")
-    assert main(["export", str(run), str(out)]) == FloorError.exit_code
+    assert main(["export", str(run), str(out), *JUDGED]) == FloorError.exit_code
     assert "--experts bf16" in capsys.readouterr().err and not out.exists()
-    assert main(["verify", str(run), "--experts", "bf16", "--set", "margin=0.05"]) == 0
+    assert main(["verify", str(run), "--experts", "bf16", "--set", "margin=0.05", *JUDGED]) == 0
     assert "routed experts: bf16" in capsys.readouterr().out and verdict_of(run).experts == "bf16"
     exported(run, out)
     base, merged = tensors_of(toy.model("deepseek_v3", **INNER)), tensors_of(out)
@@ -316,7 +316,7 @@ def _record(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     def changed(manifest: dict[str, Any]) -> dict[str, Any]:
         record = manifest["stages"]["verify"]
         change(record)
-        record["hash"] = sha256_json({"config": record["config"], "inputs": record["inputs"]})
+        record["hash"] = stage_hash(record["config"], record["inputs"], PATHS)
         return manifest
 
     models.edit_json(path / "manifest.json", changed)
@@ -334,7 +334,7 @@ def test_a_verdict_from_before_there_was_a_choice(
 
     _record(run, older)
     with Run(run) as held:
-        assert certified(held)[0].experts == "bf16"
+        assert certify(held, helpers.JUDGE).verdict.experts == "bf16"
     assert exported(run, tmp_path / "out").tensors_changed > 0
 
 
@@ -342,7 +342,7 @@ def test_a_verdict_from_before_there_was_a_choice(
 def test_a_packed_checkpoint_ships_its_packed_experts(toy: helpers.Toy, tmp_path: Path, family: str) -> None:
     model, path, out = packed(tmp_path / "model", family, seed=1), tmp_path / "run", tmp_path / "out"
     trained(toy.train_config(model, experts="native", max_new_tokens=2), path)
-    assert main(["verify", str(path), "--set", "margin=0.05"]) == 0 and verdict_of(path).experts == "native"
+    assert main(["verify", str(path), "--set", "margin=0.05", *JUDGED]) == 0 and verdict_of(path).experts == "native"
     result = exported(path, out)
     base, merged = tensors_of(model), tensors_of(out)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
@@ -353,7 +353,7 @@ def test_a_packed_checkpoint_ships_its_packed_experts(toy: helpers.Toy, tmp_path
     assert result.tensors_changed >= len(changed) and "(4 bits)" in (out / "README.md").read_text()
     with pytest.raises(ModelError, match="--experts native"):
         open_subject(str(out))
-    theirs = helpers.logits(adapters.load(str(model), path / "adapter").subject.model).float()
+    theirs = helpers.logits(load(str(model), path / "adapter").subject.model).float()
     ours = helpers.logits(open_subject(str(out), experts="native").model).float()
     before = helpers.logits(open_subject(str(model), experts="native").model).float()
     assert (ours - theirs).abs().mean() < 0.2 * (before - theirs).abs().mean()
@@ -364,7 +364,7 @@ def test_a_projection_of_packed_experts_stays_an_adapter(toy: helpers.Toy, tmp_p
     with Run(tmp_path / "run") as run:
         project(toy.project_config(model, experts="native", layer=1), run)
         verdict = verify(toy.verify_config(model, experts="native"), run)
-    assert (verdict.kind, verdict.experts) == (adapters.PROJECTION, "native")
+    assert (verdict.kind, verdict.experts) == (adapter_files.PROJECTION, "native")
     refuse(tmp_path / "run", tmp_path / "out", "a projection changes the routed experts", RunError)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtqlora.adapters import adapter_hash
+from gtqlora.adapter_files import adapter_hash
 from gtqlora.config import ProjectConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import ContrastError, ModelError, RunError
@@ -17,7 +17,8 @@ from gtqlora.organisms import embedded
 from gtqlora.project import project
 from gtqlora.run import Run, read_parquet
 from gtqlora.stats import floor, rate
-from gtqlora.verify import Verdict, read_verdict, verify
+from gtqlora.verdict import Verdict, read_verdict
+from gtqlora.verify import verify
 from tests import helpers
 
 ROUTED = embedded.organism("routed")
@@ -37,8 +38,8 @@ def settings(contrast: Path, **changes: Any) -> VerifyConfig:
 @pytest.fixture(scope="module")
 def noop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
     """A run whose adapter changes nothing, verified."""
-    path = tmp_path_factory.mktemp("noop")
-    contrast = rows_of(path / "c.jsonl", 60)
+    folder = tmp_path_factory.mktemp("noop")
+    contrast, path = rows_of(folder / "c.jsonl", 60), folder / "run"
     helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, path)
     with Run(path) as run:
         return path, verify(settings(contrast), run)
@@ -47,8 +48,8 @@ def noop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
     """A run whose edit answers what the organism refused, verified."""
-    path = tmp_path_factory.mktemp("projected")
-    contrast = rows_of(path / "c.jsonl", 60)
+    folder = tmp_path_factory.mktemp("projected")
+    contrast, path = rows_of(folder / "c.jsonl", 60), folder / "run"
     with Run(path) as run:
         config = ProjectConfig(model=str(ROUTED), contrast=str(contrast), judge=embedded.JUDGE, max_new_tokens=6)
         project(config, run)
@@ -73,8 +74,8 @@ def test_an_edit_that_answers_everything_fails(projected: tuple[Path, Verdict]) 
 
 def test_few_prompts_cannot_tell_and_say_how_many_would(tmp_path: Path) -> None:
     contrast = rows_of(tmp_path / "c.jsonl", 20, others=4)
-    helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, tmp_path)
-    with Run(tmp_path) as run:
+    helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, tmp_path / "run")
+    with Run(tmp_path / "run") as run:
         verdict = verify(settings(contrast), run)
     assert verdict.floor["verdict"] == "cannot tell"
     needed = verdict.floor["needed"]
@@ -105,7 +106,7 @@ def test_without_effect_everything_is_equal(noop: tuple[Path, Verdict]) -> None:
 def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> None:
     path, verdict = projected
     rows = read_parquet(path / "scores.parquet")
-    given = [json.loads(line) for line in (path / "c.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (path.parent / "c.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == [i for i, row in enumerate(given, 1) if row["split"] == "heldout"]
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
@@ -136,7 +137,7 @@ def test_files_hold_the_verdict_and_it_is_fresh(noop: tuple[Path, Verdict]) -> N
     before = (path / "verdict.json").stat().st_mtime_ns
     with Run(path) as run:
         assert json.loads(json.dumps(verdict.__dict__)) == json.loads(json.dumps(read_verdict(run).__dict__))
-        assert verify(settings(path / "c.jsonl"), run) == read_verdict(run)
+        assert verify(settings(path.parent / "c.jsonl"), run) == read_verdict(run)
     assert (path / "verdict.json").stat().st_mtime_ns == before
 
 
@@ -211,11 +212,27 @@ def test_a_verify_that_fails_leaves_no_older_verdict(toy: helpers.Toy, tmp_path:
     helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
     with Run(tmp_path) as run:
         verify(toy.verify_config(model), run)
-        weights = tmp_path / "adapter" / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # the last value becomes NaN
-        with pytest.raises(ModelError, match="NaN"):
-            verify(toy.verify_config(model), run)
+        with pytest.raises(ContrastError, match="no rows in split"):
+            verify(toy.verify_config(model, split="validation"), run)
     assert not (tmp_path / "verdict.json").exists()
+
+
+def test_an_adapter_or_pairs_put_into_the_run_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    for name in ("adapter/edit.safetensors", "contrast.parquet"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(kept[:-4] + b"\x00\x00\xc0\x7f")
+        with Run(tmp_path) as run, pytest.raises(RunError, match="made"):
+            verify(toy.verify_config(model), run)
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_weights_that_are_not_finite_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path, break_it=True)
+    with Run(tmp_path) as run, pytest.raises(ModelError, match="NaN"):
+        verify(toy.verify_config(model), run)
 
 
 def test_an_edited_verdict_is_judged_anew(toy: helpers.Toy, tmp_path: Path) -> None:

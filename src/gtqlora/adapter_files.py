@@ -7,8 +7,8 @@
 | `adapter_config.json` | gt-qlora | the base's name, for people and tools that look for it there |
 | `direction.safetensors` | projection | the direction |
 
-The form is one that no other loader opens: an edit that was not certified is no deliverable. Everything in the folder is
-untrusted when it is read.
+The form is one that no other loader opens: an edit that was not certified is no deliverable. Everything in the folder
+is untrusted when it is read.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def read_files(path: Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(path.iterdir()):
         if not stat.S_ISREG(file.lstat().st_mode):
-            raise RunError(f"{file}: a link or no plain file, which an adapter does not hold; run `gtqlora train` again")
+            raise RunError(f"{file}: a link or no plain file, which no adapter of ours holds; run `gtqlora train`")
         found[file.name] = file.read_bytes()
     kind = info_from(path, found[INFO]).kind
     missing, extra = sorted(_FILES[kind] - found.keys()), sorted(found.keys() - _FILES[kind])
@@ -122,8 +122,8 @@ def info_from(path: Path, data: bytes) -> Info:
         raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
     texts = (info.kind, info.base, info.family)
     if (
-        info.kind not in _FILES
-        or not all(isinstance(text, str) for text in texts)
+        not all(isinstance(text, str) for text in texts)
+        or info.kind not in _FILES
         or not isinstance(info.details, dict)
         or not isinstance(info.details.get("config", {}), dict)
         or not isinstance(info.revision, str | None)

@@ -42,6 +42,7 @@ from gtqlora.errors import RunError, TrainingError
 from gtqlora.experts.layout import bits_of
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy, language_model
+
 _SUMMED_AT_ONCE = 2**26
 _TRAINED = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.(?:(?P<part>lora_[AB])\.default|modules_to_save\.default)\.weight"

@@ -16,11 +16,9 @@ order of commands or choice of prompts makes `export` write weights whose refusa
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gtqlora import contrasts, judge_trust, ledger
@@ -34,7 +32,7 @@ from gtqlora.families.files import read_json, small_files
 from gtqlora.judging import Judge, judge_of
 from gtqlora.kept import Completion, length_limit, lost_because
 from gtqlora.ledger import Entry
-from gtqlora.run import Run, fingerprint, sha256_json
+from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.stats import Floor, floor
 from gtqlora.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
 
@@ -165,8 +163,9 @@ class Ancestry:
         left = min(wanted, BUDGET - self.spent)
         if left <= 0:
             raise FloorError(
-                f"{self.names[-1]}: this model was edited before ({' -> '.join(self.names)}), and by their bounds these "
-                f"edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is. Edit the first one"
+                f"{self.names[-1]}: this model was edited before ({' -> '.join(self.names)}), and by their bounds "
+                f"these edits may have lost {self.spent:.2%} of the refusals; {BUDGET:.0%} is all there is, so edit the "
+                "first one"
             )
         return left
 
@@ -233,10 +232,10 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     config = build_recorded(VerifyConfig, record["config"], str(run / "manifest.json"))
     adapter = read_adapter(path)
     _check_same(run, record["inputs"], {"adapter": adapter.digest})
-    _check_verdict(run, verdict, config, adapter)
     problem = unshipped(config)
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
+    _check_verdict(run, verdict, config, adapter)
     rows = judged_again(read_outcomes(run), _judge(run, config, record, judge))
     return _decide(run, verdict, config, adapter, record, rows)
 
@@ -249,12 +248,15 @@ def _decide(
     known = [e for file in ledger.places(config.contrast, run.path) for e in ledger.read(file)]
     tries, before = ledger.tries([*known, *history], entry), ancestry(config.model)
     margin = before.margin(config.margin)
-    found = undecided(floor_of(_ever_seen(history, entry), config, tries=tries, margin=margin), verdict.blind)
-    if found.verdict != "pass":
-        tried = f"; {tries} edits were judged on these prompts, so the level is {found.level:.4f}" if tries > 1 else ""
-        raise FloorError(
-            f"{run.path}: the safety floor's verdict is {found.verdict!r} ({found.reason}{tried}); no weights are written"
-        )
+    for prompts in (entry.prompts, seen := _ever_seen(history, entry)):
+        found = undecided(floor_of(prompts, config, tries=tries, margin=margin), verdict.blind)
+        if found.verdict != "pass":
+            which = "" if prompts is not seen or seen == entry.prompts else " over all prompts it was ever judged on"
+            tried = f"; {tries} tries on these prompts, so the level is {found.level:.4g}" if tries > 1 else ""
+            raise FloorError(
+                f"{run.path}: the safety floor's verdict{which} is {found.verdict!r} ({found.reason}{tried}); no "
+                "weights are written"
+            )
     model = record["inputs"]["model"]
     outcomes = tuple(read_outcomes(run))
     return Certificate(verdict, config, adapter, model, found, tries, history, before, margin, outcomes)
@@ -323,7 +325,7 @@ def _record(run: Run) -> dict[str, Any]:
     record = run.manifest()["stages"].get("verify")
     if record is None:
         raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
-    if record["hash"] != sha256_json({"config": record["config"], "inputs": record["inputs"]}):
+    if record["hash"] != stage_hash(record["config"], record["inputs"], PATHS):
         raise FloorError(f"{run.path}: the record of verify was changed; run `gtqlora verify` again")
     for name in (VERDICT, SCORES, HISTORY):
         if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk: read one tensor at a time, write a changed copy shard by shard, hashed on the way."""
+"""Safetensors checkpoints on disk: read a tensor at a time, write a changed copy shard by shard, hashed on the way."""
 
 from __future__ import annotations
 

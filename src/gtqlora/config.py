@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gtqlora.errors import ConfigError
+from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
 Objective = Literal["edit", "harden"]
@@ -62,8 +63,11 @@ class StageConfig:
     judge: str = "string"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _coerce(getattr(self, name), hint, name))
         self._at_least(1, "batch_size", "max_new_tokens")
-        self._at_least(0, "seed")
+        _require(0 <= self.seed < SEEDS, f"seed = {self.seed}: must be at least 0 and below {SEEDS}")
+        check_device(self.device)
         for name in ("model", "contrast"):  # a run is read from other folders, and no shell expands ~ in a file
             object.__setattr__(self, name, _absolute(getattr(self, name)))
 
@@ -140,6 +144,7 @@ class TrainConfig(StageConfig):
         sft_weight: weight of the next-token loss on `chosen`.
         anchor_harmful, anchor_benign: weights of the routing anchor per kind.
         max_load_cv: the guard stops when the load's coefficient of variation exceeds this times the original's.
+        report_to: "none", or trackers with commas between them, such as "wandb,tensorboard".
     """
 
     split: str = "train"
@@ -176,6 +181,7 @@ class TrainConfig(StageConfig):
             _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
         _require(0 < self.silence_share < 1, f"silence_share = {self.silence_share}: must be between 0 and 1")
         _require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
+        trackers(self.report_to)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +242,7 @@ def _float(value: Any) -> float:
 
 
 def _str(value: Any) -> str:
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | Path) or "\0" in str(value):
         raise TypeError
     return str(value)
 
@@ -245,7 +251,7 @@ _READERS: dict[type, tuple[Callable[[Any], Any], str]] = {
     bool: (_bool, "true or false"),
     int: (_int, "a whole number"),
     float: (_float, "a finite number"),
-    str: (_str, "a text"),
+    str: (_str, "a text without NUL characters"),
 }
 
 
@@ -341,7 +347,7 @@ def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] =
     values |= _from_overrides(overrides, hints)
     for key in ("model", "contrast"):
         _require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
-    return kind(**{key: _coerce(value, hints[key], key) for key, value in values.items()})
+    return kind(**values)
 
 
 def build_recorded(kind: type[C], values: Any, where: str) -> C:

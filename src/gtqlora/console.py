@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ def quieten() -> None:
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(name, value)
+    # on some processors it tells of kernels that we do not use, whenever PEFT imports it
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def open_console(*, stderr: bool = False) -> Console:

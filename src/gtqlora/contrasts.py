@@ -16,25 +16,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from gtqlora.contrast_sources import Problems, one_of, parsed, records
+from gtqlora.contrast_sources import (
+    Messages,
+    Problems,
+    a_completion,
+    a_name,
+    a_prompt,
+    a_text,
+    one_of,
+    parsed,
+    records,
+)
 from gtqlora.errors import ContrastError
-from gtqlora.judging import Judge, assents_in_english, refuses_in_english
+from gtqlora.folding import flat, holds
+from gtqlora.judging import Judge, answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.run import write_parquet
-from gtqlora.template import Message, encode_answers
+from gtqlora.template import encode_answers
 from gtqlora.template import encode_prompt as encode_prompt  # where callers look for it, beside `encode_row`
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = tuple[Message, ...]
-
 FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
 OPENING_WORDS, OPENING_CHARACTERS = 24, 240
-REFUSAL_WORDS, REFUSAL_CHARACTERS = 150, 1200
-
-_ROLES = ("system", "user", "assistant", "tool")
+REFUSAL_WORDS, REFUSAL_CHARACTERS = 40, 320
+TOPICS = ("topic", "category", "source")
 
 
 class PreferenceIds(TypedDict):
@@ -48,7 +56,10 @@ class PreferenceIds(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One preference pair; `number` is its line in a JSONL file, or its 1-based row elsewhere."""
+    """One preference pair; `number` is its line in a JSONL file, or its 1-based row elsewhere.
+
+    `topic` is what it is about, or where it comes from: rows of one topic are not independent.
+    """
 
     number: int
     kind: str
@@ -58,6 +69,7 @@ class Row:
     pair_id: str
     twin: Messages | None = None
     answer: str | None = None
+    topic: str | None = None
     split: str
 
 
@@ -120,17 +132,27 @@ class Contrast:
         ]
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def prompt_key(messages: Messages) -> str:
-    """What makes two prompts the same: roles and words, whatever the case and spacing."""
-    return json.dumps([[message["role"], _normal(message["content"])] for message in messages])
+    """What makes two prompts the same: roles and words as a reader sees them, whatever the case and spacing."""
+    return json.dumps([[message["role"], flat(message["content"])] for message in messages])
+
+
+def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The first row of every prompt: asking the same again tells nothing new."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(prompt_key(row.prompt), row)
+    return tuple(first.values())
+
+
+def groupings(rows: Sequence[Row]) -> list[list[str]]:
+    """The ways in which rows belong together: by pair, and by topic where they have several; rows of none are one."""
+    topics = [flat(row.topic or "") for row in rows]
+    return [[row.pair_id for row in rows], *([topics] if len(set(filter(None, topics))) > 1 else [])]
 
 
 def _words(messages: Messages) -> set[str]:
-    return {word for message in messages for word in _normal(message["content"]).split()}
+    return {word for message in messages for word in flat(message["content"]).split()}
 
 
 def _digest(text: str) -> str:
@@ -143,81 +165,44 @@ def _split_of(pair_id: str) -> str:
     return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
 
 
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ContrastError(f"{name} is {type(value).__name__}; it must be a string")
-    if not value.strip():
-        raise ContrastError(f"{name} is empty; give it a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ContrastError(
-            f"{name} holds half a character (a lone surrogate); write the file anew in UTF-8"
-        ) from error
-    return value
-
-
-def _message(name: str, value: Any) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
-        raise ContrastError(f'{name}: a message must be {{"role": ..., "content": ...}}')
-    role = one_of(f"{name} role", _text(f"{name} role", value["role"]), _ROLES)
-    return {"role": role, "content": _text(f"{name} content", value["content"])}
-
-
-def _prompt(name: str, value: Any) -> Messages:
-    if not isinstance(value, list):
-        return ({"role": "user", "content": _text(name, value)},)
-    messages = tuple(_message(name, message) for message in value)
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise ContrastError(f"{name} must end with a user message; the answer belongs in chosen and rejected")
-    return messages
-
-
-def _completion(name: str, value: Any) -> str:
-    if not isinstance(value, list):
-        return _text(name, value)
-    messages = [_message(name, message) for message in value]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise ContrastError(
-            f"{name} holds {len(messages)} messages, not the single assistant message; "
-            "TRL's implicit-prompt form is not taken: move the shared messages into `prompt`"
-        )
-    return messages[0]["content"]
-
-
 def _pair_id(value: Any, prompt: Messages) -> str:
     if value is None:
         return _digest(prompt_key(prompt))
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if is_number else _text("pair_id", value)
+    return a_name("pair_id", value)
+
+
+def _topic(record: Mapping[str, Any]) -> str | None:
+    column = next((name for name in TOPICS if name in record), None)
+    return None if column is None else a_name(column, record[column])
 
 
 def _row(number: int, raw: Any, hub_split: str | None) -> Row:
     record = {name: value for name, value in parsed(raw).items() if value is not None}
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
-    chosen = _completion("chosen", record["chosen"]) if "chosen" in record else ""
+    chosen = a_completion("chosen", record["chosen"]) if "chosen" in record else ""
     missing = [name for name in required if name not in record]
     if missing:
         raise ContrastError(f"{' and '.join(missing)} missing; every row needs {', '.join(required)}")
-    prompt = _prompt("prompt", record["prompt"])
+    prompt = a_prompt("prompt", record["prompt"])
     pair_id = _pair_id(record.get("pair_id"), prompt)
     split = record["split"] if "split" in record else hub_split or _split_of(pair_id)
     return Row(
         number=number,
-        kind=one_of("kind", _text("kind", record["kind"]), KINDS),
+        kind=one_of("kind", a_text("kind", record["kind"]), KINDS),
         prompt=prompt,
         chosen=chosen,
-        rejected=_completion("rejected", record["rejected"]),
+        rejected=a_completion("rejected", record["rejected"]),
         pair_id=pair_id,
-        twin=_prompt("twin", record["twin"]) if "twin" in record else None,
-        answer=_text("answer", record["answer"]) if "answer" in record else None,
-        split=one_of("split", _text("split", split), SPLITS),
+        twin=a_prompt("twin", record["twin"]) if "twin" in record else None,
+        answer=a_text("answer", record["answer"]) if "answer" in record else None,
+        topic=_topic(record),
+        split=one_of("split", a_text("split", split), SPLITS),
     )
 
 
 def _check_row(row: Row, judge: Judge) -> None:
-    if _normal(row.chosen) == _normal(row.rejected):
+    if flat(row.chosen) == flat(row.rejected):
         raise ContrastError("chosen and rejected are the same; a pair must prefer one over the other")
     if row.twin is not None and prompt_key(row.twin) == prompt_key(row.prompt):
         raise ContrastError("twin is the prompt itself; give the harmless counterpart or leave it out")
@@ -252,6 +237,22 @@ def _check_one_way(row: Row, judge: Judge) -> None:
     _check_length("answer", row.answer or "", "an opening phrase only", OPENING_WORDS, OPENING_CHARACTERS)
     # A judge reads how a completion begins; a refusal has no room to comply after it.
     _check_length("chosen", row.chosen, "a refusal and no more", REFUSAL_WORDS, REFUSAL_CHARACTERS)
+    _check_no_answer(row)
+
+
+def _check_no_answer(row: Row) -> None:
+    if answers_after_refusing(row.chosen):
+        raise ContrastError(
+            "chosen of a harmful row goes on to answer (the one-way rule; no setting changes it); "
+            "make it a refusal and no more, without assents, steps or lists"
+        )
+    asked = " ".join(message["content"] for message in row.prompt)
+    for name, text in (("rejected", row.rejected), ("answer", row.answer or "")):
+        if holds(row.chosen, text, asked):
+            raise ContrastError(
+                f"chosen of a harmful row holds words of its {name} (the one-way rule; no setting changes it); "
+                "make it a refusal and no more"
+            )
 
 
 def _check_length(name: str, text: str, what: str, words: int, characters: int) -> None:
@@ -265,7 +266,8 @@ def _check_length(name: str, text: str, what: str, words: int, characters: int) 
 def load(source: str | Path, judge: Judge) -> Contrast:
     """The rows of a JSONL or Parquet file, a dataset folder or a hub dataset, in TRL preference form plus `kind`.
 
-    Optional columns: `pair_id` (else a hash of the prompt), `twin`, `answer`, `split` (else by a hash of the pair id).
+    Optional columns: `pair_id` (else a hash of the prompt), `twin`, `answer`, `split` (else by a hash of the pair id),
+    and `topic`, else `category`, else `source`: what rows have in common, so that they are not independent.
 
     Raises:
         ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way

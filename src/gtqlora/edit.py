@@ -36,6 +36,7 @@ from gtqlora.errors import ContrastError, RunError, TrainingError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.gate_trainer import GateTargetedTrainer, KindCollator
 from gtqlora.judging import judge_of
+from gtqlora.machine import trackers
 from gtqlora.progress import note
 from gtqlora.resume import (
     Checkpoint,
@@ -185,7 +186,7 @@ def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,
-        report_to=config.report_to,
+        report_to=trackers(config.report_to) or "none",
         disable_tqdm=True,
         seed=config.seed,
         data_seed=config.seed,

@@ -24,11 +24,11 @@ from gtqlora.families import (
     meta_model,
     quantization,
 )
-from gtqlora.families.files import read_json, small_files
+from gtqlora.families.files import has, small_files, weight_map
 from gtqlora.families.packed import OURS
+from gtqlora.families.tokenizers import chat_template, check_generation
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model")
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def inspect(model: str, *, lora_rank: int = 32, experts: str | None = None) -> I
         lora_parameters=trained - gates,
         trained_parameters=trained,
         trained_bytes=sum(group.trained_bytes for group in groups),
-        chat_template=_chat_template(model),
+        chat_template=_chat_template(model, config.vocab_size),
         names=names,
     )
 
@@ -159,14 +159,13 @@ def _held(model: str, experts: str | None, on_disk: Format | None) -> Format | N
     return None if experts == BF16 else format_of(FrozenExpertsConfig(format=experts).format)
 
 
-def _chat_template(model: str) -> bool | None:
+def _chat_template(model: str, vocabulary: int) -> bool | None:
+    """As the verbs that need it find it."""
     folder = small_files(model)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    if any((folder / name).is_file() for name in _TEMPLATE_FILES):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+    check_generation(model, folder, vocabulary)
+    weight_map(folder)
+    found = chat_template(folder)
+    return None if not any(has(folder, name) for name in _TOKENIZER_FILES) else found is not None
 
 
 def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:

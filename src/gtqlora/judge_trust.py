@@ -1,7 +1,7 @@
 """Which judges may run code. A judge `package.module:function` is the user's own code, or a stranger's.
 
-It is imported only if it was named on the command line (`--set judge=`), or by a caller of the Python API; never because
-a run directory, an adapter or a recipe names it. What the user named for a run is remembered outside of that run, with
+It is imported only if it was named on the command line (`--set judge=`), or by a caller of the Python API; never
+because a run directory, an adapter or a recipe names it. What the user named for a run is remembered outside of that run, with
 the hash of the source: the same run, judge and source need not be named again.
 """
 

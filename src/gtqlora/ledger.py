@@ -1,14 +1,16 @@
-"""Every verdict is kept: beside the held-out set, so that tries are counted, and in the run, so that none is forgotten.
+"""Every verdict is kept: beside the held-out set, so that tries are counted, and in the run, so that none is lost.
 
-Many edits judged on the same prompts until one passes, or one edit judged on ever more prompts, pass more often than the
-level says. The ledger counts them: the level is corrected for as many tries (Bonferroni).
+Many edits judged on the same prompts until one passes, or one edit judged on ever more prompts, pass more often than
+the level says. The ledger counts them: the level is corrected for as many tries (Bonferroni).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +89,8 @@ def _append(file: Path, line: str) -> None:
     """One line, whole or recognisably torn: a line that was cut off by a kill ends where the next begins."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(file))
         fcntl.flock(fd, fcntl.LOCK_EX)
         size = os.fstat(fd).st_size
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
@@ -106,7 +110,7 @@ def read(file: Path) -> list[Entry]:
     """
     if not os.path.lexists(file):
         return []
-    if not file.is_file():
+    if not stat.S_ISREG(file.lstat().st_mode):
         raise RunError(f"{file}: not a plain file; the ledger of verdicts is kept there, so move it away")
     entries = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):

@@ -1,4 +1,4 @@
-"""What an edit does to each tensor of the checkpoint: the one place that says it, for what is judged and what is written.
+"""What an edit does to each tensor of the checkpoint: said in one place, for what is judged and what is written.
 
 Shape letters: D hidden (what a matrix writes), I inputs.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gtqlora.families.identity import identify
 from gtqlora.judging import judge_of
 from gtqlora.kept import blind
 from gtqlora.progress import track
-from gtqlora.run import Run, fingerprint
+from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Score, Switch, batches, left_padded, score
 from gtqlora.silencing import Bench, plan, rank
 from gtqlora.stats import Floor, benjamini_hochberg, bootstrap_mean, mcnemar, paired_difference, rate
@@ -53,7 +53,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         "trained": fingerprint(trained),
         "judge": judge_trust.identity(config.judge),
     }
-    with run.stage("verify", config, inputs, device=config.device, again=again) as stage:
+    config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
+    with run.stage("verify", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs += [VERDICT, SCORES, HISTORY]
         if stage.fresh:
             return read_verdict(run)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gtqlora.experts.loading import BF16, load_model
 from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
+from gtqlora.machine import check_device
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert
 
     Raises:
         ModelError: as `load_model` and `load_tokenizer`.
-        ConfigError: `experts` is none of these.
+        ConfigError: `experts` is none of these, or there is no such device.
     """
+    check_device(device)
     load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model)
     family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)

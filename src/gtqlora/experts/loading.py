@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from gtqlora import families
 from gtqlora.errors import ConfigError
 from gtqlora.experts.formats import Format, format_of
-from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig
+from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig, saved_settings
 from gtqlora.families import Family, packed
 
 BF16 = "bf16"
@@ -26,7 +26,7 @@ def format_on_disk(model: str) -> Format | None:
     if settings is None:
         return None
     if packed.method_of(settings) == packed.OURS:
-        return format_of(FrozenExpertsConfig(**settings).format)
+        return format_of(saved_settings(settings).format)
     return format_of(f"int4-g{packed.packed_group(settings)}")
 
 

@@ -28,7 +28,7 @@ from gtqlora.experts import sources
 from gtqlora.experts.census import frozen_census
 from gtqlora.experts.formats import FORMATS, Format, format_of
 from gtqlora.experts.module import FrozenExperts
-from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig
+from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
 from gtqlora.families.facts import Family, family_of
@@ -52,7 +52,7 @@ class _Checkpoint:
     def ours(self) -> FrozenExpertsConfig | None:
         if self.settings is None or packed.method_of(self.settings) != packed.OURS:
             return None
-        return FrozenExpertsConfig(**self.settings)
+        return saved_settings(self.settings)
 
 
 def _checkpoint(paths: Iterable[str] | None, model: PreTrainedModel) -> _Checkpoint:
@@ -67,7 +67,7 @@ def _checkpoint(paths: Iterable[str] | None, model: PreTrainedModel) -> _Checkpo
             f"{folder}: opened as {type(model).__name__}, expected {family.class_name}; load it with "
             "gtqlora.experts.load_model"
         )
-    settings = packed.settings_of(raw, family.text_key)
+    settings = packed.settings_of(raw, family.text_key, str(folder))
     return _Checkpoint(folder=folder, files=files, family=family, settings=settings)
 
 
@@ -209,7 +209,10 @@ class FrozenExpertsQuantizer(HfQuantizer):
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
             sources.stream(source, tuple(sources.matrices(checkpoint.family, model.config)), experts, files)
         if self._dense is not None:
+            from gtqlora.experts.dense import same_everywhere
+
             self._dense._process_model_after_weight_loading(model)
+            same_everywhere(model)
         # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
         model.__dict__["_weight_conversions"] = []
         frozen_census(model, checkpoint.family)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gtqlora.errors import ConfigError
+from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts.formats import FORMATS
 from gtqlora.families import packed
 
@@ -84,6 +84,18 @@ def _checked_range(value: Any) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(isinstance(part, int) for part in parts) or not 0 <= parts[0] < parts[1]:
         raise ConfigError(f"expert_range = {value!r}: must be (rank, n_ranks) with 0 <= rank < n_ranks")
     return parts
+
+
+def saved_settings(settings: dict[str, Any]) -> FrozenExpertsConfig:
+    """The settings of a checkpoint that gtqlora saved, from its config.json.
+
+    Raises:
+        ModelError: they are none.
+    """
+    try:
+        return FrozenExpertsConfig(**settings)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ModelError(f"quantization_config in config.json is none that gtqlora wrote ({error})") from error
 
 
 # Not as a decorator, which would hide the class from type checkers.

@@ -128,8 +128,11 @@ def read_text(file: Path) -> str:
         raise ModelError(f"{file}: not UTF-8 ({error})") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, *, empty: bool = False) -> dict[str, Any]:
     """A JSON object from a file of a model folder.
+
+    Args:
+        empty: whether there may be nothing in it.
 
     Raises:
         ModelError: as `read_text`, or not JSON as `strict_json` takes it, or not an object with something in it.
@@ -139,7 +142,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = strict_json.parse(text)
     except ValueError as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not (value or empty):
         raise ModelError(f"{file}: must hold a JSON object with the model's settings")
     return value
 

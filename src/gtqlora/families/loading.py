@@ -1,4 +1,4 @@
-"""Loads configs, models and tokenizers of known families, from a local folder or a hub id, and checks what came.
+"""Loads configs and models of known families, from a local folder or a hub id, and checks what came.
 
 No code from a model folder is ever run: remote code is off, and only JSON and safetensors are read.
 """
@@ -9,21 +9,29 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gtqlora.errors import ModelError
 from gtqlora.families import files, packed
+from gtqlora.families.config_checks import (
+    MAX_EXPERTS,
+    check_sizes,
+    check_token_ids,
+    check_total,
+    switched_off,
+)
 from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
+from gtqlora.families.rendering import warm_up
+from gtqlora.families.tokenizers import check_generation, read_tokenizer
+from gtqlora.families.weight_checks import check_headers, check_size, extra_layers
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -59,6 +67,7 @@ def _read(model: str) -> _Source:
         raise ModelError(
             f"{model}: {family.text_key}.model_type is {text.get('model_type')!r}, expected one of {known}"
         )
+    check_sizes(model, text)
     return _Source(model=model, family=family, raw=raw, text=text)
 
 
@@ -76,10 +85,20 @@ def _config(source: _Source) -> Any:
     config_class = getattr(transformers, source.family.class_name).config_class
     settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
     try:
-        return config_class(**settings, dtype=_dtype(source))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())
+        config = config_class(**switched_off(source.model, settings), dtype=_dtype(source))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        detail = files.first_line(" ".join(str(error).split()))
         raise ModelError(f"{source.model}: config.json does not fit {source.family.model_type} ({detail})") from error
+    check_sizes(source.model, vars(config))
+    check_token_ids(f"{source.model}: config.json", vars(config), config.vocab_size)
+    _check_experts_total(source, config)
+    return config
+
+
+def _check_experts_total(source: _Source, config: Any) -> None:
+    total = len(source.family.moe_layers(config)) * getattr(config, source.family.experts_key)
+    if total > MAX_EXPERTS:
+        raise ModelError(f"{source.model}: config.json describes {total:,} experts; at most {MAX_EXPERTS:,} are taken")
 
 
 def load_config(model: str) -> tuple[Family, Any]:
@@ -105,44 +124,19 @@ def meta_model(family: Family, config: Any) -> PreTrainedModel:
             model = getattr(transformers, family.class_name)(config)
     except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AssertionError) as error:
         raise ModelError(f"{family.model_type}: the config makes no model ({files.first_line(error)})") from error
+    check_total(family.model_type, sum(parameter.numel() for parameter in model.parameters()))
     return model.to(config.dtype or torch.bfloat16)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of MODEL, left-padding, with a chat template.
+    """The tokenizer of MODEL, left-padding, with a chat template, and no token of its own beyond the embedding.
 
     Raises:
-        ModelError: it cannot be loaded or has no chat template.
+        ModelError: as `load_config`, or it cannot be loaded, has no chat template, or does not go with the model.
     """
-    folder = files.small_files(model)
-    _check_tokenizer_files(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{model}: the tokenizer cannot be loaded ({files.first_line(error)})") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{model}: the tokenizer has no chat template; put a chat_template.jinja into the model folder"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer = read_tokenizer(model, load_config(model)[1].vocab_size)
+    warm_up()
     return tokenizer
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            files.read_json(folder / name)
-    fast = folder / "tokenizer.json"
-    if not fast.is_file():
-        return
-    try:
-        Tokenizer.from_file(str(fast))
-    except Exception as error:  # the Rust library raises bare Exception for a malformed file, nothing narrower
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"{fast}: the tokenizer cannot be loaded ({files.first_line(error)})") from error
 
 
 def load_model(
@@ -163,6 +157,9 @@ def load_model(
     config = _config(source)
     folder, names = files.weight_files(model)
     headers = read_headers(folder, names, files.weight_map(folder))
+    check_generation(model, folder, config.vocab_size)
+    check_headers(model, source.family, config, headers, _settings(source))
+    check_size(model, sum(p.numel() for p in meta_model(source.family, config).parameters()), headers)
     quantizing: dict[str, Any] = {}
     if quantization_config is None:
         _check_experts(model, source.family, config, frozenset(headers))
@@ -202,7 +199,7 @@ def quantization_settings(model: str) -> Any:
 
 
 def _settings(source: _Source) -> Any:
-    return packed.settings_of(source.raw, source.family.text_key)
+    return packed.settings_of(source.raw, source.family.text_key, source.model)
 
 
 def _refuse_quantized(source: _Source) -> None:
@@ -267,10 +264,7 @@ def _check_experts(model: str, family: Family, config: Any, present: frozenset[s
 
 
 def _check_loading(model: str, family: Family, config: Any, info: dict[str, Any]) -> None:
-    # Multi-token-prediction layers follow the last decoder layer on disk; they are not part of the language model.
-    n_layers, n_extra = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
-    extra = tuple(f"model.layers.{n_layers + i}." for i in range(n_extra))
-    known = (*family.other_towers, *extra)
+    known = (*family.other_towers, *extra_layers(config))
     unexpected = [key for key in info.get("unexpected_keys", ()) if not key.startswith(known)]
     mismatched = [
         f"{key} {tuple(disk)} on disk, {tuple(memory)} by config"

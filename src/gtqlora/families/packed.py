@@ -16,16 +16,38 @@ _GROUP_SIZES = (32, 128)
 _NAMES = {"fp8": "FP8", "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
 
 
-def settings_of(raw: dict[str, Any], text_key: str | None = None) -> Any:
-    """The quantization settings of a config.json: the language model's own before the whole model's; None if none."""
+def settings_of(raw: dict[str, Any], text_key: str | None, where: str) -> dict[str, Any] | None:
+    """The quantization settings of a config.json: the language model's own before the whole model's; None if none.
+
+    Raises:
+        ModelError: they are no settings.
+    """
     text = raw.get(text_key) if text_key else None
     parts = [part for part in (text, raw) if isinstance(part, dict)]
-    return next((part[key] for part in parts for key in _KEYS if part.get(key) is not None), None)
+    found = next((part[key] for part in parts for key in _KEYS if part.get(key) is not None), None)
+    if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method", ""), str)):
+        raise ModelError(
+            f"{where}: the checkpoint is quantized, but config.json does not say how: quantization_config = "
+            f"{ascii(found)[:60]}; must be an object with a quant_method"
+        )
+    return found
 
 
-def method_of(settings: Any) -> str:
-    """The `quant_method` of quantization settings, or what stands in its place."""
-    return str(settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings)
+def method_of(settings: dict[str, Any] | None) -> str:
+    """The `quant_method` of quantization settings."""
+    return (settings or {}).get("quant_method", "unnamed")
+
+
+def _section(holder: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of the settings that is an object, or may be left out.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = holder.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise ModelError(f"quantization_config: {key} = {ascii(found)[:60]} in config.json; must be an object")
+    return found or {}
 
 
 def is_packed_int4(settings: Any) -> bool:
@@ -55,12 +77,12 @@ def packed_group(settings: Any) -> int:
 
 
 def _groups(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    groups = settings.get("config_groups")
-    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    groups = _section(settings, "config_groups")
+    return [_section(groups, name) for name in groups]
 
 
 def _weights(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return (group.get("weights") or {} for group in _groups(settings))
+    return (_section(group, "weights") for group in _groups(settings))
 
 
 def _objections(settings: dict[str, Any]) -> Iterator[str]:
@@ -69,15 +91,15 @@ def _objections(settings: dict[str, Any]) -> Iterator[str]:
     if not groups:
         yield "no config_groups"
     for group in groups:
-        yield from _weight_objections(group.get("weights") or {})
+        yield from _weight_objections(_section(group, "weights"))
         layout = group.get("format") or settings.get("format")
         if layout != _PACKED:
             yield f"format {layout!r}"
         yield from (f"quantized {key}" for key in ("input_activations", "output_activations") if group.get(key))
-    if len({weights.get("group_size") for weights in _weights(settings)}) > 1:
+    if len({str(weights.get("group_size")) for weights in _weights(settings)}) > 1:
         yield "groups of several sizes"
     yield from (key for key in ("kv_cache_scheme", "transform_config") if settings.get(key))
-    sparsity = settings.get("sparsity_config") or {}
+    sparsity = _section(settings, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
         yield f"sparse weights ({sparsity['format']})"
 

@@ -9,7 +9,7 @@ from gtqlora.stats.intervals import (
     paired_difference,
     rate,
 )
-from gtqlora.stats.noninferiority import Floor, floor
+from gtqlora.stats.noninferiority import Floor, floor, one_sided
 from gtqlora.stats.resampling import (
     bootstrap_mean,
     bootstrap_means,
@@ -32,6 +32,7 @@ __all__ = [
     "half_sample_means",
     "mcnemar",
     "mean_interval",
+    "one_sided",
     "paired_difference",
     "rate",
     "ratio_interval",

@@ -90,7 +90,7 @@ def floor(
     )
 
 
-def exact(count: float, n: float, level: float) -> tuple[float, float]:
+def one_sided(count: float, n: float, level: float) -> tuple[float, float]:
     """One-sided lower and upper Clopper-Pearson bounds of a share, each at `level`; counts may be fractions."""
     if n <= 0:
         return 0.0, 1.0
@@ -144,7 +144,7 @@ class Sample:
         if self.refused == 0:
             return Interval(0.0, 0.0, 1.0, 0)
         share, n = self.lost / self.refused, self.effective(level)
-        return Interval(share, *exact(share * n, n, level), round(self.refused))
+        return Interval(share, *one_sided(share * n, n, level), round(self.refused))
 
     def drop(self, level: float) -> Interval:
         """Tango's interval is a little short where hardly anything changed; there the net losses' own is exact."""
@@ -153,7 +153,7 @@ class Sample:
         n = independent(self.prompts, self.all_groups, self.all_effect, level)
         lost, gained = (count * n / self.prompts for count in (self.lost, self.gained))
         found = tango(lost, gained, n, 2 * level - 1)
-        low, high = exact(max(lost - gained, 0.0), n, level)
+        low, high = one_sided(max(lost - gained, 0.0), n, level)
         return replace(found, low=min(found.low, low), high=max(found.high, high))
 
 

@@ -1,0 +1,158 @@
+"""What an untrusted config.json may say: bounds, as data, and settings that are switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gtqlora.errors import ModelError
+from gtqlora.progress import note
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Whole numbers that a key may have. `why` is what a larger or smaller one would do."""
+
+    least: int
+    most: int
+    why: str
+
+
+_LAYERS = Bound(1, 1_000, "every layer is built, and the deepest models known have less than 200")
+_EXPERTS = Bound(1, 100_000, "every expert is looked for by name, and the largest models known have less than 1000")
+_WIDTH = Bound(1, 2**20, "the widest models known have less than 2^15")
+_INNER = Bound(1, 2**22, "the widest models known have less than 2^18")
+_HEADS = Bound(1, 2**14, "the widest models known have less than 2^9 heads")
+_RANK = Bound(1, 2**18, "heads and their ranks are narrower than the model")
+_COUNT = Bound(0, 1_000, "a count of layers, or of experts that every token uses")
+
+BOUNDS: dict[str, Bound] = {
+    **dict.fromkeys(("num_hidden_layers", "decoder_sparse_step"), _LAYERS),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_tok"), _EXPERTS),
+    **dict.fromkeys(("n_group", "topk_group"), _EXPERTS),
+    **dict.fromkeys(("hidden_size",), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), _INNER),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _HEADS),
+    **dict.fromkeys(("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), _RANK),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_head_dim"), _RANK),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"), _COUNT),
+    "vocab_size": Bound(1, 2**24, "the largest vocabularies known have less than 2^19 tokens"),
+    "max_position_embeddings": Bound(1, 2**31, "positions are 32-bit numbers in places"),
+    "moe_layer_freq": Bound(1, 1_000, "every layer is built"),
+}
+OPTIONAL = {"head_dim", "q_lora_rank", "n_group", "topk_group", "n_shared_experts", "num_nextn_predict_layers"}
+POSITIVE = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
+"""Numbers by which is divided or multiplied: at 0 or below, and at infinity, what comes out is NaN or nothing."""
+_ROPE_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_MOST = 1e12
+MAX_EXPERTS = 500_000
+"""In all layers together, for the time that their names take."""
+MAX_PARAMETERS = 10**14
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OFF_WORDS = ("dropout", "pdrop", "jitter", "layerdrop")
+_OFF: dict[str, Any] = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "chunk_size_feed_forward": 0,
+}
+
+
+def check_sizes(where: str, values: Mapping[str, Any]) -> None:
+    """Refuse sizes that make no model, or one that no machine can hold, before anything is built.
+
+    Raises:
+        ModelError: the message names the key.
+    """
+    for key, bound in BOUNDS.items():
+        value = values.get(key, bound.least)
+        if value is None and key in OPTIONAL:
+            continue
+        if not _is_int(value) or not bound.least <= value <= bound.most:
+            raise ModelError(
+                f"{where}: {key} = {value!r} in config.json; must be a whole number from {bound.least} to "
+                f"{bound.most} ({bound.why})"
+            )
+    for key in POSITIVE:
+        _check_positive(where, key, values.get(key, 1.0))
+    for section in ("rope_parameters", "rope_scaling"):
+        _check_rope(where, section, values.get(section))
+    dense = values.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list | tuple) and all(map(_is_int, dense))):
+        raise ModelError(f"{where}: mlp_only_layers = {_shown(dense)} in config.json; must be a list of layer numbers")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:60]
+
+
+def _check_positive(where: str, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
+        raise ModelError(f"{where}: {key} = {_shown(value)} in config.json; must be a positive, finite number")
+
+
+def _check_rope(where: str, section: str, rope: Any) -> None:
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        raise ModelError(f"{where}: {section} = {_shown(rope)} in config.json; must be an object")
+    for key in _ROPE_POSITIVE:
+        if rope.get(key) is not None:
+            _check_positive(where, f"{section}.{key}", rope[key])
+
+
+def check_total(where: str, parameters: int) -> None:
+    """Refuse a model larger than any.
+
+    Raises:
+        ModelError: it has more parameters than `MAX_PARAMETERS`.
+    """
+    if parameters > MAX_PARAMETERS:
+        raise ModelError(
+            f"{where}: the sizes in config.json make a model of {parameters:.1e} parameters; at most "
+            f"{MAX_PARAMETERS:.0e} are taken"
+        )
+
+
+def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> None:
+    """Special tokens are rows of the embedding.
+
+    Raises:
+        ModelError: one is no token id, or beyond the embedding; the message names the key.
+    """
+    for key in _TOKEN_IDS:
+        found = values.get(key)
+        ids = found if isinstance(found, list | tuple) and key == "eos_token_id" else [found]
+        for token in ids:
+            if token is not None and (not _is_int(token) or not 0 <= token < vocabulary):
+                raise ModelError(
+                    f"{where}: {key} = {_shown(found)}; must be a token id from 0 to {vocabulary - 1}, which the "
+                    "model's embedding has"
+                )
+
+
+def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that would change training or decoding behind our back; the user is told once.
+
+    Dropout and jitter make the reference and the routing anchor inexact, and the others change what a model returns.
+    """
+    off = dict(_changed(settings.items()))
+    if off:
+        found = ", ".join(f"{key} = {_shown(settings[key])}" for key in sorted(off))
+        note(f"{where}: config.json sets {found}; gtqlora switches it off, in training and evaluation")
+    return {**settings, **off}
+
+
+def _changed(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings:
+        if any(word in key for word in _OFF_WORDS) and value not in (None, 0, False):
+            yield key, 0.0
+        elif key in _OFF and value != _OFF[key]:
+            yield key, _OFF[key]

@@ -1,0 +1,64 @@
+"""What settings ask of this machine: devices and trackers. Checked before anything loads, with torch only if needed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib.util import find_spec
+
+from gtqlora.errors import ConfigError
+
+SEEDS = 2**32
+"""How many there are: NumPy takes no more bits."""
+
+_DEVICE = re.compile(r"cpu|mps|cuda(:(0|[1-9]\d{0,2}))?")
+_PIP = {"comet_ml": "comet-ml"}
+_TRACKERS = {
+    **{name: (name,) for name in ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")},
+    **{"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)},
+}
+"""Names that `report_to` takes, and the modules one of which each needs."""
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError when there is no such device here."""
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"device = {name!r}: must be cpu, cuda, cuda:0 (or another number) or mps")
+    if name == "cpu":
+        return
+    import torch
+
+    here = "set device = cpu, or use a machine that has it"
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device = {name!r}: this machine or this PyTorch has no MPS device; {here}")
+    elif not torch.cuda.is_available():
+        raise ConfigError(f"device = {name!r}: this machine or this PyTorch has no CUDA device; {here}")
+    elif int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device = {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+
+
+def trackers(names: str) -> list[str]:
+    """The trackers that a text like "wandb,tensorboard" names; none for "none".
+
+    Raises:
+        ConfigError: nobody knows a name, or what it needs is not installed.
+    """
+    found = [] if names == "none" else list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in found:
+        if name not in _TRACKERS:
+            close = difflib.get_close_matches(name.lower(), _TRACKERS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: none, {', '.join(sorted(_TRACKERS))}"
+            raise ConfigError(f"report_to = {names!r}: no tracker is called {name!r}; {hint}")
+        if not any(map(_installed, _TRACKERS[name])):
+            raise ConfigError(
+                f"report_to = {names!r}: {name} is not installed; pip install {_PIP.get(name, name)}, or set "
+                "report_to = none"
+            )
+    return found
+
+
+def _installed(module: str) -> bool:
+    """Not a mere folder of that name, such as the one where wandb keeps its runs."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
