@@ -29,6 +29,7 @@ from gtqlora.gate_trainer import GateTargetedTrainer
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.project import project
+from gtqlora.resume import Origin
 from gtqlora.run import Run
 from gtqlora.verify import verify
 from tests import models
@@ -141,7 +142,12 @@ class Inside:
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, experts=config.experts)
         with Run(path) as run:
-            return cls(edit._trainer(config, subject, rows, run, "hash"), path, config)
+            return cls(edit._trainer(config, subject, rows, run, Origin(asdict(config), {})), path, config)
+
+    @property
+    def metrics(self) -> Path:
+        """Where figures stand while training runs."""
+        return self.path / edit.CHECKPOINTS / edit.METRICS
 
     def fit(self) -> tuple[int, str | None]:
         return edit._fit(self.trainer, self.path / edit.CHECKPOINTS)
@@ -212,7 +218,7 @@ def fresh_process(code: str, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=300,

@@ -358,17 +358,18 @@ def _numbers(rows: Iterable[Row]) -> list[int]:
 
 
 def save(contrast: Contrast, path: Path) -> None:
-    """Write a set as a Parquet file that `load` reads back, whole or not at all.
+    """Write a set as a new Parquet file that `load` reads back, whole or not at all.
 
     Raises:
         ContrastError: the name does not end in .parquet, so `load` would not know it.
+        RunError: something has that name.
     """
     if path.suffix != ".parquet":
         raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
     rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
     for row in rows:
         row["twin"] = None if row["twin"] is None else list(row["twin"])
-    write_parquet(path, rows)
+    write_parquet(path, rows, replace=False)
 
 
 def check_disjoint(heldout: Contrast, train: Contrast) -> None:

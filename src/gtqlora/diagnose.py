@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ from gtqlora.config import DiagnoseConfig
 from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast, load
 from gtqlora.directions import MIN_GROUPS, DirectionStudy, study
-from gtqlora.errors import ContrastError
+from gtqlora.errors import ContrastError, RunError
+from gtqlora.families.identity import identify
 from gtqlora.judging import judge_of
 from gtqlora.localise import Effect, Intervention, Outcome, Swaps, Trials, Verdict
-from gtqlora.run import Run, fingerprint, whole, write_json, write_parquet
+from gtqlora.run import PATHS, Run, fingerprint, write_json, write_parquet
 from gtqlora.stats import Interval
 
 FOLDER = "diagnosis"
@@ -84,7 +85,14 @@ class Diagnosis:
 
 
 def read_diagnosis(run: Run) -> Diagnosis:
-    return Diagnosis(**run.read_json(f"{FOLDER}/diagnosis.json", "diagnose"))
+    """Raises RunError if it was edited so that it is none."""
+    file = run / FOLDER / "diagnosis.json"
+    found = run.read_json(f"{FOLDER}/diagnosis.json", "diagnose")
+    kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(Diagnosis).items()}
+    for key in sorted(kinds.keys() | found.keys()):
+        if key not in kinds or key not in found or not isinstance(found[key], kinds[key]):
+            raise RunError(f"{file}: {key!a} is not what this version writes; run `gtqlora diagnose` again")
+    return Diagnosis(**found)
 
 
 def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagnosis:
@@ -94,15 +102,17 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
         ModelError: the model cannot be loaded, or computes NaN.
     """
-    inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast)}
-    with run.stage("diagnose", config, inputs, device=config.device, again=again) as stage:
+    model = identify(config.model)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
             return read_diagnosis(run)
         judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
-        subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        subject = open_subject(model.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
         trials = Trials(
             subject,
@@ -114,8 +124,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         )
         study = _Study(config, trials)
         diagnosis = study.diagnosis()
-        with whole(run / FOLDER) as staged:
-            study.write(staged, diagnosis)
+        study.write(stage.renewed() / FOLDER, diagnosis)
         return diagnosis
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from gtqlora.contrasts import Contrast, Row
 from gtqlora.directions import named_directions
 from gtqlora.directions.named import ORTHOGONAL
 from gtqlora.edited import removal
-from gtqlora.errors import ConfigError, ContrastError
+from gtqlora.errors import ConfigError, ContrastError, RunError
+from gtqlora.families.identity import identify
 from gtqlora.judging import judge_of
 from gtqlora.localise import pairs_of
-from gtqlora.run import Run, fingerprint, whole
+from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Score, score
 
 ADAPTER = "adapter"
@@ -46,14 +46,15 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
         ModelError: the model's states are not finite.
     """
-    inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast)}
-    with run.stage("project", config, inputs, device=config.device, again=again) as stage:
+    model = identify(config.model)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    with run.stage("project", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs += [ADAPTER, contrasts.FILE]
         if stage.fresh:
-            details = read_info(run / ADAPTER).details
-            return Projected(run / ADAPTER, details["layer"], details["candidates"])
+            return _projected_before(run / ADAPTER)
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-        subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        subject = open_subject(model.model, dtype=config.dtype, device=config.device, experts=config.experts)
+        model.check_unchanged()
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
@@ -61,13 +62,24 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
         details = {"config": asdict(config), "layer": best, "candidates": candidates}
-        info = info_of(PROJECTION, config.model, subject.anatomy.family.model_type, details)
-        # An older adapter must not stand beside pairs it was not made from.
-        shutil.rmtree(run / ADAPTER, ignore_errors=True)
-        contrasts.save(rows, run / contrasts.FILE)
-        with whole(run / ADAPTER) as staged:
-            save_projection(direction_LD[best], staged, info)
+        info = info_of(PROJECTION, model.model, subject.anatomy.family.model_type, details)
+        new = stage.renewed()
+        contrasts.save(rows, new / contrasts.FILE)
+        save_projection(direction_LD[best], new / ADAPTER, info)
         return Projected(run / ADAPTER, best, candidates)
+
+
+def _projected_before(adapter: Path) -> Projected:
+    details = read_info(adapter).details
+    layer, candidates = details.get("layer"), details.get("candidates")
+    if type(layer) is not int or not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+        raise RunError(f"{adapter}: its layers are not on record; run `gtqlora project --again`")
+    return Projected(adapter, layer, candidates)
+
+
+def _is_candidate(value: Any) -> bool:
+    keys = ("layer", "refusal", "accuracy")
+    return isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
 
 
 def _layers(config: ProjectConfig, direction_LD: Tensor) -> list[int]:
