@@ -28,6 +28,7 @@ from gtqlora.gate_trainer import GateTargetedTrainer
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.project import project
+from gtqlora.resume import Origin
 from gtqlora.run import Run
 from gtqlora.verify import verify
 from tests import models
@@ -128,7 +129,12 @@ class Inside:
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
         subject = open_subject(config.model, experts=config.experts)
         with Run(path) as run:
-            return cls(edit._trainer(config, subject, rows, run, "hash"), path, config)
+            return cls(edit._trainer(config, subject, rows, run, Origin(asdict(config), {})), path, config)
+
+    @property
+    def metrics(self) -> Path:
+        """Where figures stand while training runs."""
+        return self.path / edit.CHECKPOINTS / edit.METRICS
 
     def fit(self) -> tuple[int, str | None]:
         return edit._fit(self.trainer, self.path / edit.CHECKPOINTS)

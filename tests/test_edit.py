@@ -17,8 +17,9 @@ from gtqlora.capture import Decision, Recorder, routers_tapped
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import TrainingError
-from gtqlora.gate_trainer import Health, read_metrics
+from gtqlora.gate_trainer import Health
 from gtqlora.organisms import embedded
+from gtqlora.resume import read_metrics
 from tests import helpers, models
 from tests.helpers import gates, trained
 

@@ -15,9 +15,9 @@ from gtqlora.contrasts import load as load_contrast
 from gtqlora.diagnose import diagnose
 from gtqlora.edit import train
 from gtqlora.export import export
-from gtqlora.gate_trainer import read_metrics
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.resume import read_metrics
 from gtqlora.run import Run
 from gtqlora.verify import verify
 from tests import helpers

@@ -32,6 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "scoring ledger",
         "association directions localise",
         "diagnose adapters silencing",
+        "checkpointing",
         "merging",  # what an edit does to a checkpoint
         "edited",
         "project gate_trainer",

@@ -18,9 +18,9 @@ from gtqlora.config import TrainConfig, VerifyConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.families import FAMILIES, bind
-from gtqlora.gate_trainer import read_metrics
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.resume import read_metrics
 from gtqlora.silencing import Bench, Draws, Ranking, RowsMasked, plan, rank
 from tests import helpers, models
 from tests.helpers import gates, trained

@@ -24,10 +24,10 @@ from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
 from gtqlora.export import export
 from gtqlora.families import bind, load_tokenizer
-from gtqlora.gate_trainer import read_metrics
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.project import project
+from gtqlora.resume import read_metrics
 from gtqlora.run import Run, fingerprint, sha256_json
 from gtqlora.verify import Verdict, certified, read_verdict, verify
 from tests import helpers, models
@@ -91,7 +91,7 @@ def fitted(
 def test_loss_falls_and_experts_stay(fitted: Callable[[str], Any], experts: str) -> None:
     inside, start = fitted(experts)
     trainer, model = inside.trainer, inside.trainer.model
-    losses = [line["loss"] for line in read_metrics(inside.path / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_metrics(inside.metrics)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     moved = {name for name, tensor in inside.state().items() if not torch.equal(tensor, start[name])}
     assert moved == set(trainable(model)) and len(gates(model)) == 4

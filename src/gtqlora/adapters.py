@@ -172,15 +172,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def save_trained(model: PeftModel, path: Path | str) -> None:
-    """PEFT's own files of what was trained; frozen experts are left where they are, in the order they are in."""
-    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FrozenExperts))
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(experts)}
-    # left to itself PEFT adds the embeddings of a nested config
-    model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
-
-
 def edit_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a GT-QLoRA edit consists of, by the names of `edit.safetensors`.
 

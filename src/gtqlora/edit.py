@@ -3,42 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
+import torch
 from datasets import Dataset
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
-from gtqlora.adapter_files import GT_QLORA, info_of, read_info
+from gtqlora.adapter_files import GT_QLORA, Info, info_of, read_info
 from gtqlora.adapters import (
     assert_bias_frozen,
     assert_experts_frozen,
     assert_trains_exactly,
     frozen_state,
+    load_edit,
     lora_config,
     peft_targets_kept,
     save,
 )
 from gtqlora.capture import Subject, open_subject
+from gtqlora.checkpointing import GuardStop, Journal, assert_finite
 from gtqlora.config import TrainConfig
 from gtqlora.contrast_statistics import check_rendering
 from gtqlora.contrasts import Contrast
-from gtqlora.errors import ContrastError, TrainingError
-from gtqlora.gate_trainer import GateTargetedTrainer, GuardStop, Journal, KindCollator, assert_finite
+from gtqlora.errors import ContrastError, RunError, TrainingError
+from gtqlora.families.identity import ModelIdentity, identify
+from gtqlora.gate_trainer import GateTargetedTrainer, KindCollator
 from gtqlora.judging import judge_of
 from gtqlora.machine import trackers
-from gtqlora.resume import drop_checkpoints, last_checkpoint
-from gtqlora.run import Run, fingerprint, whole
+from gtqlora.progress import note
+from gtqlora.resume import (
+    Checkpoint,
+    Origin,
+    Unusable,
+    check_origin,
+    drop,
+    reading,
+    set_aside,
+    tidy,
+    usable,
+)
+from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.silencing import Draws, rank
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
+ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget"}
+"""Settings that the edit does not depend on."""
+_UNUSED = frozenset({"max_new_tokens"})
+"""Settings that only go with the edit, for `verify`."""
 RANKED = 200
 """Harmful prompts on which experts are ranked, at most."""
 
@@ -53,37 +71,90 @@ class Trained:
 
 
 def train(config: TrainConfig, run: Run, *, again: bool = False) -> Trained:
-    """Edit MODEL by preference pairs.
+    """Edit MODEL by preference pairs; an edit that is there stays until this one is whole.
+
+    Args:
+        again: anew, even if nothing changed; checkpoints are dropped.
 
     Raises:
         ContrastError, ModelError: bad pairs or a bad model.
+        RunError: checkpoints of other settings are there.
         TrainingError: an invariant broke, or the guard stopped before any checkpoint was good.
     """
-    inputs = {"model": fingerprint(config.model), "contrast": fingerprint(config.contrast)}
-    with run.stage("train", config, inputs, device=config.device, again=again) as stage:
+    model = identify(config.model)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    with run.stage("train", config, inputs, device=config.device, again=again, aside=ASIDE) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
-            details = read_info(run / ADAPTER).details
-            return Trained(run / ADAPTER, details["steps"], details["stopped"])
-        drop_checkpoints(run / CHECKPOINTS, keep_hash=None if again else stage.record["hash"])
-        return _train(config, run, stage.record["hash"])
+            return _trained_before(run / ADAPTER)
+        settings = {key: value for key, value in asdict(config).items() if key not in ASIDE | _UNUSED}
+        origin = Origin(settings, inputs)
+        if not again:
+            check_origin(usable(run / CHECKPOINTS), origin)
+        edit = _train(config, model, run, origin, again)
+        new = stage.renewed()
+        edit.save(new)
+        _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
+        return Trained(run / ADAPTER, edit.steps, edit.stopped)
 
 
-def _train(config: TrainConfig, run: Run, stage_hash: str) -> Trained:
+def _copy_figures(source: Path, target: Path) -> None:
+    """Of the training that made the edit; none if somebody removed them before it was whole."""
+    if source.exists():
+        shutil.copyfile(source, target)
+    else:
+        target.touch()
+
+
+def _trained_before(adapter: Path) -> Trained:
+    details = read_info(adapter).details
+    steps, stopped = details.get("steps"), details.get("stopped")
+    if type(steps) is not int or not isinstance(stopped, str | None):
+        raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
+    return Trained(adapter, steps, stopped)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A trained model, not yet written."""
+
+    trainer: GateTargetedTrainer
+    rows: Contrast
+    info: Info
+    steps: int
+    stopped: str | None
+
+    def save(self, folder: Path) -> None:
+        save(self.trainer.model, folder / ADAPTER, self.info)
+        contrasts.save(self.rows, folder / contrasts.FILE)
+
+
+def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, again: bool) -> _Edit:
+    """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-    subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)
+    while True:
+        try:
+            return _attempt(config, model, rows, run, origin, again)
+        except Unusable as bad:  # parts of it may be in the model already
+            set_aside(bad)
+            again = False
+        gc.collect()
+
+
+def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
+    subject = open_subject(model.model, dtype=config.dtype, device=config.device, experts=config.experts)
+    model.check_unchanged()
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
-    # An older adapter must not stand beside pairs it was not trained on, even if this training fails.
-    shutil.rmtree(run / ADAPTER, ignore_errors=True)
-    contrasts.save(rows, run / contrasts.FILE)
     frozen = frozen_state(subject.model)
-    trainer = _trainer(config, subject, rows, run, stage_hash)
+    trainer = _trainer(config, subject, rows, run, origin)
+    if again:
+        drop(run / CHECKPOINTS, METRICS)
+    tidy(run / CHECKPOINTS)
     steps, stopped = _fit(trainer, run / CHECKPOINTS)
     assert_experts_frozen(trainer.model, frozen)
     details = {"config": asdict(config), "steps": steps, "stopped": stopped}
-    with whole(run / ADAPTER) as staged:
-        save(trainer.model, staged, info_of(GT_QLORA, config.model, subject.anatomy.family.model_type, details))
-    return Trained(run / ADAPTER, steps, stopped)
+    info = info_of(GT_QLORA, model.model, subject.anatomy.family.model_type, details)
+    return _Edit(trainer, rows, info, steps, stopped)
 
 
 def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
@@ -122,7 +193,7 @@ def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
     )
 
 
-def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, stage_hash: str) -> GateTargetedTrainer:
+def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
     os.environ.setdefault("TQDM_DISABLE", "1")
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
@@ -141,7 +212,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Journal(run / METRICS, stage_hash, anatomy))
+    trainer.add_callback(Journal(run / CHECKPOINTS / METRICS, origin, anatomy, run.check_held))
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer
@@ -161,27 +232,42 @@ def _draws(config: TrainConfig, subject: Subject, rows: Contrast) -> Draws | Non
 
 
 def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:
-    """Train to the end, from the last checkpoint if there is one; steps done, and why the guard stopped it."""
-    found, stopped = last_checkpoint(checkpoints), None
+    """Train to the end, from the last checkpoint if there is one; steps done, and why the guard stopped it.
+
+    Raises:
+        Unusable: that checkpoint cannot be loaded.
+    """
+    last, stopped = next(iter(usable(checkpoints)), None), None
     with peft_targets_kept(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            if found is None or found[0] < trainer.args.max_steps:
-                trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+            if last is None or last.step < trainer.args.max_steps:
+                _say_threads(last)
+                trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
                 assert_finite(trainer.model)
                 steps = trainer.state.global_step
             else:  # killed between the last step and the adapter; transformers would do one step more
-                steps = _restore(trainer, *found)
+                steps = _restore(trainer, last)
         except GuardStop as stop:
-            stopped, good = str(stop), last_checkpoint(checkpoints)
+            stopped, good = str(stop), next(iter(usable(checkpoints)), None)
             if good is None:
                 raise TrainingError(f"{stop}; no checkpoint was good yet. Lower the learning rates") from stop
-            steps = _restore(trainer, *good)
+            steps = _restore(trainer, good)
     assert_bias_frozen(trainer.model, trainer.anatomy)
     trainer.model.eval()
     return steps, stopped
 
 
-def _restore(trainer: GateTargetedTrainer, step: int, checkpoint: Path) -> int:
+def _say_threads(last: Checkpoint | None) -> None:
+    now = torch.get_num_threads()
+    if last is not None and last.threads != now:
+        note(
+            f"{last.folder}: computed on {last.threads} threads, and now there are {now}, which round otherwise: the "
+            "weights will not be bit for bit those of an uninterrupted training"
+        )
+
+
+def _restore(trainer: GateTargetedTrainer, checkpoint: Checkpoint) -> int:
     """Put the weights of a checkpoint back; its step."""
-    set_peft_model_state_dict(trainer.model, load_file(checkpoint / "adapter_model.safetensors"))
-    return step
+    with reading(checkpoint.folder):
+        load_edit(trainer.model, checkpoint.folder)
+    return checkpoint.step

@@ -5,47 +5,26 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer import dpo_trainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gtqlora import routing
-from gtqlora.adapters import adapters_off, assert_bias_frozen, is_gate, routers_of, save_trained, trainable
+from gtqlora.adapters import adapters_off, is_gate, routers_of, trainable
 from gtqlora.capture import Handler, Mask, Recorder, routers_tapped
+from gtqlora.checkpointing import CheckpointedTrainer, GuardStop
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
-from gtqlora.progress import report
-from gtqlora.resume import mark_complete
-from gtqlora.run import whole
 from gtqlora.silencing import Draws, RowsMasked
-
-
-class GuardStop(TrainingError):
-    """Training was stopped: a value that is not finite, or routing that collapsed."""
-
-
-def assert_finite(model: nn.Module) -> None:
-    """Every trained weight is a number.
-
-    Raises:
-        GuardStop: names the first one that is not.
-    """
-    for name, p in trainable(model).items():
-        if not torch.isfinite(p).all():
-            raise GuardStop(f"the weights of {name} are no longer finite")
 
 
 class KindCollator(DataCollatorForPreference):
@@ -154,7 +133,7 @@ def _restore_masters(model: PeftModel) -> None:
         gate.weight.copy_(wrapper.original_module.weight)
 
 
-class GateTargetedTrainer(DPOTrainer):
+class GateTargetedTrainer(CheckpointedTrainer):
     """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
 
     model: Any  # a PeftModel; the base class says None may be
@@ -255,10 +234,6 @@ class GateTargetedTrainer(DPOTrainer):
         if not torch.isfinite(value):
             raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint holds the adapter only."""
-        save_trained(self.model, output_dir or str(self.args.output_dir))
-
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would land in the run directory."""
 
@@ -356,49 +331,3 @@ class GateTargetedTrainer(DPOTrainer):
         settings = self.model.config.to_dict().items()
         found = [key for key, value in settings if value and key.endswith(("dropout", "pdrop", "jitter_noise"))]
         return ", ".join(found) or "its dropout"
-
-
-class Journal(TrainerCallback):
-    """Progress, `metrics.jsonl`, and a mark on every checkpoint that is whole and good."""
-
-    def __init__(self, metrics: Path, stage_hash: str, anatomy: Anatomy) -> None:
-        self.metrics, self.stage_hash, self.anatomy = metrics, stage_hash, anatomy
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept = [line for line in read_metrics(self.metrics) if line["step"] <= state.global_step]
-        with whole(self.metrics) as staged:
-            staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        report("train", state.global_step, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        report("train", state.global_step, state.max_steps)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        line = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
-        with self.metrics.open("a") as stream:
-            stream.write(json.dumps({"step": state.global_step, **line}) + "\n")
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        assert_bias_frozen(model, self.anatomy)
-        assert_finite(model)
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        mark_complete(folder, state.global_step, self.stage_hash)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -133,7 +133,8 @@ def _staging_for(target: Path) -> tuple[Path, IO[bytes]]:
                 return staging, lock
 
 
-def _clear(path: Path) -> None:
+def clear(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -147,7 +148,7 @@ def _settle(staging: Path, target: Path) -> None:
     with suppress(OSError):  # what cannot be removed now is removed by the next one that writes here
         for entry in staging.iterdir():
             if entry.name != LOCK:
-                _clear(entry)
+                clear(entry)
         (staging / LOCK).unlink()
         staging.rmdir()
 
@@ -329,7 +330,7 @@ def together(folder: Path) -> Iterator[Path]:
 def take_over(folder: Path) -> None:
     """Carry out what `together` decided; to do it again after a kill at any point comes to the same."""
     decided, last = folder / _NEXT, folder / _LAST
-    _clear(last)
+    clear(last)
     if not decided.is_dir() or decided.is_symlink():
         return
     last.mkdir()
@@ -340,7 +341,7 @@ def take_over(folder: Path) -> None:
         os.replace(item, target)
     _fsync(folder)
     decided.rmdir()
-    _clear(last)
+    clear(last)
 
 
 # --- JSON and Parquet
