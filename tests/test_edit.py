@@ -221,7 +221,7 @@ class Cut:
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
         inside.trainer.add_callback(Watch(self._look))
         inside.fit()
-        self.lines = read_metrics(path / "metrics.jsonl")
+        self.lines = read_metrics(next(path.rglob("metrics.jsonl")))
 
     def _look(self, _step: int, model: Any) -> None:
         self.steps.append({n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad})
