@@ -159,7 +159,7 @@ def test_the_reason_tells_a_fractional_margin_as_it_is() -> None:
 def test_few_prompts_cannot_tell() -> None:
     found = stats.floor(*_pairs(0, 0, 60, both=60), margin=0.02)
     assert found.verdict == "cannot tell"
-    assert found.needed == 150  # rule of three
+    assert found.needed == 150
     assert "about 150 paired harmful prompts" in found.reason
 
 

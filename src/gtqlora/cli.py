@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from gtqlora import tables
-from gtqlora.console import demo_progress, interval, new_table, open_console, plain, quieten, share, stage_progress
+from gtqlora.console import (
+    demo_progress,
+    flushed,
+    interval,
+    new_table,
+    open_console,
+    plain,
+    quieten,
+    share,
+    show_anything,
+    stage_progress,
+    trouble,
+)
 from gtqlora.errors import ConfigError, FloorError, GtqloraError, RunError, TrainingError
 
 if TYPE_CHECKING:
@@ -52,19 +65,36 @@ Experts = Annotated[
 ]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Again = Annotated[bool, Parameter(name="--again", negative="", help="Do it again even if nothing changed.")]
+_READER_LEFT = 141  # as a shell says of a process that SIGPIPE ended
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; user errors print one line and give their exit code."""
     quieten()
+    show_anything()
     try:
+        code = _run(arguments)
+    finally:
+        failed = flushed()
+    if failed is None:
+        return code
+    _print_error(trouble(failed, "standard output"))
+    return GtqloraError.exit_code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        if odd := [argument for argument in arguments or () if "\0" in argument]:
+            raise RunError(f"{odd[0]!a}: holds a NUL byte, which no name may; choose another")
         return int(app(arguments, result_action="return_value") or 0)
     except GtqloraError as error:
         _print_error(str(error))
         return error.exit_code
-    except OSError as error:  # a full disk, a place that cannot be written: the user's to mend, wherever it strikes
-        _print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except BrokenPipeError:  # standard output's reader has what it wanted
+        return _READER_LEFT
+    except (OSError, UnicodeEncodeError) as error:  # a full disk, a name that no library takes: the user's to mend
+        _print_error(trouble(error, "input or output" if flushed() is None else "standard output"))
         return GtqloraError.exit_code
     except KeyboardInterrupt:
         open_console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
@@ -72,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(text: str) -> None:
-    open_console(stderr=True).print(f"[bold red]error:[/] {plain(text)}", soft_wrap=True, highlight=False)
+    with suppress(OSError):  # nowhere is left to say it
+        open_console(stderr=True).print(f"[bold red]error:[/] {plain(text)}", soft_wrap=True, highlight=False)
 
 
 def _embedded(value: str, kind: str) -> str:

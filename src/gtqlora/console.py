@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gtqlora.progress import shown_by
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_ROOM = "; make room and run the same command again"
+_REMEDIES = {
+    **{errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM},
+    **{errno.EFBIG: "; raise the limit of file sizes (ulimit -f) or choose a file system without"},
+}
 
 
 def quieten() -> None:
@@ -31,10 +41,58 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+def show_anything() -> None:
+    """Characters that a console or its encoding does not have are replaced, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def silence(stream: TextIO | None) -> None:
+    """Let what is still to be written go nowhere: whoever read has left, or there is no room."""
+    if stream is None:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def flushed() -> OSError | None:
+    """Bring standard output to whoever reads it; why that failed, if it did. A reader who has left is no failure."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+    except OSError as error:
+        silence(sys.stdout)
+        return error
+    return None
+
+
+def trouble(error: OSError | UnicodeEncodeError, place: str) -> str:
+    """An error of the system's as a line that says where and what to do."""
+    if isinstance(error, UnicodeEncodeError):
+        near = error.object[max(0, error.start - 60) : error.end + 20]
+        return (
+            f"{near!a}: this name or text does not go into {error.encoding}; rename it, or set LANG=C.UTF-8 and "
+            "PYTHONUTF8=1"
+        )
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"{error.filename or place}: {error.strerror or error}{remedy}"
+
+
 def open_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    class Patient(Console):
+        """Work goes on when nobody reads any more; rich would end the process."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            silence(sys.stderr if stderr else sys.stdout)
+
+    return Patient(stderr=stderr)
 
 
 def plain(text: str) -> str:
