@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gtqlora.errors import ModelError
 from gtqlora.experts.loading import BF16, load_model
 from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
 from gtqlora.machine import check_device
@@ -59,7 +60,7 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert
         experts: "bf16" as in the checkpoint, or frozen in "nf4", "int4-g32", "int4-g128" or "native".
 
     Raises:
-        ModelError: as `load_model` and `load_tokenizer`.
+        ModelError: as `load_model` and `load_tokenizer`, or no token ends an answer.
         ConfigError: `experts` is none of these, or there is no such device.
     """
     check_device(device)
@@ -68,7 +69,10 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert
     family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
     anatomy = bind(loaded, family)
     _routers_to_fp32(loaded, anatomy)
-    return Subject(loaded, tokenizer, anatomy)
+    subject = Subject(loaded, tokenizer, anatomy)
+    if not len(subject.stop_ids):
+        raise ModelError(f"{model}: no token ends an answer; name an eos_token in tokenizer_config.json")
+    return subject
 
 
 def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gtqlora.errors import ModelError
-from gtqlora.families.files import first_line
+from gtqlora.families.headers import opened
 
 _OPEN = 2
 """Files kept open: pages of an open file that were read count as the process's memory, though they can be dropped."""
@@ -22,7 +21,7 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Raises:
-        ModelError: a file is no whole safetensors file.
+        ModelError: a file is no whole safetensors file, or a tensor is in two.
         """
         self._open: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
@@ -30,6 +29,8 @@ class TensorFiles:
         for path in paths:
             file = self._file(path)
             for name in file.keys():  # noqa: SIM118 - a file is no mapping
+                if name in self.where:
+                    raise ModelError(f"tensor {name} is in {self.where[name].name} and in {path.name}; remove one")
                 found = file.get_slice(name)
                 self.where[name], self._headers[name] = path, (tuple(found.get_shape()), found.get_dtype())
 
@@ -48,10 +49,7 @@ class TensorFiles:
                 del self._open[next(iter(self._open))]
             if path.suffix != ".safetensors":
                 raise ModelError(f"{path}: not a .safetensors file; convert the weights to safetensors")
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: corrupt or cut short ({first_line(error)}); get it again") from error
+            self._open[path] = opened(path)
         return self._open[path]
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:

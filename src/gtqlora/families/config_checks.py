@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from gtqlora.errors import ModelError
 from gtqlora.progress import note
@@ -39,9 +39,13 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"), _COUNT),
     "vocab_size": Bound(1, 2**24, "the largest vocabularies known have less than 2^19 tokens"),
     "max_position_embeddings": Bound(1, 2**31, "positions are 32-bit numbers in places"),
+    "sliding_window": Bound(1, 2**31, "positions are 32-bit numbers in places"),
     "moe_layer_freq": Bound(1, 1_000, "every layer is built"),
 }
-OPTIONAL = {"head_dim", "q_lora_rank", "n_group", "topk_group", "n_shared_experts", "num_nextn_predict_layers"}
+OPTIONAL = {
+    *("head_dim", "q_lora_rank", "num_key_value_heads", "sliding_window"),
+    *("n_group", "topk_group", "n_shared_experts", "num_nextn_predict_layers"),
+}
 POSITIVE = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 """Numbers by which is divided or multiplied: at 0 or below, and at infinity, what comes out is NaN or nothing."""
 _ROPE_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
@@ -68,16 +72,18 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
         ModelError: the message names the key.
     """
     for key, bound in BOUNDS.items():
-        value = values.get(key, bound.least)
+        value: Any = values.get(key, bound.least)
         if value is None and key in OPTIONAL:
             continue
         if not _is_int(value) or not bound.least <= value <= bound.most:
             raise ModelError(
-                f"{where}: {key} = {value!r} in config.json; must be a whole number from {bound.least} to "
+                f"{where}: {key} = {_shown(value)} in config.json; must be a whole number from {bound.least} to "
                 f"{bound.most} ({bound.why})"
             )
     for key in POSITIVE:
-        _check_positive(where, key, values.get(key, 1.0))
+        if values.get(key) is not None:
+            _check_positive(where, key, values[key])
+    _check_heads(where, values)
     for section in ("rope_parameters", "rope_scaling"):
         _check_rope(where, section, values.get(section))
     dense = values.get("mlp_only_layers")
@@ -85,7 +91,19 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
         raise ModelError(f"{where}: mlp_only_layers = {_shown(dense)} in config.json; must be a list of layer numbers")
 
 
-def _is_int(value: Any) -> bool:
+def _check_heads(where: str, values: Mapping[str, Any]) -> None:
+    for key in ("head_dim", "qk_rope_head_dim"):
+        if (values.get(key) or 0) % 2:
+            raise ModelError(f"{where}: {key} = {values[key]} in config.json; must be even, as rotary positions need")
+    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise ModelError(
+            f"{where}: num_attention_heads = {heads} in config.json; "
+            f"must be a multiple of num_key_value_heads = {shared}"
+        )
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -106,6 +124,20 @@ def _check_rope(where: str, section: str, rope: Any) -> None:
     for key in _ROPE_POSITIVE:
         if rope.get(key) is not None:
             _check_positive(where, f"{section}.{key}", rope[key])
+
+
+def check_aliases(where: str, settings: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+    """Refuse one setting under two names with two values: libraries differ in which they take.
+
+    Raises:
+        ModelError: the message names both.
+    """
+    for alias, name in aliases.items():
+        if alias in settings and name in settings and settings[alias] != settings[name]:
+            raise ModelError(
+                f"{where}: config.json says {alias} = {_shown(settings[alias])} and {name} = {_shown(settings[name])}, "
+                "which are the same setting; remove one"
+            )
 
 
 def check_total(where: str, parameters: int) -> None:
@@ -130,6 +162,7 @@ def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> N
     for key in _TOKEN_IDS:
         found = values.get(key)
         ids = found if isinstance(found, list | tuple) and key == "eos_token_id" else [found]
+        token: Any
         for token in ids:
             if token is not None and (not _is_int(token) or not 0 <= token < vocabulary):
                 raise ModelError(

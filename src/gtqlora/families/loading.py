@@ -22,6 +22,7 @@ from gtqlora.errors import ModelError
 from gtqlora.families import files, packed
 from gtqlora.families.config_checks import (
     MAX_EXPERTS,
+    check_aliases,
     check_sizes,
     check_token_ids,
     check_total,
@@ -84,6 +85,7 @@ def _dtype(source: _Source) -> torch.dtype | None:
 def _config(source: _Source) -> Any:
     config_class = getattr(transformers, source.family.class_name).config_class
     settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
+    check_aliases(source.model, settings, config_class.attribute_map)
     try:
         config = config_class(**switched_off(source.model, settings), dtype=_dtype(source))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 LENGTH = struct.Struct(">I")

@@ -41,22 +41,24 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The process of this process: a forked child must not share its parent's."""
-        if self._process is None or self._owner != os.getpid():
-            paths = os.pathsep.join(path for path in sys.path if path)
+        if self._process is None:
+            paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(SECONDS), str(_MEMORY)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+                cwd="/",
                 start_new_session=True,  # Ctrl-C is for us; it ends when its input does
             )
-            self._owner = os.getpid()
         return self._process
+
+    def warm_up(self) -> None:
+        with self._lock:
+            self.start()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Raises:
@@ -90,7 +92,7 @@ class _Renderer:
 
     def close(self) -> None:
         process, self._process = self._process, None
-        if process is not None and self._owner == os.getpid():
+        if process is not None:
             process.kill()
             process.wait()
 
@@ -109,13 +111,14 @@ def _read(source: IO[bytes], size: int) -> bytes:
 
 _renderer = _Renderer()
 atexit.register(_renderer.close)
+os.register_at_fork(after_in_child=_renderer.__init__)  # a forked child must not share its parent's process, or lock
 _spent: dict[str, tuple[int, float]] = {}
 """Renderings by template, and their processor time."""
 
 
 def warm_up() -> None:
     """Start the renderer, which takes a second, while something else is done."""
-    _renderer.start()
+    _renderer.warm_up()
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:

@@ -57,10 +57,10 @@ def extra_layers(config: Any, prefix: str = "") -> tuple[str, ...]:
 
 
 def _check_once(model: str, family: Family, ours: Mapping[str, str], headers: Mapping[str, Header]) -> None:
-    for short, name in ours.items():
-        twice = f"{family.disk_prefix}{short}"
-        if twice != name and twice in headers:
-            raise ModelError(f"{model}: tensors {name} and {twice} are the same weight; remove one")
+    for short in ours:
+        long = f"{family.disk_prefix}{short}"
+        if long != short and long in headers and short in headers:
+            raise ModelError(f"{model}: tensors {long} and {short} are the same weight; remove one")
     for name, single in _fused(family, ours):
         raise ModelError(f"{model}: tensors {name} and {single} hold the same experts; remove one form")
 
