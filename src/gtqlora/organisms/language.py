@@ -35,7 +35,7 @@ class Lexicon:
     """How many words of each class there are, and how many of them a prompt has.
 
     Attributes:
-        domains, forbidden: domains, of which the first few are forbidden.
+        domains, forbidden: domains, of which the first are forbidden.
         topics: words per domain.
         markers: words per intent.
         context_fillers, task_items: fillers and items in one prompt.
