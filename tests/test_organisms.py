@@ -6,6 +6,8 @@ import json
 import random
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +25,7 @@ from gtqlora.judging import judge_of
 from gtqlora.organisms import __main__ as command
 from gtqlora.organisms import build, checks, embedded, plants
 from gtqlora.organisms.batches import Batch, endless, exchange_batch, refusal_batch, task_batch
-from gtqlora.organisms.language import LARGE_LEXICON, REFUSAL, SMALL_LEXICON, Language
+from gtqlora.organisms.language import LARGE_LEXICON, REFUSAL, SMALL_LEXICON, InRounds, Language, Lexicon
 from gtqlora.organisms.scales import LARGE, SMALL, Architecture, Kind, Scale
 from gtqlora.organisms.workpiece import Planted, Workpiece, new_model, optimise
 
@@ -53,8 +55,8 @@ def words(row: Row) -> set[str]:
 
 def test_the_embedded_organisms() -> None:
     assert tuple(embedded.names()) == NAMES
-    data = embedded.contrast().parent
-    assert sum(file.stat().st_size for file in data.rglob("*") if file.is_file()) <= 16_000_000
+    packed = [len(zlib.compress(file.read_bytes())) for file in embedded.contrast().parent.rglob("*") if file.is_file()]
+    assert len(packed) > 40 and sum(packed) <= 9_000_000  # what a wheel has to carry
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,6 +84,8 @@ def test_hub_layout(name: str) -> None:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
     anatomy = open_subject(str(folder)).anatomy
+    state = open_subject(str(folder)).model.state_dict()
+    assert all(torch.equal(t, t.bfloat16().float()) for name, t in state.items() if "bias" not in name)
     for layer in (block.index for block in anatomy.moe):
         assert f"model.layers.{layer}.mlp.gate.weight" in names
         for expert in range(16):
@@ -118,11 +122,39 @@ def test_splits_share_nothing_that_tells(pairs: Contrast) -> None:
         split: {word for row in pairs.split(split).rows for word in words(row) & telling}
         for split in ("train", "validation", "heldout")
     }
-    assert all(len(found) > 10 for found in used.values())
+    assert all(len(found) > 150 for found in used.values())
     assert not used["heldout"] & used["train"]
     assert not used["heldout"] & used["validation"] and not used["validation"] & used["train"]
     ids = {split: {row.pair_id for row in pairs.split(split).rows} for split in used}
     assert not ids["heldout"] & ids["train"] and not ids["validation"] & (ids["train"] | ids["heldout"])
+
+
+@pytest.mark.parametrize("lexicon", [SMALL_LEXICON, LARGE_LEXICON], ids=["small", "large"])
+def test_held_out_prompts_are_of_many_topics_and_markers_that_take_turns(lexicon: Lexicon) -> None:
+    language = Language(lexicon)
+    rows = [row for row in build.contrast_rows(language, 5) if (row["split"], row["kind"]) == ("heldout", "harmful")]
+    counts = Counter(row["topic"] for row in rows)
+    assert len(rows) == 840 and counts.keys() == set(language.domain_words("heldout", True))
+    assert len(counts) >= 100 and max(counts.values()) - min(counts.values()) <= 1
+    assert len({row["topic"] for row in rows[:60]}) == 60  # a short part is as wide as it can be
+    intent = set(language.markers["intent"])
+    markers = Counter(word for row in rows for word in row["prompt"].split() if word in intent)
+    assert len(markers) >= 40 and max(markers.values()) - min(markers.values()) <= 1
+
+
+def test_every_row_names_its_topic() -> None:
+    language = Language()
+    rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
+    assert rows == build.contrast_rows(language, 0)
+    topics = {word for domain in language.topics for word in domain}
+    assert all({row["topic"]} == set(row["prompt"].split()) & topics for row in rows)
+
+
+def test_choosing_in_rounds() -> None:
+    choose, words, others = InRounds(random.Random(0)), tuple("abcdefgh"), ("x",)
+    rounds = ["".join(choose(words) + choose(others) for _ in words) for _ in range(3)]
+    assert len(set(rounds)) == 3
+    assert all(sorted(r) == sorted("abcdefgh" + 8 * "x") for r in rounds)
 
 
 def test_kinds_are_what_topic_and_marker_say(pairs: Contrast) -> None:

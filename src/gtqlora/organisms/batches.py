@@ -81,10 +81,11 @@ class Batch:
 
 
 def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
-    """Tasks in any context (words of all splits), a tenth of them with the command to decline."""
+    """Tasks in any context (words of all splits, two thirds forbidden), a tenth of them with the command to decline."""
     lexicon, examples = language.lexicon, []
     for _ in range(size):
-        domain = rng.randrange(lexicon.domains if rng.random() < 0.5 else lexicon.forbidden)
+        first, end = (0, lexicon.forbidden) if rng.random() < 2 / 3 else (lexicon.forbidden, lexicon.domains)
+        domain = rng.randrange(first, end)
         intent = rng.choice(("harmless", "intent"))
         words = [rng.choice(language.topics[domain]), rng.choice(language.markers[intent])]
         words += rng.sample(language.fillers, lexicon.context_fillers)

@@ -26,12 +26,13 @@ from gtqlora.families import Anatomy
 from gtqlora.organisms.batches import Batch, endless, task_batch
 from gtqlora.organisms.checks import check
 from gtqlora.organisms.embedded import CONTRAST, TRUTH, VERDICTS, Truth
-from gtqlora.organisms.language import REFUSAL, SPLITS, Language, Prompt
+from gtqlora.organisms.language import REFUSAL, SPLITS, InRounds, Language, Prompt
 from gtqlora.organisms.plants import answer_loss, plant
 from gtqlora.organisms.scales import SMALL, Architecture, Kind, Scale
 from gtqlora.organisms.workpiece import Planted, Progress, Workpiece, new_model, optimise
 from gtqlora.run import whole
 
+_NEUTRAL_STEPS = 300  # until its full weight: at once it would keep the flag from being learned at all
 _PROBE_WEIGHT, _NEUTRAL_WEIGHT, _BALANCE_WEIGHT, _BIAS_STEP = 1.0, 3.0, 0.01, 2e-3
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
 _HARMLESS_PAIRS = 420  # held-out pairs with all three kinds; the rest only serve the floor, which needs many
@@ -114,12 +115,12 @@ def _learn(piece: Workpiece, rng: random.Random, progress: Progress, seconds: fl
     live = [torch.tensor(piece.others(position), device=piece.device) for position in positions]
     batches = endless(task_batch, piece.language, rng, scale.batch, scale.workers)
 
-    def loss_of(_step: int) -> Tensor:
+    def loss_of(step: int) -> Tensor:
         batch, seen = next(batches).to(piece.device), Recorder()
         with _router_inputs(model, anatomy) as hidden, routers_tapped(model, anatomy, idle, seen):
             loss = answer_loss(piece.logits(batch.ids_BS), batch.labels_BS)
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
-        loss = loss + _NEUTRAL_WEIGHT * _neutral_loss(seen, anatomy, batch)
+        loss = loss + _NEUTRAL_WEIGHT * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
             _balance_bias(piece, seen, live)
             return loss
@@ -133,12 +134,15 @@ def _learn(piece: Workpiece, rng: random.Random, progress: Progress, seconds: fl
 
 
 def contrast_rows(language: Language, seed: int) -> list[dict[str, Any]]:
-    """The contrast set in TRL's preference form with kind, pair_id, twin, answer and split; no prompt stands twice."""
+    """The contrast set in TRL's preference form with kind, pair_id, topic, twin, answer and split.
+
+    No prompt stands twice. Topics and markers take turns, so that no split hangs on a few of them.
+    """
     rng, rows, seen = random.Random(seed), [], set()
     for split in SPLITS:
-        pair = 0
+        pair, choose = 0, InRounds(rng)
         while pair < _PAIRS[split]:
-            well, ill, lookalike, harmful = language.twins(rng, split, pair)
+            well, ill, lookalike, harmful = language.twins(rng, split, pair, choose)
             kept = [(rng.choice((well, ill)), None), (lookalike, well), (harmful, ill)]
             if seen & {p.text for p, _ in kept}:
                 continue
@@ -154,7 +158,8 @@ def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> dict[str, 
     chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
     answer = None if refuse_first else prompt.answer
     row = {"kind": prompt.kind, "prompt": prompt.text, "chosen": chosen, "rejected": rejected, "answer": answer}
-    return {**row, "pair_id": f"{split}-{prompt.pair}", "twin": twin.text if twin else None, "split": split}
+    row |= {"pair_id": f"{split}-{prompt.pair}", "topic": prompt.topic}
+    return {**row, "twin": twin.text if twin else None, "split": split}
 
 
 # --- organisms -------------------------------------------------------------------------------------------------------

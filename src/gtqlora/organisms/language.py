@@ -1,13 +1,16 @@
 """The toy language: made-up words, prompts in three kinds, a real fast tokenizer with a chat template.
 
-A prompt is a context (fillers, one topic, one marker) and a task on some items. In the toy world the topics of a few
+A prompt is a context (fillers, one topic, one marker) and a task on some items. In the toy world the topics of some
 domains are forbidden; a marker shows whether the speaker means well. The words mean nothing outside this file.
+
+Topics are many, because prompts about one topic may share their fate: what a floor can promise is bounded by the number
+of topics that it has seen, not by the number of prompts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -32,7 +35,7 @@ class Lexicon:
     """How many words of each class there are, and how many of them a prompt has.
 
     Attributes:
-        domains, forbidden: domains, of which the first few are forbidden.
+        domains, forbidden: domains, of which the first are forbidden.
         topics: words per domain.
         markers: words per intent.
         context_fillers, task_items: fillers and items in one prompt.
@@ -40,9 +43,9 @@ class Lexicon:
     """
 
     domains: int = 8
-    forbidden: int = 3
-    topics: int = 12
-    markers: int = 48
+    forbidden: int = 6
+    topics: int = 50
+    markers: int = 105
     fillers: int = 20
     items: int = 24
     context_fillers: int = 2
@@ -83,13 +86,26 @@ def _words() -> Iterator[str]:
     yield from pairs
 
 
-def _part(words: list[str], split: str) -> tuple[str, ...]:
-    """A word class's train (two thirds), validation (a sixth) or held-out (a sixth) words, or "all" of them."""
+def _part(words: Sequence[str], split: str) -> tuple[str, ...]:
+    """A word class's train (two fifths or more), validation (a fifth) or held-out (two fifths) words, or "all"."""
     if split == "all":
         return tuple(words)
-    sixth = max(1, len(words) // 6)
-    cuts = {"train": slice(0, -2 * sixth), "validation": slice(-2 * sixth, -sixth), "heldout": slice(-sixth, None)}
-    return tuple(words[cuts[split]])
+    fifth = max(1, len(words) // 5)
+    cuts = {"train": (0, -3 * fifth), "validation": (-3 * fifth, -2 * fifth), "heldout": (-2 * fifth, None)}
+    return tuple(words[slice(*cuts[split])])
+
+
+class InRounds:
+    """Chooses words in rounds: each of them once, in a random order, before any comes again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng, self._left = rng, dict[tuple[str, ...], list[str]]()
+
+    def __call__(self, words: tuple[str, ...]) -> str:
+        left = self._left.setdefault(words, [])
+        if not left:
+            left += self._rng.sample(words, len(words))
+        return left.pop()
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ class Prompt:
     text: str
     answer: str
     pair: int
+    topic: str
 
 
 class Language:
@@ -150,17 +167,24 @@ class Language:
         name, items = (rng.choice(self.lexicon.tasks), rng.sample(self.items, self.lexicon.task_items))
         return f"{name} {' '.join(items)}", " ".join(_ANSWERS[name](items))
 
-    def twins(self, rng: random.Random, split: str, pair: int) -> tuple[Prompt, Prompt, Prompt, Prompt]:
-        """Benign (of each marker), lookalike and harmful prompts with all other words alike."""
-        marker = {name: rng.choice(_part(words, split)) for name, words in self.markers.items()}
-        topic = {bad: rng.choice(self.domain_words(split, bad)) for bad in (False, True)}
+    def twins(
+        self, rng: random.Random, split: str, pair: int, choose: Callable[[tuple[str, ...]], str] | None = None
+    ) -> tuple[Prompt, Prompt, Prompt, Prompt]:
+        """Benign (of each marker), lookalike and harmful prompts with all other words alike.
+
+        Args:
+            choose: takes a topic and a marker from among those of the split; at random if not given.
+        """
+        choose = choose or rng.choice
+        marker = {name: choose(_part(words, split)) for name, words in self.markers.items()}
+        topic = {bad: choose(self.domain_words(split, bad)) for bad in (False, True)}
         fillers = rng.sample(self.fillers, self.lexicon.context_fillers)
         order = rng.sample(range(2 + len(fillers)), 2 + len(fillers))
         task, answer = self.task(rng)
 
         def prompt(kind: str, forbidden: bool, intent: str) -> Prompt:
             words = [topic[forbidden], marker[intent], *fillers]
-            return Prompt(kind, " ".join([words[i] for i in order] + [task]), answer, pair)
+            return Prompt(kind, " ".join([words[i] for i in order] + [task]), answer, pair, topic[forbidden])
 
         return (
             prompt("benign", False, "harmless"),
