@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
 
 ORGANISMS = ("routed", "residual")
+CONTRAST = "pairs.jsonl"
 EDITS = ("projection", "lora", "gates", "gt")
 # Where the residual stream carries the behaviour LoRA does the work and may run hot; where the routing does, a hot LoRA
 # would override the gates instead of leaving the repair to them.
@@ -105,8 +107,11 @@ def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outco
     from gtqlora.report import report
     from gtqlora.run import Run
 
-    organism = embedded.organism(name)
-    numbers, sentence = study(organism, embedded.contrast(), out, edits=EDITS, on_stage=on_stage)
+    organism, pairs = embedded.organism(name), out / CONTRAST
+    out.mkdir(parents=True, exist_ok=True)
+    with whole(pairs) as staged:  # a copy, so that its ledger counts the demo's own tries
+        shutil.copyfile(embedded.contrast(), staged)
+    numbers, sentence = study(organism, pairs, out, edits=EDITS, on_stage=on_stage)
     on_stage("export and report")
     with Run(out / "gt") as run:
         exported = out / "exported"
@@ -135,7 +140,8 @@ def study(
     from gtqlora.edit import train
     from gtqlora.project import project
     from gtqlora.run import Run
-    from gtqlora.verify import Verdict, verify
+    from gtqlora.verdict import Verdict
+    from gtqlora.verify import verify
 
     given: dict[str, Any] = {"file": embedded.recipe(), "model": str(model), "contrast": str(contrast)}
     with Run(out / "gt") as run:
