@@ -105,7 +105,7 @@ def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outco
     """Diagnose, edit in every way, verify each, export and report the GT-QLoRA edit."""
     from gtqlora.export import export
     from gtqlora.report import report
-    from gtqlora.run import Run
+    from gtqlora.run import Run, whole
 
     organism, pairs = embedded.organism(name), out / CONTRAST
     out.mkdir(parents=True, exist_ok=True)
