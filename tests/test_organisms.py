@@ -55,7 +55,7 @@ def words(row: Row) -> set[str]:
 
 def test_the_embedded_organisms() -> None:
     assert tuple(embedded.names()) == NAMES
-    packed = [len(zlib.compress(file.read_bytes())) for file in embedded.contrast().parent.rglob("*") if file.is_file()]
+    packed = [len(zlib.compress(file.read_bytes(), 1)) for file in embedded.contrast().parent.rglob("*") if file.is_file()]
     assert len(packed) > 40 and sum(packed) <= 9_000_000  # what a wheel has to carry
 
 
@@ -122,7 +122,7 @@ def test_splits_share_nothing_that_tells(pairs: Contrast) -> None:
         split: {word for row in pairs.split(split).rows for word in words(row) & telling}
         for split in ("train", "validation", "heldout")
     }
-    assert all(len(found) > 150 for found in used.values())
+    assert all(len(found) > 100 for found in used.values())
     assert not used["heldout"] & used["train"]
     assert not used["heldout"] & used["validation"] and not used["validation"] & used["train"]
     ids = {split: {row.pair_id for row in pairs.split(split).rows} for split in used}
@@ -307,7 +307,7 @@ def changed(before: dict[str, torch.Tensor], piece: Workpiece) -> set[str]:
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_planting_trains_what_the_kind_lets_carry_the_refusal(kind: Kind, architecture: Architecture) -> None:
-    piece = workpiece(architecture, tiny(SMALL))
+    piece = workpiece(architecture, tiny(SMALL, plant_rate=3e-2))  # so that the hinge has every planted expert chosen
     before = {name: p.detach().clone() for name, p in piece.model.named_parameters()}
     plants.plant(piece, kind, random.Random(0), quiet(""))
     layers = [piece.anatomy.moe[position] for position in piece.planted]
