@@ -129,6 +129,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
     pad = subject.pad_id
+    encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
     draws = _draws(config, subject, rows)
     with peft_targets_kept():
         trainer = GateTargetedTrainer(
@@ -137,7 +138,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, st
             draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
-            train_dataset=Dataset.from_list([contrasts.encode_preference(subject.tokenizer, row) for row in rows.rows]),
+            train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
