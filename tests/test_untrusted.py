@@ -123,6 +123,9 @@ def test_words_of_a_stranger_are_cut_and_escaped() -> None:
         *[("mlp_only_layers", value) for value in ("x", 7, [[0]], ["a"])],
         *[("rope_parameters", value) for value in (7, {"rope_theta": 0}, {"rope_theta": -1, "rope_type": "default"})],
         ("rope_scaling", {"type": "linear", "factor": 0}),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0, "mscale": "x"}),
+        ("rope_scaling", {"type": "longrope", "factor": 4.0, "long_factor": [1.0], "short_factor": [1.0]}),
+        ("rope_scaling", {"type": ["yarn"], "factor": 4.0}),
     ],
 )
 def test_sizes_out_of_bounds(folder: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any) -> None:
@@ -228,6 +231,13 @@ def test_a_model_with_dropout_trains_as_it_evaluates(folder: Path) -> None:
 def test_an_ordinary_config_says_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_config(str(folder))
     assert not [record for record in caplog.records if str(folder) in record.message]
+
+
+@pytest.mark.parametrize("setting", [{"num_labels": 10**9}, {"id2label": 7}, {"pruned_heads": {"0": [1]}}])
+def test_settings_of_other_tasks_do_nothing(folder: Path, setting: dict[str, Any]) -> None:
+    started = time.monotonic()
+    load_model(str(edited(folder, "config.json", **setting)))
+    assert time.monotonic() - started < 5
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

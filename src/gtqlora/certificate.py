@@ -28,7 +28,7 @@ from gtqlora.errors import FloorError, RunError
 from gtqlora.experts.loading import BF16
 from gtqlora.experts.settings import NATIVE
 from gtqlora.families import load_config, quantization
-from gtqlora.families.files import read_json, small_files
+from gtqlora.families.files import PROVENANCE, read_json, small_files
 from gtqlora.judging import Judge, judge_of
 from gtqlora.kept import Completion, length_limit, lost_because
 from gtqlora.ledger import Entry
@@ -39,7 +39,6 @@ from gtqlora.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_out
 ADAPTER = "adapter"
 BUDGET = 0.05
 """What all edits of a model, one upon another, may have lost together, by their bounds."""
-EXPORTED = "export.json"
 
 
 # --- what counts as kept ---------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ class Ancestry:
 
 def ancestry(model: str) -> Ancestry:
     """Raises RunError when a base's `export.json` is not what we write."""
-    file = small_files(model) / EXPORTED
+    file = small_files(model) / PROVENANCE
     if not file.exists():
         return Ancestry()
     found = read_json(file)

@@ -198,6 +198,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
     pad = subject.pad_id
+    encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
     draws = _draws(config, subject, rows)
     with peft_targets_kept():
         trainer = GateTargetedTrainer(
@@ -206,9 +207,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             draws=draws,
             model=subject.model,
             args=_arguments(config, run / CHECKPOINTS),
-            train_dataset=Dataset.from_list(
-                [dict(contrasts.encode_preference(subject.tokenizer, r)) for r in rows.rows]
-            ),
+            train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
             peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),

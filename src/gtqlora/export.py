@@ -14,12 +14,13 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.adapter_files import PROJECTION
 from gtqlora.capture import Subject, open_subject
-from gtqlora.certificate import EXPORTED, Certificate, certify, check_model
+from gtqlora.certificate import Certificate, certify, check_model
 from gtqlora.checkpoint import copy_changed
 from gtqlora.edited import Edited
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
 from gtqlora.families import bind, load_config, meta_model
+from gtqlora.families.files import PROVENANCE
 from gtqlora.judging import judge_of
 from gtqlora.merging import Edit, merged, on_disk, plan
 from gtqlora.model_card import model_card
@@ -184,7 +185,7 @@ def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
     files = {
         path.relative_to(staged).as_posix(): sha256_file(path)
         for path in sorted(staged.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != EXPORTED
+        if path.suffix in (".safetensors", ".json") and path.name != PROVENANCE
     }
     facts: dict[str, Any] = {
         "base": verdict.model,
@@ -208,5 +209,5 @@ def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
         "versions": versions(),
         "files": files,
     }
-    write_json(staged / EXPORTED, facts)
+    write_json(staged / PROVENANCE, facts)
     (staged / "README.md").write_text(model_card(certificate, result.tensors_changed), encoding="utf-8")

@@ -121,9 +121,15 @@ def _check_rope(where: str, section: str, rope: Any) -> None:
         return
     if not isinstance(rope, Mapping):
         raise ModelError(f"{where}: {section} = {_shown(rope)} in config.json; must be an object")
-    for key in _ROPE_POSITIVE:
-        if rope.get(key) is not None:
-            _check_positive(where, f"{section}.{key}", rope[key])
+    for key, value in rope.items():
+        if key in _ROPE_POSITIVE and value is not None:
+            _check_positive(where, f"{section}.{key}", value)
+        elif not (isinstance(value, str) if key in ("rope_type", "type") else _is_small(value)):
+            raise ModelError(f"{where}: {section}.{key} = {_shown(value)} in config.json; must be a finite number")
+
+
+def _is_small(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= _MOST)
 
 
 def check_aliases(where: str, settings: Mapping[str, Any], aliases: Mapping[str, str]) -> None:

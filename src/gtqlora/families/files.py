@@ -21,8 +21,10 @@ from gtqlora.families import strict_json
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER_CONFIG, TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
 FAST_TOKENIZER = "tokenizer.json"
+PROVENANCE = "export.json"
+"""In a model that gtqlora exported: what it was made from, and what may have been lost."""
 SMALL_FILES = (
-    *(CONFIG, GENERATION, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json"),
+    *(CONFIG, GENERATION, TOKENIZER_CONFIG, TEMPLATE, PROVENANCE, "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer*.json", "tokenizer.model*", "tiktoken.model", "spiece.model", "sentencepiece*.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja"),
 )

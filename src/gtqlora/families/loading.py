@@ -36,9 +36,13 @@ from gtqlora.families.weight_checks import check_headers, check_size, extra_laye
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUANTIZED = ("quantization_config", "compression_config")
-# Settings that steer the loader (other weight files, patched modules, kernels from the hub) and not the architecture.
+# Settings that steer the loader (other weight files, patched modules, kernels from the hub), or serve other tasks
+# (10^9 labels would each get a name), and not the architecture.
 _NOT_ARCHITECTURE = {
     *("model_type", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version", *_QUANTIZED),
+    *("num_labels", "id2label", "label2id", "problem_type", "pruned_heads", "is_encoder_decoder", "torchscript"),
+    *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "keys_to_ignore_at_inference"),
+    *("gradient_checkpointing", "add_cross_attention", "is_decoder", "cross_attention_hidden_size"),
     *("transformers_weights", "fusion_config", "distributed_config", "attn_implementation", "experts_implementation"),
 }
 
