@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from datasets import Dataset
@@ -194,7 +194,7 @@ def encoded_by_trl(tokenizer: Any, contrast: Contrast) -> list[dict[str, Any]]:
         dataset_num_proc, max_length, truncation_mode = None, None, "keep_start"
 
     found = DPOTrainer._prepare_dataset(
-        trainer, Dataset.from_list(contrast.to_preference()), tokenizer, Arguments(), "train"
+        trainer, Dataset.from_list(contrast.to_preference()), tokenizer, cast(Any, Arguments()), "train"
     )
     return list(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gtqlora.families import bind, load_tokenizer
 from gtqlora.judging import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.project import project
-from gtqlora.resume import read_metrics
+from gtqlora.resume import Origin, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.verdict import Verdict, read_verdict
 from gtqlora.verify import verify
@@ -195,7 +196,7 @@ def test_dense_weights_in_four_bits_leave_fp32_masters(toy: helpers.Toy, tmp_pat
     config = toy.train_config(model)
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split("train")
     with Run(tmp_path) as run:
-        trainer = edit._trainer(config, subject, rows, run, "hash")  # asserts the exact reference
+        trainer = edit._trainer(config, subject, rows, run, Origin(asdict(config), {}))  # asserts the exact reference
         assert {p.dtype for p in trainable(trainer.model).values()} == {torch.float32}
         before = {name: p.clone() for name, p in trainable(trainer.model).items()}
         assert edit._fit(trainer, tmp_path / "checkpoints") == (4, None)
