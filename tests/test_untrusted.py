@@ -122,6 +122,7 @@ def test_words_of_a_stranger_are_cut_and_escaped() -> None:
         *[("rms_norm_eps", value) for value in (0, -1e-6, 1e300, "x", True)],
         *[("mlp_only_layers", value) for value in ("x", 7, [[0]], ["a"])],
         *[("rope_parameters", value) for value in (7, {"rope_theta": 0}, {"rope_theta": -1, "rope_type": "default"})],
+        ("num_labels", 10**9),
         ("rope_scaling", {"type": "linear", "factor": 0}),
         ("rope_scaling", {"type": "yarn", "factor": 4.0, "mscale": "x"}),
         ("rope_scaling", {"type": "longrope", "factor": 4.0, "long_factor": [1.0], "short_factor": [1.0]}),
@@ -132,6 +133,17 @@ def test_sizes_out_of_bounds(folder: Path, capsys: pytest.CaptureFixture[str], k
     edited(folder, "config.json", **{key: value})
     refused(load_config, folder, key.removeprefix("rope_") if key == "rope_parameters" else key)
     refused_by_inspect(folder, capsys, "config.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("head_dim", 64), ("num_key_value_heads", 2)])
+def test_heads_of_latent_attention(pristine: dict[str, Path], tmp_path: Path, key: str, value: int) -> None:
+    folder = Path(shutil.copytree(pristine["deepseek_v3"], tmp_path / "m"))
+    refused(load_config, edited(folder, "config.json", **{key: value}), key)
+
+
+def test_the_outer_part_of_a_nested_config_is_bounded_too(pristine: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pristine["kimi_k25"], tmp_path / "m"))
+    refused(load_tokenizer, edited(folder, "config.json", num_labels=10**9), "num_labels")
 
 
 @pytest.mark.parametrize("value", [0, -1.0, 1e300, "x"])
@@ -233,7 +245,7 @@ def test_an_ordinary_config_says_nothing(folder: Path, caplog: pytest.LogCapture
     assert not [record for record in caplog.records if str(folder) in record.message]
 
 
-@pytest.mark.parametrize("setting", [{"num_labels": 10**9}, {"id2label": 7}, {"pruned_heads": {"0": [1]}}])
+@pytest.mark.parametrize("setting", [{"num_labels": 100}, {"is_decoder": False}, {"pruned_heads": {"0": [1]}}])
 def test_settings_of_other_tasks_do_nothing(folder: Path, setting: dict[str, Any]) -> None:
     started = time.monotonic()
     load_model(str(edited(folder, "config.json", **setting)))

@@ -40,6 +40,7 @@ BOUNDS: dict[str, Bound] = {
     "vocab_size": Bound(1, 2**24, "the largest vocabularies known have less than 2^19 tokens"),
     "max_position_embeddings": Bound(1, 2**31, "positions are 32-bit numbers in places"),
     "sliding_window": Bound(1, 2**31, "positions are 32-bit numbers in places"),
+    "num_labels": Bound(0, 100_000, "each gets a name wherever transformers reads the file by itself"),
     "moe_layer_freq": Bound(1, 1_000, "every layer is built"),
 }
 OPTIONAL = {
@@ -95,6 +96,10 @@ def _check_heads(where: str, values: Mapping[str, Any]) -> None:
     for key in ("head_dim", "qk_rope_head_dim"):
         if (values.get(key) or 0) % 2:
             raise ModelError(f"{where}: {key} = {values[key]} in config.json; must be even, as rotary positions need")
+    if values.get("kv_lora_rank"):  # latent attention: every head has keys of its own, turned in their rotary part
+        for one, other in (("head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")):
+            if values.get(one) and values.get(other) and values[one] != values[other]:
+                raise ModelError(f"{where}: {one} = {values[one]} in config.json; must be {other} = {values[other]}")
     heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and shared and heads % shared:
         raise ModelError(

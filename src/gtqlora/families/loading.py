@@ -72,7 +72,8 @@ def _read(model: str) -> _Source:
         raise ModelError(
             f"{model}: {family.text_key}.model_type is {text.get('model_type')!r}, expected one of {known}"
         )
-    check_sizes(model, text)
+    for part in (raw, text):
+        check_sizes(model, part)
     return _Source(model=model, family=family, raw=raw, text=text)
 
 
