@@ -237,6 +237,22 @@ def dataset_of(args: argparse.Namespace, vocabulary: int) -> Dataset:
     )
 
 
+def in_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """The same as the `train` stage hands it over."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+
+    end = [tokenizer.eos_token_id]
+    return Dataset.from_list(
+        [
+            {"prompt_ids": ids(row["prompt"]), "kind": row["kind"]}
+            | {f"{answer}_ids": ids(row[answer]) + end for answer in ("chosen", "rejected")}
+            for row in rows.to_list()
+        ]
+    )
+
+
 # --- trainers --------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +289,7 @@ def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy,
         if way == TRL:
             return DPOTrainer(args=_trl_arguments(settings, out), **shared)
         collator = KindCollator(pad_token_id=0)
+        shared["train_dataset"] = in_tokens(shared["train_dataset"], tokenizer)
         trainer = GateTargetedTrainer(
             anatomy=anatomy, settings=settings, args=arguments, data_collator=collator, **shared
         )

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from gtqlora.adapter_files import GT_QLORA, PROJECTION, Info, adapter_hash
+from gtqlora.adapter_files import (
+    DIRECTION,
+    EDIT_WEIGHTS,
+    GT_QLORA,
+    PROJECTION,
+    Info,
+    adapter_hash,
+    write_settings,
+)
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.run import Run, write_json, write_parquet
@@ -206,7 +214,11 @@ def write_adapter(run: Run, *, mode: str = "gt", kind: str = GT_QLORA, stopped: 
     if kind == PROJECTION:
         config = {"direction": "false_refusal_orthogonal", "norm_preserving": True}
         details = {"config": config, "layer": 2, "candidates": [{"layer": 2, "refusal": 0.1, "accuracy": 0.9}]}
-    write_json(run / "adapter" / "gtqlora.json", asdict(Info(kind, "some/model", "deepseek_v3", details)))
+    else:
+        details["config"] |= {"rank": 4, "alpha": 8}
+    (run / "adapter").mkdir(exist_ok=True)
+    write_settings(run / "adapter", Info(kind, "some/model", "deepseek_v3", details), rank=4, alpha=8)
+    (run / "adapter" / (DIRECTION if kind == PROJECTION else EDIT_WEIGHTS)).write_bytes(b"made up")
 
 
 def write_metrics(run: Run, steps: int = 5, more: Sequence[str] = ()) -> None:
@@ -266,6 +278,11 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "mediation": interval(0.9, repaired) if repaired else NOTHING_REPAIRED,
         "experts": "bf16",
         "silencing": silencing(),
+        "judge": "string",
+        "prompts": {"source": "pairs.jsonl", "fingerprint": "0123456789abcdef", "split": "heldout"},
+        "lost": {"answers": 3, "tells": 1} if harmful < 1 else {},
+        "tries": 2,
+        "blind": None,
     }
 
 

@@ -161,6 +161,9 @@ def test_bad_model_folders(say: Say, tmp_path: Path) -> None:
     error_of(say("inspect", "organism:nothing"), 2, "'nothing'", "routed-qwen3")
 
 
+JUDGED = ("--set", "judge=" + helpers.JUDGE)
+
+
 def train(say: Say, toy: helpers.Toy, model: object, run: Path, *more: object) -> tuple[int, str, str]:
     settings = ("judge=" + helpers.JUDGE, "steps=2", "batch_size=4", "rank=4", "max_new_tokens=2")
     sets = [word for setting in settings for word in ("--set", setting)]
@@ -227,7 +230,7 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     record = (run / "manifest.json").read_text()
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained already") and (run / "manifest.json").read_text() == record
-    code, text, _ = say("verify", run, "--set", "margin=0.05")
+    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
     assert code == 0 and "safety floor: pass" in text
     code, text, _ = say("report", run)
     assert code == 0 and "<html" in Path(text.strip()).read_text()[:200]
@@ -239,9 +242,12 @@ def test_a_floor_not_passed(say: Say, toy: helpers.Toy, verified: Any, tmp_path:
     """Sixty prompts cannot show a drop below the default margin, so nothing leaves."""
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(verified(toy.model("deepseek_v3")), run)
-    code, text, err = say("verify", run)
-    assert code == 4 and "safety floor: pass" not in text and "Traceback" not in err
-    error_of(say("export", run, out), 4, run, "safety floor", "no weights")
+    sixty = {("heldout", "harmful"): 60, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+    few = helpers.write_rows(tmp_path / "few.jsonl", helpers.toy_rows(sixty))
+    code, text, err = say("verify", run, "--contrast", few, *JUDGED)
+    assert code == 4 and "safety floor: cannot tell" in text and "Traceback" not in err
+    assert "that takes at least" in text.replace("\n", " ")
+    error_of(say("export", run, out, *JUDGED), 4, run, "safety floor", "no weights")
     assert not out.exists()
 
 
@@ -256,5 +262,5 @@ def test_verify_takes_the_settings_of_the_adapter_that_is_there(
         run / "manifest.json",
         lambda m: {**m, "stages": {"train": {**m["stages"]["train"], "config": stale}}},
     )
-    code, text, _ = say("verify", run, "--set", "margin=0.05")
+    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
     assert code == 0 and "safety floor: pass" in text

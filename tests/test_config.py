@@ -60,9 +60,9 @@ def test_top_level_keys_serve_the_stages_that_know_them(tmp_path: Path) -> None:
 
 
 def test_the_caller_wins_over_the_file_and_set_over_both(tmp_path: Path) -> None:
-    file = _file(tmp_path, 'model = "f"\ncontrast = "f"\njudge = "f"\n[train]\nmode = "lora"\n')
-    found = build(TrainConfig, file=file, contrast="g", judge="g", overrides=["judge=s", "steps = 5"])
-    assert (found.model, found.contrast, found.judge, found.mode, found.steps) == ("f", "g", "s", "lora", 5)
+    file = _file(tmp_path, 'model = "f"\ncontrast = "f"\njudge = "string:f"\n[train]\nmode = "lora"\n')
+    found = build(TrainConfig, file=file, contrast="g", judge="string:g", overrides=["judge=string:s", "steps = 5"])
+    assert (found.model, found.contrast, found.judge, found.mode, found.steps) == ("f", "g", "string:s", "lora", 5)
 
 
 def test_none_from_the_caller_gives_nothing(tmp_path: Path) -> None:

@@ -173,8 +173,10 @@ def test_a_copied_run_may_be_exported(passed: Path, tmp_path: Path) -> None:
 def test_without_verify(passed: Path, toy: helpers.Toy, tmp_path: Path) -> None:
     helpers.noop_adapter(source(toy, "qwen3_moe"), toy.contrast, helpers.JUDGE, tmp_path / "unverified")
     refused(tmp_path / "unverified", tmp_path, "run `gtqlora verify` first", RunError)
-    (passed / "manifest.json").unlink()
+    models.edit_json(passed / "manifest.json", lambda old: {**old, "stages": {"train": old["stages"]["train"]}})
     refused(passed, tmp_path, "verify did not finish")
+    (passed / "manifest.json").unlink()
+    refused(passed, tmp_path, "not a run directory", RunError)
 
 
 def test_a_failed_or_open_verdict(passed: Path, toy: helpers.Toy, tmp_path: Path) -> None:
@@ -214,6 +216,16 @@ def test_one_changed_byte_of_the_adapter(passed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adapter_config.json", "gtqlora.json"])
 def test_changed_settings_of_the_adapter(passed: Path, tmp_path: Path, name: str) -> None:
     models.edit_json(passed / "adapter" / name, lambda old: {**old, "lora_alpha": 80})
+    refused(passed, tmp_path, "run `?gtqlora train|run it again", RunError)
+
+
+def test_an_alpha_changed_in_both_records_is_another_adapter(passed: Path, tmp_path: Path) -> None:
+    def another(info: dict[str, Any]) -> dict[str, Any]:
+        info["details"]["config"]["alpha"] = 80
+        return info
+
+    models.edit_json(passed / "adapter" / "adapter_config.json", lambda old: {**old, "lora_alpha": 80})
+    models.edit_json(passed / "adapter" / "gtqlora.json", another)
     refused(passed, tmp_path, "adapter is not the one that was verified")
 
 
@@ -247,7 +259,7 @@ def test_a_changed_base_model(toy: helpers.Toy, tmp_path: Path) -> None:
 
 def test_a_retrained_adapter(passed: Path, toy: helpers.Toy, tmp_path: Path) -> None:
     with Run(passed) as run:
-        train(toy.train_config(source(toy, "qwen3_moe"), seed=3), run)
+        train(toy.train_config(source(toy, "qwen3_moe"), seed=3), run, again=True)
     refused(passed, tmp_path, "adapter is not the one that was verified")
 
 

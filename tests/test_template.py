@@ -81,7 +81,6 @@ def rows(*found: Row) -> Contrast:
         "{% extends 'x' %}",
         "{{ messages[0]['content'].encode().decode('utf-99') }}",
         "{% if %}",
-        "{{ namespace(__class__=1) }}",
         "{{ " + "(" * 900 + "1" + ")" * 900 + " }}",
         "",
         "   \n",
@@ -304,8 +303,8 @@ def test_what_the_check_refuses_no_stage_takes(
     assert main(["contrast", "check", str(toy.contrast), "--model", str(model), "--judge", JUDGE]) == 2
     assert "chat template" in " ".join(capsys.readouterr().err.split())
     good = toy.model("qwen3_moe")
-    run = tmp_path / "run"
-    helpers.trained(toy.train_config(good, steps=1), run)
+    edited = tmp_path / "run"
+    helpers.trained(toy.train_config(good, steps=1), edited)
     diagnosis = toy.train_config(model)
     for stage, config in (
         (lambda config, held: helpers.edit.train(config, held), toy.train_config(model)),
@@ -313,7 +312,7 @@ def test_what_the_check_refuses_no_stage_takes(
         (project, toy.project_config(model)),
         (diagnose, helpers_diagnose(diagnosis)),
     ):
-        with Run(run) as held, pytest.raises(GtqloraError, match="chat template"):
+        with Run(edited if stage is verify else tmp_path / "new") as held, pytest.raises(GtqloraError, match="chat templ"):
             stage(config, held)  # type: ignore[operator]
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -33,6 +34,7 @@ SMALL_FILES = (
 _FROM_HUB = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
 # transformers would follow these instead of, or on top of, the weights that are checked here.
 _DIVERTING = {"adapter_config.json": "a PEFT adapter", "shard-*-model-*-of-*.safetensors": "a distributed checkpoint"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _SHOWN = 300
 _MAX_BYTES = {INDEX: 2**29, FAST_TOKENIZER: 2**28}
@@ -155,9 +157,13 @@ def _from_hub(model: str, patterns: Iterable[str]) -> Path:
     repository, at, revision = model.partition("@")
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise ModelError(f"{model}: {revision!r} is no revision; write a branch, a tag or a commit after the @")
+    wanted = {"repo_id": repository, "revision": revision or None, "allow_patterns": list(patterns)}
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+        return Path(snapshot_download(**wanted))
     except (OSError, ValueError, HTTPError) as error:
+        if _COMMIT.fullmatch(revision):  # what was fetched of a commit is what it is, also without a network
+            with suppress(OSError, ValueError):
+                return Path(snapshot_download(**wanted, local_files_only=True))
         raise ModelError(f"{model}: not a local folder, and the hub did not give it ({first_line(error)})") from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gtqlora.errors import ModelError
 from gtqlora.families import files
+from gtqlora.families.facts import family_of
 from gtqlora.progress import track
 from gtqlora.run import sha256_file, sha256_json
 
@@ -87,6 +88,7 @@ def read_files(model: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         ModelError: as `files.weight_files`.
     """
+    family_of(files.read_json(files.config_file(model)), model)  # what cannot be studied at all is said first
     folder, shards = files.weight_files(model)
     names = {files.config_file(model).name, *files.small_names(folder), *shards}
     if files.has(folder, files.INDEX):
