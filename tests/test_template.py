@@ -312,7 +312,8 @@ def test_what_the_check_refuses_no_stage_takes(
         (project, toy.project_config(model)),
         (diagnose, helpers_diagnose(diagnosis)),
     ):
-        with Run(edited if stage is verify else tmp_path / "new") as held, pytest.raises(GtqloraError, match="chat templ"):
+        place = edited if stage is verify else tmp_path / "new"
+        with Run(place) as held, pytest.raises(GtqloraError, match="chat template"):
             stage(config, held)  # type: ignore[operator]
 
 
