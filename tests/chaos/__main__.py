@@ -31,6 +31,8 @@ def _arguments() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=int, default=1)
         one.add_argument("--seed", type=int, default=0)
         one.add_argument("--only", default=None, help="only this scene or group")
+        if verb == "fuzz":
+            one.add_argument("--case", type=int, default=None, help="only this one, as a summary names it")
     kill = verbs.add_parser("kill", help="one kill anew, as a summary names it")
     kill.add_argument("--scene", required=True)
     kill.add_argument("--bomb", required=True)
@@ -48,6 +50,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         return kills.campaign(given.count, given.jobs, given.seed, given.only)
     from tests.chaos import fuzz
 
+    if given.case is not None:
+        return fuzz.one(given.case, given.seed, given.only)
     return fuzz.campaign(given.count, given.jobs, given.seed, given.only)
 
 
