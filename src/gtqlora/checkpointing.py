@@ -101,6 +101,7 @@ class Journal(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         line = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
+        line.pop("num_tokens", None)  # TRL counts from where this process began, not from where the training did
         self.check_held()
         with named_errors(self.metrics), self.metrics.open("a") as stream:
             stream.write(json.dumps({"step": state.global_step, **line}) + "\n")

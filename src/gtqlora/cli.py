@@ -44,7 +44,13 @@ and settings.
 The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
 only after `verify` certified the safety floor."""
 
-app = App(name="gtqlora", help=_HELP, version_flags=["--version"], help_format="markdown")
+app = App(
+    name="gtqlora",
+    help=_HELP,
+    version_flags=["--version"],
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,  # `_run` says what stays
+)
 contrast_app = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
 app.command(contrast_app)
 

@@ -26,6 +26,7 @@ from gtqlora.merging import Edit, merged, on_disk, plan
 from gtqlora.model_card import model_card
 from gtqlora.run import Run, sha256_file, versions, whole, write_json
 from gtqlora.scoring import decode, left_padded
+from gtqlora.storage import refuse_existing
 from gtqlora.verdict import Outcome
 
 _PROBES = 16
@@ -65,8 +66,7 @@ def export(run: Run, out: Path, *, to: str = "safetensors", judge: str | None = 
         raise RunError(f"--to {to}: unknown format; known: safetensors")
     certificate = certify(run, judge)
     verdict = certificate.verdict
-    if out.exists() or out.is_symlink():
-        raise RunError(f"{out}: exists already; choose another folder or remove it")
+    refuse_existing(out)
     if run.owns(out):
         raise RunError(f"{out}: lies where the run keeps its own files, and would go with them; choose another folder")
     if verdict.kind == PROJECTION and verdict.experts != BF16:

@@ -210,6 +210,7 @@ def sync(path: Path) -> None:
 def refuse_existing(target: Path) -> None:
     """Raises RunError if anything has that name, even a link to nowhere."""
     if os.path.lexists(target):
+        drop_leftovers(target.parent)  # perhaps of the one that wrote it, killed when it had its name already
         raise RunError(f"{target}: exists already; choose another name or remove it")
 
 

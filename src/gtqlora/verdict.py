@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -135,9 +136,9 @@ def typed(kind: type[T], values: Any, where: str, remedy: str) -> T:
     """
     if not isinstance(values, dict):
         raise RunError(f"{where}: holds a {type(values).__name__}, not an object; {remedy}")
-    hints, known = get_type_hints(kind), {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    hints = _hints(kind)
     for key, value in values.items():
-        if key not in known:
+        if key not in hints:
             raise RunError(f"{where}: {key!r} is not a key of this version's; {remedy}")
         if not _fits(value, hints[key]):
             raise RunError(f"{where}: {key!r} is {type(value).__name__}, which it must not be; {remedy}")
@@ -145,6 +146,13 @@ def typed(kind: type[T], values: Any, where: str, remedy: str) -> T:
         return kind(**values)
     except TypeError as error:
         raise RunError(f"{where}: {str(error).partition(' ')[2]}; {remedy}") from error
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Field -> type; worked out once, since there may be a row for every prompt."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
 
 
 def _fits(value: Any, hint: Any) -> bool:

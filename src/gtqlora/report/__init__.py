@@ -8,7 +8,7 @@ from pathlib import Path
 from gtqlora.errors import RunError
 from gtqlora.report.artefacts import collect
 from gtqlora.report.page import render
-from gtqlora.run import Run, whole
+from gtqlora.run import Run, fingerprint, whole
 
 PAGE = "report.html"
 
@@ -25,13 +25,36 @@ def report(run: Run, *, compare: Sequence[Path] = (), out: Path | None = None) -
         RunError: there is nothing to report, an artefact cannot be read, or the page cannot be written.
     """
     target = run / PAGE if out is None else out / PAGE if out.is_dir() else out
-    text = render(collect(run, compare))
+    text = _rendered(run, compare)
     try:
         with whole(target) as staged:
             staged.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"{target}: the report cannot be written ({error.strerror}); choose another --out") from error
     return target
+
+
+def _rendered(run: Run, compare: Sequence[Path]) -> str:
+    try:
+        return render(collect(run, compare))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # an artefact that was edited may have any shape, wherever the page looks into it
+        raise RunError(
+            f"{_changed(run)}: not what this version writes ({type(error).__name__}: {error!s:.200}); run the "
+            "command that makes it again"
+        ) from error
+
+
+def _changed(run: Run) -> str:
+    """The artefacts that are not those on record, else all of the run."""
+    stages = run.manifest()["stages"].values()
+    outputs = {name: identity for stage in stages for name, identity in stage["outputs"].items()}
+    changed = [run.path / name for name, was in outputs.items() if was is not None and _identity(run, name) != was]
+    return ", ".join(map(str, changed)) or str(run.path)
+
+
+def _identity(run: Run, name: str) -> str | None:
+    return fingerprint(run.path / name) if (run.path / name).exists() else None
 
 
 __all__ = ["PAGE", "report"]

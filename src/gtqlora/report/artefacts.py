@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from gtqlora.adapter_files import adapter_hash
 from gtqlora.errors import RunError
-from gtqlora.run import Run, read_parquet
+from gtqlora.run import Run, read_json, read_parquet
 
 Json = dict[str, Any]
 
@@ -145,11 +145,8 @@ def identity(adapter: Path) -> str | None:
 def _read_json(file: Path, keys: Sequence[str], made_by: str) -> Json | None:
     if not file.exists():
         return None
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read ({error}); run `gtqlora {made_by}` again") from error
-    _check(file, found if isinstance(found, dict) else {}, keys, made_by)
+    found = read_json(file, f"run `gtqlora {made_by}` again")
+    _check(file, found, keys, made_by)
     return found
 
 

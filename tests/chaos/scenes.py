@@ -1,0 +1,196 @@
+"""What is killed: commands of toy size, the folder each starts from, and what it comes to if nobody disturbs it.
+
+Every worker has a folder of its own, and every trial starts there from a copy under the same name, since records hold
+paths. The model, the pairs and the ledger beside them are part of the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gtqlora import cli, contrasts
+from tests import helpers, models
+
+STAGING = ".gtqlora-"
+_JUDGE = ("--set", f"judge={helpers.JUDGE}")
+_TRAIN = {
+    **{"rank": 2, "alpha": 4, "steps": 2, "batch_size": 2, "save_steps": 1, "logging_steps": 1, "warmup": 0},
+    **{"lr_lora": 1e-2, "lr_gates": 1e-2},
+}
+_VERIFY = {"max_new_tokens": 2, "silencing": 0, "margin": 0.05, "batch_size": 64}
+_PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
+_DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
+_MOVES = frozenset({"finished", "seconds", "created", "versions", "tries"})
+"""Keys of records that differ from one run to the next though nothing is wrong."""
+
+
+def _set(settings: dict[str, Any]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A command and what stands before it.
+
+    Attributes:
+        made_by: commands that lead to where it starts.
+        result: what it writes, by the name in the trial's folder.
+        certified: whether a certified edit lies in the run before, which may not be lost.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    made_by: tuple[tuple[str, ...], ...]
+    result: tuple[str, ...]
+    certified: bool = False
+
+
+def scenes() -> list[Scene]:
+    source, run = ("model", "--contrast", "pairs.jsonl"), ("--run", "run")
+    train = ("train", *source, *run, *_JUDGE, *_set(_TRAIN))
+    verify = ("verify", "run", *_JUDGE, *_set(_VERIFY))
+    export = ("export", "run", "out", *_JUDGE)
+    project = ("project", *source, *run, *_JUDGE, *_set(_PROJECT))
+    diagnose = ("diagnose", *source, *run, *_JUDGE, *_set(_DIAGNOSE))
+    again = (*train, "--set", "seed=9", "--again")
+    edit, judged = ("run/adapter", "run/contrast.parquet"), ("run/verdict.json", "run/scores.parquet")
+    return [
+        Scene("train", train, (), (*edit, "run/metrics.jsonl")),
+        Scene("train over a certified edit", again, (train, verify), (*edit, "run/metrics.jsonl"), certified=True),
+        Scene("verify", verify, (train,), judged),
+        Scene("verify again", (*verify, "--again"), (train, verify), judged),
+        Scene("export", export, (train, verify), ("out",), certified=True),
+        Scene("project over a certified edit", project, (train, verify), edit, certified=True),
+        Scene("diagnose", diagnose, (), ("run/diagnosis",)),
+        Scene("report", ("report", "run"), (train, verify), ("run/report.html",), certified=True),
+    ]
+
+
+@dataclass
+class Stage:
+    """Where a worker plays: `trial` is the working directory of its commands.
+
+    Attributes:
+        before: scene -> the folder it starts from.
+        expected: scene -> what its results hold when nothing disturbs it.
+        changes: scene -> how many changes it makes.
+    """
+
+    folder: Path
+    before: dict[str, Path]
+    expected: dict[str, dict[str, str]]
+    changes: dict[str, int]
+
+    @property
+    def trial(self) -> Path:
+        return self.folder / "trial"
+
+    @classmethod
+    def build(cls, folder: Path, wanted: Callable[[Scene], bool] = lambda scene: True) -> Stage:
+        """Play every scene once, in this process, so that whatever is imported late is there for the children."""
+        quiet()
+        stage = cls(folder, {}, {}, {})
+        made: dict[tuple[tuple[str, ...], ...], Path] = {}
+        os.environ["XDG_STATE_HOME"] = str(folder / "state")
+        for scene in filter(wanted, scenes()):
+            stage.before[scene.name] = stage._made(scene.made_by, made)
+            with stage.set(scene):
+                assert in_process(scene.command) == 0, scene
+                stage.expected[scene.name] = stage.held(scene)
+        gc.collect()
+        gc.freeze()  # collections in children must not touch, and so copy, all that was imported
+        return stage
+
+    def _made(self, commands: tuple[tuple[str, ...], ...], made: dict[tuple[tuple[str, ...], ...], Path]) -> Path:
+        """The folder that these commands lead to."""
+        if commands not in made:
+            with self._at(self._made(commands[:-1], made) if commands else None):
+                if commands:
+                    assert in_process(commands[-1]) == 0, commands[-1]
+                else:
+                    first_folder(self.trial)
+                made[commands] = self.folder / f"before-{len(made)}"
+                shutil.copytree(self.trial, made[commands])
+        return made[commands]
+
+    @contextlib.contextmanager
+    def set(self, scene: Scene) -> Iterator[None]:
+        """The trial's folder as the scene wants it, as working directory."""
+        with self._at(self.before[scene.name]):
+            yield
+
+    @contextlib.contextmanager
+    def _at(self, before: Path | None) -> Iterator[None]:
+        shutil.rmtree(self.trial, ignore_errors=True)
+        if before is None:
+            self.trial.mkdir(parents=True)
+        else:
+            shutil.copytree(before, self.trial)
+        with contextlib.chdir(self.trial):
+            yield
+
+    def held(self, scene: Scene) -> dict[str, str]:
+        """What the scene's results hold, by file; what differs from run to run left out."""
+        return contents(self.trial, scene.result)
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def first_folder(folder: Path) -> None:
+    """The toy model and pairs; enough held-out prompts for a floor that passes whatever few tries there are."""
+    models.save_tiny(folder / "model", "qwen3_moe", num_hidden_layers=2)
+    held_out = {("heldout", "harmful"): 170, ("heldout", "lookalike"): 2, ("heldout", "benign"): 2}
+    seen = {(split, kind): 4 for split in ("train", "validation") for kind in contrasts.KINDS}
+    helpers.write_rows(folder / "pairs.jsonl", helpers.toy_rows({**seen, **held_out}))
+
+
+def in_process(command: tuple[str, ...]) -> int:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = cli.main(list(command))
+    if code:
+        raise AssertionError(f"{' '.join(command)}: {said.getvalue()}")
+    return code
+
+
+def contents(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Hash of every file below these names."""
+    found = {}
+    for name in names:
+        path = folder / name
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            found[file.relative_to(folder).as_posix()] = _content(file)
+    return found
+
+
+def _content(file: Path) -> str:
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        data = json.dumps(_still(json.loads(data)), sort_keys=True).encode()
+    elif file.suffix == ".jsonl":
+        data = json.dumps([_still(json.loads(line)) for line in data.splitlines()]).encode()
+    elif file.suffix in (".html", ".md"):
+        return "a page"  # holds times; that it is whole is checked apart
+    return hashlib.sha256(data).hexdigest()
+
+
+def _still(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _still(entry) for key, entry in value.items() if key not in _MOVES and "second" not in key}
+    return [_still(entry) for entry in value] if isinstance(value, list) else value

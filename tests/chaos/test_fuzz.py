@@ -1,0 +1,104 @@
+"""A few hundred spoilt inputs and all that once failed; `python -m tests.chaos fuzz` plays thousands."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.chaos import corpus, forks, fuzz, mutations
+from tests.chaos.corpus import Known
+from tests.chaos.fuzz import Group, World
+
+INPUTS = {
+    **{"config": 60, "template": 20, "tokenizer": 15, "generation": 20, "pairs": 40, "table": 25},
+    **{"index": 15, "weights": 15, "run": 15, "checkpoint": 6},
+}
+GROUPS = {group.name: group for group in fuzz.GROUPS}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    state, limit = os.environ["XDG_STATE_HOME"], forks.LIMIT
+    forks.LIMIT = 3 * limit  # the machine may be busy with other tests
+    yield World.build(tmp_path_factory.mktemp("fuzz"))
+    os.environ["XDG_STATE_HOME"], forks.LIMIT = state, limit
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_spoilt_inputs(world: World, name: str) -> None:
+    @settings(
+        max_examples=INPUTS[name],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(seed=st.integers(0, 2**32))
+    def spoilt(seed: int) -> None:
+        found = fuzz.case(world, GROUPS[name], random.Random(seed))
+        assert found.fault is None, found
+
+    spoilt()
+
+
+@pytest.mark.parametrize("known", corpus.KNOWN, ids=lambda known: known.name)
+def test_what_once_failed_is_one_line(world: World, known: Known) -> None:
+    with world.laid_out():
+        file = Path(known.file)
+        file.write_bytes(known.change(file.read_bytes()))
+        ended = forks.forked(lambda: fuzz.cli.main(list(known.command)), world.trial, timeout=forks.LIMIT)
+    errors = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert ended.code in (known.code, 4 if known.command[0] == "export" else known.code), ended
+    assert len(errors) == 1 and not ended.traceback, ended
+
+
+# --- the instrument itself: it must see what it is there for -------------------------------------------------------
+
+
+def test_every_group_is_played() -> None:
+    assert set(INPUTS) == set(GROUPS)
+
+
+def test_good_files_are_accepted_by_verb_and_oracle(world: World) -> None:
+    for group in fuzz.GROUPS:
+        for command in group.commands:
+            with world.laid_out():
+                found = fuzz._played(world, group, Path(group.files[0]), command, 0)
+            assert (found.outcome, found.fault) == ("0", None), found
+
+
+def test_the_same_seed_spoils_in_the_same_way(world: World) -> None:
+    file = world.good / "run" / "manifest.json"
+    first, second = (fuzz.as_any(file.read_bytes(), random.Random(7)) for _ in range(2))
+    assert first == second != file.read_bytes()
+    assert len({mutations.spoilt_json(file.read_text(), random.Random(n)) for n in range(50)}) > 40
+
+
+def _group(work: object, oracle: object) -> Group:
+    return Group("x", ("few.jsonl",), lambda data, draw: data, (("x",),), oracle)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("behaves", "outcome"), [("hangs", "hang"), ("raises", "traceback"), ("takes", "accepted wrongly"), ("odd", "9")]
+)
+def test_faults_are_seen(world: World, behaves: str, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(arguments: list[str]) -> int:
+        if behaves == "hangs":
+            while True:
+                pass
+        if behaves == "raises":
+            raise ValueError("no")
+        return 0 if behaves == "takes" else 9
+
+    monkeypatch.setattr(fuzz.cli, "main", main)
+    monkeypatch.setattr(forks, "LIMIT", 0.5)
+    with world.laid_out():
+        found = fuzz._played(world, _group(main, lambda *_: "wrong"), Path("few.jsonl"), ("x",), 0)
+    assert found.outcome == outcome and found.fault
