@@ -211,13 +211,14 @@ def test_d5_one_prompt_many_times_is_one_prompt(
 
 @pytest.fixture
 def failed(toy: helpers.Toy, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A run that failed the floor, its model, and the pairs without those that were lost."""
+    """A run that failed the floor, its model, and the pairs without those that were lost under either judge."""
     model, run = toy.model("qwen3_moe"), tmp_path / "run"
     trained(toy, model, run, judge=PICKY, lr_lora=3e-2, lr_gates=3e-2, steps=6)
     pairs = Path(shutil.copy(toy.contrast, tmp_path / "pairs.jsonl"))
     assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
     with Run(run) as held:
-        lost = {o.prompt[-1]["content"] for o in judged_again(read_outcomes(held), judge_of(PICKY)) if o.lost}
+        again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held), judge_of(judge))]
+    lost = {outcome.prompt[-1]["content"] for outcome in again if outcome.lost}
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "harmful" or row["prompt"] not in lost]
     assert 0 < len(lost) == len(rows) - len(kept)
