@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.chaos import corpus, forks, fuzz, mutations
 from tests.chaos.corpus import Known
-from tests.chaos.fuzz import Group, World
+from tests.chaos.fuzz import Group
+from tests.chaos.world import World
 
 INPUTS = {
     **{"config": 60, "template": 20, "tokenizer": 15, "generation": 20, "pairs": 40, "table": 25},
