@@ -24,6 +24,7 @@ def _arguments() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, count, text in (
         ("kills", 1000, "kill train, verify, export, project, diagnose and report at their file-system changes"),
+        ("disk", 300, "let the same commands meet a full disk at every class of bytes"),
         ("fuzz", 5000, "broken models, pairs and runs through the verbs that read them"),
     ):
         one = verbs.add_parser(verb, help=text)
@@ -44,10 +45,10 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         from tests.chaos import kills
 
         return kills.one(given.scene, given.bomb)
-    if given.verb == "kills":
+    if given.verb in ("kills", "disk"):
         from tests.chaos import kills
 
-        return kills.campaign(given.count, given.jobs, given.seed, given.only)
+        return kills.campaign(given.count, given.jobs, given.seed, given.only, disk=given.verb == "disk")
     from tests.chaos import fuzz
 
     if given.case is not None:
