@@ -112,7 +112,7 @@ def _note_end(trial: Trial, ended: Ended, bomb: Bomb) -> None:
 
 def _names_a_file(ended: Ended) -> bool:
     lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
-    return len(lines) == 1 and bool(re.search(r"\b(run|out)\b", lines[0]))
+    return len(lines) == 1 and bool(re.search(r"\b(run|out|gtqlora-ledger)\b", lines[0]))
 
 
 def _look_again(trial: Trial, stage: Stage, scene: Scene, old: dict[str, Any]) -> None:
