@@ -231,7 +231,7 @@ def test_d6_what_was_lost_once_stays_lost(
     if way in ("copied elsewhere", "all"):
         (tmp_path / "elsewhere").mkdir()
         kept = Path(shutil.move(kept, tmp_path / "elsewhere" / "fine.jsonl"))
-    verdict = judged(toy, run, model, again=way in ("again", "all"), contrast=str(kept), judge=judge)
+    verdict = judged(toy, run, model, way in ("again", "all"), contrast=str(kept), judge=judge)
     assert verdict == "pass"  # of these prompts alone
     shut(run, out, "over all prompts it was ever judged on", judge=judge)
 
@@ -422,9 +422,7 @@ def test_d11_pairs_changed_or_gone_after_verify_change_nothing(
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"experts": "nf4"}], ids=str)
-def test_d12_what_was_verified_is_what_ships(
-    passed: Path, toy: helpers.Toy, out: Path, changes: dict[str, str]
-) -> None:
+def test_d12_what_was_verified_is_what_ships(passed: Path, toy: helpers.Toy, out: Path, changes: Row) -> None:
     model = toy.model("qwen3_moe")
     assert judged(toy, passed, model, **changes) in ("pass", "fail", "cannot tell")
     shut(passed, out, "verified (in|with) ")
