@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -251,8 +252,14 @@ def numbered(world: World, seed: int, number: int, only: str | None = None) -> C
     return case(world, groups[number % len(groups)], random.Random(f"{seed} {number}"), number)
 
 
-def campaign(count: int, jobs: int, seed: int, only: str | None = None) -> dict[str, Any]:
-    shares = [(number, jobs, count, seed, only) for number in range(jobs)]
+Share = tuple[int, int, int, int, str | None, float | None]
+"""Of one worker: its first number, the step to its next, where numbers end, the seed, the only group, until when."""
+
+
+def campaign(
+    count: int, jobs: int, seed: int, only: str | None = None, *, until: float | None = None
+) -> dict[str, Any]:
+    shares: list[Share] = [(number, jobs, count, seed, only, until) for number in range(jobs)]
     if jobs == 1:
         found = work(shares[0])
     else:
@@ -261,12 +268,14 @@ def campaign(count: int, jobs: int, seed: int, only: str | None = None) -> dict[
     return summary(found, seed, only)
 
 
-def work(share: tuple[int, int, int, int, str | None]) -> list[Case]:
-    first, jobs, count, seed, only = share
+def work(share: Share) -> list[Case]:
+    first, jobs, count, seed, only, until = share
     cases, here = [], os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         world = World.build(Path(folder))
         for number in range(first, count, jobs):
+            if until is not None and time.time() > until:
+                break
             cases.append(numbered(world, seed, number, only))
             if cases[-1].fault or len(cases) % 50 == 0:
                 sys.stderr.write(f"[{first}] {number}/{count} {cases[-1].group}: {cases[-1].fault or 'ok'}\n"[:500])

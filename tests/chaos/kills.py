@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -112,7 +113,7 @@ def _note_end(trial: Trial, ended: Ended, bomb: Bomb) -> None:
 
 def _names_a_file(ended: Ended) -> bool:
     lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
-    return len(lines) == 1 and bool(re.search(r"\b(run|out|gtqlora-ledger)\b", lines[0]))
+    return len(lines) == 1 and bool(re.search(r"/|\brun\b|\bout\b", lines[0]))
 
 
 def _look_again(trial: Trial, stage: Stage, scene: Scene, old: dict[str, Any]) -> None:
@@ -270,11 +271,14 @@ class Share:
     seed: int
     only: str | None
     disk: bool
+    until: float | None
 
 
-def campaign(count: int, jobs: int, seed: int, only: str | None = None, *, disk: bool = False) -> dict[str, Any]:
+def campaign(
+    count: int, jobs: int, seed: int, only: str | None = None, *, disk: bool = False, until: float | None = None
+) -> dict[str, Any]:
     """So many kills, or full disks, over so many workers; a summary with every fault."""
-    shares = [Share(number, jobs, count, seed, only, disk) for number in range(jobs)]
+    shares = [Share(number, jobs, count, seed, only, disk, until) for number in range(jobs)]
     if jobs == 1:
         trials = work(shares[0])
     else:
@@ -292,6 +296,8 @@ def work(share: Share) -> list[Trial]:
         drawn = {s.name: draw(stage, s, random.Random(f"{share.seed} {share.number} {s.name}")) for s in played}
         trials = []
         for number in range(share.number, share.count, share.jobs):
+            if share.until is not None and time.time() > share.until:
+                break
             scene = played[(number // share.jobs + share.number) % len(played)]
             trials.append(_until_hit(stage, scene, drawn[scene.name]))
             _tell(share, len(trials), trials[-1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from tests.chaos.corpus import Known
 from tests.chaos.fuzz import Group
 from tests.chaos.world import World
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="children are forked, which CUDA does not survive")
 INPUTS = {
     **{"config": 60, "template": 20, "tokenizer": 15, "generation": 20, "pairs": 40, "table": 25},
     **{"index": 15, "weights": 15, "run": 15, "checkpoint": 6},
