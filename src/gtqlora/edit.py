@@ -51,6 +51,7 @@ from gtqlora.resume import (
 )
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.silencing import Draws, rank
+from gtqlora.storage import scratch_errors
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
 ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
@@ -200,7 +201,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     pad = subject.pad_id
     encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
     draws = _draws(config, subject, rows)
-    with peft_targets_kept():
+    with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
             settings=config,

@@ -18,6 +18,7 @@ from pathlib import Path
 from gtqlora import user_state
 from gtqlora.errors import RunError
 from gtqlora.run import sha256_json
+from gtqlora.storage import named_errors
 from gtqlora.verdict import typed
 
 NAME = "gtqlora-ledger.jsonl"
@@ -76,8 +77,9 @@ def append(files: Iterable[Path], entry: Entry) -> Path:
     problem: OSError | None = None
     for file in files:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _append(file, json.dumps(asdict(entry), sort_keys=True))
+            with named_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _append(file, json.dumps(asdict(entry), sort_keys=True))
             return file
         except OSError as error:
             problem = problem or error

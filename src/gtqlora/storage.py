@@ -86,6 +86,24 @@ def named_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
         raise NotWritten(target, f"{first_line(error)}; is the disk full?") from error
 
 
+@contextmanager
+def scratch_errors() -> Iterator[None]:
+    """Errors of libraries that write scratch files within name the folder of scratch files.
+
+    Some close such a file twice, so that what is raised at last is not what went wrong.
+    """
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or getattr(cause, "filename", None) is not None:
+            raise
+        assert isinstance(cause, OSError) and cause.errno is not None
+        raise OSError(cause.errno, os.strerror(cause.errno), tempfile.gettempdir()) from error
+
+
 # --- locks
 
 

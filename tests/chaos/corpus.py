@@ -1,4 +1,4 @@
-"""Inputs that once hung the tool, made it end in a traceback, or were accepted in silence. Each is refused in one line."""
+"""Inputs that once hung the tool, made it end in a traceback, or were accepted in silence: each is one clear error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.chaos import fuzz
+from tests.chaos.world import CHECK, TRAIN, TRAIN_SHARDED
 
 Change = Callable[[bytes], bytes]
 
@@ -67,14 +68,14 @@ def _config(name: str, **changes: Any) -> Known:
 
 
 def _template(template: str) -> Known:
-    return Known(f"template {template[:60]}", _TEMPLATE, text(template), fuzz._CHECK)
+    return Known(f"template {template[:60]}", _TEMPLATE, text(template), CHECK)
 
 
 def _in_run(file: str, content: str, *commands: tuple[str, ...], code: int = 2) -> list[Known]:
     return [Known(f"{file} {content[:30]} {c[0]}", f"run/{file}", text(content), c, code) for c in commands]
 
 
-_PAIRS = ("contrast", "check", "pairs.jsonl", *fuzz._CHECK[3:5])
+_PAIRS = ("contrast", "check", "pairs.jsonl", *CHECK[3:5])
 KNOWN = (
     _config("a thousand million layers", num_hidden_layers=10**9),
     _config("epsilon that is no number", rms_norm_eps=float("nan")),
@@ -109,23 +110,19 @@ KNOWN = (
     Known("chosen twice", "pairs.jsonl", first_line('"chosen": "refuse sorry"'), _PAIRS),
     Known("a row of numbers", "pairs.jsonl", first_row(chosen=7), _PAIRS),
     Known("a row with 5000 digits", "pairs.jsonl", first_line('"x": ' + "9" * 5000), _PAIRS),
-    Known("weights as integers", "model/model.safetensors", header(_as_integers), fuzz._TRAIN),
+    Known("weights as integers", "model/model.safetensors", header(_as_integers), TRAIN),
     Known(
         "an index of a file elsewhere",
         "sharded/model.safetensors.index.json",
         lambda data: json.dumps({"weight_map": dict.fromkeys(json.loads(data)["weight_map"], "../x")}).encode(),
-        fuzz._TRAIN_SHARDED,
+        TRAIN_SHARDED,
     ),
     *(
         known
         for content in ("[]", "{}", "null", '{"floor": 7}', "{", "\x80\x04K\x01.")
         for known in _in_run("verdict.json", content, fuzz._REPORT)
     ),
-    *(
-        known
-        for content in ("[]", "{}", "null")
-        for known in _in_run("verdict.json", content, fuzz._EXPORT)
-    ),
+    *(known for content in ("[]", "{}", "null") for known in _in_run("verdict.json", content, fuzz._EXPORT)),
     *(
         known
         for content in ("[]", "7", '{"format": "1", "stages": {}}', '{"format": 1, "stages": []}')

@@ -74,16 +74,19 @@ def command(arguments: Sequence[str], root: Path, bomb: Bomb | None = None, time
 
 def forked(work: Callable[[], int], root: Path, bomb: Bomb | None = None, timeout: float = TIMEOUT) -> Ended:
     """Call `work` in a child, its output caught."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counted:
+    said, output = os.pipe()  # which no limit on files ends
+    os.set_blocking(said, False)
+    with os.fdopen(said, "rb", buffering=0) as stream, tempfile.TemporaryFile() as counted:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _child(work, root, bomb or Bomb(), output.fileno(), counted.fileno())
-        code = _wait(pid, bomb, timeout)
-        output.seek(0)
+            _child(work, root, bomb or Bomb(), output, counted.fileno())
+        os.close(output)
+        heard: list[bytes] = []
+        code = _wait(pid, bomb, timeout, lambda: heard.append(stream.read() or b""))
         counted.seek(0)
         count = int(counted.read() or 0)
-        return Ended(code, output.read().decode(errors="replace"), time.monotonic() - started, count)
+        return Ended(code, b"".join(heard).decode(errors="replace"), time.monotonic() - started, count)
 
 
 def _child(work: Callable[[], int], root: Path, bomb: Bomb, output: int, counted: int) -> None:
@@ -114,11 +117,12 @@ def _child(work: Callable[[], int], root: Path, bomb: Bomb, output: int, counted
         os._exit(code & 0xFF)
 
 
-def _wait(pid: int, bomb: Bomb | None, timeout: float) -> int:
+def _wait(pid: int, bomb: Bomb | None, timeout: float, listen: Callable[[], None]) -> int:
     """The child's exit code; it gets its signal when its time comes, and is ended when it hangs."""
     started, sent = time.monotonic(), False
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
+        listen()
         if done:
             return os.waitstatus_to_exitcode(status)
         passed = time.monotonic() - started

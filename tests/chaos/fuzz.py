@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gtqlora import cli
-from tests import helpers, models
-from tests.chaos import forks, mutations, scenes
+from tests import helpers
+from tests.chaos import forks, mutations, oracles, scenes
 from tests.chaos.mutations import Draw
+from tests.chaos.world import CHECK, JUDGE, TRAIN, TRAIN_SHARDED, World
 
 CODES = (0, 2, 3, 4)
 _WRONG = 77
-_JUDGE = ("--set", f"judge={helpers.JUDGE}")
 
 
 @dataclass(frozen=True)
@@ -57,198 +52,6 @@ class Group:
     oracle: Callable[[World, tuple[str, ...], str], str | None]
 
 
-@dataclass
-class World:
-    """Good files to start from, and what comes of them."""
-
-    folder: Path
-    exported: dict[str, str]
-    adapter: dict[str, str]
-    verdict: dict[str, Any]
-
-    @property
-    def good(self) -> Path:
-        return self.folder / "good"
-
-    @property
-    def trial(self) -> Path:
-        return self.folder / "trial"
-
-    @classmethod
-    def build(cls, folder: Path) -> World:
-        """A model, a sharded one, pairs in both forms, a certified run; every verb is played once in this process."""
-        scenes.quiet()
-        os.environ["XDG_STATE_HOME"] = str(folder / "state")
-        world, good = cls(folder, {}, {}, {}), folder / "trial"
-        good.mkdir(parents=True)
-        scenes.first_folder(good)
-        models.save_tiny(good / "sharded", "qwen3_moe", num_hidden_layers=2, max_shard_size="20KB")
-        (good / "sharded" / "model.safetensors.index.json").stat()
-        rows = [json.loads(line) for line in (good / "pairs.jsonl").read_text().splitlines()]
-        helpers.write_rows(good / "few.jsonl", [row for row in rows if row["split"] == "train"])
-        pq.write_table(pa.Table.from_pylist([_flat(row) for row in rows]), good / "pairs.parquet")
-        with contextlib.chdir(good):
-            world._play()
-        return world
-
-    def _play(self) -> None:
-        steps = {scene.name: scene.command for scene in scenes.scenes()}
-        for command in (
-            *(steps["train"], steps["verify"], steps["export"], ("report", "run"), ("inspect", "model", "--json")),
-            *(("contrast", "check", "pairs.parquet", "--model", "model", "--judge", helpers.JUDGE), _TRAIN_SHARDED),
-        ):
-            scenes.in_process(command)
-        self.exported = scenes.contents(self.trial, ("out",))
-        self.adapter = scenes.contents(self.trial, ("run/adapter/edit.safetensors",))
-        self.verdict = json.loads(Path("run/verdict.json").read_text())
-        for name in ("out", "fresh"):
-            shutil.rmtree(name)
-        shutil.copytree(self.trial, self.good)
-
-    @contextlib.contextmanager
-    def laid_out(self) -> Iterator[None]:
-        """The good files as working directory, to be spoilt."""
-        shutil.rmtree(self.trial, ignore_errors=True)
-        shutil.copytree(self.good, self.trial)
-        with contextlib.chdir(self.trial):
-            yield
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()}
-
-
-# --- oracles ---------------------------------------------------------------------------------------------------------
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict | list):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(entry)
-    elif isinstance(value, int | float):
-        yield value
-
-
-def inspected(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """The numbers are finite and those of a model that plain transformers builds from this config."""
-    found = json.loads(out)
-    if not all(math.isfinite(number) for number in _numbers(found)):
-        return "a number is not finite"
-    config = json.loads(Path("model/config.json").read_text())
-    config.pop("quantization_config", None)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
-    count = sum(p.numel() for p in model.parameters())
-    if found["text_parameters"] != count:
-        return f"{found['text_parameters']} parameters, but the model has {count}"
-    if not 1 <= found["top_k"] <= found["experts"]:
-        return f"top {found['top_k']} of {found['experts']} experts"
-    return None
-
-
-def rendered(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """Different prompts become different tokens, all of them of the model's vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    vocabulary = json.loads(Path("model/config.json").read_text())["vocab_size"]
-    prompts = [json.loads(line)["prompt"] for line in Path("few.jsonl").read_text().splitlines()][:4]
-    seen = [tuple(_ids(tokenizer, prompt)) for prompt in prompts]
-    if any(not ids for ids in seen):
-        return "a prompt renders to nothing"
-    if len(set(seen)) < len(set(map(str, prompts))):
-        return "different prompts render alike"
-    if max(max(ids) for ids in seen) >= vocabulary:
-        return "a token beyond the vocabulary"
-    return None
-
-
-def _ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-def generates(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """Every special token named is a token."""
-    vocabulary = json.loads(Path("model/config.json").read_text())["vocab_size"]
-    settings = GenerationConfig.from_pretrained("model").to_dict()
-    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        value = settings.get(key)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and not (type(token) is int and 0 <= token < vocabulary):
-                return f"{key} is {token!r}"
-    return None
-
-
-def checked(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """Every row has its parts, a harmful one refuses, and nothing is there twice."""
-    rows = _rows(Path(command[2]))
-    keys: set[str] = set()
-    for row in rows:
-        if row["kind"] not in ("benign", "lookalike", "harmful"):
-            return f"kind {row['kind']!r}"
-        chosen, rejected = _text(row["chosen"]), _text(row["rejected"])
-        if not chosen.strip() or not rejected.strip():
-            return "an answer is empty"
-        if row["kind"] == "harmful" and not helpers.refuses(chosen):
-            return "a harmful row's chosen does not refuse"
-        if (key := json.dumps([row["prompt"], chosen, rejected])) in keys:
-            return "a row is there twice"
-        keys.add(key)
-    return None if rows else "no rows"
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        return pq.read_table(file).to_pylist()
-    return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else value[0]["content"]
-
-
-def trained(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """What was trained is finite, and the weights it was trained on were floats and finite."""
-    edit = load_file(next(Path().glob("*/adapter/edit.safetensors")))
-    if not all(tensor.isfinite().all() for tensor in edit.values()):
-        return "the edit is not finite"
-    for file in Path(command[1]).glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                return f"{name} is {tensor.dtype}, or not finite"
-    return None
-
-
-def resumed(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """Whatever the run's files say, the edit is the one that training makes, bit for bit."""
-    found = scenes.contents(world.trial, ("run/adapter/edit.safetensors",))
-    return None if found == world.adapter else "another edit than an undisturbed training's"
-
-
-def ran(world: World, command: tuple[str, ...], out: str) -> str | None:
-    """Of a run: exported weights are the certified ones, a passed verdict is of the edit that was trained."""
-    match command[0]:
-        case "export":
-            found = {n: h for n, h in scenes.contents(world.trial, ("out",)).items() if n.endswith(".safetensors")}
-            wanted = {n: h for n, h in world.exported.items() if n.endswith(".safetensors")}
-            return None if found == wanted else "exported other weights than the certified ones"
-        case "verify":
-            verdict = json.loads(Path("run/verdict.json").read_text())
-            same = all(verdict[key] == world.verdict[key] for key in ("adapter", "table", "lost"))
-            return None if same else "passed something else than what was trained"
-        case "train":
-            return resumed(world, command, out)
-        case _:
-            page = Path("run/report.html").read_text()
-            return "the report is not whole" if not page.rstrip().endswith("</html>") else _odd_words(page)
-
-
-def _odd_words(page: str) -> str | None:
-    if "<script>alert(1)" in page:
-        return "markup goes into the report as it is"
-    found = re.search(r">[^<]*\b(nan|NaN|inf)\b ?%?[^<]*<", page)
-    return f"the report says {found.group(0)[:80]!r}" if found else None
-
-
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +69,9 @@ def as_lines(data: bytes, draw: Draw) -> bytes:
         case 1:
             lines.insert(draw.randrange(len(lines) + 1), draw.choice(lines))
         case 2:
-            lines.insert(draw.randrange(len(lines) + 1), draw.choice(("", "{}", "[]", "null", "1", "x", "\u2028", " \t")))
+            lines.insert(
+                draw.randrange(len(lines) + 1), draw.choice(("", "{}", "[]", "null", "1", "x", "\u2028", " \t"))
+            )
         case _:
             at = draw.randrange(len(lines))
             lines[at] = mutations.spoilt_json(lines[at], draw)
@@ -283,7 +88,12 @@ def as_parquet(data: bytes, draw: Draw) -> bytes:
     count = table.num_rows
     column = draw.choice(
         (
-            *(pa.nulls(count), pa.array(list(range(count))), pa.array([float("nan")] * count), pa.array([["x"]] * count)),
+            *(
+                pa.nulls(count),
+                pa.array(list(range(count))),
+                pa.array([float("nan")] * count),
+                pa.array([["x"]] * count),
+            ),
             *(pa.array([b"\xff"] * count), pa.array([10**18] * count, pa.timestamp("us")), pa.array(["x"] * count)),
             *(pa.array([True] * count), pa.array(["<script>alert(1)</script>"] * count), pa.array([""] * count)),
         )
@@ -321,23 +131,37 @@ def as_template(data: bytes, draw: Draw) -> bytes:
     return mutations.spoilt_template(data.decode(), draw).encode(errors="surrogatepass")
 
 
-_QUICK = tuple(word for key in ("steps=1", "batch_size=4", "rank=2", "alpha=4") for word in ("--set", key))
-_TRAIN = ("train", "model", "--contrast", "few.jsonl", "--run", "fresh", *_JUDGE, *_QUICK)
-_TRAIN_SHARDED = ("train", "sharded", *_TRAIN[2:])
-_CHECK = ("contrast", "check", "few.jsonl", "--judge", helpers.JUDGE, "--model", "model")
 _GO_ON = next(scene.command for scene in scenes.scenes() if scene.name == "train")
 _VERIFY = next(scene.command for scene in scenes.scenes() if scene.name == "verify")
-_EXPORT, _REPORT = ("export", "run", "out", *_JUDGE), ("report", "run")
+_EXPORT, _REPORT = ("export", "run", "out", *JUDGE), ("report", "run")
 
 GROUPS = (
-    Group("config", ("model/config.json",), as_json, (("inspect", "model", "--json"),), inspected),
-    Group("weights", ("model/model.safetensors",), mutations.spoilt_safetensors, (_TRAIN,), trained),
-    Group("index", ("sharded/model.safetensors.index.json",), as_json, (_TRAIN_SHARDED,), trained),
-    Group("template", ("model/chat_template.jinja",), as_template, (_CHECK,), rendered),
-    Group("tokenizer", ("model/tokenizer.json", "model/tokenizer_config.json"), as_json, (_CHECK,), rendered),
-    Group("generation", ("model/generation_config.json",), as_json, (("inspect", "model", "--json"), _CHECK), generates),
-    Group("pairs", ("pairs.jsonl",), as_lines, (("contrast", "check", "pairs.jsonl", "--judge", helpers.JUDGE),), checked),
-    Group("table", ("pairs.parquet",), as_parquet, (("contrast", "check", "pairs.parquet", "--judge", helpers.JUDGE),), checked),
+    Group("config", ("model/config.json",), as_json, (("inspect", "model", "--json"),), oracles.inspected),
+    Group("weights", ("model/model.safetensors",), mutations.spoilt_safetensors, (TRAIN,), oracles.trained),
+    Group("index", ("sharded/model.safetensors.index.json",), as_json, (TRAIN_SHARDED,), oracles.trained),
+    Group("template", ("model/chat_template.jinja",), as_template, (CHECK,), oracles.rendered),
+    Group("tokenizer", ("model/tokenizer.json", "model/tokenizer_config.json"), as_json, (CHECK,), oracles.rendered),
+    Group(
+        "generation",
+        ("model/generation_config.json",),
+        as_json,
+        (("inspect", "model", "--json"), CHECK),
+        oracles.generates,
+    ),
+    Group(
+        "pairs",
+        ("pairs.jsonl",),
+        as_lines,
+        (("contrast", "check", "pairs.jsonl", "--judge", helpers.JUDGE),),
+        oracles.checked,
+    ),
+    Group(
+        "table",
+        ("pairs.parquet",),
+        as_parquet,
+        (("contrast", "check", "pairs.parquet", "--judge", helpers.JUDGE),),
+        oracles.checked,
+    ),
     Group(
         "run",
         (
@@ -347,9 +171,15 @@ GROUPS = (
         ),
         as_any,
         (_REPORT, _EXPORT, _VERIFY, (*_VERIFY, "--again")),
-        ran,
+        oracles.ran,
     ),
-    Group("checkpoint", ("run/checkpoints/checkpoint-2/*", "run/checkpoints/metrics.jsonl"), as_any, (_GO_ON,), resumed),
+    Group(
+        "checkpoint",
+        ("run/checkpoints/checkpoint-2/*", "run/checkpoints/metrics.jsonl"),
+        as_any,
+        (_GO_ON,),
+        oracles.resumed,
+    ),
 )
 
 
@@ -422,8 +252,14 @@ def numbered(world: World, seed: int, number: int, only: str | None = None) -> C
     return case(world, groups[number % len(groups)], random.Random(f"{seed} {number}"), number)
 
 
-def campaign(count: int, jobs: int, seed: int, only: str | None = None) -> dict[str, Any]:
-    shares = [(number, jobs, count, seed, only) for number in range(jobs)]
+Share = tuple[int, int, int, int, str | None, float | None]
+"""Of one worker: its first number, the step to its next, where numbers end, the seed, the only group, until when."""
+
+
+def campaign(
+    count: int, jobs: int, seed: int, only: str | None = None, *, until: float | None = None
+) -> dict[str, Any]:
+    shares: list[Share] = [(number, jobs, count, seed, only, until) for number in range(jobs)]
     if jobs == 1:
         found = work(shares[0])
     else:
@@ -432,12 +268,14 @@ def campaign(count: int, jobs: int, seed: int, only: str | None = None) -> dict[
     return summary(found, seed, only)
 
 
-def work(share: tuple[int, int, int, int, str | None]) -> list[Case]:
-    first, jobs, count, seed, only = share
+def work(share: Share) -> list[Case]:
+    first, jobs, count, seed, only, until = share
     cases, here = [], os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         world = World.build(Path(folder))
         for number in range(first, count, jobs):
+            if until is not None and time.time() > until:
+                break
             cases.append(numbered(world, seed, number, only))
             if cases[-1].fault or len(cases) % 50 == 0:
                 sys.stderr.write(f"[{first}] {number}/{count} {cases[-1].group}: {cases[-1].fault or 'ok'}\n"[:500])

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,6 +73,12 @@ def bombs(stage: Stage, scene: Scene, draw: random.Random) -> Iterator[Bomb]:
                     yield Bomb(seconds=draw.uniform(0, seconds), signal=number)
 
 
+def full_disks(stage: Stage, scene: Scene, draw: random.Random) -> Iterator[Bomb]:
+    """Without end: every class of bytes at which no file may grow any more."""
+    while True:
+        yield Bomb(full=int(2 ** draw.uniform(0, 19)))
+
+
 def measure(stage: Stage, scene: Scene) -> tuple[int, float]:
     """How many changes the scene makes, and how long it takes."""
     with stage.set(scene):
@@ -97,8 +105,15 @@ def _note_end(trial: Trial, ended: Ended, bomb: Bomb) -> None:
     if ended.traceback:
         trial.tracebacks.append(f"when killed: {ended.output[-2000:]}")
     expected = {0, -bomb.signal, -signal.SIGXFSZ} | ({130} if bomb.signal == signal.SIGINT else set())
-    if ended.code not in expected:
+    if ended.code not in (expected if bomb.full is None else {0, 2}):
         trial.broken.append(f"ended with {ended.code}: {ended.last_line}")
+    if bomb.full is not None and ended.code and not _names_a_file(ended):
+        trial.tracebacks.append(f"not one line that names a file: {ended.output[-2000:]}")
+
+
+def _names_a_file(ended: Ended) -> bool:
+    lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    return len(lines) == 1 and bool(re.search(r"/|\brun\b|\bout\b", lines[0]))
 
 
 def _look_again(trial: Trial, stage: Stage, scene: Scene, old: dict[str, Any]) -> None:
@@ -255,11 +270,15 @@ class Share:
     count: int
     seed: int
     only: str | None
+    disk: bool
+    until: float | None
 
 
-def campaign(count: int, jobs: int, seed: int, only: str | None = None) -> dict[str, Any]:
-    """So many kills over so many workers; a summary with every fault."""
-    shares = [Share(number, jobs, count, seed, only) for number in range(jobs)]
+def campaign(
+    count: int, jobs: int, seed: int, only: str | None = None, *, disk: bool = False, until: float | None = None
+) -> dict[str, Any]:
+    """So many kills, or full disks, over so many workers; a summary with every fault."""
+    shares = [Share(number, jobs, count, seed, only, disk, until) for number in range(jobs)]
     if jobs == 1:
         trials = work(shares[0])
     else:
@@ -273,9 +292,12 @@ def work(share: Share) -> list[Trial]:
         stage = Stage.build(Path(folder), lambda scene: share.only in (None, scene.name))
         played = [scene for scene in scenes.scenes() if scene.name in stage.before]
         # every worker draws in another order, or all would begin with the same
-        drawn = {s.name: bombs(stage, s, random.Random(f"{share.seed} {share.number} {s.name}")) for s in played}
+        draw = full_disks if share.disk else bombs
+        drawn = {s.name: draw(stage, s, random.Random(f"{share.seed} {share.number} {s.name}")) for s in played}
         trials = []
         for number in range(share.number, share.count, share.jobs):
+            if share.until is not None and time.time() > share.until:
+                break
             scene = played[(number // share.jobs + share.number) % len(played)]
             trials.append(_until_hit(stage, scene, drawn[scene.name]))
             _tell(share, len(trials), trials[-1])
@@ -316,6 +338,8 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _way(bomb: Bomb) -> str:
+    if bomb.full is not None:
+        return "full"
     return "in a write" if bomb.size is not None else signal.Signals(bomb.signal).name
 
 

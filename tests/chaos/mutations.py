@@ -9,9 +9,41 @@ from collections.abc import Callable
 from typing import Any
 
 ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**9, 10**15, -(10**9), 2**63, 2**31 - 1, 0.0, 0.5, -0.5, 1e308, 1e-320),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        64,
+        10**9,
+        10**15,
+        -(10**9),
+        2**63,
+        2**31 - 1,
+        0.0,
+        0.5,
+        -0.5,
+        1e308,
+        1e-320,
+    ),
     *(float("nan"), float("inf"), float("-inf"), "", "x", "nf4", "../x", "/etc/passwd", "~", "os:system", "\x1b[2J"),
-    *("a" * 5000, "\ud800", "\0", "<script>alert(1)</script>", "bfloat16", "int8", "float64", "nan", "1e5", "{{ 1/0 }}"),
+    *(
+        "a" * 5000,
+        "\ud800",
+        "\0",
+        "<script>alert(1)</script>",
+        "bfloat16",
+        "int8",
+        "float64",
+        "nan",
+        "1e5",
+        "{{ 1/0 }}",
+    ),
     *([], {}, [[]], [1], ["x"], [None], {"x": 1}, {"": None}, [1] * 300, {"a": {"b": {"c": [1, {"d": 2}]}}}),
 )
 """Values for any place. A number of thousands of digits comes in as text, see `_huge`."""
@@ -49,9 +81,13 @@ def _changed(value: Any, draw: Draw) -> Any:
             del holder[key]
         case 1 if isinstance(holder, dict):
             holder[str(key) + draw.choice(("", "_", "x", "\n"))] = holder.pop(key)
-            holder[draw.choice(("unknown", "__class__", "auto_map", "quantization_config", "__proto__"))] = draw.choice(ODD)
+            holder[draw.choice(("unknown", "__class__", "auto_map", "quantization_config", "__proto__"))] = draw.choice(
+                ODD
+            )
         case 2 if isinstance(old, int | float):
-            holder[key] = draw.choice((old + 1, old - 1, -old, old * 2, old * 1000, str(old), float(old), [old], old / 3))
+            holder[key] = draw.choice(
+                (old + 1, old - 1, -old, old * 2, old * 1000, str(old), float(old), [old], old / 3)
+            )
         case 3 if isinstance(old, str):
             holder[key] = draw.choice((old + "x", old[:-1], old.upper(), old + "\0", old * 50, [old], {"x": old}))
         case 4:
@@ -115,7 +151,9 @@ def spoilt_bytes(data: bytes, draw: Draw) -> bytes:
         case 3:
             return data[:at] + bytes(min(64, len(data) - at)) + data[at + 64 :]
         case 4:
-            return data[:at] + draw.choice((b"\xff\xfe", b"\0" * 9, b"\xef\xbb\xbf", b"\n\n", b"}", b"\x80")) + data[at:]
+            return (
+                data[:at] + draw.choice((b"\xff\xfe", b"\0" * 9, b"\xef\xbb\xbf", b"\n\n", b"}", b"\x80")) + data[at:]
+            )
         case 5:
             return data + data[at:]
         case 6:
@@ -123,7 +161,9 @@ def spoilt_bytes(data: bytes, draw: Draw) -> bytes:
         case 7:
             return data.replace(b"\n", b"\r\n") if b"\n" in data else data[at:]
         case _:
-            return draw.choice((b"PK\3\4", b"\x80\4K\1.", b"{}", b"[]", b"null", b"1", b"\0", b"PAR1PAR1", b'"')) * draw.choice((1, 3))
+            return draw.choice(
+                (b"PK\3\4", b"\x80\4K\1.", b"{}", b"[]", b"null", b"1", b"\0", b"PAR1PAR1", b'"')
+            ) * draw.choice((1, 3))
 
 
 def spoilt_safetensors(data: bytes, draw: Draw) -> bytes:
@@ -139,15 +179,21 @@ def spoilt_safetensors(data: bytes, draw: Draw) -> bytes:
         case 0:
             entry["dtype"] = draw.choice(("I32", "F16", "F64", "BF16", "F8_E4M3", "BOOL", "U8", "X", 7, None))
         case 1:
-            entry["shape"] = draw.choice(([], [0], [-1], [2**62, 4], [10**9], entry["shape"][::-1], ["x"], None, [1] * 70))
+            entry["shape"] = draw.choice(
+                ([], [0], [-1], [2**62, 4], [10**9], entry["shape"][::-1], ["x"], None, [1] * 70)
+            )
         case 2:
-            entry["data_offsets"] = draw.choice(([low, high + 1], [high, low], [-1, high], [0, 2**63], [low], [low + 4, high]))
+            entry["data_offsets"] = draw.choice(
+                ([low, high + 1], [high, low], [-1, high], [0, 2**63], [low], [low + 4, high])
+            )
         case 3:
             header[draw.choice(("../x", "x\0", "", "a" * 3000, "__metadata__", f"{name}.x"))] = header.pop(name)
         case 4:
             del header[name]
         case 5:
-            header["__metadata__"] = draw.choice(({"format": "tf"}, {"x": 1}, [], None, {"format": "pt", "a": "b" * 9999}))
+            header["__metadata__"] = draw.choice(
+                ({"format": "tf"}, {"x": 1}, [], None, {"format": "pt", "a": "b" * 9999})
+            )
         case 6:
             header[f"{name}.twin"] = dict(entry)
         case 7:
@@ -170,11 +216,21 @@ TEMPLATES = (
     "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
     *("{% include 'x' %}", "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ ''.__class__.__mro__ }}"),
     *("{{ messages[9].content }}", "{{ raise_exception('no') }}", "{{ messages[0]['content'] }}", "{{ undefined.x }}"),
-    *("{{ messages[0].content | upper }}", "{% for m in messages %}{{ m.role }}{% endfor %}", "{{ bos_token }}", "{{ 'a' * 10**9 }}"),
+    *(
+        "{{ messages[0].content | upper }}",
+        "{% for m in messages %}{{ m.role }}{% endfor %}",
+        "{{ bos_token }}",
+        "{{ 'a' * 10**9 }}",
+    ),
     "{% for m in messages %}{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}",
     "{{ messages | tojson }}",
-    *("{% set x = namespace(a=1) %}{% for m in messages %}{% set x.a = x.a + 1 %}{{ m.content }}{% endfor %}{{ x.a }}",),
-    *("{{ strftime_now('%Y') }}{{ messages[0].content }}", "{% break %}", "{{ cycler.__init__.__globals__ }}", "{{ lipsum }}"),
+    "{% set x = namespace(a=1) %}{% for m in messages %}{% set x.a = x.a + 1 %}{% endfor %}{{ x.a }}",
+    *(
+        "{{ strftime_now('%Y') }}{{ messages[0].content }}",
+        "{% break %}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ lipsum }}",
+    ),
 )
 
 
@@ -183,4 +239,6 @@ def spoilt_template(text: str, draw: Draw) -> str:
         return draw.choice(TEMPLATES)
     at = draw.randrange(len(text) + 1)
     piece = draw.choice(TEMPLATES)
-    return draw.choice((text[:at], text[:at] + piece + text[at:], text + piece, piece + text, text.replace("content", "role")))
+    return draw.choice(
+        (text[:at], text[:at] + piece + text[at:], text + piece, piece + text, text.replace("content", "role"))
+    )

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.chaos import forks, kills, scenes
 from tests.chaos.forks import Bomb
 from tests.chaos.scenes import Scene, Stage
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="children are forked, which CUDA does not survive")
 SPREAD = {"train": 5, "train over a certified edit": 6, "verify": 4, "verify again": 3, "export": 5, "report": 2}
 """Kills in the test run, of which every third is the middle of a write."""
 SCENES = {scene.name: scene for scene in scenes.scenes()}

@@ -183,7 +183,7 @@ def _read_metrics(file: Path) -> list[Json]:
     for text in file.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
