@@ -46,7 +46,8 @@ def test_diagnose_train_verify_export_on_cuda(tmp_path: Path, name: str, dtype: 
         assert trained.stopped is None
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
         assert losses[-1] < 0.5 * losses[0]
-        verdict = verify(build(VerifyConfig, **given), run)
+        # what ships has the checkpoint's dtype, whichever the edit was trained in
+        verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}), run)
         assert verdict.floor["verdict"] == "pass"
         assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
         exported = export(run, tmp_path / "out")
@@ -80,7 +81,7 @@ def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: 
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
         assert losses[-1] < 0.5 * losses[0]
         for on in (experts, "bf16"):
-            verdict = verify(build(VerifyConfig, **given, experts=on), run)
+            verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, experts=on), run)
             assert (verdict.experts, verdict.floor["verdict"]) == (on, "pass")
             assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
         assert export(run, tmp_path / "out").tensors_changed > 0

@@ -130,7 +130,7 @@ def test_rescaled_columns_ship_as_they_were_verified(
             project(toy.project_config(model, layer=layer, norm_preserving=True), run)
             if verify(toy.verify_config(model), run).floor["verdict"] == "pass":
                 break
-        export(run, tmp_path / "out")
+        export(run, tmp_path / "out", judge=helpers.JUDGE)
     edited = load(str(model), tmp_path / "run" / "adapter").subject.model
     written = open_subject(str(tmp_path / "out")).model
     assert helpers.same(edited.state_dict(), written.state_dict())
