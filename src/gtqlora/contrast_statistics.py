@@ -88,6 +88,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
         raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
     encoded = [tokens(tokenizer, text) for text in prompts]
     fulls = [tokens(tokenizer, text.full) for text in texts]
+    if not all(encoded):
+        raise ContrastError("the tokenizer makes no token of a prompt; mend the model's tokenizer files")
     return _Rendered(
         row=row,
         prompt=prompts[0],

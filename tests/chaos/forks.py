@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import datasets.fingerprint
 
 from gtqlora import cli
 from tests.chaos import changes
@@ -74,22 +77,24 @@ def command(arguments: Sequence[str], root: Path, bomb: Bomb | None = None, time
 
 def forked(work: Callable[[], int], root: Path, bomb: Bomb | None = None, timeout: float = TIMEOUT) -> Ended:
     """Call `work` in a child, its output caught."""
+    scratch = f"{root}-scratch"
     said, output = os.pipe()  # which no limit on files ends
     os.set_blocking(said, False)
     with os.fdopen(said, "rb", buffering=0) as stream, tempfile.TemporaryFile() as counted:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _child(work, root, bomb or Bomb(), output, counted.fileno())
+            _child(work, root, bomb or Bomb(), output, counted.fileno(), scratch)
         os.close(output)
         heard: list[bytes] = []
         code = _wait(pid, bomb, timeout, lambda: heard.append(stream.read() or b""))
+        shutil.rmtree(scratch, ignore_errors=True)
         counted.seek(0)
         count = int(counted.read() or 0)
         return Ended(code, b"".join(heard).decode(errors="replace"), time.monotonic() - started, count)
 
 
-def _child(work: Callable[[], int], root: Path, bomb: Bomb, output: int, counted: int) -> None:
+def _child(work: Callable[[], int], root: Path, bomb: Bomb, output: int, counted: int, scratch: str) -> None:
     """Never returns: what the parent had open or registered is none of the child's."""
     code = 99
     try:
@@ -103,6 +108,9 @@ def _child(work: Callable[[], int], root: Path, bomb: Bomb, output: int, counted
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if (size := bomb.size if bomb.full is None else bomb.full) is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        os.makedirs(scratch, exist_ok=True)
+        tempfile.tempdir = scratch  # what a killed child leaves half-written there is nobody else's
+        datasets.fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None
         seen = changes.watch(root, bomb.change, bomb.signal)
         code = work()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

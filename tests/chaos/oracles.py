@@ -32,8 +32,7 @@ def inspected(world: World, command: tuple[str, ...], out: str) -> str | None:
     found = json.loads(out)
     if not all(math.isfinite(number) for number in _numbers(found)):
         return "a number is not finite"
-    config = json.loads(Path("model/config.json").read_text())
-    config.pop("quantization_config", None)
+    config = {k: v for k, v in json.loads(Path("model/config.json").read_text()).items() if not _set_aside(k)}
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
     count = sum(p.numel() for p in model.parameters())
@@ -42,6 +41,11 @@ def inspected(world: World, command: tuple[str, ...], out: str) -> str | None:
     if not 1 <= found["top_k"] <= found["experts"]:
         return f"top {found['top_k']} of {found['experts']} experts"
     return None
+
+
+def _set_aside(key: str) -> bool:
+    """Settings that gtqlora overrides or does not read, whatever they are."""
+    return key.startswith("__") or key in ("quantization_config", "output_router_logits", "output_attentions")
 
 
 def rendered(world: World, command: tuple[str, ...], out: str) -> str | None:
