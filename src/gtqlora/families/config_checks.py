@@ -186,8 +186,14 @@ def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that would change training or decoding behind our back; the user is told once.
 
     Dropout and jitter make the reference and the routing anchor inexact, and the others change what a model returns.
+
+    Raises:
+        ModelError: one of them is neither a number nor true or false, which no other loader would take.
     """
     off = dict(_changed(settings.items()))
+    for key in sorted(off):
+        if not isinstance(settings[key], int | float):
+            raise ModelError(f"{where}: {key} = {_shown(settings[key])} in config.json; must be a number, true or false")
     if off:
         found = ", ".join(f"{key} = {_shown(settings[key])}" for key in sorted(off))
         note(f"{where}: config.json sets {found}; gtqlora switches it off, in training and evaluation")
