@@ -3,8 +3,8 @@
     python bench/hashing.py --gigabytes 5 --device cuda
 
 Makes a random Qwen3-MoE in bf16 with the toy language's tokenizer, trains an edit for a step, and times both stages
-with the hashes and with the hashing of the model's files taken out, in turn. A random model "refuses" whatever it is asked:
-answers of the toy language have three words, and it gets two tokens.
+with the hashes and with the hashing of the model's files taken out, in turn. A random model "refuses" whatever it is
+asked: answers of the toy language have three words, and it gets two tokens.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ the package is quick.
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from gtqlora.report import report
     from gtqlora.run import Run
     from gtqlora.verify import verify
+
+# On some processors bitsandbytes tells of kernels that we do not use, in every process in which PEFT imports it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOME = {
     "DiagnoseConfig": "config",

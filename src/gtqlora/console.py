@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import sys
 import warnings
@@ -37,8 +36,6 @@ def quieten() -> None:
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(name, value)
-    # on some processors it tells of kernels that we do not use, whenever PEFT imports it
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def show_anything() -> None:

@@ -58,6 +58,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         stage.outputs += [VERDICT, SCORES, HISTORY]
         if stage.fresh:
             return read_verdict(run)
+        certificate.ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows = _held_out(config, trained)
         subject = open_subject(config.model, dtype=config.dtype, device=config.device, experts=config.experts)

@@ -193,7 +193,8 @@ def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     off = dict(_changed(settings.items()))
     for key in sorted(off):
         if not isinstance(settings[key], int | float):
-            raise ModelError(f"{where}: {key} = {_shown(settings[key])} in config.json; must be a number, true or false")
+            found = _shown(settings[key])
+            raise ModelError(f"{where}: {key} = {found} in config.json; must be a number, true or false")
     if off:
         found = ", ".join(f"{key} = {_shown(settings[key])}" for key in sorted(off))
         note(f"{where}: config.json sets {found}; gtqlora switches it off, in training and evaluation")
