@@ -53,13 +53,13 @@ def make_model(folder: Path, gigabytes: float) -> int:
         num_hidden_layers=_LAYERS,
         num_attention_heads=16,
         num_key_value_heads=4,
-        head_dim=128,
         num_experts=_EXPERTS,
         num_experts_per_tok=4,
         max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
+        **{"head_dim": 128},
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

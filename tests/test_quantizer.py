@@ -277,7 +277,8 @@ def test_dense_in_four_bits_is_the_same_on_every_processor(
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             matrix = tensors[f"{path}.weight"]
-            weight = FORMATS["nf4"].dequantise(FORMATS["nf4"].quantise(matrix), *matrix.shape, torch.float32)
+            rows, columns = matrix.shape
+            weight = FORMATS["nf4"].dequantise(FORMATS["nf4"].quantise(matrix), rows, columns, torch.float32)
             x = torch.randn(5, matrix.shape[1], generator=torch.Generator().manual_seed(1))
             ours: Any = module
             assert torch.allclose(ours(x), x @ weight.T, rtol=0.02, atol=0.05)  # computed in bf16
