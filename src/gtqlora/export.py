@@ -23,7 +23,7 @@ from gtqlora.families import bind, load_config, meta_model
 from gtqlora.families.files import PROVENANCE
 from gtqlora.judging import judge_of
 from gtqlora.merging import Edit, merged, on_disk, plan
-from gtqlora.model_card import model_card
+from gtqlora.model_card import model_card, public
 from gtqlora.run import Run, sha256_file, versions, whole, write_json
 from gtqlora.scoring import decode, left_padded
 from gtqlora.storage import refuse_existing
@@ -188,14 +188,14 @@ def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
         if path.suffix in (".safetensors", ".json") and path.name != PROVENANCE
     }
     facts: dict[str, Any] = {
-        "base": verdict.model,
+        "base": public(verdict.model),
         "base_fingerprint": certificate.model,
-        "ancestors": [*certificate.ancestry.names, verdict.model],
+        "ancestors": [*certificate.ancestry.names, public(verdict.model)],
         "spent": certificate.spent,
         "adapter": verdict.adapter,
         "experts": verdict.experts,
         "judge": verdict.judge,
-        "prompts": verdict.prompts,
+        "prompts": {**verdict.prompts, "source": public(verdict.prompts["source"])},
         "floor": asdict(certificate.floor),
         "lost": verdict.lost,
         "tries": certificate.tries,

@@ -64,7 +64,7 @@ def _how_it_was_judged(certificate: Certificate) -> list[str]:
     return [
         f"- Judge: {inline(verdict.judge)}",
         f"- Prompts: {floor.prompts} harmful ones, of which the original refuses {floor.refused}, in {floor.groups} "
-        f"groups, from {inline(verdict.prompts['source'])} (split {inline(verdict.prompts['split'])}, sha256 "
+        f"groups, from {inline(public(verdict.prompts['source']))} (split {inline(verdict.prompts['split'])}, sha256 "
         f"{inline(verdict.prompts['fingerprint'])})",
         f"- Asked: {len(history)} verdict{'s' * (len(history) != 1)} on this edit"
         + (f", among them {' and '.join(failed)}" if failed else "")
@@ -97,6 +97,11 @@ def _base_metadata(model: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return {key: found[key] for key in _KEPT if key in found} if isinstance(found, dict) else {}
+
+
+def public(name: str) -> str:
+    """A model's or a set's name without the folders it lies in here, which are nobody else's business."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def inline(text: str) -> str:
