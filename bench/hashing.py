@@ -45,7 +45,7 @@ def make_model(folder: Path, gigabytes: float) -> int:
     """A checkpoint of about that size in shards of 1 GB; its bytes."""
     language = Language()
     inner = int(gigabytes * 1e9 / 2 / (3 * _LAYERS * _EXPERTS * _HIDDEN)) // 64 * 64
-    config = Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=len(language.vocabulary),
         hidden_size=_HIDDEN,
         intermediate_size=2 * _HIDDEN,
@@ -59,8 +59,9 @@ def make_model(folder: Path, gigabytes: float) -> int:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
-        **{"head_dim": 128},
+        head_dim=128,
     )
+    config = Qwen3MoeConfig(**sizes)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen3MoeForCausalLM(config)
