@@ -45,22 +45,22 @@ def make_model(folder: Path, gigabytes: float) -> int:
     """A checkpoint of about that size in shards of 1 GB; its bytes."""
     language = Language()
     inner = int(gigabytes * 1e9 / 2 / (3 * _LAYERS * _EXPERTS * _HIDDEN)) // 64 * 64
-    sizes: dict[str, Any] = dict(
-        vocab_size=len(language.vocabulary),
-        hidden_size=_HIDDEN,
-        intermediate_size=2 * _HIDDEN,
-        moe_intermediate_size=inner,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        num_experts=_EXPERTS,
-        num_experts_per_tok=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        head_dim=128,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(language.vocabulary),
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 2 * _HIDDEN,
+        "moe_intermediate_size": inner,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_experts": _EXPERTS,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "head_dim": 128,
+    }
     config = Qwen3MoeConfig(**sizes)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
