@@ -154,6 +154,19 @@ def test_a_broken_memory_remembers_nothing(tmp_path: Path, judges: Judges, text:
     assert not judge_trust.is_remembered(tmp_path, "mine_judge:refuses")
 
 
+def test_what_a_judge_imports_from_beside_it_is_part_of_it(judges: Judges) -> None:
+    helper, package = judges.folder / "its_helper.py", judges.folder / "jp"
+    (judges.folder / "single.py").write_text("import its_helper\n" + CODE)
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "j.py").write_text("from jp.h import n\n" + CODE)
+    for judge, file in (("single:refuses", helper), ("jp.j:refuses", package / "h.py"), ("jp:x", package / "h.py")):
+        file.write_text("n = 3\n")
+        before = judge_trust.identity(judge)
+        file.write_text("n = 4\n")
+        assert judge_trust.identity(judge) != before
+
+
 def test_a_source_is_found_without_importing(judges: Judges) -> None:
     (judges.folder / "pack").mkdir()
     (judges.folder / "pack" / "__init__.py").write_text(TELLTALE.format(str(judges.ran)))

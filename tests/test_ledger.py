@@ -81,6 +81,15 @@ def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
     assert {e.adapter for e in ledger.read(file)} == {f"{i}-{j}" for i in range(4) for j in range(20)}
 
 
+def test_an_edit_has_one_past_wherever_it_was_judged(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("run", "beside", "user")]
+    for file in files[:2]:
+        ledger.append([file], entry())
+    ledger.append([files[2]], replace(entry(), finished="2025-01-01T00:00:00+00:00", verdict="pass"))
+    ledger.append([files[1]], entry("b"))
+    assert [e.verdict for e in ledger.on_edit("a", [*files, tmp_path / "none"])] == ["pass", "fail"]
+
+
 def test_where_it_cannot_be_written_the_next_place_is_taken(tmp_path: Path) -> None:
     odd = {name: tmp_path / name for name in ("pipe", "link", "folder")}
     os.mkfifo(odd["pipe"])

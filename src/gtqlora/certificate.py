@@ -192,7 +192,7 @@ class Certificate:
         model: digest of the model's files; the copy must show the same.
         floor: over every prompt that this edit was ever judged on, at the corrected level.
         tries: edits judged on these prompts.
-        history: every verdict on this edit.
+        history: every verdict on this edit that is known, from this run or another.
         margin: what was allowed to be lost.
     """
 
@@ -242,9 +242,11 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
 def _decide(
     run: Run, verdict: Verdict, config: VerifyConfig, adapter: Adapter, record: dict[str, Any], rows: list[Outcome]
 ) -> Certificate:
-    history = tuple(entry for entry in ledger.read(run / HISTORY) if entry.adapter == adapter.digest)
+    # a copy of the run, or of the edit, has the same past: what is remembered beside the pairs and with the user
+    places = ledger.places(config.contrast, run.path)
+    history = tuple(ledger.on_edit(adapter.digest, [run / HISTORY, *places, ledger.of_edits(run.path)]))
     entry = _entry(run, history, record, rows)
-    known = [e for file in ledger.places(config.contrast, run.path) for e in ledger.read(file)]
+    known = [e for file in places for e in ledger.read(file)]
     tries, before = ledger.tries([*known, *history], entry), ancestry(config.model)
     margin = before.margin(config.margin)
     for prompts in (entry.prompts, seen := _ever_seen(history, entry)):
@@ -276,15 +278,23 @@ def _entry(run: Run, history: Sequence[Entry], record: dict[str, Any], rows: Seq
 
 
 def _ever_seen(history: Sequence[Entry], entry: Entry) -> dict[str, list[bool | str]]:
-    """Every prompt that the edit was judged on in the form that ships; lost once is lost."""
-    seen = dict(entry.prompts)
-    for other in history:
-        if other.decided and other.shipped and other.model == entry.model:
-            for prompt, (refused, kept, *groups) in other.prompts.items():
-                if prompt not in seen:
-                    seen[prompt] = [refused, kept, *groups]
-                elif refused and not kept:
-                    seen[prompt] = [True, False, *seen[prompt][2:]]
+    """Every prompt that the edit was judged on; lost once is lost.
+
+    Of a prompt that was judged in the form that ships, what it was in another form says nothing; of others it does.
+    """
+    others = [other for other in history if other.decided and other.model == entry.model]
+    shipped = _lost_once_is_lost([entry, *(other for other in others if other.shipped)])
+    return {**_lost_once_is_lost([other for other in others if not other.shipped]), **shipped}
+
+
+def _lost_once_is_lost(entries: Sequence[Entry]) -> dict[str, list[bool | str]]:
+    seen: dict[str, list[bool | str]] = {}
+    for entry in entries:
+        for prompt, (refused, kept, *groups) in entry.prompts.items():
+            if prompt not in seen:
+                seen[prompt] = [refused, kept, *groups]
+            elif refused and not kept:
+                seen[prompt] = [True, False, *seen[prompt][2:]]
     return seen
 
 

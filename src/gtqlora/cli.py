@@ -21,6 +21,7 @@ from gtqlora.console import (
     open_console,
     plain,
     quieten,
+    say_starting,
     share,
     show_anything,
     stage_progress,
@@ -270,6 +271,7 @@ def diagnose(
     as_json: Json = False,
 ) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
+    say_starting()
     from gtqlora.config import DiagnoseConfig
     from gtqlora.diagnose import diagnose as stage
     from gtqlora.run import Run
@@ -315,6 +317,7 @@ def train(
     again: Again = False,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
+    say_starting()
     from gtqlora.config import TrainConfig
     from gtqlora.edit import train as stage
     from gtqlora.run import Run
@@ -355,6 +358,7 @@ def project(
     again: Again = False,
 ) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
+    say_starting()
     from gtqlora.config import ProjectConfig
     from gtqlora.project import project as stage
     from gtqlora.run import Run
@@ -386,6 +390,7 @@ def verify(
     as_json: Json = False,
 ) -> int:
     """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
+    say_starting()
     from gtqlora.config import VerifyConfig
     from gtqlora.run import Run
     from gtqlora.verify import verify as stage
@@ -498,6 +503,7 @@ def export(
     ] = None,
 ) -> None:
     """Ship it: write merged weights, only after a passed safety floor."""
+    say_starting()
     from gtqlora.export import export as stage
     from gtqlora.run import Run
 

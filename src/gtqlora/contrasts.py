@@ -299,11 +299,11 @@ def load(source: str | Path, judge: Judge) -> Contrast:
         raise ContrastError(f"{name}: no rows; write one JSON object per line")
     _check_set(rows, problems)
     problems.stop()
-    _check_kinds(rows, name)
+    check_kinds(rows, name)
     return Contrast(source=name, rows=tuple(rows))
 
 
-def _check_kinds(rows: Iterable[Row], source: str) -> None:
+def check_kinds(rows: Iterable[Row], source: str) -> None:
     kinds = {row.kind for row in rows}
     if "harmful" not in kinds:
         raise ContrastError(

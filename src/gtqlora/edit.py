@@ -133,6 +133,7 @@ class _Edit:
 def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, again: bool) -> _Edit:
     """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
     while True:
         try:
             return _attempt(config, model, rows, run, origin, again)

@@ -7,6 +7,7 @@ with the hash of the source: the same run, judge and source need not be named ag
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import json
 from pathlib import Path
@@ -39,7 +40,34 @@ def identity(judge: str) -> str:
     if not is_code(judge):
         return judge
     source = source_of(judge)
-    return f"{judge} sha256:{'unknown' if source is None else sha256_file(source)}"
+    return f"{judge} sha256:{'unknown' if source is None else _hash_of(source, judge)}"
+
+
+def _hash_of(source: Path, judge: str) -> str:
+    """Of a judge's package, all of it; of a single module, and of those beside it that it imports."""
+    depth = judge.partition(":")[0].count(".") + (source.name == "__init__.py")
+    files = source.parents[depth - 1].rglob("*.py") if depth else _imported_beside(source, {source})
+    return sha256_json([(file.name, sha256_file(file)) for file in sorted(files)])
+
+
+def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
+    """The modules, and whole packages, of the same folder that a module imports, and that those import."""
+    if source.parent == Path(ast.__file__).parent:  # Python's own
+        return seen
+    try:
+        nodes = list(ast.walk(ast.parse(source.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError):
+        return seen
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    for name in {name.partition(".")[0] for name in names}:
+        module, package = source.with_name(f"{name}.py"), source.with_name(name)
+        found = [module] if module.is_file() else package.rglob("*.py") if (package / "__init__.py").is_file() else []
+        for file in set(found) - seen:
+            seen.add(file)
+            if file == module:
+                _imported_beside(file, seen)
+    return seen
 
 
 def check_named(judge: str, named_in: str) -> None:

@@ -22,6 +22,7 @@ from gtqlora.storage import named_errors
 from gtqlora.verdict import typed
 
 NAME = "gtqlora-ledger.jsonl"
+_OF_EDITS = "edits.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,19 @@ def places(contrast: str, run: Path) -> list[Path]:
     state = user_state.folder()
     found = [] if not local.is_absolute() or package in local.parents else [local.parent / NAME]
     return [*found, *([state / NAME] if state else []), run / NAME]
+
+
+def of_edits(run: Path) -> Path:
+    """Where the verdicts on every edit are kept with the user, wherever runs and pairs lie; else in the run."""
+    return (user_state.folder() or run) / _OF_EDITS
+
+
+def on_edit(adapter: str, files: Iterable[Path]) -> list[Entry]:
+    """Every verdict on an edit that any of the files holds, the same one once."""
+    found = {}
+    for entry in (entry for file in files for entry in read(file) if entry.adapter == adapter):
+        found[json.dumps(asdict(entry), sort_keys=True)] = entry
+    return sorted(found.values(), key=lambda entry: entry.finished)
 
 
 def append(files: Iterable[Path], entry: Entry) -> Path:

@@ -53,6 +53,7 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         if stage.fresh:
             return _projected_before(run / ADAPTER)
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+        contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
         subject = open_subject(model.model, dtype=config.dtype, device=config.device, experts=config.experts)
         model.check_unchanged()
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)

@@ -68,7 +68,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         outcomes = _score_all(config, edited, rows)
         silencing = _silencing(config, edited, contrasts.load(trained, judge_of(config.judge)), rows, outcomes)
         verdict = _verdict(config, edited, rows, outcomes, run, inputs, silencing)
-        write_verdict(run, verdict, outcomes)
+        lost = {o.number: o.lost for o in certificate.judged_again(outcomes, judge_of(config.judge))}
+        write_verdict(run, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes])
         return verdict
 
 
@@ -245,8 +246,8 @@ def _floor(
     margin = certificate.ancestry(config.model).margin(config.margin)
     found = certificate.undecided(certificate.floor_of(entry.prompts, config, tries=tries, margin=margin), reason)
     entry = replace(entry, verdict=found.verdict, reason=found.reason)
-    ledger.append(files, entry)
-    ledger.append([run / HISTORY], entry)
+    for places in (files, [ledger.of_edits(run.path), run / ledger.NAME], [run / HISTORY]):
+        ledger.append(places, entry)
     return found, tries
 
 

@@ -236,6 +236,21 @@ def test_d6_what_was_lost_once_stays_lost(
     shut(run, out, "over all prompts it was ever judged on", judge=judge)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_d6_a_copy_of_the_run_has_the_same_past(
+    failed: tuple[Path, Path, Path], toy: helpers.Toy, tmp_path: Path, out: Path, moved: bool
+) -> None:
+    run, model, kept = failed
+    fresh = Path(shutil.copytree(run, tmp_path / "fresh"))
+    for name in ("verdict.json", "verdicts.jsonl", "scores.parquet"):
+        (fresh / name).unlink()
+    if moved:
+        (tmp_path / "elsewhere").mkdir()
+        kept = Path(shutil.move(kept, tmp_path / "elsewhere" / "fine.jsonl"))
+    assert judged(toy, fresh, model, contrast=str(kept), judge=PICKY) == "pass"
+    shut(fresh, out, "over all prompts it was ever judged on", judge=PICKY)
+
+
 def test_d6_a_history_that_was_emptied_opens_nothing(
     failed: tuple[Path, Path, Path], toy: helpers.Toy, out: Path
 ) -> None:
