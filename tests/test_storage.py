@@ -295,3 +295,9 @@ def test_names_no_file_system_takes(tmp_path: Path, name: str, monkeypatch: pyte
     with pytest.raises((RunError, OSError), match=r"cannot be used as a path|File name too long"), whole(Path(name)):
         pytest.fail("it began to write")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_the_wanted_place_is_named() -> None:
+    with pytest.raises(OSError, match="'/proc/weights'") as caught, whole(Path("/proc/weights"), replace=False):
+        pass
+    assert caught.value.filename == "/proc/weights"

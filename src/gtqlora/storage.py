@@ -251,7 +251,10 @@ def whole(target: Path, replace: bool = True) -> Iterator[Path]:
     with named_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         drop_leftovers(target.parent)
-        staging, lock = _staging_for(target)
+        try:
+            staging, lock = _staging_for(target)
+        except OSError as error:  # which names the hidden folder, that nobody asked for
+            raise OSError(error.errno, error.strerror, str(target)) from error
     new = staging / target.name
     try:
         with named_errors(target, staging):
