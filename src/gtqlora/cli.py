@@ -411,11 +411,13 @@ def verify(
 
 
 def _print_next(found: Any, run: Path) -> None:
-    """A floor passed in 4 bits does not open `export` yet."""
+    """What a passed floor leads to; one passed in 4 bits does not open `export` yet."""
     from gtqlora.certificate import shipped_experts
 
     shipped = shipped_experts(found.model)
-    if found.floor["verdict"] == "pass" and found.experts != shipped:
+    if found.floor["verdict"] == "pass" and found.experts == shipped:
+        open_console().print(f"next: gtqlora export {plain(str(run))} OUT", highlight=False, soft_wrap=True)
+    elif found.floor["verdict"] == "pass":
         open_console().print(
             f"next: gtqlora verify {plain(str(run))} --experts {shipped}   (the checkpoint's own experts, which "
             "`export` writes; it takes the place of this verdict)",
