@@ -192,7 +192,7 @@ class Certificate:
         model: digest of the model's files; the copy must show the same.
         floor: over every prompt that this edit was ever judged on, at the corrected level.
         tries: edits judged on these prompts.
-        history: every verdict on this edit that is known, from this run or another.
+        history: every verdict on this edit in the run and beside the pairs; what else is known of it counts, too.
         margin: what was allowed to be lost.
     """
 
@@ -244,7 +244,8 @@ def _decide(
 ) -> Certificate:
     # a copy of the run, or of the edit, has the same past: what is remembered beside the pairs and with the user
     places = ledger.places(config.contrast, run.path)
-    history = tuple(ledger.on_edit(adapter.digest, [run / HISTORY, *places, ledger.of_edits(run.path)]))
+    told = tuple(ledger.on_edit(adapter.digest, [run / HISTORY, *places]))
+    history = ledger.on_edit(adapter.digest, [run / HISTORY, *places, ledger.of_edits(run.path)])
     entry = _entry(run, history, record, rows)
     known = [e for file in places for e in ledger.read(file)]
     tries, before = ledger.tries([*known, *history], entry), ancestry(config.model)
@@ -260,7 +261,7 @@ def _decide(
             )
     model = record["inputs"]["model"]
     outcomes = tuple(read_outcomes(run))
-    return Certificate(verdict, config, adapter, model, found, tries, history, before, margin, outcomes)
+    return Certificate(verdict, config, adapter, model, found, tries, told, before, margin, outcomes)
 
 
 def _entry(run: Run, history: Sequence[Entry], record: dict[str, Any], rows: Sequence[Outcome]) -> Entry:

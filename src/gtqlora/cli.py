@@ -21,7 +21,6 @@ from gtqlora.console import (
     open_console,
     plain,
     quieten,
-    say_starting,
     share,
     show_anything,
     stage_progress,
@@ -111,6 +110,13 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _print_error(text: str) -> None:
     with suppress(OSError):  # nowhere is left to say it
         open_console(stderr=True).print(f"[bold red]error:[/] {plain(text)}", soft_wrap=True, highlight=False)
+
+
+def _say_starting() -> None:
+    """On a terminal, that something is happening while the libraries are imported, which takes seconds."""
+    console = open_console(stderr=True)
+    if console.is_terminal:
+        console.print("starting ...", style="dim", highlight=False)
 
 
 def _embedded(value: str, kind: str) -> str:
@@ -271,7 +277,7 @@ def diagnose(
     as_json: Json = False,
 ) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
-    say_starting()
+    _say_starting()
     from gtqlora.config import DiagnoseConfig
     from gtqlora.diagnose import diagnose as stage
     from gtqlora.run import Run
@@ -317,7 +323,7 @@ def train(
     again: Again = False,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
-    say_starting()
+    _say_starting()
     from gtqlora.config import TrainConfig
     from gtqlora.edit import train as stage
     from gtqlora.run import Run
@@ -358,7 +364,7 @@ def project(
     again: Again = False,
 ) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
-    say_starting()
+    _say_starting()
     from gtqlora.config import ProjectConfig
     from gtqlora.project import project as stage
     from gtqlora.run import Run
@@ -390,7 +396,7 @@ def verify(
     as_json: Json = False,
 ) -> int:
     """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
-    say_starting()
+    _say_starting()
     from gtqlora.config import VerifyConfig
     from gtqlora.run import Run
     from gtqlora.verify import verify as stage
@@ -505,7 +511,7 @@ def export(
     ] = None,
 ) -> None:
     """Ship it: write merged weights, only after a passed safety floor."""
-    say_starting()
+    _say_starting()
     from gtqlora.export import export as stage
     from gtqlora.run import Run
 

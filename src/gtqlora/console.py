@@ -45,13 +45,6 @@ def show_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
-def say_starting() -> None:
-    """On a terminal, that something is happening while the libraries are imported, which takes seconds."""
-    console = open_console(stderr=True)
-    if console.is_terminal:
-        console.print("starting ...", style="dim", highlight=False)
-
-
 def silence(stream: TextIO | None) -> None:
     """Let what is still to be written go nowhere: whoever read has left, or there is no room."""
     if stream is None:
