@@ -235,13 +235,21 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
     _check_verdict(run, verdict, config, adapter)
-    rows = judged_again(read_outcomes(run), _judge(run, config, record, judge))
-    return _decide(run, verdict, config, adapter, record, rows)
+    outcomes = read_outcomes(run)
+    rows = judged_again(outcomes, _judge(run, config, record, judge))
+    found, told, before, margin, tries = _decide(run, verdict, config, adapter, record, rows)
+    model = record["inputs"]["model"]
+    return Certificate(verdict, config, adapter, model, found, tries, told, before, margin, tuple(outcomes))
 
 
 def _decide(
     run: Run, verdict: Verdict, config: VerifyConfig, adapter: Adapter, record: dict[str, Any], rows: list[Outcome]
-) -> Certificate:
+) -> tuple[Floor, tuple[Entry, ...], Ancestry, float, int]:
+    """The passed floor, what is told of the edit's past, its base's, what may be lost, and how many tries there were.
+
+    Raises:
+        FloorError: no pass.
+    """
     # a copy of the run, or of the edit, has the same past: what is remembered beside the pairs and with the user
     places = ledger.places(config.contrast, run.path)
     told = tuple(ledger.on_edit(adapter.digest, [run / HISTORY, *places]))
@@ -259,9 +267,7 @@ def _decide(
                 f"{run.path}: the safety floor's verdict{which} is {found.verdict!r} ({found.reason}{tried}); no "
                 "weights are written"
             )
-    model = record["inputs"]["model"]
-    outcomes = tuple(read_outcomes(run))
-    return Certificate(verdict, config, adapter, model, found, tries, told, before, margin, outcomes)
+    return found, told, before, margin, tries
 
 
 def _entry(run: Run, history: Sequence[Entry], record: dict[str, Any], rows: Sequence[Outcome]) -> Entry:

@@ -34,7 +34,7 @@ SMALL_FILES = (
 _FROM_HUB = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
 # transformers would follow these instead of, or on top of, the weights that are checked here.
 _DIVERTING = {"adapter_config.json": "a PEFT adapter", "shard-*-model-*-of-*.safetensors": "a distributed checkpoint"}
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _SHOWN = 300
 _MAX_BYTES = {INDEX: 2**29, FAST_TOKENIZER: 2**28}
@@ -161,7 +161,7 @@ def _from_hub(model: str, patterns: Iterable[str]) -> Path:
     try:
         return Path(snapshot_download(**wanted))
     except (OSError, ValueError, HTTPError) as error:
-        if _COMMIT.fullmatch(revision):  # what was fetched of a commit is what it is, also without a network
+        if COMMIT.fullmatch(revision):  # what was fetched of a commit is what it is, also without a network
             with suppress(OSError, ValueError):
                 return Path(snapshot_download(**wanted, local_files_only=True))
         raise ModelError(f"{model}: not a local folder, and the hub did not give it ({first_line(error)})") from error

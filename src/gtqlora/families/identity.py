@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,6 @@ from gtqlora.families.facts import family_of
 from gtqlora.progress import track
 from gtqlora.run import sha256_file, sha256_json
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _THREADS = 8
 _WHAT = "hashing the model"
 
@@ -77,7 +75,7 @@ def pinned(model: str) -> str:
     if files.is_local(model):
         return os.path.abspath(files.local_path(model))
     commit = found.parent.name
-    if not _COMMIT.fullmatch(commit):
+    if not files.COMMIT.fullmatch(commit):
         raise ModelError(f"{model}: the hub's cache gives no commit for it ({found.parent}); give a local folder")
     return f"{model.partition('@')[0]}@{commit}"
 
