@@ -54,6 +54,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an upstream error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gtqlora.contents import first_line
 from gtqlora.errors import ContrastError
 
 _HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation"}
@@ -231,8 +232,3 @@ def one_of(name: str, value: str, known: Sequence[str]) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ContrastError(f"{name} {value!r} is unknown{hint} (known: {', '.join(known)})")
     return value
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an upstream error, for a one-line message."""
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtqlora.contrast_sources import Message, first_line
+from gtqlora.contents import first_line
+from gtqlora.contrast_sources import Message
 from gtqlora.errors import ContrastError
 
 if TYPE_CHECKING:
