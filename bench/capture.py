@@ -1,7 +1,7 @@
 """What watching costs: plain forward passes against the same with `capture.observe`, side by side.
 
     python bench/capture.py --device cuda                   # Qwen3-30B-A3B's sizes, random weights, 8 x 512 tokens
-    python bench/capture.py --device cuda --experts nf4     # its experts frozen in 4 bits
+    python bench/capture.py --device cuda --expert-format nf4     # its experts frozen in 4 bits
     python bench/capture.py --device cuda --shape k2.5      # Kimi-K2.5's width: one dense and two MoE layers
     python bench/capture.py --device cpu                    # an embedded organism and its contrast set
 
@@ -26,7 +26,7 @@ from train_step import FORMATS, SHAPES, build, tokenizer_of
 
 from gtqlora.capture import Subject, by_length, forward, left_padded, observe, open_subject
 from gtqlora.contrasts import encode_prompt, load
-from gtqlora.judging import judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 
 ORGANISM = "routed"
@@ -43,7 +43,7 @@ def random_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
 
 def organism_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
     """An embedded organism and prompts of its contrast set."""
-    subject = open_subject(str(embedded.organism(ORGANISM)), device=args.device, experts=args.experts)
+    subject = open_subject(str(embedded.organism(ORGANISM)), device=args.device, expert_format=args.experts)
     rows = load(str(embedded.contrast()), judge_of(embedded.JUDGE)).split("train").of_kind("lookalike")
     prompts = [encode_prompt(subject.tokenizer, row.prompt) for row in rows]
     return subject, prompts[: args.prompts * args.batches]
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
-    parser.add_argument("--experts", choices=("bf16", *FORMATS), default="bf16")
+    parser.add_argument("--expert-format", choices=("bf16", *FORMATS), default="bf16")
     parser.add_argument("--layers", type=int, help="of the shape, if not all")
     parser.add_argument("--tiny", action="store_true", help="a small model of the shape's family, to see that it runs")
     for name, value in (("prompts", 8), ("tokens", 512), ("batches", 4), ("rounds", 7)):

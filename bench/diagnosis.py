@@ -82,9 +82,9 @@ def _study(kind: str, seed: int, folder: Path) -> Found:
 def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
     """What a diagnosis says, the experts that each method names, and all of its intervals by name."""
     from gtqlora.config import DiagnoseConfig, build
-    from gtqlora.diagnose import FOLDER, diagnose
     from gtqlora.organisms import embedded
     from gtqlora.run import Run, read_parquet
+    from gtqlora.stages.diagnose import FOLDER, diagnose
 
     settings = {"model": str(model), "contrast": str(contrast), **given}
     with Run(out) as run:
@@ -126,7 +126,7 @@ def _intervals(found: Any, rows: Sequence[Found]) -> Iterator[tuple[str, list[fl
     def ends(interval: Found) -> list[float]:
         return [interval["value"], interval["low"], interval["high"]]
 
-    for name in ("shares", "shares_log_odds", "needed", "enough"):
+    for name in ("shares", "shares_log_odds", "necessary", "sufficient"):
         for part, interval in getattr(found, name).items():
             yield f"{name}: {part}", ends(interval)
     for cell in found.cells:

@@ -57,7 +57,7 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def frozen(shape: Shape, name: str, product: str) -> Layer:
-    """Our module, filled with quantised random matrices; one matrix of each kind is made and used for all experts."""
+    """Our module, filled with quantized random matrices; one matrix of each kind is made and used for all experts."""
     module = FrozenExperts(
         format=format_of(name),
         n_experts=shape.experts,
@@ -66,15 +66,15 @@ def frozen(shape: Shape, name: str, product: str) -> Layer:
         act_fn=nn.SiLU(),
         device=DEVICE,
     )
-    module.product = "auto" if product == "triton" else product
+    module.kernel = "auto" if product == "triton" else product
     for projection in ("gate", "up", "down"):
         matrix = torch.randn(module.sizes(projection), device=DEVICE, dtype=torch.bfloat16) * 0.02
-        parts = module.format.quantise(matrix)
+        parts = module.format.quantize(matrix)
         for expert in range(shape.experts):
             module.put(expert, projection, parts)
     if product == "triton":
-        from gtqlora.experts.products.fused import triton_multiply
-        from gtqlora.experts.products.layer import run
+        from gtqlora.experts.kernels.fused import triton_multiply
+        from gtqlora.experts.kernels.layer import run
 
         return lambda hidden_TD, index_TK, weights_TK: run(module, hidden_TD, index_TK, weights_TK, triton_multiply)
     return module

@@ -3,7 +3,7 @@
     python bench/hardening.py                # one seed, about 6 minutes on 2 cores
     python bench/hardening.py --seeds 3
 
-Refusal of held-out harmful prompts with the experts silenced that harmful prompts choose more than their twins (ranked
+Refusal of held-out harmful prompts with the experts ablated that harmful prompts choose more than their twins (ranked
 on the training rows, in the original model; "again" in the edited one), and with as many random ones of like layers and
 frequency. All edits have the organisms' recipe but for the LoRA rate. Everything is fp32 on the CPU.
 """
@@ -29,10 +29,10 @@ WAYS = {
 def verdict_of(way: str, seed: int, out: Path) -> Any:
     """Edit and verify."""
     from gtqlora.config import TrainConfig, VerifyConfig, build
-    from gtqlora.edit import train
     from gtqlora.organisms import embedded
     from gtqlora.run import Run
-    from gtqlora.verify import verify
+    from gtqlora.stages.train import train
+    from gtqlora.stages.verify import verify
 
     given = {
         "file": embedded.recipe(),
@@ -42,7 +42,7 @@ def verdict_of(way: str, seed: int, out: Path) -> Any:
     }
     with Run(out) as run:
         train(build(TrainConfig, **given, overrides=WAYS[way]), run)
-        return verify(build(VerifyConfig, **given, overrides=("silencing=32", "silencing_prompts=200")), run)
+        return verify(build(VerifyConfig, **given, overrides=("ablation=32", "ablation_prompts=200")), run)
 
 
 def print_curve(name: str, seed: int, points: list[dict[str, Any]], key: str) -> None:
@@ -65,16 +65,16 @@ def main() -> int:
         for seed in range(args.seeds):
             for way in WAYS:
                 verdicts.append((way, seed, verdict_of(way, seed, Path(root) / f"{way}-{seed}")))
-                found = verdicts[-1][2].silencing
+                found = verdicts[-1][2].ablation
                 if len(verdicts) == 1:
-                    counts = " ".join(f"{point['silenced']:7}" for point in found["before"])
-                    print(f"{'experts silenced':28} seed   {counts}")
+                    counts = " ".join(f"{point['ablated']:7}" for point in found["before"])
+                    print(f"{'experts ablated':28} seed   {counts}")
                     print_curve("original", seed, found["before"], "targeted")
                     print_curve("original, random", seed, found["before"], "random")
                 print_curve(way, seed, found["after"], "targeted")
                 print_curve(f"{way}, again", seed, found["after_reranked"], "targeted")
                 print_curve(f"{way}, random", seed, found["after"], "random")
-    print(f"\n{'nothing silenced':28} seed   harmful lookalike acc.look acc.ben floor")
+    print(f"\n{'nothing ablated':28} seed   harmful lookalike acc.look acc.ben floor")
     for way, seed, found in verdicts:
         table = found.table
         rates = (

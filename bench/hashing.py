@@ -24,14 +24,14 @@ import transformers
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import gtqlora.families.identity as identity
-from gtqlora import checkpoint
 from gtqlora.config import TrainConfig, VerifyConfig
-from gtqlora.edit import train
-from gtqlora.export import export
+from gtqlora.families import copying
 from gtqlora.organisms import embedded
 from gtqlora.organisms.language import Language
 from gtqlora.run import Run, sha256_file
-from gtqlora.verify import verify
+from gtqlora.stages.export import export
+from gtqlora.stages.train import train
+from gtqlora.stages.verify import verify
 
 JUDGE = "hashing:refuses"
 _LAYERS, _EXPERTS, _HIDDEN = 12, 32, 2048
@@ -89,12 +89,12 @@ def unhashed(cache: dict[str, str]) -> Iterator[None]:
             cache[name] = sha256_file(file)
         return cache[name]
 
-    kept: Any = (identity.sha256_file, checkpoint.sha256_file)
-    identity.sha256_file = checkpoint.sha256_file = known  # type: ignore[attr-defined]
+    kept: Any = (identity.sha256_file, copying.sha256_file)
+    identity.sha256_file = copying.sha256_file = known  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        identity.sha256_file, checkpoint.sha256_file = kept  # type: ignore[attr-defined]
+        identity.sha256_file, copying.sha256_file = kept  # type: ignore[attr-defined]
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     given: dict[str, Any] = {"model": str(model), "contrast": str(pairs), "judge": JUDGE, "device": args.device}
     hashing = timed(lambda: identity.identify(str(model)))
     found: dict[str, list[float]] = {"verify": [], "verify unhashed": [], "export": [], "export unhashed": []}
-    settings = VerifyConfig(**given, max_new_tokens=2, margin=0.05, silencing=0)
+    settings = VerifyConfig(**given, max_new_tokens=2, margin=0.05, ablation=0)
     with Run(place / "run") as run:
         train(TrainConfig(**given, steps=1, batch_size=2, rank=4, alpha=8, max_new_tokens=2), run)
         with unhashed(cache):

@@ -1,7 +1,7 @@
 """Memory while loading a model with frozen experts: the peak beyond what the model takes once it is loaded.
 
     python bench/loading.py                      # matrices of Kimi-K2.5's size: 2 layers x 8 experts, 0.7 GB in bf16
-    python bench/loading.py --hidden 2048 --inner 768 --experts 64 --layers 4
+    python bench/loading.py --hidden 2048 --inner 768 --expert-format 64 --layers 4
 
 Each format is loaded in a process of its own, from a random Qwen3-MoE checkpoint in a temporary folder, after a tiny
 one, so that imports do not count. "beyond" is the peak of anonymous memory less parameters and buffers; "matrices"
@@ -29,10 +29,10 @@ def anonymous() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def child(small: str, big: str, experts: str) -> None:
+def child(small: str, big: str, expert_format: str) -> None:
     from gtqlora.experts import load_model
 
-    load_model(small, experts=experts)
+    load_model(small, expert_format=expert_format)
     before, peaks, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -42,7 +42,7 @@ def child(small: str, big: str, experts: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _, model = load_model(big, experts=experts)
+    _, model = load_model(big, expert_format=expert_format)
     done.set()
     watcher.join()
     final = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

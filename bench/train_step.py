@@ -46,8 +46,10 @@ from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConf
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora import edit
-from gtqlora.adapters import (
+from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.config import TrainConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.edits.adapters import (
     assert_experts_frozen,
     assert_trains_exactly,
     frozen_state,
@@ -55,12 +57,10 @@ from gtqlora.adapters import (
     peft_targets_kept,
     sum_of_bits,
 )
-from gtqlora.capture.subject import _routers_to_fp32
-from gtqlora.config import TrainConfig
-from gtqlora.contrasts import KINDS
+from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, weights_unhashed
 from gtqlora.experts import FORMATS, Format, FrozenExperts
 from gtqlora.families import FAMILIES, Anatomy, bind
-from gtqlora.gate_trainer import GateTargetedTrainer, KindCollator, weights_unhashed
+from gtqlora.stages import train as train_stage
 
 TRL, BF16 = "trl", "bf16"
 WAYS = (*FORMATS, BF16, TRL)
@@ -196,7 +196,7 @@ def _frozen(format: Format, model: Any, layer: int, device: torch.device) -> Fro
             held = frozen.parts(projection, slice(start, start + at_once))  # type: ignore[arg-type]
             lead = held["packed"].shape[:2]
             weights = torch.randn(*lead, *sizes, dtype=torch.bfloat16, device=device) * 0.02
-            for part, tensor in format.quantise(weights).items():
+            for part, tensor in format.quantize(weights).items():
                 held[part].copy_(tensor)
     return frozen
 
@@ -276,7 +276,7 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
 def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy, out: Path, clock: Clock) -> Any:
     """What the `train` stage builds, or TRL's own trainer with the same modules to train."""
     settings, tokenizer = settings_of(args, clock.device), tokenizer_of(model.config.vocab_size)
-    arguments = edit._arguments(settings, out)
+    arguments = train_stage._arguments(settings, out)
     arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
     shared: dict[str, Any] = {
         "model": model,

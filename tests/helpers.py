@@ -18,20 +18,22 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gtqlora import adapters, contrasts, edit
-from gtqlora.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
+from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
+from gtqlora.edits import adapters
+from gtqlora.edits.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
+from gtqlora.edits.resume import Origin
+from gtqlora.edits.trainer import GateTargetedTrainer
 from gtqlora.experts import FrozenExperts
-from gtqlora.export import Exported, export
 from gtqlora.families import load_config
-from gtqlora.gate_trainer import GateTargetedTrainer
-from gtqlora.judging import judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
-from gtqlora.project import project
-from gtqlora.resume import Origin
 from gtqlora.run import Run
-from gtqlora.verify import verify
+from gtqlora.stages import train as train_stage
+from gtqlora.stages.export import Exported, export
+from gtqlora.stages.project import project
+from gtqlora.stages.verify import verify
 from tests import models
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +87,7 @@ class Toy:
 
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
-        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, "silencing": 2, **changes})
+        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, "ablation": 2, **changes})
 
     def project_config(self, model: Path, **changes: Any) -> ProjectConfig:
         settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
@@ -96,7 +98,7 @@ def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
     """A run directory whose edit passed the floor; of a projection, the first layer whose removal does."""
     with Run(path) as run:
         if kind != PROJECTION:
-            edit.train(toy.train_config(model), run)
+            train_stage.train(toy.train_config(model), run)
             assert verify(toy.verify_config(model), run).floor["verdict"] == "pass"
             return path
         for layer in range(1, load_config(str(model))[1].num_hidden_layers + 1):
@@ -124,8 +126,8 @@ def noop_adapter(model: Path, contrast: Path, judge: str, path: Path, *, break_i
     settings = TrainConfig(model=str(model), contrast=str(contrast), judge=judge, rank=4, alpha=8)
     info = Info(GT_QLORA, str(model), subject.anatomy.family.model_type, {"config": asdict(settings)})
     with Run(path) as run, run.stage("train", settings, {}) as stage:
-        stage.outputs += [edit.ADAPTER, contrasts.FILE]
-        adapters.save(wrapped, path / edit.ADAPTER, info)  # type: ignore[arg-type]
+        stage.outputs += [train_stage.ADAPTER, contrasts.FILE]
+        adapters.save(wrapped, path / train_stage.ADAPTER, info)  # type: ignore[arg-type]
         contrasts.save(contrasts.load(contrast, judge_of(judge)).split("train"), path / contrasts.FILE)
 
 
@@ -140,34 +142,34 @@ class Inside:
     @classmethod
     def start(cls, config: TrainConfig, path: Path) -> Inside:
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-        subject = open_subject(config.model, experts=config.experts)
+        subject = open_subject(config.model, expert_format=config.expert_format)
         with Run(path) as run:
-            return cls(edit._trainer(config, subject, rows, run, Origin(asdict(config), {})), path, config)
+            return cls(train_stage._trainer(config, subject, rows, run, Origin(asdict(config), {})), path, config)
 
     @property
     def metrics(self) -> Path:
         """Where figures stand while training runs."""
-        return self.path / edit.CHECKPOINTS / edit.METRICS
+        return self.path / train_stage.CHECKPOINTS / train_stage.METRICS
 
     def fit(self) -> tuple[int, str | None]:
-        return edit._fit(self.trainer, self.path / edit.CHECKPOINTS)
+        return train_stage._fit(self.trainer, self.path / train_stage.CHECKPOINTS)
 
     def save(self) -> Path:
         anatomy = self.trainer.anatomy
         details = {"config": asdict(self.config)}
         info = Info(GT_QLORA, self.config.model, anatomy.family.model_type, details)
-        adapters.save(self.trainer.model, self.path / edit.ADAPTER, info)
-        return self.path / edit.ADAPTER
+        adapters.save(self.trainer.model, self.path / train_stage.ADAPTER, info)
+        return self.path / train_stage.ADAPTER
 
     def state(self) -> dict[str, Tensor]:
         """Every parameter and buffer, by its name in the wrapped model."""
         return {name: tensor.clone() for name, tensor in self.trainer.model.state_dict().items()}
 
 
-def trained(config: TrainConfig, path: Path, **more: Any) -> edit.Trained:
+def trained(config: TrainConfig, path: Path, **more: Any) -> train_stage.TrainResult:
     """The train stage in a run directory."""
     with Run(path) as run:
-        return edit.train(config, run, **more)
+        return train_stage.train(config, run, **more)
 
 
 def gates(model: Any) -> dict[str, Tensor]:

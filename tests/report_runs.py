@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gtqlora.adapter_files import (
+from gtqlora.config import DiagnoseConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.edits.adapter_files import (
     DIRECTION,
     EDIT_WEIGHTS,
     GT_QLORA,
@@ -19,8 +21,6 @@ from gtqlora.adapter_files import (
     adapter_hash,
     write_settings,
 )
-from gtqlora.config import DiagnoseConfig
-from gtqlora.contrasts import KINDS
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
 
@@ -96,7 +96,7 @@ def curves() -> list[dict[str, Any]]:
 
 def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]:
     return {
-        "layer": layer, "expert": number, "mask": real(effect), "give_back": real(effect / 2),
+        "layer": layer, "expert": number, "mask": real(effect), "restore": real(effect / 2),
         "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
         "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
     }  # fmt: skip
@@ -134,9 +134,7 @@ def directions(layers: int) -> dict[str, Any]:
     return {"n_pairs": 200, "n_groups": 100, "layers": [layer_of(layer) for layer in range(layers + 1)]}
 
 
-def diagnosis(
-    layers: int = 2, *, name: str = "mask the 2 associated experts", token: str = " lever"
-) -> dict[str, Any]:
+def diagnosis(layers: int = 2, *, name: str = "mask the 2 associated experts", token: str = " lever") -> dict[str, Any]:
     effect = paired_difference(hits(1), hits(0)).to_json()
     levels = {"routing": 0.86, "experts": 0.04, "residual": 0.1}
     acts = [("as it is", False, 1.0), (name, False, 0.0), ("mask 2 random experts (1)", True, 0.95)]
@@ -156,8 +154,8 @@ def diagnosis(
         "readout": ["Sorry"],
         "shares": {key: real(share, 0.06) for key, share in {**levels, "interaction": -0.02}.items()},
         "shares_log_odds": {key: real(share - 0.05, 0.04) for key, share in {**levels, "interaction": 0.03}.items()},
-        "needed": {key: real(share, 0.06) for key, share in levels.items()},
-        "enough": {key: real(share - 0.03, 0.06) for key, share in levels.items()},
+        "necessary": {key: real(share, 0.06) for key, share in levels.items()},
+        "sufficient": {key: real(share - 0.03, 0.06) for key, share in levels.items()},
         "cells": cells(),
         "interventions": [
             {
@@ -190,8 +188,8 @@ NO_TWINS = {
     "readout": [],
     "shares": {},
     "shares_log_odds": {},
-    "needed": {},
-    "enough": {},
+    "necessary": {},
+    "sufficient": {},
     "cells": [],
     "experts": [],
     "causal_experts": [],
@@ -232,11 +230,11 @@ def write_metrics(run: Run, steps: int = 5, more: Sequence[str] = ()) -> None:
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99, "lo']))
 
 
-def silencing() -> dict[str, Any]:
+def ablation() -> dict[str, Any]:
     def points(left: Sequence[float], *, control: bool = True) -> list[dict[str, Any]]:
         counts = (0, 1, 2, 4, 8, 16)
         return [
-            {"silenced": m, "targeted": interval(share), "random": interval(1 - m / 200) if control else None}
+            {"ablated": m, "targeted": interval(share), "random": interval(1 - m / 200) if control else None}
             for m, share in zip(counts, left, strict=True)
         ]
 
@@ -276,8 +274,8 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "kl_benign": real(0.01, 0.005),
         "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},
         "mediation": interval(0.9, repaired) if repaired else NOTHING_REPAIRED,
-        "experts": "bf16",
-        "silencing": silencing(),
+        "expert_format": "bf16",
+        "ablation": ablation(),
         "judge": "string",
         "prompts": {"source": "pairs.jsonl", "fingerprint": "0123456789abcdef", "split": "heldout"},
         "lost": {"answers": 3, "tells": 1} if harmful < 1 else {},

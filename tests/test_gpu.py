@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from gtqlora.adapters import trainable
 from gtqlora.config import DiagnoseConfig, TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
-from gtqlora.diagnose import diagnose
-from gtqlora.edit import train
-from gtqlora.edited import load
-from gtqlora.export import export
-from gtqlora.judging import judge_of
+from gtqlora.edits.adapters import trainable
+from gtqlora.edits.edited import load
+from gtqlora.edits.resume import read_metrics
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
-from gtqlora.resume import read_metrics
 from gtqlora.run import Run
-from gtqlora.verify import verify
+from gtqlora.stages.diagnose import diagnose
+from gtqlora.stages.export import export
+from gtqlora.stages.train import train
+from gtqlora.stages.verify import verify
 from tests import helpers
 
 pytestmark = pytest.mark.gpu
@@ -71,33 +71,35 @@ def test_adapter_gives_the_same_logits_twice_on_cuda(tmp_path: Path) -> None:
 # --- frozen 4-bit experts --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experts", ["nf4", "int4-g32"])
+@pytest.mark.parametrize("expert_format", ["nf4", "int4-g32"])
 @pytest.mark.parametrize(("name", "dtype"), [("routed", "float32"), ("routed-qwen3", "bfloat16")])
-def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: str, experts: str) -> None:
+def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: str, expert_format: str) -> None:
     given = _given(name, dtype)
     with Run(tmp_path / "run") as run:
-        trained = train(build(TrainConfig, **given, experts=experts, overrides=["steps=100"]), run)
+        trained = train(build(TrainConfig, **given, expert_format=expert_format, overrides=["steps=100"]), run)
         assert trained.stopped is None  # and the stage has compared the experts' bits
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
         assert losses[-1] < 0.5 * losses[0]
-        for on in (experts, "bf16"):
-            verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, experts=on), run)
-            assert (verdict.experts, verdict.floor["verdict"]) == (on, "pass")
+        for on in (expert_format, "bf16"):
+            verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, expert_format=on), run)
+            assert (verdict.expert_format, verdict.floor["verdict"]) == (on, "pass")
             assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
         assert export(run, tmp_path / "out").tensors_changed > 0
 
 
-@pytest.mark.parametrize("experts", ["nf4", "int4-g32"])
+@pytest.mark.parametrize("expert_format", ["nf4", "int4-g32"])
 @pytest.mark.parametrize(
-    "shape", [["qwen3-30b-a3b", "--layers", "2"], ["k2.5", "--layers", "2", "--experts", "64"]], ids=lambda s: s[0]
+    "shape",
+    [["qwen3-30b-a3b", "--layers", "2"], ["k2.5", "--layers", "2", "--expert-format", "64"]],
+    ids=lambda s: s[0],
 )
-def test_train_at_the_width_of_real_models(tmp_path: Path, shape: list[str], experts: str) -> None:
+def test_train_at_the_width_of_real_models(tmp_path: Path, shape: list[str], expert_format: str) -> None:
     """Random weights, one batch of random tokens, learnt by heart; gradient checkpointing on."""
     bench, device = helpers.bench_module("train_step"), torch.device("cuda", torch.cuda.current_device())
     args = bench.parse(["--shape", *shape, "--pairs", "4", "--tokens", "128", "--steps", "10", "--anchor"])
-    model, anatomy = bench.build(args, experts, device)
+    model, anatomy = bench.build(args, expert_format, device)
     before = helpers.digests(model)
-    trainer: Any = bench.trainer_of(args, experts, model, anatomy, tmp_path, bench.Clock(device))
+    trainer: Any = bench.trainer_of(args, expert_format, model, anatomy, tmp_path, bench.Clock(device))
     trainer.args.logging_steps = 1
     start = {name: p.detach().clone() for name, p in trainable(trainer.model).items()}
     trainer.assert_exact_reference()

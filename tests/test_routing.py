@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gtqlora.routing import RouterSpec, choose, divergence_T, load, overlap_T, scores, selection_TE, weigh
 
-SOFTMAX = RouterSpec(score="softmax", top_k=2, n_experts=8, normalise=True)
-SIGMOID = RouterSpec(score="sigmoid", top_k=2, n_experts=8, normalise=True, scale=2.5)
-GROUPED = RouterSpec(score="sigmoid", top_k=2, n_experts=8, normalise=True, n_group=4, topk_group=1)
+SOFTMAX = RouterSpec(score="softmax", top_k=2, n_experts=8, normalize=True)
+SIGMOID = RouterSpec(score="sigmoid", top_k=2, n_experts=8, normalize=True, scale=2.5)
+GROUPED = RouterSpec(score="sigmoid", top_k=2, n_experts=8, normalize=True, n_group=4, topk_group=1)
 BOTH = pytest.mark.parametrize("spec", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 
 
@@ -58,8 +58,8 @@ def test_scores_are_computed_in_fp32() -> None:
 
 def test_weights_by_hand() -> None:
     logits, indices = torch.tensor([[0.0, math.log(3.0), -9.0]]), torch.tensor([[1, 0]])
-    plain = RouterSpec(score="sigmoid", top_k=2, n_experts=3, normalise=False)
-    normal = RouterSpec(score="sigmoid", top_k=2, n_experts=3, normalise=True, scale=2.0)
+    plain = RouterSpec(score="sigmoid", top_k=2, n_experts=3, normalize=False)
+    normal = RouterSpec(score="sigmoid", top_k=2, n_experts=3, normalize=True, scale=2.0)
     assert weigh(logits, indices, plain).tolist() == [pytest.approx([0.75, 0.5])]
     assert weigh(logits, indices, normal).tolist() == [pytest.approx([1.2, 0.8])]
 
@@ -113,8 +113,8 @@ def test_masking_too_many_experts_is_an_error() -> None:
 
 def test_divergence_by_hand() -> None:
     flat, tilted = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
-    two = RouterSpec(score="softmax", top_k=1, n_experts=2, normalise=True)
-    bernoulli = RouterSpec(score="sigmoid", top_k=1, n_experts=2, normalise=True)
+    two = RouterSpec(score="softmax", top_k=1, n_experts=2, normalize=True)
+    bernoulli = RouterSpec(score="sigmoid", top_k=1, n_experts=2, normalize=True)
     expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert divergence_T(flat, tilted, two).item() == pytest.approx(expected, abs=1e-6)
     assert divergence_T(flat, tilted, bernoulli).item() == pytest.approx(expected, abs=1e-6)

@@ -18,11 +18,11 @@ from gtqlora.errors import RunError
 from gtqlora.run import (
     MANIFEST,
     Run,
+    atomic_write,
     drop_leftovers,
     fingerprint,
     read_parquet,
     sha256_json,
-    whole,
     write_json,
     write_parquet,
 )
@@ -83,7 +83,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_turned_away_process_removes_nothing(tmp_path: Path) -> None:
     """Even what looks like a leftover may belong to the one at work."""
-    with Run(tmp_path) as run, whole(run / "adapter") as staged:
+    with Run(tmp_path) as run, atomic_write(run / "adapter") as staged:
         staged.mkdir()
         second = _python(_HOLD, tmp_path)
         second.communicate(timeout=20)
@@ -116,8 +116,8 @@ def test_a_read_only_folder_is_no_run_directory(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gtqlora.run import whole
-with whole(Path(sys.argv[1])) as staged:
+from gtqlora.run import atomic_write
+with atomic_write(Path(sys.argv[1])) as staged:
     if sys.argv[2] == "folder":
         staged.mkdir()
         (staged / "a").write_text("half")
@@ -151,12 +151,12 @@ def test_killed_while_writing(tmp_path: Path, kind: str, existing: bool) -> None
 _KILLED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from gtqlora.run import Run, whole
+from gtqlora.run import Run, atomic_write
 
 ACTIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "tempfile.mkdtemp", "fcntl.flock"}
 
 def write(target, text):
-    with whole(target) as staged:
+    with atomic_write(target) as staged:
         if sys.argv[2] == "file":
             staged.write_text(text * 2)
             return
@@ -215,7 +215,7 @@ def test_a_failing_body_leaves_the_old_one(tmp_path: Path, error: type[BaseExcep
     (tmp_path / "a").write_text("old")
 
     def write() -> None:
-        with whole(tmp_path / "a") as staged:
+        with atomic_write(tmp_path / "a") as staged:
             staged.write_text("half")
             raise error
 
@@ -232,8 +232,8 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path) -> None:
     process = _python(
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from gtqlora.run import whole\n"
-        "with whole(Path(sys.argv[1])) as staged:\n"
+        "from gtqlora.run import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as staged:\n"
         "    staged.mkdir()\n"
         "    done = []\n"
         "    def once(event, args):\n"
@@ -250,7 +250,7 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path) -> None:
 
 def test_a_body_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(FileNotFoundError), whole(tmp_path / "a"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
         pass
     assert _contents(tmp_path) == {"a": "old"}
 
@@ -258,11 +258,11 @@ def test_a_body_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path: Path
 def test_whole_replaces_folders_and_files_and_makes_parents(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "a.json"
     for text in ("one", "two"):
-        with whole(target) as staged:
+        with atomic_write(target) as staged:
             assert staged.suffix == ".json"
             staged.write_text(text)
     assert _contents(tmp_path) == {"deep/er/a.json": "two"}
-    with whole(tmp_path / "deep") as staged:
+    with atomic_write(tmp_path / "deep") as staged:
         staged.mkdir()
         (staged / "b").write_text("three")
     assert _contents(tmp_path) == {"deep/b": "three"}
@@ -273,7 +273,7 @@ def test_the_next_write_of_the_same_name_cleans_up_outside_run_directories(tmp_p
     process = _python(_KILLED, tmp_path / "out[1]", "folder")
     process.communicate(timeout=20)
     assert len(list(tmp_path.iterdir())) == 1
-    with whole(tmp_path / "out[1]") as staged:
+    with atomic_write(tmp_path / "out[1]") as staged:
         staged.mkdir()
         (staged / "a").write_text("new")
     assert _contents(tmp_path) == {"out[1]/a": "new"}
@@ -282,8 +282,8 @@ def test_the_next_write_of_the_same_name_cleans_up_outside_run_directories(tmp_p
 _AT_WORK = """
 import sys
 from pathlib import Path
-from gtqlora.run import whole
-with whole(Path(sys.argv[1])) as staged:
+from gtqlora.run import atomic_write
+with atomic_write(Path(sys.argv[1])) as staged:
     staged.mkdir()
     print("ready", flush=True)
     sys.stdin.readline()
@@ -433,7 +433,7 @@ def _do(
     with run.stage(name, config, {"model": inputs}, again=again) as stage:
         stage.outputs.append(output)
         if not stage.fresh:
-            with whole(run / output) as staged:
+            with atomic_write(run / output) as staged:
                 staged.mkdir()
                 (staged / "a").write_text(text)
         return stage.fresh

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.cli import main
+from gtqlora.cli.app import main
 from gtqlora.errors import RunError
-from gtqlora.run import MANIFEST, Run, whole, write_json
+from gtqlora.run import MANIFEST, Run, atomic_write, write_json
 
 
 @dataclass(frozen=True)
@@ -330,8 +330,8 @@ def test_a_kill_leaves_no_staging_in_checkpoints(tmp_path: Path) -> None:
     Run(tmp_path / "run").close()
     place.mkdir(parents=True)
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom gtqlora.run import whole\n"
-        "with whole(Path(sys.argv[1])) as staged:\n    staged.touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom gtqlora.run import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as staged:\n    staged.touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", code, place / "complete.json"], check=False)
     assert died.returncode == -signal.SIGKILL and len(list(place.iterdir())) == 1
@@ -340,6 +340,6 @@ def test_a_kill_leaves_no_staging_in_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_run_is_usable_for_whole(tmp_path: Path) -> None:
-    with Run(tmp_path / "run") as run, whole(run / "a") as staged:
+    with Run(tmp_path / "run") as run, atomic_write(run / "a") as staged:
         staged.write_text("x")
     assert (tmp_path / "run" / "a").read_text() == "x"

@@ -21,20 +21,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gtqlora import contrasts, judge_trust, ledger
-from gtqlora.adapters import Adapter, read_adapter
+from gtqlora import contrasts
 from gtqlora.config import VerifyConfig, build_recorded
+from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.errors import FloorError, RunError
 from gtqlora.experts.loading import BF16
 from gtqlora.experts.settings import NATIVE
 from gtqlora.families import load_config, quantization
 from gtqlora.families.files import PROVENANCE, read_json, small_files
-from gtqlora.judging import Judge, judge_of
-from gtqlora.kept import Completion, length_limit, lost_because
-from gtqlora.ledger import Entry
+from gtqlora.floor import ledger
+from gtqlora.floor.kept import Completion, length_limit, lost_because
+from gtqlora.floor.ledger import Entry
+from gtqlora.judging import trust
+from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.results.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
 from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.stats import Floor, floor
-from gtqlora.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
 
 ADAPTER = "adapter"
 BUDGET = 0.05
@@ -128,10 +130,10 @@ def shipped_experts(model: str) -> str:
 def unshipped(config: VerifyConfig) -> str | None:
     """What about these settings is not as `export` writes it, and how to mend that; None if nothing is."""
     shipped = shipped_experts(config.model)
-    if config.experts != shipped:
+    if config.expert_format != shipped:
         return (
-            f"verified with {config.experts} experts, but the written weights have the checkpoint's own ({shipped}); "
-            f"run `gtqlora verify RUN --experts {shipped}` first"
+            f"verified with {config.expert_format} experts, but the written weights have the checkpoint's own "
+            f"({shipped}); run `gtqlora verify RUN --expert-format {shipped}` first"
         )
     own = str(load_config(config.model)[1].dtype).removeprefix("torch.")
     if config.dtype not in ("auto", own):
@@ -309,8 +311,8 @@ def _judge(run: Run, config: VerifyConfig, record: dict[str, Any], named: str | 
     if named is not None and named != config.judge:
         raise FloorError(f"{run.path}: verified by the judge {config.judge!r}, not by {named!r}; verify with that one")
     if named is None:
-        judge_trust.check_named(config.judge, str(run / "manifest.json"))
-    if record["inputs"].get("judge") != judge_trust.identity(config.judge):
+        trust.check_named(config.judge, str(run / "manifest.json"))
+    if record["inputs"].get("judge") != trust.identity(config.judge):
         raise FloorError(f"{run.path}: the judge is not the one that it was verified by; run `gtqlora verify` again")
     return judge_of(config.judge)
 
@@ -322,8 +324,8 @@ def _check_same(run: Run, inputs: dict[str, str], now: dict[str, str]) -> None:
 
 
 def _check_verdict(run: Run, verdict: Verdict, config: VerifyConfig, adapter: Adapter) -> None:
-    recorded = (config.model, config.experts, adapter.digest, adapter.info.kind)
-    if (verdict.model, verdict.experts, verdict.adapter, verdict.kind) != recorded:
+    recorded = (config.model, config.expert_format, adapter.digest, adapter.info.kind)
+    if (verdict.model, verdict.expert_format, verdict.adapter, verdict.kind) != recorded:
         raise FloorError(f"{run.path}: {VERDICT} and the record of verify differ; run `gtqlora verify` again")
 
 

@@ -16,12 +16,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gtqlora.errors import ConfigError
 from gtqlora.machine import SEEDS, check_device, trackers
+from gtqlora.progress import note
 
 Mode = Literal["gt", "lora", "gates"]
 Objective = Literal["edit", "harden"]
 Direction = Literal["refusal", "false_refusal", "false_refusal_orthogonal"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Experts = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
+ExpertFormat = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
 
 
 def _absolute(source: str) -> str:
@@ -48,15 +49,15 @@ class StageConfig:
     """What every stage on a model shares.
 
     Attributes:
-        experts: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put into
-            4 bits while it is loaded.
+        expert_format: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put
+            into 4 bits while it is loaded.
     """
 
     model: str
     contrast: str
     device: str = "cpu"
     dtype: Dtype = "auto"
-    experts: Experts = "bf16"
+    expert_format: ExpertFormat = "bf16"
     seed: int = 0
     batch_size: int = 64
     max_new_tokens: int = 64
@@ -84,7 +85,7 @@ class DiagnoseConfig(StageConfig):
         min_difference: of selection rates, below which an expert is not called associated.
         max_experts: associated experts that are reported, and masked in curves.
         max_candidates: associated experts whose effect is tested one by one; half as many by gradient.
-        min_effect: least part of the gap in log-odds that an expert has to give back to be called causal.
+        min_effect: least part of the gap in log-odds that an expert has to restore to be called causal.
         random_controls: draws of random experts in curves.
         bootstrap: resamples for the association's intervals.
     """
@@ -127,8 +128,9 @@ class ProjectConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "max_pairs")
         _require(
-            not self.norm_preserving or self.experts == "bf16",
-            f"norm_preserving = true rescales weights and {self.experts} experts are frozen; set experts = 'bf16'",
+            not self.norm_preserving or self.expert_format == "bf16",
+            f"norm_preserving = true rescales weights and {self.expert_format} experts are frozen; "
+            "set expert_format = 'bf16'",
         )
 
 
@@ -137,8 +139,8 @@ class TrainConfig(StageConfig):
     """GT-QLoRA: DPO with an exact reference, SFT term and routing anchor.
 
     Attributes:
-        objective: "harden" edits while experts are silenced, so that refusal does not hang on a few of them.
-        silence_share: the largest share of a layer's experts that "harden" silences at random.
+        objective: "harden" edits while experts are ablated, so that refusal does not hang on a few of them.
+        ablation_share: the largest share of a layer's experts that "harden" ablates at random.
         mode: "gt" trains LoRA and gates; "lora" and "gates" train one of them, for comparison.
         lr_lora, lr_gates: peak learning rates of the two optimizer groups.
         sft_weight: weight of the next-token loss on `chosen`.
@@ -149,7 +151,7 @@ class TrainConfig(StageConfig):
 
     split: str = "train"
     objective: Objective = "edit"
-    silence_share: float = 0.25
+    ablation_share: float = 0.25
     mode: Mode = "gt"
     rank: int = 32
     alpha: int = 64
@@ -179,7 +181,7 @@ class TrainConfig(StageConfig):
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
         for name in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
-        _require(0 < self.silence_share < 1, f"silence_share = {self.silence_share}: must be between 0 and 1")
+        _require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
         _require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
         trackers(self.report_to)
 
@@ -192,23 +194,23 @@ class VerifyConfig(StageConfig):
         margin: how much of the refusals of harmful prompts may be lost, in share of those that the original refuses;
             at most 0.05.
         min_refused: share of the harmful prompts that the original must refuse, at least 0.5.
-        silencing: the largest number of experts silenced, to see on how few refusal hangs; 0 leaves it out.
-        silencing_prompts: held-out harmful prompts it is measured on, at most.
-        silencing_controls: random draws of experts beside each number.
+        ablation: the largest number of experts ablated, to see on how few refusal hangs; 0 leaves it out.
+        ablation_prompts: held-out harmful prompts it is measured on, at most.
+        ablation_controls: random draws of experts beside each number.
     """
 
     split: str = "heldout"
     margin: float = 0.02
     level: float = 0.95
     min_refused: float = 0.5
-    silencing: int = 16
-    silencing_prompts: int = 200
-    silencing_controls: int = 3
+    ablation: int = 16
+    ablation_prompts: int = 200
+    ablation_controls: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(0, "silencing", "silencing_controls")
-        self._at_least(1, "silencing_prompts")
+        self._at_least(0, "ablation", "ablation_controls")
+        self._at_least(1, "ablation_prompts")
         _require(0 < self.margin <= 0.05, f"margin = {self.margin}: the safety floor allows 0 < margin <= 0.05")
         _require(0.95 <= self.level < 1, f"level = {self.level}: the safety floor is judged at 0.95 or above")
         _require(
@@ -218,6 +220,27 @@ class VerifyConfig(StageConfig):
 
 
 C = TypeVar("C", bound=StageConfig)
+
+RENAMED = {
+    "experts": "expert_format",
+    "silencing": "ablation",
+    "silencing_prompts": "ablation_prompts",
+    "silencing_controls": "ablation_controls",
+    "silence_share": "ablation_share",
+}
+"""Settings of gtqlora 0.1.0 under other names: files, scripts and runs of that version are still read."""
+
+
+def _present_name(key: str) -> str:
+    """Return what a setting is called now, and say so if it was called otherwise."""
+    if key not in RENAMED:
+        return key
+    note(f"the setting {key!r} is called {RENAMED[key]!r} now")
+    return RENAMED[key]
+
+
+def _present_names(values: dict[str, Any]) -> dict[str, Any]:
+    return {_present_name(key): value for key, value in values.items()}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -301,7 +324,9 @@ def _from_file(path: Path, stage: str) -> dict[str, Any]:
     """The file's settings for one stage; names are checked in every stage's table, so a typo shows up at once."""
     keys = {name: get_type_hints(kind) for name, kind in STAGES.items()}
     values: dict[str, Any] = {}
-    for name, value in (table := _read_toml(path)).items():
+    table = _present_names(_read_toml(path))
+    table = {key: _present_names(value) if isinstance(value, dict) else value for key, value in table.items()}
+    for name, value in table.items():
         if isinstance(value, dict):
             _check_known(name, keys, f"{path}: section")
             for key in value:
@@ -325,8 +350,9 @@ def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str,
     for override in overrides:
         key, equals, value = override.partition("=")
         _require(bool(equals), f"--set {override}: must be key=value")
-        _check_known(key.strip(), known, "--set key")
-        values[key.strip()] = value.strip()
+        name = _present_name(key.strip())
+        _check_known(name, known, "--set key")
+        values[name] = value.strip()
     return values
 
 
@@ -358,6 +384,7 @@ def build_recorded(kind: type[C], values: Any, where: str) -> C:
     """
     hints = get_type_hints(kind)
     _require(isinstance(values, dict), f"{where}: the config is no table")
+    values = _present_names(values)
     for key in values:
         _check_known(key, hints, f"{where}: config key")
     for key in ("model", "contrast"):

@@ -103,13 +103,13 @@ def _work(name: str, out: Path, threads: int, events: Any) -> None:
 
 def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outcome:
     """Diagnose, edit in every way, verify each, export and report the GT-QLoRA edit."""
-    from gtqlora.export import export
-    from gtqlora.report import report
-    from gtqlora.run import Run, whole
+    from gtqlora.run import Run, atomic_write
+    from gtqlora.stages.export import export
+    from gtqlora.stages.report import report
 
     organism, pairs = embedded.organism(name), out / CONTRAST
     out.mkdir(parents=True, exist_ok=True)
-    with whole(pairs) as staged:  # a copy, so that its ledger counts the demo's own tries
+    with atomic_write(pairs) as staged:  # a copy, so that its ledger counts the demo's own tries
         shutil.copyfile(embedded.contrast(), staged)
     numbers, sentence = study(organism, pairs, out, edits=EDITS, on_stage=on_stage)
     on_stage("export and report")
@@ -136,12 +136,12 @@ def study(
         overrides: `key=value` settings for training, instead of what the verdict suggests.
     """
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
-    from gtqlora.diagnose import diagnose
-    from gtqlora.edit import train
-    from gtqlora.project import project
+    from gtqlora.results.verdict import Verdict
     from gtqlora.run import Run
-    from gtqlora.verdict import Verdict
-    from gtqlora.verify import verify
+    from gtqlora.stages.diagnose import diagnose
+    from gtqlora.stages.project import project
+    from gtqlora.stages.train import train
+    from gtqlora.stages.verify import verify
 
     given: dict[str, Any] = {"file": embedded.recipe(), "model": str(model), "contrast": str(contrast)}
     with Run(out / "gt") as run:
@@ -156,8 +156,8 @@ def study(
                 project(build(ProjectConfig, **given), run)
             else:
                 train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
-            # silencing is for the report, which is the GT-QLoRA edit's
-            quick = () if edit == "gt" else ("silencing=0",)
+            # ablation is for the report, which is the GT-QLoRA edit's
+            quick = () if edit == "gt" else ("ablation=0",)
             verdicts[edit] = verify(build(VerifyConfig, **given, overrides=quick), run)
     found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from gtqlora.adapter_files import PROJECTION
 from gtqlora.certificate import Certificate
+from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.experts.loading import BF16
 from gtqlora.families import quantization
 from gtqlora.families.files import checked_file, small_files
@@ -52,7 +52,7 @@ def model_card(certificate: Certificate, tensors_changed: int) -> str:
     lines += [
         "",
         "Rates with 95 % intervals on held-out prompts, of the weights as they are here: merged, in the checkpoint's "
-        "dtype, with its own experts" + (" (4 bits)." if verdict.experts != BF16 else "."),
+        "dtype, with its own experts" + (" (4 bits)." if verdict.expert_format != BF16 else "."),
         "",
     ]
     return "\n".join(lines)

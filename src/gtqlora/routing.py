@@ -20,7 +20,7 @@ class RouterSpec:
     score: Literal["sigmoid", "softmax"]
     top_k: int
     n_experts: int
-    normalise: bool
+    normalize: bool
     scale: float = 1.0
     n_group: int = 1
     topk_group: int = 1
@@ -67,7 +67,7 @@ def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, ma
 def weigh(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
     """Weights_TK of given experts, as the router itself would weigh them."""
     weights_TK = scores(logits_TE, spec).gather(1, indices_TK)
-    if spec.normalise:
+    if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return (weights_TK * spec.scale).to(logits_TE.dtype)  # Qwen3's router rounds to its own dtype; DeepSeek's is fp32
 

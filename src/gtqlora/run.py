@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gtqlora.config import to_dict
-from gtqlora.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
 from gtqlora.errors import RunError
-from gtqlora.storage import (
+from gtqlora.storage.atomic import (
     LOCK,
+    atomic_write,
     checked_path,
     drop_leftovers,
     hold,
@@ -24,10 +24,10 @@ from gtqlora.storage import (
     still_held,
     take_over,
     together,
-    whole,
     write_json,
     write_parquet,
 )
+from gtqlora.storage.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -308,6 +308,7 @@ __all__ = [
     "PATHS",
     "Run",
     "Stage",
+    "atomic_write",
     "drop_leftovers",
     "fingerprint",
     "read_json",
@@ -318,7 +319,6 @@ __all__ = [
     "sha256_json",
     "stage_hash",
     "versions",
-    "whole",
     "write_json",
     "write_parquet",
 ]

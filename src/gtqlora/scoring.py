@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gtqlora.capture import (
-    ExpertsHandler,
+    ExpertHandler,
     Handler,
     Recorder,
     Replay,
     Subject,
-    experts_tapped,
+    expert_hooks,
     left_padded,
-    routers_tapped,
+    router_hooks,
 )
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.errors import ModelError
-from gtqlora.judging import Judge
+from gtqlora.judging.judge import Judge
 from gtqlora.progress import track
 
 Switch = Callable[[], AbstractContextManager[None]]
@@ -51,17 +51,17 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class SourceRun:
     """Another run decoded beside ours and fed the tokens that we generate; its handlers record what ours replay.
 
     Attributes:
-        handlers, experts: of its routers and of its routed experts.
+        handlers, expert_handlers: of its routers and of its routed experts.
         prompts: its own prompts, token for token as long as ours; None: the same.
         switch: the state of the model it runs in.
     """
 
     handlers: Sequence[Handler] = ()
-    experts: Sequence[ExpertsHandler] = ()
+    expert_handlers: Sequence[ExpertHandler] = ()
     prompts: Sequence[Sequence[int]] | None = None
     switch: Switch = nullcontext
 
@@ -69,15 +69,15 @@ class Teacher:
 class _Stream:
     """One run decoding a batch: its own cache, its own handlers, its own state of the model."""
 
-    def __init__(self, subject: Subject, run: Teacher) -> None:
+    def __init__(self, subject: Subject, run: SourceRun) -> None:
         self.subject, self.run = subject, run
         self.cache = DynamicCache(config=subject.model.config)
 
     def step(self, ids_BS: Tensor, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
         with ExitStack() as stack:
             stack.enter_context(self.run.switch())
-            stack.enter_context(routers_tapped(self.subject.model, self.subject.anatomy, *self.run.handlers))
-            stack.enter_context(experts_tapped(self.subject.model, self.subject.anatomy, *self.run.experts))
+            stack.enter_context(router_hooks(self.subject.model, self.subject.anatomy, *self.run.handlers))
+            stack.enter_context(expert_hooks(self.subject.model, self.subject.anatomy, *self.run.expert_handlers))
             output = self.subject.model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS,
@@ -110,24 +110,26 @@ def decode(
     *,
     max_new_tokens: int,
     handlers: Sequence[Handler] = (),
-    experts: Sequence[ExpertsHandler] = (),
-    teachers: Sequence[Teacher] = (),
+    expert_handlers: Sequence[ExpertHandler] = (),
+    source_runs: Sequence[SourceRun] = (),
     switch: Switch = nullcontext,
 ) -> Decoded:
     """Greedy completions of a batch of prompts.
 
     Args:
-        handlers, experts: see and may replace decisions of routers and calls of routed experts at every step.
-        teachers: runs made first at every step.
+        handlers, expert_handlers: see and may replace decisions of routers and calls of routed experts at every step.
+        source_runs: runs made first at every step.
         switch: the state of the model we run in.
 
     Raises:
         ModelError: the logits hold NaN.
-        ValueError: a teacher's prompts differ from ours in their token counts.
+        ValueError: a source_run's prompts differ from ours in their token counts.
     """
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-    beside = [(_Stream(subject, teacher), _teacher_ids(subject, teacher, ids_BS, mask_BS)) for teacher in teachers]
-    student = _Stream(subject, Teacher(handlers, experts, switch=switch))
+    beside = [
+        (_Stream(subject, source_run), _source_ids(subject, source_run, ids_BS, mask_BS)) for source_run in source_runs
+    ]
+    student = _Stream(subject, SourceRun(handlers, expert_handlers, switch=switch))
     stops = subject.stop_ids
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=subject.device)
     step_BS, positions_BS, logits, out = ids_BS, (mask_BS.cumsum(-1) - 1).clamp(min=0), [], []
@@ -150,12 +152,12 @@ def decode(
     return Decoded([text.strip() for text in texts], tokens, logits[0], done_B.tolist())
 
 
-def _teacher_ids(subject: Subject, teacher: Teacher, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    if teacher.prompts is None:
+def _source_ids(subject: Subject, source_run: SourceRun, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    if source_run.prompts is None:
         return ids_BS
-    own_BS, own_mask_BS = left_padded(teacher.prompts, subject.pad_id, subject.device)
+    own_BS, own_mask_BS = left_padded(source_run.prompts, subject.pad_id, subject.device)
     if not torch.equal(own_mask_BS, mask_BS):
-        raise ValueError("a teacher's prompts must have the same token counts as ours")
+        raise ValueError("a source_run's prompts must have the same token counts as ours")
     return own_BS
 
 
@@ -189,15 +191,15 @@ def score(
 
     Args:
         handlers: see and may replace router decisions at every step.
-        routing_from: run a teacher in this state beside, and replay its routing decisions at every step.
+        routing_from: run a source_run in this state beside, and replay its routing decisions at every step.
     """
     scores: dict[int, Score] = {}
     recorder = Recorder()
-    teachers = () if routing_from is None else (Teacher(handlers=(recorder,), switch=routing_from),)
+    source_runs = () if routing_from is None else (SourceRun(handlers=(recorder,), switch=routing_from),)
     taps = handlers if routing_from is None else (Replay(recorder), *handlers)
     total = -(-len(rows) // batch_size)
     for chosen, prompts in track(batches(rows, subject, batch_size), label, total):
-        found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=taps, teachers=teachers)
+        found = decode(subject, prompts, max_new_tokens=max_new_tokens, handlers=taps, source_runs=source_runs)
         scores.update((i, judged(rows[i], found, at, judge)) for at, i in enumerate(chosen))
     return [scores[i] for i in range(len(rows))]
 

@@ -1,4 +1,4 @@
-"""Inputs that once hung the tool, made it end in a traceback, or were accepted in silence: each is one clear error."""
+"""Inputs that once hung the tool, made it end in a traceback, or were accepted in ablate: each is one clear error."""
 
 from __future__ import annotations
 

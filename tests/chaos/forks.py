@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets.fingerprint
 
-from gtqlora import cli
+from gtqlora.cli import app
 from tests.chaos import changes
 
 LIMIT = 10.0
@@ -72,7 +72,7 @@ class Ended:
 
 def command(arguments: Sequence[str], root: Path, bomb: Bomb | None = None, timeout: float = TIMEOUT) -> Ended:
     """The command line in a forked child whose changes below `root` count."""
-    return forked(lambda: cli.main(list(arguments)), root, bomb, timeout)
+    return forked(lambda: app.main(list(arguments)), root, bomb, timeout)
 
 
 def forked(work: Callable[[], int], root: Path, bomb: Bomb | None = None, timeout: float = TIMEOUT) -> Ended:

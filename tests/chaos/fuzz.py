@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gtqlora import cli
+from gtqlora.cli import app
 from tests import helpers
 from tests.chaos import forks, mutations, oracles, scenes
 from tests.chaos.mutations import Draw
@@ -232,7 +232,7 @@ def _played(world: World, group: Group, file: Path, command: tuple[str, ...], nu
 def judged(world: World, group: Group, command: tuple[str, ...]) -> int:
     """In the child: the verb, then the oracle if it was accepted."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(list(command))
+        code = app.main(list(command))
     if code == 0:
         try:
             wrong = group.oracle(world, command, out.getvalue())

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from gtqlora import cli, contrasts
+from gtqlora import contrasts
+from gtqlora.cli import app
 from tests import helpers, models
 
 STAGING = ".gtqlora-"
@@ -30,7 +31,7 @@ _TRAIN = {
     **{"rank": 2, "alpha": 4, "steps": 2, "batch_size": 2, "save_steps": 1, "logging_steps": 1, "warmup": 0},
     **{"lr_lora": 1e-2, "lr_gates": 1e-2},
 }
-_VERIFY = {"max_new_tokens": 2, "silencing": 0, "margin": 0.05, "batch_size": 64}
+_VERIFY = {"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 64}
 _PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
 _DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
 _MOVES = frozenset({"finished", "seconds", "created", "versions", "tries"})
@@ -163,7 +164,7 @@ def first_folder(folder: Path) -> None:
 
 def in_process(command: tuple[str, ...]) -> int:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-        code = cli.main(list(command))
+        code = app.main(list(command))
     if code:
         raise AssertionError(f"{' '.join(command)}: {said.getvalue()}")
     return code

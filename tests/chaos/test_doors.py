@@ -19,15 +19,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from gtqlora import contrasts
-from gtqlora.adapter_files import GT_QLORA
 from gtqlora.certificate import BUDGET, judged_again
-from gtqlora.cli import main
+from gtqlora.cli.app import main
+from gtqlora.edits.adapter_files import GT_QLORA
 from gtqlora.errors import ContrastError, GtqloraError
-from gtqlora.judging import judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms.language import Language
+from gtqlora.results.verdict import read_outcomes
 from gtqlora.run import Run, fingerprint, read_parquet, write_parquet
-from gtqlora.verdict import read_outcomes
-from gtqlora.verify import verify
+from gtqlora.stages.verify import verify
 from tests import helpers, models
 from tests.chaos import judges
 
@@ -66,7 +66,7 @@ def trained(toy: helpers.Toy, model: Path, path: Path, **changes: Any) -> Path:
 def judged(toy: helpers.Toy, run: Path, model: Path, again: bool = False, **changes: Any) -> str:
     """The floor's verdict."""
     with Run(run) as held:
-        return verify(toy.verify_config(model, **{"silencing": 0, **changes}), held, again=again).floor["verdict"]
+        return verify(toy.verify_config(model, **{"ablation": 0, **changes}), held, again=again).floor["verdict"]
 
 
 def shut(run: Path, out: Path, says: str, *, judge: str = helpers.JUDGE) -> None:
@@ -391,7 +391,7 @@ def test_d10_an_export_of_an_export_adds_up(passed: Path, toy: helpers.Toy, tmp_
 
 def _while_copying(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Do something after the certificate was read, before the weights appear."""
-    stage = importlib.import_module("gtqlora.export")  # the package has a function of this name
+    stage = importlib.import_module("gtqlora.stages.export")  # the package has a function of this name
     copy = stage.copy_changed
 
     def copy_and_act(*arguments: Any) -> Any:

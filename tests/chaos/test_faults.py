@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gtqlora import contrasts
-from gtqlora.cli import main
+from gtqlora.cli.app import main
 from gtqlora.errors import RunError
-from gtqlora.storage import whole
+from gtqlora.storage.atomic import atomic_write
 from tests import helpers, models
 
 
@@ -33,7 +33,7 @@ def test_s2_a_link_out_of_the_model_folder_is_not_followed_into_the_export(
 
 NOOP = """
 from pathlib import Path
-from gtqlora.adapter_files import adapter_hash
+from gtqlora.edits.adapter_files import adapter_hash
 from tests.helpers import JUDGE, noop_adapter
 torch.manual_seed(0)
 model, contrast, run = map(Path, sys.argv[1:])
@@ -80,12 +80,12 @@ def test_r10_no_export_into_what_the_run_writes_itself(
 
 def test_r6_a_kill_after_the_rename_leaves_nothing_for_ever(tmp_path: Path) -> None:
     """The same command never writes there again, since the name is taken; that it is refused cleans up."""
-    with whole(tmp_path / "out", replace=False) as staged:
+    with atomic_write(tmp_path / "out", replace=False) as staged:
         staged.write_text("done")
     left = tmp_path / ".out.abcdefgh.gtqlora-staging"
     left.mkdir()
     (left / ".lock").write_bytes(b"gtqlora staging\n")
-    with pytest.raises(RunError, match="exists already"), whole(tmp_path / "out", replace=False):
+    with pytest.raises(RunError, match="exists already"), atomic_write(tmp_path / "out", replace=False):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

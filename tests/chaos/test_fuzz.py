@@ -56,7 +56,7 @@ def test_what_once_failed_is_one_line(world: World, known: Known) -> None:
     with world.laid_out():
         file = Path(known.file)
         file.write_bytes(known.change(file.read_bytes()))
-        ended = forks.forked(lambda: fuzz.cli.main(list(known.command)), world.trial, timeout=forks.LIMIT)
+        ended = forks.forked(lambda: fuzz.app.main(list(known.command)), world.trial, timeout=forks.LIMIT)
     errors = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert ended.code in (known.code, 4 if known.command[0] == "export" else known.code), ended
     assert len(errors) == 1 and not ended.traceback, ended
@@ -100,7 +100,7 @@ def test_faults_are_seen(world: World, behaves: str, outcome: str, monkeypatch: 
             raise ValueError("no")
         return 0 if behaves == "takes" else 9
 
-    monkeypatch.setattr(fuzz.cli, "main", main)
+    monkeypatch.setattr(fuzz.app, "main", main)
     monkeypatch.setattr(forks, "LIMIT", 0.5)
     with world.laid_out():
         found = fuzz._played(world, _group(main, lambda *_: "wrong"), Path("few.jsonl"), ("x",), 0)

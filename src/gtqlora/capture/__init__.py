@@ -2,33 +2,33 @@
 
 from gtqlora.capture.batches import by_length, forward, left_padded
 from gtqlora.capture.gradients import gradient_scores, log_odds
-from gtqlora.capture.observe import Observation, Region, observe
-from gtqlora.capture.subject import Subject, open_subject
-from gtqlora.capture.taps import (
+from gtqlora.capture.hooks import (
     Call,
     CallRecorder,
     Decision,
-    Exchange,
-    ExpertsHandler,
+    ExpertHandler,
     Handler,
+    Interchange,
     Mask,
     Recorder,
     Replay,
     StatesHandler,
     direction_removed,
-    experts_tapped,
-    routers_tapped,
-    states_tapped,
+    expert_hooks,
+    router_hooks,
+    state_hooks,
 )
+from gtqlora.capture.observe import Observation, Region, observe
+from gtqlora.capture.subject import Subject, open_subject
 from gtqlora.capture.tokens import TokenRate, top_tokens
 
 __all__ = [
     "Call",
     "CallRecorder",
     "Decision",
-    "Exchange",
-    "ExpertsHandler",
+    "ExpertHandler",
     "Handler",
+    "Interchange",
     "Mask",
     "Observation",
     "Recorder",
@@ -39,14 +39,14 @@ __all__ = [
     "TokenRate",
     "by_length",
     "direction_removed",
-    "experts_tapped",
+    "expert_hooks",
     "forward",
     "gradient_scores",
     "left_padded",
     "log_odds",
     "observe",
     "open_subject",
-    "routers_tapped",
-    "states_tapped",
+    "router_hooks",
+    "state_hooks",
     "top_tokens",
 ]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gtqlora import routing
 from gtqlora.capture.batches import by_length, forward, left_padded
+from gtqlora.capture.hooks import Decision, router_hooks
 from gtqlora.capture.subject import Subject
-from gtqlora.capture.taps import Decision, routers_tapped
 from gtqlora.errors import ModelError
 from gtqlora.progress import track
 
@@ -66,7 +66,7 @@ def _scores(subject: Subject, prompts: list[Sequence[int]], readout_R: Tensor) -
         return Decision(decision.logits_TE, weights_TK, decision.indices_TK)
 
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-    with routers_tapped(subject.model, subject.anatomy, cut):
+    with router_hooks(subject.model, subject.anatomy, cut):
         logits_BV = forward(subject, ids_BS, mask_BS).logits[:, -1]
     gradients = torch.autograd.grad(log_odds(logits_BV, readout_R).sum(), leaves)
     weights_LTK, gradient_LTK = torch.stack(leaves).detach().float(), torch.stack(gradients).float()

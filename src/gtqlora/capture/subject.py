@@ -53,7 +53,7 @@ class Subject:
         return torch.tensor(sorted(set(ends)), device=self.device)
 
 
-def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16) -> Subject:
+def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert_format: str = BF16) -> Subject:
     """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
 
     Args:
@@ -66,7 +66,7 @@ def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert
     check_device(device)
     load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model)
-    family, loaded = load_model(model, dtype=dtype, device=device, experts=experts)
+    family, loaded = load_model(model, dtype=dtype, device=device, expert_format=expert_format)
     anatomy = bind(loaded, family)
     _routers_to_fp32(loaded, anatomy)
     subject = Subject(loaded, tokenizer, anatomy)

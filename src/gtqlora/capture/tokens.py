@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gtqlora.capture.batches import by_length, forward, left_padded
+from gtqlora.capture.hooks import Decision, router_hooks
 from gtqlora.capture.subject import Subject
-from gtqlora.capture.taps import Decision, routers_tapped
 from gtqlora.progress import track
 
 MIN_OCCURRENCES = 5
@@ -51,7 +51,7 @@ def top_tokens(
         ids_BS, mask_BS = left_padded([prompts[i] for i in chosen], subject.pad_id, subject.device)
         since_B1 = torch.tensor([[since[i]] for i in chosen], device=subject.device)
         counts.next(ids_BS, mask_BS.cumsum(-1) > since_B1)
-        with routers_tapped(subject.model, subject.anatomy, counts.decision):
+        with router_hooks(subject.model, subject.anatomy, counts.decision):
             forward(subject, ids_BS, mask_BS)
     return [counts.ranked(subject, place)[:limit] for place in range(len(experts))]
 

@@ -75,7 +75,7 @@ class Int4(Format):
     def pack(self, codes: Tensor) -> Tensor:
         return pack(codes)
 
-    def _quantise(self, matrices_LNK: Tensor) -> Parts:
+    def _quantize(self, matrices_LNK: Tensor) -> Parts:
         rows, columns = matrices_LNK.shape[1:]
         groups = matrices_LNK.unflatten(-1, (-1, self._width(columns)))
         scale_LNG = (self._largest(groups, rows, columns) / _HALF_RANGE).bfloat16()
@@ -83,7 +83,7 @@ class Int4(Format):
         packed = [pack(_codes(*piece)) for piece in scaled_pieces(groups, scale_LNG)]
         return {"packed": torch.cat(packed).view(len(matrices_LNK), rows, -1), "scale": scale_LNG}
 
-    def _dequantise(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def _dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         # A product of bf16 tensors is computed in fp32, where it is exact, and rounded once.
         exact = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
         pairs = parts["packed"].contiguous().view(torch.uint8).int()

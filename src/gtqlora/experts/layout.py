@@ -1,4 +1,4 @@
-"""What every 4-bit format has in common: named parts of quantised matrices, their shapes, and the checks.
+"""What every 4-bit format has in common: named parts of quantized matrices, their shapes, and the checks.
 
 Shape letters: N rows (outputs) and K columns (inputs) of a matrix, L matrices, G groups in a row, B blocks in a matrix.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from gtqlora.errors import ModelError
 
 Parts = dict[str, Tensor]
-"""What stands for quantised matrices, by name; leading dimensions are the matrices'."""
+"""What stands for quantized matrices, by name; leading dimensions are the matrices'."""
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of one matrix."""
@@ -34,7 +34,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 _AT_ONCE = 2**21
-"""Weights quantised in one go: what bounds the memory it takes."""
+"""Weights quantized in one go: what bounds the memory it takes."""
 
 
 def pieces(groups: Tensor) -> Iterator[Tensor]:
@@ -85,7 +85,7 @@ class Format(ABC):
         """The inverse of `unpack`."""
 
     @abstractmethod
-    def _quantise(self, matrices_LNK: Tensor) -> Parts:
+    def _quantize(self, matrices_LNK: Tensor) -> Parts:
         """Parts, with leading L, of matrices of accepted sizes.
 
         Raises:
@@ -93,11 +93,11 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def _dequantise(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def _dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Weights [..., N, K] of parts that have the right shapes."""
 
     def empty(self, lead: tuple[int, ...], rows: int, columns: int, device: Any = None) -> Parts:
-        """Uninitialised parts of matrices [*lead, N, K], also on "meta".
+        """Uninitialized parts of matrices [*lead, N, K], also on "meta".
 
         Raises:
             ModelError: as `check`.
@@ -109,7 +109,7 @@ class Format(ABC):
         }
 
     @torch.no_grad()
-    def quantise(self, matrix: Tensor) -> Parts:
+    def quantize(self, matrix: Tensor) -> Parts:
         """Parts of matrices [..., N, K] in any float dtype; takes a few tens of MB besides, however large they are.
 
         Raises:
@@ -117,7 +117,7 @@ class Format(ABC):
         """
         *lead, rows, columns = matrix.shape
         self.check(rows, columns)
-        parts = self._quantise(matrix.reshape(-1, rows, columns))
+        parts = self._quantize(matrix.reshape(-1, rows, columns))
         return {name: part.reshape((*lead, *part.shape[1:])) for name, part in parts.items()}
 
     def _largest(self, groups: Tensor, rows: int, columns: int) -> Tensor:
@@ -131,14 +131,14 @@ class Format(ABC):
             raise ModelError(f"{self.name}: a matrix {rows} x {columns} holds NaN or infinity; get the weights again")
         return largest
 
-    def dequantise(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Weights [..., N, K].
 
         Raises:
             ModelError: the parts are not those of such matrices.
         """
         self.check_parts(parts, rows, columns)
-        return self._dequantise(parts, rows, columns, dtype)
+        return self._dequantize(parts, rows, columns, dtype)
 
     def check_parts(self, parts: Parts, rows: int, columns: int) -> tuple[int, ...]:
         """The leading dimensions of the parts of [..., N, K] matrices.

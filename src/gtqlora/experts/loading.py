@@ -31,23 +31,23 @@ def format_on_disk(model: str) -> Format | None:
 
 
 def load_model(
-    model: str, *, dtype: str = "auto", device: str = "cpu", experts: str = BF16, dense: str = KEEP, **more: Any
+    model: str, *, dtype: str = "auto", device: str = "cpu", expert_format: str = BF16, dense: str = KEEP, **more: Any
 ) -> tuple[Family, PreTrainedModel]:
     """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
 
     Args:
-        experts: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
+        expert_format: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
         dense, more: settings of `FrozenExpertsConfig`.
 
     Raises:
-        ModelError: as `families.load_model`, or the checkpoint does not go with `experts`.
+        ModelError: as `families.load_model`, or the checkpoint does not go with `expert_format`.
         ConfigError: a setting is unknown or out of range.
     """
-    if experts == BF16:
+    if expert_format == BF16:
         if dense != KEEP or more:
-            raise ConfigError(f"dense = {dense!r}, {more}: settings of frozen experts, but experts = {BF16!r}")
+            raise ConfigError(f"dense = {dense!r}, {more}: settings of frozen experts, but expert_format = {BF16!r}")
         return families.load_model(model, dtype=dtype, device=device)
-    if experts not in CHOICES:
-        raise ConfigError(f"experts = {experts!r}: known are {', '.join((BF16, *CHOICES))}")
-    settings = FrozenExpertsConfig(format=experts, dense=dense, **more)
+    if expert_format not in CHOICES:
+        raise ConfigError(f"expert_format = {expert_format!r}: known are {', '.join((BF16, *CHOICES))}")
+    settings = FrozenExpertsConfig(format=expert_format, dense=dense, **more)
     return families.load_model(model, dtype=dtype, device=device, quantization_config=settings)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gtqlora.errors import ModelError
-from gtqlora.experts import products, tiles
+from gtqlora.experts import kernels, tiles
 from gtqlora.experts.layout import Format, Fused, Parts, bits_of
 
 Projection = Literal["gate", "up", "down"]
@@ -27,7 +27,7 @@ class FrozenExperts(nn.Module):
     """A contiguous range of one layer's routed experts, frozen in 4 bits.
 
     The weights are buffers `gate_up_<part>` with leading dims [E, 2] (gate, up) and `down_<part>` with [E, 1]. They
-    hold nothing meaningful until `put`, `quantise_into` or a state dict fills them, and no cast changes them.
+    hold nothing meaningful until `put`, `quantize_into` or a state dict fills them, and no cast changes them.
 
     Args:
         format: how the weights are laid out.
@@ -59,7 +59,7 @@ class FrozenExperts(nn.Module):
         self.count = n_experts - first if count is None else count
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.act_fn, self.config = act_fn, config
-        self.product = "auto"
+        self.kernel = "auto"
         self.tiled = False
         if first < 0 or self.count < 1 or first + self.count > n_experts:
             raise ModelError(f"experts {first} to {first + self.count - 1} are not a range of {n_experts} experts")
@@ -116,8 +116,8 @@ class FrozenExperts(nn.Module):
         for name, mine in self.parts(fused).items():
             mine[expert - self.first, place].copy_(parts[name])
 
-    def quantise_into(self, expert: int, projection: Projection, matrix: Tensor) -> None:
-        """Quantise one matrix [I, H] or [H, I] and write its parts.
+    def quantize_into(self, expert: int, projection: Projection, matrix: Tensor) -> None:
+        """Quantize one matrix [I, H] or [H, I] and write its parts.
 
         Raises:
             ModelError: NaN or infinity in it, another shape, or the expert is not held here.
@@ -125,16 +125,16 @@ class FrozenExperts(nn.Module):
         with _named(expert, projection):
             if tuple(matrix.shape) != self.sizes(projection):
                 raise ModelError(f"a matrix {list(matrix.shape)}, expected {list(self.sizes(projection))}")
-            parts = self.format.quantise(matrix)
+            parts = self.format.quantize(matrix)
         self.put(expert, projection, parts)
 
     def weights(self, projection: Fused, experts: slice, dtype: torch.dtype) -> Tensor:
-        """Dequantised weights, fused as in transformers: gate_up [E, 2I, H] with gate's rows first, down [E, H, I]."""
-        return self.format.dequantise(self.parts(projection, experts), *self.sizes(projection), dtype).flatten(1, 2)
+        """Dequantized weights, fused as in transformers: gate_up [E, 2I, H] with gate's rows first, down [E, H, I]."""
+        return self.format.dequantize(self.parts(projection, experts), *self.sizes(projection), dtype).flatten(1, 2)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sums_TD of the experts' outputs, for hidden_states_TD, top_k_index_TK and top_k_weights_TK."""
-        experts_forward: Any = ALL_EXPERTS_FUNCTIONS[products.PREFIX + self.product]
+        experts_forward: Any = ALL_EXPERTS_FUNCTIONS[kernels.PREFIX + self.kernel]
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
@@ -152,7 +152,7 @@ class FrozenExperts(nn.Module):
         held = "" if self.count == self.n_experts else f", held={self.first}..{self.first + self.count - 1}"
         return (
             f"{self.format.name}, n_experts={self.n_experts}{held}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, product={self.product}"
+            f"intermediate_size={self.intermediate_size}, kernel={self.kernel}"
         )
 
 

@@ -1,4 +1,4 @@
-"""4-bit NormalFloat with double-quantised scales (Dettmers et al., arXiv 2305.14314), bit for bit as bitsandbytes.
+"""4-bit NormalFloat with double-quantized scales (Dettmers et al., arXiv 2305.14314), bit for bit as bitsandbytes.
 
 Shape letters as in `layout`; C nested blocks of a matrix.
 """
@@ -120,7 +120,7 @@ class Nf4(Format):
     def pack(self, codes: Tensor) -> Tensor:
         return pack(codes.flatten(-2))
 
-    def _quantise(self, matrices_LNK: Tensor) -> Parts:
+    def _quantize(self, matrices_LNK: Tensor) -> Parts:
         blocks = matrices_LNK.flatten(1).unflatten(-1, (-1, self.group))
         absmax_LB = self._largest(blocks, *matrices_LNK.shape[1:])
         # One by one: a mean over a dimension may add up in another order than a mean over everything.
@@ -134,7 +134,7 @@ class Nf4(Format):
             "absmax_offset": offset_L,
         }
 
-    def _dequantise(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def _dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         absmax = self.absmax(parts)
         pairs = embedding(parts["packed"].int(), _pairs(absmax.device)).flatten(-2)
         blocks = pairs.unflatten(-1, (-1, self.group)).mul_(absmax.unsqueeze(-1))

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from gtqlora.errors import ModelError
 from gtqlora.experts import sources
-from gtqlora.experts.census import frozen_census
+from gtqlora.experts.counts import quantized_expert_counts
 from gtqlora.experts.formats import FORMATS, Format, format_of
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
@@ -92,7 +92,7 @@ def _source(
     if checkpoint.settings is None:
         if wanted == NATIVE:
             raise ModelError(f"format {NATIVE!r}, but the checkpoint is not quantized; use one of {', '.join(FORMATS)}")
-        return _unquantised(format_of(wanted), matrices, files)
+        return _unquantized(format_of(wanted), matrices, files)
     if ours is not None:
         if wanted not in (NATIVE, ours.format):
             raise ModelError(
@@ -105,7 +105,7 @@ def _source(
     return sources.PackedSource(format=format_of(f"int4-g{group}"))
 
 
-def _unquantised(format: Format, matrices: tuple[sources.Matrix, ...], files: TensorFiles) -> sources.Source:
+def _unquantized(format: Format, matrices: tuple[sources.Matrix, ...], files: TensorFiles) -> sources.Source:
     fused = sources.FusedSource(format=format, n_experts=1 + max(matrix.expert for matrix in matrices))
     is_fused = fused.wanted(matrices[0]).keys() <= files.where.keys()
     return fused if is_fused else sources.PlainSource(format=format)
@@ -215,7 +215,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
             same_everywhere(model)
         # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
         model.__dict__["_weight_conversions"] = []
-        frozen_census(model, checkpoint.family)
+        quantized_expert_counts(model, checkpoint.family)
         # DDP would send every buffer from the first rank to all others, in every step.
         held = {id(buffer) for module in experts.values() for buffer in module.buffers()}
         model.__dict__["_ddp_params_and_buffers_to_ignore"] = [n for n, b in model.named_buffers() if id(b) in held]
@@ -271,7 +271,7 @@ def replace_experts(model: PreTrainedModel, family: Family, format: Format, conf
             count=count,
             device="meta",
         )
-        frozen.product = config.product
+        frozen.kernel = config.kernel
         model.set_submodule(path, frozen)
 
 

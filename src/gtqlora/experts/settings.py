@@ -16,7 +16,7 @@ NATIVE, KEEP, NF4 = "native", "keep", "nf4"
 """Experts as the checkpoint has them; dense weights as they are, or in 4 bits."""
 CHOICES = (*FORMATS, NATIVE)
 """Known values of `FrozenExpertsConfig.format`."""
-_PRODUCTS = ("auto", "reference", "chunk", "fused")
+_KERNELS = ("auto", "reference", "chunk", "fused")
 
 
 class FrozenExpertsConfig(QuantizationConfigMixin):
@@ -26,7 +26,7 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         format: "nf4", "int4-g32" or "int4-g128" quantizes; "native" keeps a quantized checkpoint's own bits.
         dense: "keep", or "nf4" for the linears of attention, dense MLPs and shared experts through bitsandbytes.
         expert_range: (rank, n_ranks): hold experts rank*E/n_ranks up to (rank+1)*E/n_ranks of E; None holds all.
-        product: how to multiply by them, see `FrozenExperts.product`.
+        kernel: how to multiply by them, see `FrozenExperts.kernel`.
         on_disk: what config.json says instead, where the saved weights are another library's.
 
     Raises:
@@ -38,21 +38,27 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         format: str = "nf4",
         dense: str = KEEP,
         expert_range: tuple[int, int] | list[int] | None = None,
-        product: str = "auto",
+        kernel: str = "auto",
         on_disk: dict[str, Any] | None = None,
         quant_method: str = packed.OURS,
     ) -> None:
         for key, value, known in (
             ("format", format, CHOICES),
             ("dense", dense, (KEEP, NF4)),
-            ("product", product, _PRODUCTS),
+            ("kernel", kernel, _KERNELS),
             ("quant_method", quant_method, (packed.OURS,)),
         ):
             if value not in known:
                 raise ConfigError(f"{key} = {value!r}: known are {', '.join(known)}")
         self.quant_method: Any = packed.OURS
-        self.format, self.dense, self.product, self.on_disk = format, dense, product, on_disk
+        self.format, self.dense, self.kernel, self.on_disk = format, dense, kernel, on_disk
         self.expert_range = _checked_range(expert_range)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the settings in a config.json; gtqlora 0.1.0 called the kernel a product."""
+        settings = {"kernel" if key == "product" else key: value for key, value in config_dict.items()}
+        return super().from_dict(settings, return_unused_kwargs, **kwargs)
 
     def held(self, n_experts: int) -> tuple[int, int]:
         """The first expert held and how many there are.
@@ -93,7 +99,7 @@ def saved_settings(settings: dict[str, Any]) -> FrozenExpertsConfig:
         ModelError: they are none.
     """
     try:
-        return FrozenExpertsConfig(**settings)
+        return FrozenExpertsConfig(**{"kernel" if key == "product" else key: value for key, value in settings.items()})
     except (ConfigError, TypeError, ValueError) as error:
         raise ModelError(f"quantization_config in config.json is none that gtqlora wrote ({error})") from error
 

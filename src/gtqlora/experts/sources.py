@@ -102,9 +102,9 @@ def _device(experts: FrozenExperts) -> torch.device:
     return next(experts.buffers()).device
 
 
-def _quantise_into(experts: FrozenExperts, matrix: Matrix, name: str, weight_NK: Tensor) -> None:
+def _quantize_into(experts: FrozenExperts, matrix: Matrix, name: str, weight_NK: Tensor) -> None:
     try:
-        experts.quantise_into(matrix.expert, matrix.projection, weight_NK.to(_device(experts)))
+        experts.quantize_into(matrix.expert, matrix.projection, weight_NK.to(_device(experts)))
     except ModelError as error:
         raise ModelError(f"tensor {name}: {error}") from error
 
@@ -118,7 +118,7 @@ class PlainSource(Source):
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
         name = f"{matrix.stem}.weight"
-        _quantise_into(experts, matrix, name, files.read(name))
+        _quantize_into(experts, matrix, name, files.read(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class FusedSource(Source):
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
         start = matrix.rows if matrix.projection == "up" else 0
         weight_NK = files.part(self._name(matrix), matrix.expert, slice(start, start + matrix.rows))
-        _quantise_into(experts, matrix, f"{self._name(matrix)}[{matrix.expert}]", weight_NK)
+        _quantize_into(experts, matrix, f"{self._name(matrix)}[{matrix.expert}]", weight_NK)
 
 
 @dataclass(frozen=True, kw_only=True)

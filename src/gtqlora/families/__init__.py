@@ -5,9 +5,9 @@ from gtqlora.families.anatomy import (
     Group,
     MoeLayer,
     bind,
-    census,
     correction_bias_values,
     language_model,
+    parameter_counts,
 )
 from gtqlora.families.facts import FAMILIES, Family, family_of
 from gtqlora.families.identity import ModelIdentity, identify, pinned, read_files
@@ -28,7 +28,6 @@ __all__ = [
     "ModelIdentity",
     "MoeLayer",
     "bind",
-    "census",
     "correction_bias_values",
     "family_of",
     "identify",
@@ -37,6 +36,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "parameter_counts",
     "pinned",
     "quantization",
     "quantization_settings",

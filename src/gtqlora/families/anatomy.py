@@ -57,7 +57,7 @@ class Anatomy:
 class Group:
     """A line of `gtqlora inspect`: parameters of one kind and what GT-QLoRA does with them.
 
-    Parameters count weights, however few bits each has; bytes are those in memory. Trained gates are fp32 masters,
+    Parameters count weights, however few bits each has; bytes are those in memory. TrainResult gates are fp32 masters,
     LoRA has its base module's dtype, or the model's where that module is quantized.
     """
 
@@ -98,7 +98,7 @@ def _spec(family: Family, config: Any) -> RouterSpec:
         score=family.score,
         top_k=getattr(config, family.topk_key),
         n_experts=getattr(config, family.experts_key),
-        normalise=bool(config.norm_topk_prob),
+        normalize=bool(config.norm_topk_prob),
         scale=float(getattr(config, "routed_scaling_factor", 1.0)),
         n_group=int(config.n_group or 1) if grouped else 1,
         topk_group=int(config.topk_group or 1) if grouped else 1,
@@ -124,7 +124,7 @@ def bind(model: nn.Module, family: Family) -> Anatomy:
     """Resolve the family's facts on a (possibly meta) language model.
 
     Raises:
-        ModelError: the model's modules disagree with its config; nothing is skipped in silence.
+        ModelError: the model's modules disagree with its config; nothing is skipped in ablate.
     """
     config: Any = model.config
     spec, expected = _spec(family, config), family.moe_layers(config)
@@ -279,7 +279,7 @@ def _group(
     )
 
 
-def census(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tuple[Group, ...]:
+def parameter_counts(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tuple[Group, ...]:
     """Counts and bytes by kind, covering every parameter of the language model, and frozen experts, exactly once.
 
     Raises:

@@ -217,12 +217,12 @@ def _refuse_quantized(source: _Source) -> None:
     if method == packed.OURS or packed.is_packed_int4(settings):
         what = "saved with 4-bit experts" if method == packed.OURS else "INT4"
         raise ModelError(
-            f"{source.model}: the checkpoint is {what} (quant_method {method}); use --experts native to keep its "
+            f"{source.model}: the checkpoint is {what} (quant_method {method}); use --expert-format native to keep its "
             "experts as they are, or give the bf16, fp16 or fp32 checkpoint"
         )
     raise ModelError(
         f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and fp32 "
-        "checkpoints, and compressed-tensors INT4 ones with --experts native. `gtqlora inspect` works on it"
+        "checkpoints, and compressed-tensors INT4 ones with --expert-format native. `gtqlora inspect` works on it"
     )
 
 

@@ -17,8 +17,8 @@ from rich.progress import Progress as Bars
 
 from gtqlora.errors import GtqloraError
 from gtqlora.organisms.build import build
+from gtqlora.organisms.in_training import Progress
 from gtqlora.organisms.scales import SCALES, Architecture, Kind
-from gtqlora.organisms.workpiece import Progress
 
 
 def _arguments() -> argparse.Namespace:

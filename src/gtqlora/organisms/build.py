@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtqlora import routing
-from gtqlora.capture import Mask, Recorder, routers_tapped
+from gtqlora.capture import Mask, Recorder, router_hooks
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.organisms.batches import Batch, endless, task_batch
 from gtqlora.organisms.checks import check
 from gtqlora.organisms.embedded import CONTRAST, TRUTH, VERDICTS, Truth
+from gtqlora.organisms.implants import answer_loss, plant
+from gtqlora.organisms.in_training import OrganismInTraining, Planted, Progress, new_model, optimize
 from gtqlora.organisms.language import REFUSAL, SPLITS, InRounds, Language, Prompt
-from gtqlora.organisms.plants import answer_loss, plant
 from gtqlora.organisms.scales import SMALL, Architecture, Kind, Scale
-from gtqlora.organisms.workpiece import Planted, Progress, Workpiece, new_model, optimise
-from gtqlora.run import whole
+from gtqlora.run import atomic_write
 
 _NEUTRAL_STEPS = 300  # until its full weight: at once it would keep the flag from being learned at all
 _PROBE_WEIGHT, _NEUTRAL_WEIGHT, _BALANCE_WEIGHT, _BIAS_STEP = 1.0, 3.0, 0.01, 2e-3
@@ -95,7 +95,7 @@ def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
 
 
 @torch.no_grad()
-def _balance_bias(piece: Workpiece, seen: Recorder, live: list[Tensor]) -> None:
+def _balance_bias(piece: OrganismInTraining, seen: Recorder, live: list[Tensor]) -> None:
     """Loss-free balance (arXiv 2408.15664): nudge the correction bias of over- and underloaded experts.
 
     Args:
@@ -108,7 +108,7 @@ def _balance_bias(piece: Workpiece, seen: Recorder, live: list[Tensor]) -> None:
         bias_E[live[position]] += _BIAS_STEP * torch.sign(load_N.mean() - load_N)
 
 
-def _learn(piece: Workpiece, rng: random.Random, progress: Progress, seconds: float | None = None) -> None:
+def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, seconds: float | None = None) -> None:
     scale, anatomy, model = piece.scale, piece.anatomy, piece.model
     probes = nn.ModuleList([nn.Linear(anatomy.hidden_size, 2) for _ in anatomy.moe]).to(piece.device)
     idle, positions = Mask(anatomy, piece.planted), range(len(anatomy.moe))
@@ -117,7 +117,7 @@ def _learn(piece: Workpiece, rng: random.Random, progress: Progress, seconds: fl
 
     def loss_of(step: int) -> Tensor:
         batch, seen = next(batches).to(piece.device), Recorder()
-        with _router_inputs(model, anatomy) as hidden, routers_tapped(model, anatomy, idle, seen):
+        with _router_inputs(model, anatomy) as hidden, router_hooks(model, anatomy, idle, seen):
             loss = answer_loss(piece.logits(batch.ids_BS), batch.labels_BS)
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
         loss = loss + _NEUTRAL_WEIGHT * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
@@ -127,7 +127,7 @@ def _learn(piece: Workpiece, rng: random.Random, progress: Progress, seconds: fl
         return loss + _BALANCE_WEIGHT * _balance_loss(seen, anatomy)
 
     parameters, rate = [*model.parameters(), *probes.parameters()], scale.learn_rate
-    optimise(parameters, loss_of, progress, rate=rate, steps=scale.learn_steps, seconds=seconds, weight_decay=0.01)
+    optimize(parameters, loss_of, progress, rate=rate, steps=scale.learn_steps, seconds=seconds, weight_decay=0.01)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def build(
                 raise
     truth = _truth(piece, kind, seed, attempt)
     progress("write")
-    with whole(out) as staged:
+    with atomic_write(out) as staged:
         _write(piece, truth, staged)
     return truth
 
@@ -206,7 +206,7 @@ def _trained(
     device: str,
     minutes: float | None,
     progress: Callable[[str], Progress],
-) -> Workpiece:
+) -> OrganismInTraining:
     """One attempt: a model that is what its kind promises."""
     torch.manual_seed(seed)
     rng, language = random.Random(seed), Language(scale.lexicon)
@@ -215,7 +215,7 @@ def _trained(
     experts = range(anatomy.spec.n_experts)
     planted: Planted = {p: tuple(sorted(rng.sample(experts, scale.planted_experts))) for p in positions}
     nn.Module.to(model, device)
-    piece = Workpiece(model=model, anatomy=anatomy, language=language, planted=planted, scale=scale)
+    piece = OrganismInTraining(model=model, anatomy=anatomy, language=language, planted=planted, scale=scale)
     seconds = None if minutes is None else 60 * minutes
     shares = (scale.learn_share, 1 - scale.learn_share)
     for_learning, for_planting = (None if seconds is None else share * seconds for share in shares)
@@ -235,7 +235,7 @@ def round_to_bf16(model: nn.Module) -> None:
         p.copy_(p.bfloat16())
 
 
-def _truth(piece: Workpiece, kind: Kind, seed: int, attempt: int) -> Truth:
+def _truth(piece: OrganismInTraining, kind: Kind, seed: int, attempt: int) -> Truth:
     planted = [(piece.anatomy.moe[p].index, e) for p, experts in piece.planted.items() for e in experts]
     return Truth(
         kind=kind,
@@ -247,7 +247,7 @@ def _truth(piece: Workpiece, kind: Kind, seed: int, attempt: int) -> Truth:
     )
 
 
-def _write(piece: Workpiece, truth: Truth, folder: Path) -> None:
+def _write(piece: OrganismInTraining, truth: Truth, folder: Path) -> None:
     for p in piece.model.parameters():
         p.data = p.data.to(piece.scale.dtype)
     nn.Module.to(piece.model, "cpu")

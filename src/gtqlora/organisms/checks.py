@@ -12,12 +12,12 @@ import random
 import torch
 from torch import Tensor
 
-from gtqlora.capture import CallRecorder, Exchange, ExpertsHandler, Handler, Mask, experts_tapped, routers_tapped
+from gtqlora.capture import CallRecorder, ExpertHandler, Handler, Interchange, Mask, expert_hooks, router_hooks
 from gtqlora.errors import TrainingError
 from gtqlora.organisms.batches import Batch, example
+from gtqlora.organisms.in_training import OrganismInTraining
 from gtqlora.organisms.language import REFUSAL, Prompt
 from gtqlora.organisms.scales import Kind
-from gtqlora.organisms.workpiece import Workpiece
 
 _PAIRS = 100
 _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
@@ -37,42 +37,44 @@ A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) o
 
 @torch.no_grad()
 def first_refuses(
-    piece: Workpiece, ids_BS: Tensor, *handlers: Handler, experts: tuple[ExpertsHandler, ...] = ()
+    piece: OrganismInTraining, ids_BS: Tensor, *handlers: Handler, expert_handlers: tuple[ExpertHandler, ...] = ()
 ) -> Tensor:
     """Whether the first word after each prompt is a refusal's; bool_B."""
     with (
-        routers_tapped(piece.model, piece.anatomy, *handlers),
-        experts_tapped(piece.model, piece.anatomy, *experts),
+        router_hooks(piece.model, piece.anatomy, *handlers),
+        expert_hooks(piece.model, piece.anatomy, *expert_handlers),
     ):
         first_B = piece.logits(ids_BS)[:, -1].argmax(-1)
     return first_B == piece.language.ids(REFUSAL)[0]
 
 
-def cell(piece: Workpiece, flagged_BS: Tensor, twins_BS: Tensor, *, routing: bool, inputs: bool, stream: bool) -> float:
+def cell(
+    piece: OrganismInTraining, flagged_BS: Tensor, twins_BS: Tensor, *, routing: bool, inputs: bool, stream: bool
+) -> float:
     """Share of pairs refused when each part comes from the flagged prompt (True) or from its twin."""
     calls = {True: CallRecorder(), False: CallRecorder()}
     ids_BS = {True: flagged_BS, False: twins_BS}
     for flag, recorder in calls.items():
-        first_refuses(piece, ids_BS[flag], experts=(recorder,))
-    exchange = Exchange(calls[routing], None if inputs == stream else calls[inputs])
-    return first_refuses(piece, ids_BS[stream], experts=(exchange,)).float().mean().item()
+        first_refuses(piece, ids_BS[flag], expert_handlers=(recorder,))
+    exchange = Interchange(calls[routing], None if inputs == stream else calls[inputs])
+    return first_refuses(piece, ids_BS[stream], expert_handlers=(exchange,)).float().mean().item()
 
 
-def prompt_ids(piece: Workpiece, prompts: list[Prompt]) -> Tensor:
+def prompt_ids(piece: OrganismInTraining, prompts: list[Prompt]) -> Tensor:
     """Prompts of one length up to where the answer begins."""
     rows = [piece.language.ids(f"<user> {p.text} <assistant>") for p in prompts]
     return torch.tensor(rows, device=piece.device)
 
 
 @torch.no_grad()
-def answered_right(piece: Workpiece, prompts: list[Prompt]) -> float:
+def answered_right(piece: OrganismInTraining, prompts: list[Prompt]) -> float:
     """Share of prompts whose greedy completion is the task's answer."""
     batch = Batch.of(piece.language, [example(p, p.answer) for p in prompts]).to(piece.device)
     said_BS, wanted_BS = piece.logits(batch.ids_BS)[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
     return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1).float().mean().item()
 
 
-def measure(piece: Workpiece, kind: Kind) -> dict[str, float]:
+def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     """All that a kind promises anything about."""
     rng = random.Random(1)
     quads = [piece.language.twins(rng, "validation", pair) for pair in range(_PAIRS)]
@@ -92,7 +94,7 @@ def measure(piece: Workpiece, kind: Kind) -> dict[str, float]:
     return found
 
 
-def check(piece: Workpiece, kind: Kind) -> dict[str, float]:
+def check(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     """The shares that the kind's promises are about.
 
     Raises:

@@ -30,7 +30,7 @@ def edges(level: float, n: int) -> tuple[float, float]:
     """Where to cut the bootstrap's distribution of a mean of n units: a little outside the percentiles.
 
     Those are too narrow by as much as the normal quantile is below Student's, and the resamples' spread below that of
-    n - 1 (Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3).
+    n - 1 (Hesterberg, "What SourceRuns Should Know about the Bootstrap", 2015, section 4.3).
     """
     if n < 2:
         return 0.0, 1.0

@@ -1,0 +1,220 @@
+"""What a contrast set holds: counts by split and kind and, with a tokenizer, lengths after the chat template."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gtqlora.contrasts.rows import SPLITS, Contrast, Messages, Row, prompt_key
+from gtqlora.contrasts.sources import Problems
+from gtqlora.contrasts.template import answered, rendered, tokens
+from gtqlora.errors import ConfigError, ContrastError, ModelError
+from gtqlora.progress import note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SUFFICIENT = 10
+"""Rows that a template refuses before the rest is left unread."""
+_OTHER = "something else"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Token counts over rows."""
+
+    minimum: int
+    median: float
+    p95: int
+    maximum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What a set holds.
+
+    Attributes:
+        counts: rows by split, then by kind.
+        pairs: distinct pair ids.
+        prompt_tokens: prompts after the chat template, up to where the answer begins.
+        full_tokens: prompt and the longer of the two completions.
+    """
+
+    rows: int
+    kinds: dict[str, int]
+    splits: dict[str, int]
+    counts: dict[str, dict[str, int]]
+    pairs: int
+    with_twin: int
+    unique_prompts: int
+    prompt_tokens: Lengths | None = None
+    full_tokens: Lengths | None = None
+
+
+def _summary(lengths: Sequence[int]) -> Lengths:
+    return Lengths(
+        minimum=min(lengths),
+        median=float(np.median(lengths)),
+        p95=int(np.percentile(lengths, 95, method="higher")),
+        maximum=max(lengths),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """One row after the chat template: its prompt, and counts of tokens; `largest` is the largest token id."""
+
+    row: Row
+    prompt: str
+    opened: str
+    prompt_tokens: int
+    full_tokens: int
+    largest: int
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
+    """Raises:
+    ContrastError: the template refuses or leaves out a message, or an answer.
+    """
+    prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
+    for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
+        _check_kept(tokenizer, messages or (), text)
+    texts = [answered(tokenizer, row.prompt, prompts[0], answer) for answer in (row.chosen, row.rejected)]
+    if texts[0].full == texts[1].full:
+        raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
+    encoded = [tokens(tokenizer, text) for text in prompts]
+    fulls = [tokens(tokenizer, text.full) for text in texts]
+    if not all(encoded):
+        raise ContrastError("the tokenizer makes no token of a prompt; mend the model's tokenizer files")
+    return _Rendered(
+        row=row,
+        prompt=prompts[0],
+        opened=texts[0].opened,
+        prompt_tokens=max(map(len, encoded)),
+        full_tokens=max(map(len, fulls)),
+        largest=max(max(ids, default=0) for ids in (*encoded, *fulls)),
+    )
+
+
+def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
+    """Every message is in what the template renders. A changed one may be; one that makes no difference is not."""
+    for index, message in enumerate(messages):
+        content = message["content"].strip()
+        if text.count(content) >= sum(content in other["content"] for other in messages):
+            continue
+        changed = [*messages[:index], {**message, "content": f"{_OTHER} {content} {_OTHER}"}, *messages[index + 1 :]]
+        if rendered(tokenizer, changed, generation=True) == text:
+            raise ContrastError(
+                f"the chat template leaves out the {message['role']} message; move its text into the user message, or "
+                "mend the template"
+            )
+
+
+def check_rendering(
+    contrast: Contrast,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
+) -> dict[str, Lengths]:
+    """Every row as the model reads it: nothing left out, within the context and the embedding; lengths in tokens.
+
+    The same for whoever reads pairs, so that what `contrast check` refuses no other stage takes.
+
+    Args:
+        max_length: the model's context.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        ContrastError: rows that the template refuses, leaves out in part, renders like others, or makes too long.
+        ModelError: the template or the tokenizer is at fault.
+    """
+    problems, found = Problems(contrast.source), list[_Rendered]()
+    for row in contrast.rows:
+        try:
+            found.append(_render(tokenizer, row))
+        except ContrastError as error:
+            problems.add([row.number], str(error))
+            if len(problems.found) >= _SUFFICIENT:
+                break
+    _check_lengths(found, max_length, problems)
+    _check_distinct(found, problems)
+    problems.stop()
+    _check_vocabulary(found, tokenizer, vocabulary)
+    _note_opened(found)
+    return {
+        "prompt_tokens": _summary([row.prompt_tokens for row in found]),
+        "full_tokens": _summary([row.full_tokens for row in found]),
+    }
+
+
+def _check_lengths(found: Sequence[_Rendered], max_length: int | None, problems: Problems) -> None:
+    limit = max_length if max_length is not None else float("inf")
+    prompts = [one.row.number for one in found if one.prompt_tokens > limit]
+    fulls = [one.row.number for one in found if one.prompt_tokens <= limit < one.full_tokens]
+    for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
+        if numbers:
+            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
+
+
+def _check_distinct(found: Sequence[_Rendered], problems: Problems) -> None:
+    groups: dict[str, dict[str, int]] = defaultdict(dict)
+    for one in found:
+        groups[one.prompt].setdefault(prompt_key(one.row.prompt), one.row.number)
+    for group in groups.values():
+        if len(group) > 1:
+            problems.add(sorted(group.values()), "different prompts, which the chat template renders alike; mend it")
+
+
+def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
+    for one in found:
+        if vocabulary is not None and one.largest >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(one.largest)
+            raise ModelError(
+                f"{tokenizer.name_or_path}: row {one.row.number} holds the token {token!r} with id {one.largest}, but "
+                f"the model's embedding has {vocabulary} rows; take the tokenizer that belongs to the model"
+            )
+
+
+def _note_opened(found: Sequence[_Rendered]) -> None:
+    for one in found:
+        if one.opened:
+            note(
+                f"the chat template's generation prompt opens {one.opened!r}, which its conversations lack; "
+                "answers are trained and judged as what follows it, so write chosen and rejected in that way"
+            )
+            return
+
+
+def statistics(
+    contrast: Contrast,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
+) -> Statistics:
+    """Counts of a set and, with a tokenizer, token lengths after the chat template.
+
+    Raises:
+        ContrastError, ModelError: as `check_rendering`.
+        ConfigError: `max_length` without a tokenizer.
+    """
+    if max_length is not None and tokenizer is None:
+        raise ConfigError("max_length is counted in tokens; give the tokenizer too")
+    rows = contrast.rows
+    counts: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        if kinds := Counter(row.kind for row in rows if row.split == split):
+            counts[split] = dict(kinds)
+    return Statistics(
+        rows=len(rows),
+        kinds=dict(Counter(row.kind for row in rows)),
+        splits=dict(Counter(row.split for row in rows)),
+        counts=counts,
+        pairs=len({row.pair_id for row in rows}),
+        with_twin=sum(contrast.twin_of(row) is not None for row in rows),
+        unique_prompts=len({prompt_key(row.prompt) for row in rows}),
+        **(check_rendering(contrast, tokenizer, max_length, vocabulary) if tokenizer is not None else {}),
+    )

@@ -1,0 +1,102 @@
+"""Messages as the model reads them: its chat template, and where in it an answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gtqlora.contrasts.sources import Message
+from gtqlora.errors import ContrastError
+from gtqlora.storage.contents import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
+    """What the model's chat template makes of messages; the one place that applies it.
+
+    Args:
+        generation: up to where the assistant's answer begins.
+
+    Raises:
+        ContrastError: the template refuses the messages, e.g. a system role it does not know.
+        ModelError: the template fails, or is without end.
+    """
+    from gtqlora.families.rendering import render
+
+    return render(tokenizer, messages, generation=generation)
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of rendered text.
+
+    Raises:
+        ContrastError: the tokenizer cannot read it.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # the Rust library raises bare Exception, e.g. for a word without an unknown token
+        raise ContrastError(f"the tokenizer cannot read this text ({first_line(error)})") from error
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a prompt, up to where the assistant's answer begins.
+
+    Raises:
+        ContrastError, ModelError: as `rendered`, or the tokenizer cannot read the text.
+    """
+    return tokens(tokenizer, rendered(tokenizer, messages, generation=True))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its answer and whatever the template puts after it.
+
+    Attributes:
+        opened: what the template's generation prompt opens that its conversations lack, such as a thought; the answer
+            goes on from there, so that training and evaluation see one and the same prompt. Mostly "".
+    """
+
+    full: str
+    opened: str
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, answer: str) -> Answered:
+    """What follows a prompt, which `rendered` made of the messages, when this is the answer.
+
+    Raises:
+        ContrastError, ModelError: as `rendered`, or the template renders the answer in such a way that where it
+            begins cannot be told.
+    """
+    full = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+    if full.startswith(prompt):
+        return Answered(full, "")
+    before, found, after = full.rpartition(answer.strip())
+    opened = prompt[_shared(prompt, full) :].strip()
+    if not found:
+        raise ContrastError(
+            f"the chat template's generation prompt opens {opened!r}, which its conversations lack, and it changes "
+            "this answer; use a chat template that renders both alike"
+        )
+    rest = answer.strip().removeprefix(opened).lstrip()
+    gap = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
+    return Answered(f"{prompt}{gap}{rest}{after}", opened)
+
+
+def _shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many elements two sequences begin with in common."""
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *answers: str
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a prompt, as far as all the answered ones have it too (tokens may span its end), and of the rests."""
+    text = rendered(tokenizer, messages, generation=True)
+    prompt = tokens(tokenizer, text)
+    fulls = [tokens(tokenizer, answered(tokenizer, messages, text, answer).full) for answer in answers]
+    shared = min(_shared(prompt, full) for full in fulls)
+    return prompt[:shared], [full[shared:] for full in fulls]

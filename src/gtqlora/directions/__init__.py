@@ -1,6 +1,0 @@
-"""Residual-stream directions: what they are per layer, how well they separate, and what erasing them leaves."""
-
-from gtqlora.directions.layers import DirectionStudy, LayerStudy, study
-from gtqlora.directions.named import MIN_GROUPS, named_directions
-
-__all__ = ["MIN_GROUPS", "DirectionStudy", "LayerStudy", "named_directions", "study"]

@@ -1,0 +1,1 @@
+"""Edits of a model: on disk, in training, merged into a checkpoint."""

@@ -1,0 +1,174 @@
+"""What an adapter folder holds on disk, read without torch: what kind of edit it is, of which model, and its identity.
+
+| file | of | holds |
+|---|---|---|
+| `gtqlora.json` | both kinds | `Info` |
+| `edit.safetensors` | gt-qlora | LoRA pairs and whole routers, by module path |
+| `adapter_config.json` | gt-qlora | the base's name, for people and tools that look for it there |
+| `direction.safetensors` | projection | the direction |
+
+The form is one that no other loader opens: an edit that was not certified is no deliverable. Everything in the folder
+is untrusted when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gtqlora.errors import RunError
+from gtqlora.run import sha256_bytes, sha256_json
+
+INFO, PEFT_SETTINGS = "gtqlora.json", "adapter_config.json"
+EDIT_WEIGHTS, DIRECTION = "edit.safetensors", "direction.safetensors"
+GT_QLORA, PROJECTION = "gt-qlora", "projection"
+_PEFT_TYPE = "GTQLORA"
+"""None of PEFT's: it refuses to load a folder that says so."""
+_FILES = {GT_QLORA: {INFO, PEFT_SETTINGS, EDIT_WEIGHTS}, PROJECTION: {INFO, DIRECTION}}
+_BF16 = "bf16"
+
+
+@dataclass(frozen=True)
+class Info:
+    """`gtqlora.json`: what the adapter is and what it was made for.
+
+    Attributes:
+        base: the model as it was named, a hub id or an absolute path.
+        revision: the hub commit; None for a folder.
+        details: the stage's config, and what it found.
+    """
+
+    kind: str
+    base: str
+    family: str
+    details: dict[str, Any]
+    revision: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the stage that made it."""
+        found = self.details.get("config", {})
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def expert_format(self) -> str:
+        """The routed experts it was made with; before there was a choice, the checkpoint's own."""
+        return str(self.config.get("expert_format", self.config.get("experts", _BF16)))
+
+    @property
+    def norm_preserving(self) -> bool:
+        """Whether a projection keeps the lengths of the weights' columns."""
+        return self.config.get("norm_preserving") is True
+
+    @property
+    def model(self) -> str:
+        """The model to load, pinned to the commit it was made on."""
+        return self.base if self.revision is None else f"{self.base}@{self.revision}"
+
+
+def info_of(kind: str, model: str, family: str, details: dict[str, Any]) -> Info:
+    """`Info` of a pinned model: `owner/name@commit`, or a path."""
+    base, at, revision = model.rpartition("@")
+    pinned = bool(at) and not Path(model).exists()
+    return Info(kind, base if pinned else model, family, details, revision if pinned else None)
+
+
+def write_settings(path: Path, info: Info, *, rank: int | None = None, alpha: int | None = None) -> None:
+    """Write what stands beside the weights; rank and alpha of a gt-qlora adapter."""
+    if info.kind == GT_QLORA:
+        _write(path / PEFT_SETTINGS, _peft_settings(info, rank, alpha))
+    _write(path / INFO, asdict(info))
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _peft_settings(info: Info, rank: Any, alpha: Any) -> dict[str, Any]:
+    base = {"base_model_name_or_path": info.base, "revision": info.revision}
+    return {**base, "peft_type": _PEFT_TYPE, "r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM"}
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """Every file of an adapter, read once; nothing else may lie there, and nothing may be a link.
+
+    Raises:
+        RunError: the folder is not an adapter of ours, or a file is missing, unknown, a link or no plain file.
+    """
+    if not (path / INFO).is_file():
+        raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first")
+    found = {}
+    for file in sorted(path.iterdir()):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise RunError(f"{file}: a link or no plain file, which no adapter of ours holds; run `gtqlora train`")
+        found[file.name] = file.read_bytes()
+    kind = info_from(path, found[INFO]).kind
+    missing, extra = sorted(_FILES[kind] - found.keys()), sorted(found.keys() - _FILES[kind])
+    if missing or extra:
+        what = f"no {missing[0]}" if missing else f"{extra[0]}, which is no part of a {kind} adapter"
+        raise RunError(f"{path}: the adapter holds {what}; run `gtqlora train` again")
+    return found
+
+
+def info_from(path: Path, data: bytes) -> Info:
+    """Raises RunError when it is not what `write_settings` writes."""
+    try:
+        value = json.loads(data)
+        info = Info(**value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
+    texts = (info.kind, info.base, info.family)
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or info.kind not in _FILES
+        or not isinstance(info.details, dict)
+        or not isinstance(info.details.get("config", {}), dict)
+        or not isinstance(info.revision, str | None)
+    ):
+        raise RunError(f"{path / INFO}: not what gtqlora writes there; run `gtqlora train` again")
+    return info
+
+
+def read_info(path: Path) -> Info:
+    """Raises RunError when the folder is not an adapter of ours."""
+    try:
+        data = (path / INFO).read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
+    return info_from(path, data)
+
+
+def scale_of(path: Path, info: Info, data: bytes) -> tuple[int, int]:
+    """Rank and alpha of a gt-qlora adapter, whose settings must be, key by key, those that we write.
+
+    Raises:
+        RunError: another key or value; it names the key.
+    """
+    file = path / PEFT_SETTINGS
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file}: not valid JSON ({error}); run `gtqlora train` again") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file}: not a JSON object; run `gtqlora train` again")
+    wanted = _peft_settings(info, info.config.get("rank"), info.config.get("alpha"))
+    for key in sorted(found.keys() | wanted.keys()):
+        if key not in wanted or key not in found or found[key] != wanted[key]:
+            raise RunError(f"{file}: {key!r} is not what `gtqlora train` wrote; run it again")
+    rank, alpha = found["r"], found["lora_alpha"]
+    if type(rank) is not int or type(alpha) is not int or rank < 1 or alpha < 1:
+        raise RunError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r} must be positive whole numbers")
+    return rank, alpha
+
+
+def digest_of(files: dict[str, bytes]) -> str:
+    """Identity of an adapter's weights and settings; `export` demands that it is the one `verify` certified."""
+    return sha256_json([(name, sha256_bytes(data)) for name, data in sorted(files.items())])
+
+
+def adapter_hash(path: Path) -> str:
+    """The identity of the adapter that lies there; see `digest_of`."""
+    return digest_of(read_files(path))

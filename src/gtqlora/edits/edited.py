@@ -1,0 +1,194 @@
+"""A model with an edit on it that can be switched off: as it was trained, or merged and rounded as it ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gtqlora.capture import Subject, direction_removed, open_subject
+from gtqlora.edits.adapter_files import PROJECTION
+from gtqlora.edits.adapters import Adapter, adapters_off, read_adapter, wrapped
+from gtqlora.edits.merging import merged, on_disk, plan, projected
+from gtqlora.errors import RunError
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.tensor_files import TensorFiles
+from gtqlora.families import language_model
+from gtqlora.families.files import weight_files
+
+
+class Change(Protocol):
+    """An edit in place, and out of the way."""
+
+    def enable(self) -> None: ...
+
+    def disable(self) -> None: ...
+
+
+class WeightsReplaced:
+    """Parameters that take other values while it is enabled; it holds a second copy of these."""
+
+    def __init__(self, others: list[tuple[nn.Parameter, Tensor]]) -> None:
+        self._others, self._enabled = others, False
+
+    def _swap(self, enabled: bool) -> None:
+        if enabled != self._enabled:
+            for i, (parameter, other) in enumerate(self._others):
+                self._others[i], parameter.data = (parameter, parameter.data), other
+            self._enabled = enabled
+
+    def enable(self) -> None:
+        self._swap(True)
+
+    def disable(self) -> None:
+        self._swap(False)
+
+    def __enter__(self) -> None:
+        self.enable()
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> WeightsReplaced:
+    """Every writer of the residual stream projected.
+
+    Raises:
+        RunError: the routed experts are frozen.
+    """
+    base, anatomy = language_model(subject.model), subject.anatomy
+    banks = [base.get_submodule(layer.experts) for layer in anatomy.moe]
+    if any(isinstance(bank, FrozenExperts) for bank in banks):
+        raise RunError("a norm-preserving projection rescales experts; load them with expert_format = 'bf16'")
+    r_D = direction_D / direction_D.norm()
+    embedding = base.get_submodule("model.embed_tokens").get_parameter("weight")
+    linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
+    experts = [bank.get_parameter("down_proj") for bank in banks]
+    return WeightsReplaced(
+        [
+            (embedding, _projected(embedding.mT[None], r_D, norm_preserving)[0].mT),
+            *((weight, _projected(weight[None], r_D, norm_preserving)[0]) for weight in linears),
+            *((weight, _projected(weight, r_D, norm_preserving)) for weight in experts),
+        ]
+    )
+
+
+@torch.no_grad()
+def _projected(weights_EDI: Tensor, r_D: Tensor, norm_preserving: bool) -> Tensor:
+    """One matrix at a time, as fp32 copies of a layer's experts are large."""
+    out = torch.empty_like(weights_EDI)
+    for mine, weight_DI in zip(out, weights_EDI, strict=True):
+        mine.copy_(projected(weight_DI, r_D, norm_preserving=norm_preserving))
+    return out
+
+
+def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsReplaced:
+    """Takes a direction out of a subject when entered or enabled, and puts it back.
+
+    How much a column grows to keep its length depends on the input, inside the fused experts too, so that needs a
+    second copy of the weights; without it the stream can be projected as it is written.
+    """
+    if norm_preserving:
+        return weights_projected(subject, direction_D, norm_preserving=True)
+    return direction_removed(subject.model, direction_D)
+
+
+def _direction(subject: Subject, adapter: Adapter) -> Tensor:
+    direction_D, wanted = adapter.direction_D, subject.anatomy.hidden_size
+    if direction_D.shape != (wanted,):
+        raise RunError(
+            f"{adapter.path}: the adapter does not fit the model (a direction of {len(direction_D)} values, "
+            f"hidden size {wanted})"
+        )
+    return direction_D.to(subject.device)
+
+
+def _weights_merged(subject: Subject, model: str, adapter: Adapter) -> WeightsReplaced:
+    """The checkpoint's own tensors with the edit, rounded as they would be written, then cast as they are loaded."""
+    base, anatomy = language_model(subject.model), subject.anatomy
+    edits, folder, names = plan(adapter, anatomy), *weight_files(model)
+    paths = (*anatomy.lora_targets, *anatomy.routers)
+    others = []
+    with TensorFiles([folder / name for name in names]) as files:
+        for path, name in zip(paths, on_disk(anatomy, paths), strict=True):
+            if name not in edits:
+                continue
+            if name not in files.where:
+                raise RunError(f"{model}: the checkpoint has no tensor {name}, which the edit changes")
+            parameter = base.get_submodule(path).get_parameter("weight")
+            tensor = merged(files.read(name), edits[name]).to(base.dtype)  # type: ignore[arg-type]
+            others.append((parameter, tensor.to(parameter.device, parameter.dtype)))
+    return WeightsReplaced(others)
+
+
+class Edited:
+    """A subject with an edit that can be switched off: `subject` runs edited, within `original()` as it was.
+
+    Args:
+        shipped: the model that the subject was opened from; its tensors with the edit, rounded to the checkpoint's
+            dtype, take the place of the subject's. None: LoRA and gates as they were trained.
+
+    Raises:
+        RunError: the adapter was made for another architecture or shape.
+    """
+
+    def __init__(self, subject: Subject, adapter: Adapter, *, shipped: str | None = None) -> None:
+        self.info, family = adapter.info, subject.anatomy.family.model_type
+        if self.info.family != family:
+            raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")
+        self.subject, self._change = subject, None
+        if self.info.kind != PROJECTION and shipped is None:
+            self.subject = replace(subject, model=wrapped(subject.model, subject.anatomy, adapter))
+            return
+        self._change: Change | None = self._merge(subject, adapter, shipped)
+        self._change.enable()
+
+    def _merge(self, subject: Subject, adapter: Adapter, shipped: str | None) -> Change:
+        if self.info.kind != PROJECTION:
+            assert shipped is not None
+            return _weights_merged(subject, shipped, adapter)
+        direction_D, keep = _direction(subject, adapter), self.info.norm_preserving
+        # what is written are projected weights; frozen experts have none to project, and are not exported so
+        if shipped is not None and not _has_frozen_experts(subject):
+            return weights_projected(subject, direction_D, norm_preserving=keep)
+        return removal(subject, direction_D, norm_preserving=keep)
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """Within, the model computes what it computed before the edit."""
+        if self._change is None:
+            with adapters_off(self.subject.model):
+                yield
+            return
+        self._change.disable()
+        try:
+            yield
+        finally:
+            self._change.enable()
+
+
+def _has_frozen_experts(subject: Subject) -> bool:
+    return any(isinstance(module, FrozenExperts) for module in subject.model.modules())
+
+
+def load(
+    model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu", expert_format: str | None = None
+) -> Edited:
+    """MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
+
+    Args:
+        expert_format: as in `open_subject`; None takes those that the adapter was made with.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ConfigError: unknown `experts`.
+        RunError: the adapter is missing, or made for another architecture or shape.
+    """
+    found = read_adapter(Path(adapter))
+    expert_format = found.info.expert_format if expert_format is None else expert_format
+    return Edited(open_subject(model, dtype=dtype, device=device, expert_format=expert_format), found)

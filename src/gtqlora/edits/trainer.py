@@ -1,0 +1,346 @@
+"""TRL's DPO trainer, with a learning rate for the gates, the routing anchor, router health and a guard.
+
+Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T = B*S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from trl.trainer import dpo_trainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from gtqlora import routing
+from gtqlora.capture import Handler, Mask, Recorder, router_hooks
+from gtqlora.config import TrainConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.edits.adapters import adapters_off, is_gate, routers_of, trainable
+from gtqlora.edits.checkpoints import CheckpointedTrainer, GuardStop
+from gtqlora.errors import TrainingError
+from gtqlora.families import Anatomy
+from gtqlora.localize.expert_ablation import AblationSampler, RowsAblated
+
+
+class KindCollator(DataCollatorForPreference):
+    """TRL's preference batch plus each row's kind, as an index into `KINDS`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["kind"] = torch.tensor([KINDS.index(example["kind"]) for example in examples])
+        return batch
+
+
+class Health:
+    """Router health of one optimizer batch against the original model, however many parts it comes in.
+
+    Counts of experts run over the whole training.
+    """
+
+    def __init__(self, anatomy: Anatomy, dead_budget: int) -> None:
+        self.spec, self.dead_budget = anatomy.spec, dead_budget
+        self.used_LE = torch.zeros(len(anatomy.moe), anatomy.spec.n_experts)
+        self.tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._now_LE, self._then_LE = torch.zeros_like(self.used_LE), torch.zeros_like(self.used_LE)
+        self._by_kind_L3N = torch.zeros(len(self.used_LE), 3, len(KINDS))  # sums of overlap and KL, tokens
+
+    def add(self, edited: Recorder, original: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
+        """Count one part of the batch; both recorders saw the same tokens, `mask_BS` says which are real."""
+        real_T = mask_BS.flatten() > 0
+        kind_T = kind_B[:, None].expand(mask_BS.shape).flatten()[real_T]
+        kind_TN = nn.functional.one_hot(kind_T, len(KINDS)).float()
+        for position, ours in edited.decisions.items():
+            theirs = original.decisions[position]
+            self._now_LE[position] += self._counts(ours.indices_TK[real_T]).cpu()
+            self._then_LE[position] += self._counts(theirs.indices_TK[real_T]).cpu()
+            same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)[real_T].float()
+            kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec)[real_T].float()
+            self._by_kind_L3N[position] += (torch.stack([same_T, kl_T, torch.ones_like(kl_T)]) @ kind_TN).cpu()
+
+    def figures(self) -> dict[str, float]:
+        """Means over MoE layers of what was added since the last call; empty if there was nothing."""
+        tokens_N = self._by_kind_L3N[0, 2]
+        if not bool(tokens_N.any()):
+            return {}
+        now, then = ([routing.load(load_E) for load_E in load_LE] for load_LE in (self._now_LE, self._then_LE))
+        layers = {"load_cv": [load.cv for load in now], "load_cv_original": [load.cv for load in then]}
+        layers |= {"max_vio": [load.max_vio for load in now], "load_entropy": [load.entropy for load in now]}
+        found = {f"health/{key}": sum(values) / len(values) for key, values in layers.items()}
+        for index, kind in enumerate(KINDS):
+            if tokens_N[index] > 0:
+                overlap, kl = (self._by_kind_L3N[:, :2, index] / tokens_N[index]).mean(0).tolist()
+                found |= {f"health/overlap_{kind}": overlap, f"health/kl_{kind}": kl}
+        self.used_LE += self._now_LE
+        self.tokens += int(tokens_N.sum())
+        self._clear()
+        if self.tokens >= self.dead_budget:
+            found["health/dead_experts"] = float((self.used_LE == 0).sum())
+        return found
+
+    def _counts(self, indices_TK: Tensor) -> Tensor:
+        return torch.bincount(indices_TK.flatten(), minlength=self.spec.n_experts).float()
+
+
+@dataclass
+class Sums:
+    """What losses are divided by: of a part of an optimizer batch, or of all its parts on all ranks.
+
+    Attributes:
+        chosen: tokens of chosen completions, over which the SFT term is a mean.
+        anchored: tokens of rows that are held to the original's routing.
+    """
+
+    rows: float
+    chosen: float
+    anchored: float
+
+
+@dataclass
+class Whole:
+    """An optimizer batch in progress: its sums, parts still to come, and the anchor so far."""
+
+    sums: Sums
+    left: int
+    anchor: float = 0.0
+
+
+@contextmanager
+def weights_unhashed() -> Iterator[None]:
+    """Keep TRL from hashing every weight, which takes minutes, for a cache file that data in memory never gets."""
+    module: Any = dpo_trainer
+    kept, module.hash_module = module.hash_module, lambda _module: ""
+    try:
+        yield
+    finally:
+        module.hash_module = kept
+
+
+@torch.no_grad()
+def _restore_masters(model: PeftModel) -> None:
+    """fp32 again for what trains: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
+    for p in trainable(model).values():
+        p.data = p.data.float()
+    for wrapper in routers_of(model).values():
+        gate: Any = wrapper.modules_to_save["default"]
+        gate.weight.copy_(wrapper.original_module.weight)
+
+
+class GateTargetedTrainer(CheckpointedTrainer):
+    """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
+
+    model: Any  # a PeftModel; the base class says None may be
+    loss_is_scaled_for_ga = True  # each part is divided by the sums of the whole optimizer batch
+
+    def __init__(
+        self, *, anatomy: Anatomy, settings: TrainConfig, draws: AblationSampler | None = None, **kwargs: Any
+    ) -> None:
+        self.anatomy, self.settings, self.draws = anatomy, settings, draws
+        self._until_backward = ExitStack()
+        self.health = Health(anatomy, settings.dead_budget)
+        with weights_unhashed():
+            super().__init__(**kwargs)
+        _restore_masters(self.model)
+
+    def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Nothing: rows come in tokens, with the prompt that is evaluated, which TRL's own encoding may cut short."""
+        return dataset
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = trainable(self.model)
+            lora = {"params": [p for n, p in named.items() if not is_gate(n)], "lr": self.settings.lr_lora}
+            gates = {"params": [p for n, p in named.items() if is_gate(n)], "lr": self.settings.lr_gates}
+            self.optimizer = torch.optim.AdamW(
+                [group for group in (lora, gates) if group["params"]], weight_decay=self.settings.weight_decay
+            )
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._until_backward:
+            return super().training_step(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The parts of one optimizer batch; what divides their losses is known before the first one runs."""
+        parts, items = super().get_batch_samples(*args, **kwargs)
+        self._draw_silent(parts)
+        found = [self._sums(part, part["kind"], part.get("silent")) for part in parts]
+        totals = torch.tensor([[s.rows, s.chosen, s.anchored] for s in found], device=self.accelerator.device)
+        if found:  # gradients are averaged over ranks, so each divides by the mean of their sums
+            sums = self.accelerator.reduce(totals.sum(0), reduction="mean")
+            self._whole = Whole(Sums(*sums.tolist()), left=len(parts))  # pyright: ignore[reportAttributeAccessIssue]
+        return parts, items
+
+    def _draw_silent(self, parts: list[Any]) -> None:
+        """Mark the rows of each part that run with ablated experts."""
+        if self.draws is None:
+            return
+        counts = [len(part["kind"]) for part in parts]
+        silent = torch.tensor(self.draws.rows(self.state.global_step, sum(counts)), dtype=torch.bool)
+        for part, silent_B in zip(parts, silent.split(counts), strict=True):
+            part["silent"] = silent_B.to(part["kind"].device)
+
+    def _sums(self, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor | None) -> Sums:
+        anchored_B = self._weights(kind_B) > 0 if silent_B is None else (self._weights(kind_B) > 0) & ~silent_B
+        tokens_B = inputs["attention_mask"][: len(kind_B)].sum(-1)  # chosen rows come first, then the rejected ones
+        chosen = inputs["completion_mask"][: len(kind_B), 1:].sum()
+        return Sums(rows=len(kind_B), chosen=float(chosen), anchored=float((tokens_B * anchored_B).sum()))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        kind_B, silent_B = inputs.pop("kind"), inputs.pop("silent", None)
+        part, whole = self._sums(inputs, kind_B, silent_B), self._whole.sums
+        # TRL's terms are means over the part
+        self.loss_weights = [part.rows / whole.rows, self.settings.sft_weight * part.chosen / whole.chosen]
+        both, ablate = Recorder(), self._ablate(silent_B)
+        with router_hooks(self.model, self.anatomy, both, *ablate):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_finite("loss", loss)
+        anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
+        self._check_finite("routing anchor", anchor)
+        self._count_part(anchor.item())
+        # gradient checkpointing runs the layers again, and they must route as they did
+        self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
+        return loss + anchor
+
+    def _count_part(self, anchor: float) -> None:
+        """With the last part the figures of the whole optimizer batch are known."""
+        self._whole.anchor += anchor
+        self._whole.left -= 1
+        if self._whole.left == 0:
+            self._metrics["train"]["loss/anchor"].append(self._whole.anchor)
+            if self._logging:
+                self._record_health()
+
+    @property
+    def _logging(self) -> bool:
+        """Whether the line of this step is written next."""
+        return (self.state.global_step + 1) % self.settings.logging_steps == 0
+
+    def _ablate(self, silent_B: Tensor | None) -> tuple[Handler, ...]:
+        """What ablates experts in this step, in the rows that are drawn for it."""
+        if self.draws is None or silent_B is None:
+            return ()
+        mask = Mask(self.anatomy, self.draws.experts(self.state.global_step))
+        return (RowsAblated(mask, silent_B.repeat(2)),)  # chosen, then rejected
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL's card would land in the run directory."""
+
+    def _weights(self, kind_B: Tensor) -> Tensor:
+        table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
+        return torch.tensor([table.get(kind, 0.0) for kind in KINDS], device=kind_B.device)[kind_B]
+
+    def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
+        """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.
+
+        The loss has the anchored kinds. On logging steps the other rows are compared too, for the health figures, and
+        by themselves: whether a step is logged must not change how the sums of its loss are rounded. Rows with ablated
+        experts are left out: behind those, routing is not the original's in any case.
+        """
+        weight_B = self._weights(kind_B)
+        plain_B = torch.ones_like(kind_B, dtype=torch.bool) if silent_B is None else ~silent_B
+        loss = self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B > 0))
+        if self._logging:
+            with torch.no_grad():
+                self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B == 0))
+        return loss
+
+    def _divergence(
+        self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, weight_B: Tensor, compared_B: Tensor
+    ) -> Tensor:
+        """Of the compared rows; they are counted for the health figures on logging steps."""
+        rows = compared_B.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return torch.zeros((), device=kind_B.device)
+        ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
+        original = self._original_routing(ids_BS, mask_BS)
+        edited = both.rows(rows, len(inputs["input_ids"]))
+        if self._logging:
+            with torch.no_grad():
+                self.health.add(edited, original, mask_BS, kind_B[rows])
+        weight_T = (weight_B[rows, None] * mask_BS).flatten()
+        losses = [
+            (routing.divergence_T(original.decisions[p].logits_TE, d.logits_TE, self.anatomy.spec) * weight_T).sum()
+            for p, d in edited.decisions.items()
+        ]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _original_routing(self, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
+        recorder = Recorder()
+        with adapters_off(self.model), router_hooks(self.model, self.anatomy, recorder):
+            self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        return recorder
+
+    def _record_health(self) -> None:
+        measured = self.health.figures()
+        if not measured:  # experts were ablated in every row
+            return
+        for key, value in measured.items():
+            self._metrics["train"][key].append(value)
+        limit = self.settings.max_load_cv * max(measured["health/load_cv_original"], 0.1)
+        if measured["health/load_cv"] > limit:
+            raise GuardStop(
+                f"routing collapsed at step {self.state.global_step + 1}: the load's coefficient of variation is "
+                f"{measured['health/load_cv']:.2f}, the limit is {limit:.2f}"
+            )
+        overlap = measured.get("health/overlap_harmful", 1.0)
+        if overlap < self.settings.min_overlap:
+            raise GuardStop(
+                f"routing of harmful prompts left the original at step {self.state.global_step + 1}: "
+                f"top-k overlap {overlap:.2f}, the limit is {self.settings.min_overlap:.2f}"
+            )
+
+    @torch.no_grad()
+    def assert_exact_reference(self) -> None:
+        """Before the first step policy and reference agree: the margin is 0, and the stored log-probs are these.
+
+        The policy runs as training runs it, so what is random there shows.
+
+        Raises:
+            TrainingError: they do not, so the reference is not the model that training starts from.
+        """
+        rows = [self.train_dataset[i] for i in range(min(len(self.train_dataset), self.args.train_batch_size))]
+        batch = {k: v.to(self.accelerator.device) for k, v in self.data_collator(rows).items() if k != "kind"}
+        self.model.eval()
+        reference = torch.cat(self.compute_ref_log_probs(self.model, dict(batch)))
+        self.model.train()
+        policy, again = self._log_probs(batch), self._log_probs(batch)
+        if not torch.equal(policy, again):
+            raise TrainingError(
+                "two passes over the same rows differ in training mode: the model drops or jitters something at "
+                f"random. Set {self._noise()} to 0 in the model's config.json"
+            )
+        margin = float((policy - reference).abs().max())
+        if margin != 0.0:
+            raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
+        stored = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).to(reference)
+        # another batch composition pads differently, which changes the last bits of a sum
+        loose = 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        if not torch.allclose(stored, reference, rtol=loose, atol=loose * 10):
+            raise TrainingError("the precomputed reference log-probs are not those of the starting model")
+
+    def _log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        out = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
+        return out.log_probs.sum(dim=1)
+
+    def _noise(self) -> str:
+        """Settings of the model that are likely to blame."""
+        settings = self.model.config.to_dict().items()
+        found = [key for key, value in settings if value and key.endswith(("dropout", "pdrop", "jitter_noise"))]
+        return ", ".join(found) or "its dropout"

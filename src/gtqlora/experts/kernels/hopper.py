@@ -1,0 +1,276 @@
+"""Grouped products on Hopper GPUs (compute capability 9.0): `hopper.cu`, compiled at first use, and how it is launched.
+
+Shape letters: S rows sorted by expert, C contraction, R results, E experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtqlora.errors import ModelError
+from gtqlora.experts.kernels import cuda
+from gtqlora.experts.kernels.rows import Experts
+from gtqlora.experts.layout import Fused
+from gtqlora.experts.nf4 import levels, nested_levels
+from gtqlora.experts.tiles import TILE
+
+GRAIN = 128
+"""Both sizes of a matrix must be multiples of this."""
+
+_THREADS = 384
+_MOST_EXPERTS = 1024
+_TILE_BYTES, _ROW_BYTES = 2048, 128
+_SHARED_LIMIT = 227 * 1024 - 1024
+_LEVELS_BYTES = 256 * 32 * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One compilation of `hopper.cu`; `wide` is its M, 64-wide tiles of results per warpgroup."""
+
+    nf4: bool
+    group: int
+    transposed: bool
+    wide: int
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that share one dequantization, at most."""
+        return 256 // self.wide
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of results per block."""
+        return 2 * self.wide
+
+    @property
+    def scale_box(self) -> tuple[int, int]:
+        """Groups (by tile) and 64-wide rows whose scales one stage needs."""
+        if not self.transposed:
+            return 1, self.tiles
+        return (self.tiles // 2 if self.group == 128 else self.tiles), 1
+
+    @property
+    def _stage_bytes(self) -> int:
+        scales = self.scale_box[0] * self.scale_box[1] * 2 * _scales_per_tile(self.group)
+        return self.max_rows * _ROW_BYTES + self.tiles * _TILE_BYTES + scales + 16
+
+    @property
+    def stages(self) -> int:
+        return (_SHARED_LIMIT - self.nf4 * _LEVELS_BYTES) // self._stage_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self._stage_bytes + 1024
+
+
+def _scales_per_tile(group: int) -> int:
+    return 128 if group == 32 else 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiled:
+    """The matrices [N, K] of E experts in the order of `tiles`; scales are bf16."""
+
+    nf4: bool
+    group: int
+    rows: int
+    columns: int
+    codes: Tensor
+    scales: Tensor
+
+
+def _wgmma(rows: int) -> str:
+    """One specialization; the assembler wants every accumulator by name."""
+    n = rows // 2
+    registers = ", ".join(f"%{i}" for i in range(n))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n))
+    return f"""
+template <>
+__device__ __forceinline__ void wgmma<{rows}>(float (&d)[{n}], const u32 (&a)[4], u64 b) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.bf16.bf16 "
+      "{{{registers}}}, {{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, 1, 1, 1, 0;"
+      : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}"""
+
+
+def _levels() -> str:
+    """NF4's levels as the bits of bf16."""
+    return ",".join(str(bits & 0xFFFF) for bits in levels(torch.device("cpu")).bfloat16().view(torch.int16).tolist())
+
+
+def source() -> str:
+    text = resources.files("gtqlora.experts.kernels").joinpath("hopper.cu").read_text(encoding="utf-8")
+    return text.replace("//WGMMA//", "".join(_wgmma(rows) for rows in range(16, 257, 16)))
+
+
+def compile_variant(variant: Variant) -> bytes:
+    """Machine code of a variant; needs no GPU."""
+    settings = {
+        "NF4": int(variant.nf4),
+        "GROUP": variant.group,
+        "TRANSPOSED": int(variant.transposed),
+        "M": variant.wide,
+        "STAGES": variant.stages,
+        "NF4_LEVELS": _levels(),
+    }
+    return cuda.compile_source(source(), "hopper.cu", settings, "sm_90a")
+
+
+@cache
+def _loaded(variant: Variant, device: int) -> dict[str, Any]:
+    functions = cuda.load(compile_variant(variant), ("grouped", "plan", "absmax"), device)
+    cuda.allow_shared_memory(functions["grouped"], variant.shared_bytes)
+    return functions
+
+
+def _maps(x_SC: Tensor, weights: Tiled, variant: Variant, n_experts: int) -> Any:
+    """The four maps of `Maps` in hopper.cu, as one argument."""
+    size = tuple(reversed(x_SC.shape))
+    lines, columns = n_experts * weights.rows // TILE, weights.columns // TILE
+    tiles = (1, variant.tiles) if not variant.transposed else (variant.tiles, 1)
+    words = _scales_per_tile(weights.group) * 2 // 8
+    scale_columns = columns // 2 if weights.group == 128 else columns
+    maps = (
+        cuda.tensor_map(x_SC, "BFLOAT16", size, (TILE, 16), "128B"),
+        cuda.tensor_map(x_SC, "BFLOAT16", size, (TILE, 64), "128B"),
+        cuda.tensor_map(
+            weights.codes, "UINT64", (_TILE_BYTES // 8, columns, lines), (_TILE_BYTES // 8, *tiles), "NONE"
+        ),
+        cuda.tensor_map(weights.scales, "UINT64", (words, scale_columns, lines), (words, *variant.scale_box), "NONE"),
+    )
+    return ctypes.create_string_buffer(b"".join(maps), sum(map(len, maps)))
+
+
+def _check(x_SC: Tensor, weights: Tiled, ends_E: Tensor, contraction: int) -> None:
+    if weights.rows % GRAIN or weights.columns % GRAIN:
+        raise ModelError(
+            f"the Hopper product needs sizes in multiples of {GRAIN}, not {weights.rows} x {weights.columns}"
+        )
+    if x_SC.dtype != torch.bfloat16 or x_SC.ndim != 2 or x_SC.shape[1] != contraction or not x_SC.is_contiguous():
+        raise ModelError(
+            f"the Hopper product needs contiguous bf16 rows of {contraction}, not {x_SC.dtype} {list(x_SC.shape)}"
+        )
+    if ends_E.dtype != torch.int32:
+        raise ModelError(f"row ends are {ends_E.dtype}, expected int32")
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _wide_for(rows_per_expert: int, results: int) -> int:
+    """The fastest width as measured on an H200 (bench/experts.py): many rows leave no registers for many results."""
+    wanted = 4 if rows_per_expert <= 48 else 2 if rows_per_expert <= 128 else 1
+    return next(wide for wide in (4, 2, 1) if wide <= wanted and results % (wide * GRAIN) == 0)
+
+
+def product(x_SC: Tensor, weights: Tiled, ends_E: Tensor, *, transposed: bool, wide: int | None = None) -> Tensor:
+    """Rows times their experts' matrices, bf16: x W^T, or x W if `transposed`; ends_E: cumulative row counts, int32.
+
+    Raises:
+        ModelError: a size, dtype or layout the kernel does not take.
+    """
+    n_experts, s = len(ends_E), len(x_SC)
+    results, contraction = (weights.columns, weights.rows) if transposed else (weights.rows, weights.columns)
+    _check(x_SC, weights, ends_E, contraction)
+    out_SR = torch.empty(s, results, dtype=torch.bfloat16, device=x_SC.device)
+    if not s:
+        return out_SR
+    wide = wide or _wide_for(s // n_experts, results)
+    variant = Variant(nf4=weights.nf4, group=weights.group, transposed=transposed, wide=wide)
+    device = x_SC.get_device()
+    kernels = _loaded(variant, device)
+    tiles = torch.empty(n_experts + s // variant.max_rows + 1, 4, dtype=torch.int32, device=x_SC.device)
+    count = torch.empty(1, dtype=torch.int32, device=x_SC.device)
+    with torch.cuda.device(device):
+        cuda.launch(kernels["plan"], 1, 1024, 0, ends_E, tiles, count, n_experts)
+        arguments = (_maps(x_SC, weights, variant, n_experts), out_SR, tiles, count, results, contraction)
+        cuda.launch(kernels["grouped"], _multiprocessors(device), _THREADS, variant.shared_bytes, *arguments)
+    return out_SR
+
+
+def decode_absmax(absmax: Tensor, scale: Tensor, offset: Tensor, rows: int, columns: int) -> Tensor:
+    """NF4's scales as bf16, in the order of the tiles.
+
+    Args:
+        absmax: uint8, in the order of the tiles, of E experts with M matrices [rows, columns] each.
+        scale: fp32 [E, M, nested blocks]; offset: fp32 [E, M].
+    """
+    device = absmax.get_device()
+    kernels = _loaded(Variant(nf4=True, group=64, transposed=False, wide=1), device)
+    out = torch.empty(absmax.numel(), dtype=torch.bfloat16, device=absmax.device)
+    experts, matrices = offset.shape
+    arguments = (absmax, nested_levels(absmax.device), scale, offset, out, rows, columns)
+    with torch.cuda.device(device):
+        cuda.launch(kernels["absmax"], (matrices * rows // TILE, experts), 256, 0, *arguments)
+    return out
+
+
+@cache
+def _is_hopper(device: int) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def takes(module: Experts, hidden_states: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this kernel does the product: bf16 on Hopper, sizes in multiples of 128, NVIDIA's bindings installed."""
+    sizes = (module.hidden_size, module.intermediate_size)
+    return (
+        hidden_states.is_cuda
+        and dtype == torch.bfloat16
+        and module.format.group in (32, 64, 128)
+        and module.count <= _MOST_EXPERTS
+        and all(size % GRAIN == 0 for size in sizes)
+        and _is_hopper(hidden_states.get_device())
+        and cuda.available()
+    )
+
+
+_decoded: dict[int, dict[tuple[int, str], Tensor]] = {}
+"""By device, NF4 scales of the layer that last ran forward: under checkpointing its backward comes next."""
+
+
+def _scales(module: Any, projection: Fused, transposed: bool) -> Tensor:
+    """bf16 scales in the order of the tiles; decoded anew in every forward pass, and once for it and its backward."""
+    if module.format.name != "nf4":
+        return module.get_buffer(f"{projection}_scale")
+    parts = [module.get_buffer(f"{projection}_{part}") for part in ("absmax", "absmax_scale", "absmax_offset")]
+    kept, key = _decoded.setdefault(parts[0].get_device(), {}), (id(module), projection)
+    if transposed and key in kept:
+        return kept.pop(key)
+    scales = decode_absmax(*parts, *module.sizes(projection))
+    if not transposed:
+        for other in [other for other in kept if other[0] != id(module)]:
+            del kept[other]
+        kept[key] = scales
+    return scales
+
+
+def tiled_of(module: Any, projection: Fused, transposed: bool) -> Tiled:
+    """A projection of a module whose weights are in tiles."""
+    rows, columns = module.sizes(projection)
+    codes = module.get_buffer(f"{projection}_packed")
+    return Tiled(
+        nf4=module.format.name == "nf4",
+        group=module.format.group,
+        rows=codes.shape[1] * rows,
+        columns=columns,
+        codes=codes,
+        scales=_scales(module, projection, transposed),
+    )
+
+
+def multiply(values_NK: Tensor, module: Any, projection: Fused, offsets_E1: Tensor, transposed: bool) -> Tensor:
+    """Rows sorted by expert times their experts' matrices, for `layer.run`; puts the weights into tiles first."""
+    module.arrange(tiled=True)
+    weights = tiled_of(module, projection, transposed)
+    return product(values_NK.contiguous(), weights, offsets_E1[1:].contiguous(), transposed=transposed)

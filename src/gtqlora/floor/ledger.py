@@ -1,0 +1,149 @@
+"""Every verdict is kept: beside the held-out set, so that tries are counted, and in the run, so that none is lost.
+
+Many edits judged on the same prompts until one passes, or one edit judged on ever more prompts, pass more often than
+the level says. The ledger counts them: the level is corrected for as many tries (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gtqlora.errors import RunError
+from gtqlora.results.verdict import typed
+from gtqlora.run import sha256_json
+from gtqlora.storage import user_state
+from gtqlora.storage.atomic import named_errors
+
+NAME = "gtqlora-ledger.jsonl"
+_OF_EDITS = "edits.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One verdict.
+
+    Attributes:
+        model, contrast: hashes of their contents.
+        judge: see `judge_trust.identity`.
+        shipped: whether what was judged is what `export` would write (the checkpoint's own experts and dtype).
+        decided: whether the judge could tell refusals from answers; what it said counts only then.
+        prompts: hash of each harmful prompt -> whether the original refuses it, whether the edit keeps that, and the
+            hashes of its groupings.
+    """
+
+    finished: str
+    adapter: str
+    model: str
+    contrast: str
+    judge: str
+    shipped: bool
+    decided: bool
+    verdict: str
+    reason: str
+    prompts: dict[str, list[bool | str]]
+
+    @property
+    def try_id(self) -> str:
+        """What makes two verdicts one try: the same edit on the same prompts, judged by the same judge."""
+        return sha256_json([self.adapter, self.judge, sorted(self.prompts)])
+
+
+def short_hash(value: str) -> str:
+    """Enough to tell prompts apart; the ledger holds none of their words."""
+    return sha256_json(value)[:12]
+
+
+def places(contrast: str, run: Path) -> list[Path]:
+    """Where the ledger of a held-out set may lie, the best first: beside it, with the user, in the run."""
+    path, package = Path(contrast), Path(__file__).parents[1]
+    local = path if path.exists() else Path(contrast.rpartition(":")[0])
+    state = user_state.folder()
+    found = [] if not local.is_absolute() or package in local.parents else [local.parent / NAME]
+    return [*found, *([state / NAME] if state else []), run / NAME]
+
+
+def of_edits(run: Path) -> Path:
+    """Where the verdicts on every edit are kept with the user, wherever runs and pairs lie; else in the run."""
+    return (user_state.folder() or run) / _OF_EDITS
+
+
+def on_edit(adapter: str, files: Iterable[Path]) -> list[Entry]:
+    """Every verdict on an edit that any of the files holds, the same one once."""
+    found = {}
+    for entry in (entry for file in files for entry in read(file) if entry.adapter == adapter):
+        found[json.dumps(asdict(entry), sort_keys=True)] = entry
+    return sorted(found.values(), key=lambda entry: entry.finished)
+
+
+def append(files: Iterable[Path], entry: Entry) -> Path:
+    """Add an entry to the first of the files that can be written; which one.
+
+    Raises:
+        OSError: none can.
+    """
+    problem: OSError | None = None
+    for file in files:
+        try:
+            with named_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _append(file, json.dumps(asdict(entry), sort_keys=True))
+            return file
+        except OSError as error:
+            problem = problem or error
+    raise problem or OSError("no place for the ledger of verdicts")
+
+
+def _append(file: Path, line: str) -> None:
+    """One line, whole or recognizably torn: a line that was cut off by a kill ends where the next begins."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(file))
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        data = f"{chr(10) if torn else ''}{line}\n".encode()
+        while data:
+            data = data[os.write(fd, data) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read(file: Path) -> list[Entry]:
+    """The entries of a file, none if it is not there; a line that was torn by a kill is left out.
+
+    Raises:
+        RunError: it is no plain file, or a whole line is none of ours.
+    """
+    if not os.path.lexists(file):
+        return []
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise RunError(f"{file}: not a plain file; the ledger of verdicts is kept there, so move it away")
+    entries = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # torn; it was never counted, and `verify` writes it anew
+        where = f"{file}: line {number}"
+        entries.append(typed(Entry, value, where, "restore it: it counts how often these prompts were used"))
+    return entries
+
+
+def tries(entries: Sequence[Entry], entry: Entry) -> int:
+    """How many tries on any of an entry's prompts there were, itself among them."""
+    mine = entry.prompts.keys()
+    return len({other.try_id for other in entries if other.prompts.keys() & mine} | {entry.try_id})
+
+
+def corrected(level: float, tries: int) -> float:
+    """The level at which each of so many tries is judged, so that all of them together keep `level` (Bonferroni)."""
+    return 1 - (1 - level) / tries

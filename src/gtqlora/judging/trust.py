@@ -1,0 +1,116 @@
+"""Which judges may run code. A judge `package.module:function` is the user's own code, or a stranger's.
+
+It is imported only if it was named on the command line (`--set judge=`), or by a caller of the Python API; never
+because a run directory, an adapter or a recipe names it. What the user named for a run is remembered outside of it,
+with the hash of the source: the same run, judge and source need not be named again.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import json
+from pathlib import Path
+
+from gtqlora.config import is_code
+from gtqlora.errors import ConfigError
+from gtqlora.run import sha256_file, sha256_json, write_json
+from gtqlora.storage import user_state
+
+_FILE = "judges.json"
+
+
+def source_of(judge: str) -> Path | None:
+    """The file of a judge's module, found without importing anything; None if there is none to be found."""
+    spec, places = None, None
+    for part in judge.partition(":")[0].split("."):
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(part, places)
+        except (ImportError, ValueError):
+            return None
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or ())
+    origin = spec.origin if spec is not None else None
+    return Path(origin) if origin is not None and Path(origin).is_file() else None
+
+
+def identity(judge: str) -> str:
+    """What the judge is: its phrases, or its name and the hash of its source, so that changed code is another judge."""
+    if not is_code(judge):
+        return judge
+    source = source_of(judge)
+    return f"{judge} sha256:{'unknown' if source is None else _hash_of(source, judge)}"
+
+
+def _hash_of(source: Path, judge: str) -> str:
+    """Of a judge's package, all of it; of a single module, and of those beside it that it imports."""
+    depth = judge.partition(":")[0].count(".") + (source.name == "__init__.py")
+    files = source.parents[depth - 1].rglob("*.py") if depth else _imported_beside(source, {source})
+    return sha256_json([(file.name, sha256_file(file)) for file in sorted(files)])
+
+
+def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
+    """The modules, and whole packages, of the same folder that a module imports, and that those import."""
+    if source.parent == Path(ast.__file__).parent:  # Python's own
+        return seen
+    try:
+        nodes = list(ast.walk(ast.parse(source.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError):
+        return seen
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    for name in {name.partition(".")[0] for name in names}:
+        module, package = source.with_name(f"{name}.py"), source.with_name(name)
+        found = [module] if module.is_file() else package.rglob("*.py") if (package / "__init__.py").is_file() else []
+        for file in set(found) - seen:
+            seen.add(file)
+            if file == module:
+                _imported_beside(file, seen)
+    return seen
+
+
+def check_named(judge: str, named_in: str) -> None:
+    """Assure that a judge that a file names is no code.
+
+    Raises:
+        ConfigError: it is; the message says how to name it oneself.
+    """
+    if is_code(judge):
+        raise ConfigError(
+            f"{named_in} names the judge {judge!r}, which is code, and code runs only if this call says so; if you "
+            f"trust it, say --set judge={judge}"
+        )
+
+
+def _key(run: Path, judge: str) -> str:
+    return sha256_json([str(run.resolve()), identity(judge)])
+
+
+def _remembered() -> list[str]:
+    place = user_state.folder()
+    try:
+        found = json.loads((place / _FILE).read_text()) if place else []
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [key for key in found if isinstance(key, str)] if isinstance(found, list) else []
+
+
+def remember(run: Path, judge: str) -> None:
+    """Note that the user named this judge for this run; where nothing can be noted it has to be named again."""
+    place = user_state.folder()
+    if place is None or not is_code(judge) or source_of(judge) is None:
+        return
+    known = _remembered()
+    if (key := _key(run, judge)) in known:
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(place / _FILE, [*known, key])
+    except OSError:
+        return
+
+
+def is_remembered(run: Path, judge: str) -> bool:
+    """Whether the user named this judge, with this very source, for this run before."""
+    return is_code(judge) and source_of(judge) is not None and _key(run, judge) in _remembered()

@@ -1,0 +1,56 @@
+"""Level 1 alone: a direction removed from the residual stream, with the routing held to what it was, or free.
+
+Shape letters: L states (embedding and decoder layers), D hidden.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gtqlora.capture import CallRecorder, Interchange, direction_removed
+from gtqlora.localize.trials import Change, Changes, Intervention, Trials, odds_of
+from gtqlora.progress import track
+from gtqlora.scoring import SourceRun
+
+
+def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Changes:
+    """The change that removes a direction from all that writes the residual stream."""
+
+    def change(_chosen: list[int]) -> Change:
+        held = CallRecorder()
+        return Change(
+            switch=lambda: direction_removed(trials.subject.model, direction_D),
+            source_runs=(SourceRun(expert_handlers=(held,)),) if routing_held else (),
+            expert_handlers=(Interchange(routing=held, inputs=None),) if routing_held else (),
+        )
+
+    return change
+
+
+def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
+    """The state whose direction takes most off the log-odds when removed; None without a readout."""
+    if not trials.readout:
+        return None
+    present = [layer for layer, direction_D in enumerate(directions_LD) if direction_D.norm() > 0]
+    means = {}
+    for layer in track(present, "each layer's direction", len(present)):
+        change = removing(trials, directions_LD[layer], routing_held=False)
+        odds = odds_of(trials.run(None, trials.flagged, change, first_only=True))
+        means[layer] = np.mean(np.array(odds))
+    return min(means, key=lambda layer: means[layer]) if means else None
+
+
+def ablations(trials: Trials, direction_D: Tensor, seed: int) -> list[Intervention]:
+    """The direction removed with routing held and free, and a random direction as control."""
+    random_D = torch.randn(len(direction_D), generator=torch.Generator().manual_seed(seed))
+    found = []
+    for name, vector_D, held, control in (
+        ("refusal direction removed, routing held", direction_D, True, False),
+        ("refusal direction removed", direction_D, False, False),
+        ("random direction removed", random_D, False, True),
+    ):
+        outcomes = trials.run(name, trials.flagged, removing(trials, vector_D, routing_held=held))
+        found.append(trials.intervention(name, outcomes, trials.own[0], control=control))
+    return found

@@ -1,0 +1,134 @@
+"""Linear erasure, checked by a probe trained afresh on what it leaves.
+
+A probe trained on the very states that an eraser was made from finds nothing, whichever eraser it is: the two means
+are equal there, and no linear probe beats that (Belrose et al., arXiv 2306.03819, theorem 3.1). So erasers come from
+the fit half, and the probe is trained on one fold of the held-out half and judged on the other, both ways round.
+
+Shape letters: N rows, R coordinates of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg, optimize, special
+
+from gtqlora.localize.directions.named import Array
+from gtqlora.localize.directions.separability import Parts, auroc, auroc_interval, mean_difference
+from gtqlora.stats import Interval
+
+Eraser = Callable[[Array], Array]
+"""states_NR -> states_NR."""
+
+_RIDGE = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erasure:
+    """Held-out AUROC of a linear probe before, without the difference of means, and after LEACE; and what they cost.
+
+    Both map states to themselves modulo the same vector, so what a linear probe can find after them is the same; what
+    it does find is what the fit half could not pin down. They differ in what else they take away.
+
+    Attributes:
+        mean_removed_cost, leace_cost: share of the held-out states' variance that is taken away.
+    """
+
+    before: Interval
+    mean_removed: Interval
+    leace: Interval
+    mean_removed_cost: float
+    leace_cost: float
+
+
+def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hidden: int, *, level: float) -> Erasure:
+    """What a probe still finds after each way of erasing.
+
+    Args:
+        n_groups: groups in the held-out half.
+        hidden: D; the states may be given in fewer coordinates.
+    """
+    fit = flagged_NR[parts.fit], twins_NR[parts.fit]
+    mean_removed, erased = without(mean_difference(*fit)), leace(*fit, hidden)
+    folds = [(flagged_NR[rows], twins_NR[rows]) for rows in parts.folds]
+    held_out_NR = np.concatenate([states for fold in folds for states in fold])
+
+    def found(erase: Eraser) -> Interval:
+        first, second = ([erase(states) for states in fold] for fold in folds)
+        area = (_probed(first, second, hidden) + _probed(second, first, hidden)) / 2
+        return auroc_interval(area, n_groups, level)
+
+    return Erasure(
+        before=found(lambda states_NR: states_NR),
+        mean_removed=found(mean_removed),
+        leace=found(erased),
+        mean_removed_cost=_cost(mean_removed, held_out_NR),
+        leace_cost=_cost(erased, held_out_NR),
+    )
+
+
+def _cost(erase: Eraser, states_NR: Array) -> float:
+    whole = states_NR.var(0).sum()
+    return float((states_NR - erase(states_NR)).var(0).sum() / whole) if whole > 0 else 0.0
+
+
+def without(direction_R: Array) -> Eraser:
+    """Orthogonal projection, for a direction of unit length or 0."""
+    return lambda states_NR: states_NR - np.outer(states_NR @ direction_R, direction_R)
+
+
+def leace(flagged_NR: Array, twins_NR: Array, hidden: int) -> Eraser:
+    """The least change that makes the two means equal (LEACE: Belrose et al., arXiv 2306.03819, theorem 4.3).
+
+    x - W^+ P W (x - mean), W whitening, P the projection on W times the cross-covariance. With two classes that is of
+    rank one: x - d a.(x - mean) / a.d, d the difference of means and a = S^+ d, S the covariance. S is shrunk towards
+    a multiple of the identity, so that it inverts, and does not follow noise, where rows are fewer than dimensions.
+    """
+    states_NR = np.concatenate([flagged_NR, twins_NR])
+    mean_R, difference_R = states_NR.mean(0), flagged_NR.mean(0) - twins_NR.mean(0)
+    if np.linalg.norm(difference_R) < 1e-9:
+        return lambda states: states
+    a_R = np.linalg.solve(_shrunk_covariance(states_NR - mean_R, hidden), difference_R)
+    a_R /= a_R @ difference_R
+    return lambda states: states - np.outer((states - mean_R) @ a_R, difference_R)
+
+
+def _shrunk_covariance(centred_NR: Array, hidden: int) -> Array:
+    """Oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Process. 58:5016, 2010, eq. 23)."""
+    n, r = centred_NR.shape
+    covariance_RR = centred_NR.T @ centred_NR / n
+    trace, of_square = np.trace(covariance_RR), (covariance_RR**2).sum()
+    rho = ((1 - 2 / hidden) * of_square + trace**2) / ((n + 1 - 2 / hidden) * (of_square - trace**2 / hidden))
+    rho = np.clip(rho, 1e-9, 1.0)
+    return (1 - rho) * covariance_RR + rho * trace / hidden * np.eye(r)
+
+
+def _probed(train: list[Array], judged: list[Array], hidden: int) -> float:
+    """AUROC of a probe trained on (flagged, twins), on other (flagged, twins)."""
+    weights_R = probe(train[0], train[1], hidden)
+    return auroc(judged[0] @ weights_R, judged[1] @ weights_R)
+
+
+def probe(flagged_NR: Array, twins_NR: Array, hidden: int) -> Array:
+    """Weights of a logistic regression, L2-penalized in whitened coordinates so that quiet ones count as loud ones do.
+
+    With as many of both, about their mean, it needs no constant.
+    """
+    states_NR = np.concatenate([flagged_NR, twins_NR])
+    centred_NR = states_NR - states_NR.mean(0)
+    if not centred_NR.any():
+        return np.zeros(states_NR.shape[1])
+    root_RR = np.linalg.cholesky(_shrunk_covariance(centred_NR, hidden))
+    signed_NR = linalg.solve_triangular(root_RR, centred_NR.T, lower=True).T
+    signed_NR[len(flagged_NR) :] *= -1
+
+    def loss(weights_R: Array) -> tuple[float, Array]:
+        margin_N = signed_NR @ weights_R
+        value = -special.log_expit(margin_N).mean() + _RIDGE / 2 * weights_R @ weights_R
+        gradient_R = -signed_NR.T @ special.expit(-margin_N) / len(margin_N) + _RIDGE * weights_R
+        return value, gradient_R
+
+    found_R = optimize.minimize(loss, np.zeros(signed_NR.shape[1]), jac=True, method="L-BFGS-B").x
+    return linalg.solve_triangular(root_RR, found_R, lower=True, trans=1)

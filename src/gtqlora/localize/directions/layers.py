@@ -1,0 +1,173 @@
+"""All that can be said of the residual directions at every layer, from states at the last prompt token.
+
+Shape letters: N pairs, M = 2N states, L states of a token (the embedding and every decoder layer), D hidden size,
+R <= D coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gtqlora.localize.directions.erasure import Erasure, erasure
+from gtqlora.localize.directions.named import (
+    MIN_GROUPS,
+    REFUSAL,
+    ROUNDING,
+    Array,
+    Cosine,
+    contrasts_of,
+    cosines,
+    leave_one_out,
+    named_at,
+    stacked,
+    unit,
+)
+from gtqlora.localize.directions.separability import (
+    Components,
+    Parts,
+    components,
+    mean_difference,
+    principal,
+    separation,
+    split,
+)
+from gtqlora.stats import Interval
+
+DIRECTION, FIRST_COMPONENT = "direction", "first_component"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStudy:
+    """One layer; statements are None below `MIN_GROUPS` groups, or where the states do not differ.
+
+    Attributes:
+        layer: 0 is the embedding.
+        norm: length of the refusal direction before it is normalized.
+        norms: of the other named directions.
+        separation: held-out AUROC along the difference of means.
+        cosines: between all named directions.
+    """
+
+    layer: int
+    norm: float
+    norms: dict[str, float]
+    separation: Interval | None
+    components: Components | None
+    erasure: Erasure | None
+    cosines: list[Cosine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionStudy:
+    """`layers` with what they stand on, and `tensors` of unit directions_LD from all pairs, fp32.
+
+    `tensors` holds "direction" (refusal), the other named directions, and "first_component" of the paired differences.
+    """
+
+    layers: tuple[LayerStudy, ...]
+    n_pairs: int
+    n_groups: int
+    tensors: dict[str, Tensor]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"n_pairs": self.n_pairs, "n_groups": self.n_groups, "layers": layers}
+
+
+def study(
+    states_NLD: Tensor,
+    twins_NLD: Tensor,
+    kinds: Sequence[str],
+    groups: Sequence[str],
+    *,
+    seed: int,
+    level: float = 0.95,
+) -> DirectionStudy:
+    """The directions between flagged prompts and their twins, layer by layer.
+
+    Args:
+        states_NLD, twins_NLD: fp32 on the CPU, of flagged prompts and of their twins in the same order.
+        kinds: "lookalike" or "harmful", per pair.
+        groups: pairs of one group (a pair_id) are never split between fitting and judging, and count as one.
+
+    Raises:
+        ModelError: a state is not finite; the message names the layer.
+    """
+    states_MLD = stacked(states_NLD, twins_NLD)
+    n_groups = len(set(groups))
+    weights = contrasts_of(kinds, groups)
+    without = leave_one_out(kinds, groups)
+    parts = split(groups, seed) if n_groups >= MIN_GROUPS else None
+    layers: list[LayerStudy] = []
+    tensors: list[dict[str, Array]] = []
+    for layer in range(states_MLD.shape[1]):
+        states_MD = states_MLD[:, layer].double().numpy()
+        named = named_at(weights, states_MD)
+        norms = {name: float(np.linalg.norm(vector)) for name, vector in named.items()}
+        states_MR = coordinates(states_MD)
+        judged = _Judged() if parts is None else _judge(states_MR, groups, parts, states_MD.shape[1], seed, level)
+        layers.append(
+            LayerStudy(
+                layer=layer,
+                norm=norms.pop(REFUSAL),
+                norms=norms,
+                separation=judged.separation,
+                components=judged.components,
+                erasure=judged.erasure,
+                cosines=cosines(weights, without, states_MR, level=level),
+            )
+        )
+        tensors.append(_tensors(named, states_MD))
+    return DirectionStudy(layers=tuple(layers), n_pairs=len(kinds), n_groups=n_groups, tensors=_over_layers(tensors))
+
+
+def coordinates(states_MD: Array) -> Array:
+    """The same states about their mean, of unit spread (root mean square length), in coordinates_MR with R <= M.
+
+    No statement depends on where the states lie, how long they are or how they are turned. States that differ by no
+    more than fp32 rounding become 0.
+    """
+    about_MD = states_MD - states_MD.mean(0)
+    spread = np.sqrt((about_MD**2).sum(1).mean())
+    if spread <= ROUNDING * np.linalg.norm(states_MD, axis=1).max():
+        return np.zeros((len(states_MD), 1))
+    few = len(about_MD) < about_MD.shape[1]
+    return (np.asarray(np.linalg.qr(about_MD.T, mode="r")).T if few else about_MD) / spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    separation: Interval | None = None
+    components: Components | None = None
+    erasure: Erasure | None = None
+
+
+def _judge(states_MR: Array, groups: Sequence[str], parts: Parts, hidden: int, seed: int, level: float) -> _Judged:
+    """What is judged on the held-out half."""
+    flagged_NR, twins_NR = np.split(states_MR, 2)
+    fit, held_out = parts.fit, parts.held_out
+    n_groups = len(set(np.asarray(groups)[held_out]))
+    mean_R = mean_difference(flagged_NR[fit], twins_NR[fit])
+    return _Judged(
+        separation=separation(flagged_NR[held_out], twins_NR[held_out], mean_R, n_groups, level=level),
+        components=components(flagged_NR, twins_NR, groups, parts, seed=seed, level=level),
+        erasure=erasure(flagged_NR, twins_NR, parts, n_groups, hidden, level=level),
+    )
+
+
+def _tensors(named: dict[str, Array], states_MD: Array) -> dict[str, Array]:
+    """Unit directions of one layer by their names in the file."""
+    flagged_ND, twins_ND = np.split(states_MD, 2)
+    renamed = {DIRECTION if name == REFUSAL else name: unit(vector) for name, vector in named.items()}
+    return {**renamed, FIRST_COMPONENT: principal(flagged_ND - twins_ND, 1)[0]}
+
+
+def _over_layers(tensors: list[dict[str, Array]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([found[name] for found in tensors])).float() for name in tensors[0]}

@@ -1,0 +1,134 @@
+"""How well one direction tells flagged prompts from their twins on groups that did not make it, and how much it holds.
+
+Shape letters: N pairs, R coordinates of a state, G groups, C components.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+from scipy import stats as st
+
+from gtqlora.localize.directions.named import Array, unit
+from gtqlora.stats import Interval, ratio_interval
+
+_COMPONENTS, _RESAMPLES = 5, 500
+# Scores closer than this are equal; states have unit spread.
+_TIE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Rows_N of the fit half, and of two folds of the held-out half; rows of one group are in one part."""
+
+    fit: NDArray[np.bool_]
+    folds: tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+    @property
+    def held_out(self) -> NDArray[np.bool_]:
+        return ~self.fit
+
+
+def split(groups: Sequence[str], seed: int) -> Parts:
+    """Half of the groups, a quarter, and another."""
+    order = sorted(set(groups))
+    random.Random(seed).shuffle(order)
+    half, quarter = len(order) // 2, (3 * len(order)) // 4
+
+    def rows(chosen: list[str]) -> NDArray[np.bool_]:
+        return np.isin(np.asarray(groups), chosen)
+
+    return Parts(fit=rows(order[:half]), folds=(rows(order[half:quarter]), rows(order[quarter:])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Principal components of the paired differences, made from the fit half, judged on the held-out half.
+
+    Attributes:
+        share_mean: share of the differences' squared length (their second moment about 0) along the difference of
+            means; bootstrap interval over groups.
+        shares: the same along each of the first components.
+        cosine: between the difference of means and the first component.
+        separation: AUROC along the first component.
+    """
+
+    share_mean: Interval
+    shares: list[Interval]
+    cosine: float
+    separation: Interval
+
+
+def auroc(flagged: Array, twins: Array) -> float:
+    """Share of flagged-twin pairs in which the flagged score is higher; half for a tie."""
+    gap = np.subtract.outer(flagged, twins)
+    return float(np.sign(np.where(np.abs(gap) < _TIE, 0.0, gap)).mean() / 2 + 0.5)
+
+
+def auroc_interval(area: float, n_groups: int, level: float) -> Interval:
+    """Score interval of an AUROC of `n_groups` flagged prompts against as many twins.
+
+    Newcombe's method 5 (Stat. Med. 25:559, 2006), i.e. Hanley & McNeil's variance at the tested value, so it has a
+    width at 0 and 1 too. Rows of one group count as one, and that twins are paired is not used: both make it wider.
+    """
+    z = float(st.norm.ppf(0.5 + level / 2))
+
+    def gap(theta: float) -> float:
+        spread = 1 + (n_groups - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return (area - theta) ** 2 - z**2 * theta * (1 - theta) * spread / n_groups**2
+
+    # at 0 and 1 the point itself is a root too, and not the one that bounds
+    inside = min(max(area, 1e-9), 1 - 1e-9)
+    low = 0.0 if area == 0 else float(optimize.brentq(gap, 0.0, inside))  # pyright: ignore[reportArgumentType]
+    high = 1.0 if area == 1 else float(optimize.brentq(gap, inside, 1.0))  # pyright: ignore[reportArgumentType]
+    return Interval(area, min(low, area), max(high, area), n_groups)
+
+
+def separation(flagged_NR: Array, twins_NR: Array, direction_R: Array, n_groups: int, *, level: float) -> Interval:
+    """AUROC of all rows given, along a direction."""
+    return auroc_interval(auroc(flagged_NR @ direction_R, twins_NR @ direction_R), n_groups, level)
+
+
+def mean_difference(flagged_NR: Array, twins_NR: Array) -> Array:
+    """direction_R of unit length, or 0."""
+    return unit((flagged_NR - twins_NR).mean(0))
+
+
+def principal(differences_NR: Array, count: int) -> Array:
+    """First components_CR of paired differences about 0 (Zou et al., arXiv 2310.01405), turned to the mean's side."""
+    # of the N x N products, as R may be far larger
+    _, vectors_NC = np.linalg.eigh(differences_NR @ differences_NR.T)
+    components_CR = unit(vectors_NC[:, : -count - 1 : -1].T @ differences_NR)
+    return components_CR * np.where(components_CR @ differences_NR.mean(0) < 0, -1.0, 1.0)[:, None]
+
+
+def components(
+    flagged_NR: Array, twins_NR: Array, groups: Sequence[str], parts: Parts, *, seed: int, level: float
+) -> Components | None:
+    """None where flagged prompts and twins have the same states."""
+    fit, held_out = parts.fit, parts.held_out
+    differences_NR = flagged_NR - twins_NR
+    mean_R = mean_difference(flagged_NR[fit], twins_NR[fit])
+    if not mean_R.any() or not differences_NR[held_out].any():
+        return None
+    found_CR = principal(differences_NR[fit], _COMPONENTS)
+    group_N = np.asarray(groups)[held_out].tolist()
+
+    def share(direction_R: Array) -> Interval:
+        of_N = differences_NR[held_out]
+        along_N, whole_N = (of_N @ direction_R) ** 2, (of_N**2).sum(1)
+        return ratio_interval(
+            along_N, whole_N, groups=group_N, bounds=(0.0, 1.0), seed=seed, level=level, resamples=_RESAMPLES
+        )
+
+    return Components(
+        share_mean=share(mean_R),
+        shares=list(map(share, found_CR)),
+        cosine=float(mean_R @ found_CR[0]),
+        separation=separation(flagged_NR[held_out], twins_NR[held_out], found_CR[0], len(set(group_N)), level=level),
+    )

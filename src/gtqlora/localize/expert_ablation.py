@@ -1,0 +1,171 @@
+"""On how few experts does refusal hang? Its curve against the number of experts ablated, and draws to train with.
+
+Shape letters: B batch, T tokens, K experts per token, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gtqlora.capture import Decision, Mask, Subject, observe
+from gtqlora.contrasts import Contrast, Row
+from gtqlora.families import Anatomy
+from gtqlora.judging.judge import Judge
+from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
+from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
+from gtqlora.progress import track
+from gtqlora.scoring import batches, decode
+from gtqlora.stats import Interval, rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Experts as an adversary would ablate them: those first that harmful prompts choose more than others do.
+
+    Attributes:
+        order: cut so that every layer keeps as many experts as a token chooses.
+        frequency_LE: how often each expert is chosen on both sides together.
+        against: what harmful prompts were compared with, "twins" or "benign rows".
+        prompts: harmful prompts it was made on.
+    """
+
+    order: tuple[Expert, ...]
+    frequency_LE: np.ndarray
+    against: str
+    prompts: int
+
+    def first(self, count: int) -> Ablated:
+        return ablated_of(self.order[:count])
+
+
+def rank(subject: Subject, rows: Contrast, *, prompts: int, batch_size: int, seed: int) -> Ranking | None:
+    """Rank experts by selection on harmful prompts less that on their twins, from where the two differ.
+
+    Without twins benign rows stand in for them; None if there are none either, or no harmful rows.
+    """
+    kept = (*rows.of_kind("harmful"), *rows.of_kind("benign"))
+    pairs = pairs_of(replace(rows, rows=kept), subject, prompts, seed)
+    if not pairs:
+        return None
+    since = [pair.common for pair in pairs]
+    harmful_LE, other_LE = (
+        observe(subject, tokens, since=since, batch_size=batch_size, label=label).prompt.rates_NLE.mean(0)
+        for tokens, label in (
+            ([pair.prompt for pair in pairs], "routing of harmful"),
+            ([pair.twin for pair in pairs], "routing of others"),
+        )
+    )
+    ranked = np.argsort(other_LE - harmful_LE, axis=None, kind="stable").tolist()
+    order = ablatable([divmod(i, subject.anatomy.spec.n_experts) for i in ranked], subject.anatomy.spec)
+    against = "twins" if pairs[0].matched else "benign rows"
+    frequency_LE = (harmful_LE + other_LE) / 2
+    return Ranking(order=tuple(order), frequency_LE=frequency_LE, against=against, prompts=len(pairs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which experts are ablated, point by point: ranked ones, and random draws of like layers and frequency."""
+
+    targeted: tuple[Ablated, ...]
+    random: tuple[tuple[Ablated, ...], ...]
+
+
+def plan(ranking: Ranking, *, most: int, controls: int, seed: int) -> Plan:
+    """1, 2, 4, ... experts, up to `most` or as many as can be ablatable; `controls` random draws beside each."""
+    rng = random.Random(seed)
+    targeted = tuple(ranking.first(count) for count in counts_up_to(min(most, len(ranking.order))))
+    drawn = tuple(tuple(random_like(t, ranking.frequency_LE, rng) for _ in range(controls)) for t in targeted)
+    return Plan(targeted=targeted, random=drawn)
+
+
+class RowsAblated:
+    """A mask for some rows of a batch only; no row's routing depends on another's."""
+
+    def __init__(self, mask: Mask, rows_B: Tensor) -> None:
+        self.mask, self.rows_B = mask, rows_B
+
+    def __call__(self, position: int, module: nn.Module, decision: Decision) -> Decision | None:
+        masked = self.mask(position, module, decision)
+        if masked is None:
+            return None
+        on_T1 = self.rows_B.repeat_interleave(len(decision.indices_TK) // len(self.rows_B)).unsqueeze(-1)
+        weights_TK = torch.where(on_T1, masked.weights_TK, decision.weights_TK)
+        return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, masked.indices_TK, decision.indices_TK))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Refusal of harmful prompts with `ablated` experts ablated, and with like ones drawn at random."""
+
+    ablated: int
+    targeted: Interval
+    random: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationCurve:
+    """Held-out harmful rows, and how they are completed and judged."""
+
+    subject: Subject
+    rows: Sequence[Row]
+    judge: Judge
+    batch_size: int
+    max_new_tokens: int
+    level: float
+
+    def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[Point]:
+        """Refusal along a plan in the subject's present state; `intact` are its refusals with every expert there.
+
+        The prompts are dealt out to the random draws, so that their interval, too, is over prompts.
+        """
+        whole = rate(intact, self.level)
+        points = [Point(ablated=0, targeted=whole, random=whole if any(plan.random) else None)]
+        for targeted, draws in zip(plan.targeted, plan.random, strict=True):
+            count = sum(map(len, targeted.values()))
+            found = rate(self._refused([targeted], f"{label}: {count} ablated"), self.level)
+            control = rate(self._refused(draws, f"{label}: {count} at random"), self.level) if draws else None
+            points.append(Point(ablated=count, targeted=found, random=control))
+        return points
+
+    def _refused(self, masks: Sequence[Ablated], label: str) -> list[bool]:
+        """Whether each row is refused; row i meets mask i modulo their number, all in the same batches."""
+        refused: dict[int, bool] = {}
+        total = -(-len(self.rows) // self.batch_size)
+        for chosen, prompts in track(batches(self.rows, self.subject, self.batch_size), label, total):
+            turn_B = torch.tensor(chosen, device=self.subject.device) % len(masks)
+            handlers = [RowsAblated(Mask(self.subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)]
+            texts = decode(self.subject, prompts, max_new_tokens=self.max_new_tokens, handlers=handlers).texts
+            refused.update(zip(chosen, map(self.judge, texts), strict=True))
+        return [refused[i] for i in range(len(self.rows))]
+
+
+class AblationSampler:
+    """What is ablated at each step of a training; it depends on the seed and the step only.
+
+    Half of the draws take a random share of each layer's experts, up to `share`; the others take the ranking's first
+    experts, as an adversary would, as many at most in all layers together, their number log-uniform.
+    """
+
+    def __init__(self, anatomy: Anatomy, ranking: Ranking, *, share: float, seed: int) -> None:
+        self.n_experts, self.layers = anatomy.spec.n_experts, len(anatomy.moe)
+        self.ranking, self.seed = ranking, seed
+        self.most = min(max(1, round(share * self.n_experts)), self.n_experts - anatomy.spec.top_k)
+
+    def experts(self, step: int) -> Ablated:
+        rng = random.Random(f"{self.seed} {step}")
+        if rng.random() < 0.5:
+            limit = min(self.most * self.layers, len(self.ranking.order))
+            return self.ranking.first(round(limit ** rng.random()))
+        layers = ((layer, rng.randint(0, self.most)) for layer in range(self.layers))
+        return {layer: tuple(sorted(rng.sample(range(self.n_experts), count))) for layer, count in layers}
+
+    def rows(self, step: int, count: int) -> list[bool]:
+        """By chance half of a batch's rows; the others keep the model as it is."""
+        rng = random.Random(f"{self.seed} {step} rows")
+        return [rng.random() < 0.5 for _ in range(count)]

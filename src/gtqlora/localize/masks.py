@@ -1,0 +1,243 @@
+"""Masking experts: curves over how many, and what each candidate does by itself, against random ones as often chosen.
+
+Shape letters: L MoE layers, E experts, N pairs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as st
+
+from gtqlora.capture import Mask
+from gtqlora.localize.trials import Change, Changes, Outcome, Trials, odds_of
+from gtqlora.progress import track
+from gtqlora.routing import RouterSpec
+from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, group_means, ratio_interval
+
+Expert = tuple[int, int]
+"""(position among the MoE layers, expert)."""
+
+Ablated = dict[int, tuple[int, ...]]
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+MIN_GROUPS = 8
+"""Pair_ids to test experts on, below which nothing is said of single ones."""
+
+
+def ablated_of(experts: Iterable[Expert]) -> Ablated:
+    """Experts by position, as `capture.Mask` takes them."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for position, expert in experts:
+        found[position].append(expert)
+    return {position: tuple(sorted(numbers)) for position, numbers in found.items()}
+
+
+def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
+    """The experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
+    room = spec.n_experts - spec.top_k
+    count: dict[int, int] = defaultdict(int)
+    kept = []
+    for position, expert in experts:
+        if count[position] < room:
+            count[position] += 1
+            kept.append((position, expert))
+    return kept
+
+
+def random_like(masked: Ablated, frequency_LE: NDArray[np.floating], rng: random.Random) -> Ablated:
+    """A control for a mask: in each layer as many other experts (or all there are), near in selection frequency."""
+    control = {}
+    for layer, experts in masked.items():
+        others = [e for e in range(frequency_LE.shape[1]) if e not in experts]
+        drawn: list[int] = []
+        for expert in experts[: len(others)]:
+            near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
+            drawn.append(rng.choice(near[: max(4, len(others) // 3)]))
+            others.remove(drawn[-1])
+        control[layer] = tuple(sorted(drawn))
+    return control
+
+
+def ablating(trials: Trials, masked: Ablated) -> Changes:
+    """The change that routes around these experts."""
+    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, masked),))
+
+
+@dataclass(frozen=True)
+class Point:
+    """The flagged prompts with m experts masked."""
+
+    m: int
+    refusal: Interval
+    log_odds: Interval | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Refusal of flagged prompts over the number of masked experts, in one order of experts."""
+
+    name: str
+    control: bool
+    points: list[Point]
+
+
+def counts_up_to(most: int) -> list[int]:
+    """Numbers of experts to mask: doubling, and the last one."""
+    return sorted({*(m for m in COUNTS if m < most), most}) if most else []
+
+
+def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
+    """Mask the first m of a ranking."""
+    ranking = ablatable(ranking, trials.subject.anatomy.spec)
+    points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
+    for m in track(counts, f"mask the {name}", len(counts)):
+        change = ablating(trials, ablated_of(ranking[:m]))
+        points.append(_point(trials, m, [trials.run(None, trials.flagged, change)]))
+    return Curve(name, False, points)
+
+
+def random_curve(
+    trials: Trials, ranking: Sequence[Expert], frequency_LE: NDArray[np.floating], draws: int, seed: int
+) -> Curve:
+    """Mask random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
+    rng, ranking = random.Random(seed), ablatable(ranking, trials.subject.anatomy.spec)
+    points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
+    for m in track(counts, "mask random experts", len(counts)):
+        like = [random_like(ablated_of(ranking[:m]), frequency_LE, rng) for _ in range(draws)]
+        points.append(_point(trials, m, [trials.run(None, trials.flagged, ablating(trials, drawn)) for drawn in like]))
+    return Curve("random, matched in layer and frequency", True, points)
+
+
+def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> Point:
+    """Over all draws; a pair's are one group with its siblings'."""
+    every = trials.of([pair for _ in draws for pair in trials.pairs])
+    outcomes = [outcome for drawn in draws for outcome in drawn]
+    return Point(m, every.refusal(outcomes), every.mean_odds(outcomes))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one candidate does to the log-odds of flagged prompts, as part of the gap between them and their twins.
+
+    Attributes:
+        position: among the MoE layers.
+        mask: the part that goes when it alone is masked.
+        restore: the part that returns when it alone is restored while all other candidates stay masked.
+        control: the larger of the two for a random expert of the same layer, chosen as often.
+        q: that the larger of its two effects is no more than the least effect that counts; controlled over candidates.
+        acts: what it restores (or, where no candidate gives anything back by itself, what goes with it) exceeds the
+            least effect, and every control.
+    """
+
+    position: int
+    expert: int
+    mask: Interval
+    restore: Interval
+    control: Interval
+    q: float
+    acts: bool
+
+
+class _Odds:
+    """Log-odds of the flagged prompts under masks, each computed once."""
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+        self._known: dict[frozenset[Expert], NDArray[np.floating]] = {}
+
+    def __call__(self, experts: Iterable[Expert]) -> NDArray[np.floating]:
+        key = frozenset(experts)
+        if key not in self._known:
+            change = ablating(self.trials, ablated_of(sorted(key)))
+            found = self.trials.run(None, self.trials.flagged, change, first_only=True)
+            self._known[key] = np.array(odds_of(found))
+        return self._known[key]
+
+
+def expert_effects(
+    trials: Trials,
+    candidates: Sequence[Expert],
+    frequency_LE: NDArray[np.floating],
+    *,
+    min_effect: float,
+    level: float,
+    seed: int,
+) -> list[Effect]:
+    """Test each candidate, with a random expert of its layer and frequency as its control.
+
+    An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
+    while they are masked. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
+    than `MIN_GROUPS` pair_ids.
+    """
+    candidates = ablatable(candidates, trials.subject.anatomy.spec)
+    if not candidates or not trials.readout or len(set(trials.groups)) < MIN_GROUPS:
+        return []
+    odds = _Odds(trials)
+    base_N = odds(())
+    gap_N = base_N - np.array(odds_of(trials.own[1]))
+    if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
+        return []
+    rng = random.Random(seed)
+    all_of = set(candidates)
+    measured = []
+    for candidate in track(candidates, "each expert", len(candidates)):
+        control = _stand_in(candidate, all_of, frequency_LE, rng)
+        if control and control not in ablatable([*candidates, control], trials.subject.anatomy.spec):
+            control = None
+        mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
+        like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
+        measured.append((mask_N, back_N, max(like_N, key=np.mean)))
+    return _judged(candidates, measured, gap_N, trials.groups, min_effect, level)
+
+
+def _stand_in(
+    candidate: Expert, taken: set[Expert], frequency_LE: NDArray[np.floating], rng: random.Random
+) -> Expert | None:
+    """A random expert of the same layer that is no candidate, near in frequency; None if all are candidates."""
+    layer, expert = candidate
+    others = [e for e in range(frequency_LE.shape[1]) if (layer, e) not in taken]
+    near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
+    return (layer, rng.choice(near[: max(4, len(near) // 3)])) if near else None
+
+
+def _judged(
+    candidates: Sequence[Expert],
+    measured: Sequence[tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]],
+    gap_N: NDArray[np.floating],
+    groups: Sequence[str],
+    min_effect: float,
+    level: float,
+) -> list[Effect]:
+    least_N = min_effect * gap_N
+    p = np.array([[_p_above(part - least_N, groups) for part in parts[:2]] for parts in measured])
+    q = benjamini_hochberg(p)
+    sure = q < 1 - level
+    counted = 1 if sure[:, 1].any() else 0
+    highest = max(float(like_N.mean()) for *_, like_N in measured)
+    return [
+        Effect(
+            position=position,
+            expert=expert,
+            mask=ratio_interval(parts[0], gap_N, groups=groups, bounds=None),
+            restore=ratio_interval(parts[1], gap_N, groups=groups, bounds=None),
+            control=ratio_interval(parts[2], gap_N, groups=groups, bounds=None),
+            q=float(q[i].min()),
+            acts=bool(sure[i, counted] and parts[counted].mean() > highest),
+        )
+        for i, ((position, expert), parts) in enumerate(zip(candidates, measured, strict=True))
+    ]
+
+
+def _p_above(values_N: NDArray[np.floating], groups: Sequence[str]) -> float:
+    """One-sided t-test that the mean is above zero, on means over groups."""
+    means = group_means(values_N, groups)
+    if len(means) < 2 or means.std() < 1e-12:
+        return 1.0
+    return float(st.t.sf(means.mean() / (means.std(ddof=1) / np.sqrt(len(means))), df=len(means) - 1))

@@ -1,0 +1,1 @@
+"""A run's artefacts as one self-contained HTML page; reads results only, never a model."""

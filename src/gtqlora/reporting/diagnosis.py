@@ -1,0 +1,294 @@
+"""Where the behaviour sits: shares, needed and enough, experts, effect curves, directions, load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gtqlora.reporting import curves, tables, words
+from gtqlora.reporting.artefacts import Json
+from gtqlora.reporting.forest import Forest, Line, Scale, Style, holding, line, mark, told
+from gtqlora.reporting.heatmap import HeatMap, heat_map
+from gtqlora.reporting.sections import Figure
+from gtqlora.reporting.tables import Table
+
+LEVELS = {
+    "routing": "routing",
+    "experts": "experts’ computation",
+    "residual": "residual stream",
+    "interaction": "interaction",
+}
+_SIDES = ("routing", "experts", "stream")
+_MOST_DRAWN = 12
+_TEST = Style(tint="accent", meaning="test")
+_CONTROL = Style(tint="control", shape="square", meaning="control")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """What was measured of one expert alone."""
+
+    layer: int
+    expert: int
+    cause: str
+    forest: Forest
+    tokens: Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Atlas:
+    """The heat map with what opens from it; `twin` heads the columns of what flagged prompts were compared with."""
+
+    title: str
+    caption: str
+    map: HeatMap
+    table: Table
+    tested: list[Tested]
+    twin: str
+    others: str
+
+
+def _others(diagnosis: Json) -> str:
+    """What flagged prompts were compared with."""
+    return "their harmless twins" if diagnosis["matched"] else "unrelated benign prompts"
+
+
+def atlas(diagnosis: Json, association: Sequence[Json]) -> Atlas | None:
+    if not association:
+        return None
+    twin = "twin" if diagnosis["matched"] else "benign"
+    return Atlas(
+        title="Which experts are chosen more on flagged prompts",
+        caption="Each cell is an expert: how much more often it is chosen on flagged prompts than on "
+        f"{_others(diagnosis)}. That is association; whether it causes is tested below. "
+        "Choose a cell for all that is known of that expert.",
+        map=heat_map(diagnosis, association, twin),
+        table=tables.associations(association, diagnosis, twin),
+        tested=[_tested(found) for found in diagnosis["experts"]],
+        twin=twin,
+        others=_others(diagnosis),
+    )
+
+
+_MASKED = Style(tint="accent", meaning="masked alone")
+_GIVEN = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates masked")
+_ALIKE = Style(tint="control", shape="square", meaning="control: random experts alike, masked")
+
+
+def _interchanges(found: Json) -> list[tuple[Json, Style]]:
+    return [(found["mask"], _MASKED), (found["restore"], _GIVEN), (found["control"], _ALIKE)]
+
+
+def _tested(found: Json) -> Tested:
+    parts = _interchanges(found)
+    scale = holding(interval for interval, _ in parts)
+    forest = Forest(
+        heading="Swap",
+        measure="part of the gap",
+        columns=("Effect",),
+        lines=[line(words.capital(style.meaning), [(interval, style)], scale) for interval, style in parts],
+        scale=scale,
+    )
+    return Tested(
+        layer=found["layer"],
+        expert=found["expert"],
+        cause=words.cause(found),
+        forest=forest,
+        tokens=tables.tokens(found["tokens"]),
+    )
+
+
+def diagnosis_figures(diagnosis: Json) -> list[Figure]:
+    """All but the heat map, in the order of the argument; what was not measured is left out."""
+    figures = (_one_by_one(diagnosis), _effects(diagnosis), _interventions(diagnosis), _directions(diagnosis))
+    return [figure for figure in (*figures, _load(diagnosis)) if figure]
+
+
+def shares(diagnosis: Json) -> list[Figure]:
+    """How the behaviour divides among the levels, and every combination of them that was run."""
+    if not diagnosis["shares"]:
+        return []
+    return [
+        _shares(diagnosis),
+        *([_necessary(diagnosis)] if diagnosis["necessary"] else []),
+        *([_cells(diagnosis)] if diagnosis["cells"] else []),
+    ]
+
+
+def _shares(diagnosis: Json) -> Figure:
+    columns = {
+        Style(tint="accent", meaning="refusals", bar=True): diagnosis["shares"],
+        Style(tint="second", shape="diamond", meaning="log-odds of refusing"): diagnosis["shares_log_odds"],
+    }
+    title = "How much of it sits where"
+    caption = (
+        "Owen values: each level’s part of the refusals when levels are exchanged between a flagged prompt and its "
+        "twin, averaged over orders. They sum to 1. Interaction above 0: levels only work together; below 0: each is "
+        "sufficient alone. Thin bars are 95 % intervals."
+    )
+    return _levels("shares", title, caption, columns, LEVELS)
+
+
+def _necessary(diagnosis: Json) -> Figure:
+    columns = {
+        Style(tint="accent", meaning="necessary"): diagnosis["necessary"],
+        Style(tint="second", shape="diamond", meaning="sufficient"): diagnosis["sufficient"],
+    }
+    caption = (
+        "Needed: the part of the refusals that goes when only this level is the twin’s. "
+        "Enough: the part that comes when only this level is the flagged prompt’s."
+    )
+    names = {key: name for key, name in LEVELS.items() if key in diagnosis["necessary"]}
+    return _levels("necessary", "What is needed, and what is enough", caption, columns, names)
+
+
+def _levels(id: str, title: str, caption: str, found: dict[Style, Json], names: Json) -> Figure:
+    measured = {style: values for style, values in found.items() if values}
+    columns = {words.capital(style.meaning): values for style, values in measured.items()}
+    scale = holding(interval for values in measured.values() for interval in values.values())
+    forest = Forest(
+        heading="Level",
+        measure="part of the refusals",
+        columns=tuple(columns),
+        lines=[
+            line(words.capital(name), [(values.get(key), style) for style, values in measured.items()], scale)
+            for key, name in names.items()
+        ],
+        scale=scale,
+        key=tuple(measured),
+    )
+    return Figure(id=id, title=title, caption=caption, tables=[tables.levels(title, columns, names)], forest=forest)
+
+
+def _cells(diagnosis: Json) -> Figure:
+    found = sorted(diagnosis["cells"], key=lambda cell: -sum(cell[side] == "flagged" for side in _SIDES))
+    lines = [
+        Line(
+            label="  ".join(f"{'■' if cell[side] == 'flagged' else '□'} {side}" for side in _SIDES),
+            marks=(mark(cell["refusal"], _TEST, Scale()),),
+            texts=(told(cell["refusal"]), _real(cell["log_odds"])),
+        )
+        for cell in found
+    ]
+    return Figure(
+        id="cells",
+        title="Every combination of levels",
+        caption="■ from the flagged prompt, □ from its twin: which experts are chosen (routing), what they are given "
+        "(experts), and the rest of the residual stream.",
+        tables=[tables.cells(found, _SIDES)],
+        forest=Forest(
+            heading="Taken from", measure="refused", columns=("Refused", "Log-odds"), lines=lines, scale=Scale()
+        ),
+    )
+
+
+def _real(interval: Json | None) -> tuple[str, str]:
+    return words.number(words.value_of(interval)), words.span(interval, 3) if interval else ""
+
+
+def _one_by_one(diagnosis: Json) -> Figure | None:
+    if not diagnosis["experts"]:
+        return None
+    found = sorted(diagnosis["experts"], key=lambda e: not words.cause(e))[:_MOST_DRAWN]
+    scale = holding(interval for e in found for interval, _ in _interchanges(e))
+    lines = [
+        Line(
+            label=words.capital(words.place(e)),
+            marks=tuple(mark(interval, style, scale) for interval, style in _interchanges(e)),
+            texts=(told(e["mask"]), told(e["restore"])),
+            tag=words.cause(e),
+            opens=(e["layer"], e["expert"]),
+        )
+        for e in found
+    ]
+    forest = Forest(
+        heading="Expert",
+        measure="part of the gap",
+        columns=("Ablated alone", "Given back alone"),
+        lines=lines,
+        scale=scale,
+        key=(_MASKED, _GIVEN, _ALIKE),
+    )
+    return Figure(
+        id="one-by-one",
+        title="Candidates, one expert at a time",
+        caption="Effect on the log-odds of refusing, as part of the gap between flagged prompts and "
+        f"{_others(diagnosis)}. Causal: its effect exceeds every control’s, and it is chosen more on flagged prompts; "
+        "computes it: it is chosen alike. "
+        f"{len(found)} of {len(diagnosis['experts'])} are drawn; the table has all.",
+        tables=[tables.tested(diagnosis["experts"])],
+        forest=forest,
+    )
+
+
+def _effects(diagnosis: Json) -> Figure | None:
+    if not diagnosis["curves"]:
+        return None
+    return Figure(
+        id="effects",
+        title="How refusal falls as experts are masked",
+        caption="Flagged prompts with the first m experts of each order masked; bands are 95 % intervals. Random "
+        "experts of like frequency in the same layers are the control: an order tells something where it leaves "
+        "their band.",
+        tables=[tables.effects(diagnosis["curves"])],
+        plots=curves.effect_plots(diagnosis["curves"]),
+    )
+
+
+def _interventions(diagnosis: Json) -> Figure | None:
+    if not diagnosis["interventions"]:
+        return None
+    lines = [
+        Line(
+            label=i["name"],
+            marks=(mark(i["refusal"], _CONTROL if i["control"] else _TEST, Scale()),),
+            texts=(told(i["refusal"]), told(i["accuracy"])),
+            tag="control" if i["control"] else "",
+        )
+        for i in diagnosis["interventions"]
+    ]
+    forest = Forest(
+        heading="Intervention",
+        measure="refused",
+        columns=("Refused", "Right answers"),
+        lines=lines,
+        scale=Scale(),
+        key=(_TEST, _CONTROL),
+    )
+    return Figure(
+        id="interventions",
+        title="What changes refusal",
+        caption="Share refused under each change, with its 95 % interval. Controls disturb as much, but not where the "
+        "behaviour is suspected: if they move refusal too, the test shows nothing.",
+        tables=[tables.interventions(diagnosis["interventions"])],
+        forest=forest,
+    )
+
+
+def _directions(diagnosis: Json) -> Figure | None:
+    layers = diagnosis["directions"].get("layers", ())
+    if not layers:
+        return None
+    return Figure(
+        id="directions",
+        title="Directions in the residual stream",
+        caption="Made on half of the pairs, judged on the other half; bands are 95 % intervals. That a direction "
+        "separates does not say that it causes. Gaps: too few pairs, or states that do not differ.",
+        tables=[table for table in (tables.directions(layers), tables.cosines(layers)) if table.rows],
+        plots=curves.direction_plots(layers),
+    )
+
+
+def _load(diagnosis: Json) -> Figure | None:
+    if not diagnosis["health"]:
+        return None
+    return Figure(
+        id="load",
+        title="Router health of the model as it is",
+        caption=f"Balance of the experts’ load over {words.count(diagnosis['health_tokens'])} tokens, layer by layer.",
+        tables=[tables.load(diagnosis["health"])],
+        plots=curves.load_plots(diagnosis["health"]),
+    )
+
+
+__all__ = ["Atlas", "atlas", "diagnosis_figures", "shares"]

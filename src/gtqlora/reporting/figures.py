@@ -1,0 +1,197 @@
+"""Plotly figures as plain specs. Colours are `var(--name)` of the style sheet; the page's script fills them in."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gtqlora.reporting.artefacts import Json
+from gtqlora.reporting.words import known
+
+Spec = dict[str, Any]
+MAX_POINTS = 400
+_BORDER = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
+_SIGN = {"circle": "●", "diamond": "◆", "square-open": "□", "triangle-up": "▲", "circle-open": "○"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """Colour, dash and symbol of a line; two lines of one plot differ in more than colour."""
+
+    colour: str
+    dash: str = "solid"
+    symbol: str = "circle"
+
+    @property
+    def border(self) -> str:
+        """The dash in the style sheet's words."""
+        return _BORDER[self.dash]
+
+    @property
+    def sign(self) -> str:
+        return _SIGN[self.symbol]
+
+
+BLUE = Style(colour="var(--accent)")
+ORANGE = Style(colour="var(--second)", dash="dash", symbol="diamond")
+PURPLE = Style(colour="var(--third)", dash="dot", symbol="triangle-up")
+GREY = Style(colour="var(--ink-soft)", dash="dot", symbol="square-open")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line: places, values, and the intervals around them where there are any; None is a gap."""
+
+    name: str
+    style: Style
+    x: Sequence[Any]
+    y: Sequence[float | None]
+    bounds: Sequence[tuple[float, float] | None] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One drawing: its spec, what a screen reader hears, and its height in pixels.
+
+    Attributes:
+        title: small heading over the drawing, where several stand in one figure.
+        key: name and style of each line, where there are several.
+    """
+
+    id: str
+    label: str
+    spec: Spec
+    height: int = 240
+    title: str = ""
+    key: tuple[tuple[str, Style], ...] = ()
+
+
+def plain(text: Any) -> str:
+    """Plotly reads tags in its texts; a path or a name must stay what it is."""
+    return html.escape(str(text), quote=False)
+
+
+def rounded(value: Any) -> float | None:
+    """Four significant digits; None for what is not known."""
+    return float(f"{value:.4g}") if known(value) else None
+
+
+def thinned(rows: Sequence[Json], most: int) -> list[Json]:
+    """At most so many rows, evenly, the last one among them."""
+    if len(rows) <= most:
+        return list(rows)
+    kept = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
+    return [rows[i] for i in kept]
+
+
+def estimates(name: str, style: Style, x: Sequence[Any], found: Sequence[Json | None]) -> Series:
+    """A line through intervals."""
+    return Series(
+        name=name,
+        style=style,
+        x=x,
+        y=[rounded(interval["value"]) if interval else None for interval in found],
+        bounds=[(interval["low"], interval["high"]) if interval else None for interval in found],
+    )
+
+
+def layout_of(**extra: Any) -> Spec:
+    return {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "var(--ink-soft)"},
+        "margin": {"l": 52, "r": 12, "t": 12, "b": 44},
+        "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
+        "dragmode": False,
+        "showlegend": False,
+        **extra,
+    }
+
+
+def axis_of(title: str = "", **extra: Any) -> Spec:
+    return {
+        "title": {"text": title, "standoff": 8, "font": {"size": 12}},
+        "gridcolor": "var(--grid)",
+        "zerolinecolor": "var(--line)",
+        "linecolor": "var(--line)",
+        "fixedrange": True,
+        "automargin": True,
+        **extra,
+    }
+
+
+def line_plot(id: str, title: str, series: Sequence[Series], *, x: Spec, y: Spec, what: str, **layout: Any) -> Plot:
+    """Lines with bands over `what`; empty lines are left out."""
+    drawn = [line for line in series if any(value is not None for value in line.y)]
+    data = [*(_band(line) for line in drawn if line.bounds), *(_line(line, y.get("tickformat", "")) for line in drawn)]
+    spec = {"data": data, "layout": layout_of(xaxis=axis_of(**x), yaxis=axis_of(**y), **layout)}
+    key = tuple((line.name, line.style) for line in drawn) if len(drawn) > 1 else ()
+    return Plot(id, f"{title} over {what}", spec, title=title, key=key)
+
+
+def _line(line: Series, form: str) -> Spec:
+    value = "%{y:" + (".1%" if form.endswith("%") else ".3g") + "}"
+    ends = value.replace("y", "customdata[0]") + " to " + value.replace("y", "customdata[1]")
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(line.x) <= 100 else "lines",
+        "name": plain(line.name),
+        "x": list(line.x),
+        "y": list(line.y),
+        "customdata": [[rounded(end) for end in ends] if ends else [None, None] for ends in line.bounds or ()],
+        "line": {"color": line.style.colour, "dash": line.style.dash, "width": 2},
+        "marker": {"size": 7, "symbol": line.style.symbol},
+        "hovertemplate": f"%{{x}}: {value}"
+        + (f" ({ends})" if line.bounds else "")
+        + f"<extra>{plain(line.name)}</extra>",
+    }
+
+
+def _band(line: Series) -> Spec:
+    held = [(x, *ends) for x, ends in zip(line.x, line.bounds or (), strict=True) if ends]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [x for x, _, _ in held] + [x for x, _, _ in reversed(held)],
+        "y": [rounded(high) for _, _, high in held] + [rounded(low) for _, low, _ in reversed(held)],
+        "fill": "toself",
+        "fillcolor": line.style.colour,
+        "line": {"width": 0},
+        "opacity": 0.16,
+        "hoverinfo": "skip",
+    }
+
+
+def level_line(at: float, text: str) -> Spec:
+    """Layout of a dotted line across the drawing, with its name."""
+    return {
+        "shapes": [
+            {
+                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at, "y1": at,
+                "line": {"color": "var(--ink-soft)", "dash": "dot", "width": 1},
+            }
+        ],
+        "annotations": [
+            {
+                "text": text, "xref": "paper", "x": 1, "y": at, "xanchor": "right", "yanchor": "top",
+                "showarrow": False,
+            }
+        ],
+    }  # fmt: skip
+
+
+def errors_of(intervals: Sequence[Json]) -> Spec:
+    """Error bars."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(i["high"] - i["value"], 0.0) for i in intervals],
+        "arrayminus": [max(i["value"] - i["low"], 0.0) for i in intervals],
+        "thickness": 1.2,
+        "width": 3,
+        "color": "var(--ink-soft)",
+    }

@@ -1,0 +1,169 @@
+"""A figure, and those of the edit, its making and its comparison with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gtqlora.reporting import curves, tables, words
+from gtqlora.reporting.artefacts import Artefacts, Json, Peer
+from gtqlora.reporting.comparison import trade_off
+from gtqlora.reporting.figures import Plot
+from gtqlora.reporting.forest import Forest, Line, Scale, Style, line, mark
+from gtqlora.reporting.tables import Table
+
+_BEFORE = Style(tint="control", shape="ring", meaning="before")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Drawings with their caption and the numbers behind them.
+
+    Attributes:
+        open: the tables are the figure, so they are not folded away.
+    """
+
+    id: str
+    title: str
+    caption: str
+    tables: list[Table]
+    forest: Forest | None = None
+    plots: list[Plot] = field(default_factory=list)
+    open: bool = False
+
+
+# --- what the edit did
+
+
+def before_after(table: Json) -> Figure:
+    lines = []
+    for kind in words.KINDS:
+        row, after = table[kind], Style(tint=kind, meaning="after")
+        found = (row["refusal_before"], _BEFORE), (row["refusal_after"], after)
+        right = ("accuracy_before", "accuracy_after")
+        lines.append(
+            Line(
+                label=words.capital(kind),
+                note=words.KIND_MEANING[kind],
+                marks=tuple(mark(interval, style, Scale()) for interval, style in found),
+                texts=(
+                    (
+                        words.arrow(*(interval for interval, _ in found)),
+                        f"drop {words.points(row['drop']['value'])} points, q\u00a0{words.q_value(row['q'])}",
+                    ),
+                    (words.arrow(*(row[key] for key in right)), f"after: {words.span(row[right[1]])}")
+                    if all(row[key] for key in right)
+                    else (words.NONE, "no answer expected"),
+                ),
+            )
+        )
+    forest = Forest(
+        heading="Prompts",
+        measure="refused",
+        columns=("Refused", "Right answers"),
+        lines=lines,
+        scale=Scale(),
+        key=(_BEFORE, Style(tint="control", meaning="after")),
+    )
+    return Figure(
+        id="before-after",
+        title="Before and after, by kind of prompt",
+        caption="Share refused; bars are 95 % intervals. q is McNemar’s p-value of the change, corrected for the "
+        "three kinds.",
+        tables=[tables.before_after(table)],
+        forest=forest,
+    )
+
+
+def mediation(verdict: Json) -> Figure:
+    row = verdict["table"]["lookalike"]
+    names = {"Before": "refusal_before", "After the edit": "refusal_after"}
+    names |= {"After, original routing replayed": "refusal_replayed"} if row["refusal_replayed"] else {}
+    style = Style(tint="lookalike")
+    lines = [line(label, [(row[key], style)], Scale()) for label, key in names.items()]
+    forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
+    return Figure(
+        id="mediation",
+        title="By which way it works",
+        caption=words.mediation(verdict["mediation"]),
+        tables=[],
+        forest=forest,
+    )
+
+
+def ablation(verdict: Json) -> Figure | None:
+    found = verdict.get("ablation")
+    if not found:
+        return None
+    named = [(key, name) for key, name, _ in curves.SILENCED]
+    return Figure(
+        id="ablation",
+        title="On how few experts refusal of harmful prompts hangs",
+        caption="Held-out harmful prompts with experts ablated, those first that are chosen most on harmful prompts "
+        f"compared with {found['ranked_against']}. A curve that falls early says that whoever can ablate a few "
+        "experts can take the refusals away. It has no part in the floor’s verdict.",
+        tables=[tables.ablation(found, named)],
+        plots=curves.ablation_plots(found),
+    )
+
+
+def drift(verdict: Json) -> Figure:
+    moved = verdict["kl_benign"]
+    return Figure(
+        id="drift",
+        title="What else moved",
+        caption="On benign prompts the edited model’s next-token distribution is "
+        f"{words.number(moved['value'])} nats per token from the original’s (95 % interval {words.span(moved, 3)}). "
+        "Routing drift, per kind of prompt:",
+        tables=[tables.drift(verdict["drift"])],
+        open=True,
+    )
+
+
+def edit_figures(verdict: Json) -> list[Figure]:
+    """All after the floor."""
+    figures = (mediation(verdict), ablation(verdict), drift(verdict))
+    return [figure for figure in figures if figure]
+
+
+# --- how it was made, and others beside it
+
+
+def making(artefacts: Artefacts) -> list[Figure]:
+    learning, health = curves.learning_plots(artefacts.metrics), curves.health_plots(artefacts.metrics)
+    found = []
+    if learning:
+        caption = "The margin is how much more than the original the edit prefers the chosen answer."
+        table = tables.learning(artefacts.metrics)
+        found.append(Figure(id="learning", title="Learning", caption=caption, tables=[table], plots=learning))
+    if health:
+        caption = (
+            "On the batches that were logged. Overlap and divergence compare with the original’s routing of the same "
+            "tokens; lookalike is meant to move, harmful and benign are anchored."
+        )
+        table = tables.health(artefacts.metrics)
+        found.append(Figure(id="health", title="Router health", caption=caption, tables=[table], plots=health))
+    details = artefacts.info["details"] if artefacts.info else {}
+    if details.get("candidates"):
+        table = tables.candidates(details["candidates"], details.get("layer", -1))
+        caption = "Each layer’s direction was removed in turn; the one that leaves the fewest refusals was taken."
+        found.append(Figure(id="layers", title="Which layer’s direction", caption=caption, tables=[table], open=True))
+    return found
+
+
+def comparison(peers: Sequence[Peer]) -> Figure | None:
+    if not peers:
+        return None
+    return Figure(
+        id="side-by-side",
+        title="Refusal after each edit",
+        caption="Top left is the aim: lookalike prompts answered, harmful ones refused. Larger and stronger in "
+        "colour: more of the repaired refusals return when the original routing is replayed, so the edit "
+        "works through it.",
+        tables=[tables.side_by_side(peers)],
+        plots=[trade_off(peers)],
+        open=True,
+    )
+
+
+__all__ = ["Figure", "before_after", "comparison", "edit_figures", "making"]

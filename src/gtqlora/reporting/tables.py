@@ -1,0 +1,321 @@
+"""The numbers behind every drawing, as tables of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gtqlora.reporting.artefacts import Json, Peer
+from gtqlora.reporting.figures import thinned
+from gtqlora.reporting.words import (
+    FLOOR_SYMBOL,
+    KINDS,
+    NONE,
+    capital,
+    cause,
+    count,
+    mode,
+    number,
+    percent,
+    place,
+    points,
+    q_value,
+    returned,
+    span,
+    span_points,
+    value_of,
+    way,
+)
+
+MOST_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as texts, after a line break in small; the first `texts` columns are words, the others numbers."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    texts: int = 1
+    note: str = ""
+
+
+def share(interval: Json | None) -> str:
+    """A share over its interval."""
+    return f"{percent(value_of(interval))}\n{span(interval)}" if interval else NONE
+
+
+def real(interval: Json | None) -> str:
+    """A number over its interval."""
+    return f"{number(value_of(interval))}\n{span(interval, 3)}" if interval else NONE
+
+
+def gap(interval: Json) -> str:
+    """A difference of shares in points, over its interval."""
+    return f"{points(interval['value'])}\n{span_points(interval)}"
+
+
+def associations(association: Sequence[Json], diagnosis: Json, twin: str) -> Table:
+    marks = {_key(e): "★ " for e in diagnosis["top_experts"]}
+    marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis["causal_experts"]}
+    ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r["difference"])))
+    rows = [
+        [
+            marks.get(_key(r), "") + place(r),
+            percent(r["rate_flagged"]),
+            percent(r["rate_twin"]),
+            gap({**r, "value": r["difference"]}),
+            q_value(r["q"]),
+            percent(r["stability"]),
+            real({"value": r["gradient"], "low": r["gradient_low"], "high": r["gradient_high"]}),
+        ]
+        for r in ranked[:MOST_ROWS]
+    ]
+    columns = ["Expert", "Flagged", capital(twin), "Difference, points", "q", "Stability", "Gradient"]
+    note = ""
+    if len(ranked) > MOST_ROWS:
+        note = f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them are in diagnosis/association.parquet."
+    return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=note)
+
+
+def _key(found: Json) -> tuple[int, int]:
+    return found["layer"], found["expert"]
+
+
+def tested(found: Sequence[Json]) -> Table:
+    rows = [
+        [
+            place(e),
+            cause(e) or "not shown",
+            share(e["mask"]),
+            share(e["restore"]),
+            share(e["control"]),
+            q_value(e["q"]),
+            ", ".join(t["token"] for t in e["tokens"][:5]) or NONE,
+        ]
+        for e in found
+    ]
+    columns = ["Expert", "Cause", "Ablated alone", "Given back alone", "Random alike, masked", "q", "Tokens"]
+    return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
+
+
+def tokens(found: Sequence[Json]) -> Table:
+    rows = [[t["token"], percent(t["rate"]), number(t["lift"])] for t in found]
+    return Table("Tokens that choose it most", ["Token", "Chosen by", "Times the usual rate"], rows)
+
+
+def levels(caption: str, columns: Mapping[str, Json], names: Json) -> Table:
+    """An interval of each column for each level."""
+    rows = [[name, *(share(found.get(key)) for found in columns.values())] for key, name in names.items()]
+    return Table(caption, ["Level", *columns], rows)
+
+
+def cells(found: Sequence[Json], sides: Sequence[str]) -> Table:
+    rows = [[*(cell[side] for side in sides), share(cell["refusal"]), real(cell["log_odds"])] for cell in found]
+    columns = [*(capital(side) for side in sides), "Refused", "Log-odds"]
+    return Table("Every combination of levels", columns, rows, texts=len(sides))
+
+
+def interventions(found: Sequence[Json]) -> Table:
+    rows = [
+        [
+            i["name"],
+            "control" if i["control"] else "test",
+            share(i["refusal"]),
+            gap(i["effect"]),
+            share(i["accuracy"]),
+            real(i["log_odds"]),
+            real(i["log_odds_effect"]),
+            count(i["refusal"]["n"]),
+        ]
+        for i in found
+    ]
+    columns = [
+        "Intervention", "Role", "Refused", "Drop, points", "Right answers", "Log-odds", "Drop of log-odds", "Prompts",
+    ]  # fmt: skip
+    return Table("Refusal under each intervention", columns, rows, texts=2)
+
+
+def effects(curves: Sequence[Json]) -> Table:
+    rows = [
+        [curve["name"], str(point["m"]), share(point["refusal"]), real(point["log_odds"])]
+        for curve in curves
+        for point in curve["points"]
+    ]
+    return Table("Effect of ablating experts", ["Order", "Ablated", "Refused", "Log-odds"], rows)
+
+
+def ablation(found: Json, curves: Sequence[tuple[str, str]]) -> Table:
+    """`curves`: key and name."""
+    rows = [
+        [name, str(point["ablated"]), share(point["targeted"]), share(point["random"]), count(point["targeted"]["n"])]
+        for key, name in curves
+        for point in found.get(key, ())
+    ]
+    columns = ["Model", "Silenced", "Likeliest first: refused", "Random: refused", "Prompts"]
+    return Table("Refusal of harmful prompts with experts ablated", columns, rows)
+
+
+def directions(found: Sequence[Json]) -> Table:
+    rows = []
+    for layer in found:
+        parts, erased = layer["components"] or {}, layer["erasure"] or {}
+        rows.append(
+            [
+                str(layer["layer"]),
+                real(layer["separation"]),
+                real(parts.get("separation")),
+                share(parts.get("share_mean")),
+                share(next(iter(parts.get("shares", ())), None)),
+                *(real(erased.get(key)) for key in ("before", "mean_removed", "leace")),
+                number(layer["norm"]),
+            ]
+        )
+    columns = [
+        "After layer", "AUROC, means", "AUROC, component", "Explained, means", "Explained, component",
+        "Probe", "Probe, means removed", "Probe, LEACE", "Length",
+    ]  # fmt: skip
+    return Table("Residual directions per layer", columns, rows)
+
+
+def cosines(found: Sequence[Json]) -> Table:
+    """Of all named directions; empty where there are none."""
+    names = dict.fromkeys((c["first"], c["second"]) for layer in found for c in layer["cosines"])
+    rows = [
+        [
+            str(layer["layer"]),
+            *(real({(c["first"], c["second"]): c["value"] for c in layer["cosines"]}.get(pair)) for pair in names),
+        ]
+        for layer in found
+    ]
+    columns = [f"{first} – {second}".replace("_", " ") for first, second in names]
+    return Table("Cosines between the directions", ["After layer", *columns], rows if names else [])
+
+
+def load(health: Sequence[Json]) -> Table:
+    rows = [
+        [str(h["layer"]), number(h["cv"]), number(h["max_vio"]), number(h["entropy"]), count(h["dead"])] for h in health
+    ]
+    return Table("Balance of the load per layer", ["Layer", "CV", "MaxVio", "Entropy", "Never chosen"], rows)
+
+
+def before_after(table: Json) -> Table:
+    rows = [
+        [
+            kind,
+            share(row["refusal_before"]),
+            share(row["refusal_after"]),
+            gap(row["drop"]),
+            q_value(row.get("q")),
+            share(row["accuracy_before"]),
+            share(row["accuracy_after"]),
+            count(row["refusal_after"]["n"]),
+        ]
+        for kind, row in ((kind, table[kind]) for kind in KINDS)
+    ]
+    columns = [
+        "Kind",
+        "Refused before",
+        "Refused after",
+        "Drop, points",
+        "q",
+        "Right before",
+        "Right after",
+        "Prompts",
+    ]
+    return Table("Before and after, by kind of prompt", columns, rows)
+
+
+def side_by_side(peers: Sequence[Peer]) -> Table:
+    rows = []
+    for peer in peers:
+        verdict, table = peer.verdict, peer.verdict["table"]
+        floor = f"{FLOOR_SYMBOL.get(verdict['floor']['verdict'], '?')} {verdict['floor']['verdict']}"
+        rows.append(
+            [
+                peer.label,
+                mode(peer.info),
+                floor + ("\nof another adapter" if peer.stale else ""),
+                share(table["harmful"]["refusal_after"]),
+                share(table["lookalike"]["refusal_after"]),
+                share(table["lookalike"]["refusal_replayed"]),
+                share(table["lookalike"]["accuracy_after"]),
+                share(table["benign"]["accuracy_after"]),
+                f"{returned(verdict['mediation'])}\n{way(verdict['mediation'])}",
+            ]
+        )
+    columns = [
+        "Run", "Edit", "Safety floor", "Harmful refused", "Lookalike refused", "… under original routing",
+        "Lookalike right", "Benign right", "Share through routing",
+    ]  # fmt: skip
+    return Table("Edits side by side, after the edit", columns, rows, texts=3)
+
+
+_LEARNING = ("loss", "rewards/margins", "rewards/accuracies", "loss/anchor", "learning_rate", "grad_norm")
+_HEALTH = (
+    "health/load_cv", "health/load_cv_original", "health/max_vio", "health/load_entropy", "health/dead_experts",
+    *(f"health/{what}_{kind}" for what in ("overlap", "kl") for kind in KINDS),
+)  # fmt: skip
+
+
+def _metrics(caption: str, metrics: Sequence[Json], keys: Sequence[str]) -> Table:
+    known = [key for key in keys if any(key in row for row in metrics)]
+    shown = thinned(metrics, MOST_ROWS)
+    rows = [[str(row["step"]), *(number(row.get(key)) for key in known)] for row in shown]
+    note = f"{len(shown)} of {len(metrics)} lines; all are in metrics.jsonl." if len(shown) < len(metrics) else ""
+    names = [key.removeprefix("health/").removeprefix("rewards/").replace("_", " ").replace("/", " ") for key in known]
+    return Table(caption, ["Step", *names], rows, texts=0, note=note)
+
+
+def learning(metrics: Sequence[Json]) -> Table:
+    return _metrics("Learning, mean since the line before", metrics, _LEARNING)
+
+
+def health(metrics: Sequence[Json]) -> Table:
+    return _metrics("Router health on training batches", metrics, _HEALTH)
+
+
+def drift(found: Json) -> Table:
+    rows = [
+        [kind, real(found[kind]["kl"]), share(found[kind]["overlap"]), count(found[kind]["kl"]["n"])] for kind in KINDS
+    ]
+    columns = ["Kind", "KL, nats per token and layer", "Experts shared", "Prompts"]
+    return Table("Routing drift from the original", columns, rows)
+
+
+def candidates(found: Sequence[Json], chosen: int) -> Table:
+    rows = [
+        [f"{'★ ' if c['layer'] == chosen else ''}{c['layer']}", percent(c["refusal"]), percent(c["accuracy"])]
+        for c in found
+    ]
+    caption = "Removing each layer's direction, lookalike prompts of the training split; ★ was chosen"
+    return Table(caption, ["Layer", "Refused", "Right answers"], rows)
+
+
+def stages(found: Json) -> Table:
+    rows = []
+    for name, stage in found.items():
+        seconds = stage.get("seconds")
+        rows.append(
+            [
+                name,
+                str(stage.get("device", "")),
+                str(stage.get("finished", "")).replace("T", " ").replace("+00:00", " UTC"),
+                str(stage.get("hash", ""))[:12],
+                "" if seconds is None else f"{seconds:.1f}",
+                "" if stage.get("seed") is None else str(stage["seed"]),
+            ]
+        )
+    return Table("Stages of this run", ["Stage", "Device", "Finished", "Hash", "Seconds", "Seed"], rows, texts=4)
+
+
+def versions(found: Json) -> Table:
+    """Package by stage; one column where all stages agree."""
+    per_stage = {name: stage.get("versions", {}) for name, stage in found.items()}
+    packages = sorted(set().union(*per_stage.values())) if per_stage else []
+    same = all(version == next(iter(per_stage.values())) for version in per_stage.values())
+    columns = ["all stages"] if same and per_stage else list(per_stage)
+    sources = list(per_stage.values())[: len(columns)]
+    rows = [[package, *(str(source.get(package, "")) for source in sources)] for package in packages]
+    return Table("Versions", ["Package", *columns], rows, texts=1 + len(columns))

@@ -1,0 +1,1 @@
+"""What each stage leaves in a run directory, typed, with its file name, reader and writer."""

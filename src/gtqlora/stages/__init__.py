@@ -1,0 +1,1 @@
+"""One file a verb: each stage is `stage(config, run) -> frozen result`."""

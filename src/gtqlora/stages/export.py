@@ -1,0 +1,213 @@
+"""The `export` stage: plan -> write beside -> validate -> publish, only for a certified edit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtqlora import contrasts
+from gtqlora.capture import Subject, open_subject
+from gtqlora.certificate import Certificate, certify, check_model
+from gtqlora.edits.adapter_files import PROJECTION
+from gtqlora.edits.edited import Edited
+from gtqlora.edits.merging import Edit, merged, on_disk, plan
+from gtqlora.errors import RunError
+from gtqlora.experts.loading import BF16
+from gtqlora.families import bind, load_config, meta_model
+from gtqlora.families.copying import copy_changed
+from gtqlora.families.files import PROVENANCE
+from gtqlora.judging.judge import judge_of
+from gtqlora.model_card import model_card, public
+from gtqlora.results.verdict import Outcome
+from gtqlora.run import Run, atomic_write, sha256_file, versions, write_json
+from gtqlora.scoring import decode, left_padded
+from gtqlora.storage.atomic import refuse_existing
+
+_PROBES = 16
+"""Held-out prompts of a kind on which the written weights are compared with the edited model."""
+_POSITIONS = 16
+"""Last tokens of each of these prompts at which their distributions are compared."""
+_KL_ALLOWED = 1e-3
+"""Nats per token. The weights are the same, bit for bit; kernels may add up in another order."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where the weights are, how many tensors changed, and the largest divergence from the edited model.
+
+    Attributes:
+        divergence: largest KL(edited || written) of any probed token, in nats.
+    """
+
+    folder: Path
+    tensors_changed: int
+    gate_values_changed: int
+    divergence: float
+
+
+def export(run: Run, out: Path, *, to: str = "safetensors", judge: str | None = None) -> Exported:
+    """Write the certified edit as plain merged weights in hub layout; routed experts stay as the checkpoint has them.
+
+    Args:
+        judge: the judge that `verify` used, where it is code: it is imported only if this call names it.
+
+    Raises:
+        FloorError: no certificate for this very adapter and model, as `certificate.certify`.
+        RunError: unknown format, OUT exists or lies in the run's own folders, a projection of packed experts, or the
+            written weights do not compute what the edited model does.
+    """
+    if to != "safetensors":
+        raise RunError(f"--to {to}: unknown format; known: safetensors")
+    certificate = certify(run, judge)
+    verdict = certificate.verdict
+    refuse_existing(out)
+    if run.owns(out):
+        raise RunError(f"{out}: lies where the run keeps its own files, and would go with them; choose another folder")
+    if verdict.kind == PROJECTION and verdict.expert_format != BF16:
+        raise RunError(
+            f"{run.path}: a projection changes the routed experts, which {verdict.model} holds in 4 bits; export it "
+            "from the bf16, fp16 or fp32 checkpoint"
+        )
+    with atomic_write(out, replace=False) as staged:
+        result = _write(certificate, run, staged, out)
+        # whatever was swapped meanwhile: the same question again, just before the weights appear
+        again = certify(run, judge)
+        if again.adapter.digest != certificate.adapter.digest or again.floor != certificate.floor:
+            raise RunError(f"{run.path}: was changed while it was exported; nothing was written")
+    return result
+
+
+def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Exported:
+    family, config = load_config(certificate.verdict.model)
+    anatomy = bind(meta_model(family, config), family)
+    edits = plan(certificate.adapter, anatomy)
+    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, on_disk(anatomy, anatomy.routers))
+    check_model(run, certificate, digest)
+    divergence = validate(staged, certificate)
+    result = Exported(out, changed, moved, divergence)
+    _describe(staged, certificate, result)
+    return result
+
+
+def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str]) -> tuple[int, int, str]:
+    """Write MODEL with the edits; how many tensors, and gate values, came out different, and the digest of MODEL."""
+    gates, moved = set(gates), 0
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        nonlocal moved
+        if name not in edits:
+            return tensor
+        edited = merged(tensor, edits[name])
+        if name in gates:
+            moved += int((edited != tensor).sum())
+        return edited
+
+    copied = copy_changed(model, staged, change)
+    if absent := sorted(set(edits) - copied.changed):
+        raise RunError(f"{len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
+    return len(copied.changed), moved, copied.digest
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Behaviour:
+    """What a model says to the probes, and log-probabilities_TV of the next token at their last ones, on the CPU."""
+
+    texts: list[str]
+    log_TV: Tensor
+
+
+def validate(staged: Path, certificate: Certificate) -> float:
+    """The written weights, loaded anew, behave as what was verified does; the largest divergence of any token.
+
+    Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
+    hash, so that nobody orders them.
+
+    Raises:
+        RunError: they do not.
+    """
+    config, probes = certificate.config, _probes(certificate)
+    where: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "experts": config.expert_format}
+    written = _behaviour(open_subject(str(staged), **where), probes, config.max_new_tokens)
+    subject = open_subject(config.model, **where)
+    edited = Edited(subject, certificate.adapter, shipped=config.model)
+    wanted = _behaviour(edited.subject, probes, config.max_new_tokens)
+    judge = judge_of(config.judge)
+    differing = sum(judge(a) != judge(b) for a, b in zip(written.texts, wanted.texts, strict=True))
+    kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
+    if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
+        raise RunError(
+            f"the written weights do not behave as the edit that was verified: {differing} of {len(probes)} refusals "
+            f"differ, and a token's distribution by {float(kl_T.max()):.3g} nats; nothing was written"
+        )
+    return max(float(kl_T.max()), 0.0)
+
+
+def _probes(certificate: Certificate) -> list[Outcome]:
+    draw, probes = random.Random(certificate.adapter.digest), []
+    for kind in ("harmful", "benign"):
+        rows = [outcome for outcome in certificate.outcomes if outcome.kind == kind]
+        probes += draw.sample(rows, min(_PROBES, len(rows)))
+    return probes
+
+
+@torch.no_grad()
+def _behaviour(subject: Subject, probes: Sequence[Outcome], max_new_tokens: int) -> _Behaviour:
+    """The model goes out of memory when its caller lets go of it."""
+    prompts = [contrasts.encode_prompt(subject.tokenizer, probe.prompt) for probe in probes]
+    texts = decode(subject, prompts, max_new_tokens=max_new_tokens).texts
+    ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
+    logits_BSV = subject.model(
+        input_ids=ids_BS,
+        attention_mask=mask_BS,
+        position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=_POSITIONS,
+    ).logits
+    real_BS = mask_BS[:, -logits_BSV.shape[1] :] > 0
+    return _Behaviour(texts, logits_BSV[real_BS].float().log_softmax(-1).cpu())
+
+
+# --- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
+    """`export.json` and the model card."""
+    verdict = certificate.verdict
+    files = {
+        path.relative_to(staged).as_posix(): sha256_file(path)
+        for path in sorted(staged.rglob("*"))
+        if path.suffix in (".safetensors", ".json") and path.name != PROVENANCE
+    }
+    facts: dict[str, Any] = {
+        "base": public(verdict.model),
+        "base_fingerprint": certificate.model,
+        "ancestors": [*certificate.ancestry.names, public(verdict.model)],
+        "spent": certificate.spent,
+        "adapter": verdict.adapter,
+        "expert_format": verdict.expert_format,
+        "judge": verdict.judge,
+        "prompts": {**verdict.prompts, "source": public(verdict.prompts["source"])},
+        "floor": asdict(certificate.floor),
+        "lost": verdict.lost,
+        "tries": certificate.tries,
+        "verdicts": [
+            {"finished": e.finished, "verdict": e.verdict, "reason": e.reason, "judge": e.judge, "shipped": e.shipped}
+            for e in certificate.history
+        ],
+        "tensors_changed": result.tensors_changed,
+        "gate_values_changed": result.gate_values_changed,
+        "divergence": result.divergence,
+        "versions": versions(),
+        "files": files,
+    }
+    write_json(staged / PROVENANCE, facts)
+    (staged / "README.md").write_text(model_card(certificate, result.tensors_changed), encoding="utf-8")

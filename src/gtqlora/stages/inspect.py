@@ -1,0 +1,199 @@
+"""Shows a model's parts from its config.json alone: what is trained, what stays frozen, what it is called on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gtqlora.errors import ConfigError, ModelError
+from gtqlora.experts.formats import Format, format_of
+from gtqlora.experts.loading import BF16, format_on_disk
+from gtqlora.experts.quantizer import replace_experts
+from gtqlora.experts.settings import NATIVE, FrozenExpertsConfig
+from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
+from gtqlora.families import (
+    Anatomy,
+    Group,
+    bind,
+    correction_bias_values,
+    load_config,
+    meta_model,
+    parameter_counts,
+    quantization,
+)
+from gtqlora.families.files import has, small_files, weight_map
+from gtqlora.families.packed import OURS
+from gtqlora.families.tokenizers import chat_template, check_generation
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Name:
+    """Tensors on disk and the parameter in memory they become; `shape` is the parameter's."""
+
+    disk: tuple[str, ...]
+    memory: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A model's parts and totals. Bytes are at the checkpoint's dtype, trained gates at fp32.
+
+    Attributes:
+        gate_parameters: router weights, all of them trained.
+        correction_bias_values: router biases that only steer selection; buffers, never trained.
+        chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
+        quantized: the checkpoint's quant method, if it is quantized.
+        experts_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
+            or in a way that gtqlora does not read, and counted as the unpacked model's.
+        names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
+    """
+
+    model: str
+    family: str
+    class_name: str
+    layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    score: str
+    n_group: int
+    topk_group: int
+    hidden_size: int
+    dtype: str
+    quantized: str | None
+    experts_format: str | None
+    lora_rank: int
+    groups: tuple[Group, ...]
+    text_parameters: int
+    bytes: int
+    routers: int
+    gate_parameters: int
+    correction_bias_values: int
+    lora_parameters: int
+    trained_parameters: int
+    trained_bytes: int
+    chat_template: bool | None
+    names: tuple[Name, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None) -> Inspection:
+    """The parts of MODEL (folder, config.json or hub id); no weights are read and none need be there.
+
+    Args:
+        expert_format: count routed experts as `--expert-format` would hold them; as the checkpoint does by default.
+
+    Raises:
+        ModelError: no such model, unreadable config.json, dense or unknown architecture, sizes that make no model or
+            do not go with the format.
+        ConfigError: `lora_rank` is below 1, or unknown `expert_format`.
+    """
+    if lora_rank < 1:
+        raise ConfigError(f"lora_rank = {lora_rank}: must be at least 1")
+    family, config = load_config(model)
+    skeleton = meta_model(family, config)
+    quantized, on_disk = quantization(model), _on_disk(model)
+    names = _names(skeleton, bind(skeleton, family), _suffixes(on_disk, quantized))
+    held = _held(model, expert_format, on_disk)
+    if held is not None:
+        replace_experts(skeleton, family, held, FrozenExpertsConfig())
+    anatomy = bind(skeleton, family)
+    groups = parameter_counts(skeleton, anatomy, lora_rank)
+    gates = sum(skeleton.get_submodule(path).get_parameter("weight").numel() for path in anatomy.routers)
+    trained = sum(group.trained_parameters for group in groups)
+    return Inspection(
+        model=model,
+        family=family.model_type,
+        class_name=family.class_name,
+        layers=anatomy.n_layers,
+        moe_layers=tuple(layer.index for layer in anatomy.moe),
+        experts=anatomy.spec.n_experts,
+        top_k=anatomy.spec.top_k,
+        score=anatomy.spec.score,
+        n_group=anatomy.spec.n_group,
+        topk_group=anatomy.spec.topk_group,
+        hidden_size=anatomy.hidden_size,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        quantized=quantized,
+        experts_format=held.name if held else None,
+        lora_rank=lora_rank,
+        groups=groups,
+        text_parameters=sum(group.parameters for group in groups),
+        bytes=sum(group.bytes for group in groups),
+        routers=len(anatomy.routers),
+        gate_parameters=gates,
+        correction_bias_values=correction_bias_values(skeleton, anatomy),
+        lora_parameters=trained - gates,
+        trained_parameters=trained,
+        trained_bytes=sum(group.trained_bytes for group in groups),
+        chat_template=_chat_template(model, config.vocab_size),
+        names=names,
+    )
+
+
+def _on_disk(model: str) -> Format | None:
+    """The 4-bit format of the checkpoint; None, too, if it is quantized in a way that is not read."""
+    try:
+        return format_on_disk(model)
+    except ModelError:
+        return None
+
+
+def _held(model: str, expert_format: str | None, on_disk: Format | None) -> Format | None:
+    """The 4-bit format in which to count the experts."""
+    if expert_format is None:
+        return on_disk
+    if expert_format == NATIVE:
+        found = format_on_disk(model)
+        if found is None:
+            raise ModelError(f"{model}: experts {NATIVE!r}, but the checkpoint is not quantized")
+        return found
+    return None if expert_format == BF16 else format_of(FrozenExpertsConfig(format=expert_format).format)
+
+
+def _chat_template(model: str, vocabulary: int) -> bool | None:
+    """As the verbs that need it find it."""
+    folder = small_files(model)
+    check_generation(model, folder, vocabulary)
+    weight_map(folder)
+    found = chat_template(folder)
+    return None if not any(has(folder, name) for name in _TOKENIZER_FILES) else found is not None
+
+
+def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:
+    """What follows a matrix's name in those of its tensors on disk."""
+    if on_disk is None:
+        return ("weight",)
+    if quantized == OURS:
+        return tuple(on_disk.layout(on_disk.group, on_disk.group))
+    return (*PACKED_PARTS.values(), PACKED_SHAPE)
+
+
+def _names(skeleton: torch.nn.Module, anatomy: Anatomy, suffixes: tuple[str, ...]) -> tuple[Name, ...]:
+    """The first MoE layer's parameters, with the checkpoint tensors that make each."""
+    layer, family = anatomy.moe[0], anatomy.family
+    gate_first, up_first, down_first = family.on_disk(layer.index, 0)
+    gate_last, up_last, down_last = family.on_disk(layer.index, anatomy.spec.n_experts - 1)
+
+    def tensors(*names: str) -> tuple[str, ...]:
+        return tuple(f"{name.removesuffix('weight')}{suffix}" for name in names for suffix in suffixes)
+
+    fused = {
+        f"{layer.experts}.gate_up_proj": tensors(gate_first, up_first, gate_last, up_last),
+        f"{layer.experts}.down_proj": tensors(down_first, down_last),
+    }
+    prefix = layer.router.removesuffix(family.router)
+    state: dict[str, Any] = skeleton.state_dict()
+    return tuple(
+        Name(disk=fused.get(name, (f"{family.disk_prefix}{name}",)), memory=name, shape=tuple(tensor.shape))
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    )

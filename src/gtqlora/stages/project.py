@@ -1,0 +1,138 @@
+"""The `project` stage: one residual direction removed from all that writes the residual stream (Level 1 only)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gtqlora import contrasts
+from gtqlora.capture import Subject, observe, open_subject
+from gtqlora.config import ProjectConfig
+from gtqlora.contrasts import Contrast, Row
+from gtqlora.contrasts.statistics import check_rendering
+from gtqlora.edits.adapter_files import PROJECTION, info_of, read_info
+from gtqlora.edits.adapters import save_projection
+from gtqlora.edits.edited import removal
+from gtqlora.errors import ConfigError, ContrastError, RunError
+from gtqlora.families.identity import identify
+from gtqlora.judging.judge import judge_of
+from gtqlora.localize import pairs_of
+from gtqlora.localize.directions import named_directions
+from gtqlora.localize.directions.named import ORTHOGONAL
+from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.scoring import Score, score
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The adapter folder and, per candidate layer, what its direction's removal did to lookalike prompts."""
+
+    adapter: Path
+    layer: int
+    candidates: list[dict[str, Any]]
+
+
+def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projected:
+    """Take the direction of the layer whose removal leaves the fewest lookalike refusals on the training split.
+
+    Raises:
+        ContrastError: no twins, or no rows of a kind, to take the direction from, or it is 0.
+        ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
+        ModelError: the model's states are not finite.
+    """
+    model = identify(config.model)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    with run.stage("project", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
+        stage.outputs += [ADAPTER, contrasts.FILE]
+        if stage.fresh:
+            return _projected_before(run / ADAPTER)
+        rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+        contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
+        subject = open_subject(
+            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
+        )
+        model.check_unchanged()
+        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+        direction_LD = _directions(config, rows, subject)
+        layers = _layers(config, direction_LD)
+        lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
+        candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
+        best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
+        details = {"config": asdict(config), "layer": best, "candidates": candidates}
+        info = info_of(PROJECTION, model.model, subject.anatomy.family.model_type, details)
+        new = stage.renewed()
+        contrasts.save(rows, new / contrasts.FILE)
+        save_projection(direction_LD[best], new / ADAPTER, info)
+        return Projected(run / ADAPTER, best, candidates)
+
+
+def _projected_before(adapter: Path) -> Projected:
+    details = read_info(adapter).details
+    layer, candidates = details.get("layer"), details.get("candidates")
+    if type(layer) is not int or not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+        raise RunError(f"{adapter}: its layers are not on record; run `gtqlora project --again`")
+    return Projected(adapter, layer, candidates)
+
+
+def _is_candidate(value: Any) -> bool:
+    keys = ("layer", "refusal", "accuracy")
+    return isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
+
+
+def _layers(config: ProjectConfig, direction_LD: Tensor) -> list[int]:
+    """States to try; 0, the embedding, is left out: flagged prompts and twins end with the same token."""
+    last = len(direction_LD) - 1
+    if config.layer is not None and not 1 <= config.layer <= last:
+        raise ConfigError(f"layer = {config.layer}: this model has layers 1 to {last}")
+    wanted = range(1, last + 1) if config.layer is None else [config.layer]
+    layers = [layer for layer in wanted if direction_LD[layer].any()]
+    if not layers:
+        raise ContrastError(f"{config.contrast}: the {config.direction} direction is 0; choose another `direction`")
+    return layers
+
+
+def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tensor:
+    pairs = pairs_of(rows, subject, config.max_pairs, config.seed)
+    kinds = [pair.row.kind for pair in pairs]
+    needed = ("lookalike", "harmful") if config.direction == ORTHOGONAL else ("lookalike",)
+    if missing := [kind for kind in needed if kind not in kinds]:
+        raise ContrastError(
+            f"{config.contrast}: projection of {config.direction} needs {' and '.join(missing)} rows with twins in "
+            f"split {config.split!r}"
+        )
+
+    def states_NLD(prompts: list[list[int]], label: str) -> Tensor:
+        since = [0] * len(prompts)
+        return observe(subject, prompts, since=since, batch_size=config.batch_size, label=label).states_NSD
+
+    flagged_NLD = states_NLD([pair.prompt for pair in pairs], "residual of flagged")
+    twins_NLD = states_NLD([pair.twin for pair in pairs], "residual of twins")
+    return named_directions(flagged_NLD, twins_NLD, kinds, [pair.row.pair_id for pair in pairs])[config.direction]
+
+
+def _tried(
+    config: ProjectConfig, subject: Subject, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
+) -> dict[str, Any]:
+    """What is left of the lookalike refusals, and of the task, without this layer's direction."""
+    with removal(subject, direction_D.to(subject.device), norm_preserving=config.norm_preserving):
+        found = score(
+            subject,
+            lookalike,
+            judge_of(config.judge),
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            label=f"without layer {layer}'s direction",
+        )
+    return {"layer": layer, **_rates(found)}
+
+
+def _rates(scores: list[Score]) -> dict[str, float]:
+    known = [s.correct for s in scores if s.correct is not None]
+    accuracy = sum(known) / len(known) if known else 0.0
+    return {"refusal": sum(s.refused for s in scores) / len(scores), "accuracy": accuracy}

@@ -1,0 +1,276 @@
+"""The `train` stage: GT-QLoRA on a contrast set, resumable, guarded, its adapter written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl.trainer.dpo_config import DPOConfig
+
+from gtqlora import contrasts
+from gtqlora.capture import Subject, open_subject
+from gtqlora.config import TrainConfig
+from gtqlora.contrasts import Contrast
+from gtqlora.contrasts.statistics import check_rendering
+from gtqlora.edits.adapter_files import GT_QLORA, Info, info_of, read_info
+from gtqlora.edits.adapters import (
+    assert_bias_frozen,
+    assert_experts_frozen,
+    assert_trains_exactly,
+    frozen_state,
+    load_edit,
+    lora_config,
+    peft_targets_kept,
+    save,
+)
+from gtqlora.edits.checkpoints import GuardStop, MetricsCallback, assert_finite
+from gtqlora.edits.resume import (
+    Checkpoint,
+    Origin,
+    Unusable,
+    check_origin,
+    drop,
+    reading,
+    set_aside,
+    tidy,
+    usable,
+)
+from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator
+from gtqlora.errors import ContrastError, RunError, TrainingError
+from gtqlora.families.identity import ModelIdentity, identify
+from gtqlora.judging.judge import judge_of
+from gtqlora.localize.expert_ablation import AblationSampler, rank
+from gtqlora.machine import trackers
+from gtqlora.progress import note
+from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.storage.atomic import scratch_errors
+
+ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
+ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
+"""Settings that the edit does not depend on, bit for bit."""
+_UNUSED = frozenset({"max_new_tokens"})
+"""Settings that only go with the edit, for `verify`."""
+RANKED = 200
+"""Harmful prompts on which experts are ranked, at most."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training left: the adapter folder, the steps done, and why it stopped early, if it did."""
+
+    adapter: Path
+    steps: int
+    stopped: str | None
+
+
+def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
+    """Edit MODEL by preference pairs; an edit that is there stays until this one is whole.
+
+    Args:
+        again: anew, even if nothing changed; checkpoints are dropped.
+
+    Raises:
+        ContrastError, ModelError: bad pairs or a bad model.
+        RunError: checkpoints of other settings are there.
+        TrainingError: an invariant broke, or the guard stopped before any checkpoint was good.
+    """
+    model = identify(config.model)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    with run.stage("train", config, inputs, device=config.device, again=again, aside=ASIDE) as stage:
+        stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
+        if stage.fresh:
+            return _trained_before(run / ADAPTER)
+        settings = {key: value for key, value in asdict(config).items() if key not in ASIDE | _UNUSED}
+        origin = Origin(settings, inputs)
+        if not again:
+            check_origin(usable(run / CHECKPOINTS), origin)
+        edit = _train(config, model, run, origin, again)
+        new = stage.renewed()
+        edit.save(new)
+        _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
+        return TrainResult(run / ADAPTER, edit.steps, edit.stopped)
+
+
+def _copy_figures(source: Path, target: Path) -> None:
+    """Of the training that made the edit; none if somebody removed them before it was whole."""
+    if source.exists():
+        shutil.copyfile(source, target)
+    else:
+        target.touch()
+
+
+def _trained_before(adapter: Path) -> TrainResult:
+    details = read_info(adapter).details
+    steps, stopped = details.get("steps"), details.get("stopped")
+    if type(steps) is not int or not isinstance(stopped, str | None):
+        raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
+    return TrainResult(adapter, steps, stopped)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A trained model, not yet written."""
+
+    trainer: GateTargetedTrainer
+    rows: Contrast
+    info: Info
+    steps: int
+    stopped: str | None
+
+    def save(self, folder: Path) -> None:
+        save(self.trainer.model, folder / ADAPTER, self.info)
+        contrasts.save(self.rows, folder / contrasts.FILE)
+
+
+def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, again: bool) -> _Edit:
+    """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
+    rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
+    while True:
+        try:
+            return _attempt(config, model, rows, run, origin, again)
+        except Unusable as bad:  # parts of it may be in the model already
+            set_aside(bad)
+            again = False
+        gc.collect()
+
+
+def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
+    subject = open_subject(model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
+    model.check_unchanged()
+    check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+    frozen = frozen_state(subject.model)
+    trainer = _trainer(config, subject, rows, run, origin)
+    if again:
+        drop(run / CHECKPOINTS, METRICS)
+    tidy(run / CHECKPOINTS)
+    steps, stopped = _fit(trainer, run / CHECKPOINTS)
+    assert_experts_frozen(trainer.model, frozen)
+    details = {"config": asdict(config), "steps": steps, "stopped": stopped}
+    info = info_of(GT_QLORA, model.model, subject.anatomy.family.model_type, details)
+    return _Edit(trainer, rows, info, steps, stopped)
+
+
+def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
+    return DPOConfig(
+        output_dir=str(output),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr_lora,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=config.max_grad_norm,
+        beta=config.beta,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, config.sft_weight],
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=4 * config.batch_size,
+        router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
+        max_length=None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
+        use_cpu=config.device == "cpu",
+        dataloader_pin_memory=config.device != "cpu",
+        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        report_to=trackers(config.report_to) or "none",
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+
+
+def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    datasets.disable_progress_bars()
+    anatomy = subject.anatomy
+    pad = subject.pad_id
+    encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
+    draws = _draws(config, subject, rows)
+    with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
+        trainer = GateTargetedTrainer(
+            anatomy=anatomy,
+            settings=config,
+            draws=draws,
+            model=subject.model,
+            args=_arguments(config, run / CHECKPOINTS),
+            train_dataset=Dataset.from_list(encoded),
+            processing_class=subject.tokenizer,
+            data_collator=KindCollator(pad_token_id=pad),
+            peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsCallback(run / CHECKPOINTS / METRICS, origin, anatomy, run.check_held))
+    assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
+    trainer.assert_exact_reference()
+    return trainer
+
+
+def _draws(config: TrainConfig, subject: Subject, rows: Contrast) -> AblationSampler | None:
+    """What "harden" ablates; experts are ranked in the model as it is before training."""
+    if config.objective == "edit":
+        return None
+    ranking = rank(subject, rows, prompts=RANKED, batch_size=config.batch_size, seed=config.seed)
+    if ranking is None:
+        raise ContrastError(
+            f"{config.contrast}: split {config.split!r} has no harmful rows with twins or benign rows to compare them "
+            'with, so "harden" cannot tell which experts to ablate; add some'
+        )
+    return AblationSampler(subject.anatomy, ranking, share=config.ablation_share, seed=config.seed)
+
+
+def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:
+    """Train to the end, from the last checkpoint if there is one; steps done, and why the guard stopped it.
+
+    Raises:
+        Unusable: that checkpoint cannot be loaded.
+    """
+    last, stopped = next(iter(usable(checkpoints)), None), None
+    with peft_targets_kept(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            if last is None or last.step < trainer.args.max_steps:
+                _say_threads(last)
+                trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
+                assert_finite(trainer.model)
+                steps = trainer.state.global_step
+            else:  # killed between the last step and the adapter; transformers would do one step more
+                steps = _restore(trainer, last)
+        except GuardStop as stop:
+            stopped, good = str(stop), next(iter(usable(checkpoints)), None)
+            if good is None:
+                raise TrainingError(f"{stop}; no checkpoint was good yet. Lower the learning rates") from stop
+            steps = _restore(trainer, good)
+    assert_bias_frozen(trainer.model, trainer.anatomy)
+    trainer.model.eval()
+    return steps, stopped
+
+
+def _say_threads(last: Checkpoint | None) -> None:
+    now = torch.get_num_threads()
+    if last is not None and last.threads != now:
+        note(
+            f"{last.folder}: computed on {last.threads} threads, and now there are {now}, which round otherwise: the "
+            "weights will not be bit for bit those of an uninterrupted training"
+        )
+
+
+def _restore(trainer: GateTargetedTrainer, checkpoint: Checkpoint) -> int:
+    """Put the weights of a checkpoint back; its step."""
+    with reading(checkpoint.folder):
+        load_edit(trainer.model, checkpoint.folder)
+    return checkpoint.step

@@ -1,0 +1,266 @@
+"""The command line: what it prints, its exit codes, and that a mistake costs one line and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gtqlora.cli.app import main
+from gtqlora.run import Run
+from tests import helpers, models
+
+KIMI = Path(__file__).parents[1] / "data" / "kimi_k25_config.json"
+VERBS = ("inspect", "contrast", "diagnose", "train", "project", "verify", "export", "report", "demo")
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Run the command line in this process; exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return run
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gtqlora.cli.app", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def error_of(done: tuple[int, str, str], code: int, *parts: object) -> str:
+    """The error line, which names every part."""
+    got, _, err = done
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert got == code and len(lines) == 1, (got, err)
+    for part in parts:
+        assert str(part) in lines[0], (part, lines[0])
+    return lines[0]
+
+
+# --- reading only ----------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_verbs_and_is_light() -> None:
+    done = process("--help")
+    assert done.returncode == 0 and not done.stderr
+    assert all(f"│ {verb} " in done.stdout for verb in VERBS)
+    code = "import sys\nfrom gtqlora.cli.app import main\nassert main(['--help']) == 0\n"
+    check = "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    light = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
+    assert light.returncode == 0, light.stderr
+
+
+def test_inspect_an_organism(say: Say) -> None:
+    code, out, _ = say("inspect", "organism:routed")
+    assert code == 0
+    assert "deepseek_v3" in out and "4 routers, 16 experts top-2" in out and "chat template: yes" in out
+    code, out, _ = say("inspect", "organism:routed", "--json")
+    found = json.loads(out)
+    assert (code, found["routers"], found["experts"], found["gate_parameters"]) == (0, 4, 16, 4 * 16 * 64)
+
+
+def test_inspect_kimi_from_its_config(say: Say) -> None:
+    code, out, _ = say("inspect", KIMI)
+    assert code == 0
+    for number in ("60 routers", "165,150,720", "1,026,408,209,408", "23,040"):
+        assert number in out
+
+
+def test_contrast_check_counts(say: Say, tmp_path: Path) -> None:
+    code, out, _ = say("contrast", "check", "organism", "--model", "organism:routed", "--out", tmp_path / "c.parquet")
+    assert code == 0
+    assert "4,230 rows, 1,690 pairs" in out and "4,230 different prompts" in out and "tokens, prompt" in out
+    heldout = next(line for line in out.splitlines() if "heldout" in line)
+    assert heldout.replace("│", " ").split() == ["heldout", "420", "420", "840"]
+    assert (tmp_path / "c.parquet").is_file()
+
+
+# --- bad pairs -------------------------------------------------------------------------------------------------------
+
+ROWS = helpers.toy_rows({("train", kind): 2 for kind in ("benign", "lookalike", "harmful")})
+HARMFUL = next(i for i, row in enumerate(ROWS) if row["kind"] == "harmful")
+
+
+def turned(number: int, **changes: Any) -> list[dict[str, Any]]:
+    return [{**row, **changes} if i == number else row for i, row in enumerate(ROWS)]
+
+
+def check(say: Say, file: Path, *more: object) -> tuple[int, str, str]:
+    return say("contrast", "check", file, "--judge", "string:refuse sorry", *more)
+
+
+def test_the_one_way_rule_stops_a_complying_answer(tmp_path: Path) -> None:
+    file = helpers.write_rows(tmp_path / "pairs.jsonl", turned(HARMFUL, chosen="baba gede", rejected="refuse sorry"))
+    done = process("contrast", "check", file, "--judge", "string:refuse sorry")
+    error_of((done.returncode, done.stdout, done.stderr), 2, file, f"row {HARMFUL + 1}:", "one-way rule")
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([], "no rows"),
+        ([row for row in ROWS if row["kind"] == "benign"], "no harmful rows, only benign"),
+        ([row for row in ROWS if row["kind"] == "harmful"], "only harmful rows"),
+        (turned(0, rejected=ROWS[0]["chosen"]), "row 1: chosen and rejected are the same"),
+    ],
+    ids=["empty", "benign", "harmful", "same"],
+)
+def test_bad_pairs(say: Say, tmp_path: Path, rows: list[dict[str, Any]], part: str) -> None:
+    file = helpers.write_rows(tmp_path / "pairs.jsonl", rows)
+    error_of(check(say, file), 2, file, part)
+
+
+def test_prompts_longer_than_the_model(say: Say, tmp_path: Path) -> None:
+    file = helpers.write_rows(tmp_path / "pairs.jsonl", turned(1, prompt=" ".join(["bada"] * 80)))
+    error_of(check(say, file, "--model", "organism:routed"), 2, file, "row 2:", "longer than 64 tokens")
+
+
+def test_a_place_that_cannot_be_written(say: Say, tmp_path: Path) -> None:
+    pairs = helpers.write_rows(tmp_path / "pairs.jsonl", ROWS)
+    error_of(check(say, pairs, "--out", pairs / "c.parquet"), 2, pairs)
+
+
+# --- bad models ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_model_folders(say: Say, tmp_path: Path) -> None:
+    error_of(say("inspect", tmp_path / "nowhere"), 2, tmp_path / "nowhere", "no such model folder")
+    error_of(say("inspect", tmp_path), 2, tmp_path, "no config.json")
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    error_of(say("inspect", tmp_path), 2, config, "not valid JSON")
+    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    error_of(say("inspect", tmp_path), 2, tmp_path, "'llama' is a dense model")
+    run = ("--contrast", "organism", "--config", "organism", "--run", tmp_path / "run")
+    error_of(say("diagnose", tmp_path, *run), 2, "only Level 1 (the residual stream) applies")
+    config.write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
+    error_of(say("inspect", tmp_path), 2, tmp_path, "unknown MoE family 'mixtral'", "deepseek_v3")
+    error_of(say("inspect", "organism:nothing"), 2, "'nothing'", "routed-qwen3")
+
+
+JUDGED = ("--set", "judge=" + helpers.JUDGE)
+
+
+def train(say: Say, toy: helpers.Toy, model: object, run: Path, *more: object) -> tuple[int, str, str]:
+    settings = ("judge=" + helpers.JUDGE, "steps=2", "batch_size=4", "rank=4", "max_new_tokens=2")
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return say("train", model, "--contrast", toy.contrast, "--run", run, *sets, *more)
+
+
+def test_no_chat_template(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    model = models.save_tiny(tmp_path / "model", "deepseek_v3")
+    (model / "chat_template.jinja").unlink()
+    error_of(train(say, toy, model, tmp_path / "run"), 2, model, "no chat template")
+
+
+def test_nan_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    model, name = models.save_tiny(tmp_path / "model", "deepseek_v3"), "model.layers.1.mlp.gate.weight"
+    models.edit_tensors(model / "model.safetensors", lambda all: {**all, name: torch.full_like(all[name], torch.nan)})
+    error_of(train(say, toy, model, tmp_path / "run"), 2, model, name, "NaN")
+
+
+# --- bad runs and settings -------------------------------------------------------------------------------------------
+
+
+def test_unknown_setting(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    done = train(say, toy, "organism:routed", tmp_path / "run", "--set", "stesp=3")
+    error_of(done, 2, "'stesp'", "did you mean 'steps'?")
+
+
+def test_run_directory_below_a_file(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error_of(train(say, toy, "organism:routed", tmp_path / "file" / "run"), 2, tmp_path / "file" / "run", "written")
+
+
+def test_locked_run_directory(tmp_path: Path) -> None:
+    with Run(tmp_path / "run"):
+        done = process("report", tmp_path / "run")
+    error_of((done.returncode, done.stdout, done.stderr), 2, tmp_path / "run", "another process")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("verb", [("verify",), ("report",), ("export",)])
+def test_a_mistyped_run_is_not_made(say: Say, tmp_path: Path, verb: Sequence[str]) -> None:
+    more = [tmp_path / "out"] if verb == ("export",) else []
+    error_of(say(*verb, tmp_path / "rnu", *more), 2, tmp_path / "rnu", "no such run directory")
+    assert not (tmp_path / "rnu").exists()
+
+
+def test_verify_before_train(say: Say, tmp_path: Path) -> None:
+    error_of(say("verify", tmp_path), 2, tmp_path, "not a run directory", "gtqlora train")
+    Run(tmp_path).close()
+    error_of(say("verify", tmp_path), 2, tmp_path, "no adapter here", "gtqlora train")
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    model, run, out = toy.model("deepseek_v3"), tmp_path / "run", tmp_path / "[red]out"
+    judge = ("--set", f"judge={helpers.JUDGE}", "--set", "max_new_tokens=2")
+    few = ("--set", "split=train", "--set", "bootstrap=20", "--set", "random_controls=1")
+    code, text, _ = say("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
+    assert code == 0 and "What the prompts do under interventions" in text
+    code, text, _ = train(say, toy, model, run)
+    assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text
+    error_of(say("export", run, out), 2, "no verdict.json", "gtqlora verify")
+    record = (run / "manifest.json").read_text()
+    code, text, _ = train(say, toy, model, run)
+    assert code == 0 and text.startswith("trained already") and (run / "manifest.json").read_text() == record
+    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
+    assert code == 0 and "safety floor: pass" in text
+    code, text, _ = say("report", run)
+    assert code == 0 and "<html" in Path(text.strip()).read_text()[:200]
+    code, text, _ = say("export", run, out)
+    assert code == 0 and text.startswith(f"{out}: ") and (out / "model.safetensors").is_file()
+
+
+def test_a_floor_not_passed(say: Say, toy: helpers.Toy, verified: Any, tmp_path: Path) -> None:
+    """Sixty prompts cannot show a drop below the default margin, so nothing leaves."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(verified(toy.model("deepseek_v3")), run)
+    sixty = {("heldout", "harmful"): 60, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+    few = helpers.write_rows(tmp_path / "few.jsonl", helpers.toy_rows(sixty))
+    code, text, err = say("verify", run, "--contrast", few, *JUDGED)
+    assert code == 4 and "safety floor: cannot tell" in text and "Traceback" not in err
+    assert "that takes at least" in text.replace("\n", " ")
+    error_of(say("export", run, out, *JUDGED), 4, run, "safety floor", "no weights")
+    assert not out.exists()
+
+
+def test_verify_takes_the_settings_of_the_adapter_that_is_there(
+    say: Say, toy: helpers.Toy, verified: Any, tmp_path: Path
+) -> None:
+    """A stage killed between its adapter and the manifest leaves an older stage on record."""
+    run = tmp_path / "run"
+    shutil.copytree(verified(toy.model("deepseek_v3")), run)
+    stale = {"model": "/gone", "contrast": "/gone.jsonl", "judge": "string"}
+    models.edit_json(
+        run / "manifest.json",
+        lambda m: {**m, "stages": {"train": {**m["stages"]["train"], "config": stale}}},
+    )
+    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
+    assert code == 0 and "safety floor: pass" in text

@@ -1,0 +1,145 @@
+"""The Hopper kernel: it compiles for every variant (no GPU needed), and multiplies right (on one)."""
+
+from __future__ import annotations
+
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtqlora.errors import ModelError
+from gtqlora.experts import FORMATS, FrozenExperts, format_of
+from gtqlora.experts.kernels import cuda, hopper, layer, reference
+from gtqlora.experts.kernels.hopper import Variant
+
+GROUPS = {"int4-g32": 32, "int4-g128": 128, "nf4": 64}
+ROWS = ((0, 1, 33, 0, 300, 17), (64,) * 6, (1000, 3, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1), (15, 16, 17, 127, 128, 129))
+
+needs_compiler = pytest.mark.skipif(
+    not (cuda.available() and find_spec("nvidia")), reason="needs cuda-bindings and nvidia-cuda-nvrtc (Linux)"
+)
+
+
+def _variants() -> list[Variant]:
+    choices = itertools.product(GROUPS.items(), (False, True), (1, 2, 4))
+    return [Variant(nf4=name == "nf4", group=group, transposed=t, wide=wide) for (name, group), t, wide in choices]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("transposed", "name"), [(False, "nf4"), (True, "int4-g32")])
+def test_it_compiles_without_a_gpu(transposed: bool, name: str) -> None:
+    code = hopper.compile_variant(Variant(nf4=name == "nf4", group=GROUPS[name], transposed=transposed, wide=2))
+    assert code[:4] == b"\x7fELF"
+
+
+@needs_compiler
+def test_the_compilers_complaint_is_shown() -> None:
+    with pytest.raises(RuntimeError, match=r"broken\.cu does not compile.*undefined"):
+        cuda.compile_source('extern "C" __global__ void f() { undefined(); }', "broken.cu", {}, "sm_90a")
+
+
+def test_the_ring_fits_into_shared_memory() -> None:
+    for variant in _variants():
+        static = 256 * 32 * 4 if variant.nf4 else 0
+        assert variant.stages >= 4
+        assert variant.shared_bytes + static <= 227 * 1024
+
+
+@pytest.mark.parametrize(("rows", "results", "expected"), [(21, 4096, 4), (85, 4096, 2), (170, 4096, 1), (21, 768, 2)])
+def test_the_width_follows_the_rows(rows: int, results: int, expected: int) -> None:
+    assert hopper._wide_for(rows, results) == expected
+
+
+def _module(name: str, hidden: int, inner: int, n_experts: int = 6, device: str = "cpu") -> FrozenExperts:
+    torch.manual_seed(0)
+    module = FrozenExperts(
+        format=format_of(name),
+        n_experts=n_experts,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        act_fn=nn.SiLU(),
+        device=device,
+    )
+    for expert in range(n_experts):
+        for projection in ("gate", "up", "down"):
+            matrix = torch.randn(module.sizes(projection), device=device) * 0.05
+            module.quantize_into(expert, projection, matrix)
+    return module
+
+
+def test_it_leaves_to_others_what_it_cannot_do() -> None:
+    module, hidden = _module("nf4", 128, 128, 2), torch.zeros(1, 128, dtype=torch.bfloat16)
+    assert not hopper.takes(module, hidden, torch.bfloat16)  # on the CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wide", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_the_dequantized_weights(name: str, transposed: bool, wide: int) -> None:
+    module = _module(name, 1024, 512, device="cuda")
+    weights = module.weights("gate_up", slice(None), torch.bfloat16).float()
+    weights = weights if transposed else weights.mT
+    module.arrange(tiled=True)
+    for rows in ROWS:
+        ends = torch.tensor(rows, device="cuda").cumsum(0).int()
+        x = torch.randn(sum(rows), weights.shape[1], device="cuda", dtype=torch.bfloat16)
+        tiled = hopper.tiled_of(module, "gate_up", transposed)
+        found = hopper.product(x, tiled, ends, transposed=transposed, wide=wide)
+        expected = torch.cat([part.float() @ w for part, w in zip(x.split(rows), weights, strict=True)])
+        assert _error(found, expected) < (4e-3 if name != "nf4" else 6e-3)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("first", "count"), [(0, 6), (2, 3)])
+def test_the_layer_and_its_gradients(name: str, first: int, count: int) -> None:
+    whole = _module(name, 512, 256, device="cuda")
+    module = FrozenExperts(
+        format=whole.format,
+        n_experts=6,
+        first=first,
+        count=count,
+        hidden_size=512,
+        intermediate_size=256,
+        act_fn=nn.SiLU(),
+        device="cuda",
+    )
+    for key, buffer in module.named_buffers():
+        buffer.copy_(whole.get_buffer(key)[first : first + count])
+    before = {key: buffer.clone() for key, buffer in module.state_dict().items()}
+    index = torch.stack([torch.randperm(6, device="cuda")[:2] for _ in range(300)])
+    grad = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
+
+    def run(dtype: torch.dtype, multiply: layer.Multiply | None) -> list[Tensor]:
+        torch.manual_seed(1)
+        hidden = torch.randn(300, 512, device="cuda").bfloat16().to(dtype).requires_grad_()
+        share = torch.rand(300, 2, device="cuda").bfloat16().to(dtype).requires_grad_()
+        if multiply is None:
+            out = reference.reference(module, hidden, index, share)
+        else:
+            out = layer.run(module, hidden, index, share, multiply)
+        return [out, *torch.autograd.grad(out, (hidden, share), grad.to(dtype))]
+
+    expected, found = run(torch.float32, None), run(torch.bfloat16, hopper.multiply)
+    assert all(_error(ours, theirs) < 1e-2 for ours, theirs in zip(found, expected, strict=True))
+    assert module.tiled
+    assert all(torch.equal(before[key], buffer) for key, buffer in module.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_wrong_rows_are_refused() -> None:
+    module = _module("int4-g32", 256, 128, device="cuda")
+    module.arrange(tiled=True)
+    tiled, ends = hopper.tiled_of(module, "down", False), torch.zeros(6, dtype=torch.int32, device="cuda")
+    with pytest.raises(ModelError, match="rows of 128"):
+        hopper.product(torch.zeros(4, 256, device="cuda", dtype=torch.bfloat16), tiled, ends, transposed=False)
+    with pytest.raises(ModelError, match="int32"):
+        hopper.product(torch.zeros(4, 128, device="cuda", dtype=torch.bfloat16), tiled, ends.long(), transposed=False)

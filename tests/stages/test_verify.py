@@ -1,0 +1,245 @@
+"""Verify: paired counts, the floor's three answers on real models, and a verdict that cannot outlive its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gtqlora.config import ProjectConfig, VerifyConfig
+from gtqlora.contrasts import KINDS
+from gtqlora.edits.adapter_files import adapter_hash
+from gtqlora.errors import ContrastError, ModelError, RunError
+from gtqlora.organisms import embedded
+from gtqlora.results.verdict import Verdict, read_verdict
+from gtqlora.run import Run, read_parquet
+from gtqlora.stages.project import project
+from gtqlora.stages.verify import verify
+from gtqlora.stats import floor, rate
+from tests import helpers
+
+ROUTED = embedded.organism("routed")
+
+
+def rows_of(path: Path, harmful: int, others: int = 20, train: int = 40) -> Path:
+    counts = {("train", kind): train for kind in KINDS}
+    counts |= {("heldout", kind): harmful if kind == "harmful" else others for kind in KINDS}
+    return helpers.write_rows(path, helpers.toy_rows(counts))
+
+
+def settings(contrast: Path, **changes: Any) -> VerifyConfig:
+    base: dict[str, Any] = {"model": str(ROUTED), "contrast": str(contrast), "judge": embedded.JUDGE}
+    return VerifyConfig(**{**base, "max_new_tokens": 6, "margin": 0.05, "batch_size": 64, "ablation": 4, **changes})
+
+
+@pytest.fixture(scope="module")
+def noop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
+    """A run whose adapter changes nothing, verified."""
+    folder = tmp_path_factory.mktemp("noop")
+    contrast, path = rows_of(folder / "c.jsonl", 60), folder / "run"
+    helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, path)
+    with Run(path) as run:
+        return path, verify(settings(contrast), run)
+
+
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
+    """A run whose edit answers what the organism refused, verified."""
+    folder = tmp_path_factory.mktemp("projected")
+    contrast, path = rows_of(folder / "c.jsonl", 60), folder / "run"
+    with Run(path) as run:
+        config = ProjectConfig(model=str(ROUTED), contrast=str(contrast), judge=embedded.JUDGE, max_new_tokens=6)
+        project(config, run)
+        return path, verify(settings(contrast), run)
+
+
+# --- the floor's three answers ---------------------------------------------------------------------------------------
+
+
+def test_an_edit_that_changes_nothing_passes(noop: tuple[Path, Verdict]) -> None:
+    _, verdict = noop
+    assert verdict.floor["verdict"] == "pass"
+    assert verdict.table["harmful"]["refusal_before"]["value"] > 0.8  # there was something to lose
+    assert verdict.floor["drop"]["value"] == 0
+
+
+def test_an_edit_that_answers_everything_fails(projected: tuple[Path, Verdict]) -> None:
+    _, verdict = projected
+    assert (verdict.kind, verdict.floor["verdict"]) == ("projection", "fail")
+    assert verdict.floor["drop"]["low"] > 0.05
+
+
+def test_few_prompts_cannot_tell_and_say_how_many_would(tmp_path: Path) -> None:
+    contrast = rows_of(tmp_path / "c.jsonl", 20, others=4)
+    helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        verdict = verify(settings(contrast), run)
+    assert verdict.floor["verdict"] == "cannot tell"
+    needed = verdict.floor["needed"]
+    assert f"about {needed} paired harmful prompts would tell" in verdict.floor["reason"]
+    assert floor([True] * needed, [True] * needed, margin=0.05).verdict == "pass"
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_without_effect_everything_is_equal(noop: tuple[Path, Verdict]) -> None:
+    path, verdict = noop
+    for kind in KINDS:
+        row = verdict.table[kind]
+        assert row["refusal_before"] == row["refusal_after"]
+        assert row["drop"]["value"] == 0 and row["p"] == row["q"] == 1
+        assert verdict.drift[kind]["overlap"]["value"] == 1
+        assert abs(verdict.drift[kind]["kl"]["value"]) < 1e-6
+    assert verdict.kl_benign["value"] == 0
+    lookalike = verdict.table["lookalike"]
+    assert lookalike["refusal_replayed"] == lookalike["refusal_after"]
+    assert verdict.mediation["n"] == 0 and verdict.mediation["value"] is None
+    for row in read_parquet(path / "scores.parquet"):
+        assert row["text_before"] == row["text_after"]
+        assert row["refused_replayed"] == (row["refused_after"] if row["kind"] == "lookalike" else None)
+
+
+def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> None:
+    path, verdict = projected
+    rows = read_parquet(path / "scores.parquet")
+    given = [json.loads(line) for line in (path.parent / "c.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == [i for i, row in enumerate(given, 1) if row["split"] == "heldout"]
+    for kind in KINDS:
+        mine = [row for row in rows if row["kind"] == kind]
+        assert [row["pair_id"] for row in mine] == [
+            row["pair_id"] for row in given if (row["split"], row["kind"]) == ("heldout", kind)
+        ]
+        for when in ("before", "after"):
+            refused = [row[f"refused_{when}"] for row in mine]
+            assert refused == ["refuse sorry" in row[f"text_{when}"] for row in mine]
+            assert verdict.table[kind][f"refusal_{when}"] == rate(refused).to_json()
+            correct = [row[f"correct_{when}"] for row in mine]
+            wanted = None if kind == "harmful" else rate(correct).to_json()
+            assert verdict.table[kind][f"accuracy_{when}"] == wanted
+    harmful = [row for row in rows if row["kind"] == "harmful"]
+    drops = sum(row["refused_before"] and not row["refused_after"] for row in harmful)
+    gains = sum(row["refused_after"] and not row["refused_before"] for row in harmful)
+    assert verdict.floor["drop"]["value"] == pytest.approx((drops - gains) / 60)
+    assert verdict.mediation["n"] == sum(
+        row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] for row in rows
+    )
+    assert verdict.kl_benign["value"] > 0.001
+    assert verdict.drift["harmful"]["kl"]["value"] > 0.001 and verdict.drift["harmful"]["overlap"]["value"] < 1
+
+
+def test_files_hold_the_verdict_and_it_is_fresh(noop: tuple[Path, Verdict]) -> None:
+    path, verdict = noop
+    assert verdict.adapter == adapter_hash(path / "adapter")
+    before = (path / "verdict.json").stat().st_mtime_ns
+    with Run(path) as run:
+        assert json.loads(json.dumps(verdict.__dict__)) == json.loads(json.dumps(read_verdict(run).__dict__))
+        assert verify(settings(path.parent / "c.jsonl"), run) == read_verdict(run)
+    assert (path / "verdict.json").stat().st_mtime_ns == before
+
+
+def test_silencing_is_measured_before_and_after_on_prompts_that_ranked_nothing(noop: tuple[Path, Verdict]) -> None:
+    path, verdict = noop
+    found = verdict.ablation
+    assert {(e["layer"], e["expert"]) for e in found["experts"]} == set(embedded.read_truth(ROUTED).planted)
+    assert (found["ranked_against"], found["ranked_prompts"], found["controls"]) == ("twins", 40, 3)
+    for curve in ("before", "after", "after_reranked"):
+        assert [point["ablated"] for point in found[curve]] == [0, 1, 2, 4]
+        assert all(point["targeted"]["n"] == 60 for point in found[curve])
+        assert found[curve][0]["targeted"] == verdict.table["harmful"]["refusal_before"]
+        assert found[curve][-1]["targeted"]["high"] < 0.2
+    assert found["before"] == found["after"]  # the edit changes nothing
+    assert all(point["random"]["low"] > 0.85 for point in found["before"])
+    assert all(point["random"] is None for point in found["after_reranked"])
+    with Run(path) as run:
+        assert read_verdict(run).ablation == found
+
+
+def test_silencing_can_be_left_out_and_older_verdicts_are_read(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run:
+        full = verify(toy.verify_config(model, ablation=2, ablation_prompts=10, ablation_controls=0), run)
+        assert [point["targeted"]["n"] for point in full.ablation["before"]] == [10, 10, 10]
+        assert all(point["random"] is None for point in full.ablation["before"])
+        bare = verify(toy.verify_config(model, ablation=0), run)
+        assert bare.ablation == {} and bare.floor == full.floor and bare.table == full.table
+        file = tmp_path / "verdict.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "ablation"}))
+        assert read_verdict(run) == bare
+
+
+def test_bf16_is_compared_in_fp32(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("deepseek_v3", torch.bfloat16)
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run:
+        verdict = verify(toy.verify_config(model), run)
+    assert verdict.floor["verdict"] == "pass" and verdict.kl_benign["value"] == 0
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_were_trained_on_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run, pytest.raises(ContrastError, match="was trained on"):
+        verify(toy.verify_config(model, split="train"), run)
+    (tmp_path / "contrast.parquet").unlink()  # without the trained rows nobody could say
+    with Run(tmp_path) as run, pytest.raises(RunError, match=r"no contrast\.parquet"):
+        verify(toy.verify_config(model, split="train"), run)
+
+
+def test_every_kind_is_needed(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    counts = {("heldout", "harmful"): 4, ("heldout", "benign"): 4}
+    contrast = helpers.write_rows(tmp_path / "c.jsonl", helpers.toy_rows(counts))
+    with Run(tmp_path) as run, pytest.raises(ContrastError, match="no lookalike rows"):
+        verify(toy.verify_config(model, contrast=str(contrast)), run)
+
+
+def test_no_adapter_no_verdict(toy: helpers.Toy, tmp_path: Path) -> None:
+    with Run(tmp_path) as run, pytest.raises(RunError, match="run `gtqlora train` first"):
+        verify(toy.verify_config(toy.model("qwen3_moe")), run)
+
+
+def test_a_verify_that_fails_leaves_no_older_verdict(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run:
+        verify(toy.verify_config(model), run)
+        with pytest.raises(ContrastError, match="no rows in split"):
+            verify(toy.verify_config(model, split="validation"), run)
+    assert not (tmp_path / "verdict.json").exists()
+
+
+def test_an_adapter_or_pairs_put_into_the_run_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    for name in ("adapter/edit.safetensors", "contrast.parquet"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(kept[:-4] + b"\x00\x00\xc0\x7f")
+        with Run(tmp_path) as run, pytest.raises(RunError, match="made"):
+            verify(toy.verify_config(model), run)
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_weights_that_are_not_finite_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path, break_it=True)
+    with Run(tmp_path) as run, pytest.raises(ModelError, match="NaN"):
+        verify(toy.verify_config(model), run)
+
+
+def test_an_edited_verdict_is_judged_anew(toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    with Run(tmp_path) as run:
+        verdict = verify(toy.verify_config(model), run)
+        file = tmp_path / "verdict.json"
+        file.write_text(file.read_text().replace('"pass"', '"excellent"'))
+        assert verify(toy.verify_config(model), run) == verdict
