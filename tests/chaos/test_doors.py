@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from gtqlora import contrasts
 from gtqlora.certificate import BUDGET, judged_again
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.errors import ContrastError, GtqloraError
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms.language import Language
@@ -66,7 +66,7 @@ def trained(toy: helpers.Toy, model: Path, path: Path, **changes: Any) -> Path:
 def judged(toy: helpers.Toy, run: Path, model: Path, again: bool = False, **changes: Any) -> str:
     """The floor's verdict."""
     with Run(run) as held:
-        return verify(toy.verify_config(model, **{"ablation": 0, **changes}), held, again=again).floor["verdict"]
+        return verify(toy.verify_config(model, **{"ablation": 0, **changes}), held, again=again).floor.verdict
 
 
 def shut(run: Path, out: Path, says: str, *, judge: str = helpers.JUDGE) -> None:
@@ -214,7 +214,7 @@ def failed(toy: helpers.Toy, tmp_path: Path) -> tuple[Path, Path, Path]:
     pairs = Path(shutil.copy(toy.contrast, tmp_path / "pairs.jsonl"))
     assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
     with Run(run) as held:
-        again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held), judge_of(judge))]
+        again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held.path), judge_of(judge))]
     lost = {outcome.prompt[-1]["content"] for outcome in again if outcome.lost}
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "harmful" or row["prompt"] not in lost]
@@ -436,7 +436,7 @@ def test_d11_pairs_changed_or_gone_after_verify_change_nothing(
     assert json.loads((out / "export.json").read_text())["floor"]["verdict"] == "pass"
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"experts": "nf4"}], ids=str)
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"expert_format": "nf4"}], ids=str)
 def test_d12_what_was_verified_is_what_ships(passed: Path, toy: helpers.Toy, out: Path, changes: Row) -> None:
     model = toy.model("qwen3_moe")
     assert judged(toy, passed, model, **changes) in ("pass", "fail", "cannot tell")

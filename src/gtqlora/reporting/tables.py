@@ -88,7 +88,7 @@ def tested(found: Sequence[Json]) -> Table:
         [
             place(e),
             cause(e) or "not shown",
-            share(e["mask"]),
+            share(e["ablate"]),
             share(e["restore"]),
             share(e["control"]),
             q_value(e["q"]),
@@ -96,7 +96,7 @@ def tested(found: Sequence[Json]) -> Table:
         ]
         for e in found
     ]
-    columns = ["Expert", "Cause", "Ablated alone", "Given back alone", "Random alike, masked", "q", "Tokens"]
+    columns = ["Expert", "Cause", "Ablated alone", "Restored alone", "Random alike, ablated", "q", "Tokens"]
     return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
 
 
@@ -139,7 +139,7 @@ def interventions(found: Sequence[Json]) -> Table:
 
 def effects(curves: Sequence[Json]) -> Table:
     rows = [
-        [curve["name"], str(point["m"]), share(point["refusal"]), real(point["log_odds"])]
+        [curve["name"], str(point["ablated"]), share(point["refusal"]), real(point["log_odds"])]
         for curve in curves
         for point in curve["points"]
     ]
