@@ -106,6 +106,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def require(folder: Path, name: str, made_by: str) -> Path:
+    """Return the path of an artefact in a run directory.
+
+    Raises:
+        RunError: it is not there; the message names the command that makes it.
+    """
+    file = folder / name
+    if not file.exists():
+        raise RunError(f"{folder}: no {name} here; run `gtqlora {made_by}` first")
+    return file
+
+
 def _check_ours(path: Path) -> None:
     """Nothing is written into a folder of the user's.
 
@@ -221,10 +233,8 @@ class Run:
         return read_json(self.require(name, made_by), f"run `gtqlora {made_by}` again")
 
     def require(self, name: str, made_by: str) -> Path:
-        file = self.path / name
-        if not file.exists():
-            raise RunError(f"{self.path}: no {name} here; run `gtqlora {made_by}` first")
-        return file
+        """Return an artefact's path, see `require`."""
+        return require(self.path, name, made_by)
 
     @contextmanager
     def stage(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gtqlora.capture import Subject, direction_removed, open_subject
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.adapters import Adapter, adapters_off, read_adapter, wrapped
 from gtqlora.edits.merging import merged, on_disk, plan, projected
 from gtqlora.errors import RunError
@@ -20,6 +19,7 @@ from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import language_model
 from gtqlora.families.files import weight_files
+from gtqlora.results.adapter import PROJECTION
 
 
 class Change(Protocol):
