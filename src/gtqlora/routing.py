@@ -15,13 +15,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-    """How one family turns router logits into chosen experts and their weights."""
+    """How one family turns router logits into chosen experts and their weights.
+
+    Attributes:
+        normalize: whether a token's weights are divided by their sum.
+        scale: factor of the weights, after that.
+        rounds: whether weights come in the logits' dtype; otherwise in fp32.
+        n_group, topk_group: experts are chosen from the best `topk_group` of `n_group` groups.
+    """
 
     score: Literal["sigmoid", "softmax"]
     top_k: int
     n_experts: int
     normalize: bool
     scale: float = 1.0
+    rounds: bool = True
     n_group: int = 1
     topk_group: int = 1
 
@@ -69,7 +77,8 @@ def weigh(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
     weights_TK = scores(logits_TE, spec).gather(1, indices_TK)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return (weights_TK * spec.scale).to(logits_TE.dtype)  # Qwen3's router rounds to its own dtype; DeepSeek's is fp32
+    weights_TK = weights_TK * spec.scale
+    return weights_TK.to(logits_TE.dtype) if spec.rounds else weights_TK
 
 
 def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:

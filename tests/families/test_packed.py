@@ -104,7 +104,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def language_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     """The language model's tensors by the names they have in it."""
-    prefix = FAMILIES[family].disk_prefix
+    prefix = models.disk_name(family, "")
     every = tensors_of(folder).items()
     return {name.removeprefix(prefix): tensor for name, tensor in every if name.startswith(prefix)}
 
@@ -393,7 +393,7 @@ def test_format_that_cannot_hold_the_matrices(tmp_path: Path) -> None:
     ("change", "word"),
     [
         ({"dense": "int8"}, "int8"),
-        ({"product": "magic"}, "magic"),
+        ({"kernel": "magic"}, "magic"),
         ({"expert_range": (2, 2)}, "(2, 2)"),
         ({"expert_range": (0, 9)}, "8 experts"),
     ],
