@@ -71,7 +71,7 @@ _HYBRID: dict[str, Any] = {
 _SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_GROUPED, **_MLA},
     "kimi_k25": {**_GROUPED, **_MLA},
-    "glm4_moe": {**_GROUPED, **_GQA, "attention_bias": True, "use_qk_norm": True},
+    "glm4_moe": {**_GROUPED, **_GQA, "attention_bias": True, "use_qk_norm": False},
     "glm4_moe_lite": {**_GROUPED, **_MLA},
     "qwen3_moe": _GQA,
     "qwen2_moe": {**_GQA, **_SHARED},
