@@ -15,19 +15,17 @@ from typing import Any
 from gtqlora.config import to_dict
 from gtqlora.errors import RunError
 from gtqlora.storage.atomic import (
-    LOCK,
     atomic_write,
     checked_path,
     drop_leftovers,
-    hold,
     leftovers,
-    still_held,
     take_over,
     together,
     write_json,
     write_parquet,
 )
 from gtqlora.storage.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
+from gtqlora.storage.locks import LOCK, hold, still_held
 
 MANIFEST = "manifest.json"
 FORMAT = 1
