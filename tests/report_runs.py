@@ -127,7 +127,8 @@ def directions(layers: int) -> dict[str, Any]:
                 "separation": interval(0.55 + 0.4 * far),
             } if known else None,
             "erasure": {
-                "before": interval(0.99), "mean_removed": interval(0.8), "leace": interval(0.52), "mean_removed_cost": 0.1,
+                "before": interval(0.99), "mean_removed": interval(0.8), "leace": interval(0.52),
+                "mean_removed_cost": 0.1,
                 "leace_cost": 0.05,
             } if known else None,
             "cosines": [
