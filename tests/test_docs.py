@@ -41,7 +41,7 @@ def commands() -> Iterator[tuple[str, str]]:
     """Each `gtqlora ...` that stands in a code block, or whole between backticks, with its page."""
     for page in PAGES:
         found = re.findall(r"^(?:.*&& )?gtqlora (.+)$", fenced(page), re.MULTILINE)
-        found += re.findall(r"`gtqlora (\S+ [^`]+)`", prose(page))  # a verb alone is only mentioned
+        found += re.findall(r"`gtqlora ([^`\s]+ [^`]+)`", prose(page))  # a verb alone is only mentioned
         yield from ((page.name, command) for command in found)
 
 
