@@ -46,7 +46,7 @@ def test_the_layer_with_the_fewest_lookalike_refusals_is_taken(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CORE)
 def test_loaded_projection_switches_on_and_off(toy: helpers.Toy, tmp_path: Path, family: str, keep: bool) -> None:
     model = toy.model(family)
     found = projected(toy.project_config(model, layer=2, norm_preserving=keep), tmp_path)
