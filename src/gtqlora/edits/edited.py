@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gtqlora.capture import Subject, direction_removed, open_subject
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.adapters import Adapter, adapters_off, read_adapter, wrapped
 from gtqlora.edits.merging import merged, plan, projected
 from gtqlora.errors import RunError
@@ -22,6 +21,7 @@ from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import TensorNames, check_projectable, language_model
 from gtqlora.families.facts import DOWN
 from gtqlora.families.files import weight_files
+from gtqlora.results.adapter import PROJECTION
 
 
 class Change(Protocol):

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.adapters import Adapter
 from gtqlora.errors import RunError
 from gtqlora.families import Anatomy, TensorNames, check_projectable
 from gtqlora.families.facts import DOWN
+from gtqlora.results.adapter import PROJECTION
 
 Edit = Callable[[Tensor], Tensor]
 """A tensor of the checkpoint in fp32 -> the edited one."""

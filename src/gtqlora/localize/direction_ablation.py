@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gtqlora.capture import CallRecorder, Interchange, direction_removed
-from gtqlora.localize.trials import Change, Changes, Intervention, Trials, odds_of
+from gtqlora.localize.trials import Change, Changes, Trials, odds_of
 from gtqlora.progress import track
+from gtqlora.results.diagnosis import Intervention
 from gtqlora.scoring import SourceRun
 
 
