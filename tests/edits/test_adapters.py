@@ -6,17 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gtqlora.capture import open_subject
 from gtqlora.edits import adapters, edited
 from gtqlora.errors import RunError, TrainingError
-from gtqlora.families import FAMILIES
+from gtqlora.families import FAMILIES, bind
 from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
 from tests import helpers, models
 
@@ -97,6 +98,24 @@ def test_each_group_has_its_rate_and_gates_are_fp32(fitted: Callable[[Case], Fit
     ]
     lora, gates = (1e-2, {False}, {torch.float32}), (1e-2, {True}, {torch.float32})
     assert groups == {"gt": [lora, gates], "lora": [lora], "gates": [gates]}[mode]
+
+
+def test_what_else_a_router_has_stays_frozen() -> None:
+    """PEFT trains all of a module that it copies; a family says which of its router's parameters train."""
+    model = models.tiny_model("qwen3_moe")
+    anatomy = bind(model, FAMILIES["qwen3_moe"])
+    for path in anatomy.routers:
+        model.get_submodule(path).register_parameter("bias", torch.nn.Parameter(torch.zeros(8)))
+    with adapters.peft_targets_kept():
+        wrapped: Any = get_peft_model(model, adapters.lora_config(anatomy, mode="gt", rank=4, alpha=8))
+    with pytest.raises(TrainingError, match=r"2 trained tensors differ.*gate\.modules_to_save\.default\.bias"):
+        adapters.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    adapters.freeze_rest_of_routers(wrapped, anatomy)
+    adapters.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    adapters.assert_bias_frozen(wrapped, anatomy)
+    wrapped.get_submodule(f"base_model.model.{anatomy.routers[1]}.modules_to_save.default").bias.data += 1
+    with pytest.raises(TrainingError, match=rf"{anatomy.routers[1]}\.bias moved"):
+        adapters.assert_bias_frozen(wrapped, anatomy)
 
 
 def test_the_two_rates_are_their_own(toy: helpers.Toy, tmp_path: Path) -> None:
