@@ -48,7 +48,7 @@ def test_the_layer_with_the_fewest_lookalike_refusals_is_taken(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CORE)
 def test_loaded_projection_switches_on_and_off(toy: helpers.Toy, tmp_path: Path, family: str, keep: bool) -> None:
     model = toy.model(family)
     found = projected(toy.project_config(model, layer=2, norm_preserving=keep), tmp_path)
@@ -90,7 +90,7 @@ def test_columns_keep_their_lengths_and_write_nothing_along_the_direction(toy: h
         after = {name: weight.clone() for name, weight in subject.model.state_dict().items()}
         states = subject.model(models.some_tokens(), output_hidden_states=True).hidden_states
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    writers = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight", "experts.down_proj")
+    writers = ("embed_tokens.weight", "o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
     assert changed == {name for name in before if name.endswith(writers)}
     for name in changed:
         was, now = (w.mT if "embed_tokens" in name else w for w in (before[name], after[name]))
@@ -121,7 +121,7 @@ def test_frozen_experts_are_not_rescaled(toy: helpers.Toy, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CORE)
 def test_rescaled_columns_ship_as_they_were_verified(
     toy: helpers.Toy, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
