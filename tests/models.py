@@ -96,9 +96,7 @@ def moe_layers(family: str) -> tuple[int, ...]:
     return tuple(range(0 if KNOWN[family].moe_layers_from == "all" else 1, LAYERS))
 
 
-def tiny_model(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with 3 layers and 8 experts top-2; `changes` go into its config.
 
     `moe_intermediate_size` among them is an expert's inner size under whatever name the family has for it.

@@ -31,9 +31,9 @@ from gtqlora.families.config_checks import (
 )
 from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
+from gtqlora.families.names import TensorNames
 from gtqlora.families.rendering import warm_up
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
-from gtqlora.families.names import TensorNames
 from gtqlora.families.weight_checks import check_experts, check_headers, check_size
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
