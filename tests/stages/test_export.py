@@ -194,7 +194,7 @@ def test_a_failed_or_open_verdict(passed: Path, toy: helpers.Toy, tmp_path: Path
     )
     with Run(passed) as run:
         open_verdict = verify(toy.verify_config(source(toy, "qwen3_moe"), contrast=str(few)), run)
-    assert open_verdict.floor["verdict"] == "cannot tell" and len(rows) > 10
+    assert open_verdict.floor.verdict == "cannot tell" and len(rows) > 10
     refused(passed, tmp_path, "'cannot tell'")
     verdict = passed / "verdict.json"
     verdict.write_text(verdict.read_text().replace('"cannot tell"', '"pass"'))
@@ -209,7 +209,7 @@ def test_a_failing_floor(tmp_path: Path) -> None:
     base |= {"judge": embedded.JUDGE, "max_new_tokens": 6}
     with Run(tmp_path / "run") as run:
         project(ProjectConfig(**base), run)
-        assert verify(VerifyConfig(**base), run).floor["verdict"] == "fail"
+        assert verify(VerifyConfig(**base), run).floor.verdict == "fail"
     refused(tmp_path / "run", tmp_path, "'fail'")
 
 

@@ -36,12 +36,13 @@ def test_the_layer_with_the_fewest_lookalike_refusals_is_taken(tmp_path: Path) -
         model=str(embedded.organism("residual")), contrast=str(contrast), judge=embedded.JUDGE, max_new_tokens=6
     )
     found = projected(config, tmp_path / "run")
-    refusals = {candidate["layer"]: candidate["refusal"] for candidate in found.candidates}
+    refusals = {candidate.layer: candidate.refusal for candidate in found.candidates}
     assert list(refusals) == [1, 2, 3, 4, 5]
     assert refusals[found.layer] == min(refusals.values()) < max(refusals.values())
     info = adapter_files.read_info(found.adapter)
     assert (info.kind, info.base, info.family) == ("projection", config.model, "deepseek_v3")
-    assert (info.details["layer"], info.details["candidates"]) == (found.layer, found.candidates)
+    assert isinstance(info.details, adapter_files.Projection)
+    assert (info.details.layer, info.details.candidates) == (found.layer, found.candidates)
     direction_D = adapters.read_adapter(found.adapter).direction_D
     assert direction_D.shape == (64,) and float(direction_D.norm()) == pytest.approx(1, rel=1e-5)
 
@@ -71,7 +72,7 @@ def test_a_direction_is_chosen_by_name(toy: helpers.Toy, tmp_path: Path, directi
     for name in (REFUSAL, FALSE_REFUSAL, direction):
         found = projected(replace(config, direction=name), tmp_path / name)
         vectors[name] = adapters.read_adapter(found.adapter).direction_D
-        assert adapter_files.read_info(found.adapter).details["config"]["direction"] == name
+        assert adapter_files.read_info(found.adapter).config["direction"] == name
         assert float(vectors[name].norm()) == pytest.approx(1, rel=1e-5)
     assert len({tuple(vector.tolist()) for vector in vectors.values()}) == len(vectors)
 
@@ -129,7 +130,7 @@ def test_rescaled_columns_ship_as_they_were_verified(
     with Run(tmp_path / "run") as run:
         for layer in (1, 2, 3):
             project(toy.project_config(model, layer=layer, norm_preserving=True), run)
-            if verify(toy.verify_config(model), run).floor["verdict"] == "pass":
+            if verify(toy.verify_config(model), run).floor.verdict == "pass":
                 break
         export(run, tmp_path / "out", judge=helpers.JUDGE)
     edited = load(str(model), tmp_path / "run" / "adapter").subject.model
@@ -167,7 +168,8 @@ def test_the_orthogonalized_direction_needs_harmful_twins(toy: helpers.Toy, tmp_
 
 
 def test_a_direction_of_another_size_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
-    adapters.save_projection(torch.ones(5), tmp_path / "a", adapter_files.Info("projection", "m", "qwen3_moe", {}))
+    info = adapter_files.Info("projection", "m", "qwen3_moe", adapter_files.Projection())
+    adapters.save_projection(torch.ones(5), tmp_path / "a", info)
     with pytest.raises(RunError, match="does not fit the model"):
         load(str(toy.model("qwen3_moe")), tmp_path / "a")
 
