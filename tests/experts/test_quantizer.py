@@ -312,8 +312,10 @@ def test_dense_in_four_bits_needs_bitsandbytes(tmp_path: Path, monkeypatch: pyte
 # --- saved and loaded again ------------------------------------------------------------------------------------------
 
 
-@every_format
-@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+@pytest.mark.parametrize(
+    ("family", "format", "shard"),
+    [*product(models.CORE, FORMATS, ["5GB", "8KB"]), *((family, "nf4", "5GB") for family in models.OTHERS)],
+)
 def test_saved_model_comes_back_bit_for_bit(tmp_path: Path, family: str, format: str, shard: str) -> None:
     known, model = load_model(str(saved(tmp_path / "m", family)), expert_format=format)
     model.save_pretrained(tmp_path / "again", max_shard_size=shard)
