@@ -39,7 +39,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gtqlora.cli.app", *map(str, arguments)],
+        [sys.executable, "-m", "gtqlora.cli", *map(str, arguments)],
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.cli import app, console
+from gtqlora.cli import app, console, verbs
 from gtqlora.cli.app import main
 from gtqlora.progress import track
 from tests import models
@@ -48,8 +48,7 @@ def test_what_a_console_cannot_show_is_replaced(
     with console.stage_progress():
         assert list(track([1, 2], "réglage 模型 ✓", 2)) == [1, 2]
     assert "glage" in text_of(err)
-    with pytest.raises(SystemExit):  # as the parser leaves after its own words
-        main(["inspect", str(model), "--模型"])
+    assert main(["inspect", str(model), "--模型"]) == 2  # the parser's own words
 
 
 def test_json_is_the_same_on_any_console(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +144,7 @@ def test_errors_of_the_system_are_one_line(
     def strikes(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app, "_embedded", strikes)
+    monkeypatch.setattr(verbs, "embedded_model", strikes)
     assert main(["inspect", "m"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and line in err and len(err) < 300

@@ -49,7 +49,7 @@ def test_kimi_lora_is_counted_by_hand(kimi: Inspection) -> None:
     assert 0.165e9 < kimi.lora_parameters < 0.18e9
     assert kimi.trained_parameters == kimi.lora_parameters + kimi.gate_parameters
     assert kimi.trained_bytes == 2 * kimi.lora_parameters + 4 * kimi.gate_parameters
-    assert kimi.experts_format == "int4-g32"
+    assert kimi.expert_format == "int4-g32"
     assert kimi.bytes == 2 * (kimi.text_parameters - 1_014_686_023_680) + 1_014_686_023_680 * 45 // 80
     assert inspect(kimi.model, expert_format="bf16").bytes == 2 * kimi.text_parameters
 
@@ -155,7 +155,7 @@ def test_experts_are_counted_as_they_will_be_held(tmp_path: Path, family: str, e
     (routed,) = (group for group in found.groups if group.name == "routed experts")
     census = quantized_expert_counts(loaded, facts)
     assert (routed.parameters, routed.bytes) == (census.expert_parameters, census.expert_bytes)
-    assert found.experts_format == expert_format
+    assert found.expert_format == expert_format
     assert found.text_parameters == inspect(str(folder)).text_parameters
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_in_4_bits_is_counted_and_named_as_it_is(tmp_path: Path, ex
     _, loaded = load_frozen(str(folder), expert_format=expert_format)
     loaded.save_pretrained(tmp_path / "packed")
     found = inspect(str(tmp_path / "packed"))
-    assert found.experts_format == expert_format
+    assert found.expert_format == expert_format
     assert found.bytes == inspect(str(folder), expert_format=expert_format).bytes
     with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as file:
         assert {tensor for name in found.names for tensor in name.disk} <= set(file.keys())
@@ -176,7 +176,7 @@ def test_what_cannot_be_loaded_can_be_looked_at(tmp_path: Path) -> None:
     folder = models.save_tiny(tmp_path / "m", "deepseek_v3")
     models.edit_json(folder / "config.json", lambda raw: {**raw, "quantization_config": {"quant_method": "fp8"}})
     found = inspect(str(folder))
-    assert (found.quantized, found.experts_format) == ("fp8", None)
+    assert (found.quantized, found.expert_format) == ("fp8", None)
     with pytest.raises(ModelError, match="FP8"):
         inspect(str(folder), expert_format="native")
 

@@ -49,7 +49,7 @@ class Inspection:
         correction_bias_values: router biases that only steer selection; buffers, never trained.
         chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
         quantized: the checkpoint's quant method, if it is quantized.
-        experts_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
+        expert_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
             or in a way that gtqlora does not read, and counted as the unpacked model's.
         names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
     """
@@ -67,7 +67,7 @@ class Inspection:
     hidden_size: int
     dtype: str
     quantized: str | None
-    experts_format: str | None
+    expert_format: str | None
     lora_rank: int
     groups: tuple[Group, ...]
     text_parameters: int
@@ -123,7 +123,7 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
         hidden_size=anatomy.hidden_size,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         quantized=quantized,
-        experts_format=held.name if held else None,
+        expert_format=held.name if held else None,
         lora_rank=lora_rank,
         groups=groups,
         text_parameters=sum(group.parameters for group in groups),

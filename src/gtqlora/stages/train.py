@@ -64,11 +64,16 @@ RANKED = 200
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training left: the adapter folder, the steps done, and why it stopped early, if it did."""
+    """What training left: the adapter folder, the steps done, and why it stopped early, if it did.
+
+    Attributes:
+        fresh: these settings had left it before, so nothing was trained now.
+    """
 
     adapter: Path
     steps: int
     stopped: str | None
+    fresh: bool = False
 
 
 def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
@@ -112,7 +117,7 @@ def _trained_before(adapter: Path) -> TrainResult:
     steps, stopped = details.get("steps"), details.get("stopped")
     if type(steps) is not int or not isinstance(stopped, str | None):
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, steps, stopped)
+    return TrainResult(adapter, steps, stopped, fresh=True)
 
 
 @dataclass(frozen=True)
