@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.cli import app, console, verbs
-from gtqlora.cli.app import main
+from gtqlora.cli import app, console, main, verbs
 from gtqlora.progress import track
 from tests import models
 

@@ -128,15 +128,13 @@ def as_edited(run: Run, judge: str | None) -> dict[str, object]:
         RunError: there is no adapter.
         ConfigError: the recorded judge is code that this user did not name for this run before.
     """
-    from gtqlora.config import RENAMED
     from gtqlora.edits.adapter_files import INFO, read_info
     from gtqlora.judging import trust
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)
-    recorded = {RENAMED.get(key, key): value for key, value in info.config.items()}
-    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "expert_format", "seed")
-    given = {key: recorded[key] for key in shared if key in recorded}
+    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
+    given = {key: info.config[key] for key in shared if key in info.config} | {"expert_format": info.expert_format}
     if judge is not None:
         given.pop("judge", None)
     elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
