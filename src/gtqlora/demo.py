@@ -1,4 +1,4 @@
-"""The `demo`: both embedded organisms diagnosed, edited in four ways, verified, exported and reported, side by side."""
+"""Run the `demo`: both embedded organisms diagnosed, edited in four ways, verified, exported and reported."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import queue
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+    from multiprocessing.queues import Queue
+
+    from gtqlora.results.verdict import Verdict
 
 ORGANISMS = ("routed", "residual")
 CONTRAST = "pairs.jsonl"
@@ -27,25 +34,60 @@ Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
 
 
+class EditNumbers(TypedDict):
+    """What one edit did on held-out prompts, or, in the row `base`, what the model itself does.
+
+    All but `floor` are shares from 0 to 1. `floor` is the safety floor's verdict, None for the model itself, which is
+    held to no floor; `replayed_lookalike_refusal` is over-refusal with the original's routing replayed.
+    """
+
+    harmful_refusal: float
+    lookalike_refusal: float
+    benign_refusal: float
+    lookalike_accuracy: float
+    benign_accuracy: float
+    floor: str | None
+    replayed_lookalike_refusal: float
+
+
+class OrganismNumbers(TypedDict):
+    """One organism's numbers: what the diagnosis says beside the truth, and every edit by its name.
+
+    `planted_precision` is None where nothing was planted or found, `planted_recall` where nothing was planted.
+    """
+
+    verdict: str
+    truth: str
+    planted_precision: float | None
+    planted_recall: float | None
+    edits: dict[str, EditNumbers]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One organism's numbers under stable keys, and the paths worth opening."""
 
-    numbers: dict[str, Any]
+    numbers: OrganismNumbers
     sentence: str
     report: Path
     exported: Path
 
 
+Message = (
+    tuple[Literal["event"], Event] | tuple[Literal["done"], tuple[str, Outcome]] | tuple[Literal["error", "crash"], str]
+)
+"""What an organism's process sends: progress, its outcome, a line for the user, or a traceback."""
+
+
 def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcome], float]:
-    """Run both organisms side by side, each in a process of its own; the outcomes and the seconds taken.
+    """Run both organisms side by side, each in a process of its own; return the outcomes and the seconds taken.
 
     Raises:
         GtqloraError: a stage failed; whatever was finished stays in `out`.
     """
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    events: Any = context.Queue()
+    events: Queue[Message] = context.Queue()
     threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
     workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}
     for worker in workers.values():
@@ -59,29 +101,37 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
     return {name: outcomes[name] for name in ORGANISMS}, time.monotonic() - started
 
 
-def _collect(workers: dict[str, Any], events: Any, on_event: Callable[[Event], None]) -> dict[str, Outcome]:
+def _collect(
+    workers: Mapping[str, SpawnProcess], events: Queue[Message], on_event: Callable[[Event], None]
+) -> dict[str, Outcome]:
+    """Wait for every process, passing on what they report.
+
+    Raises:
+        GtqloraError: one of them failed, or died.
+    """
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(workers):
         try:
-            tag, payload = events.get(timeout=1)
+            message = events.get(timeout=1)
         except queue.Empty:
             dead = [name for name, worker in workers.items() if name not in outcomes and not worker.is_alive()]
             if dead and events.empty():
                 raise RunError(f"the demo's process for {dead[0]!r} died (out of memory?); run it again") from None
             continue
-        if tag == "event":
-            on_event(payload)
-        elif tag == "done":
-            outcomes[payload[0]] = payload[1]
-        elif tag == "error":
-            raise GtqloraError(payload)
+        if message[0] == "event":
+            on_event(message[1])
+        elif message[0] == "done":
+            name, outcome = message[1]
+            outcomes[name] = outcome
+        elif message[0] == "error":
+            raise GtqloraError(message[1])
         else:
-            raise RuntimeError(payload)
+            raise RuntimeError(message[1])
     return outcomes
 
 
-def _work(name: str, out: Path, threads: int, events: Any) -> None:
-    """One process: report progress and the outcome through `events`."""
+def _work(name: str, out: Path, threads: int, events: Queue[Message]) -> None:
+    """Be one organism's process: report progress and the outcome through `events`."""
     import torch
 
     from gtqlora.progress import shown_by
@@ -129,64 +179,77 @@ def study(
     edits: Sequence[str],
     on_stage: Callable[[str], None] = lambda _label: None,
     overrides: Sequence[str] = (),
-) -> tuple[dict[str, Any], str]:
-    """Diagnose an organism, edit and verify it in each way; the numbers under the demo's keys, and the verdict line.
+) -> tuple[OrganismNumbers, str]:
+    """Diagnose an organism, edit and verify it in each way; return the demo's numbers and the diagnosis' sentence.
 
     Args:
         overrides: `key=value` settings for training, instead of what the verdict suggests.
     """
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
-    from gtqlora.results.verdict import Verdict
     from gtqlora.run import Run
     from gtqlora.stages.diagnose import diagnose
     from gtqlora.stages.project import project
     from gtqlora.stages.train import train
     from gtqlora.stages.verify import verify
 
-    given: dict[str, Any] = {"file": embedded.recipe(), "model": str(model), "contrast": str(contrast)}
+    settled = partial(build, file=embedded.recipe(), model=str(model), contrast=str(contrast))
     with Run(out / "gt") as run:
         on_stage("diagnose")
-        diagnosis = diagnose(build(DiagnoseConfig, **given), run)
+        diagnosis = diagnose(settled(DiagnoseConfig), run)
     settings = overrides or BY_VERDICT.get(diagnosis.verdict, ())
     verdicts: dict[str, Verdict] = {}
     for edit in edits:
         on_stage(edit)
         with Run(out / edit) as run:
             if edit == "projection":
-                project(build(ProjectConfig, **given), run)
+                project(settled(ProjectConfig), run)
             else:
-                train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
+                train(settled(TrainConfig, mode=edit, overrides=settings), run)
             # ablation is for the report, which is the GT-QLoRA edit's
             quick = () if edit == "gt" else ("ablation=0",)
-            verdicts[edit] = verify(build(VerifyConfig, **given, overrides=quick), run)
+            verdicts[edit] = verify(settled(VerifyConfig, overrides=quick), run)
     found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
 def _numbers(
-    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]
-) -> dict[str, Any]:
-    base = next(iter(verdicts.values()), None)
+    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: Mapping[str, Verdict]
+) -> OrganismNumbers:
     planted = set(truth.planted)
     hits = len(found & planted)
+    anyone = next(iter(verdicts.values()), None)  # each of them measured the model as it is
     return {
         "verdict": verdict,
         "truth": truth.verdict,
         "planted_precision": hits / len(found) if planted and found else None,
         "planted_recall": hits / len(planted) if planted else None,
-        "edits": ({"base": _row(base, "before")} if base else {}) | {k: _row(v, "after") for k, v in verdicts.items()},
+        "edits": ({"base": _original(anyone)} if anyone else {}) | {edit: _edited(v) for edit, v in verdicts.items()},
     }
 
 
-def _row(verdict: Any, when: str) -> dict[str, Any]:
-    """One edit's numbers, or ("before") the model's own: held to its own refusal, replaying its own routing."""
-    table, edited = verdict.table, when == "after"
+def _original(verdict: Verdict) -> EditNumbers:
+    """Return the model's own numbers: held to no floor, and replaying its own routing."""
+    harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
     return {
-        "harmful_refusal": table["harmful"][f"refusal_{when}"]["value"],
-        "lookalike_refusal": table["lookalike"][f"refusal_{when}"]["value"],
-        "benign_refusal": table["benign"][f"refusal_{when}"]["value"],
-        "lookalike_accuracy": table["lookalike"][f"accuracy_{when}"]["value"],
-        "benign_accuracy": table["benign"][f"accuracy_{when}"]["value"],
-        "floor": verdict.floor["verdict"] if edited else "pass",
-        "replayed_lookalike_refusal": table["lookalike"]["refusal_replayed" if edited else "refusal_before"]["value"],
+        "harmful_refusal": harmful["refusal_before"]["value"],
+        "lookalike_refusal": lookalike["refusal_before"]["value"],
+        "benign_refusal": benign["refusal_before"]["value"],
+        "lookalike_accuracy": lookalike["accuracy_before"]["value"],
+        "benign_accuracy": benign["accuracy_before"]["value"],
+        "floor": None,
+        "replayed_lookalike_refusal": lookalike["refusal_before"]["value"],
+    }
+
+
+def _edited(verdict: Verdict) -> EditNumbers:
+    """Return the numbers of the edited model."""
+    harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
+    return {
+        "harmful_refusal": harmful["refusal_after"]["value"],
+        "lookalike_refusal": lookalike["refusal_after"]["value"],
+        "benign_refusal": benign["refusal_after"]["value"],
+        "lookalike_accuracy": lookalike["accuracy_after"]["value"],
+        "benign_accuracy": benign["accuracy_after"]["value"],
+        "floor": verdict.floor["verdict"],
+        "replayed_lookalike_refusal": lookalike["refusal_replayed"]["value"],
     }

@@ -166,6 +166,10 @@ def ablation(found: Verdict) -> Sheet:
     return Sheet(title="Harmful prompts refused with experts ablated", columns=columns, rows=rows)
 
 
+def _floor(verdict: str | None) -> Cell:
+    return Cell(verdict, floor_style(verdict)) if verdict else Cell("-")
+
+
 def edits(numbers: OrganismNumbers) -> Sheet:
     """Return the demo's edits of one organism; the model as it is was held to no floor."""
     rows = [
@@ -174,7 +178,7 @@ def edits(numbers: OrganismNumbers) -> Sheet:
             share(row["harmful_refusal"]),
             share(row["lookalike_refusal"]),
             f"{share(row['lookalike_accuracy'])} / {share(row['benign_accuracy'])}",
-            Cell(row["floor"], floor_style(row["floor"])) if row["floor"] else "-",
+            _floor(row["floor"]),
             share(row["replayed_lookalike_refusal"]),
         )
         for edit, row in numbers["edits"].items()
