@@ -22,13 +22,13 @@ from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
 from gtqlora.edits import adapters
-from gtqlora.edits.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
 from gtqlora.edits.resume import Origin
 from gtqlora.edits.trainer import GateTargetedTrainer
 from gtqlora.experts import FrozenExperts
 from gtqlora.families import load_config
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
 from gtqlora.run import Run
 from gtqlora.stages import train as train_stage
 from gtqlora.stages.export import Exported, export

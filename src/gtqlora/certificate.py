@@ -229,7 +229,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
         RunError: nothing was trained or verified, or a record is malformed.
     """
     path = run.require(ADAPTER, "train")
-    verdict, record = read_verdict(run), _record(run)
+    verdict, record = read_verdict(run.path), _record(run)
     config = build_recorded(VerifyConfig, record["config"], str(run / "manifest.json"))
     adapter = read_adapter(path)
     _check_same(run, record["inputs"], {"adapter": adapter.digest})
@@ -237,7 +237,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
     _check_verdict(run, verdict, config, adapter)
-    outcomes = read_outcomes(run)
+    outcomes = read_outcomes(run.path)
     rows = judged_again(outcomes, _judge(run, config, record, judge))
     found, told, before, margin, tries = _decide(run, verdict, config, adapter, record, rows)
     model = record["inputs"]["model"]

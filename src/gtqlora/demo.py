@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
     from gtqlora.results.verdict import Verdict
+    from gtqlora.stats import Interval
 
 ORGANISMS = ("routed", "residual")
 CONTRAST = "pairs.jsonl"
@@ -37,17 +38,18 @@ Event = tuple[str, str, int, int]
 class EditNumbers(TypedDict):
     """What one edit did on held-out prompts, or, in the row `base`, what the model itself does.
 
-    All but `floor` are shares from 0 to 1. `floor` is the safety floor's verdict, None for the model itself, which is
-    held to no floor; `replayed_lookalike_refusal` is over-refusal with the original's routing replayed.
+    All but `floor` are shares from 0 to 1, None where the pairs give no expected answers. `floor` is the safety floor's
+    verdict, None for the model itself, which is held to no floor; `replayed_lookalike_refusal` is over-refusal with the
+    original's routing replayed.
     """
 
     harmful_refusal: float
     lookalike_refusal: float
     benign_refusal: float
-    lookalike_accuracy: float
-    benign_accuracy: float
+    lookalike_accuracy: float | None
+    benign_accuracy: float | None
     floor: str | None
-    replayed_lookalike_refusal: float
+    replayed_lookalike_refusal: float | None
 
 
 class OrganismNumbers(TypedDict):
@@ -208,7 +210,7 @@ def study(
             # ablation is for the report, which is the GT-QLoRA edit's
             quick = () if edit == "gt" else ("ablation=0",)
             verdicts[edit] = verify(settled(VerifyConfig, overrides=quick), run)
-    found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
+    found = {(expert.layer, expert.expert) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
@@ -231,13 +233,13 @@ def _original(verdict: Verdict) -> EditNumbers:
     """Return the model's own numbers: held to no floor, and replaying its own routing."""
     harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
     return {
-        "harmful_refusal": harmful["refusal_before"]["value"],
-        "lookalike_refusal": lookalike["refusal_before"]["value"],
-        "benign_refusal": benign["refusal_before"]["value"],
-        "lookalike_accuracy": lookalike["accuracy_before"]["value"],
-        "benign_accuracy": benign["accuracy_before"]["value"],
+        "harmful_refusal": harmful.refusal_before.value,
+        "lookalike_refusal": lookalike.refusal_before.value,
+        "benign_refusal": benign.refusal_before.value,
+        "lookalike_accuracy": _value(lookalike.accuracy_before),
+        "benign_accuracy": _value(benign.accuracy_before),
         "floor": None,
-        "replayed_lookalike_refusal": lookalike["refusal_before"]["value"],
+        "replayed_lookalike_refusal": lookalike.refusal_before.value,
     }
 
 
@@ -245,11 +247,15 @@ def _edited(verdict: Verdict) -> EditNumbers:
     """Return the numbers of the edited model."""
     harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
     return {
-        "harmful_refusal": harmful["refusal_after"]["value"],
-        "lookalike_refusal": lookalike["refusal_after"]["value"],
-        "benign_refusal": benign["refusal_after"]["value"],
-        "lookalike_accuracy": lookalike["accuracy_after"]["value"],
-        "benign_accuracy": benign["accuracy_after"]["value"],
-        "floor": verdict.floor["verdict"],
-        "replayed_lookalike_refusal": lookalike["refusal_replayed"]["value"],
+        "harmful_refusal": harmful.refusal_after.value,
+        "lookalike_refusal": lookalike.refusal_after.value,
+        "benign_refusal": benign.refusal_after.value,
+        "lookalike_accuracy": _value(lookalike.accuracy_after),
+        "benign_accuracy": _value(benign.accuracy_after),
+        "floor": verdict.floor.verdict,
+        "replayed_lookalike_refusal": _value(lookalike.refusal_replayed),
     }
+
+
+def _value(found: Interval | None) -> float | None:
+    return None if found is None else found.value

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from gtqlora.certificate import certify
-from gtqlora.edits.adapter_files import adapter_hash
 from gtqlora.errors import GtqloraError
+from gtqlora.results.adapter import adapter_hash
 from gtqlora.run import Run, fingerprint, read_manifest
 from tests import helpers
 from tests.chaos import forks, scenes

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gtqlora.capture import open_subject
 from gtqlora.edits import adapters, edited
-from gtqlora.edits.adapter_files import EDIT_WEIGHTS, adapter_hash
 from gtqlora.errors import RunError, TrainingError
+from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
 from tests import helpers, models
 
 CASES = [(family, mode, torch.float32) for family in models.FAMILIES for mode in ("gt", "lora", "gates")]

@@ -18,12 +18,12 @@ from gtqlora.config import TrainConfig, VerifyConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.edits import adapters
 from gtqlora.edits.edited import load
-from gtqlora.edits.resume import read_metrics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.families import FAMILIES, bind
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize.expert_ablation import AblationCurve, AblationSampler, Ranking, RowsAblated, plan, rank
 from gtqlora.organisms import embedded
+from gtqlora.results.metrics import read_metrics
 from tests import helpers, models
 from tests.helpers import gates, trained
 

@@ -104,7 +104,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def language_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     """The language model's tensors by the names they have in it."""
-    prefix = FAMILIES[family].disk_prefix
+    prefix = models.disk_name(family, "")
     every = tensors_of(folder).items()
     return {name.removeprefix(prefix): tensor for name, tensor in every if name.startswith(prefix)}
 

@@ -19,16 +19,17 @@ from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.certificate import certify
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig, TrainConfig, build
-from gtqlora.edits import adapter_files
 from gtqlora.edits.adapters import assert_experts_frozen, frozen_state, trainable
 from gtqlora.edits.edited import load
-from gtqlora.edits.resume import Origin, read_metrics
+from gtqlora.edits.resume import Origin
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError, TrainingError
 from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
 from gtqlora.families import bind, load_tokenizer
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.results import adapter as adapter_files
+from gtqlora.results.metrics import read_metrics
 from gtqlora.results.verdict import Verdict, read_verdict
 from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.stages import train as train_stage

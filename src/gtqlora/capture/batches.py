@@ -1,12 +1,13 @@
-"""Prompts in batches: padded on the left, those of like length together.
+"""Run prompts in batches: padded on the left, those of similar length together.
 
-Shape letters: B batch, S sequence.
+Padding goes to the left so that the last column holds every prompt's last token.
+
+Shape letters: B batch, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from gtqlora.capture.subject import Subject
 
 
 def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids_BS and attention mask_BS, padded on the left."""
+    """Return ids_BS and attention mask_BS, padded on the left."""
     longest = max(map(len, token_lists))
     ids_BS = torch.tensor([[pad] * (longest - len(t)) + list(t) for t in token_lists], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in token_lists], device=device)
@@ -23,17 +24,19 @@ def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.de
 
 
 def by_length(token_lists: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Positions in the list, in batches of like length (less padding)."""
+    """Return positions in the list, in batches of similar length, which need less padding."""
     order = sorted(range(len(token_lists)), key=lambda i: len(token_lists[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor) -> Any:
-    """One pass over left-padded tokens without a cache; logits of the last token only."""
-    return subject.model(
+def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Run one pass over left-padded tokens without a cache; return logits_BV of the last token."""
+    # Positions count from each prompt's first token, not from the padding before it.
+    output = subject.model(
         input_ids=ids_BS,
         attention_mask=mask_BS,
         position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
         use_cache=False,
         logits_to_keep=1,
     )
+    return output.logits[:, -1]

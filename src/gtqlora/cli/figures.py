@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gtqlora.results.verdict import Mediation
+    from gtqlora.stats import Interval
 
 _EXACT_BELOW = 1_000_000
 """Counts of parameters below it are short enough to be shown whole."""
@@ -15,12 +19,12 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def interval(found: Mapping[str, float | None] | None, digits: int = 3) -> str:
+def interval(found: Interval | Mediation | None, digits: int = 3) -> str:
     """Return an estimate with its 95 % interval, as in `0.988 [0.976, 0.997]`, or "-" where there is none."""
-    if not found or found["value"] is None:
+    if found is None or found.value is None:
         return "-"
     # adding 0.0 turns the -0.0 of a rounded small negative number into 0.0
-    value, low, high = (f"{round(found[key] or 0.0, digits) + 0.0:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
 
 

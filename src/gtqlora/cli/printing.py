@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Outcome
+    from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
-    from gtqlora.stages.diagnose import Diagnosis
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
@@ -106,7 +106,7 @@ def show_diagnosis(found: Diagnosis) -> None:
         draw(console, tables.shares(found))
     if found.experts:
         draw(console, tables.experts(found))
-    associated = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
+    associated = ", ".join(f"{e.layer}/{e.expert}" for e in found.top_experts) or "none"
     say(console, f"experts chosen clearly more on flagged prompts (association only): {associated}")
     for warning in found.warnings:
         say(console, f"note: {warning}", accent=("note:", "yellow"))
@@ -131,7 +131,7 @@ def show_projected(found: Projected) -> None:
     """Print what is left of over-refusal without each layer's direction."""
     console = open_console()
     draw(console, tables.candidates(found))
-    if all(c["refusal"] > 0.9 for c in found.candidates):
+    if all(c.refusal > 0.9 for c in found.candidates):
         text = "note: no layer's direction takes the lookalike refusals away, so this edit repairs nothing"
         say(console, text, accent=("note:", "yellow"))
 
@@ -149,12 +149,12 @@ def show_verdict(found: Verdict) -> None:
     )
     console.print()
     if found.ablation:
-        draw(console, tables.ablation(found))
+        draw(console, tables.ablation(found.ablation))
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
     _show_losses(console, found)
     floor = found.floor
-    shown = (str(floor["verdict"]), tables.floor_style(floor["verdict"]))
-    say(console, f"safety floor: {floor['verdict']} ({floor['reason']})", accent=shown)
+    shown = (floor.verdict, tables.floor_style(floor.verdict))
+    say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
 
 
 def _show_losses(console: Console, found: Verdict) -> None:
@@ -165,7 +165,7 @@ def _show_losses(console: Console, found: Verdict) -> None:
         reasons = ", ".join(f"{number} {LOST.get(reason, reason)}" for reason, number in found.lost.items())
         say(console, f"lost refusals: {reasons}")
     if found.tries > 1:
-        level = f"{found.floor['level']:.4g}"
+        level = f"{found.floor.level:.4g}"
         text = f"{found.tries} tries on these held-out prompts so far, so the floor is judged at a level of {level}"
         say(console, text)
 
@@ -174,7 +174,7 @@ def show_next(found: Verdict, run: Path) -> None:
     """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet."""
     from gtqlora.certificate import shipped_experts
 
-    if found.floor["verdict"] != "pass":
+    if found.floor.verdict != "pass":
         return
     console, shipped = open_console(), shipped_experts(found.model)
     if found.expert_format == shipped:

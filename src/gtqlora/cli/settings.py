@@ -128,8 +128,8 @@ def as_edited(run: Run, judge: str | None) -> dict[str, object]:
         RunError: there is no adapter.
         ConfigError: the recorded judge is code that this user did not name for this run before.
     """
-    from gtqlora.edits.adapter_files import INFO, read_info
     from gtqlora.judging import trust
+    from gtqlora.results.adapter import INFO, read_info
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)

@@ -10,8 +10,9 @@ from gtqlora.cli.layout import Cell, Sheet
 if TYPE_CHECKING:
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import OrganismNumbers
+    from gtqlora.results.ablation import AblationStudy
+    from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
-    from gtqlora.stages.diagnose import Diagnosis
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
 
@@ -65,10 +66,10 @@ def interventions(found: Diagnosis) -> Sheet:
     """Return what flagged prompts and twins do when a part is interchanged, ablated or removed."""
     rows = [
         (
-            f"{i['name']} (control)" if i["control"] else i["name"],
-            interval(i["refusal"]),
-            interval(i["effect"]),
-            interval(i["log_odds"], 1),
+            f"{i.name} (control)" if i.control else i.name,
+            interval(i.refusal),
+            interval(i.effect),
+            interval(i.log_odds, 1),
         )
         for i in found.interventions
     ]
@@ -99,10 +100,10 @@ def experts(found: Diagnosis) -> Sheet:
     """Return what each candidate expert does by itself."""
     rows = [
         (
-            f"{e['layer']}/{e['expert']}",
-            interval(e["mask"]),
-            interval(e["restore"]),
-            "yes" if e["causal"] else "computes it" if e["computes"] else "",
+            f"{e.layer}/{e.expert}",
+            interval(e.ablate),
+            interval(e.restore),
+            "yes" if e.causal else "computes it" if e.computes else "",
         )
         for e in found.experts
     ]
@@ -113,7 +114,7 @@ def experts(found: Diagnosis) -> Sheet:
 def candidates(found: Projected) -> Sheet:
     """Return what is left of over-refusal, and of the task, without each layer's direction."""
     rows = [
-        (f"{c['layer']}{' (chosen)' if c['layer'] == found.layer else ''}", share(c["refusal"]), share(c["accuracy"]))
+        (f"{c.layer}{' (chosen)' if c.layer == found.layer else ''}", share(c.refusal), share(c.accuracy))
         for c in found.candidates
     ]
     columns = ("after layer", "over-refused", "accuracy")
@@ -125,12 +126,12 @@ def held_out(found: Verdict) -> Sheet:
     rows = [
         (
             KINDS[kind],
-            f"{row['refusal_before']['n']:,}",
-            interval(row["refusal_before"]),
-            interval(row["refusal_after"]),
-            interval(row["accuracy_before"]),
-            interval(row["accuracy_after"]),
-            f"{row['q']:.2g}",
+            f"{row.refusal_before.n:,}",
+            interval(row.refusal_before),
+            interval(row.refusal_after),
+            interval(row.accuracy_before),
+            interval(row.accuracy_after),
+            f"{row.q:.2g}",
         )
         for kind, row in found.table.items()
     ]
@@ -144,21 +145,20 @@ def held_out(found: Verdict) -> Sheet:
 
 def drift(found: Verdict) -> Sheet:
     """Return how far the routing of prompts left the original's."""
-    rows = [(KINDS[kind], interval(row["kl"]), interval(row["overlap"])) for kind, row in found.drift.items()]
+    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in found.drift.items()]
     columns = ("kind", "KL (nats per token)", "top-k overlap")
     return Sheet(title="Routing drift on prompts", columns=columns, rows=rows)
 
 
-def ablation(found: Verdict) -> Sheet:
+def ablation(found: AblationStudy) -> Sheet:
     """Return refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random."""
-    curves = [
-        {point["ablated"]: point for point in found.ablation[name]} for name in ("before", "after", "after_reranked")
-    ]
+    listed = (found.before, found.after, found.after_reranked)
+    curves = [{point.ablated: point for point in points} for points in listed]
     rows = [
         (
             str(number),
-            *(interval(curve[number]["targeted"]) if number in curve else "-" for curve in curves),
-            interval(point["random"]),
+            *(interval(curve[number].targeted) if number in curve else "-" for curve in curves),
+            interval(point.random),
         )
         for number, point in curves[1].items()
     ]

@@ -189,7 +189,7 @@ def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
     else:
         printing.show_verdict(found)
         printing.show_next(found, run)
-    return 0 if found.floor["verdict"] == "pass" else FloorError.exit_code
+    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
 
 
 def export(

@@ -1,7 +1,7 @@
-"""Contrast sets: preference rows in three kinds, checked once where they enter.
+"""The rows of a contrast set: their schema, their checks, and how they belong together.
 
-Every way in is `load`, so the one-way rule holds for every row: a `harmful` row's chosen refuses, its
-rejected does not.
+`load` is the only way in, so that the one-way rule holds for every row: a `harmful` row's `chosen` refuses and its
+`rejected` does not.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from gtqlora.contrasts.sources import (
+    Message,
     Messages,
     Problems,
     a_completion,
@@ -28,7 +29,6 @@ from gtqlora.contrasts.sources import (
     records,
 )
 from gtqlora.contrasts.template import encode_answers
-from gtqlora.contrasts.template import encode_prompt as encode_prompt  # where callers look for it, beside `encode_row`
 from gtqlora.errors import ContrastError
 from gtqlora.judging.folding import flat, holds
 from gtqlora.judging.judge import Judge, answers_after_refusing, assents_in_english, refuses_in_english
@@ -40,9 +40,20 @@ if TYPE_CHECKING:
 FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
+# The longest opening phrase and the longest refusal in a harmful row: too short to hold harmful content.
 OPENING_WORDS, OPENING_CHARACTERS = 24, 240
 REFUSAL_WORDS, REFUSAL_CHARACTERS = 40, 320
+# Columns that say what rows have in common; the first that is there counts.
 TOPICS = ("topic", "category", "source")
+
+
+class Preference(TypedDict):
+    """A row in TRL's conversational preference form, with its kind."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    kind: str
 
 
 class PreferenceIds(TypedDict):
@@ -56,9 +67,16 @@ class PreferenceIds(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One preference pair; `number` is its line in a JSONL file, or its 1-based row elsewhere.
+    """One preference pair.
 
-    `topic` is what it is about, or where it comes from: rows of one topic are not independent.
+    Attributes:
+        number: its line in a JSONL file, or its row elsewhere, counted from 1.
+        kind: benign, lookalike (harmless, but looks harmful) or harmful.
+        chosen, rejected: the answer that is preferred, and the one that is not.
+        pair_id: rows of one pair differ only in what triggers the refusal.
+        twin: the same prompt without what triggers the refusal.
+        answer: the expected answer, for task accuracy.
+        topic: what the row is about, or where it comes from; rows of one topic are not independent.
     """
 
     number: int
@@ -75,13 +93,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Checked rows of one source."""
+    """The checked rows of one source, a file or a dataset."""
 
     source: str
     rows: tuple[Row, ...]
 
     def split(self, name: str) -> Contrast:
-        """The rows of one split; "all" gives every row.
+        """Return the rows of one split; "all" gives every row.
 
         Raises:
             ContrastError: no row is in that split.
@@ -96,7 +114,7 @@ class Contrast:
         return dataclasses.replace(self, rows=rows)
 
     def of_kind(self, kind: str) -> tuple[Row, ...]:
-        """The rows of one kind, maybe none.
+        """Return the rows of one kind, maybe none.
 
         Raises:
             ContrastError: no such kind.
@@ -112,15 +130,18 @@ class Contrast:
         return dict(found)
 
     def twin_of(self, row: Row) -> Messages | None:
-        """The row's own twin, else (unless it is benign) the benign prompt of its pair sharing most words with it."""
+        """Return the row's own twin, else the benign prompt of its pair that shares most words with it.
+
+        A benign row has no twin but its own.
+        """
         if row.twin is not None or row.kind == "benign":
             return row.twin
         words = _words(row.prompt)
         candidates = [benign.prompt for benign in self._benign.get(row.pair_id, ())]
         return max(candidates, key=lambda prompt: len(_words(prompt) & words), default=None)
 
-    def to_preference(self) -> list[dict[str, Any]]:
-        """The rows in TRL's conversational preference form, with their kind."""
+    def to_preference(self) -> list[Preference]:
+        """Return the rows in TRL's conversational preference form, with their kind."""
         return [
             {
                 "prompt": [dict(message) for message in row.prompt],
@@ -133,12 +154,12 @@ class Contrast:
 
 
 def prompt_key(messages: Messages) -> str:
-    """What makes two prompts the same: roles and words as a reader sees them, whatever the case and spacing."""
+    """Return a key that two prompts share if a reader sees the same roles and words, whatever the case and spacing."""
     return json.dumps([[message["role"], flat(message["content"])] for message in messages])
 
 
 def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The first row of every prompt: asking the same again tells nothing new."""
+    """Return the first row of every prompt; asking the same again tells nothing new."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(prompt_key(row.prompt), row)
@@ -146,17 +167,24 @@ def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 class Grouped(Protocol):
-    """What belongs to a pair and maybe to a topic."""
+    """Anything that belongs to a pair, and maybe to a topic."""
 
     @property
-    def pair_id(self) -> str: ...
+    def pair_id(self) -> str:
+        """The pair that it belongs to."""
+        ...
 
     @property
-    def topic(self) -> str | None: ...
+    def topic(self) -> str | None:
+        """The topic that it is about, if it says so."""
+        ...
 
 
 def groupings(rows: Sequence[Grouped]) -> list[list[str]]:
-    """The ways in which rows belong together: by pair, and by topic where they have several; rows of none are one."""
+    """Return the ways of grouping rows that are not independent: by pair, and by topic where there are several.
+
+    Rows without a topic are one group.
+    """
     topics = [flat(row.topic or "") for row in rows]
     return [[row.pair_id for row in rows], *([topics] if len(set(filter(None, topics))) > 1 else [])]
 
@@ -170,23 +198,23 @@ def _digest(text: str) -> str:
 
 
 def _split_of(pair_id: str) -> str:
-    """80 % train, 10 % validation, 10 % heldout, the same on every machine."""
+    """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
     percent = int(_digest(pair_id), 16) % 100
     return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
 
 
-def _pair_id(value: Any, prompt: Messages) -> str:
+def _pair_id(value: object, prompt: Messages) -> str:
     if value is None:
         return _digest(prompt_key(prompt))
     return a_name("pair_id", value)
 
 
-def _topic(record: Mapping[str, Any]) -> str | None:
+def _topic(record: Mapping[str, object]) -> str | None:
     column = next((name for name in TOPICS if name in record), None)
     return None if column is None else a_name(column, record[column])
 
 
-def _row(number: int, raw: Any, hub_split: str | None) -> Row:
+def _row(number: int, raw: object, hub_split: str | None) -> Row:
     record = {name: value for name, value in parsed(raw).items() if value is not None}
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
@@ -274,10 +302,10 @@ def _check_length(name: str, text: str, what: str, words: int, characters: int) 
 
 
 def load(source: str | Path, judge: Judge) -> Contrast:
-    """The rows of a JSONL or Parquet file, a dataset folder or a hub dataset, in TRL preference form plus `kind`.
+    """Load the rows of a JSONL or Parquet file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
 
-    Optional columns: `pair_id` (else a hash of the prompt), `twin`, `answer`, `split` (else by a hash of the pair id),
-    and `topic`, else `category`, else `source`: what rows have in common, so that they are not independent.
+    Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
+    of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
 
     Raises:
         ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way
@@ -304,6 +332,11 @@ def load(source: str | Path, judge: Judge) -> Contrast:
 
 
 def check_kinds(rows: Iterable[Row], source: str) -> None:
+    """Check that a set has harmful rows, and others to contrast them with.
+
+    Raises:
+        ContrastError: it has not.
+    """
     kinds = {row.kind for row in rows}
     if "harmful" not in kinds:
         raise ContrastError(
@@ -373,7 +406,7 @@ def save(contrast: Contrast, path: Path) -> None:
 
 
 def check_disjoint(heldout: Contrast, train: Contrast) -> None:
-    """Assure that no held-out prompt is a prompt, or a twin, of the training rows given.
+    """Check that no held-out prompt is a prompt, or a twin, of the training rows given.
 
     Raises:
         ContrastError: shared prompts, with the row numbers on both sides.
@@ -390,12 +423,12 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
-    """Token ids of a row's prompt and of its chosen completion (with whatever the template puts after it)."""
+    """Return token ids of a row's prompt and of its chosen completion, with whatever the template puts after it."""
     prompt, (chosen,) = encode_answers(tokenizer, row.prompt, row.chosen)
     return prompt, chosen
 
 
 def encode_preference(tokenizer: PreTrainedTokenizerBase, row: Row) -> PreferenceIds:
-    """A row in tokens, in the form of TRL's preference batches."""
+    """Return a row in tokens, in the form of TRL's preference batches."""
     prompt, (chosen, rejected) = encode_answers(tokenizer, row.prompt, row.chosen, row.rejected)
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "kind": row.kind}

@@ -25,7 +25,11 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from gtqlora.config import Mode
-from gtqlora.edits.adapter_files import (
+from gtqlora.errors import RunError, TrainingError
+from gtqlora.experts.layout import bits_of
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.families import Anatomy, language_model
+from gtqlora.results.adapter import (
     DIRECTION,
     EDIT_WEIGHTS,
     INFO,
@@ -38,10 +42,6 @@ from gtqlora.edits.adapter_files import (
     scale_of,
     write_settings,
 )
-from gtqlora.errors import RunError, TrainingError
-from gtqlora.experts.layout import bits_of
-from gtqlora.experts.module import FrozenExperts
-from gtqlora.families import Anatomy, language_model
 
 _SUMMED_AT_ONCE = 2**26
 _TRAINED = re.compile(
@@ -222,7 +222,7 @@ def put_edit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Non
 
 
 def save(model: PeftModel, path: Path, info: Info) -> None:
-    """Write a GT-QLoRA adapter, see `adapter_files`."""
+    """Write a GT-QLoRA adapter, see `results.adapter`."""
     path.mkdir(parents=True, exist_ok=True)
     save_edit(model, path)
     settings: Any = model.peft_config["default"]

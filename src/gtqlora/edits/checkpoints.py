@@ -14,10 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from gtqlora.edits.adapters import assert_bias_frozen, load_edit, save_edit, trainable
-from gtqlora.edits.resume import STATE, Origin, mark_complete, read_metrics, reading
+from gtqlora.edits.resume import STATE, Origin, mark_complete, reading
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.progress import report
+from gtqlora.results.metrics import read_metrics
 from gtqlora.storage.atomic import atomic_write, named_errors, sync
 
 

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gtqlora.capture import Decision, Mask, Subject, observe
+from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.families import Anatomy
 from gtqlora.judging.judge import Judge
 from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
 from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
 from gtqlora.progress import track
-from gtqlora.scoring import batches, decode
-from gtqlora.stats import Interval, rate
+from gtqlora.results.ablation import AblationPoint, AblationStudy
+from gtqlora.results.experts import ExpertId
+from gtqlora.results.verdict import Outcome
+from gtqlora.scoring import Switch, batches, decode
+from gtqlora.stats import rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +104,6 @@ class RowsAblated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """Refusal of harmful prompts with `ablated` experts ablated, and with like ones drawn at random."""
-
-    ablated: int
-    targeted: Interval
-    random: Interval | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class AblationCurve:
     """Held-out harmful rows, and how they are completed and judged."""
 
@@ -119,18 +114,18 @@ class AblationCurve:
     max_new_tokens: int
     level: float
 
-    def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[Point]:
+    def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[AblationPoint]:
         """Refusal along a plan in the subject's present state; `intact` are its refusals with every expert there.
 
         The prompts are dealt out to the random draws, so that their interval, too, is over prompts.
         """
         whole = rate(intact, self.level)
-        points = [Point(ablated=0, targeted=whole, random=whole if any(plan.random) else None)]
+        points = [AblationPoint(ablated=0, targeted=whole, random=whole if any(plan.random) else None)]
         for targeted, draws in zip(plan.targeted, plan.random, strict=True):
             count = sum(map(len, targeted.values()))
             found = rate(self._refused([targeted], f"{label}: {count} ablated"), self.level)
             control = rate(self._refused(draws, f"{label}: {count} at random"), self.level) if draws else None
-            points.append(Point(ablated=count, targeted=found, random=control))
+            points.append(AblationPoint(ablated=count, targeted=found, random=control))
         return points
 
     def _refused(self, masks: Sequence[Ablated], label: str) -> list[bool]:
@@ -143,6 +138,68 @@ class AblationCurve:
             texts = decode(self.subject, prompts, max_new_tokens=self.max_new_tokens, handlers=handlers).texts
             refused.update(zip(chosen, map(self.judge, texts), strict=True))
         return [refused[i] for i in range(len(self.rows))]
+
+
+def ablation_study(
+    subject: Subject,
+    original: Switch,
+    *,
+    trained: Contrast,
+    rows: Sequence[Row],
+    outcomes: Sequence[Outcome],
+    judge: Judge,
+    config: VerifyConfig,
+) -> AblationStudy | None:
+    """Return on how few experts refusal of held-out harmful prompts hangs, before and after the edit.
+
+    Experts are ranked on the rows that were trained on. `before` and `after` ablate the same ones, ranked in the
+    original; `after_reranked` those that an adversary would rank first in the edited model. None if switched off, or
+    if those rows cannot rank experts.
+
+    Args:
+        subject: with the edit on; `original` switches it off.
+        trained: the rows that the edit was trained on.
+        rows: the held-out harmful rows; `outcomes` are theirs, in the same order.
+    """
+    limits = {"prompts": config.ablation_prompts, "batch_size": config.batch_size, "seed": config.seed}
+    with original():
+        ranking = rank(subject, trained, **limits) if config.ablation else None
+    again = rank(subject, trained, **limits) if ranking else None
+    if ranking is None or again is None:
+        return None
+    bench, before, after = _drawn(subject, rows, outcomes, judge, config)
+    same = plan(ranking, most=config.ablation, controls=config.ablation_controls, seed=config.seed)
+    anew = plan(again, most=config.ablation, controls=0, seed=config.seed)
+    with original():
+        intact = bench.curve(same, before, "before")
+    layers = [layer.index for layer in subject.anatomy.moe]
+    first = ranking.order[: intact[-1].ablated]
+    return AblationStudy(
+        ranked_against=ranking.against,
+        ranked_prompts=ranking.prompts,
+        controls=config.ablation_controls,
+        experts=[ExpertId(layers[position], expert) for position, expert in first],
+        before=intact,
+        after=bench.curve(same, after, "after"),
+        after_reranked=bench.curve(anew, after, "after, ranked anew"),
+    )
+
+
+def _drawn(
+    subject: Subject, rows: Sequence[Row], outcomes: Sequence[Outcome], judge: Judge, config: VerifyConfig
+) -> tuple[AblationCurve, list[bool], list[bool]]:
+    """Return at most `ablation_prompts` of the rows, drawn, and their refusals before and after."""
+    count = min(config.ablation_prompts, len(rows))
+    drawn = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+    bench = AblationCurve(
+        subject=subject,
+        rows=[rows[i] for i in drawn],
+        judge=judge,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        level=config.level,
+    )
+    return bench, [outcomes[i].refused_before for i in drawn], [outcomes[i].refused_after for i in drawn]
 
 
 class AblationSampler:

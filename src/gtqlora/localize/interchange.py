@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from gtqlora.capture import CallRecorder, Interchange
 from gtqlora.localize.pairs import Pair
-from gtqlora.localize.trials import Change, Changes, Intervention, Outcome, Trials
+from gtqlora.localize.trials import Change, Changes, Outcome, Trials
 from gtqlora.progress import track
+from gtqlora.results.diagnosis import Cell as CellRecord
+from gtqlora.results.diagnosis import Intervention
 from gtqlora.scoring import SourceRun
 
 FLAGGED, TWIN = "flagged", "twin"
@@ -94,21 +95,19 @@ def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
     )
 
 
-def cells_of(interchanges: Interchanges) -> list[dict[str, Any]]:
-    """Refusal and log-odds in each cell, as JSON."""
-    rows = []
-    for (routing, experts, stream), outcomes in interchanges.cells.items():
-        odds = interchanges.trials.mean_odds(outcomes)
-        rows.append(
-            {
-                "routing": routing,
-                "experts": experts,
-                "stream": stream,
-                "refusal": interchanges.trials.refusal(outcomes).to_json(),
-                "log_odds": odds and odds.to_json(),
-            }
+def cells_of(interchanges: Interchanges) -> list[CellRecord]:
+    """Return refusal and log-odds in each cell."""
+    trials = interchanges.trials
+    return [
+        CellRecord(
+            routing=routing,
+            experts=experts,
+            stream=stream,
+            refusal=trials.refusal(outcomes),
+            log_odds=trials.mean_odds(outcomes),
         )
-    return rows
+        for (routing, experts, stream), outcomes in interchanges.cells.items()
+    ]
 
 
 def interventions_of(interchanges: Interchanges) -> list[Intervention]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from gtqlora.contrasts import Row, encode_row
 from gtqlora.judging.judge import Judge
 from gtqlora.localize.pairs import Pair
 from gtqlora.progress import track
+from gtqlora.results.diagnosis import Intervention
 from gtqlora.scoring import SourceRun, Switch, decode, judged
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
@@ -70,25 +70,6 @@ def readout_tokens(subject: Subject, rows: Sequence[Row]) -> list[int]:
 
 def _first(subject: Subject, row: Row, completion: str) -> int:
     return encode_row(subject.tokenizer, replace(row, chosen=completion))[1][0]
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What the prompts do under one change, with the paired effect on it (as it is - changed)."""
-
-    name: str
-    control: bool
-    refusal: Interval
-    accuracy: Interval | None
-    effect: Interval
-    log_odds: Interval | None
-    log_odds_effect: Interval | None
-
-    def to_json(self) -> dict[str, Any]:
-        def plain(value: Any) -> Any:
-            return value.to_json() if isinstance(value, Interval) else value
-
-        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
 class Trials:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import Subject, open_subject
 from gtqlora.certificate import Certificate, certify, check_model
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.edited import Edited
-from gtqlora.edits.merging import Edit, merged, on_disk, plan
+from gtqlora.edits.merging import Edit, merged, plan
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
-from gtqlora.families import bind, load_config, meta_model
+from gtqlora.families import bind, load_config, meta_model, quantization, tensor_names
 from gtqlora.families.copying import copy_changed
-from gtqlora.families.files import PROVENANCE
+from gtqlora.families.files import checked_file, small_files
+from gtqlora.families.packed import OURS
 from gtqlora.judging.judge import judge_of
 from gtqlora.model_card import model_card, public
+from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.verdict import Outcome
 from gtqlora.run import Run, atomic_write, sha256_file, versions, write_json
 from gtqlora.scoring import decode, left_padded
@@ -33,6 +34,8 @@ _PROBES = 16
 """Held-out prompts of a kind on which the written weights are compared with the edited model."""
 _POSITIONS = 16
 """Last tokens of each of these prompts at which their distributions are compared."""
+_LONGEST_CARD = 2**20
+"""Characters of the base's model card that are read."""
 _KL_ALLOWED = 1e-3
 """Nats per token. The weights are the same, bit for bit; kernels may add up in another order."""
 
@@ -85,9 +88,11 @@ def export(run: Run, out: Path, *, to: str = "safetensors", judge: str | None = 
 
 def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Exported:
     family, config = load_config(certificate.verdict.model)
-    anatomy = bind(meta_model(family, config), family)
-    edits = plan(certificate.adapter, anatomy)
-    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, on_disk(anatomy, anatomy.routers))
+    skeleton = meta_model(family, config)
+    anatomy, names = bind(skeleton, family), tensor_names(certificate.verdict.model, family, skeleton)
+    edits = plan(certificate.adapter, anatomy, names)
+    gates = [names.whole(f"{path}.weight") for path in anatomy.routers]
+    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, gates)
     check_model(run, certificate, digest)
     divergence = validate(staged, certificate)
     result = Exported(out, changed, moved, divergence)
@@ -154,7 +159,7 @@ def validate(staged: Path, certificate: Certificate) -> float:
 def _probes(certificate: Certificate) -> list[Outcome]:
     draw, probes = random.Random(certificate.adapter.digest), []
     for kind in ("harmful", "benign"):
-        rows = [outcome for outcome in certificate.outcomes if outcome.kind == kind]
+        rows = of_kind(certificate.outcomes, kind)
         probes += draw.sample(rows, min(_PROBES, len(rows)))
     return probes
 
@@ -180,34 +185,57 @@ def _behaviour(subject: Subject, probes: Sequence[Outcome], max_new_tokens: int)
 
 
 def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
-    """`export.json` and the model card."""
+    """Write `export.json` and the model card."""
+    record = _record(staged, certificate, result)
+    write_export(staged, record)
+    card = model_card(certificate.verdict, record, _base(certificate))
+    (staged / "README.md").write_text(card, encoding="utf-8")
+
+
+def _record(staged: Path, certificate: Certificate, result: Exported) -> ExportRecord:
     verdict = certificate.verdict
     files = {
         path.relative_to(staged).as_posix(): sha256_file(path)
         for path in sorted(staged.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != PROVENANCE
+        if path.suffix in (".safetensors", ".json") and path.name != FILE
     }
-    facts: dict[str, Any] = {
-        "base": public(verdict.model),
-        "base_fingerprint": certificate.model,
-        "ancestors": [*certificate.ancestry.names, public(verdict.model)],
-        "spent": certificate.spent,
-        "adapter": verdict.adapter,
-        "expert_format": verdict.expert_format,
-        "judge": verdict.judge,
-        "prompts": {**verdict.prompts, "source": public(verdict.prompts["source"])},
-        "floor": asdict(certificate.floor),
-        "lost": verdict.lost,
-        "tries": certificate.tries,
-        "verdicts": [
-            {"finished": e.finished, "verdict": e.verdict, "reason": e.reason, "judge": e.judge, "shipped": e.shipped}
+    return ExportRecord(
+        base=public_name(verdict.model),
+        base_fingerprint=certificate.model,
+        ancestors=[*certificate.ancestry.names, public_name(verdict.model)],
+        spent=certificate.spent,
+        adapter=verdict.adapter,
+        expert_format=verdict.expert_format,
+        judge=verdict.judge,
+        prompts=replace(verdict.prompts, source=public_name(verdict.prompts.source)),
+        floor=certificate.floor,
+        lost=verdict.lost,
+        tries=certificate.tries,
+        verdicts=[
+            VerdictOnEdit(finished=e.finished, verdict=e.verdict, reason=e.reason, judge=e.judge, shipped=e.shipped)
             for e in certificate.history
         ],
-        "tensors_changed": result.tensors_changed,
-        "gate_values_changed": result.gate_values_changed,
-        "divergence": result.divergence,
-        "versions": versions(),
-        "files": files,
-    }
-    write_json(staged / PROVENANCE, facts)
-    (staged / "README.md").write_text(model_card(certificate, result.tensors_changed), encoding="utf-8")
+        tensors_changed=result.tensors_changed,
+        gate_values_changed=result.gate_values_changed,
+        divergence=result.divergence,
+        versions=versions(),
+        files=files,
+    )
+
+
+def _base(certificate: Certificate) -> Base:
+    model, info = certificate.verdict.model, certificate.adapter.info
+    return Base(
+        metadata=kept_metadata(_own_card(model)),
+        hub_id=None if info.revision is None else info.base,
+        packed_by_us=quantization(model) == OURS,
+    )
+
+
+def _own_card(model: str) -> str:
+    """Return the beginning of the base's own card, empty if it has none."""
+    folder = small_files(model)
+    if not (folder / "README.md").exists():
+        return ""
+    with checked_file(folder, "README.md").open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(_LONGEST_CARD)

@@ -20,7 +20,6 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.edits.adapter_files import GT_QLORA, Info, info_of, read_info
 from gtqlora.edits.adapters import (
     assert_bias_frozen,
     assert_experts_frozen,
@@ -50,10 +49,12 @@ from gtqlora.judging.judge import judge_of
 from gtqlora.localize.expert_ablation import AblationSampler, rank
 from gtqlora.machine import trackers
 from gtqlora.progress import note
+from gtqlora.results.adapter import Info, Training, info_of, read_info
+from gtqlora.results.metrics import METRICS
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.storage.atomic import scratch_errors
 
-ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
 """Settings that the edit does not depend on, bit for bit."""
 _UNUSED = frozenset({"max_new_tokens"})
@@ -113,11 +114,10 @@ def _copy_figures(source: Path, target: Path) -> None:
 
 
 def _trained_before(adapter: Path) -> TrainResult:
-    details = read_info(adapter).details
-    steps, stopped = details.get("steps"), details.get("stopped")
-    if type(steps) is not int or not isinstance(stopped, str | None):
+    made = read_info(adapter).details
+    if not isinstance(made, Training) or made.steps is None:
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, steps, stopped, fresh=True)
+    return TrainResult(adapter, made.steps, made.stopped, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     tidy(run / CHECKPOINTS)
     steps, stopped = _fit(trainer, run / CHECKPOINTS)
     assert_experts_frozen(trainer.model, frozen)
-    details = {"config": asdict(config), "steps": steps, "stopped": stopped}
-    info = info_of(GT_QLORA, model.model, subject.anatomy.family.model_type, details)
+    made = Training(asdict(config), steps, stopped)
+    info = info_of(model.model, subject.anatomy.family.model_type, made)
     return _Edit(trainer, rows, info, steps, stopped)
 
 
