@@ -16,7 +16,7 @@ from gtqlora.progress import shown_by
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, Task, TaskID
 
 
 _ROOM = "; make room and run the same command again"
@@ -141,9 +141,15 @@ def say_starting() -> None:
         console.print("starting ...", style="dim", highlight=False)
 
 
+_COUNTS, _TIME, _LEFT = 13, 7, 4
+"""Characters of `12345/1234567`, of `0:00:00`, and of the word behind the time left."""
+_NARROW = 80
+"""Terminals below this width have no room for a bar and the time that has passed."""
+
+
 @contextmanager
-def _bars(description: str) -> Iterator[Progress]:
-    """Show bars with counts, elapsed time and time left, on stderr."""
+def _bars() -> Iterator[Progress]:
+    """Show bars with counts, elapsed time and time left, on stderr; what is being done is cut, its numbers never."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -152,16 +158,33 @@ def _bars(description: str) -> Iterator[Progress]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=open_console(stderr=True)) as bars:
+    console = open_console(stderr=True)
+    counts, left = MofNCompleteColumn(), (TimeRemainingColumn(), TextColumn("left"))
+    if console.width < _NARROW:
+        room, columns = console.width - _COUNTS - _TIME - _LEFT - 3, (counts, *left)
+    else:
+        bar = min(24, console.width - _NARROW + 10)
+        room = console.width - bar - _COUNTS - 2 * _TIME - _LEFT - 5
+        columns = (BarColumn(bar_width=bar), counts, TimeElapsedColumn(), *left)
+
+    class Description(TextColumn):
+        """What is being done, as much of it as fits."""
+
+        def render(self, task: Task) -> Text:
+            """Return its first line."""
+            first, *more = wrap(task.description, room - 2, names=False)
+            return Text(f"{first} …" if more else first)
+
+    with Progress(Description(""), *columns, console=console) as bars:
         yield bars
 
 
 @contextmanager
 def stage_progress() -> Iterator[None]:
     """Show one bar per thing that a stage reports; whatever libraries print meanwhile goes to stderr, too."""
-    with _bars("{task.description}") as bars, redirect_stdout(sys.stderr):
+    with _bars() as bars, redirect_stdout(sys.stderr):
         tasks: dict[str, TaskID] = {}
 
         def reporter(what: str, done: int, total: int) -> None:
@@ -176,7 +199,7 @@ def stage_progress() -> Iterator[None]:
 @contextmanager
 def demo_progress() -> Iterator[Callable[[tuple[str, str, int, int]], None]]:
     """Show one bar per organism, with what it is doing now."""
-    with _bars("{task.description:<48}") as bars:
+    with _bars() as bars:
         tasks: dict[str, TaskID] = {}
 
         def on_event(event: tuple[str, str, int, int]) -> None:
