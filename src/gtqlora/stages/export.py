@@ -23,10 +23,11 @@ from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
 from gtqlora.judging.judge import judge_of
-from gtqlora.model_card import model_card, public
+from gtqlora.reporting.model_card import Base, kept_metadata, model_card
 from gtqlora.results.adapter import PROJECTION
-from gtqlora.results.verdict import Outcome
-from gtqlora.run import Run, atomic_write, sha256_file, versions, write_json
+from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, write_export
+from gtqlora.results.verdict import Outcome, of_kind
+from gtqlora.run import Run, atomic_write, sha256_file, versions
 from gtqlora.scoring import decode, left_padded
 from gtqlora.storage.atomic import refuse_existing
 
