@@ -30,7 +30,7 @@ def share() -> float:
 def near(scale: float = 1.0) -> Interval:
     """Return an interval with three numbers of its own, some below 0."""
     value = scale * (share() - 0.3)
-    return Interval(value, value - scale * share(), value + scale * share(), 1234)
+    return Interval(value, value - 0.7 * scale * share(), value + 0.6 * scale * share(), 1234)
 
 
 def statistics() -> Statistics:

@@ -66,7 +66,7 @@ def draw(console: Console, sheet: Sheet) -> None:
         # a line that is too long for the narrowest of consoles is the terminal's to wrap; rich would cut it
         console.print(line, soft_wrap=True, highlight=False)
     for text in (_left_out(sheet, len(widths)), sheet.gloss):
-        for line in wrap(text, console.width - _INDENT) if text else ():
+        for line in wrap(text, console.width - _INDENT, names=False) if text else ():
             console.print(Text(" " * _INDENT + line, "dim"), soft_wrap=True, highlight=False)
     console.print()
 

@@ -126,18 +126,18 @@ def held_out(found: Verdict) -> Sheet:
     rows = [
         (
             KINDS[kind],
-            f"{row.refusal_before.n:,}",
             interval(row.refusal_before),
             interval(row.refusal_after),
             interval(row.accuracy_before),
             interval(row.accuracy_after),
+            f"{row.refusal_before.n:,}",
             f"{row.q:.2g}",
         )
         for kind, row in found.table.items()
     ]
     return Sheet(
         title="Held-out prompts",
-        columns=("kind", "n", "refused before", "refused after", "accuracy before", "accuracy after", "q"),
+        columns=("kind", "refused before", "refused after", "accuracy before", "accuracy after", "n", "q"),
         rows=rows,
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
     )
