@@ -241,10 +241,10 @@ def read_json(done: tuple[int, str, str], *keys: str, code: int = 0) -> dict[str
 
 
 def test_contrast_check_as_json(say: Say, tmp_path: Path) -> None:
-    file = tmp_path / "c.parquet"
-    done = say("contrast", "check", "organism", "--model", "organism:routed", "--out", file, "--json")
+    file, out = helpers.write_rows(tmp_path / "pairs.jsonl", ROWS), tmp_path / "c.parquet"
+    done = check(say, file, "--model", "organism:routed", "--out", out, "--json")
     found = read_json(done, "rows", "pairs", "counts", "prompt_tokens", "full_tokens", "with_twin", "unique_prompts")
-    assert (found["rows"], found["counts"]["heldout"]["harmful"]) == (4230, 840) and file.is_file()
+    assert (found["rows"], found["counts"]["train"]["harmful"]) == (6, 2) and out.is_file()
 
 
 def test_errors_stay_one_line_and_keep_standard_output_empty(say: Say, tmp_path: Path) -> None:

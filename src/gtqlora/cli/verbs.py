@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 from cyclopts import Parameter
 
 from gtqlora.cli import printing
-from gtqlora.cli.console import demo_progress, say_starting, stage_progress
+from gtqlora.cli.console import demo_progress, stage_progress, starting
 from gtqlora.cli.settings import (
     ExpertFormat,
     Json,
@@ -58,11 +58,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's parts and what GT-QLoRA would train, from its config alone."""
-    say_starting()
-    from gtqlora.stages.inspect import inspect as look
-
     asked = expert_format or experts
-    found = look(embedded_model(model), lora_rank=rank, expert_format=asked)
+    with starting():  # transformers imports a model's class only when it is asked for
+        from gtqlora.stages.inspect import inspect as look
+
+        found = look(embedded_model(model), lora_rank=rank, expert_format=asked)
     if as_json:
         printing.show_json(found)
     else:
@@ -78,11 +78,11 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
-    say_starting()
-    from gtqlora import contrasts
-    from gtqlora.contrasts.statistics import statistics
-    from gtqlora.judging.judge import judge_of
-    from gtqlora.organisms import embedded
+    with starting():
+        from gtqlora import contrasts
+        from gtqlora.contrasts.statistics import statistics
+        from gtqlora.judging.judge import judge_of
+        from gtqlora.organisms import embedded
 
     source = embedded_contrast(file)
     judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
@@ -124,9 +124,9 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
 def diagnose(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
-    say_starting()
-    from gtqlora.config import DiagnoseConfig
-    from gtqlora.stages.diagnose import diagnose as stage
+    with starting():
+        from gtqlora.config import DiagnoseConfig
+        from gtqlora.stages.diagnose import diagnose as stage
 
     found = _staged(stage, configured(DiagnoseConfig, options, {"model": model}), run, again=options.again)
     if options.as_json:
@@ -147,9 +147,9 @@ def train(
     options: StageOptions = NO_OPTIONS,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
-    say_starting()
-    from gtqlora.config import TrainConfig
-    from gtqlora.stages.train import train as stage
+    with starting():
+        from gtqlora.config import TrainConfig
+        from gtqlora.stages.train import train as stage
 
     config = configured(TrainConfig, options, {"model": model, "mode": mode, "objective": objective})
     found = _staged(stage, config, run, again=options.again)
@@ -162,9 +162,9 @@ def train(
 
 def project(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
-    say_starting()
-    from gtqlora.config import ProjectConfig
-    from gtqlora.stages.project import project as stage
+    with starting():
+        from gtqlora.config import ProjectConfig
+        from gtqlora.stages.project import project as stage
 
     found = _staged(stage, configured(ProjectConfig, options, {"model": model}), run, again=options.again)
     if options.as_json:
@@ -175,10 +175,10 @@ def project(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> N
 
 def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
     """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
-    say_starting()
-    from gtqlora.config import VerifyConfig
-    from gtqlora.judging import trust
-    from gtqlora.stages.verify import verify as stage
+    with starting():
+        from gtqlora.config import VerifyConfig
+        from gtqlora.judging import trust
+        from gtqlora.stages.verify import verify as stage
 
     with _opened(existing_run(run)) as held:
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
@@ -209,8 +209,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Ship it: write merged weights, only after a passed safety floor."""
-    say_starting()
-    from gtqlora.stages.export import export as stage
+    with starting():
+        from gtqlora.stages.export import export as stage
 
     if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
         raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
