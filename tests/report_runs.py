@@ -17,7 +17,10 @@ from gtqlora.results.adapter import (
     EDIT_WEIGHTS,
     GT_QLORA,
     PROJECTION,
+    Candidate,
     Info,
+    Projection,
+    Training,
     adapter_hash,
     write_settings,
 )
@@ -82,7 +85,7 @@ def cells() -> list[dict[str, Any]]:
 def curves() -> list[dict[str, Any]]:
     def curve(name: str, control: bool, left: Sequence[float]) -> dict[str, Any]:
         points = [
-            {"m": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
+            {"ablated": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
             for m, share in zip((0, 1, 2, 4, 8, 16), left, strict=True)
         ]
         return {"name": name, "control": control, "points": points}
@@ -96,7 +99,7 @@ def curves() -> list[dict[str, Any]]:
 
 def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]:
     return {
-        "layer": layer, "expert": number, "mask": real(effect), "restore": real(effect / 2),
+        "layer": layer, "expert": number, "ablate": real(effect), "restore": real(effect / 2),
         "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
         "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
     }  # fmt: skip
@@ -134,10 +137,12 @@ def directions(layers: int) -> dict[str, Any]:
     return {"n_pairs": 200, "n_groups": 100, "layers": [layer_of(layer) for layer in range(layers + 1)]}
 
 
-def diagnosis(layers: int = 2, *, name: str = "mask the 2 associated experts", token: str = " lever") -> dict[str, Any]:
+def diagnosis(
+    layers: int = 2, *, name: str = "ablate the 2 associated experts", token: str = " lever"
+) -> dict[str, Any]:
     effect = paired_difference(hits(1), hits(0)).to_json()
     levels = {"routing": 0.86, "experts": 0.04, "residual": 0.1}
-    acts = [("as it is", False, 1.0), (name, False, 0.0), ("mask 2 random experts (1)", True, 0.95)]
+    acts = [("as it is", False, 1.0), (name, False, 0.0), ("ablate 2 random experts (1)", True, 0.95)]
     return {
         "verdict": "routing",
         "sentence": "Routing: 86 % of the refusals go with the choice of experts.",
@@ -208,12 +213,10 @@ def write_diagnosis(run: Run, *, size: tuple[int, int] = (2, 4), **changes: Any)
 
 
 def write_adapter(run: Run, *, mode: str = "gt", kind: str = GT_QLORA, stopped: str | None = None) -> None:
-    details: dict[str, Any] = {"config": {"mode": mode}, "steps": 20, "stopped": stopped}
+    details = Training({"mode": mode, "rank": 4, "alpha": 8}, 20, stopped)
     if kind == PROJECTION:
         config = {"direction": "false_refusal_orthogonal", "norm_preserving": True}
-        details = {"config": config, "layer": 2, "candidates": [{"layer": 2, "refusal": 0.1, "accuracy": 0.9}]}
-    else:
-        details["config"] |= {"rank": 4, "alpha": 8}
+        details = Projection(config, 2, [Candidate(layer=2, refusal=0.1, accuracy=0.9)])
     (run / "adapter").mkdir(exist_ok=True)
     write_settings(run / "adapter", Info(kind, "some/model", "deepseek_v3", details), rank=4, alpha=8)
     (run / "adapter" / (DIRECTION if kind == PROJECTION else EDIT_WEIGHTS)).write_bytes(b"made up")

@@ -26,12 +26,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "run",
         "families judging",  # parts of a model and its files; who tells a refusal from an answer
         "contrasts experts",  # prompts from outside; the routed experts of a model, frozen in 4 bits
-        "capture results",  # a model that runs; what a stage leaves
+        "results",  # what each stage leaves
+        "capture",  # a model that runs
         "floor scoring",
         "localize",
         "edits",
         "certificate",  # the only way to weights
-        "reporting model_card",  # reporting reads artefacts only, see below
+        "reporting",  # reads artefacts only, see below
         "stages",
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little
         "demo",
@@ -139,9 +140,17 @@ def test_statistics_need_no_torch() -> None:
 def test_the_report_reads_artefacts_only() -> None:
     for name in MODULES:
         if _unit(name) == "reporting":
-            artefacts = {"errors", "run", "storage", "stats", "reporting", "edits", "results"}
+            artefacts = {"errors", "run", "storage", "stats", "reporting", "results"}
             assert {_unit(target) for target, _ in _own(name)} <= artefacts
             assert not _packages(name) & {"torch", "transformers", "peft", "trl"}
+
+
+def test_results_need_no_model_library() -> None:
+    """Neither by themselves nor through what they import: the report and the tables are read without a model."""
+    for name in (name for name in MODULES if _unit(name) == "results"):
+        assert not _packages(name) & {"torch", "transformers", "peft", "trl"}, name
+    every = ", ".join(f"gtqlora.{name}" for name in MODULES if _unit(name) == "results")
+    assert _after(f"import {every}") <= {"pyarrow", "scipy"}
 
 
 def test_only_families_name_model_families() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ORGANISMS = ("routed", "residual")
 CONTRAST = "pairs.jsonl"
+_KINDS = ("harmful", "lookalike", "benign")
 EDITS = ("projection", "lora", "gates", "gt")
 # Where the residual stream carries the behaviour LoRA does the work and may run hot; where the routing does, a hot LoRA
 # would override the gates instead of leaving the repair to them.
@@ -35,27 +36,32 @@ Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
 
 
-class EditNumbers(TypedDict):
-    """What one edit did on held-out prompts, or, in the row `base`, what the model itself does.
+@dataclass(frozen=True, kw_only=True)
+class EditNumbers:
+    """Rates on held-out prompts after one edit, or of the model as it is.
 
-    All but `floor` are shares from 0 to 1, None where the pairs give no expected answers. `floor` is the safety floor's
-    verdict, None for the model itself, which is held to no floor; `replayed_lookalike_refusal` is over-refusal with the
-    original's routing replayed.
+    Attributes:
+        floor: the safety floor's verdict; None for the model as it is, which is held to no floor.
+        replayed_lookalike_refusal: over-refusal with the original's routing replayed.
     """
 
     harmful_refusal: float
     lookalike_refusal: float
     benign_refusal: float
-    lookalike_accuracy: float | None
-    benign_accuracy: float | None
+    lookalike_accuracy: float
+    benign_accuracy: float
     floor: str | None
-    replayed_lookalike_refusal: float | None
+    replayed_lookalike_refusal: float
 
 
-class OrganismNumbers(TypedDict):
-    """One organism's numbers: what the diagnosis says beside the truth, and every edit by its name.
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """One organism's numbers; the names of the fields are the stable keys of `gtqlora demo --json`.
 
-    `planted_precision` is None where nothing was planted or found, `planted_recall` where nothing was planted.
+    Attributes:
+        verdict: where the diagnosis says that refusal sits; `truth` is where it was implanted.
+        planted_precision, planted_recall: of the experts found; None where no expert was implanted (or found).
+        edits: "base" and every edit -> its rates.
     """
 
     verdict: str
@@ -67,9 +73,9 @@ class OrganismNumbers(TypedDict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One organism's numbers under stable keys, and the paths worth opening."""
+    """One organism's numbers, and the paths worth opening."""
 
-    numbers: OrganismNumbers
+    numbers: Numbers
     sentence: str
     report: Path
     exported: Path
@@ -181,7 +187,7 @@ def study(
     edits: Sequence[str],
     on_stage: Callable[[str], None] = lambda _label: None,
     overrides: Sequence[str] = (),
-) -> tuple[OrganismNumbers, str]:
+) -> tuple[Numbers, str]:
     """Diagnose an organism, edit and verify it in each way; return the demo's numbers and the diagnosis' sentence.
 
     Args:
@@ -216,46 +222,48 @@ def study(
 
 def _numbers(
     verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: Mapping[str, Verdict]
-) -> OrganismNumbers:
+) -> Numbers:
+    base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
     hits = len(found & planted)
-    anyone = next(iter(verdicts.values()), None)  # each of them measured the model as it is
-    return {
-        "verdict": verdict,
-        "truth": truth.verdict,
-        "planted_precision": hits / len(found) if planted and found else None,
-        "planted_recall": hits / len(planted) if planted else None,
-        "edits": ({"base": _original(anyone)} if anyone else {}) | {edit: _edited(v) for edit, v in verdicts.items()},
-    }
+    return Numbers(
+        verdict=verdict,
+        truth=truth.verdict,
+        planted_precision=hits / len(found) if planted and found else None,
+        planted_recall=hits / len(planted) if planted else None,
+        edits=({"base": _unedited(base)} if base else {}) | {edit: _edited(v) for edit, v in verdicts.items()},
+    )
 
 
-def _original(verdict: Verdict) -> EditNumbers:
+def _unedited(verdict: Verdict) -> EditNumbers:
     """Return the model's own numbers: held to no floor, and replaying its own routing."""
-    harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
-    return {
-        "harmful_refusal": harmful.refusal_before.value,
-        "lookalike_refusal": lookalike.refusal_before.value,
-        "benign_refusal": benign.refusal_before.value,
-        "lookalike_accuracy": _value(lookalike.accuracy_before),
-        "benign_accuracy": _value(benign.accuracy_before),
-        "floor": None,
-        "replayed_lookalike_refusal": lookalike.refusal_before.value,
-    }
+    harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
+    return EditNumbers(
+        harmful_refusal=harmful.refusal_before.value,
+        lookalike_refusal=lookalike.refusal_before.value,
+        benign_refusal=benign.refusal_before.value,
+        lookalike_accuracy=_value(lookalike.accuracy_before),
+        benign_accuracy=_value(benign.accuracy_before),
+        floor=None,
+        replayed_lookalike_refusal=lookalike.refusal_before.value,
+    )
 
 
 def _edited(verdict: Verdict) -> EditNumbers:
     """Return the numbers of the edited model."""
-    harmful, lookalike, benign = (verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
-    return {
-        "harmful_refusal": harmful.refusal_after.value,
-        "lookalike_refusal": lookalike.refusal_after.value,
-        "benign_refusal": benign.refusal_after.value,
-        "lookalike_accuracy": _value(lookalike.accuracy_after),
-        "benign_accuracy": _value(benign.accuracy_after),
-        "floor": verdict.floor.verdict,
-        "replayed_lookalike_refusal": _value(lookalike.refusal_replayed),
-    }
+    harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
+    return EditNumbers(
+        harmful_refusal=harmful.refusal_after.value,
+        lookalike_refusal=lookalike.refusal_after.value,
+        benign_refusal=benign.refusal_after.value,
+        lookalike_accuracy=_value(lookalike.accuracy_after),
+        benign_accuracy=_value(benign.accuracy_after),
+        floor=verdict.floor.verdict,
+        replayed_lookalike_refusal=_value(lookalike.refusal_replayed),
+    )
 
 
-def _value(found: Interval | None) -> float | None:
-    return None if found is None else found.value
+def _value(interval: Interval | None) -> float:
+    """Return the rate of rows that the demo's own pairs always have."""
+    assert interval is not None
+    return interval.value

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gtqlora.contrasts.statistics import Lengths, Statistics
-from gtqlora.demo import EditNumbers, OrganismNumbers, Outcome
+from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
 from gtqlora.results.diagnosis import Diagnosis, Intervention
@@ -118,8 +118,8 @@ def outcomes() -> dict[str, Outcome]:
                 benign_accuracy=share(), floor=floor, replayed_lookalike_refusal=share(),
             )  # fmt: skip
 
-    def numbers(recall: float | None) -> OrganismNumbers:
-        return OrganismNumbers(
+    def numbers(recall: float | None) -> Numbers:
+        return Numbers(
             verdict="routing", truth="routing", planted_precision=0.875, planted_recall=recall, edits=dict(edits())
         )
 

@@ -16,7 +16,6 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from gtqlora import families
 from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig, load_model
-from gtqlora.families import FAMILIES
 from gtqlora.families.files import read_json
 from tests import helpers, models
 

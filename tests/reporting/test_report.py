@@ -19,13 +19,13 @@ from plotly.offline import get_plotlyjs
 
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import RunError
-from gtqlora.localize.association import Association
 from gtqlora.reporting import figures, words
 from gtqlora.reporting.artefacts import ASSOCIATION_COLUMNS, identity
 from gtqlora.results.adapter import PROJECTION, adapter_hash
+from gtqlora.results.association import Association
+from gtqlora.results.diagnosis import Diagnosis
 from gtqlora.results.verdict import Verdict
 from gtqlora.run import Run, write_json, write_parquet
-from gtqlora.stages.diagnose import Diagnosis
 from gtqlora.stages.report import report
 from gtqlora.stats import rate
 from tests.report_runs import (
@@ -249,7 +249,7 @@ def test_a_verdict_without_silencing(tmp_path: Path) -> None:
         assert "after, ranked anew" in Page(report(run)).text
         write_json(run / "verdict.json", {**verdict_of(run), "ablation": {}})
         page = Page(report(run))
-    assert not {"ablation-targeted", "ablation-random"} & set(page.specs) and "ablated" not in page.text
+    assert not {"ablation-targeted", "ablation-random"} & set(page.specs) and "after, ranked anew" not in page.text
 
 
 def test_only_an_adapter_and_metrics(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_run_to_compare_without_verdict(tmp_path: Path) -> None:
 def test_an_artefact_of_another_version_names_its_command(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
         write_diagnosis(run, experts=[{"layer": 1, "expert": 2}])
-        with pytest.raises(RunError, match=r"diagnosis\.json: has no 'mask'; run `gtqlora diagnose`"):
+        with pytest.raises(RunError, match=r"diagnosis\.json: has no 'ablate'; run `gtqlora diagnose`"):
             report(run)
         write_diagnosis(run)
         write_parquet(run / "diagnosis" / "association.parquet", [{"layer": 1, "expert": 2, "difference": 0.1}])

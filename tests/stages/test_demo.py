@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gtqlora import demo
 from gtqlora.cli import main
-from gtqlora.demo import OrganismNumbers, Outcome, study
+from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
+from gtqlora.results.typed import to_json
 
 KEYS = {
     *("harmful_refusal", "lookalike_refusal", "benign_refusal", "lookalike_accuracy", "benign_accuracy"),
@@ -22,7 +24,7 @@ def test_study_gives_all_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
-    numbers, sentence = study(
+    found, sentence = study(
         embedded.organism("routed"),
         embedded.contrast(),
         tmp_path,
@@ -30,6 +32,7 @@ def test_study_gives_all_the_numbers(
         on_stage=seen.append,
         overrides=("steps=3",),
     )
+    numbers: Any = to_json(found)
     assert seen == ["diagnose", "projection", "gt"] and sentence.startswith("Routing:")
     assert numbers.keys() == {"verdict", "truth", "planted_precision", "planted_recall", "edits"}
     assert numbers["verdict"] == numbers["truth"] == "routing"
@@ -43,21 +46,21 @@ def test_study_gives_all_the_numbers(
     assert base["harmful_refusal"] > 0.97 < base["lookalike_refusal"] and base["benign_refusal"] < 0.03
     assert projection["floor"] == "fail" and projection["harmful_refusal"] < base["harmful_refusal"]
     assert json.loads(json.dumps(numbers)) == numbers
-    check_what_the_command_prints(numbers, sentence, monkeypatch, capsys)
+    check_what_the_command_prints(found, sentence, monkeypatch, capsys)
 
 
 def check_what_the_command_prints(
-    numbers: OrganismNumbers, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    found: Numbers, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Print these numbers as `demo` does, which itself takes minutes."""
-    outcomes = {"routed": Outcome(numbers, sentence, Path("report.html"), Path("exported"))}
+    outcomes = {"routed": Outcome(found, sentence, Path("report.html"), Path("exported"))}
     monkeypatch.setattr(demo, "demo", lambda _out, _on_event: (outcomes, 1.23))
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["demo", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"organisms": {"routed": numbers}, "seconds": 1.2}
+    assert json.loads(capsys.readouterr().out) == {"organisms": {"routed": to_json(found)}, "seconds": 1.2}
     assert main(["demo"]) == 0
     text = capsys.readouterr().out
     base, projection, gt = (line.split() for line in text.splitlines() if line.startswith(("  base", "  proj", "  GT")))
     assert base[-2] == "-" and projection[-2] == "fail" and gt[0] == "GT-QLoRA"
-    assert base[1] == f"{numbers['edits']['base']['harmful_refusal']:.3f}"
+    assert base[1] == f"{found.edits['base'].harmful_refusal:.3f}"
     assert "high: the repair works through the routing" in text

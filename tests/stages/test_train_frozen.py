@@ -164,7 +164,9 @@ def test_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path: Path) -> N
     models.edit_json(tmp_path / "killed" / "manifest.json", lambda old: {**old, "stages": {}})
     resumed = trained(config, tmp_path / "killed")
     assert helpers.same(helpers.weights(resumed.adapter), expected)
-    assert json.loads((resumed.adapter / "gtqlora.json").read_text())["details"]["config"]["expert_format"] == "int4-g32"
+    assert (
+        json.loads((resumed.adapter / "gtqlora.json").read_text())["details"]["config"]["expert_format"] == "int4-g32"
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -251,9 +253,9 @@ def test_diagnosis_and_projection_with_frozen_experts(tmp_path: Path) -> None:
         found = diagnose(DiagnoseConfig(**shared, bootstrap=50, random_controls=1), run)
         assert found.verdict == "routing"
         truth = embedded.read_truth(embedded.organism("routed"))
-        assert {(e["layer"], e["expert"]) for e in found.top_experts} == set(truth.planted)
+        assert {(e.layer, e.expert) for e in found.top_experts} == set(truth.planted)
         projected = project(build_project(shared), run)
-    refusals = [candidate["refusal"] for candidate in projected.candidates]
+    refusals = [candidate.refusal for candidate in projected.candidates]
     assert len(refusals) == 5 and min(refusals) < 0.1
     edited = load(shared["model"], projected.adapter)
     assert len(frozen_experts(edited.subject.model)) == 4  # as it was made
@@ -279,7 +281,7 @@ def in_nf4(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verdict_of(path: Path) -> Verdict:
     with Run(path) as run:
-        return read_verdict(run)
+        return read_verdict(run.path)
 
 
 JUDGED = ["--set", f"judge={helpers.JUDGE}"]
@@ -390,7 +392,9 @@ def test_bad_choices(toy: helpers.Toy, tmp_path: Path, packed_organism: Path) ->
         with pytest.raises(error, match=parts):
             trained(settled(toy, model, experts), tmp_path / f"{experts}-{model.name}")
         assert not (tmp_path / f"{experts}-{model.name}" / "adapter").exists()
-    with pytest.raises(ConfigError, match=r"expert_format = 'int8': must be one of bf16, nf4, int4-g32, int4-g128, native"):
+    with pytest.raises(
+        ConfigError, match=r"expert_format = 'int8': must be one of bf16, nf4, int4-g32, int4-g128, native"
+    ):
         build(TrainConfig, model="m", contrast="c", expert_format="int8")
 
 

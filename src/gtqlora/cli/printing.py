@@ -210,11 +210,11 @@ def show_demo(outcomes: Mapping[str, Outcome], seconds: float) -> None:
 
 def _show_outcome(console: Console, name: str, outcome: Outcome) -> None:
     numbers = outcome.numbers
-    agree = "as planted" if numbers["verdict"] == numbers["truth"] else f"planted was {numbers['truth']}"
-    say(console, f"{name} organism: verdict {numbers['verdict']}, {agree}", "bold")
+    agree = "as planted" if numbers.verdict == numbers.truth else f"planted was {numbers.truth}"
+    say(console, f"{name} organism: verdict {numbers.verdict}, {agree}", "bold")
     say(console, outcome.sentence, indent=2)
-    if numbers["planted_recall"] is not None:
-        found = f"precision {share(numbers['planted_precision'])}, recall {share(numbers['planted_recall'])}"
+    if numbers.planted_recall is not None:
+        found = f"precision {share(numbers.planted_precision)}, recall {share(numbers.planted_recall)}"
         say(console, f"planted experts found: {found}", indent=2)
     draw(console, tables.edits(numbers))
     for what, path in (("weights", outcome.exported), ("report", outcome.report)):

@@ -9,7 +9,7 @@ from gtqlora.cli.layout import Cell, Sheet
 
 if TYPE_CHECKING:
     from gtqlora.contrasts.statistics import Statistics
-    from gtqlora.demo import OrganismNumbers
+    from gtqlora.demo import Numbers
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
@@ -170,18 +170,18 @@ def _floor(verdict: str | None) -> Cell:
     return Cell(verdict, floor_style(verdict)) if verdict else Cell("-")
 
 
-def edits(numbers: OrganismNumbers) -> Sheet:
+def edits(numbers: Numbers) -> Sheet:
     """Return the demo's edits of one organism; the model as it is was held to no floor."""
     rows = [
         (
             Cell(_EDITS.get(edit, edit), "bold" if edit == "gt" else ""),
-            share(row["harmful_refusal"]),
-            share(row["lookalike_refusal"]),
-            f"{share(row['lookalike_accuracy'])} / {share(row['benign_accuracy'])}",
-            _floor(row["floor"]),
-            share(row["replayed_lookalike_refusal"]),
+            share(row.harmful_refusal),
+            share(row.lookalike_refusal),
+            f"{share(row.lookalike_accuracy)} / {share(row.benign_accuracy)}",
+            _floor(row.floor),
+            share(row.replayed_lookalike_refusal),
         )
-        for edit, row in numbers["edits"].items()
+        for edit, row in numbers.edits.items()
     ]
     accuracy = "accuracy (over-refusal / benign)"
     return Sheet(

@@ -162,8 +162,8 @@ def _decide(evidence: _Evidence) -> tuple[str, str]:
         return "cannot tell", f"routing carries {share}, which fits more than one answer; add pairs"
     if sufficient.low > 2 / 3:
         return "both", (
-            f"routing and residual stream are each sufficient: with its harmless twin's routing a prompt is still refused, "
-            f"and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
+            "routing and residual stream are each sufficient: with its harmless twin's routing a prompt is still "
+            f"refused, and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
         )
     if sufficient.high >= 1 / 3:
         return CANNOT_TELL, (

@@ -22,7 +22,7 @@ _DIAGNOSIS_KEYS = (
     "shares_log_odds", "necessary", "sufficient", "cells", "interventions", "curves", "experts", "causal_experts",
     "top_experts", "directions", "health", "health_tokens",
 )  # fmt: skip
-_EXPERT_KEYS = ("layer", "expert", "mask", "restore", "control", "q", "causal", "computes", "tokens")
+_EXPERT_KEYS = ("layer", "expert", "ablate", "restore", "control", "q", "causal", "computes", "tokens")
 ASSOCIATION_COLUMNS = (
     "layer", "expert", "rate_flagged", "rate_twin", "difference", "low", "high", "q", "stability", "gradient",
     "gradient_low", "gradient_high", "weight_flagged", "weight_twin", "last_flagged", "last_twin", "answer_flagged",

@@ -42,27 +42,27 @@ def _counts(title: str, found: Iterable[int]) -> Json:
 
 
 def effect_plots(curves: Sequence[Json]) -> list[Plot]:
-    """Refusal of flagged prompts, and its log-odds, against the number of experts masked, in each order."""
+    """Refusal of flagged prompts, and its log-odds, against the number of experts ablated, in each order."""
     orders = [curve for curve in curves if not curve["control"]]
     styles = dict(zip((curve["name"] for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
-    axis = _counts("experts masked", (point["m"] for curve in curves for point in curve["points"]))
+    axis = _counts("experts ablated", (point["ablated"] for curve in curves for point in curve["points"]))
 
     def series(what: str) -> list[Series]:
         return [
             estimates(
                 curve["name"],
                 styles.get(curve["name"], GREY),
-                [str(point["m"]) for point in curve["points"]],
+                [str(point["ablated"]) for point in curve["points"]],
                 [point[what] for point in curve["points"]],
             )
             for curve in curves
         ]
 
-    plots = [line_plot("effect-refusal", "Refused", series("refusal"), x=axis, y=_SHARE, what="experts masked")]
+    plots = [line_plot("effect-refusal", "Refused", series("refusal"), x=axis, y=_SHARE, what="experts ablated")]
     if any(point["log_odds"] for curve in curves for point in curve["points"]):
         plots.append(
             line_plot(
-                "effect-log-odds", "Log-odds of refusing", series("log_odds"), x=axis, y=_UP, what="experts masked"
+                "effect-log-odds", "Log-odds of refusing", series("log_odds"), x=axis, y=_UP, what="experts ablated"
             )
         )
     return plots

@@ -70,13 +70,13 @@ def atlas(diagnosis: Json, association: Sequence[Json]) -> Atlas | None:
     )
 
 
-_MASKED = Style(tint="accent", meaning="masked alone")
-_GIVEN = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates masked")
-_ALIKE = Style(tint="control", shape="square", meaning="control: random experts alike, masked")
+_MASKED = Style(tint="accent", meaning="ablated alone")
+_GIVEN = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates ablated")
+_ALIKE = Style(tint="control", shape="square", meaning="control: random experts alike, ablated")
 
 
 def _interchanges(found: Json) -> list[tuple[Json, Style]]:
-    return [(found["mask"], _MASKED), (found["restore"], _GIVEN), (found["control"], _ALIKE)]
+    return [(found["ablate"], _MASKED), (found["restore"], _GIVEN), (found["control"], _ALIKE)]
 
 
 def _tested(found: Json) -> Tested:
@@ -195,7 +195,7 @@ def _one_by_one(diagnosis: Json) -> Figure | None:
         Line(
             label=words.capital(words.place(e)),
             marks=tuple(mark(interval, style, scale) for interval, style in _interchanges(e)),
-            texts=(told(e["mask"]), told(e["restore"])),
+            texts=(told(e["ablate"]), told(e["restore"])),
             tag=words.cause(e),
             opens=(e["layer"], e["expert"]),
         )
@@ -226,8 +226,8 @@ def _effects(diagnosis: Json) -> Figure | None:
         return None
     return Figure(
         id="effects",
-        title="How refusal falls as experts are masked",
-        caption="Flagged prompts with the first m experts of each order masked; bands are 95 % intervals. Random "
+        title="How refusal falls as experts are ablated",
+        caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
         "experts of like frequency in the same layers are the control: an order tells something where it leaves "
         "their band.",
         tables=[tables.effects(diagnosis["curves"])],

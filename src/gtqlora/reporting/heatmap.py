@@ -70,8 +70,8 @@ def heat_map(diagnosis: Json, association: Sequence[Json], twin: str) -> HeatMap
 def _fields(
     association: Sequence[Json], tested: Sequence[Json], layers: Sequence[int], experts: Sequence[int]
 ) -> dict[str, list[float | None]]:
-    """values_LE of each measure, layer after layer; `effect` is known of the experts masked one at a time only."""
-    effects = {(t["layer"], t["expert"]): t["mask"]["value"] for t in tested}
+    """values_LE of each measure, layer after layer; `effect` is known of the experts ablated one at a time only."""
+    effects = {(t["layer"], t["expert"]): t["ablate"]["value"] for t in tested}
     rows = {key: {**row, EFFECT: effects.get(key)} for row in association for key in [(row["layer"], row["expert"])]}
     cells = [rows.get((layer, expert), {}) for layer in layers for expert in experts]
     return {name: [rounded(cell.get(name)) for cell in cells] for name in _FIELDS}
@@ -90,7 +90,7 @@ def _views(fields: dict[str, list[float | None]], twin: str) -> list[View]:
         ),
         view("gradient", "gradient", number, "against refusing: {}", "toward it: {}"),
         View(field="stability", name="stability", ramp="share", limit=1.0, low=percent(0), high=percent(1)),
-        view(EFFECT, "effect when masked", percent, "{} of the gap", "{} of the gap"),
+        view(EFFECT, "effect when ablated", percent, "{} of the gap", "{} of the gap"),
     ]  # fmt: skip
 
 

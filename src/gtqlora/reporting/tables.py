@@ -88,7 +88,7 @@ def tested(found: Sequence[Json]) -> Table:
         [
             place(e),
             cause(e) or "not shown",
-            share(e["mask"]),
+            share(e["ablate"]),
             share(e["restore"]),
             share(e["control"]),
             q_value(e["q"]),
@@ -139,7 +139,7 @@ def interventions(found: Sequence[Json]) -> Table:
 
 def effects(curves: Sequence[Json]) -> Table:
     rows = [
-        [curve["name"], str(point["m"]), share(point["refusal"]), real(point["log_odds"])]
+        [curve["name"], str(point["ablated"]), share(point["refusal"]), real(point["log_odds"])]
         for curve in curves
         for point in curve["points"]
     ]

@@ -24,6 +24,7 @@ from gtqlora.edits.adapters import (
     assert_bias_frozen,
     assert_experts_frozen,
     assert_trains_exactly,
+    freeze_rest_of_routers,
     frozen_state,
     load_edit,
     lora_config,
@@ -221,6 +222,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
         )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsCallback(run / CHECKPOINTS / METRICS, origin, anatomy, run.check_held))
+    freeze_rest_of_routers(trainer.model, anatomy)
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer
