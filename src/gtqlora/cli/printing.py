@@ -79,7 +79,8 @@ def _quantized(found: Inspection, asked_format: str | None) -> str:
 
 
 def _show_names(console: Console, found: Inspection) -> None:
-    say(console, "Names of the first MoE layer in memory and, where they differ, on disk", "bold")
+    origin = "" if found.names_from == "checkpoint" else " (no weights here: as transformers would write them)"
+    say(console, f"Names of the first MoE layer in memory and, where they differ, on disk{origin}", "bold")
     for name in found.names:
         for depth, text in (2, name.memory), *((6, disk) for disk in name.disk if name.disk != (name.memory,)):
             for line in wrap(text, console.width - depth):
