@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,8 @@ def test_config_alone_is_enough_and_dtype_falls_back_to_bf16(tmp_path: Path) -> 
     assert inspection.dtype == "bfloat16"
     assert inspection.bytes == 2 * inspection.text_parameters
     assert inspection.chat_template is None
-    by_file = json.loads(inspect(str(tmp_path / "config.json")).to_json())
-    assert {**by_file, "model": str(tmp_path)} == json.loads(inspection.to_json())
+    by_file = inspect(str(tmp_path / "config.json"))
+    assert {**asdict(by_file), "model": str(tmp_path)} == asdict(inspection)
 
 
 def test_weights_are_not_read(tmp_path: Path) -> None:

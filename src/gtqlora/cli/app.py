@@ -84,4 +84,4 @@ def _called(arguments: Sequence[str] | None) -> int | None:
     try:
         return app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        raise ConfigError(f"{' '.join(str(error).split())} Say --help for what there is") from error
+        raise ConfigError(f"{' '.join(str(error).split())} See gtqlora --help") from error
