@@ -31,6 +31,7 @@ _TEMPLATE = {True: "yes", False: "no", None: "no tokenizer here"}
 
 def show_json(found: object) -> None:
     """Print a result, a dataclass or a mapping, as JSON with the names of its fields as keys."""
+    # not by a console, which would wrap long lines
     print(json.dumps(_plain(found), indent=2, allow_nan=False))
 
 
