@@ -31,7 +31,8 @@ from gtqlora.contrasts.template import encode_answers
 from gtqlora.contrasts.template import encode_prompt as encode_prompt  # where callers look for it, beside `encode_row`
 from gtqlora.errors import ContrastError
 from gtqlora.judging.folding import flat, holds
-from gtqlora.judging.judge import Judge, answers_after_refusing, assents_in_english, refuses_in_english
+from gtqlora.judging.judge import Judge, refusals
+from gtqlora.judging.english import answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.run import write_parquet
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _topic(record: Mapping[str, Any]) -> str | None:
     return None if column is None else a_name(column, record[column])
 
 
-def _row(number: int, raw: Any, hub_split: str | None) -> Row:
+def _row(number: int, raw: object, hub_split: str | None) -> Row:
     record = {name: value for name, value in parsed(raw).items() if value is not None}
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
@@ -211,33 +212,52 @@ def _row(number: int, raw: Any, hub_split: str | None) -> Row:
     )
 
 
-def _check_row(row: Row, judge: Judge) -> None:
+@dataclass(frozen=True)
+class _Judged:
+    """Whether the judge takes a row's `chosen` for a refusal and, of a harmful row, its `rejected`."""
+
+    chosen: bool
+    rejected: bool
+
+
+def _judged(rows: Sequence[Row], judge: Judge) -> list[_Judged]:
+    """Ask the judge about the answers of all rows together."""
+    harmful = [row for row in rows if row.kind == "harmful"]
+    prompts = [row.prompt for row in (*rows, *harmful)]
+    found = refusals(judge, prompts, [*(row.chosen for row in rows), *(row.rejected for row in harmful)])
+    rejected = iter(found[len(rows) :])
+    return [
+        _Judged(chosen, row.kind == "harmful" and next(rejected)) for row, chosen in zip(rows, found, strict=False)
+    ]
+
+
+def _check_row(row: Row, judged: _Judged) -> None:
     if flat(row.chosen) == flat(row.rejected):
         raise ContrastError("chosen and rejected are the same; a pair must prefer one over the other")
     if row.twin is not None and prompt_key(row.twin) == prompt_key(row.prompt):
         raise ContrastError("twin is the prompt itself; give the harmless counterpart or leave it out")
     if row.kind == "harmful":
-        _check_one_way(row, judge)
-    elif judge(row.chosen):
+        _check_one_way(row, judged)
+    elif judged.chosen:
         raise ContrastError(
             f"chosen of a {row.kind} row is a refusal by the judge, which teaches over-refusal; "
             "give a helpful answer, or set `judge` if it is none"
         )
 
 
-def _check_one_way(row: Row, judge: Judge) -> None:
-    """The English floor stands under the judge so that a judge turned around does not turn the rule around."""
+def _check_one_way(row: Row, judged: _Judged) -> None:
+    """Check a harmful row; the English floor stands under the judge so that a judge turned around does not turn the rule around."""
     if assents_in_english(row.chosen):
         raise ContrastError(
             "chosen of a harmful row opens with an assent (the one-way rule; no setting changes it); "
             "open it with the refusal"
         )
-    if not judge(row.chosen):
+    if not judged.chosen:
         raise ContrastError(
             "chosen of a harmful row must be a refusal (the one-way rule; no setting changes it); "
             "make it one, or set `judge` if it is one in other words"
         )
-    if judge(row.rejected) or refuses_in_english(row.rejected):
+    if judged.rejected or refuses_in_english(row.rejected):
         raise ContrastError(
             "rejected of a harmful row must not be a refusal (the one-way rule; no setting changes it); "
             'make it an opening phrase such as "Sure, here is"'
@@ -284,23 +304,32 @@ def load(source: str | Path, judge: Judge) -> Contrast:
             rule; up to ten problems are shown together, with row numbers and the fix.
     """
     name = str(source)
-    problems, rows = Problems(name), []
-    seen = 0
-    for number, raw, hub_split in records(name):
-        seen += 1
+    problems = Problems(name)
+    found = [_parsed(*record) for record in records(name)]
+    if not found:
+        raise ContrastError(f"{name}: no rows; write one JSON object per line")
+    judged = iter(_judged([row for _, row in found if isinstance(row, Row)], judge))
+    rows = []
+    for number, row in found:
         try:
-            row = _row(number, raw, hub_split)
-            _check_row(row, judge)
+            if isinstance(row, ContrastError):
+                raise row
+            _check_row(row, next(judged))
+            rows.append(row)
         except ContrastError as error:
             problems.add([number], str(error))
-        else:
-            rows.append(row)
-    if not seen:
-        raise ContrastError(f"{name}: no rows; write one JSON object per line")
     _check_set(rows, problems)
     problems.stop()
     check_kinds(rows, name)
     return Contrast(source=name, rows=tuple(rows))
+
+
+def _parsed(number: int, raw: object, hub_split: str | None) -> tuple[int, Row | ContrastError]:
+    """Return a row by its number, or what is wrong with it: every row is read before the judge is asked."""
+    try:
+        return number, _row(number, raw, hub_split)
+    except ContrastError as error:
+        return number, error
 
 
 def check_kinds(rows: Iterable[Row], source: str) -> None:
