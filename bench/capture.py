@@ -35,7 +35,7 @@ ORGANISM = "routed"
 def random_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
     """A model of random numbers and prompts of random tokens."""
     sizes = argparse.Namespace(shape=args.shape, layers=args.layers, experts=None, tiny=args.tiny)
-    model, anatomy = build(sizes, args.experts, torch.device(args.device))
+    model, anatomy = build(sizes, args.expert_format, torch.device(args.device))
     vocabulary, rng = model.config.vocab_size, random.Random(0)
     prompts = [[rng.randrange(2, vocabulary) for _ in range(args.tokens)] for _ in range(args.prompts * args.batches)]
     return Subject(model, tokenizer_of(vocabulary), anatomy), prompts
@@ -43,7 +43,7 @@ def random_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
 
 def organism_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
     """An embedded organism and prompts of its contrast set."""
-    subject = open_subject(str(embedded.organism(ORGANISM)), device=args.device, expert_format=args.experts)
+    subject = open_subject(str(embedded.organism(ORGANISM)), device=args.device, expert_format=args.expert_format)
     rows = load(str(embedded.contrast()), judge_of(embedded.JUDGE)).split("train").of_kind("lookalike")
     prompts = [encode_prompt(subject.tokenizer, row.prompt) for row in rows]
     return subject, prompts[: args.prompts * args.batches]
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{name}: {len(subject.anatomy.moe)} MoE layers x {spec.n_experts} experts, top {spec.top_k}, hidden "
-        f"{subject.anatomy.hidden_size}, {subject.model.dtype}, experts {args.experts}\n"
+        f"{subject.anatomy.hidden_size}, {subject.model.dtype}, experts {args.expert_format}\n"
         f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {args.prompts} a batch\n"
         f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
     )

@@ -116,7 +116,7 @@ def main() -> int:
     started, context = time.monotonic(), multiprocessing.get_context("spawn")
     with TemporaryDirectory() as root, context.Pool(args.workers) as pool:
         jobs: list[Job] = [
-            (n, experts, tuple(args.set), root) for n in args.organisms for experts in (OWN, *args.experts)
+            (n, experts, tuple(args.set), root) for n in args.organisms for experts in (OWN, *args.expert_format)
         ]
         results: list[dict[str, Any]] = []
         for found in pool.imap(work, jobs, chunksize=1):

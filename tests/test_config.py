@@ -111,7 +111,7 @@ def test_numbers_survive_as_text_and_as_numbers(seed: int, lr: float, whole: int
         ("[trian]\nsteps = 5", "section 'trian' is unknown; did you mean 'train'?"),
         ("[train]\nmargin = 0.02", r"\[train\] key 'margin' is unknown; known: .*accumulation"),
         ("[verify]\nmargn = 0.02", r"\[verify\] key 'margn' is unknown; did you mean 'margin'?"),
-        ("qqq = 1", "key 'qqq' is unknown; known: accumulation"),
+        ("qqq = 1", "key 'qqq' is unknown; known: ablation, ablation_controls"),
     ],
     ids=["top level", "section key", "section", "another stage's key", "another stage's section", "nothing near"],
 )

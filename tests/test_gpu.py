@@ -90,7 +90,7 @@ def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: 
 @pytest.mark.parametrize("expert_format", ["nf4", "int4-g32"])
 @pytest.mark.parametrize(
     "shape",
-    [["qwen3-30b-a3b", "--layers", "2"], ["k2.5", "--layers", "2", "--expert-format", "64"]],
+    [["qwen3-30b-a3b", "--layers", "2"], ["k2.5", "--layers", "2", "--experts", "64"]],
     ids=lambda s: s[0],
 )
 def test_train_at_the_width_of_real_models(tmp_path: Path, shape: list[str], expert_format: str) -> None:

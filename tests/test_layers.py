@@ -196,7 +196,7 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 def test_help_is_light() -> None:
-    help_of_all = "from gtqlora.cli.app import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+    help_of_all = "from gtqlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     assert _after(help_of_all) == set()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.errors import RunError
 from gtqlora.run import MANIFEST, Run, atomic_write, write_json
 

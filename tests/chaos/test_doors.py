@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from gtqlora import contrasts
 from gtqlora.certificate import BUDGET, judged_again
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.edits.adapter_files import GT_QLORA
 from gtqlora.errors import ContrastError, GtqloraError
 from gtqlora.judging.judge import judge_of
@@ -436,7 +436,7 @@ def test_d11_pairs_changed_or_gone_after_verify_change_nothing(
     assert json.loads((out / "export.json").read_text())["floor"]["verdict"] == "pass"
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"experts": "nf4"}], ids=str)
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"expert_format": "nf4"}], ids=str)
 def test_d12_what_was_verified_is_what_ships(passed: Path, toy: helpers.Toy, out: Path, changes: Row) -> None:
     model = toy.model("qwen3_moe")
     assert judged(toy, passed, model, **changes) in ("pass", "fail", "cannot tell")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gtqlora import contrasts
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.errors import RunError
 from gtqlora.storage.atomic import atomic_write
 from tests import helpers, models

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.run import Run
 from tests import helpers, models
 
@@ -39,7 +39,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gtqlora.cli.app", *map(str, arguments)],
+        [sys.executable, "-m", "gtqlora", *map(str, arguments)],
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -66,7 +66,7 @@ def test_help_lists_the_verbs_and_is_light() -> None:
     done = process("--help")
     assert done.returncode == 0 and not done.stderr
     assert all(f"│ {verb} " in done.stdout for verb in VERBS)
-    code = "import sys\nfrom gtqlora.cli.app import main\nassert main(['--help']) == 0\n"
+    code = "import sys\nfrom gtqlora.cli import main\nassert main(['--help']) == 0\n"
     check = "assert not {'torch', 'transformers'} & sys.modules.keys()"
     light = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
     assert light.returncode == 0, light.stderr

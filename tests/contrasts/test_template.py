@@ -16,7 +16,7 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from gtqlora import contrasts
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.contrasts import KINDS, Contrast, Row, encode_preference, encode_prompt, encode_row, template
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ContrastError, GtqloraError, ModelError

@@ -393,7 +393,7 @@ def test_format_that_cannot_hold_the_matrices(tmp_path: Path) -> None:
     ("change", "word"),
     [
         ({"dense": "int8"}, "int8"),
-        ({"product": "magic"}, "magic"),
+        ({"kernel": "magic"}, "magic"),
         ({"expert_range": (2, 2)}, "(2, 2)"),
         ({"expert_range": (0, 9)}, "8 experts"),
     ],

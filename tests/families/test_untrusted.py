@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gtqlora.capture import open_subject
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.errors import ModelError
 from gtqlora.experts.loading import load_model as load_frozen
 from gtqlora.families import load_config, load_model, load_tokenizer, strict_json

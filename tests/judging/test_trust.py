@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.config import TrainConfig, build
 from gtqlora.errors import ConfigError
 from gtqlora.judging import trust

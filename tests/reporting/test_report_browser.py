@@ -122,7 +122,7 @@ def test_a_click_opens_an_expert(opened: Open) -> None:
     panel = page.inner_text("#expert")
     (row,) = [row for row in association(3, 8) if (row["layer"], row["expert"]) == (2, 0)]
     assert f"{row['rate_twin']:.1%}".removesuffix("%") in panel and "95\u202f%" in panel
-    assert "Causal" in panel and "Given back alone" in panel and "stop" in panel
+    assert "Causal" in panel and "Restored alone" in panel and "stop" in panel
     page.wait_for_timeout(600)  # what follows a click sooner is a double click
     click(page, layer=3, expert=7)
     page.wait_for_timeout(300)

@@ -17,7 +17,7 @@ from gtqlora import contrasts
 from gtqlora.capture import Subject, open_subject
 from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.certificate import certify
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig, TrainConfig, build
 from gtqlora.edits import adapter_files
 from gtqlora.edits.adapters import assert_experts_frozen, frozen_state, trainable
@@ -81,13 +81,13 @@ def fitted(
     made: dict[str, tuple[helpers.Inside, dict[str, Tensor]]] = {}
 
     def fit(expert_format: str) -> tuple[helpers.Inside, dict[str, Tensor]]:
-        if experts not in made:
+        if expert_format not in made:
             model = packed_organism if expert_format == "native" else embedded.organism("routed")
-            inside = helpers.Inside.start(settled(toy, model, experts), tmp_path_factory.mktemp(experts))
+            inside = helpers.Inside.start(settled(toy, model, expert_format), tmp_path_factory.mktemp(expert_format))
             start = inside.state()
             assert inside.fit() == (16, None)
-            made[experts] = inside, start
-        return made[experts]
+            made[expert_format] = inside, start
+        return made[expert_format]
 
     return fit
 

@@ -441,8 +441,8 @@ def _as_edited(run: Any, named_judge: str | None) -> dict[str, Any]:
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)
-    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "experts", "seed")
-    given = {key: info.config[key] for key in shared if key in info.config}
+    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
+    given = {key: info.config[key] for key in shared if key in info.config} | {"expert_format": info.expert_format}
     if named_judge is not None:
         given.pop("judge", None)
     elif "judge" in given:

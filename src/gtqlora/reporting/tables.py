@@ -96,7 +96,7 @@ def tested(found: Sequence[Json]) -> Table:
         ]
         for e in found
     ]
-    columns = ["Expert", "Cause", "Ablated alone", "Given back alone", "Random alike, masked", "q", "Tokens"]
+    columns = ["Expert", "Cause", "Ablated alone", "Restored alone", "Random alike, ablated", "q", "Tokens"]
     return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
 
 

@@ -135,7 +135,7 @@ def validate(staged: Path, certificate: Certificate) -> float:
         RunError: they do not.
     """
     config, probes = certificate.config, _probes(certificate)
-    where: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "experts": config.expert_format}
+    where: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "expert_format": config.expert_format}
     written = _behaviour(open_subject(str(staged), **where), probes, config.max_new_tokens)
     subject = open_subject(config.model, **where)
     edited = Edited(subject, certificate.adapter, shipped=config.model)
