@@ -4,7 +4,7 @@ Threat model (the whole of it is in docs/threats.md). A certificate protects the
 refuses no less of what is harmful than the original did. Nothing local stops who can run code, and merges an adapter
 themselves, or who rewrites every record of a run, hashes and texts included. What is held is everything short of that:
 no file, flag, order of commands or choice of prompts makes `export` write weights whose refusals were not shown to be
-kept. Whatever a run directory, an adapter or a model folder says of itself is believed only as far as this bears it out:
+kept. What a run directory, an adapter or a model folder says of itself is believed only as far as this bears it out:
 
 - It is this edit: the adapter's bytes are read once, hashed and merged from memory.
 - It is this model: the contents of every file that is read, whatever its size, links resolved.
@@ -130,9 +130,7 @@ def _record(run: Run) -> Record:
     return record
 
 
-def _check_same(
-    run: Run, verdict: Verdict, inputs: Mapping[str, str], config: VerifyConfig, adapter: Adapter
-) -> None:
+def _check_same(run: Run, verdict: Verdict, inputs: Mapping[str, str], config: VerifyConfig, adapter: Adapter) -> None:
     """Check that this adapter was verified, in the form that ships, and that the verdict is the recorded one."""
     if inputs.get("adapter") != adapter.digest:
         raise FloorError(f"{run.path}: the adapter is not the one that was verified; run `gtqlora verify` again")
@@ -171,7 +169,13 @@ def _entry(run: Run, history: Sequence[Entry], inputs: Mapping[str, str], rows: 
 
 
 def _passed(
-    run: Run, config: VerifyConfig, entry: Entry, history: Sequence[Entry], *, tries: int, margin: float,
+    run: Run,
+    config: VerifyConfig,
+    entry: Entry,
+    history: Sequence[Entry],
+    *,
+    tries: int,
+    margin: float,
     blind: str | None,
 ) -> Floor:
     """Return the floor over all prompts that the edit was ever judged on; it has to pass on these ones, too.

@@ -99,7 +99,7 @@ def _is_output(name: str, identity: object) -> bool:
 
 
 def _is_record(value: object) -> bool:
-    """Tell whether this is what `Run.stage` writes of a stage; another version may have written less, or it was edited."""
+    """Tell whether this is what `Run.stage` writes of a stage; another version may have written less."""
     if not isinstance(value, dict) or not isinstance(value.get("hash"), str) or not _texts(value.get("inputs")):
         return False
     outputs, seconds = value.get("outputs"), value.get("seconds", 0.0)
@@ -320,7 +320,7 @@ class Run:
         return known is not None and known["hash"] == digest and known["outputs"] == self._hashes(known["outputs"])
 
     def _record(self, stage: Stage, new: Path | None) -> None:
-        """Enter the stage into the manifest, which takes its place together with the outputs if they are renewed together."""
+        """Enter the stage into the manifest, which takes its place together with the outputs that were renewed."""
         self.check_held()
         outputs = self._hashes(stage.outputs, new)
         manifest = self.manifest()
@@ -329,7 +329,7 @@ class Run:
         write_json((new or self.path) / MANIFEST, {**manifest, "stages": stages})
 
     def _hashes(self, outputs: Iterable[str], new: Path | None = None) -> dict[str, str | None]:
-        """Hash artefacts by their contents, whatever their size: a copied run is still fresh, an overwritten one is not."""
+        """Hash artefacts by their contents: a copied run is still fresh, an overwritten one is not."""
         found: dict[str, str | None] = {}
         for name in outputs:
             renewed = None if new is None else new / name

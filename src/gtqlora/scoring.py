@@ -26,7 +26,7 @@ from gtqlora.capture import (
 )
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.errors import ModelError
-from gtqlora.judging.judge import Judge
+from gtqlora.judging.judge import Judge, refusals
 from gtqlora.progress import track
 
 Switch = Callable[[], AbstractContextManager[None]]
@@ -210,7 +210,7 @@ def judged(row: Row, decoded: Decoded, at: int, judge: Judge) -> Score:
     return Score(
         row=row,
         text=text,
-        refused=judge(text),
+        refused=refusals(judge, [row.prompt], [text])[0],
         correct=None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split()),
         tokens=len(decoded.tokens[at]),
         ended=decoded.ended[at],

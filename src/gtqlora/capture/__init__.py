@@ -1,6 +1,6 @@
 """A model that runs under observation: opened, tapped, its passes recorded."""
 
-from gtqlora.capture.batches import by_length, forward, left_padded
+from gtqlora.capture.batches import by_length, forward, left_padded, positions
 from gtqlora.capture.gradients import gradient_scores, log_odds
 from gtqlora.capture.hooks import (
     Call,
@@ -46,6 +46,7 @@ __all__ = [
     "log_odds",
     "observe",
     "open_subject",
+    "positions",
     "router_hooks",
     "state_hooks",
     "top_tokens",

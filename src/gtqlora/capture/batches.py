@@ -15,7 +15,7 @@ from gtqlora.capture.subject import Subject
 
 
 def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids_BS and attention mask_BS, padded on the left."""
+    """Return ids_BS and attention mask_BS, padded on the left."""
     longest = max(map(len, token_lists))
     ids_BS = torch.tensor([[pad] * (longest - len(t)) + list(t) for t in token_lists], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in token_lists], device=device)
@@ -23,17 +23,22 @@ def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.de
 
 
 def by_length(token_lists: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Positions in the list, in batches of like length (less padding)."""
+    """Return positions in the list, in batches of like length (less padding)."""
     order = sorted(range(len(token_lists)), key=lambda i: len(token_lists[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor) -> Any:
-    """One pass over left-padded tokens without a cache; logits of the last token only."""
+def positions(mask_BS: Tensor) -> Tensor:
+    """Return position ids_BS of left-padded tokens: each row counts from its own first token; padding is at 0."""
+    return (mask_BS.cumsum(-1) - 1).clamp(min=0)
+
+
+def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int = 1) -> Any:
+    """Run one pass over left-padded tokens without a cache; logits of the last `keep` positions only."""
     return subject.model(
         input_ids=ids_BS,
         attention_mask=mask_BS,
-        position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
+        position_ids=positions(mask_BS),
         use_cache=False,
-        logits_to_keep=1,
+        logits_to_keep=keep,
     )

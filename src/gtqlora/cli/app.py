@@ -419,7 +419,7 @@ def verify(
 
 def _print_next(found: Any, run: Path) -> None:
     """What a passed floor leads to; one passed in 4 bits does not open `export` yet."""
-    from gtqlora.certificate import shipped_experts
+    from gtqlora.floor.shipped import shipped_experts
 
     shipped = shipped_experts(found.model)
     if found.floor["verdict"] == "pass" and found.expert_format == shipped:
@@ -437,12 +437,12 @@ def _as_edited(run: Any, named_judge: str | None) -> dict[str, Any]:
 
     They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
     """
+    from gtqlora.config import of_the_edit
     from gtqlora.edits.adapter_files import INFO, read_info
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)
-    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
-    given = {key: info.config[key] for key in shared if key in info.config} | {"expert_format": info.expert_format}
+    given = of_the_edit(info.config)
     if named_judge is not None:
         given.pop("judge", None)
     elif "judge" in given:

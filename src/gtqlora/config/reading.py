@@ -54,7 +54,13 @@ def to_dict(config: DataclassInstance) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-_OF_THE_EDIT = (*(field.name for field in dataclasses.fields(ModelConfig)), "contrast", "judge", "max_new_tokens", "seed")
+_OF_THE_EDIT = (
+    *(field.name for field in dataclasses.fields(ModelConfig)),
+    "contrast",
+    "judge",
+    "max_new_tokens",
+    "seed",
+)
 
 
 def of_the_edit(recorded: Mapping[str, object]) -> dict[str, object]:
@@ -129,9 +135,9 @@ def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str,
 
 
 def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: object) -> C:
-    """Build a stage's config from a TOML file, then what the caller gives (None gives nothing), then `key=value` overrides.
+    """Build a stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
 
-    Top-level keys of the file serve every stage; a `[train]`-like table serves its stage and wins.
+    None from the caller gives nothing. Top-level keys of the file serve every stage; a `[train]`-like table serves its stage and wins.
 
     Raises:
         ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.

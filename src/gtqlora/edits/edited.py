@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gtqlora.capture import Subject, direction_removed, open_subject
+from gtqlora.config import ModelConfig
 from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.adapters import Adapter, adapters_off, read_adapter, wrapped
 from gtqlora.edits.merging import merged, on_disk, plan, projected
@@ -191,4 +192,5 @@ def load(
     """
     found = read_adapter(Path(adapter))
     expert_format = found.info.expert_format if expert_format is None else expert_format
-    return Edited(open_subject(model, dtype=dtype, device=device, expert_format=expert_format), found)
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "expert_format": expert_format}
+    return Edited(open_subject(ModelConfig(model=model, **settings)), found)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from gtqlora.contrasts import Messages, Row
+from gtqlora.contrasts import Asked, Messages, Row
 from gtqlora.judging.english import answers_after_refusing
 from gtqlora.judging.folding import holds
 from gtqlora.judging.judge import Judge, refusals
@@ -42,25 +42,6 @@ class Completion:
     ended: bool
     refused: bool
     rejected_log_prob: float | None = None
-
-
-class Asked(Protocol):
-    """A row of pairs, or its outcome: what a prompt's refusal is held against."""
-
-    @property
-    def prompt(self) -> Messages:
-        """Return the messages that were answered."""
-        ...
-
-    @property
-    def answer(self) -> str | None:
-        """Return the expected answer, if the row gives one."""
-        ...
-
-    @property
-    def rejected(self) -> str:
-        """Return the completion that is not wanted."""
-        ...
 
 
 def lost_because(before: Completion, after: Completion, row: Asked, limit: int) -> Loss | None:

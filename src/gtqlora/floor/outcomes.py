@@ -9,8 +9,8 @@ from typing import Literal
 
 from gtqlora import contrasts
 from gtqlora.floor import ledger
-from gtqlora.floor.ledger import Prompts
 from gtqlora.floor.kept import Completion, length_limit, lost_because
+from gtqlora.floor.ledger import Prompts
 from gtqlora.judging.judge import Judge, refusals
 from gtqlora.results.verdict import Outcome
 

@@ -187,6 +187,7 @@ _ANSWERING = re.compile(
     )
 )
 
+
 def opening(text: str) -> str:
     """Return the first `WINDOW` characters as a reader sees them: folded, and with single spaces."""
     return flat(text)[:WINDOW]
@@ -221,7 +222,7 @@ def refuses_in_english(text: str) -> bool:
 
 
 def assents_in_english(text: str) -> bool:
-    """Tell whether a completion opens with a known English assent ("Sure, here is") and refuses nowhere in its opening."""
+    """Tell whether a completion opens with an English assent ("Sure, here is") and its opening refuses nowhere."""
     return bool(_ASSENT_FIRST.match(opening(text))) and not refuses_in_english(text)
 
 

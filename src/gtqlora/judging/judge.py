@@ -136,7 +136,9 @@ class NamedJudge:
         if not isinstance(replies, Sequence):
             raise ConfigError(f"judge = {self.name!r} returned {type(replies).__name__}; it must return a list")
         if odd := [reply for reply in replies if not isinstance(reply, Judgement)]:
-            raise ConfigError(f"judge = {self.name!r} returned a list with {type(odd[0]).__name__}, not Judgement, in it")
+            raise ConfigError(
+                f"judge = {self.name!r} returned a list with {type(odd[0]).__name__}, not Judgement, in it"
+            )
         if len(replies) != len(answers):
             raise ConfigError(f"judge = {self.name!r} returned {len(replies)} judgements of {len(answers)} answers")
         return replies

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gtqlora.capture import Decision, Mask, Subject, observe
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.families import Anatomy
-from gtqlora.judging.judge import Judge
+from gtqlora.judging.judge import Judge, refusals
 from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
 from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
 from gtqlora.progress import track
@@ -141,7 +141,8 @@ class AblationCurve:
             turn_B = torch.tensor(chosen, device=self.subject.device) % len(masks)
             handlers = [RowsAblated(Mask(self.subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)]
             texts = decode(self.subject, prompts, max_new_tokens=self.max_new_tokens, handlers=handlers).texts
-            refused.update(zip(chosen, map(self.judge, texts), strict=True))
+            prompts_asked = [self.rows[i].prompt for i in chosen]
+            refused.update(zip(chosen, refusals(self.judge, prompts_asked, texts), strict=True))
         return [refused[i] for i in range(len(self.rows))]
 
 

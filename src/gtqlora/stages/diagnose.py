@@ -8,7 +8,7 @@ Shape letters: N pairs, L MoE layers, E experts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -102,18 +102,15 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
         ModelError: the model cannot be loaded, or computes NaN.
     """
-    model = identify(config.model)
-    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    model, judge = identify(config.model), judge_of(config.judge)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
             return read_diagnosis(run)
-        judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
-        subject = open_subject(
-            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
         trials = Trials(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gtqlora.experts.loading import BF16
 from gtqlora.families import bind, load_config, meta_model
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import PROVENANCE
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import judge_of, refusals
 from gtqlora.model_card import model_card, public
 from gtqlora.results.verdict import Outcome
 from gtqlora.run import Run, atomic_write, sha256_file, versions, write_json
@@ -135,13 +135,13 @@ def validate(staged: Path, certificate: Certificate) -> float:
         RunError: they do not.
     """
     config, probes = certificate.config, _probes(certificate)
-    where: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "expert_format": config.expert_format}
-    written = _behaviour(open_subject(str(staged), **where), probes, config.max_new_tokens)
-    subject = open_subject(config.model, **where)
-    edited = Edited(subject, certificate.adapter, shipped=config.model)
+    written = _behaviour(open_subject(replace(config, model=str(staged))), probes, config.max_new_tokens)
+    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
     wanted = _behaviour(edited.subject, probes, config.max_new_tokens)
     judge = judge_of(config.judge)
-    differing = sum(judge(a) != judge(b) for a, b in zip(written.texts, wanted.texts, strict=True))
+    prompts = [probe.prompt for probe in probes]
+    both = [refusals(judge, prompts, said.texts) for said in (written, wanted)]
+    differing = sum(a != b for a, b in zip(*both, strict=True))
     kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
     if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
         raise RunError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gtqlora.edits.adapters import save_projection
 from gtqlora.edits.edited import removal
 from gtqlora.errors import ConfigError, ContrastError, RunError
 from gtqlora.families.identity import identify
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.localize import pairs_of
 from gtqlora.localize.directions import named_directions
 from gtqlora.localize.directions.named import ORTHOGONAL
@@ -46,23 +46,21 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
         ModelError: the model's states are not finite.
     """
-    model = identify(config.model)
-    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    model, judge = identify(config.model), judge_of(config.judge)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("project", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs += [ADAPTER, contrasts.FILE]
         if stage.fresh:
             return _projected_before(run / ADAPTER)
-        rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+        rows = contrasts.load(config.contrast, judge).split(config.split)
         contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
-        subject = open_subject(
-            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
-        candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
+        candidates = [_tried(config, subject, judge, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
         details = {"config": asdict(config), "layer": best, "candidates": candidates}
         info = info_of(PROJECTION, model.model, subject.anatomy.family.model_type, details)
@@ -117,14 +115,14 @@ def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tens
 
 
 def _tried(
-    config: ProjectConfig, subject: Subject, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
+    config: ProjectConfig, subject: Subject, judge: Judge, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
 ) -> dict[str, Any]:
     """What is left of the lookalike refusals, and of the task, without this layer's direction."""
     with removal(subject, direction_D.to(subject.device), norm_preserving=config.norm_preserving):
         found = score(
             subject,
             lookalike,
-            judge_of(config.judge),
+            judge,
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             label=f"without layer {layer}'s direction",

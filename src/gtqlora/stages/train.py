@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -46,7 +46,7 @@ from gtqlora.edits.resume import (
 from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator
 from gtqlora.errors import ContrastError, RunError, TrainingError
 from gtqlora.families.identity import ModelIdentity, identify
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.localize.expert_ablation import AblationSampler, rank
 from gtqlora.machine import trackers
 from gtqlora.progress import note
@@ -82,9 +82,11 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         RunError: checkpoints of other settings are there.
         TrainingError: an invariant broke, or the guard stopped before any checkpoint was good.
     """
-    model = identify(config.model)
+    model, judge = identify(config.model), judge_of(config.judge)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
-    with run.stage("train", config, inputs, device=config.device, again=again, aside=ASIDE) as stage:
+    # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
+    judged = {**inputs, "judge": judge.identity}
+    with run.stage("train", config, judged, device=config.device, again=again, aside=ASIDE) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
             return _trained_before(run / ADAPTER)
@@ -92,7 +94,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         origin = Origin(settings, inputs)
         if not again:
             check_origin(usable(run / CHECKPOINTS), origin)
-        edit = _train(config, model, run, origin, again)
+        edit = _train(config, model, judge, run, origin, again)
         new = stage.renewed()
         edit.save(new)
         _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
@@ -130,9 +132,9 @@ class _Edit:
         contrasts.save(self.rows, folder / contrasts.FILE)
 
 
-def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, again: bool) -> _Edit:
+def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, origin: Origin, again: bool) -> _Edit:
     """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
-    rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    rows = contrasts.load(config.contrast, judge).split(config.split)
     contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
     while True:
         try:
@@ -144,7 +146,7 @@ def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, 
 
 
 def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
-    subject = open_subject(model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
+    subject = open_subject(replace(config, model=model.model))
     model.check_unchanged()
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     frozen = frozen_state(subject.model)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtqlora import certificate, contrasts, routing
+from gtqlora import contrasts, routing
 from gtqlora.capture import Recorder, Subject, open_subject, router_hooks
 from gtqlora.certificate import ADAPTER
-from gtqlora.config import VerifyConfig
+from gtqlora.config import VerifyConfig, is_code
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.edits.adapters import read_adapter
@@ -25,9 +25,12 @@ from gtqlora.edits.edited import Edited
 from gtqlora.errors import ContrastError, RunError
 from gtqlora.families.identity import identify
 from gtqlora.floor import ledger
+from gtqlora.floor.ancestry import ancestry
+from gtqlora.floor.arithmetic import floor_of, tries
 from gtqlora.floor.kept import blind
-from gtqlora.judging import trust
-from gtqlora.judging.judge import judge_of
+from gtqlora.floor.outcomes import benign_completions, entry_prompts, judged_again, losses
+from gtqlora.floor.shipped import unshipped
+from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.localize.expert_ablation import AblationCurve, plan, rank
 from gtqlora.progress import track
 from gtqlora.results.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_verdict, write_verdict
@@ -47,32 +50,30 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
     adapter = read_adapter(run.require(ADAPTER, "train"))
     trained = run.require(contrasts.FILE, "train")
     _check_made_together(run, adapter.digest, trained)
-    model = identify(config.model)
+    model, judge = identify(config.model), judge_of(config.judge)
     inputs = {
         "model": model.digest,
         "contrast": fingerprint(config.contrast),
         "adapter": adapter.digest,
         "trained": fingerprint(trained),
-        "judge": trust.identity(config.judge),
+        "judge": judge.identity,
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
     with run.stage("verify", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs += [VERDICT, SCORES, HISTORY]
         if stage.fresh:
             return read_verdict(run)
-        certificate.ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
+        ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
-        rows = _held_out(config, trained)
-        subject = open_subject(
-            config.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        rows, seen = _held_out(config, trained, judge)
+        subject = open_subject(config)
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         edited = Edited(subject, adapter, shipped=config.model)
         model.check_unchanged()
-        outcomes = _score_all(config, edited, rows)
-        ablation = _ablation(config, edited, contrasts.load(trained, judge_of(config.judge)), rows, outcomes)
-        verdict = _verdict(config, edited, rows, outcomes, run, inputs, ablation)
-        lost = {o.number: o.lost for o in certificate.judged_again(outcomes, judge_of(config.judge))}
+        outcomes = _score_all(config, edited, rows, judge)
+        ablation = _ablation(config, edited, seen, rows, outcomes, judge)
+        verdict = _verdict(config, edited, rows, outcomes, run, inputs, ablation, judge)
+        lost = {o.number: o.lost for o in judged_again(outcomes, judge)}
         write_verdict(run, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes])
         return verdict
 
@@ -94,22 +95,21 @@ def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
         raise RunError(f"{run / ADAPTER}: not the adapter that was made here; run `gtqlora train` (or `project`) again")
 
 
-def _held_out(config: VerifyConfig, trained: Path) -> Contrast:
-    judge = judge_of(config.judge)
-    rows = contrasts.load(config.contrast, judge).split(config.split)
-    contrasts.check_disjoint(rows, contrasts.load(trained, judge))
+def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contrast, Contrast]:
+    """Return the held-out rows and those that were trained on."""
+    rows, seen = contrasts.load(config.contrast, judge).split(config.split), contrasts.load(trained, judge)
+    contrasts.check_disjoint(rows, seen)
     missing = [kind for kind in KINDS if not rows.of_kind(kind)]
     if missing:
         raise ContrastError(
             f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
             "a verdict needs every kind"
         )
-    return rows
+    return rows, seen
 
 
-def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast) -> list[Outcome]:
+def _score_all(config: VerifyConfig, edited: Edited, rows: Contrast, judge: Judge) -> list[Outcome]:
     """Every row before and after; lookalike ones also edited with the original's routing."""
-    judge = judge_of(config.judge)
 
     def scored(label: str, rows: Sequence[Row], routing_from: Switch | None = None) -> list[Score]:
         return score(
@@ -194,19 +194,14 @@ def _verdict(
     run: Run,
     inputs: dict[str, str],
     ablation: dict[str, Any],
+    judge: Judge,
 ) -> Verdict:
     table = {kind: _table_row(_of_kind(outcomes, kind), config.level) for kind in KINDS}
     for kind, q in zip(KINDS, benjamini_hochberg([table[kind]["p"] for kind in KINDS]), strict=True):
         table[kind]["q"] = float(q)
-    judge = judge_of(config.judge)
-    reason = blind(
-        judge,
-        rows.rows,
-        certificate.benign_completions(outcomes, judge),
-        phrases=not trust.is_code(config.judge),
-    )
-    harmful = certificate.judged_again(outcomes, judge)
-    judged, tries = _floor(config, run, inputs, harmful, reason)
+    reason = blind(judge, rows.rows, benign_completions(outcomes, judge), phrases=not is_code(config.judge))
+    harmful = judged_again(outcomes, judge)
+    judged, count = _floor(config, run, inputs, harmful, reason)
     return Verdict(
         adapter=inputs["adapter"],
         kind=edited.info.kind,
@@ -220,8 +215,8 @@ def _verdict(
         ablation=ablation,
         judge=inputs["judge"],
         prompts={"source": config.contrast, "fingerprint": inputs["contrast"], "split": config.split},
-        lost=certificate.losses(harmful),
-        tries=tries,
+        lost=losses(harmful),
+        tries=count,
         blind=reason,
     )
 
@@ -236,28 +231,28 @@ def _floor(
         model=inputs["model"],
         contrast=inputs["contrast"],
         judge=inputs["judge"],
-        shipped=certificate.unshipped(config) is None,
+        shipped=unshipped(config) is None,
         decided=reason is None,
         verdict="",
         reason="",
-        prompts=certificate.entry_prompts(harmful),
+        prompts=entry_prompts(harmful),
     )
     files = ledger.places(config.contrast, run.path)
     known = [e for file in (*files, run / HISTORY) for e in ledger.read(file)]
-    tries = ledger.tries(known, entry)
-    margin = certificate.ancestry(config.model).margin(config.margin)
-    found = certificate.undecided(certificate.floor_of(entry.prompts, config, tries=tries, margin=margin), reason)
+    count = tries(known, entry)
+    margin = ancestry(config.model).margin(config.margin)
+    found = floor_of(entry.prompts, config, tries=count, margin=margin, blind=reason)
     entry = replace(entry, verdict=found.verdict, reason=found.reason)
     for places in (files, [ledger.of_edits(run.path), run / ledger.NAME], [run / HISTORY]):
         ledger.append(places, entry)
-    return found, tries
+    return found, count
 
 
 _Measured = tuple[AblationCurve, list[bool], list[bool]]
 
 
 def _ablation(
-    config: VerifyConfig, edited: Edited, trained: Contrast, rows: Contrast, outcomes: list[Outcome]
+    config: VerifyConfig, edited: Edited, trained: Contrast, rows: Contrast, outcomes: list[Outcome], judge: Judge
 ) -> dict[str, Any]:
     """On how few experts refusal of held-out harmful prompts hangs, before and after the edit.
 
@@ -272,7 +267,7 @@ def _ablation(
     again = rank(subject, trained, **limits) if original else None
     if original is None or again is None:
         return {}
-    bench, before, after = _bench(config, subject, rows, outcomes)
+    bench, before, after = _bench(config, subject, rows, outcomes, judge)
     same = plan(original, most=config.ablation, controls=config.ablation_controls, seed=config.seed)
     anew = plan(again, most=config.ablation, controls=0, seed=config.seed)
     with edited.original():
@@ -290,7 +285,7 @@ def _ablation(
     }
 
 
-def _bench(config: VerifyConfig, subject: Subject, rows: Contrast, outcomes: list[Outcome]) -> _Measured:
+def _bench(config: VerifyConfig, subject: Subject, rows: Contrast, outcomes: list[Outcome], judge: Judge) -> _Measured:
     """At most `ablation_prompts` of the held-out harmful prompts, drawn, and their refusals before and after."""
     harmful, said = rows.of_kind("harmful"), _of_kind(outcomes, "harmful")
     count = min(config.ablation_prompts, len(harmful))
@@ -298,7 +293,7 @@ def _bench(config: VerifyConfig, subject: Subject, rows: Contrast, outcomes: lis
     bench = AblationCurve(
         subject=subject,
         rows=[harmful[i] for i in drawn],
-        judge=judge_of(config.judge),
+        judge=judge,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         level=config.level,
