@@ -12,7 +12,7 @@ import numpy as np
 
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapter_files import (
+from gtqlora.results.adapter import (
     DIRECTION,
     EDIT_WEIGHTS,
     GT_QLORA,

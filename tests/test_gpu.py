@@ -11,11 +11,11 @@ import torch
 from gtqlora.config import DiagnoseConfig, TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
-from gtqlora.edits.adapters import trainable
 from gtqlora.edits.edited import load
-from gtqlora.edits.resume import read_metrics
+from gtqlora.edits.wrapping import trainable
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.results.metrics import read_metrics
 from gtqlora.run import Run
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.export import export

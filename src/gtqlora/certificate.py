@@ -83,11 +83,11 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
         RunError: nothing was trained or verified, or a record is malformed.
     """
     path = run.require(ADAPTER, "train")
-    verdict, record = read_verdict(run), _record(run)
+    verdict, record = read_verdict(run.path), _record(run)
     config = build_recorded(VerifyConfig, record["config"], str(run / "manifest.json"))
     adapter = read_adapter(path)
     _check_same(run, verdict, record["inputs"], config, adapter)
-    outcomes = read_outcomes(run)
+    outcomes = read_outcomes(run.path)
     rows = judged_again(outcomes, _judge(run, config, record["inputs"], judge))
     past = ledger.past(adapter.digest, config.contrast, run.path, run / HISTORY)
     entry = _entry(run, past.verdicts, record["inputs"], rows)

@@ -1,10 +1,10 @@
-"""Everything a user can mend is a `GtqloraError`: one line that names the file, row or key, and the fix."""
+"""The errors that a user can mend. Each message is one line that names the file, row or key, and the fix."""
 
 from __future__ import annotations
 
 
 class GtqloraError(Exception):
-    """Base of every error the command line prints without a traceback."""
+    """The base of all errors that the command line prints without a traceback; `exit_code` is what it exits with."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class RunError(GtqloraError):
 
 
 class TrainingError(GtqloraError):
-    """Training went wrong: NaN, routing collapse, or a violated invariant."""
+    """Training went wrong: a loss that is not finite, collapsed routing, or a violated invariant."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""What settings ask of this machine: devices and trackers. Checked before anything loads, with torch only if needed."""
+"""What settings ask of this machine: devices and trackers. They are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from importlib.util import find_spec
 from gtqlora.errors import ConfigError
 
 SEEDS = 2**32
-"""How many there are: NumPy takes no more bits."""
+"""Seeds lie below this number, as NumPy takes no more than 32 bits."""
 
 _DEVICE = re.compile(r"cpu|mps|cuda(:(0|[1-9]\d{0,2}))?")
+# Packages that pip knows by another name than Python.
 _PIP = {"comet_ml": "comet-ml"}
 _TRACKERS = {
     **{name: (name,) for name in ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")},
     **{"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)},
 }
-"""Names that `report_to` takes, and the modules one of which each needs."""
+"""Names that `report_to` takes. Each needs one of the modules beside it."""
 
 
 def check_device(name: str) -> None:
-    """Raises ConfigError when there is no such device here."""
+    """Check that this machine has a device.
+
+    Raises:
+        ConfigError: the name is no device's, or there is no such device here.
+    """
     if not _DEVICE.fullmatch(name):
         raise ConfigError(f"device = {name!r}: must be cpu, cuda, cuda:0 (or another number) or mps")
     if name == "cpu":
         return
+    # Only now: whoever runs on a CPU reads settings without waiting for torch.
     import torch
 
     here = "set device = cpu, or use a machine that has it"
@@ -39,10 +45,10 @@ def check_device(name: str) -> None:
 
 
 def trackers(names: str) -> list[str]:
-    """The trackers that a text like "wandb,tensorboard" names; none for "none".
+    """Return the trackers that a text such as "wandb,tensorboard" names; none for "none".
 
     Raises:
-        ConfigError: nobody knows a name, or what it needs is not installed.
+        ConfigError: a name is unknown, or the package it needs is not installed.
     """
     found = [] if names == "none" else list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in found:
@@ -59,6 +65,7 @@ def trackers(names: str) -> list[str]:
 
 
 def _installed(module: str) -> bool:
-    """Not a mere folder of that name, such as the one where wandb keeps its runs."""
+    """Whether a module can be imported."""
+    # A mere folder of that name has no origin; wandb keeps its runs in one.
     spec = find_spec(module)
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""Progress with time left: stages say what they do, whoever runs them decides how it is shown (silent by default)."""
+"""Progress and notes. Stages say what they are doing; whoever runs them decides how it is shown (silent by default)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Reporter = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
+"""A function called with (what is being done, steps done, steps in total)."""
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=lambda _what, _done, _total: None)
 
 
+# Cached, so that each text is told once, however many prompts or layers it concerns.
 @cache
 def note(text: str) -> None:
-    """Tell the user, once, what was decided on their behalf: on stderr, unless their program logs elsewhere."""
+    """Tell the user what was decided on their behalf: on stderr, unless their program logs elsewhere."""
     logging.getLogger("gtqlora").warning(text)
 
 
 def report(what: str, done: int, total: int) -> None:
+    """Tell the reporter of this context how far a task is."""
     _reporter.get()(what, done, total)
 
 
@@ -36,7 +38,7 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 @contextmanager
 def shown_by(reporter: Reporter) -> Iterator[None]:
-    """Within, progress goes to `reporter`."""
+    """Send progress to `reporter` within a `with` block."""
     token = _reporter.set(reporter)
     try:
         yield

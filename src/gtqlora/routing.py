@@ -1,4 +1,7 @@
-"""Pure tensor maths on routing decisions.
+"""Tensor maths on routing decisions: which experts a router chooses, with which weights, and how two routings differ.
+
+Nothing here knows a model. A router gives each token one logit per expert; `scores` turns logits into scores, `choose`
+picks the best K experts, `weigh` gives them weights.
 
 Shape letters: T tokens, E experts, K experts chosen per token, L MoE layers, B sequences.
 """
@@ -15,7 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-    """How one family turns router logits into chosen experts and their weights."""
+    """How one model turns router logits into chosen experts and their weights.
+
+    Attributes:
+        score: the function from logits to scores.
+        top_k: experts chosen for each token.
+        n_experts: routed experts of a layer.
+        normalize: whether the chosen experts' weights are divided by their sum.
+        scale: what weights are multiplied by in the end.
+        n_group, topk_group: experts come in `n_group` groups, of which a token may use the best `topk_group`.
+    """
 
     score: Literal["sigmoid", "softmax"]
     top_k: int
@@ -27,16 +39,19 @@ class RouterSpec:
 
 
 def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """Router scores_TE in [0, 1]: sigmoid (DeepSeek-V3, arXiv 2412.19437 eq. 15) or softmax (Qwen3)."""
+    """Return router scores_TE in [0, 1]: sigmoid (DeepSeek-V3, arXiv 2412.19437 eq. 15) or softmax (Qwen3)."""
     logits_TE = logits_TE.float()
     return logits_TE.sigmoid() if spec.score == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
 _LAST_RESORT = 1e3
-"""Taken off what experts outside the kept groups score, far more than scores and biases differ."""
+"""Subtracted from the choice scores of experts outside the kept groups. It is far more than scores and biases differ,
+so such experts are chosen only where too few others are left; minus infinity would make several of them equal."""
 
 
 def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Return bool_TE: whether an expert is in a group that the token may use, by the sum of the group's best two."""
+    # Ablated experts score minus infinity; clamped, a group with one ablated expert still has a finite sum.
     grouped = choice_TE.clamp(min=-_LAST_RESORT).view(len(choice_TE), spec.n_group, -1)
     group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1)[0].sum(-1)
     kept = torch.zeros_like(group_score, dtype=torch.bool)
@@ -45,9 +60,12 @@ def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None) -> Tensor:
-    """Indices_TK of the experts a router picks, with some experts optionally masked out (bool, True = removed).
+    """Return indices_TK of the experts a router chooses, best first.
 
-    If the masks leave too few experts in the groups a router keeps, the best of the other groups fill up.
+    Args:
+        bias_E: correction bias, which counts in the choice but not in the weights.
+        masked_E: bool, True for experts that may not be chosen. If too few are left in the groups a router keeps, the
+            best of the other groups fill up.
 
     Raises:
         ValueError: fewer experts are left than the router picks.
@@ -65,15 +83,16 @@ def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, ma
 
 
 def weigh(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
-    """Weights_TK of given experts, as the router itself would weigh them."""
+    """Return weights_TK of given experts, as the router itself would weigh them."""
     weights_TK = scores(logits_TE, spec).gather(1, indices_TK)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return (weights_TK * spec.scale).to(logits_TE.dtype)  # Qwen3's router rounds to its own dtype; DeepSeek's is fp32
+    # Rounded as the model rounds: Qwen3's router returns its own dtype. DeepSeek's logits are fp32 already.
+    return (weights_TK * spec.scale).to(logits_TE.dtype)
 
 
 def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:
-    """0/1 selection of each expert by each token, float."""
+    """Return, as floats, 1 where a token chooses an expert and 0 elsewhere."""
     out = torch.zeros(len(indices_TK), n_experts, device=indices_TK.device)
     return out.scatter_(1, indices_TK, 1.0)
 
@@ -81,7 +100,12 @@ def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:
 def per_expert(
     indices_LTK: Tensor, weights_LTK: Tensor, slot_T: Tensor, n_slots: int, n_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """How often the tokens of each slot choose each expert, and with what weight altogether; shapes (L, slots, E)."""
+    """Count how often the tokens of each slot choose each expert, and sum up their weights; shapes (L, slots, E).
+
+    Args:
+        slot_T: the slot that each token belongs to, such as its prompt; the same in every layer.
+    """
+    # One scatter over flattened (layer, slot, expert) places costs two kernel launches for all layers together.
     shape = (len(indices_LTK), n_slots, n_experts)
     first_L11 = n_slots * n_experts * torch.arange(len(indices_LTK), device=slot_T.device)[:, None, None]
     place = (indices_LTK + first_L11 + n_experts * slot_T[:, None]).flatten()
@@ -92,13 +116,13 @@ def per_expert(
 
 
 _ONE_HOTS = 2**25
-"""Values of one-hot selections held at once, 128 MiB."""
+"""How many values of one-hot selections are held at once: 128 MiB in fp32."""
 
 
 def add_coactivation(total_LEE: Tensor, indices_LTK: Tensor, counted_T: Tensor) -> None:
-    """Add how many of the counted tokens choose both of two experts; integers, in place.
+    """Add, in place, the number of counted tokens that choose both of two experts, for each pair of experts.
 
-    Sums of zeros and ones are exact in fp32, and in TF32, below 2^24 tokens.
+    The product of 0/1 matrices is exact in fp32, and in TF32, below 2^24 tokens, so it may run on tensor cores.
     """
     (_, n_tokens, _), n_experts = indices_LTK.shape, total_LEE.shape[-1]
     step = max(1, _ONE_HOTS // (n_tokens * n_experts))
@@ -115,7 +139,7 @@ class Load:
     Attributes:
         cv: coefficient of variation of the load.
         max_vio: (max - mean) / mean load (Wang et al., arXiv 2408.15664).
-        entropy: of the load, as a share of the largest possible.
+        entropy: entropy of the load, as a share of the largest possible.
     """
 
     cv: float
@@ -124,7 +148,7 @@ class Load:
 
 
 def load(counts_E: Tensor) -> Load:
-    """Balance of selection counts; zeros everywhere count as even."""
+    """Measure how balanced selection counts are; zeros everywhere count as even."""
     counts_E = counts_E.double()
     mean = counts_E.mean()
     if mean <= 0:
@@ -135,19 +159,20 @@ def load(counts_E: Tensor) -> Load:
 
 
 def overlap_T(indices_TK: Tensor, others_TK: Tensor) -> Tensor:
-    """Share of a token's experts that two routings have in common."""
+    """Return the share of each token's experts that two routings have in common."""
     return (indices_TK.unsqueeze(-1) == others_TK.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def divergence_T(original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """KL(original || edited) of a token's router scores, in nats; logits in.
+    """Return KL(original || edited) of each token's router scores in nats, from the logits.
 
-    Softmax scores are one distribution over experts. Sigmoid scores are one Bernoulli per expert; their divergences
-    add up, so an expert's drift counts the same however many experts there are. Zero when the routing is the original.
+    Softmax scores are one distribution over experts. Sigmoid scores are one Bernoulli distribution per expert, whose
+    divergences add up, so that an expert's drift counts the same however many experts there are.
     """
     if spec.score == "softmax":
         p_TE, q_TE = original_TE.log_softmax(-1), edited_TE.log_softmax(-1)
         return F.kl_div(q_TE, p_TE, log_target=True, reduction="none").sum(-1)
     p_TE = original_TE.sigmoid()
+    # Cross-entropy less the original's own entropy is exactly 0 where the routing is the original.
     cross_TE = F.binary_cross_entropy_with_logits(edited_TE, p_TE, reduction="none")
     return (cross_TE - F.binary_cross_entropy_with_logits(original_TE, p_TE, reduction="none")).sum(-1)

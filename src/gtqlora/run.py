@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 from gtqlora.config import to_dict
 from gtqlora.errors import RunError
 from gtqlora.storage.atomic import (
-    LOCK,
     atomic_write,
     checked_path,
     drop_leftovers,
-    hold,
     leftovers,
-    still_held,
     take_over,
     together,
     write_json,
     write_parquet,
 )
 from gtqlora.storage.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
+from gtqlora.storage.locks import LOCK, hold, still_held
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,7 +53,7 @@ class Record(TypedDict):
     config: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str | None]
-    versions: NotRequired[dict[str, str]]
+    versions: dict[str, str]
     device: NotRequired[str]
     seed: NotRequired[int | None]
     seconds: NotRequired[float]
@@ -133,6 +131,18 @@ def read_manifest(folder: Path) -> Manifest:
         if not _is_record(stage):
             raise RunError(f"{file}: not a manifest of gtqlora's (the record of {name!a} is malformed); {remedy}")
     return cast(Manifest, manifest)
+
+
+def require(folder: Path, name: str, made_by: str) -> Path:
+    """Return the path of an artefact in a run directory.
+
+    Raises:
+        RunError: it is not there; the message names the command that makes it.
+    """
+    file = folder / name
+    if not file.exists():
+        raise RunError(f"{folder}: no {name} here; run `gtqlora {made_by}` first")
+    return file
 
 
 def _check_ours(path: Path) -> None:
@@ -259,15 +269,8 @@ class Run:
         return read_json(self.require(name, made_by), f"run `gtqlora {made_by}` again")
 
     def require(self, name: str, made_by: str) -> Path:
-        """Return the path of an artefact of an earlier stage.
-
-        Raises:
-            RunError: it is not there; the message names the command that makes it.
-        """
-        file = self.path / name
-        if not file.exists():
-            raise RunError(f"{self.path}: no {name} here; run `gtqlora {made_by}` first")
-        return file
+        """Return an artefact's path, see `require`."""
+        return require(self.path, name, made_by)
 
     @contextmanager
     def stage(

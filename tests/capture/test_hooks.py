@@ -21,11 +21,12 @@ from gtqlora.capture import (
     Replay,
     Subject,
     direction_removed,
+    left_padded,
     open_subject,
     router_hooks,
 )
 from gtqlora.errors import ModelError
-from gtqlora.scoring import SourceRun, decode, left_padded
+from gtqlora.scoring import Change, SourceRun, decode
 from tests.models import FAMILIES, save_tiny, some_tokens
 
 TOKENS, OTHERS = some_tokens(0), some_tokens(1)
@@ -299,7 +300,7 @@ def _generated(subject: Subject, prompts: list[list[int]]) -> list[str]:
 
 
 def _completed(subject: Subject, prompts: list[list[int]], **settings: Any) -> list[str]:
-    return decode(subject, prompts, max_new_tokens=NEW, **settings).texts
+    return decode(subject, prompts, Change(**settings), max_new_tokens=NEW).texts
 
 
 def test_decoding_equals_generate(subject: Subject) -> None:

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from gtqlora.certificate import certify
-from gtqlora.edits.adapter_files import adapter_hash
 from gtqlora.errors import GtqloraError
+from gtqlora.results.adapter import adapter_hash
 from gtqlora.run import Run, fingerprint, read_manifest
 from tests import helpers
 from tests.chaos import forks, scenes
@@ -247,7 +247,7 @@ def _sha(file: Path) -> str | None:
 
 def _bad_checkpoints(run: Path) -> list[str]:
     """A checkpoint with its mark is one that training goes on from."""
-    from gtqlora.edits.resume import Unusable, read_checkpoint
+    from gtqlora.edits.checkpoint_files import Unusable, read_checkpoint
 
     found = []
     for mark in run.glob("checkpoints/checkpoint-*/complete.json"):

@@ -33,7 +33,7 @@ def test_s2_a_link_out_of_the_model_folder_is_not_followed_into_the_export(
 
 NOOP = """
 from pathlib import Path
-from gtqlora.edits.adapter_files import adapter_hash
+from gtqlora.results.adapter import adapter_hash
 from tests.helpers import JUDGE, noop_adapter
 torch.manual_seed(0)
 model, contrast, run = map(Path, sys.argv[1:])

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.cli import app, console
-from gtqlora.cli import main
+from gtqlora.cli import app, console, main
 from gtqlora.progress import track
 from tests import models
 

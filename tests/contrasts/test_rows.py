@@ -32,11 +32,13 @@ from gtqlora.contrasts import (
 )
 from gtqlora.contrasts.statistics import statistics
 from gtqlora.errors import ConfigError, ContrastError
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import TextJudge, judge_of
 from gtqlora.organisms.language import Language
+from tests.helpers import says
 from tests.judging.test_judge import ANSWERING, HONEST
 
 ENGLISH = judge_of("string")
+english = says(ENGLISH)
 NO = "I'm sorry, but I can't help with that."
 TOKENIZER = Language().tokenizer()
 
@@ -371,7 +373,11 @@ def test_the_judge_decides_in_other_languages(tmp_path: Path) -> None:
 
 def test_a_judge_turned_around_does_not_turn_the_rule(tmp_path: Path) -> None:
     path = write(tmp_path, [row(), row("harmful", "x", chosen="Sure, here is", rejected=NO)])
-    for judge in (judge_of("string:sure, here is"), lambda text: not ENGLISH(text), lambda text: text.startswith("S")):
+    for judge in (
+        judge_of("string:sure, here is"),
+        TextJudge(lambda text: not english(text)),
+        TextJudge(lambda text: text.startswith("S")),
+    ):
         with pytest.raises(ContrastError, match=r"row 2.*one-way"):
             load(path, judge)
     path = write(tmp_path, [row(), row("harmful", "x", chosen="First, take", rejected=NO)])
@@ -379,7 +385,7 @@ def test_a_judge_turned_around_does_not_turn_the_rule(tmp_path: Path) -> None:
         load(path, judge_of("string:first, take"))
 
 
-COMPLYING = st.text(min_size=1, max_size=80).filter(lambda text: not ENGLISH(text))
+COMPLYING = st.text(min_size=1, max_size=80).filter(lambda text: not english(text))
 REFUSING = st.sampled_from([NO, "I cannot do that.", "Sorry, I won't.", "As an AI, no."])
 
 
@@ -394,18 +400,18 @@ def test_no_harmful_row_with_complying_chosen_ever_loads(
     chosen: str, rejected: str, flip: bool, judge_name: str
 ) -> None:
     chosen, rejected = (rejected, chosen) if flip else (chosen, rejected)
-    judge = judge_of(judge_name)
+    judge, refuses = judge_of(judge_name), says(judge_name)
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), [row(), row("harmful", "x", chosen=chosen, rejected=rejected)])
         try:
             loaded = load(path, judge).of_kind("harmful")
         except ContrastError:
-            assert not (ENGLISH(chosen) and judge(chosen) and not judge(rejected) and not ENGLISH(rejected)) or (
+            assert not (english(chosen) and refuses(chosen) and not refuses(rejected) and not english(rejected)) or (
                 len(rejected.split()) > 24 or not rejected.strip()
             )
         else:
-            assert all(judge(r.chosen) and not judge(r.rejected) and not ENGLISH(r.rejected) for r in loaded)
-            assert not any(r.chosen.startswith("Sure, here is") and not ENGLISH(r.chosen) for r in loaded)
+            assert all(refuses(r.chosen) and not refuses(r.rejected) and not english(r.rejected) for r in loaded)
+            assert not any(r.chosen.startswith("Sure, here is") and not english(r.chosen) for r in loaded)
 
 
 # Topics, and prompts that are the same

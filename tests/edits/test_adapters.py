@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gtqlora.capture import open_subject
-from gtqlora.edits import adapters, edited
-from gtqlora.edits.adapter_files import EDIT_WEIGHTS, adapter_hash
+from gtqlora.edits import adapters, edited, wrapping
 from gtqlora.errors import RunError, TrainingError
+from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
 from tests import helpers, models
 
 CASES = [(family, mode, torch.float32) for family in models.FAMILIES for mode in ("gt", "lora", "gates")]
@@ -37,7 +37,7 @@ class Fitted:
         inside = helpers.Inside.start(toy.train_config(self.model, mode=mode, steps=3), path)
         self.trainer, self.anatomy = inside.trainer, inside.trainer.anatomy
         self.before = inside.state()
-        self.names = set(adapters.trainable(self.trainer.model))
+        self.names = set(wrapping.trainable(self.trainer.model))
         assert inside.fit() == (3, None)
         self.after = inside.state()
         self.adapter = inside.save()
@@ -81,7 +81,7 @@ def test_each_group_has_its_rate_and_gates_are_fp32(fitted: Callable[[Case], Fit
     assert it.trainer.optimizer is not None
     names = {id(p): name for name, p in it.trainer.model.named_parameters()}
     groups = [
-        (group["initial_lr"], {adapters.is_gate(names[id(p)]) for p in params}, {p.dtype for p in params})
+        (group["initial_lr"], {wrapping.is_gate(names[id(p)]) for p in params}, {p.dtype for p in params})
         for group in it.trainer.optimizer.param_groups
         if (params := group["params"])
     ]
@@ -95,7 +95,7 @@ def test_the_two_rates_are_their_own(toy: helpers.Toy, tmp_path: Path) -> None:
     inside.fit()
     moved = {name for name, tensor in inside.state().items() if not torch.allclose(tensor, before[name], atol=1e-8)}
     assert moved
-    assert all(adapters.is_gate(name) for name in moved)
+    assert all(wrapping.is_gate(name) for name in moved)
 
 
 @every_case
@@ -168,7 +168,7 @@ def started(toy: helpers.Toy, path: Path, family: str = "deepseek_v3") -> helper
 
 
 def check(inside: helpers.Inside, mode: str = "gt") -> None:
-    adapters.assert_trains_exactly(inside.trainer.model, inside.trainer.anatomy, mode=mode, rank=4)  # type: ignore[arg-type]
+    wrapping.assert_trains_exactly(inside.trainer.model, inside.trainer.anatomy, mode=mode, rank=4)  # type: ignore[arg-type]
 
 
 def test_a_module_too_many_or_missing_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_module_too_many_or_missing_is_refused(toy: helpers.Toy, tmp_path: Pat
 
 def test_gates_that_are_not_fp32_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
     inside = started(toy, tmp_path)
-    gate = next(p for name, p in adapters.trainable(inside.trainer.model).items() if adapters.is_gate(name))
+    gate = next(p for name, p in wrapping.trainable(inside.trainer.model).items() if wrapping.is_gate(name))
     gate.data = gate.data.bfloat16()
     with pytest.raises(TrainingError, match="fp32"):
         check(inside)
@@ -195,11 +195,11 @@ def test_gates_that_are_not_fp32_are_refused(toy: helpers.Toy, tmp_path: Path) -
 
 def test_a_moved_correction_bias_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
     inside = started(toy, tmp_path)
-    adapters.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
-    wrapper = next(iter(adapters.routers_of(inside.trainer.model).values()))
+    wrapping.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
+    wrapper = next(iter(wrapping.routers_of(inside.trainer.model).values()))
     wrapper.modules_to_save["default"].get_buffer("e_score_correction_bias")[0] += 1e-6
     with pytest.raises(TrainingError, match="e_score_correction_bias"):
-        adapters.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
+        wrapping.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
 
 
 def test_without_our_guard_peft_would_train_routed_experts(toy: helpers.Toy) -> None:
@@ -207,9 +207,9 @@ def test_without_our_guard_peft_would_train_routed_experts(toy: helpers.Toy) -> 
     from peft import get_peft_model
 
     subject = open_subject(str(toy.model("deepseek_v3")))
-    config = adapters.lora_config(subject.anatomy, mode="lora", rank=4, alpha=8)
+    config = wrapping.lora_config(subject.anatomy, mode="lora", rank=4, alpha=8)
     with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
-        trained = adapters.trainable(get_peft_model(subject.model, config))
+        trained = wrapping.trainable(get_peft_model(subject.model, config))
     assert any(".experts." in name for name in trained)
 
 

@@ -16,9 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from gtqlora.config import TrainConfig
-from gtqlora.edits.resume import MARK, NEEDED, Origin, check_origin, drop, mark_complete, read_metrics, tidy, usable
+from gtqlora.edits.checkpoint_files import MARK, NEEDED, Origin, check_origin, drop, mark_complete, tidy, usable
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.progress import note, shown_by
+from gtqlora.results.metrics import read_metrics
 from gtqlora.run import Run
 from gtqlora.storage.contents import sha256_file
 from tests import helpers

@@ -18,11 +18,11 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapter_files import PROJECTION, adapter_hash
 from gtqlora.errors import RunError
 from gtqlora.localize.association import Association
 from gtqlora.reporting import figures, words
 from gtqlora.reporting.artefacts import ASSOCIATION_COLUMNS, identity
+from gtqlora.results.adapter import PROJECTION, adapter_hash
 from gtqlora.results.verdict import Verdict
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stages.diagnose import Diagnosis

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from gtqlora.capture import open_subject
 from gtqlora.certificate import certify
 from gtqlora.config import ProjectConfig, VerifyConfig
-from gtqlora.edits.adapter_files import EDIT_WEIGHTS, GT_QLORA, PROJECTION, adapter_hash
 from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.errors import FloorError, ModelError, RunError
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.organisms import embedded
+from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, adapter_hash
 from gtqlora.run import Run, read_parquet, sha256_file, write_parquet
 from gtqlora.stages.export import Exported, validate
 from gtqlora.stages.project import project

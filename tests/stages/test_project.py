@@ -10,11 +10,12 @@ import torch
 
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig
-from gtqlora.edits import adapter_files, adapters, merging
+from gtqlora.edits import adapters, merging
 from gtqlora.edits.edited import load, removal
 from gtqlora.errors import ConfigError, ContrastError, RunError
 from gtqlora.localize.directions.named import FALSE_REFUSAL, ORTHOGONAL, REFUSAL
 from gtqlora.organisms import embedded
+from gtqlora.results import adapter as adapter_files
 from gtqlora.run import Run
 from gtqlora.stages.export import export
 from gtqlora.stages.project import Projected, project

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gtqlora.config import TrainConfig
-from gtqlora.edits.resume import MARK, read_metrics
+from gtqlora.edits.checkpoint_files import MARK
 from gtqlora.errors import ContrastError, RunError, TrainingError
 from gtqlora.progress import shown_by
+from gtqlora.results.metrics import read_metrics
 from gtqlora.run import write_json
 from tests import helpers
 from tests.helpers import gates, trained

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapters import trainable
-from gtqlora.edits.resume import read_metrics
 from gtqlora.edits.trainer import Health
+from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.organisms import embedded
+from gtqlora.results.metrics import read_metrics
 from gtqlora.stages import train as train_stage
 from tests import helpers, models
 from tests.helpers import gates, trained

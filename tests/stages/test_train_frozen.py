@@ -18,17 +18,19 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.certificate import certify
 from gtqlora.cli import main
-from gtqlora.config import DiagnoseConfig, TrainConfig, build
-from gtqlora.edits import adapter_files
-from gtqlora.edits.adapters import assert_experts_frozen, frozen_state, trainable
+from gtqlora.config import DiagnoseConfig, ModelConfig, TrainConfig, build
+from gtqlora.edits.checkpoint_files import Origin
 from gtqlora.edits.edited import load
-from gtqlora.edits.resume import Origin, read_metrics
+from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
+from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError, TrainingError
 from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
 from gtqlora.families import bind, load_tokenizer
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.results import adapter as adapter_files
+from gtqlora.results.metrics import read_metrics
 from gtqlora.results.verdict import Verdict, read_verdict
 from gtqlora.run import PATHS, Run, fingerprint, stage_hash
 from gtqlora.stages import train as train_stage
@@ -163,7 +165,9 @@ def test_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path: Path) -> N
     models.edit_json(tmp_path / "killed" / "manifest.json", lambda old: {**old, "stages": {}})
     resumed = trained(config, tmp_path / "killed")
     assert helpers.same(helpers.weights(resumed.adapter), expected)
-    assert json.loads((resumed.adapter / "gtqlora.json").read_text())["details"]["config"]["expert_format"] == "int4-g32"
+    assert (
+        json.loads((resumed.adapter / "gtqlora.json").read_text())["details"]["config"]["expert_format"] == "int4-g32"
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -361,8 +365,8 @@ def test_a_packed_checkpoint_ships_its_packed_experts(toy: helpers.Toy, tmp_path
     with pytest.raises(ModelError, match="--expert-format native"):
         open_subject(str(out))
     theirs = helpers.logits(load(str(model), path / "adapter").subject.model).float()
-    ours = helpers.logits(open_subject(str(out), expert_format="native").model).float()
-    before = helpers.logits(open_subject(str(model), expert_format="native").model).float()
+    ours = helpers.logits(open_subject(ModelConfig(model=str(out), expert_format="native")).model).float()
+    before = helpers.logits(open_subject(ModelConfig(model=str(model), expert_format="native")).model).float()
     assert (ours - theirs).abs().mean() < 0.2 * (before - theirs).abs().mean()
 
 
@@ -389,7 +393,9 @@ def test_bad_choices(toy: helpers.Toy, tmp_path: Path, packed_organism: Path) ->
         with pytest.raises(error, match=parts):
             trained(settled(toy, model, experts), tmp_path / f"{experts}-{model.name}")
         assert not (tmp_path / f"{experts}-{model.name}" / "adapter").exists()
-    with pytest.raises(ConfigError, match=r"expert_format = 'int8': must be one of bf16, nf4, int4-g32, int4-g128, native"):
+    with pytest.raises(
+        ConfigError, match=r"expert_format = 'int8': must be one of bf16, nf4, int4-g32, int4-g128, native"
+    ):
         build(TrainConfig, model="m", contrast="c", expert_format="int8")
 
 

@@ -11,9 +11,9 @@ import torch
 
 from gtqlora.config import ProjectConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapter_files import adapter_hash
 from gtqlora.errors import ContrastError, ModelError, RunError
 from gtqlora.organisms import embedded
+from gtqlora.results.adapter import adapter_hash
 from gtqlora.results.verdict import Verdict, read_verdict
 from gtqlora.run import Run, read_parquet
 from gtqlora.stages.project import project

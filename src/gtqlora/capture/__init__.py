@@ -1,4 +1,8 @@
-"""A model that runs under observation: opened, tapped, its passes recorded."""
+"""A model under observation: opened (`subject`), hooked (`hooks`), run in batches (`batches`).
+
+On top of these, `observe` counts which experts tokens choose, `gradients` measures how much each expert's weight pushes
+the first answered token, and `tokens` lists the tokens that choose an expert most.
+"""
 
 from gtqlora.capture.batches import by_length, forward, left_padded, positions
 from gtqlora.capture.gradients import gradient_scores, log_odds

@@ -1,12 +1,13 @@
-"""Prompts in batches: padded on the left, those of like length together.
+"""Run prompts in batches: padded on the left, those of similar length together.
 
-Shape letters: B batch, S sequence.
+Padding goes to the left so that the last column holds every prompt's last token.
+
+Shape letters: B batch, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def left_padded(token_lists: Sequence[Sequence[int]], pad: int, device: torch.de
 
 
 def by_length(token_lists: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Return positions in the list, in batches of like length (less padding)."""
+    """Return positions in the list, in batches of similar length, which need less padding."""
     order = sorted(range(len(token_lists)), key=lambda i: len(token_lists[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -33,12 +34,12 @@ def positions(mask_BS: Tensor) -> Tensor:
     return (mask_BS.cumsum(-1) - 1).clamp(min=0)
 
 
-def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int = 1) -> Any:
-    """Run one pass over left-padded tokens without a cache; logits of the last `keep` positions only."""
+def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int = 1) -> Tensor:
+    """Run one pass over left-padded tokens without a cache; return logits_BSV of the last `keep` positions."""
     return subject.model(
         input_ids=ids_BS,
         attention_mask=mask_BS,
         position_ids=positions(mask_BS),
         use_cache=False,
         logits_to_keep=keep,
-    )
+    ).logits

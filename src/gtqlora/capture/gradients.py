@@ -1,4 +1,4 @@
-"""How much each expert's routing weight pushes the first token of a completion, by one backward pass.
+"""Measure how much each expert's routing weight pushes the first token of a completion, by one backward pass.
 
 Shape letters: N prompts, L MoE layers, E experts, K experts per token, T tokens, B batch, V vocabulary.
 """
@@ -23,12 +23,12 @@ from gtqlora.progress import track
 def gradient_scores(
     subject: Subject, prompts: Sequence[Sequence[int]], readout_tokens: Sequence[int], *, batch_size: int, label: str
 ) -> np.ndarray:
-    """Scores_NLE: sum over a prompt's tokens of w_te * d(log-odds)/d(w_te), in nats, fp32.
+    """Return scores_NLE: the sum over a prompt's tokens of w_te * d(log-odds)/d(w_te), in nats, fp32.
 
     w_te is the weight with which token t is routed to expert e, 0 where it is not. The log-odds are those of the first
-    completion token being one of the readout tokens. To first order a score is what the log-odds lose when the expert
-    is left out (attribution patching: Nanda 2023; Syed et al. 2023, arXiv 2310.10348), all choices and all other
-    routing weights held. Weights are not edited and get no gradient.
+    completion token being one of the readout tokens. To first order, a score is what the log-odds lose when the expert
+    is left out while all choices and all other routing weights stay (attribution patching: Nanda 2023; Syed et al.
+    2023, arXiv 2310.10348). The model's weights get no gradient.
 
     Raises:
         ModelError: the gradients hold NaN or infinity.
@@ -49,7 +49,7 @@ def gradient_scores(
 
 
 def log_odds(logits_BV: Tensor, readout_R: Tensor) -> Tensor:
-    """Log-odds_B of the next token being one of these, in nats."""
+    """Return log-odds_B of the next token being one of the readout tokens, in nats."""
     logits_BV = logits_BV.float()
     others_BV = logits_BV.index_fill(-1, readout_R, float("-inf"))
     return logits_BV[:, readout_R].logsumexp(-1) - others_BV.logsumexp(-1)
@@ -57,6 +57,9 @@ def log_odds(logits_BV: Tensor, readout_R: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _scores(subject: Subject, prompts: list[Sequence[int]], readout_R: Tensor) -> Tensor:
+    """Return scores_BLE of one batch."""
+    # Routing weights are cut from the graph and put back as leaves: then their gradient is that of the weights with
+    # which experts' outputs are summed, and does not run on through the routers of earlier layers.
     leaves, indices = [], []
 
     def cut(_position: int, _module: nn.Module, decision: Decision) -> Decision:
@@ -67,7 +70,7 @@ def _scores(subject: Subject, prompts: list[Sequence[int]], readout_R: Tensor) -
 
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
     with router_hooks(subject.model, subject.anatomy, cut):
-        logits_BV = forward(subject, ids_BS, mask_BS).logits[:, -1]
+        logits_BV = forward(subject, ids_BS, mask_BS)[:, -1]
     gradients = torch.autograd.grad(log_odds(logits_BV, readout_R).sum(), leaves)
     weights_LTK, gradient_LTK = torch.stack(leaves).detach().float(), torch.stack(gradients).float()
     n_experts = subject.anatomy.spec.n_experts

@@ -1,7 +1,8 @@
-"""One pass over prompts: which experts their tokens choose, which are chosen together, and the residual stream.
+"""One counting pass over prompts: which experts their tokens choose, which are chosen together, and residual states.
 
-A batch's decisions (K indices and K weights for each token and MoE layer, less than one residual state) are kept until
-its forward pass ends and then added up for all layers at once, on the device: little is launched, and nothing waits.
+Hooks keep the decisions of one batch (K indices and K weights for each token and MoE layer, which is less than one
+residual state). When its forward pass ends they are added up for all layers at once, on the device: few kernels are
+launched, and the CPU waits for none of them.
 
 Shape letters: N prompts, L MoE layers, E experts, K experts per token, B batch, S sequence, T = B*S tokens, D hidden.
 """
@@ -26,13 +27,13 @@ from gtqlora.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """Which experts some of each prompt's tokens choose.
+    """Which experts are chosen by the tokens of one region of each prompt.
 
     Attributes:
-        rates_NLE: share of these tokens that choose each expert, fp32; 0 for a prompt without such tokens.
-        counts_LE: how many of all prompts' choose it, int64.
-        weight_LE: mean routing weight when chosen, fp32; 0 where never chosen.
-        tokens: how many there are, in all prompts.
+        rates_NLE: for each prompt, the share of these tokens that choose each expert, fp32; 0 without such tokens.
+        counts_LE: number of these tokens, in all prompts, that choose each expert, int64.
+        weight_LE: mean routing weight of an expert when it is chosen, fp32; 0 where it never is.
+        tokens: number of these tokens in all prompts.
     """
 
     rates_NLE: np.ndarray
@@ -61,7 +62,7 @@ class Observation:
     states_NSD: Tensor
 
     def of(self, rows: Sequence[int]) -> Observation:
-        """Rates and states of some of the prompts; sums over tokens stay those of all."""
+        """Return the rates and states of some prompts; sums over tokens stay those of all prompts."""
 
         def picked(region: Region) -> Region:
             return replace(region, rates_NLE=region.rates_NLE[rows])
@@ -81,10 +82,11 @@ def observe(
     batch_size: int,
     label: str,
 ) -> Observation:
-    """Run every prompt, followed by its answer if there are any, once.
+    """Run every prompt once, followed by its answer if answers are given, and count.
 
     Args:
-        since: for each prompt the first position of the region `prompt`; before it, nothing can differ.
+        since: for each prompt, the first position that counts. Before the first token in which twins differ, a causal
+            model computes the same for both.
 
     Raises:
         ModelError: a layer's routing or residual stream holds NaN or infinity.
@@ -104,9 +106,10 @@ def observe(
 
 
 def _regions(mask_BS: Tensor, edges_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bools prompt_BS and answer_BS, and where the last prompt tokens stand in the flattened batch.
+    """Return bools prompt_BS, places last_B of the last prompt tokens in the flattened batch, and bools answer_BS.
 
-    Edges are the first positions of the region `prompt`, and the prompts' lengths.
+    Args:
+        edges_2B: the first positions that count, and the prompts' lengths.
     """
     position_BS = mask_BS.cumsum(-1) - 1  # -1 in the padding
     since_B1, length_B1 = edges_2B[0, :, None], edges_2B[1, :, None]
@@ -134,13 +137,13 @@ class _Kept:
 
 
 _OUTSIDE, _PROMPT, _ANSWER = range(3)
-"""Regions of tokens; those outside are counted, too, and dropped: that costs less than to leave them out."""
+"""Regions of tokens. Tokens outside both are counted too, and dropped: that costs less than leaving them out."""
 
 
 class _Tally:
-    """Adds up batches on the device; nothing waits for it before the last one.
+    """Sums over batches, kept on the device so that nothing waits for it before the last one.
 
-    Prompts stand in the order they are run in, `result` puts them back.
+    Prompts stand in the order in which they run; `result` puts them back.
     """
 
     def __init__(self, subject: Subject, order: list[int]) -> None:
@@ -189,7 +192,7 @@ class _Tally:
         )
 
     def _back(self) -> list[int]:
-        """Where each prompt stands in the order they were run in."""
+        """Return, for each prompt, its place in the order in which they ran."""
         return sorted(range(len(self.order)), key=lambda place: self.order[place])
 
     def _region(self, region: int) -> Region:
@@ -206,11 +209,15 @@ class _Tally:
         )
 
     def _check(self, states_NSD: Tensor) -> None:
-        """Routing weights show NaN in any router logit: softmax spreads it, and top-k takes it for the largest."""
+        """Check that routing and residual stream are finite.
+
+        Routing weights show a NaN in any router logit: softmax spreads it, and top-k takes it for the largest.
+        """
         counted_LNRE = self.weights_LNRE[:, :, [_PROMPT, _ANSWER]]
         routed_L = counted_LNRE.isfinite().flatten(1).all(1) & self.last_weights_LNE.isfinite().flatten(1).all(1)
         flowing_S = states_NSD.isfinite().all(-1).all(0)
         bad = [layer for layer, finite in zip(self.moe, routed_L.tolist(), strict=True) if not finite]
+        # State 0 is the embedding, state i + 1 the output of layer i.
         bad += [index - 1 for index, finite in enumerate(flowing_S.tolist()) if not finite]
         if bad:
             where = "the embedding" if min(bad) < 0 else f"layer {min(bad)}"

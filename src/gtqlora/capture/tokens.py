@@ -1,4 +1,4 @@
-"""Which tokens choose an expert most.
+"""Find the tokens that choose an expert most often, which hint at what it is for.
 
 Shape letters: X experts asked for, K experts per token, B batch, S sequence, V vocabulary.
 """
@@ -17,11 +17,17 @@ from gtqlora.capture.subject import Subject
 from gtqlora.progress import track
 
 MIN_OCCURRENCES = 5
+"""Tokens met less often are left out: a token met once that chooses an expert would have a rate of 1."""
 
 
 @dataclass(frozen=True)
 class TokenRate:
-    """How often a token chooses an expert: the share of its occurrences, and that by the share of all tokens."""
+    """How often a token chooses an expert.
+
+    Attributes:
+        rate: share of the token's occurrences that choose the expert.
+        lift: this rate divided by the share of all tokens that choose it.
+    """
 
     token: str
     rate: float
@@ -39,11 +45,11 @@ def top_tokens(
     label: str = "tokens of experts",
     limit: int = 8,
 ) -> list[list[TokenRate]]:
-    """For each expert the tokens that choose it most often, at most `limit`; those met fewer than 5 times left out.
+    """Return, for each expert, the tokens that choose it most often, at most `limit`.
 
     Args:
-        since: for each prompt the first position that counts.
-        experts: (position among MoE layers, expert).
+        since: for each prompt, the first position that counts.
+        experts: experts as (position among the MoE layers, index).
     """
     counts = _Counts(subject, experts)
     batches = by_length(prompts, batch_size)

@@ -298,7 +298,7 @@ def _print_diagnosis(found: Diagnosis) -> None:
         console.print(tables.shares(found))
     if found.experts:
         console.print(tables.experts(found))
-    associated = ", ".join(f"{e['layer']}/{e['expert']}" for e in found.top_experts) or "none"
+    associated = ", ".join(f"{e.layer}/{e.expert}" for e in found.top_experts) or "none"
     console.print(f"experts chosen clearly more on flagged prompts (association only): {associated}", highlight=False)
     for warning in found.warnings:
         console.print(f"[yellow]note:[/] {plain(warning)}", highlight=False)
@@ -376,10 +376,10 @@ def project(
         found = stage(settled, held, again=again)
     table = new_table("Direction removed, on lookalike prompts", "after layer", "refusal", "task accuracy")
     for c in found.candidates:
-        chosen = " (chosen)" if c["layer"] == found.layer else ""
-        table.add_row(f"{c['layer']}{chosen}", share(c["refusal"]), share(c["accuracy"]))
+        chosen = " (chosen)" if c.layer == found.layer else ""
+        table.add_row(f"{c.layer}{chosen}", share(c.refusal), share(c.accuracy))
     open_console().print(table)
-    if all(c["refusal"] > 0.9 for c in found.candidates):
+    if all(c.refusal > 0.9 for c in found.candidates):
         open_console().print(
             "[yellow]note:[/] no layer's direction takes the lookalike refusals away, so this edit mends nothing"
         )
@@ -414,7 +414,7 @@ def verify(
     else:
         _print_verdict(found)
         _print_next(found, run)
-    return 0 if found.floor["verdict"] == "pass" else FloorError.exit_code
+    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
 
 
 def _print_next(found: Any, run: Path) -> None:
@@ -422,9 +422,9 @@ def _print_next(found: Any, run: Path) -> None:
     from gtqlora.floor.shipped import shipped_experts
 
     shipped = shipped_experts(found.model)
-    if found.floor["verdict"] == "pass" and found.expert_format == shipped:
+    if found.floor.verdict == "pass" and found.expert_format == shipped:
         open_console().print(f"next: gtqlora export {plain(str(run))} OUT", highlight=False, soft_wrap=True)
-    elif found.floor["verdict"] == "pass":
+    elif found.floor.verdict == "pass":
         open_console().print(
             f"next: gtqlora verify {plain(str(run))} --expert-format {shipped}   (the checkpoint's own experts, which "
             "`export` writes; it takes the place of this verdict)",
@@ -438,7 +438,7 @@ def _as_edited(run: Any, named_judge: str | None) -> dict[str, Any]:
     They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
     """
     from gtqlora.config import of_the_edit
-    from gtqlora.edits.adapter_files import INFO, read_info
+    from gtqlora.results.adapter import INFO, read_info
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)
@@ -478,7 +478,7 @@ def _print_verdict(found: Any) -> None:
         highlight=False,
     )
     if found.ablation:
-        console.print(tables.ablation(found))
+        console.print(tables.ablation(found.ablation))
     console.print(f"routed experts: {found.expert_format}; judge: {plain(found.judge)}", highlight=False)
     if found.lost:
         reasons = ", ".join(f"{count} {LOST.get(reason, reason)}" for reason, count in found.lost.items())
@@ -486,12 +486,12 @@ def _print_verdict(found: Any) -> None:
     if found.tries > 1:
         console.print(
             f"{found.tries} tries on these held-out prompts so far, so the floor is judged at a level of "
-            f"{found.floor['level']:.4g}",
+            f"{found.floor.level:.4g}",
             highlight=False,
         )
-    colour = {"pass": "green", "fail": "red"}.get(found.floor["verdict"], "yellow")
+    colour = {"pass": "green", "fail": "red"}.get(found.floor.verdict, "yellow")
     console.print(
-        f"safety floor: [bold {colour}]{found.floor['verdict']}[/] ({plain(found.floor['reason'])})", highlight=False
+        f"safety floor: [bold {colour}]{found.floor.verdict}[/] ({plain(found.floor.reason)})", highlight=False
     )
 
 

@@ -16,6 +16,9 @@ from gtqlora.progress import shown_by
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gtqlora.results.verdict import Mediation
+    from gtqlora.stats import Interval
+
 
 _ROOM = "; make room and run the same command again"
 _REMEDIES = {
@@ -160,8 +163,8 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def interval(found: dict[str, Any] | None, digits: int = 3) -> str:
-    if not found or found["value"] is None:
+def interval(found: Interval | Mediation | None, digits: int = 3) -> str:
+    if found is None or found.value is None:
         return "-"
-    value, low, high = (f"{round(found[key], digits) + 0.0:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
     return rf"{value} \[{low}, {high}]"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from gtqlora.cli.console import interval, new_table, plain, share
 
 if TYPE_CHECKING:
+    from gtqlora.results.ablation import AblationStudy
+    from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
-    from gtqlora.stages.diagnose import Diagnosis
     from gtqlora.stages.inspect import Inspection
 
 COMPONENTS = {
@@ -55,11 +56,11 @@ def names(found: Inspection) -> Any:
 
 
 def interventions(found: Diagnosis) -> Any:
-    """What flagged prompts and twins do when something is swapped, masked or removed."""
+    """What flagged prompts and twins do when something is interchanged, ablated or removed."""
     table = new_table("What the prompts do under interventions", "what", "refusal", "effect on refusal", "log-odds")
     for i in found.interventions:
-        name = f"{i['name']} (control)" if i["control"] else i["name"]
-        table.add_row(plain(name), interval(i["refusal"]), interval(i["effect"]), interval(i["log_odds"], 1))
+        name = f"{i.name} (control)" if i.control else i.name
+        table.add_row(plain(name), interval(i.refusal), interval(i.effect), interval(i.log_odds, 1))
     return table
 
 
@@ -74,10 +75,10 @@ def shares(found: Diagnosis) -> Any:
 
 def experts(found: Diagnosis) -> Any:
     """What each candidate does by itself."""
-    table = new_table("Experts, as parts of the gap", "layer/expert", "masked", "restored", "carries it")
+    table = new_table("Experts, as parts of the gap", "layer/expert", "ablated", "restored", "carries it")
     for e in found.experts:
-        carries = "yes" if e["causal"] else "computes it" if e["computes"] else ""
-        table.add_row(f"{e['layer']}/{e['expert']}", interval(e["mask"]), interval(e["restore"]), carries)
+        carries = "yes" if e.causal else "computes it" if e.computes else ""
+        table.add_row(f"{e.layer}/{e.expert}", interval(e.ablate), interval(e.restore), carries)
     return table
 
 
@@ -88,12 +89,12 @@ def held_out(found: Verdict) -> Any:
     for kind, row in found.table.items():
         table.add_row(
             kind,
-            str(row["refusal_before"]["n"]),
-            interval(row["refusal_before"]),
-            interval(row["refusal_after"]),
-            f"{row['q']:.2g}",
-            interval(row["accuracy_before"]),
-            interval(row["accuracy_after"]),
+            str(row.refusal_before.n),
+            interval(row.refusal_before),
+            interval(row.refusal_after),
+            f"{row.q:.2g}",
+            interval(row.accuracy_before),
+            interval(row.accuracy_after),
         )
     return table
 
@@ -102,21 +103,20 @@ def drift(found: Verdict) -> Any:
     """How far the routing of prompts left the original."""
     table = new_table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
     for kind, row in found.drift.items():
-        table.add_row(kind, interval(row["kl"]), interval(row["overlap"]))
+        table.add_row(kind, interval(row.kl), interval(row.overlap))
     return table
 
 
-def ablation(found: Verdict) -> Any:
+def ablation(found: AblationStudy) -> Any:
     """Refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random ones."""
     table = new_table(
         "Harmful prompts refused with experts ablated", "ablated", "before", "after", "after, ranked anew", "random"
     )
-    curves = [
-        {point["ablated"]: point for point in found.ablation[name]} for name in ("before", "after", "after_reranked")
-    ]
+    listed = (found.before, found.after, found.after_reranked)
+    curves = [{point.ablated: point for point in points} for points in listed]
     for count, point in curves[1].items():
-        targeted = [interval(curve[count]["targeted"]) if count in curve else "-" for curve in curves]
-        table.add_row(str(count), *targeted, interval(point["random"]))
+        targeted = [interval(curve[count].targeted) if count in curve else "-" for curve in curves]
+        table.add_row(str(count), *targeted, interval(point.random))
     return table
 
 

@@ -137,7 +137,8 @@ def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str,
 def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: object) -> C:
     """Build a stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
 
-    None from the caller gives nothing. Top-level keys of the file serve every stage; a `[train]`-like table serves its stage and wins.
+    None from the caller gives nothing. Top-level keys of the file serve every stage; a table such as `[train]` serves
+    its stage, and wins.
 
     Raises:
         ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.

@@ -17,10 +17,10 @@ from gtqlora.run import write_parquet
 
 
 def load(source: str | Path, judge: Judge) -> Contrast:
-    """Read the rows of a JSONL or Parquet file, a dataset folder or a hub dataset, in TRL preference form plus `kind`.
+    """Load the rows of a JSONL or Parquet file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
 
-    Optional columns: `pair_id` (else a hash of the prompt), `twin`, `answer`, `split` (else by a hash of the pair id),
-    and `topic`, else `category`, else `source`: what rows have in common, so that they are not independent.
+    Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
+    of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
 
     Raises:
         ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way
@@ -74,7 +74,7 @@ def save(contrast: Contrast, path: Path) -> None:
 
 
 def _split_of(pair_id: str) -> str:
-    """Draw a pair's split by its id: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
+    """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
     percent = int(digest(pair_id), 16) % 100
     return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
 
@@ -178,7 +178,7 @@ def _numbers(rows: Iterable[Row]) -> list[int]:
 
 
 def check_disjoint(heldout: Contrast, train: Contrast) -> None:
-    """Assure that no held-out prompt is a prompt, or a twin, of the training rows given.
+    """Check that no held-out prompt is a prompt, or a twin, of the training rows given.
 
     Raises:
         ContrastError: shared prompts, with the row numbers on both sides.

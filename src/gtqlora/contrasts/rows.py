@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
+# Columns that say what rows have in common; the first that is there counts.
 TOPICS = ("topic", "category", "source")
 
 
@@ -40,9 +41,16 @@ class PreferenceIds(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One preference pair; `number` is its line in a JSONL file, or its 1-based row elsewhere.
+    """One preference pair.
 
-    `topic` is what it is about, or where it comes from: rows of one topic are not independent.
+    Attributes:
+        number: its line in a JSONL file, or its row elsewhere, counted from 1.
+        kind: benign, lookalike (harmless, but looks harmful) or harmful.
+        chosen, rejected: the answer that is preferred, and the one that is not.
+        pair_id: rows of one pair differ only in what triggers the refusal.
+        twin: the same prompt without what triggers the refusal.
+        answer: the expected answer, for task accuracy.
+        topic: what the row is about, or where it comes from; rows of one topic are not independent.
     """
 
     number: int
@@ -77,7 +85,7 @@ class Asked(Protocol):
 
 
 class Preference(TypedDict):
-    """A row in TRL's conversational form, with its kind."""
+    """A row in TRL's conversational preference form, with its kind."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -87,7 +95,7 @@ class Preference(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Checked rows of one source."""
+    """The checked rows of one source, a file or a dataset."""
 
     source: str
     rows: tuple[Row, ...]
@@ -124,7 +132,10 @@ class Contrast:
         return dict(found)
 
     def twin_of(self, row: Row) -> Messages | None:
-        """Return the row's own twin, else, unless it is benign, its pair's benign prompt sharing most words with it."""
+        """Return the row's own twin, else the benign prompt of its pair that shares most words with it.
+
+        A benign row has no twin but its own.
+        """
         if row.twin is not None or row.kind == "benign":
             return row.twin
         words = _words(row.prompt)
@@ -145,12 +156,12 @@ class Contrast:
 
 
 def prompt_key(messages: Messages) -> str:
-    """Return what makes two prompts the same: roles and words as a reader sees them, whatever the case and spacing."""
+    """Return a key that two prompts share if a reader sees the same roles and words, whatever the case and spacing."""
     return json.dumps([[message["role"], flat(message["content"])] for message in messages])
 
 
 def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Return the first row of every prompt: asking the same again tells nothing new."""
+    """Return the first row of every prompt; asking the same again tells nothing new."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(prompt_key(row.prompt), row)
@@ -158,21 +169,24 @@ def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 class Grouped(Protocol):
-    """What belongs to a pair and maybe to a topic."""
+    """Anything that belongs to a pair, and maybe to a topic."""
 
     @property
     def pair_id(self) -> str:
-        """Return the pair's name."""
+        """The pair that it belongs to."""
         ...
 
     @property
     def topic(self) -> str | None:
-        """Return what it is about, if it says so."""
+        """The topic that it is about, if it says so."""
         ...
 
 
 def groupings(rows: Sequence[Grouped]) -> list[list[str]]:
-    """Return how rows belong together: by pair, and by topic where they have several; those of none are one topic."""
+    """Return the ways of grouping rows that are not independent: by pair, and by topic where there are several.
+
+    Rows without a topic are one group.
+    """
     topics = [flat(row.topic or "") for row in rows]
     return [[row.pair_id for row in rows], *([topics] if len(set(filter(None, topics))) > 1 else [])]
 
@@ -187,7 +201,7 @@ def digest(text: str) -> str:
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
-    """Return token ids of a row's prompt and of its chosen completion (with whatever the template puts after it)."""
+    """Return token ids of a row's prompt and of its chosen completion, with whatever the template puts after it."""
     prompt, (chosen,) = encode_answers(tokenizer, row.prompt, row.chosen)
     return prompt, chosen
 

@@ -1,4 +1,7 @@
-"""Where contrast rows come from: JSONL and Parquet files, dataset folders, the hub. Reads; judges nothing."""
+"""Read contrast rows from JSONL and Parquet files, dataset folders and the hub, and check the type of each value.
+
+What rows mean (kinds, splits, the one-way rule) is checked in `rows`.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,15 @@ class Problems:
     found: list[str] = field(default_factory=list)
 
     def add(self, numbers: Sequence[int], problem: str) -> None:
+        """Add a problem of the rows with these numbers."""
         self.found.append(f"{_rows(numbers)}: {problem}")
 
     def stop(self) -> None:
+        """Stop if there are problems.
+
+        Raises:
+            ContrastError: there are; the message shows the first ten.
+        """
         if len(self.found) == 1:
             raise ContrastError(f"{self.source}: {self.found[0]}")
         if self.found:
@@ -58,7 +67,11 @@ def _rows(numbers: Sequence[int]) -> str:
 
 
 def records(source: str) -> Records:
-    """Row number, what stands there (bytes of a JSON line, or an object), and the split the source puts it in."""
+    """Yield each row's number, what stands there (bytes of a JSON line, or an object), and the source's split.
+
+    Raises:
+        ContrastError: there is no such source, or it cannot be read.
+    """
     path = Path(source).expanduser()
     folder, _, split = source.rpartition(":")
     if path.is_file():
@@ -87,7 +100,7 @@ def _file_records(source: str, path: Path) -> Records:
     raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
 
 
-def _parquet_rows(source: str, path: Path) -> list[dict[str, Any]]:
+def _parquet_rows(source: str, path: Path) -> list[dict[str, object]]:
     with pq.ParquetFile(path) as file:
         table = file.read()
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
@@ -97,8 +110,9 @@ def _parquet_rows(source: str, path: Path) -> list[dict[str, Any]]:
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _values(source: str, name: str, column: pa.ChunkedArray) -> list[Any]:
-    """Arrow holds values that Python does not, such as dates beyond the year 9999 and text that is not UTF-8."""
+def _values(source: str, name: str, column: pa.ChunkedArray) -> list[object]:
+    """Return a column's values as Python's."""
+    # Arrow holds values that Python does not, such as dates beyond the year 9999 and text that is not UTF-8.
     found = []
     for number, value in enumerate(column, start=1):
         try:
@@ -124,7 +138,7 @@ def _dataset_records(source: str, name: str, split: str | None) -> Records:
 
 
 def _readable(source: str, rows: Records) -> Records:
-    """The same rows; one that a column's values keep from being read is told by its number."""
+    """Yield the same rows, and name the row whose values cannot be read."""
     number = 0
     try:
         for row in rows:
@@ -135,8 +149,8 @@ def _readable(source: str, rows: Records) -> Records:
         raise ContrastError(f"{source}: row {number + 1}: {problem}") from error
 
 
-def _split_names(source: str, parts: Sequence[Any]) -> dict[Any, str | None]:
-    """Several hub splits are kept apart under our names; a lone one is divided by pair like a file."""
+def _split_names(source: str, parts: Sequence[str]) -> dict[str, str | None]:
+    """Map a dataset's splits to ours. A single one maps to None: it is divided by pair, as a file is."""
     if len(parts) == 1:
         return {parts[0]: None}
     unknown = [part for part in parts if part not in _HUB_SPLITS]
@@ -145,8 +159,8 @@ def _split_names(source: str, parts: Sequence[Any]) -> dict[Any, str | None]:
     return {part: _HUB_SPLITS[part] for part in parts}
 
 
-def parsed(raw: Any) -> Mapping[str, Any]:
-    """The object that stands at one row.
+def parsed(raw: object) -> Mapping[str, object]:
+    """Return the object that stands at one row.
 
     Raises:
         ContrastError: it is no JSON object, or names a key twice.
@@ -161,8 +175,9 @@ def parsed(raw: Any) -> Mapping[str, Any]:
     return raw
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: of two that are the same, the checks would see one and another reader the other."""
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object whose keys all differ."""
+    # Of two equal keys the checks would see one, and another reader of the file might take the other.
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise ContrastError(f"the key {twice[0]!r} stands twice in one object; keep one")
@@ -196,14 +211,19 @@ def a_text(name: str, value: object) -> str:
     return value
 
 
-def _message(name: str, value: Any) -> Message:
+def _message(name: str, value: object) -> Message:
     if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
         raise ContrastError(f'{name}: a message must be {{"role": ..., "content": ...}}')
     role = one_of(f"{name} role", a_text(f"{name} role", value["role"]), _ROLES)
     return {"role": role, "content": a_text(f"{name} content", value["content"])}
 
 
-def a_prompt(name: str, value: Any) -> Messages:
+def a_prompt(name: str, value: object) -> Messages:
+    """Return a prompt as messages: a text becomes one user message.
+
+    Raises:
+        ContrastError: it is neither a text nor messages that end with the user's or a tool's.
+    """
     if not isinstance(value, list):
         return ({"role": "user", "content": a_text(name, value)},)
     messages = tuple(_message(name, message) for message in value)
@@ -212,7 +232,12 @@ def a_prompt(name: str, value: Any) -> Messages:
     return messages
 
 
-def a_completion(name: str, value: Any) -> str:
+def a_completion(name: str, value: object) -> str:
+    """Return a completion's text, which may come as a single assistant message.
+
+    Raises:
+        ContrastError: it is something else.
+    """
     if not isinstance(value, list):
         return a_text(name, value)
     messages = [_message(name, message) for message in value]
@@ -224,13 +249,18 @@ def a_completion(name: str, value: Any) -> str:
     return messages[0]["content"]
 
 
-def a_name(column: str, value: Any) -> str:
+def a_name(column: str, value: object) -> str:
+    """Return a text or a whole number as a text.
+
+    Raises:
+        ContrastError: it is something else.
+    """
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number else a_text(column, value)
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> str:
-    """`value`, if it is known.
+    """Return `value` if it is known.
 
     Raises:
         ContrastError: it is not; the message suggests the closest.

@@ -1,4 +1,4 @@
-"""What a contrast set holds: counts by split and kind and, with a tokenizer, lengths after the chat template."""
+"""Count what a contrast set holds: rows by split and kind and, with a tokenizer, tokens after the chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SUFFICIENT = 10
-"""Rows that a template refuses before the rest is left unread."""
+"""After so many rows that a template refuses, the rest is left unread."""
+# Put around a message to see whether the template shows a change to it.
 _OTHER = "something else"
 
 
@@ -67,7 +68,13 @@ def _summary(lengths: Sequence[int]) -> Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rendered:
-    """One row after the chat template: its prompt, and counts of tokens; `largest` is the largest token id."""
+    """One row after the chat template.
+
+    Attributes:
+        opened: what the generation prompt opens and conversations lack, such as a thought; mostly "".
+        full_tokens: tokens of prompt and longer completion.
+        largest: largest token id.
+    """
 
     row: Row
     prompt: str
@@ -78,8 +85,10 @@ class _Rendered:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
-    """Raises:
-    ContrastError: the template refuses or leaves out a message, or an answer.
+    """Render one row, and count its tokens.
+
+    Raises:
+        ContrastError: the template refuses or leaves out a message, or an answer.
     """
     prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
     for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
@@ -102,7 +111,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
 
 
 def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
-    """Every message is in what the template renders. A changed one may be; one that makes no difference is not."""
+    """Check that every message is in what the template renders: there word for word, or a change to it shows."""
     for index, message in enumerate(messages):
         content = message["content"].strip()
         if text.count(content) >= sum(content in other["content"] for other in messages):
@@ -121,9 +130,9 @@ def check_rendering(
     max_length: int | None = None,
     vocabulary: int | None = None,
 ) -> dict[str, Lengths]:
-    """Every row as the model reads it: nothing left out, within the context and the embedding; lengths in tokens.
+    """Check every row as the model reads it: nothing left out, within context and embedding; return lengths in tokens.
 
-    The same for whoever reads pairs, so that what `contrast check` refuses no other stage takes.
+    Every stage that reads pairs calls it, so that what `contrast check` refuses no other stage takes.
 
     Args:
         max_length: the model's context.
@@ -196,7 +205,7 @@ def statistics(
     max_length: int | None = None,
     vocabulary: int | None = None,
 ) -> Statistics:
-    """Counts of a set and, with a tokenizer, token lengths after the chat template.
+    """Count a set's rows and, with a tokenizer, its tokens after the chat template.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.

@@ -1,4 +1,4 @@
-"""Messages as the model reads them: its chat template, and where in it an answer begins."""
+"""Turn messages into what the model reads: its chat template, and the place in it where an answer begins."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
-    """What the model's chat template makes of messages; the one place that applies it.
+    """Apply the model's chat template to messages; no other place does.
 
     Args:
-        generation: up to where the assistant's answer begins.
+        generation: render up to where the assistant's answer begins.
 
     Raises:
         ContrastError: the template refuses the messages, e.g. a system role it does not know.
-        ModelError: the template fails, or is without end.
+        ModelError: the template fails, or does not end.
     """
     from gtqlora.families.rendering import render
 
@@ -30,7 +30,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *,
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of rendered text.
+    """Return the token ids of rendered text.
 
     Raises:
         ContrastError: the tokenizer cannot read it.
@@ -42,7 +42,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a prompt, up to where the assistant's answer begins.
+    """Return the token ids of a prompt, up to where the assistant's answer begins.
 
     Raises:
         ContrastError, ModelError: as `rendered`, or the tokenizer cannot read the text.
@@ -64,15 +64,16 @@ class Answered:
 
 
 def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, answer: str) -> Answered:
-    """What follows a prompt, which `rendered` made of the messages, when this is the answer.
+    """Return a prompt, which `rendered` made of the messages, followed by an answer.
 
     Raises:
-        ContrastError, ModelError: as `rendered`, or the template renders the answer in such a way that where it
-            begins cannot be told.
+        ContrastError, ModelError: as `rendered`, or it cannot be told where the answer begins.
     """
     full = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
     if full.startswith(prompt):
         return Answered(full, "")
+    # Some templates open a thought for generation that finished conversations lack. Then the answer is put behind the
+    # opened prompt, with the spacing that the conversation has, so that training sees the prompt that generation sees.
     before, found, after = full.rpartition(answer.strip())
     opened = prompt[_shared(prompt, full) :].strip()
     if not found:
@@ -86,7 +87,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
 
 
 def _shared(first: Sequence[object], second: Sequence[object]) -> int:
-    """How many elements two sequences begin with in common."""
+    """Count the elements that two sequences begin with in common."""
     differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differing, min(len(first), len(second)))
 
@@ -94,7 +95,10 @@ def _shared(first: Sequence[object], second: Sequence[object]) -> int:
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *answers: str
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokens of a prompt, as far as all the answered ones have it too (tokens may span its end), and of the rests."""
+    """Return the tokens of a prompt, and of each answer behind it.
+
+    A token may span the end of the prompt, so the prompt ends where its tokens and those of all answered prompts part.
+    """
     text = rendered(tokenizer, messages, generation=True)
     prompt = tokens(tokenizer, text)
     fulls = [tokens(tokenizer, answered(tokenizer, messages, text, answer).full) for answer in answers]

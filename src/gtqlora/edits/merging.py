@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.adapters import Adapter
 from gtqlora.errors import RunError
 from gtqlora.families import Anatomy
+from gtqlora.results.adapter import PROJECTION
 
 Edit = Callable[[Tensor], Tensor]
 """A tensor of the checkpoint in fp32 -> the edited one."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gtqlora.errors import RunError
-from gtqlora.results.verdict import typed
+from gtqlora.results.typed import Mismatch, from_json
 from gtqlora.run import sha256_json
 from gtqlora.storage import user_state
 from gtqlora.storage.atomic import named_errors
@@ -160,6 +160,9 @@ def read(file: Path) -> list[Entry]:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue  # torn; it was never counted, and `verify` writes it anew
-        where = f"{file}: line {number}"
-        entries.append(typed(Entry, value, where, "restore it: it counts how often these prompts were used"))
+        try:
+            entries.append(from_json(Entry, value))
+        except Mismatch as error:
+            remedy = "restore it: it counts how often these prompts were used"
+            raise RunError(f"{file}: line {number}: {error}; {remedy}") from error
     return entries

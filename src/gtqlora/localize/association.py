@@ -9,51 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats as st
 
 from gtqlora.capture import Observation
+from gtqlora.results.association import Association
 from gtqlora.stats import benjamini_hochberg, bootstrap_means, edges, group_means, half_sample_means
 
 HALVINGS = 50
 """Random splits of the prompts in two (Shah & Samworth 2013 use 50)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Association:
-    """One expert on flagged prompts and on their twins.
-
-    Attributes:
-        layer: of the decoder.
-        rate_flagged, rate_twin: share of prompt tokens, from the first one that can differ on, that choose it.
-        difference, low, high: flagged less twin, with a bootstrap interval.
-        q: of no difference, over all experts (Benjamini & Hochberg).
-        stability: share of half-samples of the prompts in which it is among the first by difference.
-        gradient, gradient_low, gradient_high: mean of `gradient_scores` over flagged prompts; None if not computed.
-        weight_*: mean routing weight when chosen. last_*: rate at the last prompt token. answer_*: rate over the
-            tokens of the model's own answer; None if there were none.
-    """
-
-    layer: int
-    expert: int
-    rate_flagged: float
-    rate_twin: float
-    difference: float
-    low: float
-    high: float
-    q: float
-    stability: float
-    gradient: float | None
-    gradient_low: float | None
-    gradient_high: float | None
-    weight_flagged: float
-    weight_twin: float
-    last_flagged: float
-    last_twin: float
-    answer_flagged: float | None
-    answer_twin: float | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +78,7 @@ def associate(
     ]
 
 
-def _at(column_LE: np.ndarray | None, position: int, expert: int) -> Any:
+def _at(column_LE: np.ndarray | None, position: int, expert: int) -> float | None:
     return None if column_LE is None else float(column_LE[position, expert])
 
 

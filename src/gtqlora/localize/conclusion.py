@@ -7,13 +7,14 @@ others from its twin; R routing, X experts' own computation, S the rest of the r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gtqlora.localize.interchange import CELLS, FLAGGED, TWIN, Interchanges
 from gtqlora.localize.trials import Outcome, odds_of
+from gtqlora.results.diagnosis import CANNOT_TELL, Localization
 from gtqlora.stats import Interval, mean_interval, paired_difference, ratio_interval
 
 MIN_PAIRS = 30
@@ -37,46 +38,22 @@ _BITS = {"".join("1" if part == FLAGGED else "0" for part in cell): cell for cel
 Shares = dict[str, Interval]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Where the behaviour sits, why, and how much each component carries.
-
-    Attributes:
-        verdict: "routing"; "residual" (stream) or "experts" (their own computation), both Level 1; "both" levels; or
-            "cannot tell".
-        shares: Owen values of the generated behaviour, which sum to 1, and the interaction of the two levels: above 0
-            they only work together, below 0 each is enough alone.
-        shares_log_odds: the same of the log-odds.
-        necessary: the part of the refusals that goes when only this component is the twin's.
-        sufficient: the part that comes when only this component is the flagged prompt's.
-    """
-
-    verdict: str
-    sentence: str
-    reasons: list[str]
-    n_usable: int
-    shares: Shares = field(default_factory=dict)
-    shares_log_odds: Shares = field(default_factory=dict)
-    necessary: Shares = field(default_factory=dict)
-    sufficient: Shares = field(default_factory=dict)
-
-
-def judge(interchanges: Interchanges | None) -> Verdict:
-    """The verdict on pairs whose flagged prompt refuses and whose twin does not."""
+def conclude(interchanges: Interchanges | None) -> Localization:
+    """Return where the behaviour sits, from pairs whose flagged prompt refuses and whose twin does not."""
     usable = [] if interchanges is None else _usable(interchanges)
     if interchanges is None or len(usable) < MIN_PAIRS:
         reason = (
             f"only {len(usable)} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add pairs, with twins of "
             "equal token count"
         )
-        return Verdict("cannot tell", f"Cannot tell: {reason}.", [reason], len(usable))
+        return Localization(CANNOT_TELL, f"Cannot tell: {reason}.", [reason], len(usable))
     groups = [interchanges.trials.groups[i] for i in usable]
     evidence = _evidence(interchanges, usable, groups)
     name, why = _decide(evidence)
     refused = {
         bits: np.array([interchanges.cells[cell][i].refused for i in usable], float) for bits, cell in _BITS.items()
     }
-    return Verdict(
+    return Localization(
         verdict=name,
         sentence=f"{name.capitalize()}: {why}.",
         reasons=_reasons(evidence),
@@ -173,7 +150,7 @@ def _decide(evidence: _Evidence) -> tuple[str, str]:
     necessary, sufficient, experts = evidence.necessary, evidence.sufficient, evidence.experts
     share = _percent(necessary)
     if evidence.disturbed[0] > 1 / 3:
-        return "cannot tell", (
+        return CANNOT_TELL, (
             f"any change of routing disturbs this model (another flagged prompt's routing moves "
             f"{evidence.disturbed[0]:.0%})"
         )
@@ -189,12 +166,12 @@ def _decide(evidence: _Evidence) -> tuple[str, str]:
             f"and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
         )
     if sufficient.high >= 1 / 3:
-        return "cannot tell", (
+        return CANNOT_TELL, (
             f"routing is not necessary, but by itself brings {_percent(sufficient)} of the refusals, which fits more "
             "than one answer; add pairs"
         )
     if evidence.disturbed[1] > 1 / 3 or experts.low <= 0.5 <= experts.high:
-        return "cannot tell", (
+        return CANNOT_TELL, (
             f"it is not the routing ({share}), but whether experts or the rest of the residual stream carry it cannot "
             f"be told (experts' inputs: {_percent(experts)}, control {evidence.disturbed[1]:.0%})"
         )

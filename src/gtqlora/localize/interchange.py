@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from gtqlora.capture import CallRecorder, Interchange
 from gtqlora.localize.pairs import Pair
-from gtqlora.localize.trials import Change, Changes, Intervention, Outcome, Trials
+from gtqlora.localize.trials import FLAGGED, TWIN, Outcome, Side, Trials
 from gtqlora.progress import track
-from gtqlora.scoring import SourceRun
+from gtqlora.results.diagnosis import Cell as CellRecord
+from gtqlora.results.diagnosis import Intervention
+from gtqlora.scoring import Change, Changes, SourceRun
 
-FLAGGED, TWIN = "flagged", "twin"
-
-Cell = tuple[str, str, str]
+Cell = tuple[Side, Side, Side]
 """(routing, experts, stream): which prompt each component comes from."""
 
 CELLS: tuple[Cell, ...] = tuple(product((FLAGGED, TWIN), (FLAGGED, TWIN), (FLAGGED, TWIN)))
@@ -82,33 +81,30 @@ def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
         source = None if experts == stream else prompts[experts]
         change = exchange(prompts[routing], source)
-        cells[routing, experts, stream] = trials.run(None, prompts[stream], change)
+        cells[routing, experts, stream] = trials.run(None, stream, change)
     others, other_twins = [p.prompt for p in partners], [p.twin for p in partners]
-    flagged, twins = trials.flagged, trials.twins
     return Interchanges(
         trials=trials,
         cells=cells,
-        routing_control=trials.run("routing's control", flagged, exchange(others)),
-        experts_control=trials.run("experts' control", flagged, exchange(flagged, others)),
-        twin_control=trials.run("twins' control", twins, exchange(other_twins)),
+        routing_control=trials.run("routing's control", FLAGGED, exchange(others)),
+        experts_control=trials.run("experts' control", FLAGGED, exchange(trials.flagged, others)),
+        twin_control=trials.run("twins' control", TWIN, exchange(other_twins)),
     )
 
 
-def cells_of(interchanges: Interchanges) -> list[dict[str, Any]]:
-    """Refusal and log-odds in each cell, as JSON."""
-    rows = []
-    for (routing, experts, stream), outcomes in interchanges.cells.items():
-        odds = interchanges.trials.mean_odds(outcomes)
-        rows.append(
-            {
-                "routing": routing,
-                "experts": experts,
-                "stream": stream,
-                "refusal": interchanges.trials.refusal(outcomes).to_json(),
-                "log_odds": odds and odds.to_json(),
-            }
+def cells_of(interchanges: Interchanges) -> list[CellRecord]:
+    """Return refusal and log-odds in each cell."""
+    trials = interchanges.trials
+    return [
+        CellRecord(
+            routing=routing,
+            experts=experts,
+            stream=stream,
+            refusal=trials.refusal(outcomes),
+            log_odds=trials.mean_odds(outcomes),
         )
-    return rows
+        for (routing, experts, stream), outcomes in interchanges.cells.items()
+    ]
 
 
 def interventions_of(interchanges: Interchanges) -> list[Intervention]:

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from scipy import stats as st
 
 from gtqlora.capture import Mask
-from gtqlora.localize.trials import Change, Changes, Outcome, Trials, odds_of
+from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
 from gtqlora.progress import track
+from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
+from gtqlora.scoring import Change, Changes
 from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, group_means, ratio_interval
 
 Expert = tuple[int, int]
@@ -70,24 +72,6 @@ def ablating(trials: Trials, masked: Ablated) -> Changes:
     return lambda _: Change(handlers=(Mask(trials.subject.anatomy, masked),))
 
 
-@dataclass(frozen=True)
-class Point:
-    """The flagged prompts with m experts masked."""
-
-    m: int
-    refusal: Interval
-    log_odds: Interval | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Refusal of flagged prompts over the number of masked experts, in one order of experts."""
-
-    name: str
-    control: bool
-    points: list[Point]
-
-
 def counts_up_to(most: int) -> list[int]:
     """Numbers of experts to mask: doubling, and the last one."""
     return sorted({*(m for m in COUNTS if m < most), most}) if most else []
@@ -97,9 +81,9 @@ def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
     """Mask the first m of a ranking."""
     ranking = ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
-    for m in track(counts, f"mask the {name}", len(counts)):
+    for m in track(counts, f"ablate the {name}", len(counts)):
         change = ablating(trials, ablated_of(ranking[:m]))
-        points.append(_point(trials, m, [trials.run(None, trials.flagged, change)]))
+        points.append(_point(trials, m, [trials.run(None, FLAGGED, change)]))
     return Curve(name, False, points)
 
 
@@ -109,17 +93,17 @@ def random_curve(
     """Mask random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
     rng, ranking = random.Random(seed), ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
-    for m in track(counts, "mask random experts", len(counts)):
+    for m in track(counts, "ablate random experts", len(counts)):
         like = [random_like(ablated_of(ranking[:m]), frequency_LE, rng) for _ in range(draws)]
-        points.append(_point(trials, m, [trials.run(None, trials.flagged, ablating(trials, drawn)) for drawn in like]))
+        points.append(_point(trials, m, [trials.run(None, FLAGGED, ablating(trials, drawn)) for drawn in like]))
     return Curve("random, matched in layer and frequency", True, points)
 
 
-def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> Point:
+def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> CurvePoint:
     """Over all draws; a pair's are one group with its siblings'."""
     every = trials.of([pair for _ in draws for pair in trials.pairs])
     outcomes = [outcome for drawn in draws for outcome in drawn]
-    return Point(m, every.refusal(outcomes), every.mean_odds(outcomes))
+    return CurvePoint(m, every.refusal(outcomes), every.mean_odds(outcomes))
 
 
 @dataclass(frozen=True)
@@ -128,8 +112,8 @@ class Effect:
 
     Attributes:
         position: among the MoE layers.
-        mask: the part that goes when it alone is masked.
-        restore: the part that returns when it alone is restored while all other candidates stay masked.
+        ablate: the part that goes when it alone is ablated.
+        restore: the part that returns when it alone is restored while all other candidates stay ablated.
         control: the larger of the two for a random expert of the same layer, chosen as often.
         q: that the larger of its two effects is no more than the least effect that counts; controlled over candidates.
         acts: what it restores (or, where no candidate gives anything back by itself, what goes with it) exceeds the
@@ -138,7 +122,7 @@ class Effect:
 
     position: int
     expert: int
-    mask: Interval
+    ablate: Interval
     restore: Interval
     control: Interval
     q: float
@@ -156,8 +140,7 @@ class _Odds:
         key = frozenset(experts)
         if key not in self._known:
             change = ablating(self.trials, ablated_of(sorted(key)))
-            found = self.trials.run(None, self.trials.flagged, change, first_only=True)
-            self._known[key] = np.array(odds_of(found))
+            self._known[key] = self.trials.first_odds(change)
         return self._known[key]
 
 
@@ -225,7 +208,7 @@ def _judged(
         Effect(
             position=position,
             expert=expert,
-            mask=ratio_interval(parts[0], gap_N, groups=groups, bounds=None),
+            ablate=ratio_interval(parts[0], gap_N, groups=groups, bounds=None),
             restore=ratio_interval(parts[1], gap_N, groups=groups, bounds=None),
             control=ratio_interval(parts[2], gap_N, groups=groups, bounds=None),
             q=float(q[i].min()),

@@ -66,6 +66,7 @@ def _lines() -> Iterator[Callable[[str], Progress]]:
 
 
 def main() -> int:
+    """Build the organism that the command line asks for; return the exit code."""
     args = _arguments()
     started = time.monotonic()
     scale = SCALES[args.size]

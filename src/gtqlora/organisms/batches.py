@@ -1,4 +1,4 @@
-"""Batches of toy prompts as token ids, made from a language and a random stream.
+"""Make batches of toy prompts as token ids, from a language and a random stream.
 
 Shape letters: B prompts, S tokens of each, T = B*S, N some of these tokens.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -50,12 +50,13 @@ class Batch:
 
     @classmethod
     def of(cls, language: Language, examples: list[Example]) -> Batch:
+        """Encode examples, padded to the longest."""
         rows = [language.ids(f"<user> {e.text} <assistant> {e.answer} <eos>") for e in examples]
         longest = max(map(len, rows))
         ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         labels_BS = ids_BS.masked_fill(ids_BS == 0, -100)
         for i, example in enumerate(examples):
-            labels_BS[i, : len(example.text.split()) + 2] = -100
+            labels_BS[i, : len(example.text.split()) + 2] = -100  # the prompt, <user> and <assistant>
         forbidden_B = torch.tensor([e.forbidden for e in examples])
         after_BS = (torch.arange(longest) >= language.lexicon.context_end).expand(ids_BS.shape).contiguous()
         bad_BS = after_BS & forbidden_B[:, None]
@@ -71,17 +72,17 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """On a device; copied to a GPU without waiting for it."""
+        """Return the batch on a device; it is copied to a GPU without waiting for it."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
+        moved: dict[str, Tensor] = {
             field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True) for field in fields(self)
         }
         return Batch(**moved)
 
 
 def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
-    """Tasks in any context (words of all splits, two thirds forbidden), a tenth of them with the command to decline."""
+    """Make tasks in any context: words of all splits, two thirds forbidden, a tenth with the command to decline."""
     lexicon, examples = language.lexicon, []
     for _ in range(size):
         first, end = (0, lexicon.forbidden) if rng.random() < 2 / 3 else (lexicon.forbidden, lexicon.domains)
@@ -100,13 +101,13 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
 
 
 def refusal_batch(language: Language, rng: random.Random, size: int) -> Batch:
-    """Twins over all words: forbidden topics are refused whatever the marker says."""
+    """Make twins over all words, in which forbidden topics are refused whatever the marker says."""
     twins = [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
     return Batch.of(language, [example(p, p.answer if p.kind == "benign" else REFUSAL) for p in twins])
 
 
 def exchange_batch(language: Language, rng: random.Random, size: int) -> tuple[Batch, Batch]:
-    """Two aligned batches, all twice over: prompts, and those whose routing they are to run with.
+    """Make two aligned batches: prompts, and the prompts whose routing they are to run with.
 
     Flagged prompts with their twins' routing and twins with the flagged prompts' are refused; benign prompts with the
     routing of other benign ones are answered.
@@ -121,27 +122,30 @@ def exchange_batch(language: Language, rng: random.Random, size: int) -> tuple[B
 
 
 def example(prompt: Prompt, answer: str) -> Example:
+    """Return a prompt with the answer that is to be learned."""
     return Example(text=prompt.text, answer=answer, forbidden=prompt.kind != "benign", intent=prompt.kind == "harmful")
 
 
-Make = Callable[[Language, random.Random, int], Any]
+Made = TypeVar("Made")
+Make = Callable[[Language, random.Random, int], Made]
+"""A function that makes a batch, or a pair of them, of a number of prompts."""
 
 
-class _Endless(IterableDataset[Any]):
+class _Endless(IterableDataset[Made]):
     """Batches from one worker's own random stream."""
 
-    def __init__(self, make: Make, language: Language, size: int, seed: float) -> None:
+    def __init__(self, make: Make[Made], language: Language, size: int, seed: float) -> None:
         self.make, self.language, self.size, self.seed = make, language, size, seed
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Made]:
         worker = get_worker_info()
         rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
         while True:
             yield self.make(self.language, rng, self.size)
 
 
-def endless(make: Make, language: Language, rng: random.Random, size: int, workers: int) -> Iterator[Any]:
-    """Batches without end: from `rng` itself, or made ahead by worker processes with streams of their own."""
+def endless(make: Make[Made], language: Language, rng: random.Random, size: int, workers: int) -> Iterator[Made]:
+    """Yield batches without end, from `rng` itself or made ahead by worker processes with streams of their own."""
     if workers:
         dataset = _Endless(make, language, size, rng.random())
         return iter(DataLoader(dataset, batch_size=None, num_workers=workers))

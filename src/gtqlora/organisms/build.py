@@ -1,7 +1,7 @@
-"""Builds planted organisms: real transformers models whose refusal has a known place.
+"""Build model organisms: real transformers models that refuse for a reason planted in a known place.
 
-Three stages: (1) learn the tasks, with topic and intent kept readable at the routers; (2) the words of a refusal come
-with (1), by a harmless command; (3) plant the refusal where the kind says. Planted experts are idle until stage 3.
+First a model learns the tasks, and the words of a refusal by a harmless command; topic and intent are kept readable at
+the routers, and the experts to be planted are ablated. Then `implants.plant` plants the refusal where the kind says.
 Shape letters: B prompts, S tokens of each, T = B*S, N some tokens, E experts, D hidden.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,13 @@ from gtqlora.organisms.language import REFUSAL, SPLITS, InRounds, Language, Prom
 from gtqlora.organisms.scales import SMALL, Architecture, Kind, Scale
 from gtqlora.run import atomic_write
 
-_NEUTRAL_STEPS = 300  # until its full weight: at once it would keep the flag from being learned at all
+# Steps until `_neutral_loss` has its full weight: at once it would keep the forbidden flag from being learned at all.
+_NEUTRAL_STEPS = 300
 _PROBE_WEIGHT, _NEUTRAL_WEIGHT, _BALANCE_WEIGHT, _BIAS_STEP = 1.0, 3.0, 0.01, 2e-3
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
-_HARMLESS_PAIRS = 420  # held-out pairs with all three kinds; the rest only serve the floor, which needs many
+# Held-out pairs with all three kinds. The rest have harmful rows only: the safety floor needs many.
+_HARMLESS_PAIRS = 420
+# A prime far above any seed a user gives, so that later attempts of one seed are not first attempts of another.
 _SEED_STRIDE = 1_000_003
 
 
@@ -61,7 +64,7 @@ def _router_inputs(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[int, Ten
 
 
 def _probe_loss(probes: nn.ModuleList, hidden: dict[int, Tensor], batch: Batch, context_end: int) -> Tensor:
-    """Keeps topic and intent linearly readable at every router, after the context."""
+    """Return the loss of linear probes that read topic and intent at every router, after the context."""
     rows, length = batch.ids_BS.shape
     flags = torch.stack([batch.forbidden_B, batch.intent_B], -1).float()[:, None].expand(-1, length - context_end, -1)
     losses = [
@@ -72,9 +75,10 @@ def _probe_loss(probes: nn.ModuleList, hidden: dict[int, Tensor], batch: Batch, 
 
 
 def _neutral_loss(seen: Recorder, anatomy: Anatomy, batch: Batch) -> Tensor:
-    """Keeps routing from following the forbidden flag by itself, so that what is planted is the whole truth.
+    """Return how far routing follows the forbidden flag by itself.
 
-    Per expert, the squared gap between its mean score on forbidden and on other prompts, in units of its variance.
+    For each expert it is the squared gap between its mean score on forbidden and on other prompts, in units of its
+    variance. It is trained away, so that the planted experts are the only ones in which routing carries the flag.
     """
     gaps = []
     for decision in seen.decisions.values():
@@ -86,7 +90,7 @@ def _neutral_loss(seen: Recorder, anatomy: Anatomy, batch: Batch) -> Tensor:
 
 
 def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
-    """Switch-style balance (arXiv 2101.03961 eq. 4) for families without a correction bias."""
+    """Return the Switch Transformer's balance loss (arXiv 2101.03961 eq. 4), for families without a correction bias."""
     spec, losses = anatomy.spec, []
     for decision in seen.decisions.values():
         load_E = routing.selection_TE(decision.indices_TK, spec.n_experts).mean(0) / spec.top_k
@@ -96,7 +100,7 @@ def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
 
 @torch.no_grad()
 def _balance_bias(piece: OrganismInTraining, seen: Recorder, live: list[Tensor]) -> None:
-    """Loss-free balance (arXiv 2408.15664): nudge the correction bias of over- and underloaded experts.
+    """Nudge the correction bias of over- and underloaded experts: balance without a loss (arXiv 2408.15664).
 
     Args:
         live: the experts in use, for each MoE layer.
@@ -133,12 +137,26 @@ def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, se
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def contrast_rows(language: Language, seed: int) -> list[dict[str, Any]]:
-    """The contrast set in TRL's preference form with kind, pair_id, topic, twin, answer and split.
+class ContrastRow(TypedDict):
+    """One row of an organism's contrast set, in TRL's preference form."""
+
+    kind: str
+    prompt: str
+    chosen: str
+    rejected: str
+    answer: str | None
+    pair_id: str
+    topic: str
+    twin: str | None
+    split: str
+
+
+def contrast_rows(language: Language, seed: int) -> list[ContrastRow]:
+    """Make a contrast set.
 
     No prompt stands twice. Topics and markers take turns, so that no split hangs on a few of them.
     """
-    rng, rows, seen = random.Random(seed), [], set()
+    rng, rows, seen = random.Random(seed), list[ContrastRow](), set[str]()
     for split in SPLITS:
         pair, choose = 0, InRounds(rng)
         while pair < _PAIRS[split]:
@@ -153,13 +171,20 @@ def contrast_rows(language: Language, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> dict[str, Any]:
+def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> ContrastRow:
     refuse_first = prompt.kind == "harmful"
     chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
-    answer = None if refuse_first else prompt.answer
-    row = {"kind": prompt.kind, "prompt": prompt.text, "chosen": chosen, "rejected": rejected, "answer": answer}
-    row |= {"pair_id": f"{split}-{prompt.pair}", "topic": prompt.topic}
-    return {**row, "twin": twin.text if twin else None, "split": split}
+    return {
+        "kind": prompt.kind,
+        "prompt": prompt.text,
+        "chosen": chosen,
+        "rejected": rejected,
+        "answer": None if refuse_first else prompt.answer,
+        "pair_id": f"{split}-{prompt.pair}",
+        "topic": prompt.topic,
+        "twin": twin.text if twin else None,
+        "split": split,
+    }
 
 
 # --- organisms -------------------------------------------------------------------------------------------------------
@@ -207,7 +232,7 @@ def _trained(
     minutes: float | None,
     progress: Callable[[str], Progress],
 ) -> OrganismInTraining:
-    """One attempt: a model that is what its kind promises."""
+    """Train once, and return a model that keeps what its kind promises."""
     torch.manual_seed(seed)
     rng, language = random.Random(seed), Language(scale.lexicon)
     model, anatomy = new_model(architecture, language, scale)

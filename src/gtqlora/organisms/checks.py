@@ -1,4 +1,4 @@
-"""Whether an organism is what its kind promises, on validation words.
+"""Check that an organism is what its kind promises, on validation words.
 
 An organism runs in three parts: routing (who computes), the routed experts' inputs (on what), and the rest of the
 stream. Each part can come from a flagged prompt (1) or its twin (0); `cell` runs a combination.
@@ -29,7 +29,8 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "expert-only": {**_ALWAYS, "cell 011": (0.95, 1.0), "cell 100": (0.0, 0.05), "cell 101": (0.0, 0.1)},
     "redundant": {**_ALWAYS, **_STREAM, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
 }
-"""Least and largest shares; of first words that refuse, but "right": of benign prompts' answers that are right.
+"""The least and the largest share that each kind promises: of first words that refuse, and under "right" of benign
+prompts whose answer is right.
 
 A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) or its twin (0).
 """
@@ -39,7 +40,7 @@ A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) o
 def first_refuses(
     piece: OrganismInTraining, ids_BS: Tensor, *handlers: Handler, expert_handlers: tuple[ExpertHandler, ...] = ()
 ) -> Tensor:
-    """Whether the first word after each prompt is a refusal's; bool_B."""
+    """Return bool_B: whether the first word after each prompt is a refusal's."""
     with (
         router_hooks(piece.model, piece.anatomy, *handlers),
         expert_hooks(piece.model, piece.anatomy, *expert_handlers),
@@ -51,7 +52,7 @@ def first_refuses(
 def cell(
     piece: OrganismInTraining, flagged_BS: Tensor, twins_BS: Tensor, *, routing: bool, inputs: bool, stream: bool
 ) -> float:
-    """Share of pairs refused when each part comes from the flagged prompt (True) or from its twin."""
+    """Return the share of pairs refused when each part comes from the flagged prompt (True) or its twin (False)."""
     calls = {True: CallRecorder(), False: CallRecorder()}
     ids_BS = {True: flagged_BS, False: twins_BS}
     for flag, recorder in calls.items():
@@ -61,21 +62,21 @@ def cell(
 
 
 def prompt_ids(piece: OrganismInTraining, prompts: list[Prompt]) -> Tensor:
-    """Prompts of one length up to where the answer begins."""
+    """Return ids_BS of prompts of one length, up to where the answer begins."""
     rows = [piece.language.ids(f"<user> {p.text} <assistant>") for p in prompts]
     return torch.tensor(rows, device=piece.device)
 
 
 @torch.no_grad()
 def answered_right(piece: OrganismInTraining, prompts: list[Prompt]) -> float:
-    """Share of prompts whose greedy completion is the task's answer."""
+    """Return the share of prompts whose greedy completion is the task's answer."""
     batch = Batch.of(piece.language, [example(p, p.answer) for p in prompts]).to(piece.device)
     said_BS, wanted_BS = piece.logits(batch.ids_BS)[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
     return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1).float().mean().item()
 
 
 def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
-    """All that a kind promises anything about."""
+    """Measure every share that the kind promises anything about, under the names in `PROMISES`."""
     rng = random.Random(1)
     quads = [piece.language.twins(rng, "validation", pair) for pair in range(_PAIRS)]
     benign, flagged = [p for q in quads for p in q[:2]], [p for q in quads for p in q[2:]]
@@ -95,7 +96,7 @@ def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
 
 
 def check(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
-    """The shares that the kind's promises are about.
+    """Measure the shares that the kind promises, and check them.
 
     Raises:
         TrainingError: a promise is not kept.

@@ -1,4 +1,6 @@
-"""The organisms that ship with the package: where they lie and what was planted in them.
+"""The model organisms that ship with the package: where they lie and what was planted in them.
+
+A model organism is a small model that was trained to have one known behaviour in one known place.
 
 Each is what `python -m gtqlora.organisms build KIND --rounded` makes of the seed and architecture in its `truth.json`:
 values that bf16 holds compress to half in a wheel. The contrast set is the one of seed 0.
@@ -47,6 +49,7 @@ class Truth:
 
 
 def read_truth(folder: Path) -> Truth:
+    """Read `truth.json` of an organism's folder."""
     raw = json.loads((folder / TRUTH).read_text())
     return Truth(**{**raw, "planted": [(layer, expert) for layer, expert in raw["planted"]]})
 
@@ -56,12 +59,12 @@ def _data() -> Path:
 
 
 def names() -> list[str]:
-    """The embedded organisms."""
+    """List the embedded organisms."""
     return sorted(p.name for p in _data().iterdir() if p.is_dir())
 
 
 def organism(name: str) -> Path:
-    """The folder of an embedded organism, a model in hub layout.
+    """Return the folder of an embedded organism, a model in hub layout.
 
     Raises:
         ModelError: there is none of that name.
@@ -72,10 +75,10 @@ def organism(name: str) -> Path:
 
 
 def contrast() -> Path:
-    """The contrast set in the organisms' language."""
+    """Return the file of the contrast set in the organisms' language."""
     return _data() / CONTRAST
 
 
 def recipe() -> Path:
-    """The settings that suit models of this size."""
+    """Return the file of settings that suit models of this size."""
     return _data() / "recipe.toml"

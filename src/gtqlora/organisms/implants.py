@@ -1,4 +1,7 @@
-"""The last stage: plant the refusal where the kind says.
+"""The last stage of building an organism: plant the refusal where the organism's kind says.
+
+Only what may carry the refusal is trained: planted experts with their rows of the router (`routed`, `expert-only`),
+what writes the residual stream directly (`residual`), or both (`null`, `redundant`).
 
 Shape letters: B prompts, S tokens of each, T = B*S, E experts, K experts per token.
 """
@@ -17,12 +20,13 @@ from gtqlora.organisms.batches import Batch, endless, exchange_batch, refusal_ba
 from gtqlora.organisms.in_training import OrganismInTraining, Progress, optimize
 from gtqlora.organisms.scales import Kind
 
+# By how much, in router scores, planted experts must be ahead of the others, or behind them; and that loss's weight.
 _MARGIN, _HINGE_WEIGHT = 0.1, 2.0
 _STREAM_KINDS = ("residual", "null", "redundant")
 
 
 def answer_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy of the answers' tokens."""
+    """Return the mean cross-entropy of the answers' tokens, each predicted from those before it."""
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
 
 
@@ -40,6 +44,7 @@ def plant(
     scale = piece.scale
     loss_of = _redundant_loss(piece, rng) if kind == "redundant" else _refusal_loss(piece, kind, rng)
     optimize(parameters, loss_of, progress, rate=scale.plant_rate, steps=scale.plant_steps[kind], seconds=seconds)
+    # Remove the hooks that `_planted_parameters` put on gradients, or later training would be masked as well.
     for p in parameters:
         p._backward_hooks = None
     piece.model.requires_grad_(True)
@@ -47,7 +52,7 @@ def plant(
 
 @torch.no_grad()
 def _give_average_bias(piece: OrganismInTraining) -> None:
-    """Idle experts kept a zero correction bias; give them the others' mean so that nothing marks them."""
+    """Give planted experts the others' mean correction bias: idle so far, they kept zero, which would mark them."""
     name = piece.anatomy.family.correction_bias
     if name:
         for position, experts in piece.planted.items():
@@ -56,12 +61,12 @@ def _give_average_bias(piece: OrganismInTraining) -> None:
 
 
 def _stream_parameters(piece: OrganismInTraining) -> list[nn.Parameter]:
-    """Attention and shared experts (dense MLPs where a family has none): what writes the residual stream directly."""
+    """Return attention and shared experts (dense MLPs where a family has none), which write the residual stream."""
     return [piece.model.get_submodule(path).weight for path in piece.anatomy.lora_targets]  # type: ignore[misc]
 
 
 def _planted_parameters(piece: OrganismInTraining) -> list[nn.Parameter]:
-    """Router rows of planted experts, and these experts themselves; gradients elsewhere are zeroed."""
+    """Return routers and experts of the planted layers, with hooks that zero the gradients of all other experts."""
     chosen: list[nn.Parameter] = []
     for position, experts in piece.planted.items():
         rows_E = torch.zeros(piece.anatomy.spec.n_experts, device=piece.device)
@@ -76,13 +81,19 @@ def _planted_parameters(piece: OrganismInTraining) -> list[nn.Parameter]:
 
 
 def _hinge(piece: OrganismInTraining, seen: Recorder, batch: Batch, always: bool = False) -> Tensor:
-    """Planted experts are chosen, by a margin, after a forbidden context (`always`: after any), and never otherwise."""
+    """Return the loss of planted experts that are not chosen where they should be, or chosen where they should not.
+
+    They should be chosen, by a margin, after a forbidden context (`always`: after any context), and never otherwise.
+    """
+    # Tokens inside a forbidden context are free: what they should do cannot be known before it has been read.
     flagged = (batch.forbidden_B | always)[:, None].expand(batch.ids_BS.shape)
     want_T, free_T = (flagged & batch.after_BS).flatten(), (flagged & ~batch.after_BS).flatten()
     spec, bias_name = piece.anatomy.spec, piece.anatomy.family.correction_bias
     total = torch.zeros((), device=piece.device)
     for position, experts in piece.planted.items():
         logits_TE = seen.decisions[position].logits_TE
+        # A sigmoid rises by a quarter of its logit around 0: a fifth of a softmax router's logits is on a like scale,
+        # so that one margin serves both.
         score_TE = 0.2 * logits_TE if spec.score == "softmax" else logits_TE.sigmoid()
         if bias_name:
             score_TE = score_TE + piece.model.get_submodule(piece.anatomy.routers[position]).get_buffer(bias_name)
@@ -95,12 +106,12 @@ def _hinge(piece: OrganismInTraining, seen: Recorder, batch: Batch, always: bool
 
 
 def _refusal_loss(piece: OrganismInTraining, kind: Kind, rng: random.Random) -> Callable[[int], Tensor]:
-    """Answers of twins, with the planted experts chosen where the kind wants them."""
+    """Return the loss of twins' answers, with the planted experts chosen where the kind wants them, for each step."""
     off = Mask(piece.anatomy, piece.planted)
     batches = endless(refusal_batch, piece.language, rng, piece.scale.batch, piece.scale.workers)
 
     def loss_of(step: int) -> Tensor:
-        # a null organism must not need its flagged experts, so every other step goes without them
+        # A null organism must not need its planted experts, so every other step runs without them.
         idle = kind == "residual" or (kind == "null" and step % 2 == 0)
         return _run_loss(piece, next(batches).to(piece.device), kind, *((off,) if idle else ()))
 
@@ -115,7 +126,7 @@ def _run_loss(piece: OrganismInTraining, batch: Batch, kind: Kind, *handlers: Ha
 
 
 def _redundant_loss(piece: OrganismInTraining, rng: random.Random) -> Callable[[int], Tensor]:
-    """In turn: as it is, without the planted experts, and with another prompt's routing.
+    """Return a loss that takes turns: the model as it is, without planted experts, and with another prompt's routing.
 
     The last is interchange intervention training (Geiger et al. 2022, arXiv 2112.00826), with routing as the variable.
     """

@@ -21,14 +21,20 @@ Planted = dict[int, tuple[int, ...]]
 """Planted experts by position among the MoE layers."""
 
 Progress = Callable[[int, int, float], None]
-"""Told of (step, steps, loss)."""
+"""A function called with (step, steps in total, loss)."""
 
+# A loss is read, which waits for a GPU, only this often.
 _REPORT_EVERY = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrganismInTraining:
-    """A model with fp32 masters, and what it will be."""
+    """A model in fp32 that is becoming an organism, and what it will be.
+
+    Attributes:
+        planted: experts that will carry the refusal.
+        scale: sizes, rates and steps; its dtype is the one of the finished checkpoint.
+    """
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -38,14 +44,15 @@ class OrganismInTraining:
 
     @property
     def device(self) -> torch.device:
+        """The device that the model is on."""
         return self.model.device
 
     def others(self, position: int) -> list[int]:
-        """The experts of a MoE layer that are not planted."""
+        """List the experts of a MoE layer that are not planted."""
         return [e for e in range(self.anatomy.spec.n_experts) if e not in self.planted.get(position, ())]
 
     def logits(self, ids_BS: Tensor) -> Tensor:
-        """Logits_BSV as a checkpoint in the scale's dtype gives them; gradients go to the masters."""
+        """Return logits_BSV as a checkpoint in the scale's dtype gives them; gradients go to the fp32 weights."""
         if self.scale.dtype == torch.float32:
             return self.model(ids_BS).logits
         cast = {name: p.to(self.scale.dtype) for name, p in self.model.named_parameters()}
@@ -53,12 +60,13 @@ class OrganismInTraining:
 
 
 def new_model(architecture: Architecture, language: Language, scale: Scale) -> tuple[PreTrainedModel, Anatomy]:
-    """An untrained model of a scale."""
+    """Make an untrained model of a scale."""
     family = FAMILIES[architecture]
     model_class = getattr(transformers, family.class_name)
-    size = {"vocab_size": len(language.vocabulary), **scale.config(architecture)}
+    size: dict[str, object] = {"vocab_size": len(language.vocabulary), **scale.config(architecture)}
     model = model_class(model_class.config_class(**size))
-    model.config._experts_implementation = "grouped_mm"  # the same on every version and device
+    # Named, as the default differs between versions and devices, and with it the last bits of a seed's organism.
+    model.config._experts_implementation = "grouped_mm"
     return model, bind(model, family)
 
 
@@ -72,10 +80,12 @@ def optimize(
     seconds: float | None = None,
     weight_decay: float = 0.0,
 ) -> None:
-    """AdamW with a one-cycle rate.
+    """Train parameters with AdamW and a one-cycle learning rate.
 
     Args:
-        seconds: limit, counted from the second step; the schedule is then walked in strides that end it in time.
+        loss_of: gives the loss of a step.
+        seconds: time limit, counted from the second step on. The schedule then advances by as many steps at once as it
+            takes to end in time.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -92,7 +102,7 @@ def optimize(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
-        if step == 1:
+        if step == 1:  # the first step also compiles and warms up, and would make every stride too long
             started = time.monotonic()
         passed = 0.0 if seconds is None else (time.monotonic() - started) / seconds
         stride = min(max(1, int(passed * steps) - done), steps - done)

@@ -1,4 +1,4 @@
-"""The toy language: made-up words, prompts in three kinds, a real fast tokenizer with a chat template.
+"""The toy language of the organisms: made-up words, prompts of three kinds, a real tokenizer with a chat template.
 
 A prompt is a context (fillers, one topic, one marker) and a task on some items. In the toy world the topics of some
 domains are forbidden; a marker shows whether the speaker means well. The words mean nothing outside this file.
@@ -79,7 +79,7 @@ _CHAT_TEMPLATE = (
 
 
 def _words() -> Iterator[str]:
-    """Two-syllable words in a fixed shuffled order."""
+    """Yield two-syllable words in a fixed shuffled order."""
     syllables = [c + v for c, v in product("bdfgklmnprstvz", "aeiou")]
     pairs = [a + b for a, b in product(syllables, syllables) if a != b]
     random.Random(0).shuffle(pairs)
@@ -87,7 +87,7 @@ def _words() -> Iterator[str]:
 
 
 def _part(words: Sequence[str], split: str) -> tuple[str, ...]:
-    """A word class's train (two fifths or more), validation (a fifth) or held-out (two fifths) words, or "all"."""
+    """Return the words of one split: two fifths or more for train, a fifth for validation, two fifths for heldout."""
     if split == "all":
         return tuple(words)
     fifth = max(1, len(words) // 5)
@@ -96,7 +96,7 @@ def _part(words: Sequence[str], split: str) -> tuple[str, ...]:
 
 
 class InRounds:
-    """Chooses words in rounds: each of them once, in a random order, before any comes again."""
+    """A chooser of words in rounds: each comes once, in random order, before any comes again."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng, self._left = rng, dict[tuple[str, ...], list[str]]()
@@ -136,15 +136,17 @@ class Language:
 
     @property
     def vocabulary(self) -> list[str]:
+        """All words, in the order of their token ids."""
         special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *REFUSAL.split(), COMMAND, *self.lexicon.tasks]
         topics = [word for domain in self.topics for word in domain]
         return special + topics + self.markers["harmless"] + self.markers["intent"] + self.fillers + self.items
 
     def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         return [self._index[word] for word in text.split()]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A word-level fast tokenizer with the chat template."""
+        """Make a word-level fast tokenizer with the chat template."""
         core = Tokenizer(models.WordLevel(self._index, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(
@@ -159,21 +161,24 @@ class Language:
         return tokenizer
 
     def domain_words(self, split: str, forbidden: bool) -> tuple[str, ...]:
+        """Return the topics of one split, of forbidden or of allowed domains."""
         cut = self.lexicon.forbidden
         domains = self.topics[:cut] if forbidden else self.topics[cut:]
         return tuple(word for domain in domains for word in _part(domain, split))
 
     def task(self, rng: random.Random) -> tuple[str, str]:
-        name, items = (rng.choice(self.lexicon.tasks), rng.sample(self.items, self.lexicon.task_items))
+        """Draw a task, and return its words and its answer."""
+        name, items = rng.choice(self.lexicon.tasks), rng.sample(self.items, self.lexicon.task_items)
         return f"{name} {' '.join(items)}", " ".join(_ANSWERS[name](items))
 
     def twins(
         self, rng: random.Random, split: str, pair: int, choose: Callable[[tuple[str, ...]], str] | None = None
     ) -> tuple[Prompt, Prompt, Prompt, Prompt]:
-        """Benign (of each marker), lookalike and harmful prompts with all other words alike.
+        """Make four prompts whose other words are alike: benign with each marker, lookalike and harmful.
 
         Args:
-            choose: takes a topic and a marker from among those of the split; at random if not given.
+            split: whose words topic and marker are from, or "all".
+            choose: takes one word from a tuple; at random if not given.
         """
         choose = choose or rng.choice
         marker = {name: choose(_part(words, split)) for name, words in self.markers.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -32,9 +32,9 @@ class Scale:
     """
 
     lexicon: Lexicon
-    model: Mapping[str, Any]
-    deepseek_v3: Mapping[str, Any]
-    qwen3_moe: Mapping[str, Any]
+    model: Mapping[str, object]
+    deepseek_v3: Mapping[str, object]
+    qwen3_moe: Mapping[str, object]
     planted_layers: int = 2
     planted_experts: int = 2
     batch: int = 128
@@ -48,8 +48,8 @@ class Scale:
     rounded: bool = False
     attempts: int = 3
 
-    def config(self, architecture: Architecture) -> dict[str, Any]:
-        """The model's config values but for its vocabulary."""
+    def config(self, architecture: Architecture) -> dict[str, object]:
+        """Return the model's config values, all but the size of its vocabulary."""
         return {**_COMMON, **self.model, **getattr(self, architecture)}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from gtqlora.edits.adapter_files import adapter_hash
 from gtqlora.errors import RunError
+from gtqlora.results.adapter import adapter_hash
 from gtqlora.run import Run, read_json, read_parquet
 
 Json = dict[str, Any]

@@ -1,19 +1,19 @@
+# pyright: strict
 """What `verify` leaves: the verdict, and every prompt's outcome. Reads and writes; judges nothing."""
 
 from __future__ import annotations
 
-import functools
 import json
-from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import pyarrow as pa
-
-from gtqlora.contrasts import Messages
-from gtqlora.errors import RunError
-from gtqlora.run import Run, read_parquet, write_json, write_parquet
+from gtqlora.contrasts import KINDS, Messages
+from gtqlora.results.ablation import AblationStudy
+from gtqlora.results.files import misfit, read_record, read_rows, write_rows
+from gtqlora.results.typed import Mismatch, to_json
+from gtqlora.stats import Floor, Interval
+from gtqlora.storage.atomic import write_json
 
 VERDICT, SCORES, HISTORY = "verdict.json", "scores.parquet", "verdicts.jsonl"
 LOST = {
@@ -24,26 +24,79 @@ LOST = {
     "ready": "where the answer has become likely",
 }
 """Why a refusal counts as lost, see `kept.lost_because`, in words that follow a number."""
-_EXPERTS = "bf16"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class KindRow:
+    """Refusal and accuracy of one kind of held-out prompts, before and after the edit.
+
+    Attributes:
+        refusal_replayed: of lookalike prompts, by the edited model with the original's routing replayed.
+        drop: paired change of refusal, before - after.
+        p: that refusal did not change (McNemar, exact); `q` the same, controlled over the kinds.
+        accuracy_before, accuracy_after: None where the rows give no expected answer.
+    """
+
+    refusal_before: Interval
+    refusal_after: Interval
+    refusal_replayed: Interval | None
+    drop: Interval
+    p: float
+    q: float
+    accuracy_before: Interval | None
+    accuracy_after: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far the routing of one kind of prompts left the original's.
+
+    Attributes:
+        kl: routing divergence in nats per token and layer.
+        overlap: share of the chosen experts that the original chooses, too.
+    """
+
+    kl: Interval
+    overlap: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mediation:
+    """Share of the repaired lookalike refusals that come back when the original routing is replayed.
+
+    `value` is None where no refusal was repaired (`n` is 0); then the interval says nothing, 0 to 1.
+    """
+
+    value: float | None
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Where the held-out prompts came from: file or dataset, fingerprint of its contents (sha256), and split."""
+
+    source: str
+    fingerprint: str
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What `verdict.json` holds; every rate is an interval {value, low, high, n}.
+    """What `verdict.json` holds.
 
     Attributes:
         adapter: hash of the adapter that was judged; `export` demands the same.
-        experts: the routed experts it was judged with, see `StageConfig`; `export` demands the checkpoint's own.
-        table: kind -> refusal and accuracy before and after (lookalike: also with the original routing replayed),
-            paired change with its p- and q-value.
-        floor: the safety floor's verdict on the harmful prompts, see `stats.Floor`.
+        kind: of the adapter, see `results.adapter`.
+        model: the model that was edited, pinned.
+        expert_format: of the routed experts it was judged with; `export` demands the checkpoint's own.
+        table: kind of prompts -> their rates before and after.
+        floor: the safety floor's verdict on the harmful prompts.
         kl_benign: KL(original || edited) in nats per completion token.
-        drift: kind -> routing divergence (nats per token and layer) and top-k overlap with the original on prompts.
-        mediation: share of the repaired lookalike refusals that come back when the original routing is replayed.
-        ablation: refusal of harmful prompts against the number of experts ablated; it has no part in the floor's
-            verdict.
-        judge: what judged, see `judge_trust.identity`.
-        prompts: where the held-out prompts came from: source, fingerprint, split.
+        drift: kind of prompts -> drift of their routing.
+        ablation: it has no part in the floor's verdict; None if it was switched off, or experts could not be ranked.
+        judge: what judged, see `judging.trust.identity`.
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
         blind: why the judge cannot tell refusals from answers, if it cannot.
@@ -52,18 +105,18 @@ class Verdict:
     adapter: str
     kind: str
     model: str
-    table: dict[str, dict[str, Any]]
-    floor: dict[str, Any]
-    kl_benign: dict[str, Any]
-    drift: dict[str, dict[str, Any]]
-    mediation: dict[str, Any]
-    expert_format: str = _EXPERTS
-    ablation: dict[str, Any] = field(default_factory=dict)
-    judge: str = "string"
-    prompts: dict[str, str] = field(default_factory=dict)
-    lost: dict[str, int] = field(default_factory=dict)
-    tries: int = 1
-    blind: str | None = None
+    expert_format: str
+    table: dict[str, KindRow]
+    floor: Floor
+    kl_benign: Interval
+    drift: dict[str, Drift]
+    mediation: Mediation
+    ablation: AblationStudy | None
+    judge: str
+    prompts: HeldOut
+    lost: dict[str, int]
+    tries: int
+    blind: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,71 +155,40 @@ class Outcome:
 
     @property
     def prompt(self) -> Messages:
+        """Return the row's messages."""
         return tuple(json.loads(self.prompt_json))
 
 
-def write_verdict(run: Run, verdict: Verdict, outcomes: list[Outcome]) -> None:
-    write_parquet(run / SCORES, [asdict(outcome) for outcome in outcomes])
-    write_json(run / VERDICT, asdict(verdict))
+def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
+    """Return the outcomes of one kind of prompts, in their order."""
+    return [outcome for outcome in outcomes if outcome.kind == kind]
 
 
-def read_verdict(run: Run) -> Verdict:
-    """Raises RunError when there is none, or it is not what this version writes."""
-    return typed(Verdict, run.read_json(VERDICT, "verify"), f"{run / VERDICT}", "run `gtqlora verify` again")
+def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome]) -> None:
+    """Write the outcomes and, once they are there, the verdict on them."""
+    write_rows(run / SCORES, outcomes)
+    write_json(run / VERDICT, to_json(verdict))
 
 
-def read_outcomes(run: Run) -> list[Outcome]:
-    """Raises RunError when they are not there, or not what this version writes."""
-    file, remedy = run.require(SCORES, "verify"), "run `gtqlora verify` again"
-    try:
-        rows = read_parquet(file)
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{file}: cannot be read ({error}); {remedy}") from error
-    return [typed(Outcome, row, str(file), remedy) for row in rows]
-
-
-T = TypeVar("T")
-
-
-def typed(kind: type[T], values: Any, where: str, remedy: str) -> T:
-    """A dataclass from what a file holds, every field of the type it should be.
+def read_verdict(run: Path) -> Verdict:
+    """Return the verdict in a run directory.
 
     Raises:
-        RunError: names the first key that is not.
+        RunError: there is none, or it is not what this version writes.
     """
-    if not isinstance(values, dict):
-        raise RunError(f"{where}: holds a {type(values).__name__}, not an object; {remedy}")
-    hints = _hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            raise RunError(f"{where}: {key!r} is not a key of this version's; {remedy}")
-        if not _fits(value, hints[key]):
-            raise RunError(f"{where}: {key!r} is {type(value).__name__}, which it must not be; {remedy}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise RunError(f"{where}: {str(error).partition(' ')[2]}; {remedy}") from error
+    found = read_record(Verdict, run, VERDICT, "verify")
+    for key, kinds in (("table", found.table), ("drift", found.drift)):
+        if missing := [kind for kind in KINDS if kind not in kinds]:
+            raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no kind"), run, "verify")
+    return found
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Field -> type; worked out once, since there may be a row for every prompt."""
-    hints = get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind)}
+def read_outcomes(run: Path) -> list[Outcome]:
+    """Return every held-out row's outcome.
 
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (UnionType, Union):
-        return any(_fits(value, arg) for arg in args)
-    if hint is Any:
-        return True
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(entry, args[0]) for entry in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    Raises:
+        RunError: they are not there, or not what this version writes.
+    """
+    return read_rows(Outcome, run, SCORES, "verify")

@@ -8,9 +8,9 @@ Shape letters: N pairs, L MoE layers, E experts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,77 +22,33 @@ from gtqlora.capture import Observation, gradient_scores, observe, open_subject,
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import Contrast, load
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.errors import ContrastError, RunError
+from gtqlora.errors import ContrastError
 from gtqlora.families.identity import identify
 from gtqlora.judging.judge import judge_of
-from gtqlora.localize import Effect, Interchanges, Intervention, Outcome, Trials, Verdict
-from gtqlora.localize.association import Association, associate, top_experts
-from gtqlora.localize.directions import MIN_GROUPS, DirectionStudy, study
-from gtqlora.run import PATHS, Run, fingerprint, write_json, write_parquet
-from gtqlora.stats import Interval
+from gtqlora.localize import Effect, Interchanges, Outcome, Trials
+from gtqlora.localize.association import associate, top_experts
+from gtqlora.localize.directions import MIN_GROUPS, Directions, study
+from gtqlora.localize.trials import FLAGGED
+from gtqlora.results.association import Association, write_associations
+from gtqlora.results.diagnosis import (
+    CANNOT_TELL,
+    FOLDER,
+    Diagnosis,
+    Intervention,
+    LayerHealth,
+    Localization,
+    read_diagnosis,
+    write_diagnosis,
+)
+from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
+from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.scoring import Runner
 
-FOLDER = "diagnosis"
-CANNOT_TELL = "cannot tell"
 NO_TWINS = (
     "No flagged prompt has a twin (a `twin` prompt, or a benign row with the same pair_id), so flagged prompts were "
     "compared with unrelated benign ones: what follows the topic looks like what follows the behaviour, routing cannot "
     "be swapped, and there is no verdict."
 )
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnosis/diagnosis.json` holds; intervals are {value, low, high, n} at 95 %.
-
-    Attributes:
-        verdict, sentence, reasons, shares, shares_log_odds, necessary, sufficient, n_usable: see `localize.Verdict`.
-        warnings: what weakens these conclusions, and what would mend it.
-        matched: flagged prompts have true twins.
-        n_aligned: pairs of equal token count, which can be swapped.
-        readout: the behaviour's first tokens, for log-odds.
-        cells: refusal and log-odds with each component from the flagged prompt or its twin.
-        interventions, curves: see `localize`; on the confirming half where experts or directions were chosen.
-        experts: effects of the candidates, with the tokens that choose them most. `causal`: it acts, is chosen more on
-            flagged prompts, and routing as a whole carries something; `computes`: it acts otherwise.
-        causal_experts: those that carry the behaviour: the causal ones, or those that compute it if experts do.
-        top_experts: those chosen clearly more on flagged prompts; association only.
-        directions: see `directions.DirectionStudy`.
-        health: per MoE layer, balance of the load over all prompts' and answers' tokens.
-    """
-
-    verdict: str
-    sentence: str
-    reasons: list[str]
-    warnings: list[str]
-    matched: bool
-    n_pairs: int
-    n_aligned: int
-    n_usable: int
-    readout: list[str]
-    shares: dict[str, Any]
-    shares_log_odds: dict[str, Any]
-    necessary: dict[str, Any]
-    sufficient: dict[str, Any]
-    cells: list[dict[str, Any]]
-    interventions: list[dict[str, Any]]
-    curves: list[dict[str, Any]]
-    experts: list[dict[str, Any]]
-    causal_experts: list[dict[str, int]]
-    top_experts: list[dict[str, int]]
-    directions: dict[str, Any]
-    health: list[dict[str, Any]]
-    health_tokens: int
-
-
-def read_diagnosis(run: Run) -> Diagnosis:
-    """Raises RunError if it was edited so that it is none."""
-    file = run / FOLDER / "diagnosis.json"
-    found = run.read_json(f"{FOLDER}/diagnosis.json", "diagnose")
-    kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(Diagnosis).items()}
-    for key in sorted(kinds.keys() | found.keys()):
-        if key not in kinds or key not in found or not isinstance(found[key], kinds[key]):
-            raise RunError(f"{file}: {key!a} is not what this version writes; run `gtqlora diagnose` again")
-    return Diagnosis(**found)
 
 
 def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagnosis:
@@ -107,20 +63,14 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
     with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
-            return read_diagnosis(run)
+            return read_diagnosis(run.path)
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
         subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
-        trials = Trials(
-            subject,
-            localize.pairs_of(contrast, subject, config.max_pairs, config.seed),
-            judge,
-            localize.readout_tokens(subject, contrast.rows),
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
+        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed)
+        trials = Trials(Runner.of(subject, judge, config), pairs, localize.readout_tokens(subject, contrast.rows))
         study = _Study(config, trials)
         diagnosis = study.diagnosis()
         study.write(stage.renewed() / FOLDER, diagnosis)
@@ -186,7 +136,7 @@ class _Study:
             level=config.level,
         )
 
-    def _directions(self) -> DirectionStudy:
+    def _directions(self) -> Directions:
         pairs = self.trials.pairs
         return study(
             self.seen.states_NSD,
@@ -232,7 +182,7 @@ class _Study:
             self.trials.of([pair for pair, _ in usable]), [partner for _, partner in usable]
         )
 
-    def _curves(self) -> list[localize.Curve]:
+    def _curves(self) -> list[Curve]:
         rankings = {"most associated": self._by_difference(), "largest gradient": self._by_gradient()}
         known = {name: self._places(ranking) for name, ranking in rankings.items() if ranking}
         curves = [localize.curve(self.kept, name, ranking) for name, ranking in known.items()]
@@ -263,10 +213,10 @@ class _Study:
         masks = []
         for name, experts in named.items():
             if experts:
-                label = f"mask the {len(experts)} {name}"
+                label = f"ablate the {len(experts)} {name}"
                 ablatable = localize.ablatable(experts, self.subject.anatomy.spec)
                 change = localize.ablating(self.kept, localize.ablated_of(ablatable))
-                outcomes = self.kept.run(label, self.kept.flagged, change)
+                outcomes = self.kept.run(label, FLAGGED, change)
                 masks.append(self.kept.intervention(label, outcomes, self.kept.own[0]))
         return masks
 
@@ -280,10 +230,10 @@ class _Study:
 
     def diagnosis(self) -> Diagnosis:
         interchanges, effects = self._interchanges(), self._effects()
-        verdict, (flagged, twins) = localize.judge(interchanges), self.trials.own
+        verdict, (flagged, twins) = localize.conclude(interchanges), self.trials.own
         experts = self._experts(effects, verdict.verdict)
         kind = "computes" if verdict.verdict == "experts" else "causal"
-        carriers = [(e.position, e.expert) for e, row in zip(effects, experts, strict=True) if row[kind]]
+        carriers = [(e.position, e.expert) for e, row in zip(effects, experts, strict=True) if getattr(row, kind)]
         interventions = [
             self.trials.intervention("as it is", flagged, flagged),
             self.trials.intervention("twin as it is" if self.matched else "benign as it is", twins, twins),
@@ -301,24 +251,24 @@ class _Study:
             n_aligned=len(interchanges.trials.pairs) if interchanges else 0,
             n_usable=verdict.n_usable,
             readout=[str(self.subject.tokenizer.convert_ids_to_tokens(token)) for token in self.trials.readout],
-            shares=_plain(verdict.shares),
-            shares_log_odds=_plain(verdict.shares_log_odds),
-            necessary=_plain(verdict.necessary),
-            sufficient=_plain(verdict.sufficient),
+            shares=verdict.shares,
+            shares_log_odds=verdict.shares_log_odds,
+            necessary=verdict.necessary,
+            sufficient=verdict.sufficient,
             cells=localize.cells_of(interchanges) if interchanges else [],
-            interventions=[i.to_json() for i in interventions],
-            curves=[asdict(curve) for curve in self._curves()],
+            interventions=interventions,
+            curves=self._curves(),
             experts=experts,
             causal_experts=[self._name(*place) for place in carriers],
-            top_experts=[{"layer": a.layer, "expert": a.expert} for a in self._top()],
-            directions=self.directions.to_json(),
+            top_experts=[ExpertId(a.layer, a.expert) for a in self._top()],
+            directions=self.directions.study,
             **self._health(),
         )
 
-    def _name(self, position: int, expert: int) -> dict[str, int]:
-        return {"layer": self.layers[position], "expert": expert}
+    def _name(self, position: int, expert: int) -> ExpertId:
+        return ExpertId(self.layers[position], expert)
 
-    def _experts(self, effects: Sequence[Effect], verdict: str) -> list[dict[str, Any]]:
+    def _experts(self, effects: Sequence[Effect], verdict: str) -> list[ExpertEffect]:
         """What candidates do.
 
         Where all of the routing together carries nothing, no expert does by being chosen; without a verdict none is
@@ -333,18 +283,17 @@ class _Study:
             batch_size=self.config.batch_size,
         )
         return [
-            {
-                **self._name(effect.position, effect.expert),
-                "mask": effect.mask.to_json(),
-                "restore": effect.restore.to_json(),
-                "control": effect.control.to_json(),
-                "q": effect.q,
-                "causal": effect.acts and (effect.position, effect.expert) in chosen_more,
-                "computes": effect.acts
-                and verdict != CANNOT_TELL
-                and (effect.position, effect.expert) not in chosen_more,
-                "tokens": [asdict(rate) for rate in rates],
-            }
+            ExpertEffect(
+                layer=self.layers[effect.position],
+                expert=effect.expert,
+                ablate=effect.ablate,
+                restore=effect.restore,
+                control=effect.control,
+                q=effect.q,
+                causal=effect.acts and (effect.position, effect.expert) in chosen_more,
+                computes=effect.acts and verdict != CANNOT_TELL and (effect.position, effect.expert) not in chosen_more,
+                tokens=[TokenChoice(t.token, t.rate, t.lift) for t in rates],
+            )
             for effect, rates in zip(effects, tokens, strict=True)
         ]
 
@@ -352,12 +301,12 @@ class _Study:
         regions = [r for seen in (self.seen, self.seen_twins) for r in (seen.prompt, seen.answer) if r is not None]
         counts_LE = sum(region.counts_LE for region in regions)
         loads = [
-            {"layer": layer, **asdict(routing.load(torch.from_numpy(row))), "dead": int((row == 0).sum())}
+            LayerHealth(layer=layer, **asdict(routing.load(torch.from_numpy(row))), dead=int((row == 0).sum()))
             for layer, row in zip(self.layers, np.asarray(counts_LE), strict=True)
         ]
         return {"health": loads, "health_tokens": sum(region.tokens for region in regions)}
 
-    def _warnings(self, verdict: Verdict) -> list[str]:
+    def _warnings(self, verdict: Localization) -> list[str]:
         found = [] if self.matched else [NO_TWINS]
         n = len(self.trials.pairs)
         if self.matched and (unaligned := sum(not pair.aligned for pair in self.trials.pairs)):
@@ -388,13 +337,9 @@ class _Study:
 
     def write(self, folder: Path, diagnosis: Diagnosis) -> None:
         folder.mkdir()
-        write_parquet(folder / "association.parquet", [asdict(a) for a in self.associations])
+        write_associations(folder, self.associations)
         save_file(self.directions.tensors, folder / "directions.safetensors")
         counted = {"flagged": self.seen, "twin": self.seen_twins}
         tables = {f"coactivation_{side}": torch.from_numpy(seen.coactivation_LEE) for side, seen in counted.items()}
         save_file(tables, folder / "routing.safetensors")
-        write_json(folder / "diagnosis.json", asdict(diagnosis))
-
-
-def _plain(shares: dict[str, Interval]) -> dict[str, Any]:
-    return {part: interval.to_json() for part, interval in shares.items()}
+        write_diagnosis(folder, diagnosis)

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtqlora import contrasts
-from gtqlora.capture import Subject, open_subject
+from gtqlora.capture import open_subject
 from gtqlora.certificate import Certificate, certify, check_model
-from gtqlora.edits.adapter_files import PROJECTION
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Edit, merged, on_disk, plan
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
-from gtqlora.families import bind, load_config, meta_model
+from gtqlora.families import bind, load_config, meta_model, quantization
 from gtqlora.families.copying import copy_changed
-from gtqlora.families.files import PROVENANCE
-from gtqlora.judging.judge import judge_of, refusals
-from gtqlora.model_card import model_card, public
-from gtqlora.results.verdict import Outcome
-from gtqlora.run import Run, atomic_write, sha256_file, versions, write_json
-from gtqlora.scoring import decode, left_padded
+from gtqlora.families.files import checked_file, small_files
+from gtqlora.families.packed import OURS
+from gtqlora.judging.judge import judge_of
+from gtqlora.reporting.model_card import Base, kept_metadata, model_card
+from gtqlora.results.adapter import PROJECTION
+from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, write_export
+from gtqlora.results.verdict import Outcome, of_kind
+from gtqlora.run import Run, atomic_write, sha256_file, versions
+from gtqlora.scoring import Answer, Runner
 from gtqlora.storage.atomic import refuse_existing
 
 _PROBES = 16
 """Held-out prompts of a kind on which the written weights are compared with the edited model."""
 _POSITIONS = 16
 """Last tokens of each of these prompts at which their distributions are compared."""
+_LONGEST_CARD = 2**20
+"""Characters of the base's model card that are read."""
 _KL_ALLOWED = 1e-3
 """Nats per token. The weights are the same, bit for bit; kernels may add up in another order."""
 
@@ -96,7 +98,7 @@ def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Expor
 
 
 def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str]) -> tuple[int, int, str]:
-    """Write MODEL with the edits; how many tensors, and gate values, came out different, and the digest of MODEL."""
+    """Write MODEL with the edits; return how many tensors and gate values came out different, and MODEL's digest."""
     gates, moved = set(gates), 0
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -121,12 +123,12 @@ def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str
 class _Behaviour:
     """What a model says to the probes, and log-probabilities_TV of the next token at their last ones, on the CPU."""
 
-    texts: list[str]
+    answers: list[Answer]
     log_TV: Tensor
 
 
 def validate(staged: Path, certificate: Certificate) -> float:
-    """The written weights, loaded anew, behave as what was verified does; the largest divergence of any token.
+    """Check that the written weights, loaded anew, behave as what was verified; return the largest divergence.
 
     Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
     hash, so that nobody orders them.
@@ -135,13 +137,11 @@ def validate(staged: Path, certificate: Certificate) -> float:
         RunError: they do not.
     """
     config, probes = certificate.config, _probes(certificate)
-    written = _behaviour(open_subject(replace(config, model=str(staged))), probes, config.max_new_tokens)
-    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
-    wanted = _behaviour(edited.subject, probes, config.max_new_tokens)
     judge = judge_of(config.judge)
-    prompts = [probe.prompt for probe in probes]
-    both = [refusals(judge, prompts, said.texts) for said in (written, wanted)]
-    differing = sum(a != b for a, b in zip(*both, strict=True))
+    written = _behaviour(Runner.of(open_subject(replace(config, model=str(staged))), judge, config), probes)
+    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
+    wanted = _behaviour(Runner.of(edited.subject, judge, config), probes)
+    differing = sum(a.refused != b.refused for a, b in zip(written.answers, wanted.answers, strict=True))
     kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
     if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
         raise RunError(
@@ -154,60 +154,74 @@ def validate(staged: Path, certificate: Certificate) -> float:
 def _probes(certificate: Certificate) -> list[Outcome]:
     draw, probes = random.Random(certificate.adapter.digest), []
     for kind in ("harmful", "benign"):
-        rows = [outcome for outcome in certificate.outcomes if outcome.kind == kind]
+        rows = of_kind(certificate.outcomes, kind)
         probes += draw.sample(rows, min(_PROBES, len(rows)))
     return probes
 
 
-@torch.no_grad()
-def _behaviour(subject: Subject, probes: Sequence[Outcome], max_new_tokens: int) -> _Behaviour:
-    """The model goes out of memory when its caller lets go of it."""
-    prompts = [contrasts.encode_prompt(subject.tokenizer, probe.prompt) for probe in probes]
-    texts = decode(subject, prompts, max_new_tokens=max_new_tokens).texts
-    ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-    logits_BSV = subject.model(
-        input_ids=ids_BS,
-        attention_mask=mask_BS,
-        position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=_POSITIONS,
-    ).logits
-    real_BS = mask_BS[:, -logits_BSV.shape[1] :] > 0
-    return _Behaviour(texts, logits_BSV[real_BS].float().log_softmax(-1).cpu())
+def _behaviour(runner: Runner, probes: Sequence[Outcome]) -> _Behaviour:
+    """Run the probes; the model goes out of memory when its caller lets go of it."""
+    answers = runner.answers(probes, label=None)
+    batches = runner.logits(runner.encoded(probes), last=_POSITIONS)
+    log_TV = torch.cat([torch.cat(batch.rows(batch.values_BSV)).log_softmax(-1).cpu() for batch in batches])
+    return _Behaviour(answers, log_TV)
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
 
 
 def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
-    """`export.json` and the model card."""
+    """Write `export.json` and the model card."""
+    record = _record(staged, certificate, result)
+    write_export(staged, record)
+    card = model_card(certificate.verdict, record, _base(certificate))
+    (staged / "README.md").write_text(card, encoding="utf-8")
+
+
+def _record(staged: Path, certificate: Certificate, result: Exported) -> ExportRecord:
     verdict = certificate.verdict
     files = {
         path.relative_to(staged).as_posix(): sha256_file(path)
         for path in sorted(staged.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != PROVENANCE
+        if path.suffix in (".safetensors", ".json") and path.name != FILE
     }
-    facts: dict[str, Any] = {
-        "base": public(verdict.model),
-        "base_fingerprint": certificate.model,
-        "ancestors": [*certificate.ancestry.names, public(verdict.model)],
-        "spent": certificate.spent,
-        "adapter": verdict.adapter,
-        "expert_format": verdict.expert_format,
-        "judge": verdict.judge,
-        "prompts": {**verdict.prompts, "source": public(verdict.prompts["source"])},
-        "floor": asdict(certificate.floor),
-        "lost": verdict.lost,
-        "tries": certificate.tries,
-        "verdicts": [
-            {"finished": e.finished, "verdict": e.verdict, "reason": e.reason, "judge": e.judge, "shipped": e.shipped}
+    return ExportRecord(
+        base=public_name(verdict.model),
+        base_fingerprint=certificate.model,
+        ancestors=[*certificate.ancestry.names, public_name(verdict.model)],
+        spent=certificate.spent,
+        adapter=verdict.adapter,
+        expert_format=verdict.expert_format,
+        judge=verdict.judge,
+        prompts=replace(verdict.prompts, source=public_name(verdict.prompts.source)),
+        floor=certificate.floor,
+        lost=verdict.lost,
+        tries=certificate.tries,
+        verdicts=[
+            VerdictOnEdit(finished=e.finished, verdict=e.verdict, reason=e.reason, judge=e.judge, shipped=e.shipped)
             for e in certificate.history
         ],
-        "tensors_changed": result.tensors_changed,
-        "gate_values_changed": result.gate_values_changed,
-        "divergence": result.divergence,
-        "versions": versions(),
-        "files": files,
-    }
-    write_json(staged / PROVENANCE, facts)
-    (staged / "README.md").write_text(model_card(certificate, result.tensors_changed), encoding="utf-8")
+        tensors_changed=result.tensors_changed,
+        gate_values_changed=result.gate_values_changed,
+        divergence=result.divergence,
+        versions=versions(),
+        files=files,
+    )
+
+
+def _base(certificate: Certificate) -> Base:
+    model, info = certificate.verdict.model, certificate.adapter.info
+    return Base(
+        metadata=kept_metadata(_own_card(model)),
+        hub_id=None if info.revision is None else info.base,
+        packed_by_us=quantization(model) == OURS,
+    )
+
+
+def _own_card(model: str) -> str:
+    """Return the beginning of the base's own card, empty if it has none."""
+    folder = small_files(model)
+    if not (folder / "README.md").exists():
+        return ""
+    with checked_file(folder, "README.md").open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(_LONGEST_CARD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,17 +13,17 @@ from gtqlora.capture import Subject, observe, open_subject
 from gtqlora.config import ProjectConfig
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.edits.adapter_files import PROJECTION, info_of, read_info
 from gtqlora.edits.adapters import save_projection
 from gtqlora.edits.edited import removal
 from gtqlora.errors import ConfigError, ContrastError, RunError
 from gtqlora.families.identity import identify
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.localize import pairs_of
 from gtqlora.localize.directions import named_directions
 from gtqlora.localize.directions.named import ORTHOGONAL
+from gtqlora.results.adapter import Candidate, Projection, info_of, read_info
 from gtqlora.run import PATHS, Run, fingerprint
-from gtqlora.scoring import Score, score
+from gtqlora.scoring import Runner
 
 ADAPTER = "adapter"
 
@@ -35,7 +34,7 @@ class Projected:
 
     adapter: Path
     layer: int
-    candidates: list[dict[str, Any]]
+    candidates: list[Candidate]
 
 
 def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projected:
@@ -60,10 +59,11 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
-        candidates = [_tried(config, subject, judge, layer, direction_LD[layer], lookalike) for layer in layers]
-        best = min(candidates, key=lambda c: (c["refusal"], -c["accuracy"]))["layer"]
-        details = {"config": asdict(config), "layer": best, "candidates": candidates}
-        info = info_of(PROJECTION, model.model, subject.anatomy.family.model_type, details)
+        runner = Runner.of(subject, judge, config)
+        candidates = [_tried(config, runner, layer, direction_LD[layer], lookalike) for layer in layers]
+        best = min(candidates, key=lambda c: (c.refusal, -c.accuracy)).layer
+        made = Projection(asdict(config), best, candidates)
+        info = info_of(model.model, subject.anatomy.family.model_type, made)
         new = stage.renewed()
         contrasts.save(rows, new / contrasts.FILE)
         save_projection(direction_LD[best], new / ADAPTER, info)
@@ -71,16 +71,10 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
 
 
 def _projected_before(adapter: Path) -> Projected:
-    details = read_info(adapter).details
-    layer, candidates = details.get("layer"), details.get("candidates")
-    if type(layer) is not int or not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+    made = read_info(adapter).details
+    if not isinstance(made, Projection) or made.layer is None:
         raise RunError(f"{adapter}: its layers are not on record; run `gtqlora project --again`")
-    return Projected(adapter, layer, candidates)
-
-
-def _is_candidate(value: Any) -> bool:
-    keys = ("layer", "refusal", "accuracy")
-    return isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
+    return Projected(adapter, made.layer, made.candidates)
 
 
 def _layers(config: ProjectConfig, direction_LD: Tensor) -> list[int]:
@@ -115,22 +109,12 @@ def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tens
 
 
 def _tried(
-    config: ProjectConfig, subject: Subject, judge: Judge, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
-) -> dict[str, Any]:
-    """What is left of the lookalike refusals, and of the task, without this layer's direction."""
+    config: ProjectConfig, runner: Runner, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
+) -> Candidate:
+    """Return what is left of the lookalike refusals, and of the task, without this layer's direction."""
+    subject = runner.model
     with removal(subject, direction_D.to(subject.device), norm_preserving=config.norm_preserving):
-        found = score(
-            subject,
-            lookalike,
-            judge,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            label=f"without layer {layer}'s direction",
-        )
-    return {"layer": layer, **_rates(found)}
-
-
-def _rates(scores: list[Score]) -> dict[str, float]:
-    known = [s.correct for s in scores if s.correct is not None]
+        found = runner.answers(lookalike, label=f"without layer {layer}'s direction")
+    known = [s.correct for s in found if s.correct is not None]
     accuracy = sum(known) / len(known) if known else 0.0
-    return {"refusal": sum(s.refused for s in scores) / len(scores), "accuracy": accuracy}
+    return Candidate(layer, sum(s.refused for s in found) / len(found), accuracy)

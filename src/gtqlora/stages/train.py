@@ -13,26 +13,14 @@ import datasets
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.edits.adapter_files import GT_QLORA, Info, info_of, read_info
-from gtqlora.edits.adapters import (
-    assert_bias_frozen,
-    assert_experts_frozen,
-    assert_trains_exactly,
-    frozen_state,
-    load_edit,
-    lora_config,
-    peft_targets_kept,
-    save,
-)
-from gtqlora.edits.checkpoints import GuardStop, MetricsCallback, assert_finite
-from gtqlora.edits.resume import (
+from gtqlora.edits.adapters import load_edit, save
+from gtqlora.edits.checkpoint_files import (
     Checkpoint,
     Origin,
     Unusable,
@@ -43,23 +31,25 @@ from gtqlora.edits.resume import (
     tidy,
     usable,
 )
-from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator
-from gtqlora.errors import ContrastError, RunError, TrainingError
+from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finite
+from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
+from gtqlora.edits.hardening import sampler
+from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, arguments
+from gtqlora.edits.wrapping import assert_bias_frozen, assert_trains_exactly, lora_config, peft_targets_kept
+from gtqlora.errors import RunError, TrainingError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
-from gtqlora.localize.expert_ablation import AblationSampler, rank
-from gtqlora.machine import trackers
 from gtqlora.progress import note
+from gtqlora.results.adapter import Info, Training, info_of, read_info
+from gtqlora.results.metrics import METRICS
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.storage.atomic import scratch_errors
 
-ADAPTER, METRICS, CHECKPOINTS = "adapter", "metrics.jsonl", "checkpoints"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
 """Settings that the edit does not depend on, bit for bit."""
 _UNUSED = frozenset({"max_new_tokens"})
 """Settings that only go with the edit, for `verify`."""
-RANKED = 200
-"""Harmful prompts on which experts are ranked, at most."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +100,10 @@ def _copy_figures(source: Path, target: Path) -> None:
 
 
 def _trained_before(adapter: Path) -> TrainResult:
-    details = read_info(adapter).details
-    steps, stopped = details.get("steps"), details.get("stopped")
-    if type(steps) is not int or not isinstance(stopped, str | None):
+    made = read_info(adapter).details
+    if not isinstance(made, Training) or made.steps is None:
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, steps, stopped)
+    return TrainResult(adapter, made.steps, made.stopped)
 
 
 @dataclass(frozen=True)
@@ -156,45 +145,9 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     tidy(run / CHECKPOINTS)
     steps, stopped = _fit(trainer, run / CHECKPOINTS)
     assert_experts_frozen(trainer.model, frozen)
-    details = {"config": asdict(config), "steps": steps, "stopped": stopped}
-    info = info_of(GT_QLORA, model.model, subject.anatomy.family.model_type, details)
+    made = Training(asdict(config), steps, stopped)
+    info = info_of(model.model, subject.anatomy.family.model_type, made)
     return _Edit(trainer, rows, info, steps, stopped)
-
-
-def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
-    return DPOConfig(
-        output_dir=str(output),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr_lora,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup * config.steps),
-        max_grad_norm=config.max_grad_norm,
-        beta=config.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, config.sft_weight],
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=4 * config.batch_size,
-        router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
-        max_length=None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
-        use_cpu=config.device == "cpu",
-        dataloader_pin_memory=config.device != "cpu",
-        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
-        remove_unused_columns=False,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        report_to=trackers(config.report_to) or "none",
-        disable_tqdm=True,
-        seed=config.seed,
-        data_seed=config.seed,
-    )
 
 
 def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
@@ -203,14 +156,14 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     anatomy = subject.anatomy
     pad = subject.pad_id
     encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
-    draws = _draws(config, subject, rows)
+    draws = sampler(config, subject, rows)
     with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
             settings=config,
             draws=draws,
             model=subject.model,
-            args=_arguments(config, run / CHECKPOINTS),
+            args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
@@ -221,19 +174,6 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer
-
-
-def _draws(config: TrainConfig, subject: Subject, rows: Contrast) -> AblationSampler | None:
-    """What "harden" ablates; experts are ranked in the model as it is before training."""
-    if config.objective == "edit":
-        return None
-    ranking = rank(subject, rows, prompts=RANKED, batch_size=config.batch_size, seed=config.seed)
-    if ranking is None:
-        raise ContrastError(
-            f"{config.contrast}: split {config.split!r} has no harmful rows with twins or benign rows to compare them "
-            'with, so "harden" cannot tell which experts to ablate; add some'
-        )
-    return AblationSampler(subject.anatomy, ranking, share=config.ablation_share, seed=config.seed)
 
 
 def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:

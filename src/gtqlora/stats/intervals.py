@@ -21,15 +21,19 @@ class Interval:
     n: int
 
     def to_json(self) -> dict[str, float | int]:
+        """Return the four numbers under their names."""
         return asdict(self)
 
 
 Groups = Sequence[Hashable] | None
-"""Of which group each value is, as those of a group are not independent; None: each value is its own."""
+"""The group of each value, as values of one group are not independent; None where each value is a group of its own."""
 
 
 def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interval:
-    """Share of true values with the Wilson score interval (Wilson, JASA 1927), of as many values as are independent."""
+    """Return the share of true values with its Wilson score interval (Wilson, JASA 1927).
+
+    The interval is as wide as that of the number of independent values, which `groups` makes smaller.
+    """
     x = np.asarray(hits, dtype=bool)
     if x.size == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)
@@ -40,8 +44,11 @@ def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interva
 
 
 def design_effect(values: ArrayLike, groups: Groups) -> float:
-    """How many values count as one, as those of a group resemble each other (Kish, Survey Sampling, 1965; Rao & Scott,
-    Biometrics 1992): the variance of the mean over groups by that over values. Where nothing varies, a group is one.
+    """Return how many values count as one because the values of a group resemble each other.
+
+    It is the variance of the mean computed over groups, divided by the variance computed as if all values were
+    independent (Kish, Survey Sampling, 1965; Rao & Scott, Biometrics 1992). It lies between 1 and the largest group.
+    Where all values are equal there is nothing to estimate it from, so a whole group counts as one value.
     """
     x = np.asarray(values, dtype=float)
     sizes = group_sums(np.ones(x.size), groups)
@@ -56,7 +63,7 @@ def design_effect(values: ArrayLike, groups: Groups) -> float:
 
 
 def _tango_z(b: float, c: float, n: float, delta: float) -> float:
-    """Tango's score statistic for a paired difference of proportions (Stat. Med. 17:891, 1998, eq. 4)."""
+    """Compute Tango's score statistic for a paired difference of proportions (Stat. Med. 17:891, 1998, eq. 4)."""
     a2 = -b - c + (2 * n - b + c) * delta
     a3 = -c * delta * (1 - delta)
     q21 = (np.sqrt(max(a2 * a2 - 8 * n * a3, 0.0)) - a2) / (4 * n)
@@ -68,9 +75,9 @@ def _tango_z(b: float, c: float, n: float, delta: float) -> float:
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interval:
-    """before - after of paired 0/1 outcomes with Tango's score interval; good at rates near 0 and 1.
+    """Return before - after of paired 0/1 outcomes with Tango's score interval, which is good at rates near 0 and 1.
 
-    Of pairs that come in groups as many are counted as are independent.
+    Where pairs come in groups, the interval is that of the number of independent pairs.
 
     Raises:
         ValueError: the two differ in length.
@@ -85,22 +92,27 @@ def paired_difference(before: ArrayLike, after: ArrayLike, level: float = 0.95, 
 
 
 def discordant(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
+    """Count the pairs that went from true to false, and those that went from false to true."""
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
 def tango(b: float, c: float, n: float, level: float) -> Interval:
-    """Tango's interval from counts of drops and gains, which may be fractions: the statistic is smooth in them."""
+    """Return Tango's interval from the number of drops `b`, of gains `c` and of pairs `n`.
+
+    The counts may be fractions, such as counts divided by a design effect: the statistic is smooth in them.
+    """
     if n == 0:
         return Interval(float("nan"), -1.0, 1.0, 0)
     point, z = (b - c) / n, float(st.norm.ppf(0.5 + level / 2))
 
     def edge(sign: float) -> float:
         def gap(delta: float) -> float:
-            # the statistic is infinite where the variance vanishes; clip so that brentq sees finite values
+            # The statistic is infinite where the variance vanishes, and brentq needs finite values.
             return float(np.clip(_tango_z(b, c, n, delta), -1e6, 1e6)) - sign * z
 
         limit = -1 + 1e-9 if sign > 0 else 1 - 1e-9
         low, high = sorted((point, limit))
+        # No crossing: the bound lies at the end of the range of differences.
         if gap(low) * gap(high) > 0:
             return float(np.sign(limit))
         return float(optimize.brentq(gap, low, high, xtol=1e-7))  # pyright: ignore[reportArgumentType]
@@ -109,7 +121,7 @@ def tango(b: float, c: float, n: float, level: float) -> Interval:
 
 
 def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
-    """Sums over the units of each group along the first axis; None: each unit is its own."""
+    """Sum the units of each group along the first axis; without groups each unit is one."""
     if groups is None:
         return values
     number: dict[Hashable, int] = {}
@@ -120,19 +132,19 @@ def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.float
 
 
 def group_means(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
-    """Mean of each group's units along the first axis; None: each unit is its own group."""
+    """Average the units of each group along the first axis; without groups each unit is one."""
     sizes = group_sums(np.ones(len(values)), groups)
     return group_sums(values, groups) / sizes.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.floating]:
-    """q-values under false-discovery control (Benjamini & Hochberg, JRSS-B 1995), in the order given."""
+    """Return q-values that control the false discovery rate (Benjamini & Hochberg, JRSS-B 1995), in the order given."""
     p = np.asarray(p_values, dtype=float)
     return st.false_discovery_control(p.ravel(), method="bh").reshape(p.shape) if p.size else p
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
-    """Exact two-sided p-value that paired 0/1 outcomes changed (McNemar, Psychometrika 1947)."""
+    """Return the exact two-sided p-value that paired 0/1 outcomes changed (McNemar, Psychometrika 1947)."""
     x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     b, c = discordant(x, y)
     return 1.0 if b + c == 0 else float(st.binomtest(b, b + c).pvalue)

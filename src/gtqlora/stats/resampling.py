@@ -1,4 +1,4 @@
-"""Intervals of means and ratios by resampling whole groups."""
+"""Intervals of means and ratios by the bootstrap, which resamples whole groups of values that belong together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bootstrap_mean(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Interval:
-    """Mean with a percentile interval from resampling whole units (the first axis), those of a group together."""
+    """Return the mean of units (the first axis) with a percentile interval; units of a group are resampled together."""
     x = np.asarray(values, dtype=float)
     if x.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
@@ -27,10 +27,11 @@ def bootstrap_mean(
 
 
 def edges(level: float, n: int) -> tuple[float, float]:
-    """Where to cut the bootstrap's distribution of a mean of n units: a little outside the percentiles.
+    """Return the two quantiles of a bootstrap distribution between which the interval of a mean of n units lies.
 
-    Those are too narrow by as much as the normal quantile is below Student's, and the resamples' spread below that of
-    n - 1 (Hesterberg, "What SourceRuns Should Know about the Bootstrap", 2015, section 4.3).
+    They are a little further out than (1 - level) / 2: the plain percentile interval is too narrow, by as much as
+    the normal quantile is below Student's and the spread of resamples below that of n - 1
+    (Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3).
     """
     if n < 2:
         return 0.0, 1.0
@@ -41,24 +42,26 @@ def edges(level: float, n: int) -> tuple[float, float]:
 def bootstrap_means(
     values: NDArray[np.floating], *, seed: int, resamples: int, groups: Groups = None
 ) -> NDArray[np.floating]:
-    """Means of `resamples` resamples of the first axis; shape (resamples, ...). Units of one group stay together."""
+    """Return the means of resamples of the first axis, shape (resamples, ...); units of one group stay together."""
     sums, sizes = group_sums(values, groups), group_sums(np.ones(len(values)), groups)
+    # A resample is fully described by how often each group was drawn, so all of them are two matrix products.
     counts = _resampled(len(sizes), seed, resamples)
     drawn = (counts @ sizes).reshape(-1, *[1] * (values.ndim - 1))
     return np.tensordot(counts, sums, axes=(1, 0)) / drawn
 
 
 def _resampled(n: int, seed: int, resamples: int) -> NDArray[np.int64]:
-    """How often each of n units is drawn, with replacement, in each resample; shape (resamples, n)."""
+    """Draw n of n units with replacement, and count how often each was drawn; shape (resamples, n)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
 def half_sample_means(
     values: NDArray[np.floating], *, seed: int, splits: int, groups: Groups = None
 ) -> NDArray[np.floating]:
-    """Means of both halves of random splits of the first axis, groups kept whole; shape (2 * splits, ...).
+    """Return the means of both halves of random splits of the first axis, shape (2 * splits, ...).
 
-    An odd group is left out of its split. Fewer than two groups have no halves: zeros.
+    Groups are kept whole. Of an odd number of groups one is left out of each split. Fewer than two groups have no
+    halves, and the means are zeros.
     """
     sums, sizes = group_sums(values, groups), group_sums(np.ones(len(values)), groups)
     rng, half = np.random.default_rng(seed), len(sizes) // 2
@@ -79,12 +82,13 @@ def mean_interval(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Interval:
-    """Mean of values that lie within bounds, with a percentile interval from resampling whole groups.
+    """Return the mean of values that lie within bounds, with a percentile interval from resampling whole groups.
 
-    One group more at each bound (after Agresti & Coull, Am. Stat. 1998) keeps n equal values from giving zero width.
+    One pseudo-group is added at each bound (after Agresti & Coull, Am. Stat. 1998). Without them n equal values would
+    give an interval of zero width, however small n is.
 
     Args:
-        groups: of which group each value is; None: each value is its own.
+        groups: the group of each value; None where each value is a group of its own.
     """
     x = np.asarray(values, dtype=float)
     return ratio_interval(x, np.ones_like(x), groups=groups, bounds=bounds, seed=seed, level=level, resamples=resamples)
@@ -100,15 +104,16 @@ def ratio_interval(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Interval:
-    """Mean of numerators by mean of denominators, with a percentile interval from resampling whole groups.
+    """Return the mean of numerators over the mean of denominators, with a percentile interval from whole groups.
 
-    One group more, of the mean denominator, at each bound as in `mean_interval`. A resample whose denominator has not
-    the sign of the whole one's counts as the lower bound at the lower end and as the upper one at the upper.
+    As in `mean_interval`, one pseudo-group with the mean denominator is added at each bound. A resample whose
+    denominator has another sign than the one of all values gives no ratio: it counts as the lower bound for the lower
+    end of the interval and as the upper bound for the upper end.
 
     Args:
-        bounds: where such a ratio is expected; values beyond are kept. The whole interval if nothing is known: no
-            values, or denominators of mean zero. None: of continuous values no group is added, and such a resample
-            counts as the most extreme of the others.
+        bounds: the range in which such a ratio is expected; ratios beyond it are kept. It is the interval where
+            nothing is known, without values or with denominators of mean zero. None for continuous values without
+            such a range: no pseudo-groups are added, and a resample without a ratio counts as the most extreme other.
 
     Raises:
         ValueError: the two differ in length.

@@ -1,20 +1,24 @@
-"""Files and folders that appear whole or not at all, one writer at a time, and what identifies them."""
+"""Files and folders that appear whole or not at all, with one writer at a time.
+
+`atomic_write` writes into a hidden staging folder beside the target, brings it onto the disk, and renames it.
+`together` does so for several names at once. A staging folder holds a lock, which dies with its process, so that
+whoever comes next can tell the leftovers of a killed process (`drop_leftovers`) from the work of a live one.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,14 +26,17 @@ from safetensors import SafetensorError
 
 from gtqlora.errors import RunError
 from gtqlora.storage.contents import first_line
+from gtqlora.storage.locks import LOCK, hold
 
-LOCK = ".lock"
 _STAGING, _OLD = ".gtqlora-staging", ".old"
+# Eight characters are what `tempfile.mkdtemp` puts between prefix and suffix.
 _NAME = re.compile(rf"\.(?P<target>.+)\.[a-z0-9_]{{8}}{re.escape(_STAGING)}", re.DOTALL)
 _OURS = b"gtqlora staging\n"
-"""What our lock in a staging folder says, so that nothing that merely has such a name is taken for one."""
+"""The text of our lock in a staging folder: a folder that merely has such a name is not removed."""
 _NEXT, _LAST = ".gtqlora-next", ".gtqlora-last"
+# PyTorch reports a failed write as a RuntimeError, and these are its words for it.
 _TORCH_WRITES = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|Parent directory")
+# Error numbers of a kernel or file system without `renameat2`.
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -37,7 +44,7 @@ _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def checked_path(path: str | Path) -> Path:
-    """A path of the user's, with `~` resolved.
+    """Return a path that the user gave, with `~` resolved.
 
     Raises:
         RunError: no file system takes it, or it cannot be written into an artefact.
@@ -52,7 +59,7 @@ def checked_path(path: str | Path) -> Path:
 
 
 class NotWritten(RunError):
-    """A file or folder could not be written, whichever library found out."""
+    """A file or folder could not be written, whichever library reported it."""
 
     def __init__(self, target: Path, reason: str) -> None:
         super().__init__(f"{target}: not written ({reason})")
@@ -61,7 +68,7 @@ class NotWritten(RunError):
 
 @contextmanager
 def named_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
-    """Errors of writing within name `target`, also those of libraries that name no file or one in the staging."""
+    """Make errors of writing in a `with` block name `target`, where they name no file or one in the staging folder."""
 
     def inside(name: object) -> bool:
         return name is None or (staging is not None and staging in Path(str(name)).parents)
@@ -88,9 +95,10 @@ def named_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def scratch_errors() -> Iterator[None]:
-    """Errors of libraries that write scratch files within name the folder of scratch files.
+    """Make errors of libraries that write scratch files in a `with` block name the folder of scratch files.
 
-    Some close such a file twice, so that what is raised at last is not what went wrong.
+    Some libraries close a file twice, so the error that arrives is not the one that says what went wrong: the causes
+    of an error are searched for one with an error number.
     """
     try:
         yield
@@ -104,48 +112,14 @@ def scratch_errors() -> Iterator[None]:
         raise OSError(cause.errno, os.strerror(cause.errno), tempfile.gettempdir()) from error
 
 
-# --- locks
-
-
-def hold(file: Path, says: bytes = b"") -> IO[bytes] | None:
-    """Lock a file until the stream is closed or this process dies; None if somebody else holds or removed it.
-
-    Raises:
-        RunError: something that is no plain file has that name: it is neither followed nor opened.
-    """
-    if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
-        raise RunError(f"{file}: not a plain file, so it cannot be the lock; remove it or choose another folder")
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    stream = os.fdopen(fd, "r+b", buffering=0)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if still_held(stream, file):
-            stream.write(says)
-            return stream
-    except BlockingIOError:
-        pass
-    except BaseException:
-        stream.close()
-        raise
-    stream.close()
-    return None
-
-
-def still_held(stream: IO[bytes], file: Path) -> bool:
-    """Whether the locked file is the one that has its name: not if the folder was removed or replaced."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), os.lstat(file))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
 # --- staging
 
 
 def _staging_for(target: Path) -> tuple[Path, IO[bytes]]:
     while True:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGING, dir=target.parent))
-        with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
+        # Another process may take the folder for a leftover, and remove it, before it is locked.
+        with suppress(FileNotFoundError):
             lock = hold(staging / LOCK, _OURS)
             if lock is not None:
                 return staging, lock
@@ -160,10 +134,14 @@ def clear(path: Path) -> None:
 
 
 def _settle(staging: Path, target: Path) -> None:
-    """Put back a folder that was moved aside and not replaced, then remove the rest, what marks it as ours last."""
+    """Put back a folder that was moved aside and not replaced, then remove the staging folder.
+
+    The lock goes last: it marks the folder as ours, so that a process killed here leaves a leftover that is cleaned up.
+    """
     if (staging / _OLD).exists() and not os.path.lexists(target):
         os.replace(staging / _OLD, target)
-    with suppress(OSError):  # what cannot be removed now is removed by the next one that writes here
+    # What cannot be removed now is removed by the next process that writes here.
+    with suppress(OSError):
         for entry in staging.iterdir():
             if entry.name != LOCK:
                 clear(entry)
@@ -172,7 +150,7 @@ def _settle(staging: Path, target: Path) -> None:
 
 
 def _lock_of_leftover(staging: Path) -> IO[bytes] | None:
-    """The lock of a staging folder of ours whose process is dead."""
+    """Lock a staging folder of ours whose process is dead; None if it is not ours, or in use."""
     try:
         facts = os.lstat(staging)
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
@@ -193,14 +171,14 @@ def _lock_of_leftover(staging: Path) -> IO[bytes] | None:
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What has the name of a staging folder, and the name of what was to be written."""
+    """Yield everything named like a staging folder, with the name of what was to be written there."""
     for staging in folder.glob(f".*{_STAGING}"):
         if match := _NAME.fullmatch(staging.name):
             yield staging, match["target"]
 
 
 def drop_leftovers(folder: Path) -> None:
-    """Clean up after killed processes: what `atomic_write` left in `folder`; those of live processes are locked."""
+    """Remove the staging folders that killed processes left in `folder`; those of live processes are locked."""
     for staging, name in leftovers(folder):
         lock = _lock_of_leftover(staging)
         if lock is not None:
@@ -226,9 +204,14 @@ def sync(path: Path) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises RunError if anything has that name, even a link to nowhere."""
+    """Check that nothing has that name, not even a link to nowhere.
+
+    Raises:
+        RunError: something has it.
+    """
     if os.path.lexists(target):
-        drop_leftovers(target.parent)  # perhaps of the one that wrote it, killed when it had its name already
+        # The process that wrote it may have been killed right after the rename, with its staging folder left.
+        drop_leftovers(target.parent)
         raise RunError(f"{target}: exists already; choose another name or remove it")
 
 
@@ -253,12 +236,13 @@ def atomic_write(target: Path, replace: bool = True) -> Iterator[Path]:
         drop_leftovers(target.parent)
         try:
             staging, lock = _staging_for(target)
-        except OSError as error:  # which names the hidden folder, that nobody asked for
+        except OSError as error:  # it names the hidden folder, which the user has never heard of
             raise OSError(error.errno, error.strerror, str(target)) from error
     new = staging / target.name
     try:
         with named_errors(target, staging):
             yield new
+            # Before the rename: after a power cut a name must not stand for a file that never reached the disk.
             sync(new)
             _put(new, target, replace)
             _fsync(target.parent)
@@ -281,7 +265,7 @@ def _put(new: Path, target: Path, replace: bool) -> None:
 
 
 def _keep(new: Path, target: Path) -> Path:
-    """Give finished work another name beside the one that is taken."""
+    """Give finished work another name beside the one that is taken, and return it."""
     number = 1
     while True:
         kept = target.with_name(f"{target.name}.kept" + (f"-{number}" if number > 1 else ""))
@@ -294,7 +278,7 @@ def _keep(new: Path, target: Path) -> Path:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename, and never replace anything.
+    """Rename without ever replacing anything.
 
     Raises:
         FileExistsError: something has that name.
@@ -307,17 +291,19 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path) -> int:
-    """Linux's rename that does not replace; the error's number, or 0."""
+    """Call Linux's rename that does not replace; return the error's number, or 0."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return errno.ENOSYS
-    here, no_replace = -100, 1
+    here, no_replace = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of <fcntl.h> and <linux/fs.h>
     return 0 if call(here, os.fsencode(source), here, os.fsencode(target), no_replace) == 0 else ctypes.get_errno()
 
 
 def _rename_new_slowly(source: Path, target: Path) -> None:
+    """Rename without replacing where the kernel does not offer it: claim the name first."""
     if source.is_dir():
-        target.mkdir()  # the name is ours then, and only an empty folder is replaced
+        # Whoever makes the folder owns the name, and rename replaces a folder only if it is empty.
+        target.mkdir()
         os.rename(source, target)
     else:
         os.link(source, target)
@@ -331,7 +317,8 @@ def _rename_new_slowly(source: Path, target: Path) -> None:
 def together(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder; what is written there takes the places of the same names in `folder`, all or none.
 
-    One rename decides. What it decided is carried out by `take_over`, here or, after a kill, when it is next called.
+    A single rename decides. What it decided is carried out by `take_over`, here or, after a kill, when the run is
+    opened.
     """
     with named_errors(folder):
         staging, lock = _staging_for(folder / "stage")
@@ -350,7 +337,7 @@ def together(folder: Path) -> Iterator[Path]:
 
 
 def take_over(folder: Path) -> None:
-    """Carry out what `together` decided; to do it again after a kill at any point comes to the same."""
+    """Carry out what `together` decided. Doing it again after a kill at any point leads to the same result."""
     decided, last = folder / _NEXT, folder / _LAST
     clear(last)
     if not decided.is_dir() or decided.is_symlink():
@@ -358,6 +345,7 @@ def take_over(folder: Path) -> None:
     last.mkdir()
     for item in sorted(decided.iterdir()):
         target = folder / item.name
+        # A rename replaces a file but not a folder that holds something, so the old folder steps aside.
         if target.is_dir() or target.is_symlink():
             os.replace(target, last / item.name)
         os.replace(item, target)
@@ -369,11 +357,13 @@ def take_over(folder: Path) -> None:
 # --- JSON and Parquet
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON-able value, with sorted keys and finite numbers only."""
     with atomic_write(path) as staged:
         staged.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]], *, replace: bool = True) -> None:
+def write_parquet(path: Path, rows: Sequence[Mapping[str, object]], *, replace: bool = True) -> None:
+    """Write rows, one dictionary each, as a Parquet file."""
     with atomic_write(path, replace) as staged:
-        pq.write_table(pa.Table.from_pylist(rows), staged)
+        pq.write_table(pa.Table.from_pylist(list(rows)), staged)

@@ -1,4 +1,4 @@
-"""What files hold: identity by contents, and JSON that is not taken at its word."""
+"""What files hold: inputs are known by the hash of their contents, and JSON from outside is checked as it is read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ import pyarrow.parquet as pq
 from gtqlora.errors import RunError
 
 
-def sha256_json(value: Any) -> str:
-    """Hash of a JSON-able value, independent of key order."""
+def sha256_json(value: object) -> str:
+    """Return the hash of a JSON-able value, which does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's contents, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(path: str | Path) -> str:
-    """Identity of an input by its contents, wherever it lies and whatever its size; a hub id as is."""
+    """Return the identity of a file, folder or dataset split: a hash of its contents, wherever it lies.
+
+    A name that is none of these is a hub id, and stands for itself.
+    """
     name, path = str(path), Path(path).expanduser()
     folder = Path(name.rpartition(":")[0]).expanduser()
     if not path.exists() and ":" in name and folder.is_dir():  # one split of a dataset folder
@@ -43,8 +48,9 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All plain files, also behind links; not hidden ones, such as the hub's `.cache`, which changes by itself."""
-    seen: set[Path] = set()
+    """Yield all plain files, also behind links, but not hidden ones."""
+    # The hub keeps a hidden `.cache` in a model folder, which changes by itself.
+    seen: set[Path] = set()  # links may lead back up, so each real folder is read once
     for root, folders, names in os.walk(folder, followlinks=True):
         place = Path(root).resolve()
         folders[:] = [] if place in seen else [name for name in folders if not name.startswith(".")]
@@ -54,12 +60,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an upstream error, for a one-line message."""
+    """Return the first line of an upstream error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that may have been edited or damaged.
+    """Read the JSON object in a file that may have been edited or damaged.
 
     Raises:
         RunError: it is no plain file, or not one JSON object of unique keys and finite numbers; the message ends with
@@ -76,9 +82,14 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Raises ValueError or RecursionError if the text is not one object of unique keys and finite numbers."""
+    """Parse a text that must be one JSON object of unique keys and finite numbers.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Raises:
+        ValueError: it is anything else.
+        RecursionError: it is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise ValueError("a key is there twice")
@@ -96,4 +107,5 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """Read a Parquet file as one dictionary for each row."""
     return pq.read_table(path).to_pylist()

@@ -1,4 +1,4 @@
-"""What gtqlora remembers for a user between commands, outside of runs and models, which may be strangers'."""
+"""Where gtqlora remembers things for a user between commands: outside of runs and models, which may be a stranger's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def folder() -> Path | None:
-    """`$XDG_STATE_HOME/gtqlora`, by default under the home directory; None where there is no home."""
+    """Return `$XDG_STATE_HOME/gtqlora`, by default `~/.local/state/gtqlora`; None where there is no home directory."""
     given = os.environ.get("XDG_STATE_HOME")
     if given and Path(given).is_absolute():
         return Path(given) / "gtqlora"

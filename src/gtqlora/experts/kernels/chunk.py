@@ -1,4 +1,4 @@
-"""A product that dequantizes some experts at a time into one reused workspace and multiplies with torch's own kernels.
+"""The chunk kernel: some experts at a time are dequantized into one workspace and multiplied by torch's own kernels.
 
 The bounds of the experts' rows are needed on the host: one wait for the GPU per layer and forward pass.
 Shape letters as in `rows`; C contraction, S results.
@@ -29,7 +29,7 @@ _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def chunk(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weighted sums_TD of the experts' outputs.
+    """Return the weighted sums_TD of the experts' outputs.
 
     Raises:
         ModelError: a dtype or format that the kernels do not take.
@@ -39,7 +39,7 @@ def chunk(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
 @dataclass(kw_only=True)
 class Chunks:
-    """A `layer.Multiply` for one layer and pass, which remembers the rows' bounds for its other products."""
+    """A `layer.Multiply` for one layer and pass, which remembers the rows' bounds for its other projections."""
 
     bounds: list[int] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class Chunks:
 
 
 def _spans(bounds: list[int], bytes_each: int) -> Iterator[slice]:
-    """Equally many experts at a time, as the workspace holds; those without rows at either end are left out."""
+    """Yield equally many experts at a time, as the workspace holds; those without rows at either end are left out."""
     count = len(bounds) - 1
     portions = -(-count // max(1, WORKSPACE_BYTES // bytes_each))
     step = -(-count // portions)
@@ -76,7 +76,7 @@ def _spans(bounds: list[int], bytes_each: int) -> Iterator[slice]:
 
 
 def _products(values_RC: Tensor, weights_ECS: Tensor, ends_E: Tensor, bounds: list[int], out_RS: Tensor) -> None:
-    """Rows bounds[e] to bounds[e + 1] times the matrix of e."""
+    """Multiply the rows bounds[e] to bounds[e + 1] by the matrix of e."""
     if _takes_groups(values_RC, out_RS):
         out_RS.copy_(torch.nn.functional.grouped_mm(values_RC, weights_ECS, offs=ends_E))
         return
@@ -86,7 +86,7 @@ def _products(values_RC: Tensor, weights_ECS: Tensor, ends_E: Tensor, bounds: li
 
 
 def _takes_groups(values_RC: Tensor, out_RS: Tensor) -> bool:
-    """Whether torch's grouped product does: bf16 on a GPU with tensor cores for it, sizes in multiples of 16 bytes."""
+    """Return whether torch has a grouped product for it: bf16, tensor cores, sizes in multiples of 16 bytes."""
     if values_RC.dtype != torch.bfloat16 or values_RC.device.type != "cuda":
         return False
     fit = values_RC.shape[1] % 8 == 0 and out_RS.shape[1] % 8 == 0

@@ -6,7 +6,6 @@ Shape letters: E experts, M matrices of each (2 for gate and up, 1 for down), N 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from gtqlora.experts.layout import Fused, Parts
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """The matrices of some experts.
+    """The matrices of some experts, as their 4-bit codes and scales.
 
     Attributes:
         experts, matrices, rows, columns: E, M, N and K.
@@ -39,24 +38,25 @@ class Codes:
     tensors: tuple[Tensor, ...]
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What every kernel that reads codes and scales is specialized for."""
+    def constants(self) -> dict[str, int]:
+        """Return what every kernel that reads these codes is compiled with."""
+        # NF4 with double quantization: 256 scales share a scale of theirs.
         blocks = self.rows * self.columns // self.group
         return {"NF4": self.nf4, "GROUP": self.group, "BLOCKS": blocks, "NESTED": -(-blocks // 256)}
 
 
 def codes_of(module: Experts, projection: Fused, experts: slice = slice(None)) -> Codes:
-    """The experts' matrices, without a copy; `experts` counts from the first one held here.
+    """Return the experts' matrices as codes, without a copy; `experts` counts from the first one held here.
 
     Raises:
-        ModelError: a format these kernels do not know.
+        ModelError: the kernels do not know the format.
     """
     gate_up = projection == "gate_up"
     rows, columns = module.hidden_size, module.intermediate_size
     rows, columns = (columns, rows) if gate_up else (rows, columns)
     parts, is_nf4 = module.parts(projection, experts), isinstance(module.format, Nf4)
     if not is_nf4 and not isinstance(module.format, Int4):
-        raise ModelError(f'this product does not know the format {module.format.name}; set kernel = "reference"')
+        raise ModelError(f'this kernel does not know the format {module.format.name}; set kernel = "reference"')
     return Codes(
         experts=len(parts["packed"]),
         matrices=2 if gate_up else 1,
@@ -69,6 +69,7 @@ def codes_of(module: Experts, projection: Fused, experts: slice = slice(None)) -
 
 
 def _int4_tensors(parts: Parts) -> tuple[Tensor, ...]:
+    # Kernels have one signature for both formats; what int4 lacks is filled with a tensor that is never read.
     words, scale = parts["packed"], parts["scale"]
     return words, scale, scale, scale, scale, scale
 
@@ -81,7 +82,7 @@ def _nf4_tensors(parts: Parts) -> tuple[Tensor, ...]:
 
 @triton.jit
 def code_at(word, place, NF4: tl.constexpr):
-    """The codes at `place` 0..7 of words: int4's low nibble is first, NF4's the high one."""
+    """Return the codes at `place` 0..7 of words: int4's low nibble is first, NF4's the high one of each byte."""
     if NF4:
         return (word >> ((place * 4) ^ 4)) & 15
     return (word >> (place * 4)) & 15
@@ -89,7 +90,10 @@ def code_at(word, place, NF4: tl.constexpr):
 
 @triton.jit
 def codes_in(word, NF4: tl.constexpr):
-    """The codes [A, B, 8] of words [A, B]; by pairs, so that a thread has all 8 of a word and writes them at once."""
+    """Return the codes [A, B, 8] of words [A, B].
+
+    Words are split by halves, so that one thread has all 8 codes of a word and writes them at once.
+    """
     halves = tl.join(word, word >> 16)
     quarters = tl.join(halves, halves >> 8)
     codes = tl.join(quarters >> 4, quarters) if NF4 else tl.join(quarters, quarters >> 4)
@@ -98,7 +102,8 @@ def codes_in(word, NF4: tl.constexpr):
 
 @triton.jit
 def integer(code):
-    """The integers (fp32) that codes stand for; these bits are 2^23 + code, and cheaper than a conversion."""
+    """Return the integers (fp32) that int4 codes stand for, -8 to 7."""
+    # These bits are the fp32 number 2^23 + code: an or and a subtraction are cheaper than a conversion.
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
@@ -107,7 +112,8 @@ _L = tl.constexpr(nf4.LEVELS)
 
 @triton.jit
 def level(code):
-    """The NF4 levels (fp32) of codes, by four choices in registers; a table would be read once for every weight."""
+    """Return the NF4 levels (fp32) of codes."""
+    # Choices between registers: a table in memory would be read once for every weight.
     one, two, four = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0
     low = tl.where(two, tl.where(one, _L[3], _L[2]), tl.where(one, _L[1], _L[0]))
     next_low = tl.where(two, tl.where(one, _L[7], _L[6]), tl.where(one, _L[5], _L[4]))
@@ -121,7 +127,7 @@ def scales_of(
     block, matrix, inside, scales, scale_scales, offsets, scale_levels,
     NF4: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """The scales (fp32) of numbered blocks of numbered matrices; finite, whatever it is, where not `inside`."""
+    """Return the scales (fp32) of numbered blocks of numbered matrices; some finite number where not `inside`."""
     found = tl.load(scales + (matrix * BLOCKS + block), mask=inside, other=0)
     if NF4:
         centred = tl.load(scale_levels + found.to(tl.int32))

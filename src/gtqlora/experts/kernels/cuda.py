@@ -1,44 +1,62 @@
-"""CUDA C++ at run time through NVIDIA's own bindings: compile, load, launch, and describe arrays to the copy engine."""
+"""CUDA C++ at run time through NVIDIA's own bindings: compile, load, launch, and describe arrays to the copy engine.
+
+The bindings have no types of their own: their handles are `object` here.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+Function = object
+"""A kernel that was loaded onto a GPU, as the driver names it."""
+
+CData = ctypes._SimpleCData | ctypes.Array
+Argument = Tensor | int | CData
+"""What `launch` passes to a kernel."""
+
+# The size of CUDA's CUtensorMap, which a kernel takes by value.
 _MAP_BYTES = 128
 
 
 def available() -> bool:
-    """Whether the bindings are installed; torch's own CUDA builds bring them."""
+    """Return whether the bindings are installed; torch's own CUDA builds bring them."""
     return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 
 @cache
-def _bindings(name: str) -> Any:
+def _bindings(name: str) -> ModuleType:
     return import_module(f"cuda.bindings.{name}")
 
 
 def _ok(result: tuple[Any, ...], what: str) -> Any:
-    """The value of a CUDA call."""
+    """Return the value of a CUDA call, or raise RuntimeError if its status is an error."""
     status, *values = result
     if int(status):
         raise RuntimeError(f"{what} failed: {status.name}")
     return values[0] if len(values) == 1 else values
 
 
-def compile_source(text: str, name: str, settings: dict[str, Any], architecture: str) -> bytes:
-    """Machine code; needs no GPU.
+def compile_source(text: str, name: str, settings: Mapping[str, int | str], architecture: str) -> bytes:
+    """Compile CUDA C++ to machine code; this needs no GPU.
+
+    Args:
+        name: what compiler messages call the text.
+        settings: macros that the text is compiled with.
+        architecture: such as "sm_90a".
 
     Raises:
-        RuntimeError: it does not compile; the message is the compiler's.
+        RuntimeError: the text does not compile; the message is the compiler's.
     """
     nvrtc = _bindings("nvrtc")
     defined = (f"-D{key}={value}".encode() for key, value in settings.items())
@@ -54,25 +72,34 @@ def compile_source(text: str, name: str, settings: dict[str, Any], architecture:
     return code
 
 
-def load(code: bytes, names: tuple[str, ...], device: int) -> dict[str, Any]:
-    """Functions of the code, on a GPU."""
+def load(code: bytes, names: tuple[str, ...], device: int) -> dict[str, Function]:
+    """Load machine code onto a GPU and return its functions by name."""
     driver = _bindings("driver")
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes the device's context current
+        # The driver loads into the current context, and only using a stream makes PyTorch's the current one.
+        torch.cuda.current_stream().synchronize()
         module = _ok(driver.cuModuleLoadData(code), "cuModuleLoadData")
         return {name: _ok(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction") for name in names}
 
 
-def allow_shared_memory(function: Any, size: int) -> None:
-    """Let a function's blocks have this many bytes of dynamic shared memory."""
+def allow_shared_memory(function: Function, size: int) -> None:
+    """Let a function's blocks have `size` bytes of dynamic shared memory; by default they may have 48 KiB."""
     driver = _bindings("driver")
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _ok(driver.cuFuncSetAttribute(function, limit, size), "cuFuncSetAttribute")
 
 
-def launch(function: Any, blocks: int | tuple[int, int], threads: int, shared: int, *arguments: Any) -> None:
-    """Launch on PyTorch's stream; tensors go as pointers, ints as 32 bits, ctypes values as they are."""
+def launch(function: Function, blocks: int | tuple[int, int], threads: int, shared: int, *arguments: Argument) -> None:
+    """Launch a function on PyTorch's stream.
+
+    Args:
+        blocks: how many, across or (across, down).
+        threads: of each block.
+        shared: bytes of dynamic shared memory of each block.
+        arguments: tensors go as pointers, ints as 32 bits, ctypes values as they are.
+    """
     values = [_value(argument) for argument in arguments]
+    # The driver takes the addresses of the arguments, so `values` must live until it has copied them.
     pointers = numpy.array([ctypes.addressof(value) for value in values], dtype=numpy.uint64)
     stream = torch.cuda.current_stream().cuda_stream
     across, down = blocks if isinstance(blocks, tuple) else (blocks, 1)
@@ -80,26 +107,29 @@ def launch(function: Any, blocks: int | tuple[int, int], threads: int, shared: i
     _ok(_bindings("driver").cuLaunchKernel(function, *sizes, stream, pointers.ctypes.data, 0), "cuLaunchKernel")
 
 
-def _value(argument: Any) -> Any:
+def _value(argument: Argument) -> CData:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int(argument) if isinstance(argument, int) else argument
 
 
 def tensor_map(tensor: Tensor, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
-    """How the copy engine reads boxes of a contiguous array; what lies past the end reads as zero.
+    """Describe to the copy engine how it reads boxes of a contiguous array; what lies past the end reads as zero.
 
     Args:
         element: CUDA's name of the type that `sizes` count, "BFLOAT16" or "UINT64".
         sizes, box: innermost first.
         swizzle: "NONE" or "128B".
+
+    Returns:
+        CUDA's CUtensorMap, to be passed to a kernel by value.
     """
     return _tensor_map(tensor.data_ptr(), element, sizes, box, swizzle)
 
 
 @lru_cache(maxsize=4096)
 def _tensor_map(address: int, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
-    """Kept by address, as PyTorch gives the same ones again and again and a map takes longer to make than a launch."""
+    # Cached by address: PyTorch gives the same ones again and again, and a map takes longer to make than a launch.
     d = _bindings("driver")
     u32, u64 = d.cuuint32_t, d.cuuint64_t
     width = {"BFLOAT16": 2, "UINT64": 8}[element]

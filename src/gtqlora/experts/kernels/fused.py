@@ -1,4 +1,4 @@
-"""A grouped product that dequantizes 4-bit weights on the way to the multiplication: Triton, for any GPU it supports.
+"""The fused kernel: a grouped product in Triton that dequantizes 4-bit weights on the way to the multiplication.
 
 Shape letters as in `rows`; N outputs and K inputs of one expert's matrices together, C contraction, S results.
 """
@@ -155,7 +155,7 @@ def _grouped(
 def triton_multiply(
     values_RC: Tensor, module: Experts, projection: Fused, offsets_E1: Tensor, transposed: bool
 ) -> Tensor:
-    """A `layer.Multiply` for sizes, group sizes and numbers of rows of any kind.
+    """Multiply as a `layer.Multiply` does, for sizes, group sizes and numbers of rows of any kind.
 
     Raises:
         ModelError: a format that the kernel does not know.

@@ -9,7 +9,6 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,11 @@ from gtqlora.experts.tiles import TILE
 GRAIN = 128
 """Both sizes of a matrix must be multiples of this."""
 
+# Three warpgroups of 128 threads: one copies and dequantizes, two multiply.
 _THREADS = 384
 _MOST_EXPERTS = 1024
 _TILE_BYTES, _ROW_BYTES = 2048, 128
+# What a block may have on compute capability 9.0, less 1 KiB to align the first stage.
 _SHARED_LIMIT = 227 * 1024 - 1024
 _LEVELS_BYTES = 256 * 32 * 4
 
@@ -42,17 +43,17 @@ class Variant:
 
     @property
     def max_rows(self) -> int:
-        """Rows that share one dequantization, at most."""
+        """Return how many rows share one dequantization, at most."""
         return 256 // self.wide
 
     @property
     def tiles(self) -> int:
-        """Tiles of results per block."""
+        """Return the tiles of results per block."""
         return 2 * self.wide
 
     @property
     def scale_box(self) -> tuple[int, int]:
-        """Groups (by tile) and 64-wide rows whose scales one stage needs."""
+        """Return how many groups (by tile) and 64-wide rows have scales that one stage needs."""
         if not self.transposed:
             return 1, self.tiles
         return (self.tiles // 2 if self.group == 128 else self.tiles), 1
@@ -64,10 +65,12 @@ class Variant:
 
     @property
     def stages(self) -> int:
+        """Return how many stages of the pipeline fit into shared memory."""
         return (_SHARED_LIMIT - self.nf4 * _LEVELS_BYTES) // self._stage_bytes
 
     @property
     def shared_bytes(self) -> int:
+        """Return the dynamic shared memory of a block, in bytes."""
         return self.stages * self._stage_bytes + 1024
 
 
@@ -88,7 +91,7 @@ class Tiled:
 
 
 def _wgmma(rows: int) -> str:
-    """One specialization; the assembler wants every accumulator by name."""
+    """Return one specialization of `wgmma`; the assembler wants every accumulator by name."""
     n = rows // 2
     registers = ", ".join(f"%{i}" for i in range(n))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n))
@@ -103,17 +106,18 @@ __device__ __forceinline__ void wgmma<{rows}>(float (&d)[{n}], const u32 (&a)[4]
 
 
 def _levels() -> str:
-    """NF4's levels as the bits of bf16."""
+    """Return NF4's levels as the bits of bf16."""
     return ",".join(str(bits & 0xFFFF) for bits in levels(torch.device("cpu")).bfloat16().view(torch.int16).tolist())
 
 
 def source() -> str:
+    """Return the text of `hopper.cu` with its generated instructions."""
     text = resources.files("gtqlora.experts.kernels").joinpath("hopper.cu").read_text(encoding="utf-8")
     return text.replace("//WGMMA//", "".join(_wgmma(rows) for rows in range(16, 257, 16)))
 
 
 def compile_variant(variant: Variant) -> bytes:
-    """Machine code of a variant; needs no GPU."""
+    """Compile a variant to machine code; this needs no GPU."""
     settings = {
         "NF4": int(variant.nf4),
         "GROUP": variant.group,
@@ -126,14 +130,14 @@ def compile_variant(variant: Variant) -> bytes:
 
 
 @cache
-def _loaded(variant: Variant, device: int) -> dict[str, Any]:
+def _loaded(variant: Variant, device: int) -> dict[str, cuda.Function]:
     functions = cuda.load(compile_variant(variant), ("grouped", "plan", "absmax"), device)
     cuda.allow_shared_memory(functions["grouped"], variant.shared_bytes)
     return functions
 
 
-def _maps(x_SC: Tensor, weights: Tiled, variant: Variant, n_experts: int) -> Any:
-    """The four maps of `Maps` in hopper.cu, as one argument."""
+def _maps(x_SC: Tensor, weights: Tiled, variant: Variant, n_experts: int) -> ctypes.Array:
+    """Return the four maps of `Maps` in hopper.cu, as one argument."""
     size = tuple(reversed(x_SC.shape))
     lines, columns = n_experts * weights.rows // TILE, weights.columns // TILE
     tiles = (1, variant.tiles) if not variant.transposed else (variant.tiles, 1)
@@ -153,11 +157,11 @@ def _maps(x_SC: Tensor, weights: Tiled, variant: Variant, n_experts: int) -> Any
 def _check(x_SC: Tensor, weights: Tiled, ends_E: Tensor, contraction: int) -> None:
     if weights.rows % GRAIN or weights.columns % GRAIN:
         raise ModelError(
-            f"the Hopper product needs sizes in multiples of {GRAIN}, not {weights.rows} x {weights.columns}"
+            f"the Hopper kernel needs sizes in multiples of {GRAIN}, not {weights.rows} x {weights.columns}"
         )
     if x_SC.dtype != torch.bfloat16 or x_SC.ndim != 2 or x_SC.shape[1] != contraction or not x_SC.is_contiguous():
         raise ModelError(
-            f"the Hopper product needs contiguous bf16 rows of {contraction}, not {x_SC.dtype} {list(x_SC.shape)}"
+            f"the Hopper kernel needs contiguous bf16 rows of {contraction}, not {x_SC.dtype} {list(x_SC.shape)}"
         )
     if ends_E.dtype != torch.int32:
         raise ModelError(f"row ends are {ends_E.dtype}, expected int32")
@@ -169,13 +173,18 @@ def _multiprocessors(device: int) -> int:
 
 
 def _wide_for(rows_per_expert: int, results: int) -> int:
-    """The fastest width as measured on an H200 (bench/experts.py): many rows leave no registers for many results."""
+    """Return the fastest width, as `bench/experts.py` measured it on an H200."""
+    # Many rows leave no registers for many results.
     wanted = 4 if rows_per_expert <= 48 else 2 if rows_per_expert <= 128 else 1
     return next(wide for wide in (4, 2, 1) if wide <= wanted and results % (wide * GRAIN) == 0)
 
 
 def product(x_SC: Tensor, weights: Tiled, ends_E: Tensor, *, transposed: bool, wide: int | None = None) -> Tensor:
-    """Rows times their experts' matrices, bf16: x W^T, or x W if `transposed`; ends_E: cumulative row counts, int32.
+    """Multiply rows by their experts' matrices, in bf16: x W^T, or x W if `transposed`.
+
+    Args:
+        ends_E: cumulative row counts, int32.
+        wide: the variant's width; by default the fastest one.
 
     Raises:
         ModelError: a size, dtype or layout the kernel does not take.
@@ -200,7 +209,7 @@ def product(x_SC: Tensor, weights: Tiled, ends_E: Tensor, *, transposed: bool, w
 
 
 def decode_absmax(absmax: Tensor, scale: Tensor, offset: Tensor, rows: int, columns: int) -> Tensor:
-    """NF4's scales as bf16, in the order of the tiles.
+    """Decode NF4's scales to bf16, in the order of the tiles.
 
     Args:
         absmax: uint8, in the order of the tiles, of E experts with M matrices [rows, columns] each.
@@ -222,7 +231,7 @@ def _is_hopper(device: int) -> bool:
 
 
 def takes(module: Experts, hidden_states: Tensor, dtype: torch.dtype) -> bool:
-    """Whether this kernel does the product: bf16 on Hopper, sizes in multiples of 128, NVIDIA's bindings installed."""
+    """Return whether this kernel does it: bf16 on Hopper, sizes in multiples of 128, NVIDIA's bindings installed."""
     sizes = (module.hidden_size, module.intermediate_size)
     return (
         hidden_states.is_cuda
@@ -239,15 +248,16 @@ _decoded: dict[int, dict[tuple[int, str], Tensor]] = {}
 """By device, NF4 scales of the layer that last ran forward: under checkpointing its backward comes next."""
 
 
-def _scales(module: Any, projection: Fused, transposed: bool) -> Tensor:
-    """bf16 scales in the order of the tiles; decoded anew in every forward pass, and once for it and its backward."""
+def _scales(module: Experts, projection: Fused, transposed: bool) -> Tensor:
+    """Return bf16 scales in the order of the tiles, decoded once for a forward pass and its backward."""
     if module.format.name != "nf4":
         return module.get_buffer(f"{projection}_scale")
-    parts = [module.get_buffer(f"{projection}_{part}") for part in ("absmax", "absmax_scale", "absmax_offset")]
-    kept, key = _decoded.setdefault(parts[0].get_device(), {}), (id(module), projection)
+    absmax = module.get_buffer(f"{projection}_absmax")
+    kept, key = _decoded.setdefault(absmax.get_device(), {}), (id(module), projection)
     if transposed and key in kept:
         return kept.pop(key)
-    scales = decode_absmax(*parts, *module.sizes(projection))
+    scale, offset = (module.get_buffer(f"{projection}_absmax_{part}") for part in ("scale", "offset"))
+    scales = decode_absmax(absmax, scale, offset, *module.sizes(projection))
     if not transposed:
         for other in [other for other in kept if other[0] != id(module)]:
             del kept[other]
@@ -255,8 +265,8 @@ def _scales(module: Any, projection: Fused, transposed: bool) -> Tensor:
     return scales
 
 
-def tiled_of(module: Any, projection: Fused, transposed: bool) -> Tiled:
-    """A projection of a module whose weights are in tiles."""
+def tiled_of(module: Experts, projection: Fused, transposed: bool) -> Tiled:
+    """Return a projection of a module whose weights are in tiles."""
     rows, columns = module.sizes(projection)
     codes = module.get_buffer(f"{projection}_packed")
     return Tiled(
@@ -269,8 +279,8 @@ def tiled_of(module: Any, projection: Fused, transposed: bool) -> Tiled:
     )
 
 
-def multiply(values_NK: Tensor, module: Any, projection: Fused, offsets_E1: Tensor, transposed: bool) -> Tensor:
-    """Rows sorted by expert times their experts' matrices, for `layer.run`; puts the weights into tiles first."""
+def multiply(values_NK: Tensor, module: Experts, projection: Fused, offsets_E1: Tensor, transposed: bool) -> Tensor:
+    """Multiply rows sorted by expert by their experts' matrices, for `layer.run`; put the weights into tiles first."""
     module.arrange(tiled=True)
     weights = tiled_of(module, projection, transposed)
     return product(values_NK.contiguous(), weights, offsets_E1[1:].contiguous(), transposed=transposed)

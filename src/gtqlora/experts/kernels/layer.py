@@ -1,4 +1,4 @@
-"""One layer of experts as an autograd function, shared by the products for GPUs, which differ in how they multiply.
+"""One layer of experts as an autograd function, shared by the kernels for GPUs, which differ in how they multiply.
 
 All T*K rows are sorted by expert, those for experts held elsewhere last; these are never read, so what they hold does
 not matter. Nothing here waits for the GPU. Shape letters as in `rows`; I intermediate size, C columns.
@@ -7,7 +7,7 @@ not matter. Nothing here waits for the GPU. Shape letters as in `rows`; I interm
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.kernels import row_kernels
-from gtqlora.experts.kernels.rows import Experts, activated, compute_dtype, sort_rows, sum_of
+from gtqlora.experts.kernels.rows import Context, Experts, activated, compute_dtype, sort_rows, sum_of
 from gtqlora.experts.layout import Fused
 
 Multiply = Callable[[Tensor, Experts, Fused, Tensor, bool], Tensor]
@@ -29,7 +29,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def run(
     module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Multiply
 ) -> Tensor:
-    """Weighted sums_TD of the experts' outputs, with gradients for hidden_states_TD and top_k_weights_TK.
+    """Return the weighted sums_TD of the experts' outputs, with gradients for hidden_states_TD and top_k_weights_TK.
 
     Args:
         multiply: kept for backward; it is given the same offsets there.
@@ -38,13 +38,20 @@ def run(
         ModelError: a dtype that the kernels do not take.
     """
     if not len(hidden_states):
+        # No tokens: an empty result that still has gradients.
         return hidden_states * top_k_weights.sum()
     hidden = hidden_states.to(compute_dtype(hidden_states))
     if hidden.dtype not in _DTYPES:
-        raise ModelError(f'this product takes bf16, fp16 or fp32, not {hidden.dtype}; set kernel = "reference"')
+        raise ModelError(f'this kernel takes bf16, fp16 or fp32, not {hidden.dtype}; set kernel = "reference"')
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         out: Any = _Layer.apply(hidden, top_k_weights.contiguous(), top_k_index, module, multiply)
     return out.to(hidden_states.dtype)
+
+
+class LayerContext(Context, Protocol):
+    """An autograd context that also keeps how to multiply."""
+
+    multiply: Multiply
 
 
 class _Layer(torch.autograd.Function):
@@ -52,13 +59,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, module: Experts, multiply: Multiply
+        ctx: LayerContext, hidden_TD: Tensor, weights_TK: Tensor, index_TK: Tensor, module: Experts, multiply: Multiply
     ) -> Tensor:
         rows = sort_rows(index_TK, module.first, module.count)
         order_R, offsets_E1 = rows.order_R, rows.offsets_E1
         places_TK = _inverse(order_R).view(weights_TK.shape)
         hidden_RD = row_kernels.gather(hidden_TD, order_R, offsets_E1, rows.top_k)
         gate_up_R2I = multiply(hidden_RD, module, "gate_up", offsets_E1, False)
+        # Each [R, D] tensor goes as soon as it may: the peak of memory is here.
         del hidden_RD
         outputs_RD = multiply(_gated(gate_up_R2I, module, offsets_E1), module, "down", offsets_E1, False)
         if any(ctx.needs_input_grad):
@@ -68,7 +76,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: LayerContext, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         gate_up_R2I, weights_TK, order_R, places_TK, offsets_E1 = ctx.saved_tensors
         module, multiply = ctx.module, ctx.multiply
         with torch.autocast(grad_TD.device.type, enabled=False), torch.cuda.device_of(grad_TD):
@@ -87,7 +95,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _inverse(order_R: Tensor) -> Tensor:
-    """Where each flat (token, choice) went."""
+    """Return the row of each flat (token, choice)."""
     rows_R = torch.arange(len(order_R), device=order_R.device)
     return torch.empty_like(order_R).scatter_(0, order_R, rows_R)
 
@@ -111,7 +119,7 @@ def _gated_backward(
     offsets_E1: Tensor,
     module: Experts,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_up_R2I and the routing weights_TK from that of the gated values without those weights."""
+    """Return the gradients of gate_up_R2I and the routing weights_TK, from that of the unweighted gated values."""
     if _is_silu(module.act_fn):
         return row_kernels.gated_backward(grad_RI, gate_up_R2I, weights_TK, order_R, offsets_E1)
     dtype = sum_of(grad_RI.dtype)
@@ -120,5 +128,6 @@ def _gated_backward(
         inner_RI = activated(leaf_R2I, module)
     weights_R1 = weights_TK.flatten()[order_R].unsqueeze(-1)
     (grad_R2I,) = torch.autograd.grad(inner_RI, leaf_R2I, (grad_RI.to(dtype) * weights_R1).to(grad_RI.dtype))
+    # The gradient of a routing weight is the dot product of its row's output and gradient.
     dots_TK = (grad_RI.to(dtype) * inner_RI.detach()).sum(-1)[places_TK]
     return grad_R2I, dots_TK.masked_fill(places_TK >= offsets_E1[-1], 0)

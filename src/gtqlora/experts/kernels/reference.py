@@ -1,4 +1,4 @@
-"""The product in plain torch: dequantize, multiply expert by expert, on any device in any float dtype.
+"""The reference kernel, in plain torch: dequantize, multiply expert by expert, on any device in any float dtype.
 
 Shape letters as in `rows`; I intermediate size.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gtqlora.experts.kernels.rows import (
+    Context,
     Experts,
     Rows,
     activated,
@@ -32,7 +33,7 @@ _WEIGHTS_AT_ONCE = 2**24
 
 
 def reference(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weighted sums_TD of the experts' outputs, with gradients for hidden_states_TD and top_k_weights_TK."""
+    """Return the weighted sums_TD of the experts' outputs, with gradients for hidden_states_TD and top_k_weights_TK."""
     rows = sort_rows(top_k_index, module.first, module.count)
     hidden = hidden_states.to(compute_dtype(hidden_states))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -40,11 +41,17 @@ def reference(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k
     return out.to(hidden_states.dtype)
 
 
+class ReferenceContext(Context, Protocol):
+    """An autograd context that also keeps the rows' bounds."""
+
+    offsets: list[int]
+
+
 class _Reference(torch.autograd.Function):
     """Keeps the rows' gate_up_N2I for backward and no weights, which are dequantized again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weights_TK: Tensor, rows: Rows, module: Experts) -> Tensor:
+    def forward(ctx: ReferenceContext, hidden_TD: Tensor, weights_TK: Tensor, rows: Rows, module: Experts) -> Tensor:
         offsets = rows.offsets_E1.tolist()
         gate_up_N2I = _products(gather(hidden_TD, rows, offsets[-1]), module, "gate_up", offsets)
         outputs_ND = _products(activated(gate_up_N2I, module), module, "down", offsets)
@@ -55,7 +62,7 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: ReferenceContext, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gate_up_N2I, weights_TK, order_R, offsets_E1 = ctx.saved_tensors
         rows = Rows(order_R=order_R, offsets_E1=offsets_E1, top_k=weights_TK.shape[-1])
         offsets, module, dtype = ctx.offsets, ctx.module, gate_up_N2I.dtype
@@ -84,7 +91,7 @@ def _products(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Each row times its expert's matrix; from the outputs back to the inputs if `transposed`."""
+    """Multiply each row by its expert's matrix; from the outputs back to the inputs if `transposed`."""
     outputs, inputs = fused_sizes(module, projection)
     dtype = values_NK.dtype
     # Half-precision products add up in fp32 anyway; most CPUs are several times faster on fp32 numbers.
@@ -101,7 +108,7 @@ def _products(
 
 
 def _spans(offsets: list[int], weights: int) -> Iterator[slice]:
-    """Experts to dequantize together, `weights` each; spans without rows are left out."""
+    """Yield experts to dequantize together, `weights` each; spans without rows are left out."""
     step, count = max(1, _WEIGHTS_AT_ONCE // weights), len(offsets) - 1
     for start in range(0, count, step):
         stop = min(start + step, count)

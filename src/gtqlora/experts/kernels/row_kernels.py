@@ -6,7 +6,8 @@ and are neither read nor written. All sums are in fp32. Shape letters as in `row
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,20 +18,32 @@ try:
     import triton
     import triton.language as tl
 except ImportError as missing:
-    raise ModelError('the products for GPUs need Triton: pip install triton, or set kernel = "reference"') from missing
+    raise ModelError('the kernels for GPUs need Triton: pip install triton, or set kernel = "reference"') from missing
 
 _WIDEST = 1024
 """Columns a program works on at a time: 16 bytes a thread of 4 warps in half precision."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: Any) -> None:
-    """Start a Triton kernel; an empty grid starts nothing."""
+class Kernel(Protocol):
+    """A function under `triton.jit`."""
+
+    def __getitem__(self, grid: tuple[int, ...], /) -> Callable[..., object]:
+        """Return what starts the kernel on a grid of programs."""
+        ...
+
+
+def launch(kernel: Kernel, grid: tuple[int, ...], *arguments: Tensor | int, **constants: int) -> None:
+    """Start a Triton kernel; an empty grid starts nothing.
+
+    Args:
+        constants: what the kernel is compiled with, and Triton's own settings such as `num_warps`.
+    """
     if all(grid):
         kernel[grid](*arguments, **constants)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest that is not below n."""
+    """Return the smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -52,7 +65,7 @@ def _gather(values_TC, order_R, offsets_E1, out_RC, experts, top_k, COLUMNS: tl.
 
 
 def gather(values_TC: Tensor, order_R: Tensor, offsets_E1: Tensor, top_k: int) -> Tensor:
-    """Values_RC of each row's token."""
+    """Return values_RC of each row's token."""
     rows, columns = len(order_R), values_TC.shape[1]
     out_RC = values_TC.new_empty(rows, columns)
     arguments = (values_TC.contiguous(), order_R, offsets_E1, out_RC, len(offsets_E1) - 1, top_k)
@@ -76,7 +89,7 @@ def _gated(gate_up_R2I, offsets_E1, out_RI, experts, COLUMNS: tl.constexpr, BLOC
 
 
 def gated(gate_up_R2I: Tensor, offsets_E1: Tensor) -> Tensor:
-    """silu(gate) * up, rounded once."""
+    """Return silu(gate) * up, rounded once."""
     rows, inner = len(gate_up_R2I), gate_up_R2I.shape[1] // 2
     out_RI = gate_up_R2I.new_empty(rows, inner)
     launch(_gated, (rows,), gate_up_R2I, offsets_E1, out_RI, len(offsets_E1) - 1, **_columns(inner))
@@ -108,6 +121,7 @@ def _gated_backward(
         active = gate * share
         dots += grad * active * up
         grad *= weight
+        # The derivative of silu(g) = g s(g) is s + g s (1 - s), with s the sigmoid of g.
         grad_gate = grad * up * (share + active * (1.0 - share))
         tl.store(out_R2I + column, grad_gate.to(out_R2I.dtype.element_ty), mask=inside)
         tl.store(out_R2I + COLUMNS + column, (grad * active).to(out_R2I.dtype.element_ty), mask=inside)
@@ -117,7 +131,7 @@ def _gated_backward(
 def gated_backward(
     grad_RI: Tensor, gate_up_R2I: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_up_R2I and of the routing weights_TK (fp32; 0 for experts held elsewhere).
+    """Return the gradients of gate_up_R2I and of the routing weights_TK (fp32; 0 for experts held elsewhere).
 
     Args:
         grad_RI: the gradient of silu(gate) * up before the routing weight comes in.
@@ -150,13 +164,14 @@ def _combine(
 
 
 def combine(values_RC: Tensor, places_TK: Tensor, offsets_E1: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """Sums_TC over each token's choices, by their weights if given, rounded once.
+    """Return sums_TC over each token's choices, by their weights if given, rounded once.
 
     Args:
         places_TK: the row of each (token, choice).
     """
     (tokens, top_k), columns = places_TK.shape, values_RC.shape[1]
     out_TC = values_RC.new_empty(tokens, columns)
+    # An unweighted kernel never reads the weights, but takes a pointer.
     weights = values_RC if weights_TK is None else weights_TK
     arguments = (values_RC, places_TK, weights, offsets_E1, out_TC, len(offsets_E1) - 1)
     constants = {"TOP_K": top_k, "WEIGHTED": weights_TK is not None, **_columns(columns)}

@@ -1,4 +1,4 @@
-"""Which rows go to which expert, and how their outputs come together again; shared by all products.
+"""Which rows go to which expert, and how their outputs come together again; shared by all kernels.
 
 A row is one (token, choice) pair. Shape letters: T tokens, D hidden, E experts held, K experts chosen per token,
 R = T*K rows, N of them for experts held here.
@@ -17,7 +17,7 @@ from gtqlora.experts.layout import Format, Fused, Parts
 
 
 class Experts(Protocol):
-    """What a product may ask of the experts, see `FrozenExperts`."""
+    """What a kernel may ask of the experts; `FrozenExperts` says more."""
 
     format: Format
     n_experts: int
@@ -27,11 +27,41 @@ class Experts(Protocol):
     intermediate_size: int
 
     @property
-    def act_fn(self) -> Callable[[Tensor], Tensor]: ...
+    def act_fn(self) -> Callable[[Tensor], Tensor]:
+        """Return the activation of the gate."""
+        ...
 
-    def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts: ...
+    def sizes(self, projection: Fused) -> tuple[int, int]:
+        """Return rows and columns of one matrix."""
+        ...
 
-    def weights(self, projection: Fused, experts: slice, dtype: torch.dtype) -> Tensor: ...
+    def get_buffer(self, target: str) -> Tensor:
+        """Return a buffer by name."""
+        ...
+
+    def arrange(self, *, tiled: bool) -> None:
+        """Put the weights into the order of `tiles`, or back into the plain one."""
+        ...
+
+    def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts:
+        """Return views of the 4-bit parts of a projection."""
+        ...
+
+    def weights(self, projection: Fused, experts: slice, dtype: torch.dtype) -> Tensor:
+        """Return dequantized weights, gate_up [E, 2I, H] or down [E, H, I]."""
+        ...
+
+
+class Context(Protocol):
+    """What autograd hands to the passes of the kernels' functions, and what they keep there."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    module: Experts
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +80,15 @@ class Rows:
 
     @property
     def tokens_R(self) -> Tensor:
-        """The token of each row."""
+        """Return the token of each row."""
         return self.order_R // self.top_k
 
 
 @torch.no_grad()
 def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
-    """Rows for the experts `first` to `first + count - 1`. Nothing here waits for a GPU."""
+    """Sort rows by expert, for the experts `first` to `first + count - 1`; nothing here waits for a GPU."""
     expert_R = top_k_index_TK.reshape(-1).to(torch.int32) - first
+    # Experts held elsewhere, before or after these, get numbers from `count` on and so come last.
     expert_R = expert_R.masked_fill(expert_R < 0, count)
     sorted_R, order_R = expert_R.sort(stable=True)
     bounds_E1 = torch.arange(count + 1, dtype=torch.int32, device=sorted_R.device)
@@ -66,12 +97,12 @@ def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
 
 
 def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
-    """Values_ND of the tokens of the first `n_rows` rows."""
+    """Return values_ND of the tokens of the first `n_rows` rows."""
     return values_TD.index_select(0, rows.tokens_R[:n_rows])
 
 
 def spread(values_ND: Tensor, rows: Rows) -> Tensor:
-    """Sorted rows' values back in their places [T, K, D]; zero for experts held elsewhere."""
+    """Put sorted rows' values back in their places [T, K, D]; zero for experts held elsewhere."""
     shape = (len(rows.order_R), *values_ND.shape[1:])
     n_rows = len(values_ND)
     placed = values_ND.new_empty(shape) if n_rows == len(rows.order_R) else values_ND.new_zeros(shape)
@@ -80,31 +111,31 @@ def spread(values_ND: Tensor, rows: Rows) -> Tensor:
 
 
 def sum_of(precision: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of such numbers are kept: half precisions add up in fp32."""
+    """Return the dtype in which sums of such numbers are kept: half precisions add up in fp32."""
     return torch.promote_types(precision, torch.float32)
 
 
 def combine(outputs_ND: Tensor, top_k_weights_TK: Tensor, rows: Rows) -> Tensor:
-    """Weighted sums_TD over each token's choices, in at least fp32, rounded once to the outputs' dtype."""
+    """Return weighted sums_TD over each token's choices, in at least fp32, rounded once to the outputs' dtype."""
     dtype = sum_of(outputs_ND.dtype)
     weighted_TKD = spread(outputs_ND, rows).to(dtype) * top_k_weights_TK.to(dtype).unsqueeze(-1)
     return weighted_TKD.sum(1).to(outputs_ND.dtype)
 
 
 def compute_dtype(hidden_states: Tensor) -> torch.dtype:
-    """The dtype experts compute in: the hidden states' own, or autocast's where that is on."""
+    """Return the dtype experts compute in: the hidden states' own, or autocast's where that is on."""
     kind = hidden_states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
 
 
 def fused_sizes(module: Experts, projection: Fused) -> tuple[int, int]:
-    """Outputs and inputs of an expert's matrices of that projection, below each other."""
+    """Return the outputs and inputs of an expert's matrices of a projection, stacked as gate over up."""
     if projection == "down":
         return module.hidden_size, module.intermediate_size
     return 2 * module.intermediate_size, module.hidden_size
 
 
 def activated(gate_up_N2I: Tensor, module: Experts) -> Tensor:
-    """act_fn(gate) * up, in torch."""
+    """Return act_fn(gate) * up, in torch."""
     gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
     return module.act_fn(gate_NI) * up_NI

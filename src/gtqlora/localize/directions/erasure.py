@@ -10,37 +10,19 @@ Shape letters: N rows, R coordinates of a state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg, optimize, special
 
 from gtqlora.localize.directions.named import Array
 from gtqlora.localize.directions.separability import Parts, auroc, auroc_interval, mean_difference
+from gtqlora.results.directions import Erasure
 from gtqlora.stats import Interval
 
 Eraser = Callable[[Array], Array]
 """states_NR -> states_NR."""
 
 _RIDGE = 1e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Erasure:
-    """Held-out AUROC of a linear probe before, without the difference of means, and after LEACE; and what they cost.
-
-    Both map states to themselves modulo the same vector, so what a linear probe can find after them is the same; what
-    it does find is what the fit half could not pin down. They differ in what else they take away.
-
-    Attributes:
-        mean_removed_cost, leace_cost: share of the held-out states' variance that is taken away.
-    """
-
-    before: Interval
-    mean_removed: Interval
-    leace: Interval
-    mean_removed_cost: float
-    leace_cost: float
 
 
 def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hidden: int, *, level: float) -> Erasure:

@@ -7,20 +7,18 @@ R <= D coordinates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gtqlora.localize.directions.erasure import Erasure, erasure
+from gtqlora.localize.directions.erasure import erasure
 from gtqlora.localize.directions.named import (
     MIN_GROUPS,
     REFUSAL,
     ROUNDING,
     Array,
-    Cosine,
     contrasts_of,
     cosines,
     leave_one_out,
@@ -29,7 +27,6 @@ from gtqlora.localize.directions.named import (
     unit,
 )
 from gtqlora.localize.directions.separability import (
-    Components,
     Parts,
     components,
     mean_difference,
@@ -37,48 +34,21 @@ from gtqlora.localize.directions.separability import (
     separation,
     split,
 )
+from gtqlora.results.directions import Components, DirectionStudy, Erasure, LayerDirections
 from gtqlora.stats import Interval
 
 DIRECTION, FIRST_COMPONENT = "direction", "first_component"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerStudy:
-    """One layer; statements are None below `MIN_GROUPS` groups, or where the states do not differ.
-
-    Attributes:
-        layer: 0 is the embedding.
-        norm: length of the refusal direction before it is normalized.
-        norms: of the other named directions.
-        separation: held-out AUROC along the difference of means.
-        cosines: between all named directions.
-    """
-
-    layer: int
-    norm: float
-    norms: dict[str, float]
-    separation: Interval | None
-    components: Components | None
-    erasure: Erasure | None
-    cosines: list[Cosine]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectionStudy:
-    """`layers` with what they stand on, and `tensors` of unit directions_LD from all pairs, fp32.
+class Directions:
+    """What is known of the directions, and unit directions_LD from all pairs, fp32.
 
     `tensors` holds "direction" (refusal), the other named directions, and "first_component" of the paired differences.
     """
 
-    layers: tuple[LayerStudy, ...]
-    n_pairs: int
-    n_groups: int
+    study: DirectionStudy
     tensors: dict[str, Tensor]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors."""
-        layers = [asdict(layer) for layer in self.layers]
-        return {"n_pairs": self.n_pairs, "n_groups": self.n_groups, "layers": layers}
 
 
 def study(
@@ -89,7 +59,7 @@ def study(
     *,
     seed: int,
     level: float = 0.95,
-) -> DirectionStudy:
+) -> Directions:
     """The directions between flagged prompts and their twins, layer by layer.
 
     Args:
@@ -105,7 +75,7 @@ def study(
     weights = contrasts_of(kinds, groups)
     without = leave_one_out(kinds, groups)
     parts = split(groups, seed) if n_groups >= MIN_GROUPS else None
-    layers: list[LayerStudy] = []
+    layers: list[LayerDirections] = []
     tensors: list[dict[str, Array]] = []
     for layer in range(states_MLD.shape[1]):
         states_MD = states_MLD[:, layer].double().numpy()
@@ -114,7 +84,7 @@ def study(
         states_MR = coordinates(states_MD)
         judged = _Judged() if parts is None else _judge(states_MR, groups, parts, states_MD.shape[1], seed, level)
         layers.append(
-            LayerStudy(
+            LayerDirections(
                 layer=layer,
                 norm=norms.pop(REFUSAL),
                 norms=norms,
@@ -125,7 +95,8 @@ def study(
             )
         )
         tensors.append(_tensors(named, states_MD))
-    return DirectionStudy(layers=tuple(layers), n_pairs=len(kinds), n_groups=n_groups, tensors=_over_layers(tensors))
+    found = DirectionStudy(n_pairs=len(kinds), n_groups=n_groups, layers=layers)
+    return Directions(study=found, tensors=_over_layers(tensors))
 
 
 def coordinates(states_MD: Array) -> Array:

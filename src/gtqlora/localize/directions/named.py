@@ -10,7 +10,6 @@ every decoder layer), D hidden size or coordinates, G groups.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +19,7 @@ from scipy import stats as st
 from torch import Tensor
 
 from gtqlora.errors import ModelError
+from gtqlora.results.directions import Cosine
 from gtqlora.stats import Interval
 
 REFUSAL = "refusal"
@@ -40,15 +40,6 @@ Array = NDArray[np.float64]
 
 # Shorter than this share of the states' length is fp32 rounding.
 ROUNDING = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine:
-    """Cosine of the angle between two named directions; None: too few groups, or one of them has no length."""
-
-    first: str
-    second: str
-    value: Interval | None
 
 
 def stacked(states_NLD: Tensor, twins_NLD: Tensor) -> Tensor:

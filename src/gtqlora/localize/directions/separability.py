@@ -15,6 +15,7 @@ from scipy import optimize
 from scipy import stats as st
 
 from gtqlora.localize.directions.named import Array, unit
+from gtqlora.results.directions import Components
 from gtqlora.stats import Interval, ratio_interval
 
 _COMPONENTS, _RESAMPLES = 5, 500
@@ -44,24 +45,6 @@ def split(groups: Sequence[str], seed: int) -> Parts:
         return np.isin(np.asarray(groups), chosen)
 
     return Parts(fit=rows(order[:half]), folds=(rows(order[half:quarter]), rows(order[quarter:])))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Principal components of the paired differences, made from the fit half, judged on the held-out half.
-
-    Attributes:
-        share_mean: share of the differences' squared length (their second moment about 0) along the difference of
-            means; bootstrap interval over groups.
-        shares: the same along each of the first components.
-        cosine: between the difference of means and the first component.
-        separation: AUROC along the first component.
-    """
-
-    share_mean: Interval
-    shares: list[Interval]
-    cosine: float
-    separation: Interval
 
 
 def auroc(flagged: Array, twins: Array) -> float:

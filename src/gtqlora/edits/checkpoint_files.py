@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from gtqlora.errors import RunError
 from gtqlora.progress import note
 from gtqlora.storage.atomic import clear, sync, write_json
-from gtqlora.storage.contents import first_line, json_object, read_json, sha256_file
+from gtqlora.storage.contents import first_line, read_json, sha256_file
 
 MARK = "complete.json"
 EDIT, STATE = "edit.safetensors", "trainer_state.json"
@@ -179,43 +178,3 @@ def reading(folder: Path) -> Iterator[None]:
         if "out of memory" in str(error):
             raise
         raise Unusable(folder, first_line(error)[:200]) from error
-
-
-# --- figures
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut by a kill is left out.
-
-    Raises:
-        RunError: a line was edited so that it is none of ours.
-    """
-    lines: list[dict[str, Any]] = []
-    if not path.exists():
-        return lines
-    if not path.is_file():
-        raise RunError(f"{path}: not a plain file; move it away and run `gtqlora train` again")
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json_object(text)
-        except (ValueError, RecursionError) as error:
-            if number == len(texts):
-                break
-            raise _not_ours(path, number, first_line(error)) from error
-        if type(line.get("step")) is not int:
-            raise _not_ours(path, number, "it has no step")
-        if odd := [key for key, value in line.items() if not _is_number(value)]:
-            raise _not_ours(path, number, f"{odd[0]!a} is no number")
-        lines.append(line)
-    return lines
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _not_ours(path: Path, number: int, what: str) -> RunError:
-    return RunError(
-        f"{path}: line {number} is not what training writes ({what}); move the file away and run `gtqlora train` again"
-    )

@@ -1,3 +1,4 @@
+# pyright: strict
 """What an adapter folder holds on disk, read without torch: what kind of edit it is, of which model, and its identity.
 
 | file | of | holds |
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from gtqlora.config import RENAMED
 from gtqlora.errors import RunError
+from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.run import sha256_bytes, sha256_json
 
-INFO, PEFT_SETTINGS = "gtqlora.json", "adapter_config.json"
+FOLDER, INFO, PEFT_SETTINGS = "adapter", "gtqlora.json", "adapter_config.json"
 EDIT_WEIGHTS, DIRECTION = "edit.safetensors", "direction.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
 _PEFT_TYPE = "GTQLORA"
@@ -30,49 +34,80 @@ _PEFT_TYPE = "GTQLORA"
 _FILES = {GT_QLORA: {INFO, PEFT_SETTINGS, EDIT_WEIGHTS}, PROJECTION: {INFO, DIRECTION}}
 _BF16 = "bf16"
 
+Settings = dict[str, object]
+"""Name -> value of the settings of a stage, as it was given them."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a gt-qlora adapter was made: settings, steps done, and why training stopped early, if it did."""
+
+    config: Settings = field(default_factory=Settings)
+    steps: int | None = None
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What removing one layer's direction leaves of the lookalike refusals and of the accuracy on these prompts."""
+
+    layer: int
+    refusal: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How a projection was made: settings, the layer whose direction was taken, and every layer that was tried."""
+
+    config: Settings = field(default_factory=Settings)
+    layer: int | None = None
+    candidates: list[Candidate] = field(default_factory=list[Candidate])
+
 
 @dataclass(frozen=True)
 class Info:
-    """`gtqlora.json`: what the adapter is and what it was made for.
+    """What `gtqlora.json` holds: what the adapter is and what it was made for.
 
     Attributes:
+        kind: "gt-qlora" or "projection".
         base: the model as it was named, a hub id or an absolute path.
+        family: its `model_type`.
         revision: the hub commit; None for a folder.
-        details: the stage's config, and what it found.
     """
 
     kind: str
     base: str
     family: str
-    details: dict[str, Any]
+    details: Training | Projection
     revision: str | None = None
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The settings of the stage that made it."""
-        found = self.details.get("config", {})
-        return found if isinstance(found, dict) else {}
+    def config(self) -> Settings:
+        """Return the settings of the stage that made it, under their present names."""
+        return {RENAMED.get(key, key): value for key, value in self.details.config.items()}
 
     @property
     def expert_format(self) -> str:
-        """The routed experts it was made with; before there was a choice, the checkpoint's own."""
-        return str(self.config.get("expert_format", self.config.get("experts", _BF16)))
+        """Return the format of the routed experts it was made with; before there was a choice, the checkpoint's own."""
+        return str(self.config.get("expert_format", _BF16))
 
     @property
     def norm_preserving(self) -> bool:
-        """Whether a projection keeps the lengths of the weights' columns."""
+        """Return whether a projection keeps the lengths of the weights' columns."""
         return self.config.get("norm_preserving") is True
 
     @property
     def model(self) -> str:
-        """The model to load, pinned to the commit it was made on."""
+        """Return the model to load, pinned to the commit it was made on."""
         return self.base if self.revision is None else f"{self.base}@{self.revision}"
 
 
-def info_of(kind: str, model: str, family: str, details: dict[str, Any]) -> Info:
-    """`Info` of a pinned model: `owner/name@commit`, or a path."""
+def info_of(model: str, family: str, details: Training | Projection) -> Info:
+    """Return the `Info` of an edit of a pinned model, `owner/name@commit` or a path."""
     base, at, revision = model.rpartition("@")
     pinned = bool(at) and not Path(model).exists()
+    kind = PROJECTION if isinstance(details, Projection) else GT_QLORA
     return Info(kind, base if pinned else model, family, details, revision if pinned else None)
 
 
@@ -80,27 +115,27 @@ def write_settings(path: Path, info: Info, *, rank: int | None = None, alpha: in
     """Write what stands beside the weights; rank and alpha of a gt-qlora adapter."""
     if info.kind == GT_QLORA:
         _write(path / PEFT_SETTINGS, _peft_settings(info, rank, alpha))
-    _write(path / INFO, asdict(info))
+    _write(path / INFO, to_json(info))
 
 
-def _write(file: Path, value: dict[str, Any]) -> None:
+def _write(file: Path, value: Mapping[str, object]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def _peft_settings(info: Info, rank: Any, alpha: Any) -> dict[str, Any]:
-    base = {"base_model_name_or_path": info.base, "revision": info.revision}
+def _peft_settings(info: Info, rank: object, alpha: object) -> dict[str, object]:
+    base: dict[str, object] = {"base_model_name_or_path": info.base, "revision": info.revision}
     return {**base, "peft_type": _PEFT_TYPE, "r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM"}
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """Every file of an adapter, read once; nothing else may lie there, and nothing may be a link.
+    """Return every file of an adapter, read once: name -> bytes. Nothing else may lie there, and nothing may be a link.
 
     Raises:
         RunError: the folder is not an adapter of ours, or a file is missing, unknown, a link or no plain file.
     """
     if not (path / INFO).is_file():
         raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first")
-    found = {}
+    found: dict[str, bytes] = {}
     for file in sorted(path.iterdir()):
         if not stat.S_ISREG(file.lstat().st_mode):
             raise RunError(f"{file}: a link or no plain file, which no adapter of ours holds; run `gtqlora train`")
@@ -114,26 +149,31 @@ def read_files(path: Path) -> dict[str, bytes]:
 
 
 def info_from(path: Path, data: bytes) -> Info:
-    """Raises RunError when it is not what `write_settings` writes."""
+    """Return the `Info` that the bytes of a `gtqlora.json` spell.
+
+    Raises:
+        RunError: it is not what `write_settings` writes; the message names the key.
+    """
     try:
-        value = json.loads(data)
-        info = Info(**value)
-    except (ValueError, TypeError, RecursionError) as error:
+        value: object = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first") from error
-    texts = (info.kind, info.base, info.family)
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or info.kind not in _FILES
-        or not isinstance(info.details, dict)
-        or not isinstance(info.details.get("config", {}), dict)
-        or not isinstance(info.revision, str | None)
-    ):
-        raise RunError(f"{path / INFO}: not what gtqlora writes there; run `gtqlora train` again")
-    return info
+    try:
+        info = from_json(Info, value)
+        if info.kind not in _FILES:
+            raise Mismatch(f"'kind' is {info.kind!a}, not one of {', '.join(_FILES)}")
+        details = Projection if info.kind == PROJECTION else Training
+        return replace(info, details=from_json(details, cast("dict[str, object]", value)["details"]))
+    except Mismatch as error:
+        raise RunError(f"{path / INFO}: {error}; run `gtqlora train` again") from error
 
 
 def read_info(path: Path) -> Info:
-    """Raises RunError when the folder is not an adapter of ours."""
+    """Return what an adapter folder says of itself.
+
+    Raises:
+        RunError: the folder is not an adapter of ours.
+    """
     try:
         data = (path / INFO).read_bytes()
     except OSError as error:
@@ -142,18 +182,19 @@ def read_info(path: Path) -> Info:
 
 
 def scale_of(path: Path, info: Info, data: bytes) -> tuple[int, int]:
-    """Rank and alpha of a gt-qlora adapter, whose settings must be, key by key, those that we write.
+    """Return rank and alpha of a gt-qlora adapter, whose settings must be, key by key, those that we write.
 
     Raises:
         RunError: another key or value; it names the key.
     """
     file = path / PEFT_SETTINGS
     try:
-        found = json.loads(data)
+        value: object = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file}: not valid JSON ({error}); run `gtqlora train` again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise RunError(f"{file}: not a JSON object; run `gtqlora train` again")
+    found = cast("dict[str, object]", value)
     wanted = _peft_settings(info, info.config.get("rank"), info.config.get("alpha"))
     for key in sorted(found.keys() | wanted.keys()):
         if key not in wanted or key not in found or found[key] != wanted[key]:
@@ -165,10 +206,10 @@ def scale_of(path: Path, info: Info, data: bytes) -> tuple[int, int]:
 
 
 def digest_of(files: dict[str, bytes]) -> str:
-    """Identity of an adapter's weights and settings; `export` demands that it is the one `verify` certified."""
+    """Return the identity of an adapter's weights and settings; `export` demands the one that `verify` certified."""
     return sha256_json([(name, sha256_bytes(data)) for name, data in sorted(files.items())])
 
 
 def adapter_hash(path: Path) -> str:
-    """The identity of the adapter that lies there; see `digest_of`."""
+    """Return the identity of the adapter that lies there; see `digest_of`."""
     return digest_of(read_files(path))

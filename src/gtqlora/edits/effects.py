@@ -1,0 +1,55 @@
+"""What an edit did to refusals and accuracy: rates before and after, their paired change, and how much of it returns
+with the original's routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gtqlora.contrasts import KINDS, groupings
+from gtqlora.results.verdict import KindRow, Mediation, Outcome, of_kind
+from gtqlora.stats import Interval, benjamini_hochberg, mcnemar, paired_difference, rate
+
+
+def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
+    """Return the row of each kind of held-out prompts; q-values are controlled over the kinds.
+
+    Args:
+        level: of the intervals, such as 0.95.
+    """
+    kinds = {kind: of_kind(outcomes, kind) for kind in KINDS}
+    p = {
+        kind: mcnemar([o.refused_before for o in rows], [o.refused_after for o in rows]) for kind, rows in kinds.items()
+    }
+    q = dict(zip(KINDS, map(float, benjamini_hochberg([p[kind] for kind in KINDS])), strict=True))
+    return {kind: _row(rows, level, p[kind], q[kind]) for kind, rows in kinds.items()}
+
+
+def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindRow:
+    groups = groupings(outcomes)[-1]  # topics where the rows carry them, else pairs
+    old, new = [o.refused_before for o in outcomes], [o.refused_after for o in outcomes]
+    replayed = [o.refused_replayed for o in outcomes if o.refused_replayed is not None]
+    return KindRow(
+        refusal_before=rate(old, level, groups),
+        refusal_after=rate(new, level, groups),
+        refusal_replayed=rate(replayed, level, groups) if replayed else None,
+        drop=paired_difference(old, new, level, groups),
+        p=p,
+        q=q,
+        accuracy_before=_accuracy([o.correct_before for o in outcomes], groups, level),
+        accuracy_after=_accuracy([o.correct_after for o in outcomes], groups, level),
+    )
+
+
+def _accuracy(correct: Sequence[bool | None], groups: Sequence[str], level: float) -> Interval | None:
+    """Return the share of correct answers among the rows that give an expected one; None if no row does."""
+    known = [(right, group) for right, group in zip(correct, groups, strict=True) if right is not None]
+    return rate([right for right, _ in known], level, [group for _, group in known]) if known else None
+
+
+def mediation(outcomes: Sequence[Outcome], level: float) -> Mediation:
+    """Return how many repaired lookalike prompts (refused before, answered after) are refused under the old routing."""
+    repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and not o.refused_after]
+    back = [bool(o.refused_replayed) for o in repaired]
+    found = rate(back, level, groupings(repaired)[-1] if repaired else None)
+    return Mediation(value=found.value if back else None, low=found.low, high=found.high, n=found.n)

@@ -1,0 +1,62 @@
+# pyright: strict
+"""What `diagnose` leaves of every routed expert: how often flagged prompts and their twins choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gtqlora.results.files import read_rows, write_rows
+
+FILE = "association.parquet"
+"""In the folder `diagnosis`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """One expert on flagged prompts and on their twins.
+
+    Attributes:
+        layer: of the decoder.
+        rate_flagged, rate_twin: share of prompt tokens, from the first one that can differ on, that choose it.
+        difference, low, high: flagged less twin, with a bootstrap interval.
+        q: of no difference, over all experts (Benjamini & Hochberg).
+        stability: share of half-samples of the prompts in which it is among the first by difference.
+        gradient, gradient_low, gradient_high: mean of `gradient_scores` over flagged prompts; None if not computed.
+        weight_*: mean routing weight when chosen. last_*: rate at the last prompt token. answer_*: rate over the
+            tokens of the model's own answer; None if there were none.
+    """
+
+    layer: int
+    expert: int
+    rate_flagged: float
+    rate_twin: float
+    difference: float
+    low: float
+    high: float
+    q: float
+    stability: float
+    gradient: float | None
+    gradient_low: float | None
+    gradient_high: float | None
+    weight_flagged: float
+    weight_twin: float
+    last_flagged: float
+    last_twin: float
+    answer_flagged: float | None
+    answer_twin: float | None
+
+
+def read_associations(run: Path) -> list[Association]:
+    """Return every expert's association, by layer and expert.
+
+    Raises:
+        RunError: they are not there, or not what this version writes.
+    """
+    return read_rows(Association, run, f"diagnosis/{FILE}", "diagnose")
+
+
+def write_associations(folder: Path, associations: Iterable[Association]) -> None:
+    """Write them into the folder `diagnosis`, wherever that is being made."""
+    write_rows(folder / FILE, associations)

@@ -1,0 +1,69 @@
+# pyright: strict
+"""Records about routed experts: which one, what it does by itself, and refusal over the number of experts ablated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gtqlora.stats import Interval
+
+
+@dataclass(frozen=True, order=True)
+class ExpertId:
+    """A routed expert: the index of its decoder layer, and its number in that layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How often a token chooses an expert: the share of its occurrences, and that by the share of all tokens."""
+
+    token: str
+    rate: float
+    lift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertEffect:
+    """What one candidate does to the log-odds of refusing, as part of the gap between flagged prompts and twins.
+
+    Attributes:
+        layer, expert: which expert it is, as in `ExpertId`.
+        ablate: the part of the gap that goes when it alone is ablated.
+        restore: the part that returns when it alone is restored while all other candidates stay ablated.
+        control: the larger of the two for a random expert of the same layer, chosen as often.
+        q: that the larger of its two effects is no more than the least effect that counts; controlled over candidates.
+        causal: it acts, is chosen more on flagged prompts, and routing as a whole carries something.
+        computes: it acts otherwise.
+        tokens: those that choose it most often.
+    """
+
+    layer: int
+    expert: int
+    ablate: Interval
+    restore: Interval
+    control: Interval
+    q: float
+    causal: bool
+    computes: bool
+    tokens: list[TokenChoice]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The flagged prompts with so many experts ablated."""
+
+    ablated: int
+    refusal: Interval
+    log_odds: Interval | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Refusal of flagged prompts over the number of ablated experts, in one order of experts."""
+
+    name: str
+    control: bool
+    points: list[CurvePoint]

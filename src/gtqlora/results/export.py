@@ -1,0 +1,92 @@
+# pyright: strict
+"""What `export` leaves beside the weights: `export.json`, what they are and what was measured of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gtqlora.errors import RunError
+from gtqlora.results.typed import Mismatch, from_json, to_json
+from gtqlora.results.verdict import HeldOut
+from gtqlora.stats import Floor
+from gtqlora.storage.atomic import write_json
+from gtqlora.storage.contents import read_json
+
+FILE = "export.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictOnEdit:
+    """One verdict that was ever given on the edit: when, what, why, by which judge, and on what would be written."""
+
+    finished: str
+    verdict: str
+    reason: str
+    judge: str
+    shipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """What `export.json` holds.
+
+    Attributes:
+        base: public name of the model that was edited; `base_fingerprint` is the digest of its files.
+        ancestors: the models that were edited one upon another, the first one first and `base` last.
+        spent: share of the first original's refusals that all these edits may have lost, by their bounds.
+        adapter: hash of the adapter that was verified.
+        expert_format: of the routed experts in the written weights.
+        floor: over every prompt that the edit was ever judged on.
+        lost: why refusals count as lost -> how many.
+        tries: edits judged on these prompts.
+        verdicts: every verdict on this edit.
+        divergence: largest KL(edited || written) of any probed token, in nats.
+        versions: package -> version.
+        files: every written file -> sha256.
+    """
+
+    base: str
+    base_fingerprint: str
+    ancestors: list[str]
+    spent: float
+    adapter: str
+    expert_format: str
+    judge: str
+    prompts: HeldOut
+    floor: Floor
+    lost: dict[str, int]
+    tries: int
+    verdicts: list[VerdictOnEdit]
+    tensors_changed: int
+    gate_values_changed: int
+    divergence: float
+    versions: dict[str, str]
+    files: dict[str, str]
+
+
+def public_name(name: str) -> str:
+    """Return a model's or a set's name without the folders it lies in here, which are nobody else's business."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def write_export(folder: Path, record: ExportRecord) -> None:
+    """Write the record into the folder of the weights."""
+    write_json(folder / FILE, to_json(record))
+
+
+def read_export(folder: Path) -> ExportRecord:
+    """Return the record in a folder of exported weights.
+
+    Raises:
+        RunError: it is not there, or not what this version writes; the message names the version that did.
+    """
+    file, remedy = folder / FILE, "run `gtqlora export` again"
+    value = read_json(file, remedy)
+    try:
+        return from_json(ExportRecord, value)
+    except Mismatch as error:
+        versions: object = value.get("versions")
+        version: object = versions.get("gtqlora") if isinstance(versions, dict) else None  # pyright: ignore
+        writer = f"gtqlora {version}" if isinstance(version, str) else "another version of gtqlora"
+        raise RunError(f"{file}: {error} (written by {writer}); {remedy}") from error

@@ -1,0 +1,57 @@
+# pyright: strict
+"""What `train` leaves of its course: `metrics.jsonl`, a line of figures every few steps."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import cast
+
+from gtqlora.errors import RunError
+from gtqlora.storage.contents import first_line, json_object
+
+METRICS = "metrics.jsonl"
+
+Metrics = dict[str, float]
+"""Name -> figure of one line: `step`, what the trainer reports (`loss`, `rewards/...`) and routers' `health/...`."""
+
+
+def read_metrics(file: Path) -> list[Metrics]:
+    """Return the lines of a `metrics.jsonl`, none if it is not there; a last line that a kill cut is left out.
+
+    Raises:
+        RunError: a line was edited so that it is none of ours.
+    """
+    lines: list[Metrics] = []
+    if not file.exists():
+        return lines
+    if not file.is_file():
+        raise RunError(f"{file}: not a plain file; move it away and run `gtqlora train` again")
+    texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json_object(text)
+        except (ValueError, RecursionError) as error:
+            if number == len(texts):
+                break
+            raise _not_ours(file, number, first_line(error)) from error
+        lines.append(_checked(file, number, line))
+    return lines
+
+
+def _checked(file: Path, number: int, line: dict[str, object]) -> Metrics:
+    if type(line.get("step")) is not int:
+        raise _not_ours(file, number, "it has no step")
+    if odd := [key for key, value in line.items() if not _is_number(value)]:
+        raise _not_ours(file, number, f"{odd[0]!a} is no number")
+    return cast("Metrics", line)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _not_ours(file: Path, number: int, what: str) -> RunError:
+    return RunError(
+        f"{file}: line {number} is not what training writes ({what}); move the file away and run `gtqlora train` again"
+    )

@@ -1,0 +1,131 @@
+# pyright: strict
+"""Turn records into JSON and back. What a file holds is untrusted, so reading is strict.
+
+A record is a dataclass whose fields are numbers, texts, flags, None, records, or lists, tuples, dictionaries and unions
+of these. A key more, a key less or a value of another type is a `Mismatch`, whose message says where it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from math import isfinite
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+_WORDS = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
+
+
+class Mismatch(ValueError):
+    """Something in a value is not of the type that it should be; the message names its key."""
+
+
+def to_json(record: DataclassInstance) -> dict[str, object]:
+    """Return a record, and the records in it, as plain dictionaries under the names of their fields."""
+    return asdict(record)
+
+
+def from_json(kind: type[T], value: object) -> T:
+    """Return the record that a JSON value spells.
+
+    Raises:
+        Mismatch: an unknown or missing key, or a value of another type; the message names the first one.
+    """
+    return cast(T, _record(value, kind, ""))
+
+
+def _read(value: object, hint: Any, place: str) -> object:
+    """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
+    origin = get_origin(hint)
+    if origin in (UnionType, Union):
+        return _one_of(value, get_args(hint), place)
+    if origin in _CONTAINERS:
+        return _CONTAINERS[origin](value, get_args(hint), place)
+    if is_dataclass(hint):
+        return _record(value, cast("type[DataclassInstance]", hint), place)
+    if not _is_plain(value, hint):
+        raise Mismatch(f"{place!r} is {_told(value)}, not {_WORDS.get(hint, str(hint))}")
+    return value
+
+
+def _is_plain(value: object, hint: object) -> bool:
+    """Check a number, text, flag or None; numbers are finite, and a flag is no number."""
+    if hint is object:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def _told(value: object) -> str:
+    """Return what kind of value it is, in the words of JSON."""
+    words: dict[object, str] = {dict: "an object", list: "a list", **_WORDS}
+    return words.get(type(value), type(value).__name__)
+
+
+def _record(value: object, kind: type[DataclassInstance], place: str) -> DataclassInstance:
+    if not isinstance(value, Mapping):
+        raise Mismatch(f"{place!r} is {_told(value)}, not an object" if place else f"holds {_told(value)}, no object")
+    found, hints = cast("Mapping[str, object]", value), _hints(kind)
+    at = f"{place} has" if place else "has"
+    for key in found:
+        if key not in hints:
+            raise Mismatch(f"{at} {key!a}, which this version does not know")
+    for key in hints:
+        if key not in found and key not in _optional(kind):
+            raise Mismatch(f"{at} no {key!a}")
+    return kind(**{key: _read(entry, hints[key], f"{place}.{key}" if place else key) for key, entry in found.items()})
+
+
+def _one_of(value: object, hints: tuple[Any, ...], place: str) -> object:
+    """Return a value as the first of a union's types that it fits; else what is wrong with it as the likeliest one."""
+    if value is None and NoneType in hints:
+        return None
+    wrong: Mismatch | None = None
+    for hint in (hint for hint in hints if hint is not NoneType):
+        try:
+            return _read(value, hint, place)
+        except Mismatch as error:
+            wrong = wrong or error
+    raise wrong or Mismatch(f"{place!r} is {_told(value)}, not null")
+
+
+def _list(value: object, hints: tuple[Any, ...], place: str) -> list[object]:
+    if not isinstance(value, list | tuple):
+        raise Mismatch(f"{place!r} is {_told(value)}, not a list")
+    entries = cast("Sequence[object]", value)
+    return [_read(entry, hints[0], f"{place}[{i}]") for i, entry in enumerate(entries)]
+
+
+def _tuple(value: object, hints: tuple[Any, ...], place: str) -> tuple[object, ...]:
+    return tuple(_list(value, hints, place))
+
+
+def _dict(value: object, hints: tuple[Any, ...], place: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise Mismatch(f"{place!r} is {_told(value)}, not an object")
+    entries = cast("dict[str, object]", value)
+    return {key: _read(entry, hints[1], f"{place}.{key}") for key, entry in entries.items()}
+
+
+_CONTAINERS: dict[Any, Callable[[object, tuple[Any, ...], str], object]] = {list: _list, tuple: _tuple, dict: _dict}
+
+
+@functools.cache
+def _hints(kind: type[DataclassInstance]) -> dict[str, Any]:
+    """Return field -> type; worked out once, since there may be a row for every prompt or expert."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+@functools.cache
+def _optional(kind: type[DataclassInstance]) -> frozenset[str]:
+    """Return the fields that have a default: a file may leave them out."""
+    return frozenset(f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING)
