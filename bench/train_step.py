@@ -155,7 +155,7 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
         model = getattr(transformers, family.class_name)(config)
     if way in FORMATS:
         for layer in family.moe_layers(config):
-            model.set_submodule(f"model.layers.{layer}.{family.experts}", _frozen(FORMATS[way], model, layer, device))
+            model.set_submodule(family.experts_of(layer), _frozen(FORMATS[way], model, layer, device))
     for path, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, _random(f"{path}.{key}", parameter, device))
@@ -176,10 +176,10 @@ def _frozen(format: Format, model: Any, layer: int, device: torch.device) -> Fro
     config, family = model.config, FAMILIES[name]
     frozen = FrozenExperts(
         format=format,
-        n_experts=getattr(config, family.experts_key),
+        n_experts=family.n_experts(config),
         hidden_size=config.hidden_size,
-        intermediate_size=config.moe_intermediate_size,
-        act_fn=model.get_submodule(f"model.layers.{layer}.{family.experts}").act_fn,
+        intermediate_size=family.inner_size(config),
+        act_fn=model.get_submodule(family.experts_of(layer)).act_fn,
         config=config,
         device=device,
     )

@@ -26,6 +26,7 @@ class RouterSpec:
         n_experts: routed experts of a layer.
         normalize: whether the chosen experts' weights are divided by their sum.
         scale: what weights are multiplied by in the end.
+        rounds: whether weights come in the logits' dtype; otherwise in fp32.
         n_group, topk_group: experts come in `n_group` groups, of which a token may use the best `topk_group`.
     """
 
@@ -34,6 +35,7 @@ class RouterSpec:
     n_experts: int
     normalize: bool
     scale: float = 1.0
+    rounds: bool = True
     n_group: int = 1
     topk_group: int = 1
 
@@ -87,8 +89,9 @@ def weigh(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
     weights_TK = scores(logits_TE, spec).gather(1, indices_TK)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    # Rounded as the model rounds: Qwen3's router returns its own dtype. DeepSeek's logits are fp32 already.
-    return (weights_TK * spec.scale).to(logits_TE.dtype)
+    weights_TK = weights_TK * spec.scale
+    # Rounded as the family's router rounds: some return their model's dtype, others fp32.
+    return weights_TK.to(logits_TE.dtype) if spec.rounds else weights_TK
 
 
 def selection_TE(indices_TK: Tensor, n_experts: int) -> Tensor:

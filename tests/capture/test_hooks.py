@@ -27,7 +27,7 @@ from gtqlora.capture import (
 )
 from gtqlora.errors import ModelError
 from gtqlora.scoring import Change, SourceRun, decode
-from tests.models import FAMILIES, save_tiny, some_tokens
+from tests.models import FAMILIES, moe_layers, save_tiny, some_tokens
 
 TOKENS, OTHERS = some_tokens(0), some_tokens(1)
 MASKED = {0: (1, 4, 5), 1: (0,)}
@@ -78,7 +78,7 @@ def test_the_recorder_sees_what_the_experts_get(subject: Subject) -> None:
     seen = _recorded(subject, TOKENS)
     for handle in handles:
         handle.remove()
-    assert len(seen.decisions) == len(subject.anatomy.moe) == 2
+    assert len(seen.decisions) == len(subject.anatomy.moe) == len(moe_layers(subject.anatomy.family.model_type))
     for position, decision in seen.decisions.items():
         assert decision.indices_TK.shape == (TOKENS.numel(), 2)
         assert torch.equal(used[position][1], decision.indices_TK)
@@ -195,7 +195,7 @@ def test_no_hook_stays_after_a_failure(subject: Subject) -> None:
         raise RuntimeError("in a handler")
 
     def fail_in_body() -> None:
-        with router_hooks(subject.model, subject.anatomy), direction_removed(subject.model, direction):
+        with router_hooks(subject.model, subject.anatomy), direction_removed(subject.model, subject.anatomy, direction):
             assert _hooks(subject.model) > before
             raise RuntimeError("in the body")
 
@@ -228,7 +228,7 @@ def test_removing_a_direction_equals_projecting_every_writer(subject: Subject) -
     direction = 3 * torch.randn(32, generator=torch.Generator().manual_seed(3))
     plain = _logits(subject, TOKENS)
     assert not subject.model.config.tie_word_embeddings
-    with direction_removed(subject.model, direction):
+    with direction_removed(subject.model, subject.anatomy, direction):
         removed = subject.model(input_ids=TOKENS, use_cache=False, output_hidden_states=True)
     expected = _projected(subject, direction)(input_ids=TOKENS, use_cache=False).logits
     torch.testing.assert_close(removed.logits, expected, rtol=1e-3, atol=1e-3)
@@ -239,7 +239,7 @@ def test_removing_a_direction_equals_projecting_every_writer(subject: Subject) -
 
 
 def test_a_direction_can_be_switched_again_and_again(subject: Subject) -> None:
-    plain, removal = _logits(subject, TOKENS), direction_removed(subject.model, torch.ones(32))
+    plain, removal = _logits(subject, TOKENS), direction_removed(subject.model, subject.anatomy, torch.ones(32))
     removal.enable()
     first = _logits(subject, TOKENS)
     removal.disable()
@@ -395,7 +395,7 @@ def test_nan_is_named_not_decoded(subject: Subject, bad: float) -> None:
 
 def test_what_a_switch_does_ends_with_every_step(subject: Subject) -> None:
     """The source_run may run in another state than the student: here with a direction removed."""
-    removal: Callable[[], Any] = lambda: direction_removed(subject.model, torch.ones(32))  # noqa: E731
+    removal: Callable[[], Any] = lambda: direction_removed(subject.model, subject.anatomy, torch.ones(32))  # noqa: E731
     before = _hooks(subject.model)
     replayed = _completed(subject, PROMPTS, **_replaying(switch=removal))
     with removal():

@@ -16,7 +16,6 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from gtqlora import families
 from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig, load_model
-from gtqlora.families import FAMILIES
 from gtqlora.families.files import read_json
 from tests import helpers, models
 
@@ -104,7 +103,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def language_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     """The language model's tensors by the names they have in it."""
-    prefix = FAMILIES[family].disk_prefix
+    prefix = models.disk_name(family, "")
     every = tensors_of(folder).items()
     return {name.removeprefix(prefix): tensor for name, tensor in every if name.startswith(prefix)}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gtqlora import routing
-from gtqlora.families import Anatomy, language_model
+from gtqlora.families import Anatomy, check_projectable, language_model
 from gtqlora.routing import RouterSpec
 
 
@@ -165,14 +165,14 @@ StatesHandler = Callable[[int, Tensor], None]
 
 
 @contextmanager
-def state_hooks(model: nn.Module, handler: StatesHandler) -> Iterator[None]:
+def state_hooks(model: nn.Module, anatomy: Anatomy, handler: StatesHandler) -> Iterator[None]:
     """Show the residual stream to the handler, as transformers' `hidden_states` but without keeping it.
 
     The last state is taken after the final norm, as there.
     """
     base = language_model(model)
-    layers = list(base.get_submodule("model.layers").children())
-    places = [base.get_submodule("model.embed_tokens"), *layers[:-1], base.get_submodule("model.norm")]
+    paths = (anatomy.family.embedding, *anatomy.layers[:-1], anatomy.family.final_norm)
+    places = [base.get_submodule(path) for path in paths]
 
     def hook(index: int) -> Callable[..., None]:
         return lambda _module, _inputs, output: handler(index, output)
@@ -211,10 +211,14 @@ class direction_removed:
 
     Subtracting (y . r) r from a linear map's output is the same as replacing its weight W by (I - r r^T) W
     (Arditi et al., arXiv 2406.11717, section 4.1), so switching it on and off needs no second copy of the weights.
+
+    Raises:
+        ModelError: a norm stands between the writers and the residual stream.
     """
 
-    def __init__(self, model: nn.Module, direction_D: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, anatomy: Anatomy, direction_D: Tensor) -> None:
+        check_projectable(anatomy)
+        self.model, self.writers = model, (anatomy.family.embedding, *anatomy.blocks)
         self.direction_D = direction_D / direction_D.norm()
         self._handles: list[Any] = []
 
@@ -226,10 +230,7 @@ class direction_removed:
 
     def enable(self) -> None:
         base = language_model(self.model)
-        writers = [base.get_submodule("model.embed_tokens")]
-        for layer in base.get_submodule("model.layers").children():
-            writers += [layer.get_submodule("self_attn"), layer.get_submodule("mlp")]
-        self._handles = [writer.register_forward_hook(self._remove) for writer in writers]
+        self._handles = [base.get_submodule(path).register_forward_hook(self._remove) for path in self.writers]
 
     def disable(self) -> None:
         for handle in self._handles:

@@ -99,7 +99,7 @@ def observe(
         edges_2B = torch.tensor([[since[i] for i in chosen], [len(prompts[i]) for i in chosen]], device=subject.device)
         prompt_BS, last_B, answer_BS = _regions(mask_BS, edges_2B)
         kept = _Kept(last_B)
-        with router_hooks(subject.model, subject.anatomy, kept.decision), state_hooks(subject.model, kept.state):
+        with router_hooks(subject.model, subject.anatomy, kept.decision), state_hooks(subject.model, subject.anatomy, kept.state):
             forward(subject, ids_BS, mask_BS)
         tally.add(kept, prompt_BS, answer_BS)
     return tally.result(answered=answers is not None)

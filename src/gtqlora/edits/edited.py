@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Dtype, ModelConfig
 from gtqlora.edits.adapters import Adapter, read_adapter, wrapped
-from gtqlora.edits.merging import merged, on_disk, plan, projected
+from gtqlora.edits.merging import merged, plan, projected
 from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.tensor_files import TensorFiles
-from gtqlora.families import language_model
+from gtqlora.families import TensorNames, check_projectable, language_model
+from gtqlora.families.facts import DOWN
 from gtqlora.families.files import weight_files
 from gtqlora.results.adapter import PROJECTION
 
@@ -64,13 +66,14 @@ def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving:
         RunError: the routed experts are frozen.
     """
     base, anatomy = language_model(subject.model), subject.anatomy
+    check_projectable(anatomy)
     banks = [base.get_submodule(layer.experts) for layer in anatomy.moe]
     if any(isinstance(bank, FrozenExperts) for bank in banks):
         raise RunError("a norm-preserving projection rescales experts; load them with expert_format = 'bf16'")
     r_D = direction_D / direction_D.norm()
-    embedding = base.get_submodule("model.embed_tokens").get_parameter("weight")
+    embedding = base.get_submodule(anatomy.family.embedding).get_parameter("weight")
     linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
-    experts = [bank.get_parameter("down_proj") for bank in banks]
+    experts = [bank.get_parameter(DOWN) for bank in banks]
     return WeightsReplaced(
         [
             (embedding, _projected(embedding.mT[None], r_D, norm_preserving)[0].mT),
@@ -97,7 +100,7 @@ def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> 
     """
     if norm_preserving:
         return weights_projected(subject, direction_D, norm_preserving=True)
-    return direction_removed(subject.model, direction_D)
+    return direction_removed(subject.model, subject.anatomy, direction_D)
 
 
 def _direction(subject: Subject, adapter: Adapter) -> Tensor:
@@ -113,11 +116,13 @@ def _direction(subject: Subject, adapter: Adapter) -> Tensor:
 def _weights_merged(subject: Subject, model: str, adapter: Adapter) -> WeightsReplaced:
     """The checkpoint's own tensors with the edit, rounded as they would be written, then cast as they are loaded."""
     base, anatomy = language_model(subject.model), subject.anatomy
-    edits, folder, names = plan(adapter, anatomy), *weight_files(model)
-    paths = (*anatomy.lora_targets, *anatomy.routers)
+    folder, shards = weight_files(model)
     others = []
-    with TensorFiles([folder / name for name in names]) as files:
-        for path, name in zip(paths, on_disk(anatomy, paths), strict=True):
+    with TensorFiles([folder / shard for shard in shards]) as files:
+        names = TensorNames(cast(PreTrainedModel, base), anatomy.family, files.where)
+        edits = plan(adapter, anatomy, names)
+        for path in (*anatomy.lora_targets, *anatomy.routers):
+            name = names.whole(f"{path}.weight")
             if name not in edits:
                 continue
             if name not in files.where:

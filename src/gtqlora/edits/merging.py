@@ -5,23 +5,19 @@ Shape letters: D hidden (what a matrix writes), I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gtqlora.edits.adapters import Adapter
 from gtqlora.errors import RunError
-from gtqlora.families import Anatomy
+from gtqlora.families import Anatomy, TensorNames, check_projectable
+from gtqlora.families.facts import DOWN
 from gtqlora.results.adapter import PROJECTION
 
 Edit = Callable[[Tensor], Tensor]
 """A tensor of the checkpoint in fp32 -> the edited one."""
-
-
-def on_disk(anatomy: Anatomy, paths: Iterable[str]) -> list[str]:
-    """Names in the checkpoint of modules' weights."""
-    return [f"{anatomy.family.disk_prefix}{path}.weight" for path in paths]
 
 
 def merged(tensor: Tensor, edit: Edit) -> Tensor:
@@ -44,25 +40,25 @@ def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool =
     return kept_DI * torch.where(left_I > 1e-5 * norm_I, norm_I / left_I, 0.0)
 
 
-def plan(adapter: Adapter, anatomy: Anatomy) -> dict[str, Edit]:
+def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Edit]:
     """What the merge does to each tensor, by its name on disk; every adapter tensor is used exactly once.
 
     Raises:
         RunError: the adapter lacks tensors, or holds some that belong nowhere in this architecture.
     """
     if adapter.info.kind == PROJECTION:
-        return _plan_projection(adapter, anatomy)
+        return _plan_projection(adapter, anatomy, names)
     tensors = adapter.tensors
     odd = sorted(tensors.keys() ^ _wanted(adapter, anatomy))
     if odd:
         raise RunError(f"{adapter.path}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0]})")
     edits: dict[str, Edit] = {}
-    for path, name in zip(anatomy.lora_targets, on_disk(anatomy, anatomy.lora_targets), strict=True):
+    for path in anatomy.lora_targets:
         if f"{path}.lora_A" in tensors:
-            edits[name] = _add(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], adapter.scale)
-    for path, name in zip(anatomy.routers, on_disk(anatomy, anatomy.routers), strict=True):
+            edits[names.whole(f"{path}.weight")] = _add(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], adapter.scale)
+    for path in anatomy.routers:
         if f"{path}.weight" in tensors:
-            edits[name] = _put(tensors[f"{path}.weight"])
+            edits[names.whole(f"{path}.weight")] = _put(tensors[f"{path}.weight"])
     return edits
 
 
@@ -95,13 +91,20 @@ def _shape_error(wanted: tuple[int, ...], found: tuple[int, ...]) -> RunError:
     return RunError(f"the adapter does not fit the model (a tensor of {wanted} there, {found} in the adapter)")
 
 
-def _plan_projection(adapter: Adapter, anatomy: Anatomy) -> dict[str, Edit]:
+def _plan_projection(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Edit]:
     """W <- (I - r r^T) W for every writer of the residual stream, its columns' lengths kept if told to."""
-    direction_D, keep, family = adapter.direction_D, adapter.info.norm_preserving, anatomy.family
-    r_D = direction_D / direction_D.norm()
-    experts = ((layer.index, expert) for layer in anatomy.moe for expert in range(anatomy.spec.n_experts))
-    writers = on_disk(anatomy, anatomy.residual_writers) + [family.on_disk(*where)[-1] for where in experts]
-    edits: dict[str, Edit] = dict.fromkeys(writers, lambda w: projected(w, r_D, norm_preserving=keep))
-    for name in on_disk(anatomy, ["model.embed_tokens"]):
-        edits[name] = lambda w: projected(w.mT, r_D, norm_preserving=keep).mT
+    check_projectable(anatomy)
+    r_D, keep = adapter.direction_D / adapter.direction_D.norm(), adapter.info.norm_preserving
+    experts = range(anatomy.spec.n_experts)
+    writers = [names.whole(f"{path}.weight") for path in anatomy.residual_writers]
+    writers += [name for layer in anatomy.moe for name in names.makers(f"{layer.experts}.{DOWN}", experts)]
+
+    def edit(weight: Tensor) -> Tensor:
+        if weight.ndim == 3:  # all experts of a layer in one tensor
+            return torch.stack([edit(matrix) for matrix in weight])
+        return projected(weight, r_D, norm_preserving=keep)
+
+    edits: dict[str, Edit] = dict.fromkeys(writers, edit)
+    # rows of the embedding are what it writes
+    edits[names.whole(f"{anatomy.family.embedding}.weight")] = lambda weight: edit(weight.mT).mT
     return edits

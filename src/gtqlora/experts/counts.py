@@ -53,10 +53,10 @@ def quantized_expert_counts(model: nn.Module, family: Family) -> QuantizedExpert
             format than other layers', partly unquantized, or not in memory.
     """
     config: Any = model.config
-    layers = {i: model.get_submodule(f"model.layers.{i}.{family.experts}") for i in family.moe_layers(config)}
+    layers = {i: model.get_submodule(family.experts_of(i)) for i in family.moe_layers(config)}
     if not layers:
         raise ModelError(f"{family.model_type}: this config has no MoE layer, so there are no experts to freeze")
-    wanted = (getattr(config, family.experts_key), config.hidden_size, config.moe_intermediate_size)
+    wanted = (family.n_experts(config), config.hidden_size, family.inner_size(config))
     modules = [_checked(layer, module, wanted) for layer, module in layers.items()]
     one = modules[0]
     for layer, module in zip(layers, modules, strict=True):

@@ -6,11 +6,11 @@ Shape letters: T tokens, D hidden, E experts held here, K experts chosen per tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from gtqlora.errors import ModelError
 from gtqlora.experts import kernels, tiles
@@ -20,6 +20,8 @@ Projection = Literal["gate", "up", "down"]
 
 PLACE: dict[Projection, tuple[Fused, int]] = {"gate": ("gate_up", 0), "up": ("gate_up", 1), "down": ("down", 0)}
 """The fused projection that holds a matrix, and which of its matrices it is."""
+_INTERFACE = ExpertsInterface.__module__
+"""Where transformers keeps the gate that all experts have who do not bring their own."""
 _MATRICES: dict[Fused, int] = {"gate_up": 2, "down": 1}
 
 
@@ -154,6 +156,35 @@ class FrozenExperts(nn.Module):
             f"{self.format.name}, n_experts={self.n_experts}{held}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, kernel={self.kernel}"
         )
+
+
+_LAYOUT = {"is_concatenated": True, "has_gate": True, "is_transposed": False, "has_bias": False}
+"""What transformers says of experts such as `FrozenExperts` computes: down(act(gate x) * up x), gate's rows first."""
+
+
+def activation_of(experts: nn.Module, where: str) -> Callable[[Tensor], Tensor]:
+    """Return the activation of a layer's own experts, if `FrozenExperts` can take their place.
+
+    Raises:
+        ModelError: they compute something else; the message says what.
+    """
+    own = getattr(type(experts), "_apply_gate", None)
+    objections = [
+        *(f"{name} is {getattr(experts, name, None)}" for name, value in _LAYOUT.items() if not _says(experts, name, value)),
+        *(["a norm after each expert"] if getattr(experts, "has_post_expert_norm", False) else []),
+        *([] if own is not None and own.__module__ == _INTERFACE else ["a gate of its own (_apply_gate)"]),
+        *([] if callable(getattr(experts, "act_fn", None)) else ["no act_fn"]),
+    ]
+    if objections:
+        raise ModelError(
+            f"{where}: {type(experts).__name__} computes what experts in 4 bits do not ({', '.join(objections)}); load "
+            "the model with its experts as they are (bf16)"
+        )
+    return cast(Callable[[Tensor], Tensor], experts.act_fn)
+
+
+def _says(experts: nn.Module, name: str, value: bool) -> bool:
+    return getattr(experts, name, None) is value
 
 
 class _named:

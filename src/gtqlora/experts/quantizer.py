@@ -27,12 +27,13 @@ from gtqlora.errors import ModelError
 from gtqlora.experts import sources
 from gtqlora.experts.counts import quantized_expert_counts
 from gtqlora.experts.formats import FORMATS, Format, format_of
-from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.module import FrozenExperts, activation_of
 from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
-from gtqlora.families.facts import Family, family_of
+from gtqlora.families.facts import DOWN, GATE_UP, Family, family_of
 from gtqlora.families.files import CONFIG, read_json
+from gtqlora.families.names import TensorNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _unquantized(format: Format, matrices: tuple[sources.Matrix, ...], files: Te
 def experts_of(model: nn.Module, family: Family) -> dict[int, FrozenExperts]:
     """The frozen experts of a language model, by layer."""
     config: Any = model.config
-    found = {i: model.get_submodule(f"model.layers.{i}.{family.experts}") for i in family.moe_layers(config)}
+    found = {i: model.get_submodule(family.experts_of(i)) for i in family.moe_layers(config)}
     return {layer: module for layer, module in found.items() if isinstance(module, FrozenExperts)}
 
 
@@ -131,6 +132,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self._dense: Bnb4BitHfQuantizer | None = None
         self._checkpoint: _Checkpoint | None = None
         self._source: sources.Source | None = None
+        self._matrices: tuple[sources.Matrix, ...] = ()
         self._shape_dtype = torch.int64
 
     # --- loading
@@ -144,21 +146,23 @@ class FrozenExpertsQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         checkpoint, config = _checkpoint(checkpoint_files, model), self.quantization_config
         family, text = checkpoint.family, model.config
-        self._checkpoint, matrices = checkpoint, tuple(sources.matrices(family, text))
+        self._checkpoint = checkpoint
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
+            names = TensorNames(model, family, files.where)
+            self._matrices = matrices = tuple(sources.matrices(family, text, names))
             if not matrices:
                 raise ModelError("this config has no MoE layer, so there are no experts to freeze")
             self._source = _source(checkpoint, config.format, matrices, files)
             replace_experts(model, family, self._source.format, config)
-            sources.check(self._source, matrices, family, text, files)
-            self._settle(checkpoint)
+            sources.check(self._source, matrices, family, names, files)
+            self._settle(checkpoint, names)
             if isinstance(self._source, sources.PackedSource):
                 self._shape_dtype = self._source.shape_dtype(matrices[0], files)
         _hide_experts(model, family)
         self._replace_dense(model, family, kwargs.get("dtype"))
         return model
 
-    def _settle(self, checkpoint: _Checkpoint) -> None:
+    def _settle(self, checkpoint: _Checkpoint, names: TensorNames) -> None:
         """Settings that follow from the checkpoint."""
         config, ours = self.quantization_config, checkpoint.ours
         if ours is not None:
@@ -166,20 +170,22 @@ class FrozenExpertsQuantizer(HfQuantizer):
             if ours.dense != config.dense and ours.dense != KEEP:
                 raise ModelError(f"dense = {config.dense!r}, but the checkpoint was saved with dense = {ours.dense!r}")
         elif checkpoint.settings is not None:
-            config.on_disk = _without_prefix(checkpoint.settings, checkpoint.family.disk_prefix)
+            config.on_disk = _named_in_memory(checkpoint.settings, names)
         # What transformers takes for quantized already; it then leaves dtypes alone, so only where that is needed.
         self.pre_quantized = ours is not None and ours.dense == NF4
 
     def _replace_dense(self, model: PreTrainedModel, family: Family, dtype: torch.dtype | None) -> None:
         if self.quantization_config.dense != NF4:
             return
-        routers = [f"model.layers.{i}.{family.router}" for i in family.moe_layers(model.config)]
+        layers = family.moe_layers(model.config)
+        # Of the others a 4-bit router or gate would choose otherwise, and has too few weights to be worth it.
+        kept = [*map(family.router_of, layers), *(f"{family.layer(i)}.{gate}" for i in layers for gate in family.gates)]
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=NF4,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype or torch.bfloat16,
-            llm_int8_skip_modules=["lm_head", *routers],
+            llm_int8_skip_modules=[family.head, *kept],
         )
         self._dense = Bnb4BitHfQuantizer(settings, pre_quantized=self.pre_quantized)
         self._dense._process_model_before_weight_loading(model, device_map=None)
@@ -187,7 +193,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """All conversions but those that would merge experts."""
         assert self._checkpoint is not None
-        kept = [entry for entry in weight_conversions if not _merges(entry, self._checkpoint.family.experts)]
+        kept = [entry for entry in weight_conversions if not _merges(entry, self._checkpoint.family)]
         return kept + (self._dense.get_weight_conversions() if self._dense else [])
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -207,7 +213,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         experts = experts_of(model, checkpoint.family)
         _check_placed(experts)
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
-            sources.stream(source, tuple(sources.matrices(checkpoint.family, model.config)), experts, files)
+            sources.stream(source, self._matrices, experts, files)
         if self._dense is not None:
             from gtqlora.experts.dense import same_everywhere
 
@@ -236,13 +242,15 @@ class FrozenExpertsQuantizer(HfQuantizer):
         if config.on_disk is not None and config.dense != KEEP:
             raise ModelError(f"{NATIVE} experts cannot be saved with dense = {config.dense!r}; use dense = {KEEP!r}")
         assert self._checkpoint is not None and isinstance(self._source, sources.Source)
-        family = replace(self._checkpoint.family, disk_prefix="")
+        family = self._checkpoint.family
+        names = TensorNames(model, replace(family, wrapper_prefix=None), wrapped=False)
         native = isinstance(self._source, sources.PackedSource)
         source = (sources.PackedSource if native else sources.PartsSource)(format=self._source.format)
         experts = experts_of(model, family)
-        held = tuple(f"model.layers.{layer}.{family.experts}." for layer in experts)
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(held)}
-        state.update(sources.saved(source, sources.matrices(family, model.config), experts, self._shape_dtype))
+        held = tuple(f"{family.experts_of(layer)}." for layer in experts)
+        state = {names.whole(name): tensor for name, tensor in model.state_dict().items() if not name.startswith(held)}
+        matrices = sources.matrices(family, model.config, names)
+        state.update(sources.saved(source, matrices, experts, self._shape_dtype))
         return state, {}
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
@@ -257,15 +265,15 @@ class FrozenExpertsQuantizer(HfQuantizer):
 def replace_experts(model: PreTrainedModel, family: Family, format: Format, config: FrozenExpertsConfig) -> None:
     """Put frozen experts, on meta, where the model has its own."""
     text: Any = model.config
-    first, count = config.held(getattr(text, family.experts_key))
+    first, count = config.held(family.n_experts(text))
     for layer in family.moe_layers(text):
-        path = f"model.layers.{layer}.{family.experts}"
+        path = family.experts_of(layer)
         frozen = FrozenExperts(
             format=format,
-            n_experts=getattr(text, family.experts_key),
+            n_experts=family.n_experts(text),
             hidden_size=text.hidden_size,
-            intermediate_size=text.moe_intermediate_size,
-            act_fn=model.get_submodule(path).act_fn,  # pyright: ignore[reportArgumentType]
+            intermediate_size=family.inner_size(text),
+            act_fn=activation_of(model.get_submodule(path), path),
             config=text,
             first=first,
             count=count,
@@ -277,14 +285,17 @@ def replace_experts(model: PreTrainedModel, family: Family, format: Format, conf
 
 def _hide_experts(model: Any, family: Family) -> None:
     """Keep the experts out of transformers' reports: `sources.check` has accounted for each of their tensors."""
-    layers = "|".join(map(str, family.moe_layers(model.config)))
-    pattern = rf"(^|\.)model\.layers\.({layers})\.{re.escape(family.experts)}\."
+    paths = "|".join(re.escape(family.experts_of(layer)) for layer in family.moe_layers(model.config))
+    pattern = rf"(^|\.)({paths})\."
     for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
         setattr(model, name, {*(getattr(model, name, None) or ()), pattern})
 
 
-def _merges(entry: Any, experts: str) -> bool:
-    return isinstance(entry, WeightConverter) and any(experts in target for target in entry.target_patterns)
+def _merges(entry: Any, family: Family) -> bool:
+    fused = [f".{family.experts}.{name}" for name in (GATE_UP, DOWN)]
+    return isinstance(entry, WeightConverter) and any(
+        name.endswith(target) for name in fused for target in entry.target_patterns
+    )
 
 
 def _check_placed(experts: dict[int, FrozenExperts]) -> None:
@@ -293,7 +304,7 @@ def _check_placed(experts: dict[int, FrozenExperts]) -> None:
             raise ModelError(f"layer {layer}: frozen experts cannot be offloaded to disk; give a device_map without it")
 
 
-def _without_prefix(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Settings that go with the names of a saved language model, which stands alone."""
-    ignore = [entry.removeprefix(prefix) for entry in settings.get("ignore") or ()]
+def _named_in_memory(settings: dict[str, Any], names: TensorNames) -> dict[str, Any]:
+    """Settings that go with the names of a saved language model, which stands alone; patterns stay as they are."""
+    ignore = [entry if entry.startswith("re:") else names.module(entry) for entry in settings.get("ignore") or ()]
     return {**settings, "ignore": ignore}

@@ -24,10 +24,10 @@ from gtqlora.errors import ModelError
 from gtqlora.experts.formats import Format, Parts
 from gtqlora.experts.module import PLACE, FrozenExperts, Projection
 from gtqlora.experts.tensor_files import TensorFiles
-from gtqlora.families.facts import Family
+from gtqlora.families.facts import DOWN, GATE_UP, Family
+from gtqlora.families.names import TensorNames
 from gtqlora.progress import track
 
-PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 PACKED_PARTS = {"packed": "weight_packed", "scale": "weight_scale"}
 """compressed-tensors' names for the parts of int4."""
 PACKED_SHAPE = "weight_shape"
@@ -42,7 +42,8 @@ class Matrix:
     """One projection of one routed expert.
 
     Attributes:
-        stem: what its tensors' names on disk start with.
+        stem: what its tensors' names on disk start with, where each matrix has its own.
+        fused: name on disk of the tensor that holds it, where a layer's experts are in one.
         rows, columns: outputs N and inputs K.
     """
 
@@ -50,6 +51,7 @@ class Matrix:
     expert: int
     projection: Projection
     stem: str
+    fused: str
     rows: int
     columns: int
 
@@ -58,18 +60,21 @@ Wanted = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 """Shape and possible dtypes of tensors, by name."""
 
 
-def matrices(family: Family, config: Any) -> Iterator[Matrix]:
-    """Every matrix of every routed expert that the config says there is."""
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
+def matrices(family: Family, config: Any, names: TensorNames) -> Iterator[Matrix]:
+    """Yield every matrix of every routed expert that the config says there is."""
+    hidden, inner = config.hidden_size, family.inner_size(config)
     for layer in family.moe_layers(config):
-        for expert in range(getattr(config, family.experts_key)):
-            for projection, name in zip(PROJECTIONS, family.on_disk(layer, expert), strict=True):
+        parameters = {"gate_up": f"{family.experts_of(layer)}.{GATE_UP}", "down": f"{family.experts_of(layer)}.{DOWN}"}
+        wholes = {name: names.whole(parameter) for name, parameter in parameters.items()}
+        for expert in range(family.n_experts(config)):
+            for projection, (name, part) in PLACE.items():
                 rows, columns = (hidden, inner) if projection == "down" else (inner, hidden)
                 yield Matrix(
                     layer=layer,
                     expert=expert,
                     projection=projection,
-                    stem=name.removesuffix(".weight"),
+                    stem=names.matrix(parameters[name], expert, part).removesuffix(".weight"),
+                    fused=wholes[name],
                     rows=rows,
                     columns=columns,
                 )
@@ -127,18 +132,14 @@ class FusedSource(Source):
 
     n_experts: int
 
-    def _name(self, matrix: Matrix) -> str:
-        layer = matrix.stem.rpartition(f".{matrix.expert}.")[0]
-        return f"{layer}.{'down_proj' if matrix.projection == 'down' else 'gate_up_proj'}"
-
     def wanted(self, matrix: Matrix) -> Wanted:
         rows = matrix.rows if matrix.projection == "down" else 2 * matrix.rows
-        return {self._name(matrix): ((self.n_experts, rows, matrix.columns), tuple(_FLOATS.values()))}
+        return {matrix.fused: ((self.n_experts, rows, matrix.columns), tuple(_FLOATS.values()))}
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
         start = matrix.rows if matrix.projection == "up" else 0
-        weight_NK = files.part(self._name(matrix), matrix.expert, slice(start, start + matrix.rows))
-        _quantize_into(experts, matrix, f"{self._name(matrix)}[{matrix.expert}]", weight_NK)
+        weight_NK = files.part(matrix.fused, matrix.expert, slice(start, start + matrix.rows))
+        _quantize_into(experts, matrix, f"{matrix.fused}[{matrix.expert}]", weight_NK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,26 +185,28 @@ class PackedSource(PartsSource):
         return _DTYPES[files.header(f"{matrix.stem}.{PACKED_SHAPE}")[1]]
 
 
-def check(source: Source, wanted: Iterable[Matrix], family: Family, config: Any, files: TensorFiles) -> None:
-    """Every tensor of the experts is there, with the right shape and dtype, and no other; headers only.
+def check(source: Source, wanted: Iterable[Matrix], family: Family, names: TensorNames, files: TensorFiles) -> None:
+    """Check that every tensor of the experts is there, with the right shape and dtype, and no other; headers only.
 
     Raises:
         ModelError: the message counts those that are not, and names the first.
     """
-    tensors = {name: found for matrix in wanted for name, found in source.wanted(matrix).items()}
+    every = tuple(wanted)
+    tensors = {name: found for matrix in every for name, found in source.wanted(matrix).items()}
     missing = [name for name in tensors if name not in files.where]
     present = {name: wanted for name, wanted in tensors.items() if name in files.where}
     wrong = [text for name, (shape, dtypes) in present.items() for text in _wrong(name, shape, dtypes, files)]
-    layers = tuple(f"{family.disk_prefix}model.layers.{i}.{family.experts}." for i in family.moe_layers(config))
-    foreign = [name for name in files.where if name.startswith(layers) and name not in tensors]
-    for what, names in (
+    layers = tuple(f"{family.experts_of(layer)}." for layer in sorted({matrix.layer for matrix in every}))
+    others = {name: place.name for name, place in names.places.items() if name not in tensors}
+    foreign = [name for name, memory in others.items() if memory.startswith(layers)]
+    for what, found in (
         ("missing", missing),
         ("that do not fit config.json", wrong),
         ("not of these experts", foreign),
-        ("quantized, but not of a routed expert", list(_stray(family, config, files, tensors))),
+        ("quantized, but not of a routed expert", [name for name in others if name.endswith(_QUANTIZED_ENDINGS)]),
     ):
-        if names:
-            raise ModelError(f"{len(names)} tensors {what}, e.g. {', '.join(names[:3])}")
+        if found:
+            raise ModelError(f"{len(found)} tensors {what}, e.g. {', '.join(found[:3])}")
 
 
 def _wrong(name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], files: TensorFiles) -> Iterator[str]:
@@ -213,15 +216,6 @@ def _wrong(name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], f
     elif _DTYPES.get(dtype) not in dtypes:
         known = " or ".join(str(known).removeprefix("torch.") for known in dtypes)
         yield f"{name} is {dtype}, expected {known}"
-
-
-def _stray(family: Family, config: Any, files: TensorFiles, tensors: Wanted) -> Iterator[str]:
-    """Quantized tensors of the language model that are none of the experts'; those of bitsandbytes are no such."""
-    layers = tuple(f"{family.disk_prefix}model.layers.{i}." for i in range(config.num_hidden_layers))
-    ours = (*layers, f"{family.disk_prefix}lm_head.", f"{family.disk_prefix}model.embed_tokens.")
-    for name in files.where:
-        if name.startswith(ours) and name.endswith(_QUANTIZED_ENDINGS) and name not in tensors:
-            yield name
 
 
 def stream(source: Source, wanted: Iterable[Matrix], experts: dict[int, FrozenExperts], files: TensorFiles) -> None:

@@ -1,10 +1,12 @@
 """The only place that knows model families: frozen facts, bound to a model with counts asserted."""
 
 from gtqlora.families.anatomy import (
+    GATES,
     Anatomy,
     Group,
     MoeLayer,
     bind,
+    check_projectable,
     correction_bias_values,
     language_model,
     parameter_counts,
@@ -16,18 +18,24 @@ from gtqlora.families.loading import (
     load_model,
     load_tokenizer,
     meta_model,
+    names_on_disk,
     quantization,
     quantization_settings,
+    tensor_names,
 )
+from gtqlora.families.names import TensorNames
 
 __all__ = [
     "FAMILIES",
+    "GATES",
     "Anatomy",
     "Family",
     "Group",
     "ModelIdentity",
     "MoeLayer",
+    "TensorNames",
     "bind",
+    "check_projectable",
     "correction_bias_values",
     "family_of",
     "identify",
@@ -36,9 +44,11 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "names_on_disk",
     "parameter_counts",
     "pinned",
     "quantization",
     "quantization_settings",
     "read_files",
+    "tensor_names",
 ]

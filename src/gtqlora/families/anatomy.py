@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from gtqlora.errors import ModelError
-from gtqlora.families.facts import Family
+from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.routing import RouterSpec
 
-_LAYERS = "model.layers"
 _FP32_BYTES = 4
 
 
@@ -29,7 +28,15 @@ class MoeLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What GT-QLoRA needs to know of a model, resolved to module paths."""
+    """What GT-QLoRA needs to know of a model, resolved to module paths in the language model.
+
+    Attributes:
+        attention: linears of attention that carry LoRA.
+        residual_writers: linears, dense or of shared experts, whose output is added to the residual stream.
+        layers: decoder layers.
+        blocks: modules whose outputs are added to the residual stream, in order.
+        post_norms: norms between a block and the residual stream; none in the families known so far.
+    """
 
     family: Family
     spec: RouterSpec
@@ -38,6 +45,9 @@ class Anatomy:
     moe: tuple[MoeLayer, ...]
     attention: tuple[str, ...]
     residual_writers: tuple[str, ...]
+    layers: tuple[str, ...]
+    blocks: tuple[str, ...]
+    post_norms: tuple[str, ...]
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -86,51 +96,36 @@ def is_frozen(experts: nn.Module) -> TypeGuard[FrozenRange]:
     return not any(True for _ in experts.parameters()) and all(hasattr(experts, name) for name in attributes)
 
 
+def check_projectable(anatomy: Anatomy) -> None:
+    """Check that what blocks write is what is added to the residual stream, so that a direction can be taken out of it.
+
+    Raises:
+        ModelError: a norm stands between them; it would scale what is left until the direction is back in the stream.
+    """
+    for path in anatomy.post_norms:
+        raise ModelError(
+            f"{anatomy.family.model_type}: {path} normalizes what a block writes before it reaches the residual stream, "
+            "so that a direction removed from the block stays in the stream; projection is not for this architecture"
+        )
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The transformers model inside any PEFT wrapper, with the paths an `Anatomy` uses."""
     base = getattr(model, "base_model", None)
     return base.model if base is not None and hasattr(model, "peft_config") else model
 
 
-def _spec(family: Family, config: Any) -> RouterSpec:
-    grouped = family.correction_bias is not None
-    spec = RouterSpec(
-        score=family.score,
-        top_k=getattr(config, family.topk_key),
-        n_experts=getattr(config, family.experts_key),
-        normalize=bool(config.norm_topk_prob),
-        scale=float(getattr(config, "routed_scaling_factor", 1.0)),
-        n_group=int(config.n_group or 1) if grouped else 1,
-        topk_group=int(config.topk_group or 1) if grouped else 1,
-    )
-    _check_spec(family, spec)
-    return spec
-
-
-def _check_spec(family: Family, spec: RouterSpec) -> None:
-    eligible = spec.n_experts // spec.n_group * spec.topk_group
-    if spec.n_experts % spec.n_group or not 1 <= spec.topk_group <= spec.n_group:
-        raise ModelError(f"{family.model_type}: {spec.n_experts} experts do not split into {spec.n_group} groups")
-    if not 1 <= spec.top_k <= eligible:
-        raise ModelError(f"{family.model_type}: {family.topk_key} is {spec.top_k}, but {eligible} experts are eligible")
-
-
-def _linears(layer: nn.Module, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    modules = dict(layer.named_modules())
-    return tuple(f"{prefix}.{name}" for name in names if isinstance(modules.get(name), nn.Linear))
-
-
 def bind(model: nn.Module, family: Family) -> Anatomy:
     """Resolve the family's facts on a (possibly meta) language model.
 
     Raises:
-        ModelError: the model's modules disagree with its config; nothing is skipped in ablate.
+        ModelError: the model's modules disagree with its config; nothing is skipped in silence.
     """
     config: Any = model.config
-    spec, expected = _spec(family, config), family.moe_layers(config)
+    spec, expected = family.router_spec(config), family.moe_layers(config)
     if not expected:
         raise ModelError(f"{family.model_type}: this config has no MoE layer, so there are no routers to train")
-    layers = {f"{_LAYERS}.{i}": layer for i, layer in enumerate(model.get_submodule(_LAYERS).children())}
+    layers = {family.layer(i): layer for i, layer in enumerate(model.get_submodule(family.layers).children())}
     moe = tuple(
         _moe_layer(index, layer, family, spec, config)
         for index, layer in enumerate(layers.values())
@@ -139,31 +134,60 @@ def bind(model: nn.Module, family: Family) -> Anatomy:
     found = tuple(layer.index for layer in moe)
     if found != expected:
         raise ModelError(f"routers found in layers {list(found)}, but the config says {list(expected)}")
-
-    def everywhere(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(path for prefix, layer in layers.items() for path in _linears(layer, prefix, names))
-
     return Anatomy(
         family=family,
         spec=spec,
         n_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         moe=moe,
-        attention=everywhere(family.attention),
-        residual_writers=everywhere(family.residual_writers),
+        attention=_everywhere(layers, family.attention, nn.Linear),
+        residual_writers=_everywhere(layers, family.residual_writers, nn.Linear),
+        layers=tuple(layers),
+        blocks=_blocks(layers, family),
+        post_norms=tuple(
+            f"{path}.{name}"
+            for path, layer in layers.items()
+            for name, child in layer.named_children()
+            if is_norm(child) and name not in family.block_norms
+        ),
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a normalization; every family has a class of its own for it."""
+    return "Norm" in type(module).__name__
+
+
+def _named(layer: nn.Module, prefix: str, names: tuple[str, ...], kind: type[nn.Module]) -> tuple[str, ...]:
+    """Absolute paths of those modules of a layer that it has."""
+    modules = dict(layer.named_modules())
+    return tuple(f"{prefix}.{name}" for name in names if isinstance(modules.get(name), kind))
+
+
+def _everywhere(layers: dict[str, nn.Module], names: tuple[str, ...], kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(path for prefix, layer in layers.items() for path in _named(layer, prefix, names, kind))
+
+
+def _blocks(layers: dict[str, nn.Module], family: Family) -> tuple[str, ...]:
+    """Raises:
+    ModelError: a layer has other blocks than one of attention and one MLP.
+    """
+    for path, layer in layers.items():
+        if len(found := _named(layer, path, family.blocks, nn.Module)) != 2:
+            raise ModelError(f"{path}: its blocks are {list(found)}, expected one of attention and one MLP")
+    return _everywhere(layers, family.blocks, nn.Module)
 
 
 def _moe_layer(index: int, layer: nn.Module, family: Family, spec: RouterSpec, config: Any) -> MoeLayer:
-    prefix = f"{_LAYERS}.{index}"
     modules = dict(layer.named_modules())
     _check_layer(index, modules[family.router], modules.get(family.experts), family, spec, config)
-    shared = _linears(layer, prefix, family.shared)
+    shared = _named(layer, family.layer(index), family.shared, nn.Linear)
     if len(shared) != len(family.shared):
         raise ModelError(f"layer {index}: {len(shared)} shared-expert projections, expected {len(family.shared)}")
-    return MoeLayer(
-        index=index, router=f"{prefix}.{family.router}", experts=f"{prefix}.{family.experts}", shared=shared
-    )
+    for gate in family.gates:
+        if not isinstance(modules.get(gate), nn.Linear):
+            raise ModelError(f"layer {index}: no {gate} beside the router")
+    return MoeLayer(index=index, router=family.router_of(index), experts=family.experts_of(index), shared=shared)
 
 
 def _check_layer(
@@ -174,7 +198,7 @@ def _check_layer(
         raise ModelError(f"layer {index}: router weight {shape}, expected {(spec.n_experts, config.hidden_size)}")
     if experts is None:
         raise ModelError(f"layer {index}: no {family.experts} beside the router")
-    found, wanted = _expert_shapes(experts, spec.n_experts, config.hidden_size, config.moe_intermediate_size)
+    found, wanted = _expert_shapes(experts, spec.n_experts, config.hidden_size, family.inner_size(config))
     if found != wanted:
         raise ModelError(f"layer {index}: experts {found}, expected {wanted}")
     if family.correction_bias and not hasattr(router, family.correction_bias):
@@ -189,26 +213,34 @@ def _expert_shapes(
         found = {"experts": experts.n_experts, "hidden": experts.hidden_size, "inner": experts.intermediate_size}
         return found, {"experts": n_experts, "hidden": hidden, "inner": inner}
     found = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
-    return found, {"gate_up_proj": (n_experts, 2 * inner, hidden), "down_proj": (n_experts, hidden, inner)}
+    return found, {GATE_UP: (n_experts, 2 * inner, hidden), DOWN: (n_experts, hidden, inner)}
 
 
-_ROUTED, _GATES, _ATTENTION, _SHARED = "routed experts", "routers (gates)", "attention", "shared experts"
-_DENSE, _EMBEDDINGS, _NORMS = "dense MLPs", "embeddings, head", "norms"
-_KINDS = (_ROUTED, _GATES, _ATTENTION, _SHARED, _DENSE, _EMBEDDINGS, _NORMS)
+_ROUTED, GATES, _ATTENTION, _SHARED = "routed experts", "routers (gates)", "attention", "shared experts"
+_SHARED_GATES, _DENSE, _EMBEDDINGS, _NORMS = "shared-expert gates", "dense MLPs", "embeddings, head", "norms"
 
 
 def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """The kind of each module that owns parameters, by path."""
-    moe = {layer.index for layer in anatomy.moe}
+    """The kind of each module that owns parameters, by path; the nearest of a parameter's owners counts."""
+    family, moe = anatomy.family, {layer.index for layer in anatomy.moe}
+    every = range(anatomy.n_layers)
     return {
-        **{path: _NORMS for path, module in model.named_modules() if type(module).__name__.endswith("Norm")},
-        **{f"{_LAYERS}.{i}.mlp": _DENSE for i in range(anatomy.n_layers) if i not in moe},
-        **dict.fromkeys(("model.embed_tokens", "lm_head"), _EMBEDDINGS),
+        **{path: _NORMS for path, module in model.named_modules() if is_norm(module)},
+        **{f"{family.layer(i)}.{family.mlp_block}": _DENSE for i in every if i not in moe},
+        **dict.fromkeys((family.embedding, family.head), _EMBEDDINGS),
+        **{f"{family.layer(i)}.{path}": kind for i in every for path, kind in family.frozen_kinds.items()},
+        **{f"{family.layer(i)}.{gate}": _SHARED_GATES for i in moe for gate in family.gates},
         **dict.fromkeys(anatomy.shared, _SHARED),
         **dict.fromkeys(anatomy.attention, _ATTENTION),
-        **dict.fromkeys(anatomy.routers, _GATES),
+        **dict.fromkeys(anatomy.routers, GATES),
         **{layer.experts: _ROUTED for layer in anatomy.moe},
     }
+
+
+def _order_of_kinds(family: Family) -> tuple[str, ...]:
+    """Trained kinds and experts first."""
+    others = (*family.frozen_kinds.values(), *((_SHARED_GATES,) if family.gates else ()))
+    return (_ROUTED, GATES, _ATTENTION, _SHARED, *others, _DENSE, _EMBEDDINGS, _NORMS)
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -220,7 +252,7 @@ def _ancestors(name: str) -> Iterator[str]:
 def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Parameter]]]:
     """Parameters by kind and owning module. Each parameter is visited once, so none can count twice."""
     kinds = _kinds(model, anatomy)
-    owned: dict[str, dict[str, list[nn.Parameter]]] = {kind: {} for kind in _KINDS}
+    owned: dict[str, dict[str, list[nn.Parameter]]] = {kind: {} for kind in _order_of_kinds(anatomy.family)}
     for name, parameter in model.named_parameters():
         owner = next((path for path in _ancestors(name) if path in kinds), None)
         if owner is None:
@@ -257,14 +289,21 @@ def _lora_sizes(model: nn.Module, paths: Iterable[str], rank: int) -> tuple[int,
 
 
 def _group(
-    model: nn.Module, kind: str, owned: dict[str, list[nn.Parameter]], frozen: list[FrozenRange], lora_rank: int
+    model: nn.Module,
+    kind: str,
+    owned: dict[str, list[nn.Parameter]],
+    frozen: list[FrozenRange],
+    lora_rank: int,
+    router_parameters: tuple[str, ...],
 ) -> Group:
     sizes = [_stored(parameter) for group in owned.values() for parameter in group]
     sizes += [_frozen_sizes(experts) for experts in frozen]
     count = sum(weights for weights, _ in sizes)
     trained, n_trained, trained_bytes = "frozen", 0, 0
-    if kind == _GATES:
-        trained, n_trained, trained_bytes = "full, fp32", count, count * _FP32_BYTES
+    if kind == GATES:
+        parameters = [model.get_submodule(path).get_parameter(name) for path in owned for name in router_parameters]
+        n_trained = sum(parameter.numel() for parameter in parameters)
+        trained, trained_bytes = "full, fp32", n_trained * _FP32_BYTES
     elif kind in (_ATTENTION, _SHARED):
         trained = f"LoRA rank {lora_rank}"
         n_trained, trained_bytes = _lora_sizes(model, owned, lora_rank)
@@ -289,8 +328,8 @@ def parameter_counts(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tupl
     routed = [model.get_submodule(layer.experts) for layer in anatomy.moe]
     frozen: dict[str, list[FrozenRange]] = {_ROUTED: [experts for experts in routed if is_frozen(experts)]}
     groups = tuple(
-        _group(model, kind, owned[kind], frozen.get(kind, []), lora_rank)
-        for kind in _KINDS
+        _group(model, kind, owned[kind], frozen.get(kind, []), lora_rank, anatomy.family.router_parameters)
+        for kind in owned
         if owned[kind] or frozen.get(kind)
     )
     counted = sum(g.parameters for g in groups)

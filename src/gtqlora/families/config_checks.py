@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -32,14 +33,16 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_tok"), _EXPERTS),
     **dict.fromkeys(("n_group", "topk_group"), _EXPERTS),
     **dict.fromkeys(("hidden_size",), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), _INNER),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), _INNER),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _HEADS),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), _HEADS),
     **dict.fromkeys(("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), _RANK),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_head_dim"), _RANK),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _RANK),
+    "linear_conv_kernel_dim": Bound(1, 1_000, "a token sees that many others in its convolution"),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"), _COUNT),
     "vocab_size": Bound(1, 2**24, "the largest vocabularies known have less than 2^19 tokens"),
     "max_position_embeddings": Bound(1, 2**31, "positions are 32-bit numbers in places"),
-    "sliding_window": Bound(1, 2**31, "positions are 32-bit numbers in places"),
+    "sliding_window": Bound(0, 2**31, "positions are 32-bit numbers in places; 0 is none"),
     "num_labels": Bound(0, 100_000, "each gets a name wherever transformers reads the file by itself"),
     "moe_layer_freq": Bound(1, 1_000, "every layer is built"),
 }
@@ -50,6 +53,7 @@ OPTIONAL = {
 POSITIVE = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 """Numbers by which is divided or multiplied: at 0 or below, and at infinity, what comes out is NaN or nothing."""
 _ROPE_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_MLPS = {"dense", "sparse"}
 _MOST = 1e12
 MAX_EXPERTS = 500_000
 """In all layers together, for the time that their names take."""
@@ -74,7 +78,7 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
     """
     for key, bound in BOUNDS.items():
         value: Any = values.get(key, bound.least)
-        if value is None and key in OPTIONAL:
+        if (value is None and key in OPTIONAL) or (key == "sliding_window" and value == 0 and _whole_window(values)):
             continue
         if not _is_int(value) or not bound.least <= value <= bound.most:
             raise ModelError(
@@ -87,9 +91,24 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
     _check_heads(where, values)
     for section in ("rope_parameters", "rope_scaling"):
         _check_rope(where, section, values.get(section))
-    dense = values.get("mlp_only_layers")
+    _check_layer_lists(where, values)
+
+
+def _whole_window(values: Mapping[str, Any]) -> bool:
+    """Whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
+    return values.get("use_sliding_window") is False
+
+
+def _check_layer_lists(where: str, values: Mapping[str, Any]) -> None:
+    dense, types = values.get("mlp_only_layers"), values.get("mlp_layer_types")
     if dense is not None and not (isinstance(dense, list | tuple) and all(map(_is_int, dense))):
         raise ModelError(f"{where}: mlp_only_layers = {_shown(dense)} in config.json; must be a list of layer numbers")
+    layers = values.get("num_hidden_layers", 0)
+    if types is not None and not (isinstance(types, list | tuple) and len(types) >= layers and set(types) <= _MLPS):
+        raise ModelError(
+            f"{where}: mlp_layer_types = {_shown(types)} in config.json; must be a list of {' and '.join(sorted(_MLPS))}, "
+            "one for each layer"
+        )
 
 
 def _check_heads(where: str, values: Mapping[str, Any]) -> None:
@@ -129,12 +148,42 @@ def _check_rope(where: str, section: str, rope: Any) -> None:
     for key, value in rope.items():
         if key in _ROPE_POSITIVE and value is not None:
             _check_positive(where, f"{section}.{key}", value)
+        elif key == "mrope_section":
+            _check_mrope(where, f"{section}.{key}", value)
         elif not (isinstance(value, str) if key in ("rope_type", "type") else _is_small(value)):
             raise ModelError(f"{where}: {section}.{key} = {_shown(value)} in config.json; must be a finite number")
 
 
+def _check_mrope(where: str, key: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_int(n) and 0 <= n <= _HEADS.most for n in value):
+        raise ModelError(
+            f"{where}: {key} = {_shown(value)} in config.json; must be three whole numbers: frequencies for time, height "
+            "and width"
+        )
+
+
 def _is_small(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= _MOST)
+
+
+_TAG, _INFINITIES = "__float__", {"Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def with_floats(where: str, value: Any) -> Any:
+    """Return a JSON value with what transformers writes for numbers that JSON lacks, `{"__float__": "Infinity"}`.
+
+    Raises:
+        ModelError: such an object says anything but an infinity; NaN is no setting.
+    """
+    if isinstance(value, dict) and _TAG in value:
+        name = value[_TAG]
+        if len(value) != 1 or not isinstance(name, str) or name not in _INFINITIES:
+            known = " or ".join(_INFINITIES)
+            raise ModelError(f"{where}: {_shown(value)} in config.json; {_TAG} must be alone, and {known}")
+        return _INFINITIES[name]
+    if isinstance(value, dict):
+        return {key: with_floats(where, item) for key, item in value.items()}
+    return [with_floats(where, item) for item in value] if isinstance(value, list) else value
 
 
 def check_aliases(where: str, settings: Mapping[str, Any], aliases: Mapping[str, str]) -> None:

@@ -1,81 +1,225 @@
-"""Frozen facts of each supported model family. A new family is one more entry in `FAMILIES`."""
+"""Frozen facts of each supported model family. A new family is one more entry in `FAMILIES`, and nothing else.
+
+Everything that gtqlora knows of an architecture stands here: which config keys hold what, where modules lie, what they
+are for, and how the router weighs experts. What a checkpoint's tensors are called is not a fact of a family: it is
+read from the checkpoint, see `families.names`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from gtqlora.errors import ModelError
+from gtqlora.families.unknown import refusal
+from gtqlora.routing import RouterSpec
 
-Score = Literal["sigmoid", "softmax"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-_MOE_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts")
+MoeLayers = Literal["all", "after_dense", "sparse_step", "by_type"]
+Normalize = Literal["key", "always", "never"]
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""The parameters in which transformers fuses the routed experts of a layer: [E, 2I, D], gate's rows first, [E, D, I]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What must be known of an architecture; module paths are relative to a decoder layer.
+    """What must be known of an architecture. Module paths are relative to a decoder layer unless said otherwise.
 
     Attributes:
         model_type: `model_type` in config.json.
         class_name: the transformers class of the language model.
         score: how router logits become scores. The router's first output is the raw logits in every family here.
-        experts_key, topk_key: config keys of the number of routed experts and of the chosen ones.
-        attention: linear projections of attention that may carry LoRA; absent ones depend on the config.
+        normalize: whether the weights of a token's experts are divided by their sum: as `norm_topk_prob` says, always,
+            or never.
+        scale_key: config key of the factor that the router multiplies weights by, if there is one.
+        grouped: whether experts are chosen from `topk_group` of `n_group` groups.
+        rounds: whether the router returns weights in the dtype of its logits; otherwise they stay fp32.
+        moe_layers_from: which decoder layers have a router: all; those after the first `first_k_dense_replace`; every
+            `decoder_sparse_step`-th but for `mlp_only_layers`; or those that `mlp_layer_types` calls "sparse".
+        experts_key, topk_key, inner_key: config keys of the number of routed experts, of those that a token uses, and
+            of an expert's intermediate size.
+        attention: linear projections of attention, linear attention included, that carry LoRA; those that a layer lacks
+            depend on the config.
+        shared: linear projections of the shared experts, which carry LoRA; every MoE layer has all of them.
         residual_writers: linears whose output is added to the residual stream (dense, shared; not routed).
+        router_parameters: parameters of the router that train; others that it may have stay frozen.
+        correction_bias: buffer of the router that steers selection only, and never trains.
+        gates: linears of a MoE layer, beside the router, that weigh what its parts write; frozen, and never in 4 bits.
+        frozen_kinds: other modules with parameters, and what the parameter counts call them; all frozen.
+        attention_blocks, mlp_block: modules whose outputs are added to the residual stream; a layer has the MLP block
+            and one of the others.
+        block_norms: norms of a layer through which a block's input passes. A layer with any other norm normalizes
+            what a block writes, so that a direction cannot be taken out of the writer's weights.
+        layers, embedding, final_norm, head: paths in the language model.
         text_key: key of config.json that holds the language model's own config, if nested.
         text_types: the nested config's `model_type`s that this family covers.
-        disk_prefix: what stands before the in-memory names in the checkpoint.
-        other_towers: first words of the checkpoint's tensors that are no part of the language model.
-        expert_projections: one expert's matrices on disk, in the order gate, up, down.
+        wrapper_prefix: what stands before the language model's names in a nested model's checkpoint, where
+            transformers' own mapping for the language model's class does not say it.
+        other_towers: how tensors of the checkpoint begin that are no part of the language model.
     """
 
     model_type: str
     class_name: str
-    score: Score
-    experts_key: str
-    topk_key: str
+    score: Literal["sigmoid", "softmax"]
+    normalize: Normalize = "key"
+    scale_key: str | None = None
+    grouped: bool = False
+    rounds: bool = True
+    moe_layers_from: MoeLayers
+    experts_key: str = "num_experts"
+    topk_key: str = "num_experts_per_tok"
+    inner_key: str = "moe_intermediate_size"
     attention: tuple[str, ...]
-    shared: tuple[str, ...]
+    shared: tuple[str, ...] = ()
     residual_writers: tuple[str, ...]
     router: str = "mlp.gate"
+    router_parameters: tuple[str, ...] = ("weight",)
     experts: str = "mlp.experts"
     correction_bias: str | None = None
+    gates: tuple[str, ...] = ()
+    frozen_kinds: Mapping[str, str] = field(default_factory=dict)
+    attention_blocks: tuple[str, ...] = ("self_attn",)
+    mlp_block: str = "mlp"
+    block_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
     text_key: str | None = None
     text_types: tuple[str, ...] = ()
-    disk_prefix: str = ""
+    wrapper_prefix: str | None = None
     other_towers: tuple[str, ...] = ()
-    expert_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
-    def moe_layers(self, text_config: Any) -> tuple[int, ...]:
-        """Indices of the decoder layers that have a router, from the config alone."""
-        n_layers = text_config.num_hidden_layers
-        if self.experts_key == "n_routed_experts":
-            return tuple(range(text_config.first_k_dense_replace, n_layers))
-        if not getattr(text_config, self.experts_key):
-            return ()
-        step, dense = text_config.decoder_sparse_step, set(text_config.mlp_only_layers or ())
-        return tuple(i for i in range(n_layers) if i not in dense and (i + 1) % step == 0)
+    def moe_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Return the indices of the decoder layers that have a router, from the language model's config alone."""
+        return tuple(self._routed(config)) if self.n_experts(config) else ()
 
-    def on_disk(self, layer: int, expert: int) -> tuple[str, ...]:
-        """Checkpoint names of one routed expert's matrices; in memory the experts of a layer are fused."""
-        prefix = f"{self.disk_prefix}model.layers.{layer}.{self.experts}.{expert}"
-        return tuple(f"{prefix}.{projection}.weight" for projection in self.expert_projections)
+    def _routed(self, config: Any) -> Iterable[int]:
+        every = range(config.num_hidden_layers)
+        if self.moe_layers_from == "after_dense":
+            return every[config.first_k_dense_replace :]
+        if self.moe_layers_from == "sparse_step":
+            dense = set(config.mlp_only_layers or ())
+            return (i for i in every if i not in dense and (i + 1) % config.decoder_sparse_step == 0)
+        if self.moe_layers_from == "by_type":
+            return (i for i in every if config.mlp_layer_types[i] == "sparse")
+        return every
+
+    def n_experts(self, config: PreTrainedConfig) -> int:
+        """Return how many routed experts a MoE layer has."""
+        return getattr(config, self.experts_key)
+
+    def inner_size(self, config: PreTrainedConfig) -> int:
+        """Return the intermediate size of a routed expert."""
+        return getattr(config, self.inner_key)
+
+    def router_spec(self, config: PreTrainedConfig) -> RouterSpec:
+        """Return how this model's routers choose and weigh experts.
+
+        Raises:
+            ModelError: no router can choose so.
+        """
+        normalize = self.normalize == "always" or (self.normalize == "key" and bool(config.norm_topk_prob))
+        spec = RouterSpec(
+            score=self.score,
+            top_k=getattr(config, self.topk_key),
+            n_experts=self.n_experts(config),
+            normalize=normalize,
+            scale=float(getattr(config, self.scale_key)) if self.scale_key else 1.0,
+            rounds=self.rounds,
+            n_group=int(config.n_group or 1) if self.grouped else 1,
+            topk_group=int(config.topk_group or 1) if self.grouped else 1,
+        )
+        self._check_spec(spec)
+        return spec
+
+    def _check_spec(self, spec: RouterSpec) -> None:
+        eligible = spec.n_experts // spec.n_group * spec.topk_group
+        if spec.n_experts % spec.n_group or not 1 <= spec.topk_group <= spec.n_group:
+            raise ModelError(f"{self.model_type}: {spec.n_experts} experts do not split into {spec.n_group} groups")
+        if not 1 <= spec.top_k <= eligible:
+            raise ModelError(f"{self.model_type}: {self.topk_key} is {spec.top_k}, but {eligible} experts are eligible")
+
+    def layer(self, index: int) -> str:
+        """Return the path of a decoder layer in the language model."""
+        return f"{self.layers}.{index}"
+
+    def experts_of(self, index: int) -> str:
+        """Return the path of a layer's routed experts in the language model."""
+        return f"{self.layer(index)}.{self.experts}"
+
+    def router_of(self, index: int) -> str:
+        """Return the path of a layer's router in the language model."""
+        return f"{self.layer(index)}.{self.router}"
+
+    def extra_layers(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Return how the names in memory of multi-token-prediction layers would begin.
+
+        They follow the last layer, and are no part of the language model; transformers does not load them.
+        """
+        first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+        return tuple(f"{self.layer(first + i)}." for i in range(count))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Modules whose outputs are added to the residual stream; a layer lacks some of them."""
+        return (*self.attention_blocks, self.mlp_block)
 
 
-_MLA = tuple(f"self_attn.{p}" for p in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
-_GQA = tuple(f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj"))
-_SHARED = tuple(f"mlp.shared_experts.{p}" for p in ("gate_proj", "up_proj", "down_proj"))
+def _paths(block: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{block}.{name}" for name in names)
 
-_DEEPSEEK: dict[str, Any] = {
-    "class_name": "DeepseekV3ForCausalLM",
+
+_SWIGLU = ("gate_proj", "up_proj", "down_proj")
+_GQA = _paths("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+_MLA = _paths("self_attn", "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+# DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): sigmoid scores, a bias that steers selection, groups, a factor.
+_DEEPSEEK_ROUTER: dict[str, Any] = {
     "score": "sigmoid",
+    "scale_key": "routed_scaling_factor",
+    "grouped": True,
+    "rounds": False,
     "experts_key": "n_routed_experts",
-    "topk_key": "num_experts_per_tok",
-    "attention": _MLA,
-    "shared": _SHARED,
+    "shared": _paths("mlp.shared_experts", *_SWIGLU),
     "residual_writers": ("self_attn.o_proj", "mlp.shared_experts.down_proj", "mlp.down_proj"),
     "correction_bias": "e_score_correction_bias",
+}
+_DEEPSEEK = {
+    **_DEEPSEEK_ROUTER,
+    "class_name": "DeepseekV3ForCausalLM",
+    "moe_layers_from": "after_dense",
+    "attention": _MLA,
+}
+_QWEN_SHARED: dict[str, Any] = {
+    "score": "softmax",
+    "shared": _paths("mlp.shared_expert", *_SWIGLU),
+    "gates": ("mlp.shared_expert_gate",),
+}
+# Three of four layers are Gated DeltaNet (arXiv 2412.06464): its projections carry LoRA like those of attention.
+_QWEN_HYBRID: dict[str, Any] = {
+    **_QWEN_SHARED,
+    "residual_writers": (
+        *("self_attn.o_proj", "linear_attn.out_proj"),
+        *("mlp.shared_expert.down_proj", "mlp.down_proj"),
+    ),
+    "frozen_kinds": {"linear_attn": "linear attention, rest"},
+    "attention_blocks": ("self_attn", "linear_attn"),
+}
+_QWEN3_5: dict[str, Any] = {
+    **_QWEN_HYBRID,
+    "class_name": "Qwen3_5MoeForCausalLM",
+    "normalize": "always",
+    "moe_layers_from": "all",
+    "attention": (
+        *_GQA,
+        *_paths("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+    ),
+    "other_towers": ("model.visual.", "mtp."),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -86,42 +230,82 @@ FAMILIES: dict[str, Family] = {
             model_type="kimi_k25",
             text_key="text_config",
             text_types=("kimi_k2", "deepseek_v3"),
-            disk_prefix="language_model.",
+            wrapper_prefix="language_model",
             other_towers=("vision_tower.", "mm_projector."),
             **_DEEPSEEK,
+        ),
+        Family(
+            model_type="glm4_moe",
+            class_name="Glm4MoeForCausalLM",
+            moe_layers_from="after_dense",
+            attention=_GQA,
+            **_DEEPSEEK_ROUTER,
+        ),
+        Family(
+            model_type="glm4_moe_lite",
+            class_name="Glm4MoeLiteForCausalLM",
+            moe_layers_from="by_type",
+            attention=_MLA,
+            **_DEEPSEEK_ROUTER,
         ),
         Family(
             model_type="qwen3_moe",
             class_name="Qwen3MoeForCausalLM",
             score="softmax",
-            experts_key="num_experts",
-            topk_key="num_experts_per_tok",
+            moe_layers_from="sparse_step",
             attention=_GQA,
-            shared=(),
             residual_writers=("self_attn.o_proj", "mlp.down_proj"),
+        ),
+        Family(
+            model_type="qwen2_moe",
+            class_name="Qwen2MoeForCausalLM",
+            moe_layers_from="sparse_step",
+            attention=_GQA,
+            residual_writers=("self_attn.o_proj", "mlp.shared_expert.down_proj", "mlp.down_proj"),
+            **_QWEN_SHARED,
+        ),
+        Family(
+            model_type="qwen3_next",
+            class_name="Qwen3NextForCausalLM",
+            moe_layers_from="sparse_step",
+            attention=(*_GQA, *_paths("linear_attn", "in_proj_qkvz", "in_proj_ba", "out_proj")),
+            other_towers=("mtp.",),
+            **_QWEN_HYBRID,
+        ),
+        Family(model_type="qwen3_5_moe", text_key="text_config", text_types=("qwen3_5_moe_text",), **_QWEN3_5),
+        Family(model_type="qwen3_5_moe_text", **_QWEN3_5),
+        Family(
+            model_type="mixtral",
+            class_name="MixtralForCausalLM",
+            score="softmax",
+            normalize="always",
+            rounds=False,
+            moe_layers_from="all",
+            experts_key="num_local_experts",
+            inner_key="intermediate_size",
+            attention=_GQA,
+            residual_writers=("self_attn.o_proj",),
+        ),
+        Family(
+            model_type="olmoe",
+            class_name="OlmoeForCausalLM",
+            score="softmax",
+            moe_layers_from="all",
+            inner_key="intermediate_size",
+            attention=_GQA,
+            residual_writers=("self_attn.o_proj",),
         ),
     )
 }
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a config.json.
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """Return the family of a config.json.
 
     Raises:
-        ModelError: the architecture is not known; the message lists those that are.
+        ModelError: the architecture is not known; the message lists those that are, and what an entry would need.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    known = ", ".join(sorted(FAMILIES))
-    # Multimodal models nest the language model's config, so a dense-looking top level proves nothing.
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if not any(section.get(key) for section in sections for key in _MOE_KEYS):
-        raise ModelError(
-            f"{where}: model_type {model_type!r} is a dense model: it has no routers, so only Level 1 (the "
-            f"residual stream) applies to it, and there is nothing for gtqlora to tell apart or to train. It works on "
-            f"Mixture-of-Experts models of these families: {known}"
-        )
-    raise ModelError(
-        f"{where}: unknown MoE family {model_type!r}; known: {known}. Add an entry to gtqlora/families/facts.py"
-    )
+    raise ModelError(f"{where}: {refusal(config, sorted(FAMILIES))}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,14 @@ from gtqlora.families.config_checks import (
     check_token_ids,
     check_total,
     switched_off,
+    with_floats,
 )
 from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
+from gtqlora.families.names import TensorNames
 from gtqlora.families.rendering import warm_up
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
-from gtqlora.families.weight_checks import check_headers, check_size, extra_layers
+from gtqlora.families.weight_checks import check_experts, check_headers, check_size
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -62,7 +64,7 @@ class _Source:
 
 
 def _read(model: str) -> _Source:
-    raw = files.read_json(files.config_file(model))
+    raw = with_floats(model, files.read_json(files.config_file(model)))
     family = family_of(raw, model)
     text = raw.get(family.text_key) if family.text_key else raw
     if not isinstance(text, dict):
@@ -103,7 +105,7 @@ def _config(source: _Source) -> Any:
 
 
 def _check_experts_total(source: _Source, config: Any) -> None:
-    total = len(source.family.moe_layers(config)) * getattr(config, source.family.experts_key)
+    total = len(source.family.moe_layers(config)) * source.family.n_experts(config)
     if total > MAX_EXPERTS:
         raise ModelError(f"{source.model}: config.json describes {total:,} experts; at most {MAX_EXPERTS:,} are taken")
 
@@ -133,6 +135,30 @@ def meta_model(family: Family, config: Any) -> PreTrainedModel:
         raise ModelError(f"{family.model_type}: the config makes no model ({files.first_line(error)})") from error
     check_total(family.model_type, sum(parameter.numel() for parameter in model.parameters()))
     return model.to(config.dtype or torch.bfloat16)
+
+
+def tensor_names(model: str, family: Family, skeleton: PreTrainedModel) -> TensorNames:
+    """Return what MODEL's tensors are called on disk and in memory, from the headers of its files.
+
+    Raises:
+        ModelError: there are no weights, or a file is corrupt.
+    """
+    folder, names = files.weight_files(model)
+    return TensorNames(skeleton, family, read_headers(folder, names))
+
+
+def names_on_disk(model: str) -> tuple[str, ...]:
+    """Return the names of MODEL's tensors as its index, or else its one file's header, has them; none if neither can.
+
+    Raises:
+        ModelError: as `files.small_files`, or the index is not in order.
+    """
+    folder = files.small_files(model)
+    mapped = files.weight_map(folder)
+    if mapped is None and files.has(folder, files.WEIGHTS):
+        with suppress(ModelError):  # whoever loads the weights says what is wrong with them
+            return tuple(read_headers(folder, (files.WEIGHTS,)))
+    return tuple(mapped or ())
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -165,11 +191,13 @@ def load_model(
     folder, names = files.weight_files(model)
     headers = read_headers(folder, names, files.weight_map(folder))
     check_generation(model, folder, config.vocab_size)
-    check_headers(model, source.family, config, headers, _settings(source))
-    check_size(model, sum(p.numel() for p in meta_model(source.family, config).parameters()), headers)
+    skeleton = meta_model(source.family, config)
+    tensors = TensorNames(skeleton, source.family, headers)
+    check_headers(model, source.family, tensors, headers, _settings(source))
+    check_size(model, sum(p.numel() for p in skeleton.parameters()), headers)
     quantizing: dict[str, Any] = {}
     if quantization_config is None:
-        _check_experts(model, source.family, config, frozenset(headers))
+        check_experts(model, source.family, config, tensors)
     else:
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
     loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, **quantizing)
@@ -241,7 +269,7 @@ def _from_pretrained(
     folder: str, family: Family, config: Any, dtype: str, model: str, **more: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     model_class = getattr(transformers, family.class_name)
-    renames = {f"^{re.escape(family.disk_prefix)}": ""} if family.disk_prefix else None
+    renames = {rf"^{re.escape(family.wrapper_prefix)}\.": ""} if family.wrapper_prefix else None
     try:
         with _quiet():
             return model_class.from_pretrained(
@@ -260,18 +288,8 @@ def _from_pretrained(
         raise ModelError(f"{model}: the weights cannot be loaded ({files.first_line(error)})") from error
 
 
-def _check_experts(model: str, family: Family, config: Any, present: frozenset[str]) -> None:
-    """Every expert's matrices are there. The loader fuses what it finds, so it cannot name the one that is missing."""
-    n_experts = getattr(config, family.experts_key)
-    for layer in family.moe_layers(config):
-        wanted = {name for expert in range(n_experts) for name in family.on_disk(layer, expert)}
-        missing = sorted(wanted - present)
-        if missing and len(missing) < len(wanted):
-            raise ModelError(f"{model}: {len(missing)} tensors missing, e.g. {', '.join(missing[:3])}")
-
-
 def _check_loading(model: str, family: Family, config: Any, info: dict[str, Any]) -> None:
-    known = (*family.other_towers, *extra_layers(config))
+    known = (*family.other_towers, *family.extra_layers(config))
     unexpected = [key for key in info.get("unexpected_keys", ()) if not key.startswith(known)]
     mismatched = [
         f"{key} {tuple(disk)} on disk, {tuple(memory)} by config"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gtqlora.errors import ModelError
 from gtqlora.families import packed
-from gtqlora.families.facts import Family
+from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.families.headers import Header
+from gtqlora.families.names import TensorNames
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes of weights, as safetensors spells them, and their bytes."""
@@ -18,8 +19,10 @@ _WEIGHTS_PER_BYTE = 2.2
 """At four bits each, and a little more for weights that are tied."""
 
 
-def check_headers(model: str, family: Family, config: Any, headers: Mapping[str, Header], settings: Any) -> None:
-    """Every weight of the language model is there once, in a dtype that weights have.
+def check_headers(
+    model: str, family: Family, names: TensorNames, headers: Mapping[str, Header], settings: Any
+) -> None:
+    """Check that every weight of the language model is there once, in a dtype that weights have.
 
     Args:
         settings: how config.json says that the checkpoint is quantized, if it is.
@@ -27,60 +30,39 @@ def check_headers(model: str, family: Family, config: Any, headers: Mapping[str,
     Raises:
         ModelError: the message names the tensor.
     """
-    ours = _language(family, config, headers)
-    _check_once(model, family, ours, headers)
+    for one, other in names.twice():
+        raise ModelError(f"{model}: tensors {one} and {other} are the same weight; remove one")
+    for fused, single in names.both_forms():
+        raise ModelError(f"{model}: tensors {fused} and {single} hold the same experts; remove one form")
     if packed.method_of(settings) == packed.OURS and settings.get("dense") is not None:
         return  # bitsandbytes' tensors, of many dtypes, which its own loader checks
-    for short, name in ours.items():
-        quantized = settings is not None and (f".{family.experts}." in short or not short.endswith(_PLAIN))
-        if headers[name].dtype not in FLOATS and not quantized:
+    for disk, place in names.places.items():
+        quantized = settings is not None and (f".{family.experts}." in place.name or not disk.endswith(_PLAIN))
+        if headers[disk].dtype not in FLOATS and not quantized:
             raise ModelError(
-                f"{model}: tensor {name} is {headers[name].dtype}, and config.json does not say that it is quantized; "
+                f"{model}: tensor {disk} is {headers[disk].dtype}, and config.json does not say that it is quantized; "
                 f"weights must be one of {', '.join(FLOATS)}"
             )
 
 
-def _language(family: Family, config: Any, headers: Mapping[str, Header]) -> dict[str, str]:
-    """Tensors of the language model, by their name without the family's prefix."""
-    others = (*family.other_towers, *extra_layers(config, family.disk_prefix))
-    found: dict[str, str] = {}
-    for name in headers:
-        if not name.startswith(others):
-            found.setdefault(name.removeprefix(family.disk_prefix), name)
-    return found
+def check_experts(model: str, family: Family, config: Any, names: TensorNames) -> None:
+    """Check that every expert's matrices are there, one by one or fused, in a checkpoint that is not quantized.
 
+    The loader fuses what it finds, so it cannot name the one that is missing.
 
-def extra_layers(config: Any, prefix: str = "") -> tuple[str, ...]:
-    """How tensors of multi-token-prediction layers begin: they follow the last layer, and are no part of the model."""
-    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
-    return tuple(f"{prefix}model.layers.{first + i}." for i in range(count))
-
-
-def _check_once(model: str, family: Family, ours: Mapping[str, str], headers: Mapping[str, Header]) -> None:
-    for short in ours:
-        long = f"{family.disk_prefix}{short}"
-        if long != short and long in headers and short in headers:
-            raise ModelError(f"{model}: tensors {long} and {short} are the same weight; remove one")
-    for name, single in _fused(family, ours):
-        raise ModelError(f"{model}: tensors {name} and {single} hold the same experts; remove one form")
-
-
-def _fused(family: Family, ours: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Layers that hold their experts both in one tensor and one by one."""
-    singles = {name.partition(f".{family.experts}.")[0]: name for name in ours if _is_single(family, name)}
-    for name in ours:
-        if name.endswith((f".{family.experts}.gate_up_proj", f".{family.experts}.down_proj")):
-            layer = name.partition(f".{family.experts}.")[0]
-            if layer in singles:
-                yield name, singles[layer]
-
-
-def _is_single(family: Family, name: str) -> bool:
-    return name.partition(f".{family.experts}.")[2].partition(".")[0].isdigit()
+    Raises:
+        ModelError: the message counts those of a layer that are missing, and names the first.
+    """
+    experts = range(family.n_experts(config))
+    for layer in family.moe_layers(config):
+        path = family.experts_of(layer)
+        wanted = {*names.makers(f"{path}.{GATE_UP}", experts, parts=2), *names.makers(f"{path}.{DOWN}", experts)}
+        if missing := sorted(wanted - names.places.keys()):
+            raise ModelError(f"{model}: {len(missing)} tensors missing, e.g. {', '.join(missing[:3])}")
 
 
 def check_size(model: str, parameters: int, headers: Mapping[str, Header]) -> None:
-    """The config's model is no larger than what is on disk, before memory is taken for it.
+    """Check that the config's model is no larger than what is on disk, before memory is taken for it.
 
     Raises:
         ModelError: it is, so most of it would be missing.

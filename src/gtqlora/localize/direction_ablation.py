@@ -22,7 +22,7 @@ def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Chan
     def change(_chosen: list[int]) -> Change:
         held = CallRecorder()
         return Change(
-            switch=lambda: direction_removed(trials.subject.model, direction_D),
+            switch=lambda: direction_removed(trials.subject.model, trials.subject.anatomy, direction_D),
             source_runs=(SourceRun(expert_handlers=(held,)),) if routing_held else (),
             expert_handlers=(Interchange(routing=held, inputs=None),) if routing_held else (),
         )

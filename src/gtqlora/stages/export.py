@@ -13,10 +13,10 @@ from torch import Tensor
 from gtqlora.capture import open_subject
 from gtqlora.certificate import Certificate, certify, check_model
 from gtqlora.edits.edited import Edited
-from gtqlora.edits.merging import Edit, merged, on_disk, plan
+from gtqlora.edits.merging import Edit, merged, plan
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
-from gtqlora.families import bind, load_config, meta_model, quantization
+from gtqlora.families import bind, load_config, meta_model, quantization, tensor_names
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
@@ -87,9 +87,11 @@ def export(run: Run, out: Path, *, to: str = "safetensors", judge: str | None = 
 
 def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Exported:
     family, config = load_config(certificate.verdict.model)
-    anatomy = bind(meta_model(family, config), family)
-    edits = plan(certificate.adapter, anatomy)
-    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, on_disk(anatomy, anatomy.routers))
+    skeleton = meta_model(family, config)
+    anatomy, names = bind(skeleton, family), tensor_names(certificate.verdict.model, family, skeleton)
+    edits = plan(certificate.adapter, anatomy, names)
+    gates = [names.whole(f"{path}.weight") for path in anatomy.routers]
+    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, gates)
     check_model(run, certificate, digest)
     divergence = validate(staged, certificate)
     result = Exported(out, changed, moved, divergence)

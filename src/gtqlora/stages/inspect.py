@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 
@@ -15,15 +15,19 @@ from gtqlora.experts.quantizer import replace_experts
 from gtqlora.experts.settings import NATIVE, FrozenExpertsConfig
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
 from gtqlora.families import (
+    GATES,
     Anatomy,
     Group,
+    TensorNames,
     bind,
     correction_bias_values,
     load_config,
     meta_model,
+    names_on_disk,
     parameter_counts,
     quantization,
 )
+from gtqlora.families.facts import DOWN, GATE_UP
 from gtqlora.families.files import has, small_files, weight_map
 from gtqlora.families.packed import OURS
 from gtqlora.families.tokenizers import chat_template, check_generation
@@ -52,6 +56,8 @@ class Inspection:
         experts_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
             or in a way that gtqlora does not read, and counted as the unpacked model's.
         names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
+        names_from: where names on disk come from: the checkpoint's own, or, where there are no weights, those that
+            transformers would write; the checkpoint may lie otherwise.
     """
 
     model: str
@@ -80,6 +86,7 @@ class Inspection:
     trained_bytes: int
     chat_template: bool | None
     names: tuple[Name, ...]
+    names_from: Literal["checkpoint", "transformers"] = field(compare=False)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -101,13 +108,15 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
     family, config = load_config(model)
     skeleton = meta_model(family, config)
     quantized, on_disk = quantization(model), _on_disk(model)
-    names = _names(skeleton, bind(skeleton, family), _suffixes(on_disk, quantized))
+    anatomy, found = bind(skeleton, family), names_on_disk(model)
+    of_layer = [name for name in found if f".{anatomy.moe[0].index}." in name]
+    names = _names(skeleton, anatomy, TensorNames(skeleton, family, of_layer), _suffixes(on_disk, quantized))
     held = _held(model, expert_format, on_disk)
     if held is not None:
         replace_experts(skeleton, family, held, FrozenExpertsConfig())
     anatomy = bind(skeleton, family)
     groups = parameter_counts(skeleton, anatomy, lora_rank)
-    gates = sum(skeleton.get_submodule(path).get_parameter("weight").numel() for path in anatomy.routers)
+    gates = next(group.trained_parameters for group in groups if group.name == GATES)
     trained = sum(group.trained_parameters for group in groups)
     return Inspection(
         model=model,
@@ -136,6 +145,7 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
         trained_bytes=sum(group.trained_bytes for group in groups),
         chat_template=_chat_template(model, config.vocab_size),
         names=names,
+        names_from="checkpoint" if of_layer else "transformers",
     )
 
 
@@ -177,23 +187,19 @@ def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:
     return (*PACKED_PARTS.values(), PACKED_SHAPE)
 
 
-def _names(skeleton: torch.nn.Module, anatomy: Anatomy, suffixes: tuple[str, ...]) -> tuple[Name, ...]:
+def _names(
+    skeleton: torch.nn.Module, anatomy: Anatomy, names: TensorNames, suffixes: tuple[str, ...]
+) -> tuple[Name, ...]:
     """The first MoE layer's parameters, with the checkpoint tensors that make each."""
-    layer, family = anatomy.moe[0], anatomy.family
-    gate_first, up_first, down_first = family.on_disk(layer.index, 0)
-    gate_last, up_last, down_last = family.on_disk(layer.index, anatomy.spec.n_experts - 1)
+    layer, ends = anatomy.moe[0], (0, anatomy.spec.n_experts - 1)
+    parts = {f"{layer.experts}.{GATE_UP}": 2, f"{layer.experts}.{DOWN}": 1}
 
-    def tensors(*names: str) -> tuple[str, ...]:
-        return tuple(f"{name.removesuffix('weight')}{suffix}" for name in names for suffix in suffixes)
+    def disk(memory: str) -> tuple[str, ...]:
+        if memory not in parts or names.is_whole(memory):
+            return (names.whole(memory),)
+        stems = [name.removesuffix("weight") for name in names.makers(memory, ends, parts[memory])]
+        return tuple(f"{stem}{suffix}" for stem in stems for suffix in suffixes)
 
-    fused = {
-        f"{layer.experts}.gate_up_proj": tensors(gate_first, up_first, gate_last, up_last),
-        f"{layer.experts}.down_proj": tensors(down_first, down_last),
-    }
-    prefix = layer.router.removesuffix(family.router)
-    state: dict[str, Any] = skeleton.state_dict()
-    return tuple(
-        Name(disk=fused.get(name, (f"{family.disk_prefix}{name}",)), memory=name, shape=tuple(tensor.shape))
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    )
+    path = f"{anatomy.layers[layer.index]}."
+    tensors = {name: tensor for name, tensor in skeleton.state_dict().items() if name.startswith(path)}
+    return tuple(Name(disk=disk(name), memory=name, shape=tuple(tensor.shape)) for name, tensor in tensors.items())
