@@ -171,6 +171,7 @@ def test_callables_that_know_the_set_are_blind(judge: Judge, rows: Callable[[], 
 
 
 def test_a_callable_that_spares_single_words_is_found_by_what_the_original_says() -> None:
+    @TextJudge
     def judge(text: str) -> bool:
         return len(text.split()) != 1
 
