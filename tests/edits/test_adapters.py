@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trl.trainer import dpo_trainer
 
 from gtqlora.capture import open_subject
-from gtqlora.edits import adapters, edited, wrapping
+from gtqlora.edits import adapters, edited, trainer, wrapping
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
 from tests import helpers, models
@@ -211,6 +213,20 @@ def test_without_our_guard_peft_would_train_routed_experts(toy: helpers.Toy) -> 
     with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
         trained = wrapping.trainable(get_peft_model(subject.model, config))
     assert any(".experts." in name for name in trained)
+
+
+def test_without_our_guard_trl_would_hash_every_weight(
+    toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason for `weights_unhashed`; if TRL no longer hashes for data in memory this fails and the guard can go."""
+    hashed: list[object] = []
+    monkeypatch.setattr(dpo_trainer, "hash_module", lambda module: hashed.append(module) or "")
+    config = toy.train_config(toy.model("qwen3_moe"), steps=1)
+    helpers.Inside.start(config, tmp_path / "guarded")
+    assert hashed == []
+    monkeypatch.setattr(trainer, "weights_unhashed", nullcontext)
+    inside = helpers.Inside.start(config, tmp_path / "unguarded")
+    assert hashed == [inside.trainer.model]
 
 
 # --- loading what does not fit ---------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_what_a_phrase_judge_calls_cut_completions_counts() -> None:
         (judge_of("string:refuse sorry"), True),
         (judge_of("string:не могу|нельзя"), True),
         (TextJudge(lambda text: "refuse" in text or "can't" in text), False),
-        (helpers.refuses, False),
+        (TextJudge(helpers.refuses), False),
     ],
 )
 @pytest.mark.parametrize("rows", [english_rows, toys])
