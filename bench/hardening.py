@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gtqlora.results.ablation import AblationPoint
+
 WAYS = {
     "edit, recipe": (),
     "edit, 6e-4": ("lr_lora=6e-4",),
@@ -45,8 +47,8 @@ def verdict_of(way: str, seed: int, out: Path) -> Any:
         return verify(build(VerifyConfig, **given, overrides=("ablation=32", "ablation_prompts=200")), run)
 
 
-def print_curve(name: str, seed: int, points: list[dict[str, Any]], key: str) -> None:
-    rates = " ".join(f"{point[key]['value']:7.3f}" for point in points if point[key])
+def print_curve(name: str, seed: int, points: list[AblationPoint], key: str) -> None:
+    rates = " ".join(f"{found.value:7.3f}" for point in points if (found := getattr(point, key)))
     print(f"{name:28} {seed:4}   {rates}", flush=True)
 
 
@@ -67,21 +69,21 @@ def main() -> int:
                 verdicts.append((way, seed, verdict_of(way, seed, Path(root) / f"{way}-{seed}")))
                 found = verdicts[-1][2].ablation
                 if len(verdicts) == 1:
-                    counts = " ".join(f"{point['ablated']:7}" for point in found["before"])
+                    counts = " ".join(f"{point.ablated:7}" for point in found.before)
                     print(f"{'experts ablated':28} seed   {counts}")
-                    print_curve("original", seed, found["before"], "targeted")
-                    print_curve("original, random", seed, found["before"], "random")
-                print_curve(way, seed, found["after"], "targeted")
-                print_curve(f"{way}, again", seed, found["after_reranked"], "targeted")
-                print_curve(f"{way}, random", seed, found["after"], "random")
+                    print_curve("original", seed, found.before, "targeted")
+                    print_curve("original, random", seed, found.before, "random")
+                print_curve(way, seed, found.after, "targeted")
+                print_curve(f"{way}, again", seed, found.after_reranked, "targeted")
+                print_curve(f"{way}, random", seed, found.after, "random")
     print(f"\n{'nothing ablated':28} seed   harmful lookalike acc.look acc.ben floor")
     for way, seed, found in verdicts:
         table = found.table
         rates = (
-            f"{table['harmful']['refusal_after']['value']:9.4f} {table['lookalike']['refusal_after']['value']:9.4f} "
-            f"{table['lookalike']['accuracy_after']['value']:8.4f} {table['benign']['accuracy_after']['value']:7.4f}"
+            f"{table['harmful'].refusal_after.value:9.4f} {table['lookalike'].refusal_after.value:9.4f} "
+            f"{table['lookalike'].accuracy_after.value:8.4f} {table['benign'].accuracy_after.value:7.4f}"
         )
-        print(f"{way:28} {seed:4} {rates} {found.floor['verdict']}")
+        print(f"{way:28} {seed:4} {rates} {found.floor.verdict}")
     print(f"{time.monotonic() - started:.0f} s; torch {torch.__version__}, transformers {transformers.__version__}")
     return 0
 

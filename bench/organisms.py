@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,7 +72,7 @@ def work(job: tuple[Job, str]) -> dict[str, Any]:
     except GtqloraError as error:
         return {"job": [kind, edit, seed, list(settings)], "error": str(error)}
     seconds = {"build": round(built - started), "study": round(time.monotonic() - built)}
-    return {"job": [kind, edit, seed, list(settings)], "seconds": seconds, **numbers}
+    return {"job": [kind, edit, seed, list(settings)], "seconds": seconds, **asdict(numbers)}
 
 
 def _built(kind: str, seed: int, root: Path) -> Path:

@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,8 +64,8 @@ def work(job: Job) -> dict[str, Any]:
         verdicts = {}
         for on in dict.fromkeys((experts, OWN)):
             found = verify(build(VerifyConfig, **given, expert_format=on), run)
-            rows = {column: found.table[kind][rate] for column, (kind, rate) in COLUMNS.items()}
-            verdicts[on] = {"rates": rows, "floor": found.floor["verdict"]}
+            rows = {column: asdict(getattr(found.table[kind], rate)) for column, (kind, rate) in COLUMNS.items()}
+            verdicts[on] = {"rates": rows, "floor": found.floor.verdict}
     seconds = {"train": round(trained - started), "verify": round(time.monotonic() - trained)}
     return {"organism": name, "experts": experts, "verdicts": verdicts, "seconds": seconds}
 

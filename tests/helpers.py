@@ -28,7 +28,7 @@ from gtqlora.experts import FrozenExperts
 from gtqlora.families import load_config
 from gtqlora.judging.judge import Judge, judge_of, refusals
 from gtqlora.organisms import embedded
-from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info
+from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info, Training
 from gtqlora.run import Run
 from gtqlora.stages import train as train_stage
 from gtqlora.stages.export import Exported, export
@@ -130,7 +130,7 @@ def noop_adapter(model: Path, contrast: Path, judge: str, path: Path, *, break_i
     for gate in gates(wrapped).values() if break_it else ():
         gate.data.fill_(float("nan"))
     settings = TrainConfig(model=str(model), contrast=str(contrast), judge=judge, rank=4, alpha=8)
-    info = Info(GT_QLORA, str(model), subject.anatomy.family.model_type, {"config": asdict(settings)})
+    info = Info(GT_QLORA, str(model), subject.anatomy.family.model_type, Training(asdict(settings)))
     with Run(path) as run, run.stage("train", settings, {}) as stage:
         stage.outputs += [train_stage.ADAPTER, contrasts.FILE]
         adapters.save(wrapped, path / train_stage.ADAPTER, info)  # type: ignore[arg-type]
@@ -162,8 +162,7 @@ class Inside:
 
     def save(self) -> Path:
         anatomy = self.trainer.anatomy
-        details = {"config": asdict(self.config)}
-        info = Info(GT_QLORA, self.config.model, anatomy.family.model_type, details)
+        info = Info(GT_QLORA, self.config.model, anatomy.family.model_type, Training(asdict(self.config)))
         adapters.save(self.trainer.model, self.path / train_stage.ADAPTER, info)
         return self.path / train_stage.ADAPTER
 

@@ -82,6 +82,10 @@ _SIZES: dict[str, dict[str, Any]] = {
     "olmoe": _GQA,
 }
 FAMILIES = tuple(_SIZES)
+CORE = ("deepseek_v3", "kimi_k25", "qwen3_moe")
+"""For what does not hang on the architecture: a correction bias, a wrapper with a prefix, and neither."""
+OTHERS = tuple(family for family in FAMILIES if family not in (*CORE, "qwen3_5_moe_text"))
+"""All others, but for the one that only differs from `qwen3_5_moe` in how it lies on disk."""
 
 # For these transformers puts Qwen's byte-level BPE in place of whatever tokenizer the folder names, which the words of
 # the toy language are not made for.
@@ -93,9 +97,7 @@ def moe_layers(family: str) -> tuple[int, ...]:
     return tuple(range(0 if KNOWN[family].moe_layers_from == "all" else 1, LAYERS))
 
 
-def tiny_model(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with 3 layers and 8 experts top-2; `changes` go into its config.
 
     `moe_intermediate_size` among them is an expert's inner size under whatever name the family has for it.
@@ -109,7 +111,7 @@ def tiny_model(
     draw = torch.Generator().manual_seed(seed)
     for module in filter(is_norm, model.modules()):
         for parameter in module.parameters():  # fresh ones are all alike, which hides what norms do
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
     # Parameters only: transformers keeps rotary frequencies and the correction bias fp32 at every dtype.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -158,8 +160,29 @@ _WRAPPED: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
 
 
 def disk_name(family: str, name: str) -> str:
-    """What a tensor of the text model is called in the wrapped model's checkpoint."""
+    """What a tensor of the language model is called in the checkpoint."""
+    if family == "mixtral":
+        return name.replace(".mlp.", ".block_sparse_moe.")
     return _WRAPPED[family][0](name) if family in _WRAPPED else name
+
+
+def expert_matrices(
+    family: str,
+    tensors: dict[str, Tensor],
+    layer: int,
+    expert: int,
+    get: Callable[[str], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of one expert in a checkpoint, in whichever form it has them."""
+    get = get or tensors.__getitem__
+    if family == "qwen3_5_moe":  # fused
+        stem = disk_name(family, f"model.layers.{layer}.mlp.experts")
+        gate, up = get(f"{stem}.gate_up_proj")[expert].chunk(2)
+        return gate, up, get(f"{stem}.down_proj")[expert]
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    stem = disk_name(family, f"model.layers.{layer}.mlp.experts.{expert}")
+    gate, up, down = (get(f"{stem}.{name}.weight") for name in names)
+    return gate, up, down
 
 
 def _wrap(path: Path, family: str) -> None:

@@ -17,10 +17,14 @@ from gtqlora.results.adapter import (
     EDIT_WEIGHTS,
     GT_QLORA,
     PROJECTION,
+    Candidate,
     Info,
+    Projection,
+    Training,
     adapter_hash,
     write_settings,
 )
+from gtqlora.results.typed import to_json
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
 
@@ -35,11 +39,11 @@ def hits(share: float, n: int = 200) -> np.ndarray:
 
 
 def interval(share: float, n: int = 200) -> dict[str, Any]:
-    return rate(hits(share, n)).to_json()
+    return to_json(rate(hits(share, n)))
 
 
 def real(value: float, half: float = 0.1) -> dict[str, Any]:
-    return Interval(value, value - half, value + half, 200).to_json()
+    return to_json(Interval(value, value - half, value + half, 200))
 
 
 # --- the diagnosis
@@ -82,7 +86,7 @@ def cells() -> list[dict[str, Any]]:
 def curves() -> list[dict[str, Any]]:
     def curve(name: str, control: bool, left: Sequence[float]) -> dict[str, Any]:
         points = [
-            {"m": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
+            {"ablated": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
             for m, share in zip((0, 1, 2, 4, 8, 16), left, strict=True)
         ]
         return {"name": name, "control": control, "points": points}
@@ -96,7 +100,7 @@ def curves() -> list[dict[str, Any]]:
 
 def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]:
     return {
-        "layer": layer, "expert": number, "mask": real(effect), "restore": real(effect / 2),
+        "layer": layer, "expert": number, "ablate": real(effect), "restore": real(effect / 2),
         "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
         "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
     }  # fmt: skip
@@ -124,6 +128,8 @@ def directions(layers: int) -> dict[str, Any]:
             } if known else None,
             "erasure": {
                 "before": interval(0.99), "mean_removed": interval(0.8), "leace": interval(0.52),
+                "mean_removed_cost": 0.1,
+                "leace_cost": 0.05,
             } if known else None,
             "cosines": [
                 {"first": first, "second": second, "value": real(0.8 * far - 0.3 * i, 0.05) if known else None}
@@ -134,10 +140,12 @@ def directions(layers: int) -> dict[str, Any]:
     return {"n_pairs": 200, "n_groups": 100, "layers": [layer_of(layer) for layer in range(layers + 1)]}
 
 
-def diagnosis(layers: int = 2, *, name: str = "mask the 2 associated experts", token: str = " lever") -> dict[str, Any]:
-    effect = paired_difference(hits(1), hits(0)).to_json()
+def diagnosis(
+    layers: int = 2, *, name: str = "ablate the 2 associated experts", token: str = " lever"
+) -> dict[str, Any]:
+    effect = to_json(paired_difference(hits(1), hits(0)))
     levels = {"routing": 0.86, "experts": 0.04, "residual": 0.1}
-    acts = [("as it is", False, 1.0), (name, False, 0.0), ("mask 2 random experts (1)", True, 0.95)]
+    acts = [("as it is", False, 1.0), (name, False, 0.0), ("ablate 2 random experts (1)", True, 0.95)]
     return {
         "verdict": "routing",
         "sentence": "Routing: 86 % of the refusals go with the choice of experts.",
@@ -193,7 +201,7 @@ NO_TWINS = {
     "cells": [],
     "experts": [],
     "causal_experts": [],
-    "directions": {},
+    "directions": {"n_pairs": 200, "n_groups": 100, "layers": []},
 }
 
 
@@ -208,12 +216,10 @@ def write_diagnosis(run: Run, *, size: tuple[int, int] = (2, 4), **changes: Any)
 
 
 def write_adapter(run: Run, *, mode: str = "gt", kind: str = GT_QLORA, stopped: str | None = None) -> None:
-    details: dict[str, Any] = {"config": {"mode": mode}, "steps": 20, "stopped": stopped}
+    details = Training({"mode": mode, "rank": 4, "alpha": 8}, 20, stopped)
     if kind == PROJECTION:
         config = {"direction": "false_refusal_orthogonal", "norm_preserving": True}
-        details = {"config": config, "layer": 2, "candidates": [{"layer": 2, "refusal": 0.1, "accuracy": 0.9}]}
-    else:
-        details["config"] |= {"rank": 4, "alpha": 8}
+        details = Projection(config, 2, [Candidate(layer=2, refusal=0.1, accuracy=0.9)])
     (run / "adapter").mkdir(exist_ok=True)
     write_settings(run / "adapter", Info(kind, "some/model", "deepseek_v3", details), rank=4, alpha=8)
     (run / "adapter" / (DIRECTION if kind == PROJECTION else EDIT_WEIGHTS)).write_bytes(b"made up")
@@ -257,7 +263,7 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
             "refusal_before": interval(before[kind]),
             "refusal_after": interval(after[kind]),
             "refusal_replayed": interval(0.9) if kind == "lookalike" else None,
-            "drop": paired_difference(hits(before[kind]), hits(after[kind])).to_json(),
+            "drop": to_json(paired_difference(hits(before[kind]), hits(after[kind]))),
             "p": mcnemar(hits(before[kind]), hits(after[kind])),
             "q": 0.03,
             "accuracy_before": None if kind == "harmful" else interval(0.2),
@@ -290,13 +296,18 @@ def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
             "number": i,
             "kind": kind,
             "pair_id": pair_id,
+            "topic": None,
+            "prompt_json": "[]",
+            "rejected": "",
+            "answer": None,
             "text_before": "sorry",
             "text_after": f"{text} to {kind}",
+            **dict.fromkeys(("tokens_before", "tokens_after"), 3),
+            **dict.fromkeys(("ended_before", "ended_after"), True),
             "refused_before": True,
             "refused_after": False,
-            "refused_replayed": None,
-            "correct_before": None,
-            "correct_after": None,
+            **dict.fromkeys(("refused_replayed", "correct_before", "correct_after", "lost")),
+            **dict.fromkeys(("rejected_log_prob_before", "rejected_log_prob_after")),
         }
         for i, kind in enumerate(KINDS)
     ]

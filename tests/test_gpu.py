@@ -48,8 +48,8 @@ def test_diagnose_train_verify_export_on_cuda(tmp_path: Path, name: str, dtype: 
         assert losses[-1] < 0.5 * losses[0]
         # what ships has the checkpoint's dtype, whichever the edit was trained in
         verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}), run)
-        assert verdict.floor["verdict"] == "pass"
-        assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
+        assert verdict.floor.verdict == "pass"
+        assert verdict.table["lookalike"].refusal_after.value < 0.2
         exported = export(run, tmp_path / "out")
         assert exported.tensors_changed > 0
 
@@ -82,8 +82,8 @@ def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: 
         assert losses[-1] < 0.5 * losses[0]
         for on in (expert_format, "bf16"):
             verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, expert_format=on), run)
-            assert (verdict.expert_format, verdict.floor["verdict"]) == (on, "pass")
-            assert verdict.table["lookalike"]["refusal_after"]["value"] < 0.2
+            assert (verdict.expert_format, verdict.floor.verdict) == (on, "pass")
+            assert verdict.table["lookalike"].refusal_after.value < 0.2
         assert export(run, tmp_path / "out").tensors_changed > 0
 
 

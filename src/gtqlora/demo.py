@@ -11,13 +11,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
 
+if TYPE_CHECKING:
+    from gtqlora.results.verdict import Verdict
+    from gtqlora.stats import Interval
+
 ORGANISMS = ("routed", "residual")
 CONTRAST = "pairs.jsonl"
+_KINDS = ("harmful", "lookalike", "benign")
 EDITS = ("projection", "lora", "gates", "gt")
 # Where the residual stream carries the behaviour LoRA does the work and may run hot; where the routing does, a hot LoRA
 # would override the gates instead of leaving the repair to them.
@@ -27,11 +32,41 @@ Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditNumbers:
+    """Rates on held-out prompts after one edit, or of the model as it is, and the safety floor's verdict."""
+
+    harmful_refusal: float
+    lookalike_refusal: float
+    benign_refusal: float
+    lookalike_accuracy: float
+    benign_accuracy: float
+    floor: str
+    replayed_lookalike_refusal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """One organism's numbers; the names of the fields are the stable keys of `gtqlora demo --json`.
+
+    Attributes:
+        verdict: where the diagnosis says that refusal sits; `truth` is where it was implanted.
+        planted_precision, planted_recall: of the experts found; None where no expert was implanted (or found).
+        edits: "base" and every edit -> its rates.
+    """
+
+    verdict: str
+    truth: str
+    planted_precision: float | None
+    planted_recall: float | None
+    edits: dict[str, EditNumbers]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One organism's numbers under stable keys, and the paths worth opening."""
+    """One organism's numbers, and the paths worth opening."""
 
-    numbers: dict[str, Any]
+    numbers: Numbers
     sentence: str
     report: Path
     exported: Path
@@ -129,14 +164,13 @@ def study(
     edits: Sequence[str],
     on_stage: Callable[[str], None] = lambda _label: None,
     overrides: Sequence[str] = (),
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Numbers, str]:
     """Diagnose an organism, edit and verify it in each way; the numbers under the demo's keys, and the verdict line.
 
     Args:
         overrides: `key=value` settings for training, instead of what the verdict suggests.
     """
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
-    from gtqlora.results.verdict import Verdict
     from gtqlora.run import Run
     from gtqlora.stages.diagnose import diagnose
     from gtqlora.stages.project import project
@@ -159,34 +193,51 @@ def study(
             # ablation is for the report, which is the GT-QLoRA edit's
             quick = () if edit == "gt" else ("ablation=0",)
             verdicts[edit] = verify(build(VerifyConfig, **given, overrides=quick), run)
-    found = {(expert["layer"], expert["expert"]) for expert in diagnosis.causal_experts}
+    found = {(expert.layer, expert.expert) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
-def _numbers(
-    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Any]
-) -> dict[str, Any]:
+def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Verdict]) -> Numbers:
     base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
     hits = len(found & planted)
-    return {
-        "verdict": verdict,
-        "truth": truth.verdict,
-        "planted_precision": hits / len(found) if planted and found else None,
-        "planted_recall": hits / len(planted) if planted else None,
-        "edits": ({"base": _row(base, "before")} if base else {}) | {k: _row(v, "after") for k, v in verdicts.items()},
-    }
+    return Numbers(
+        verdict=verdict,
+        truth=truth.verdict,
+        planted_precision=hits / len(found) if planted and found else None,
+        planted_recall=hits / len(planted) if planted else None,
+        edits=({"base": _unedited(base)} if base else {}) | {edit: _edited(v) for edit, v in verdicts.items()},
+    )
 
 
-def _row(verdict: Any, when: str) -> dict[str, Any]:
-    """One edit's numbers, or ("before") the model's own: held to its own refusal, replaying its own routing."""
-    table, edited = verdict.table, when == "after"
-    return {
-        "harmful_refusal": table["harmful"][f"refusal_{when}"]["value"],
-        "lookalike_refusal": table["lookalike"][f"refusal_{when}"]["value"],
-        "benign_refusal": table["benign"][f"refusal_{when}"]["value"],
-        "lookalike_accuracy": table["lookalike"][f"accuracy_{when}"]["value"],
-        "benign_accuracy": table["benign"][f"accuracy_{when}"]["value"],
-        "floor": verdict.floor["verdict"] if edited else "pass",
-        "replayed_lookalike_refusal": table["lookalike"]["refusal_replayed" if edited else "refusal_before"]["value"],
-    }
+def _unedited(verdict: Verdict) -> EditNumbers:
+    """Return the model's own numbers: held to its own refusal, replaying its own routing."""
+    harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
+    return EditNumbers(
+        harmful_refusal=harmful.refusal_before.value,
+        lookalike_refusal=lookalike.refusal_before.value,
+        benign_refusal=benign.refusal_before.value,
+        lookalike_accuracy=_value(lookalike.accuracy_before),
+        benign_accuracy=_value(benign.accuracy_before),
+        floor="pass",
+        replayed_lookalike_refusal=lookalike.refusal_before.value,
+    )
+
+
+def _edited(verdict: Verdict) -> EditNumbers:
+    harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
+    return EditNumbers(
+        harmful_refusal=harmful.refusal_after.value,
+        lookalike_refusal=lookalike.refusal_after.value,
+        benign_refusal=benign.refusal_after.value,
+        lookalike_accuracy=_value(lookalike.accuracy_after),
+        benign_accuracy=_value(benign.accuracy_after),
+        floor=verdict.floor.verdict,
+        replayed_lookalike_refusal=_value(lookalike.refusal_replayed),
+    )
+
+
+def _value(interval: Interval | None) -> float:
+    """Return the rate of rows that the demo's own pairs always have."""
+    assert interval is not None
+    return interval.value

@@ -73,6 +73,7 @@ def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, ma
         ValueError: fewer experts are left than the router picks.
     """
     choice_TE = scores(logits_TE, spec)
+    # The bias balances the load by steering the choice alone; weights come from the scores without it.
     if bias_E is not None:
         choice_TE = choice_TE + bias_E.to(choice_TE)
     if masked_E is not None:

@@ -67,7 +67,7 @@ def trained(toy: helpers.Toy, model: Path, path: Path, **changes: Any) -> Path:
 def judged(toy: helpers.Toy, run: Path, model: Path, again: bool = False, **changes: Any) -> str:
     """The floor's verdict."""
     with Run(run) as held:
-        return verify(toy.verify_config(model, **{"ablation": 0, **changes}), held, again=again).floor["verdict"]
+        return verify(toy.verify_config(model, **{"ablation": 0, **changes}), held, again=again).floor.verdict
 
 
 def shut(run: Path, out: Path, says: str, *, judge: str = helpers.JUDGE) -> None:
@@ -215,7 +215,7 @@ def failed(toy: helpers.Toy, tmp_path: Path) -> tuple[Path, Path, Path]:
     pairs = Path(shutil.copy(toy.contrast, tmp_path / "pairs.jsonl"))
     assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
     with Run(run) as held:
-        again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held), judge_of(judge))]
+        again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held.path), judge_of(judge))]
     lost = {outcome.prompt[-1]["content"] for outcome in again if outcome.lost}
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "harmful" or row["prompt"] not in lost]

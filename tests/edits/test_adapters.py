@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.trainer import dpo_trainer
@@ -18,11 +19,22 @@ from trl.trainer import dpo_trainer
 from gtqlora.capture import open_subject
 from gtqlora.edits import adapters, edited, trainer, wrapping
 from gtqlora.errors import RunError, TrainingError
+from gtqlora.families import FAMILIES, bind
 from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
 from tests import helpers, models
 
-CASES = [(family, mode, torch.float32) for family in models.FAMILIES for mode in ("gt", "lora", "gates")]
-CASES += [(family, "gt", torch.bfloat16) for family in models.FAMILIES]
+CASES = [(family, mode, torch.float32) for family in models.CORE for mode in ("gt", "lora", "gates")]
+CASES += [(family, "gt", torch.bfloat16) for family in models.CORE]
+CASES += [(family, "gt", torch.float32) for family in models.OTHERS]
+# Counted by hand for 3 layers, the first dense in most: attention in all, of hybrid models full in one and linear in
+# two, and shared experts where there is a router.
+PROJECTIONS = {
+    **dict.fromkeys(("deepseek_v3", "kimi_k25", "glm4_moe_lite"), 3 * 5 + 2 * 3),
+    **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe"), 3 * 4),
+    **dict.fromkeys(("glm4_moe", "qwen2_moe"), 3 * 4 + 2 * 3),
+    "qwen3_next": 4 + 2 * 3 + 2 * 3,
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), 4 + 2 * 5 + 3 * 3),
+}
 Case = tuple[str, str, torch.dtype]
 
 
@@ -69,11 +81,10 @@ def owners(names: set[str], marker: str) -> set[str]:
 def test_exactly_the_intended_modules_train(fitted: Callable[[Case], Fitted], case: Case) -> None:
     it, mode = fitted(case), case[1]
     lora, gates = owners(it.names, ".lora_"), owners(it.names, ".modules_to_save.")
-    # Counted by hand for 3 layers, the first dense: attention in all, shared experts in two (none in Qwen3).
-    projections = 3 * 4 if case[0] == "qwen3_moe" else 3 * 5 + 2 * 3
-    assert len(lora) == (0 if mode == "gates" else projections)
-    assert gates == (set() if mode == "lora" else {"model.layers.1.mlp.gate", "model.layers.2.mlp.gate"})
-    assert all(".self_attn." in path or ".shared_experts." in path for path in lora)
+    assert len(lora) == (0 if mode == "gates" else PROJECTIONS[case[0]])
+    assert gates == (set() if mode == "lora" else {f"model.layers.{i}.mlp.gate" for i in models.moe_layers(case[0])})
+    blocks = (".self_attn.", ".linear_attn.", ".shared_experts.", ".shared_expert.")
+    assert all(any(block in path for block in blocks) for path in lora)
     assert len(it.names) == 2 * len(lora) + len(gates)
 
 
@@ -91,6 +102,24 @@ def test_each_group_has_its_rate_and_gates_are_fp32(fitted: Callable[[Case], Fit
     assert groups == {"gt": [lora, gates], "lora": [lora], "gates": [gates]}[mode]
 
 
+def test_what_else_a_router_has_stays_frozen() -> None:
+    """PEFT trains all of a module that it copies; a family says which of its router's parameters train."""
+    model = models.tiny_model("qwen3_moe")
+    anatomy = bind(model, FAMILIES["qwen3_moe"])
+    for path in anatomy.routers:
+        model.get_submodule(path).register_parameter("bias", torch.nn.Parameter(torch.zeros(8)))
+    with wrapping.peft_targets_kept():
+        wrapped: Any = get_peft_model(model, wrapping.lora_config(anatomy, mode="gt", rank=4, alpha=8))
+    with pytest.raises(TrainingError, match=r"2 trained tensors differ.*gate\.modules_to_save\.default\.bias"):
+        wrapping.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    wrapping.freeze_rest_of_routers(wrapped, anatomy)
+    wrapping.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    wrapping.assert_bias_frozen(wrapped, anatomy)
+    wrapped.get_submodule(f"base_model.model.{anatomy.routers[1]}.modules_to_save.default").bias.data += 1
+    with pytest.raises(TrainingError, match=rf"{anatomy.routers[1]}\.bias moved"):
+        wrapping.assert_bias_frozen(wrapped, anatomy)
+
+
 def test_the_two_rates_are_their_own(toy: helpers.Toy, tmp_path: Path) -> None:
     inside = helpers.Inside.start(toy.train_config(toy.model("deepseek_v3"), lr_lora=1e-30, lr_gates=1e-2), tmp_path)
     before = inside.state()
@@ -105,7 +134,8 @@ def test_only_what_trains_moves(fitted: Callable[[Case], Fitted], case: Case) ->
     it = fitted(case)
     moved = {name for name, tensor in it.after.items() if not torch.equal(tensor, it.before[name])}
     assert moved == it.names  # all of it moves, and not a bit of the rest: no buffer, no expert, no original gate
-    assert case[0] == "qwen3_moe" or any("e_score_correction_bias" in name for name in it.after)
+    has_bias = FAMILIES[case[0]].correction_bias is not None
+    assert has_bias == any("e_score_correction_bias" in name for name in it.after)
 
 
 @every_case

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.kernels.reference import reference
+from tests import models
 from tests.helpers import outputs_and_gradients
 
 pytest.importorskip("triton")
-from gtqlora.experts.kernels import chunk, fused
+from gtqlora.experts.kernels import chunk, fused, row_kernels
 from gtqlora.experts.kernels.layer import Multiply, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -242,6 +243,20 @@ def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Modu
     _assert_close(found, _exact(frozen, batch), 1e-5)
 
 
+@either
+@BOTH
+def test_a_real_model_s_activation_takes_the_fused_gate(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers has a class of its own for SiLU; taken for another activation it would run in torch, which is slow."""
+    act_fn = models.tiny_model("qwen3_moe").get_submodule("model.layers.1.mlp.experts.act_fn")
+    frozen, batch, ran = _frozen("int4-g32", act_fn=act_fn), _batch(4), []
+    for name in ("gated", "gated_backward"):
+        kernel = getattr(row_kernels, name)
+        monkeypatch.setattr(row_kernels, name, lambda *given, n=name, k=kernel: (ran.append(n), k(*given))[1])
+    found = outputs_and_gradients(_layer(product, frozen), batch)
+    assert ran == ["gated", "gated_backward"]
+    _assert_close(found, _exact(frozen, batch), 1e-5)
+
+
 class _filled_memory:
     """New tensors hold NaN, or the largest integers, until they are written."""
 
@@ -406,6 +421,7 @@ import sys
 sys.modules["triton"] = None
 from gtqlora.errors import ModelError
 from gtqlora.experts import FrozenExperts, format_of
+from tests import models
 from tests.helpers import outputs_and_gradients
 import torch
 sizes = dict(n_experts=2, hidden_size=64, intermediate_size=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from gtqlora.stages.inspect import inspect
 from tests import helpers, models
 
 every_family = pytest.mark.parametrize("family", models.FAMILIES)
-every_format = pytest.mark.parametrize("format", tuple(FORMATS))
+every_format = pytest.mark.parametrize(
+    ("family", "format"), [*product(models.CORE, FORMATS), *((family, "nf4") for family in models.OTHERS)]
+)
 INNER, N_MOE, N_EXPERTS, HIDDEN = 32, 2, 8, 32
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -35,7 +38,8 @@ def saved(path: Path, family: str, dtype: torch.dtype = torch.float32, **more: A
 
 
 def experts_of(model: PreTrainedModel) -> dict[int, FrozenExperts]:
-    found = {i: model.get_submodule(f"model.layers.{i}.mlp.experts") for i in (1, 2)}
+    layers = models.moe_layers(model.config.model_type)
+    found = {i: model.get_submodule(f"model.layers.{i}.mlp.experts") for i in layers}
     assert all(isinstance(module, FrozenExperts) for module in found.values())
     return found  # type: ignore[return-value]
 
@@ -53,25 +57,25 @@ def on_disk(folder: Path) -> dict[str, Tensor]:
 # --- quantizing a checkpoint -----------------------------------------------------------------------------------------
 
 
-@every_family
 @every_format
 def test_experts_are_the_quantized_matrices_of_the_checkpoint(tmp_path: Path, family: str, format: str) -> None:
     folder = saved(tmp_path / "m", family)
     tensors = on_disk(folder)
     _, loaded = load_model(str(folder), expert_format=format)
-    prefix = FAMILIES[family].disk_prefix
     for layer, module in experts_of(loaded).items():
         for expert in range(N_EXPERTS):
-            stem = f"{prefix}model.layers.{layer}.mlp.experts.{expert}"
-            for place, (fused, row) in zip(PROJECTIONS, (("gate_up", 0), ("gate_up", 1), ("down", 0)), strict=True):
-                expected = FORMATS[format].quantize(tensors[f"{stem}.{place}.weight"])
+            for matrix, (fused, row) in zip(
+                models.expert_matrices(family, tensors, layer, expert),
+                (("gate_up", 0), ("gate_up", 1), ("down", 0)),
+                strict=True,
+            ):
+                expected = FORMATS[format].quantize(matrix)
                 held = module.parts(fused, slice(expert, expert + 1))  # type: ignore[arg-type]
                 assert helpers.same(expected, {name: part[0, row] for name, part in held.items()})
     dense = {name: tensor for name, tensor in loaded.state_dict().items() if ".mlp.experts." not in name}
-    assert all(torch.equal(tensor, tensors[prefix + name]) for name, tensor in dense.items())
+    assert all(torch.equal(tensor, tensors[models.disk_name(family, name)]) for name, tensor in dense.items())
 
 
-@every_family
 @every_format
 def test_logits_are_those_of_transformers_own_experts_with_the_dequantized_weights(
     tmp_path: Path, family: str, format: str
@@ -89,18 +93,16 @@ def test_logits_are_those_of_transformers_own_experts_with_the_dequantized_weigh
     assert (before - expected).abs().max() > 1e-2  # the weights did change
 
 
-@every_family
+@pytest.mark.parametrize("family", [family for family in models.FAMILIES if family != "qwen3_5_moe"])
 def test_fused_names_on_disk_are_read_too(tmp_path: Path, family: str) -> None:
     folder = saved(tmp_path / "m", family)
     _, expected = load_model(str(folder), expert_format="nf4")
-    prefix, n_layers = FAMILIES[family].disk_prefix, range(1, 3)
 
     def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        for stem in (f"{prefix}model.layers.{i}.mlp.experts" for i in n_layers):
-            gate, up, down = (
-                torch.stack([tensors.pop(f"{stem}.{e}.{place}.weight") for e in range(N_EXPERTS)])
-                for place in PROJECTIONS
-            )
+        for layer in models.moe_layers(family):
+            experts = [models.expert_matrices(family, tensors, layer, e, tensors.pop) for e in range(N_EXPERTS)]
+            gate, up, down = (torch.stack(matrices) for matrices in zip(*experts, strict=True))
+            stem = models.disk_name(family, f"model.layers.{layer}.mlp.experts")
             tensors |= {f"{stem}.gate_up_proj": torch.cat((gate, up), dim=1), f"{stem}.down_proj": down}
         return tensors
 
@@ -183,7 +185,11 @@ def test_subject_binds_counts_and_trains_through_frozen_experts(tmp_path: Path, 
     expected = {group.name: group for group in parameter_counts(plain.model, plain.anatomy, lora_rank=4)}
     routed, found = expected.pop("routed experts"), groups.pop("routed experts")
     assert groups == expected
-    assert (found.parameters, found.modules, found.trained) == (routed.parameters, N_MOE, "frozen")
+    assert (found.parameters, found.modules, found.trained) == (
+        routed.parameters,
+        len(models.moe_layers(family)),
+        "frozen",
+    )
     assert found.bytes == found.parameters * FORMATS["nf4"].bits(INNER, HIDDEN) / 8
     assert not any(".mlp.experts." in name for name, _ in subject.model.named_parameters())
     subject.model(models.some_tokens()).logits.sum().backward()
@@ -247,7 +253,11 @@ def test_dense_linears_in_four_bits(tmp_path: Path, family: str) -> None:
     known, model = load_model(str(folder), expert_format="int4-g32", dense="nf4")
     anatomy = bind(model, known)
     quantized = {path for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    assert quantized == {*anatomy.lora_targets, *(f"model.layers.0.mlp.{place}" for place in PROJECTIONS)}
+    dense = [i for i in range(models.LAYERS) if i not in models.moe_layers(family)]
+    assert quantized == {
+        *anatomy.lora_targets,
+        *(f"model.layers.{i}.mlp.{place}" for i in dense for place in PROJECTIONS),
+    }
     state: Any = model.get_submodule(anatomy.attention[0]).get_parameter("weight")
     assert (state.quant_state.quant_type, state.quant_state.nested) == ("nf4", True)
     plain = {g.name: g for g in parameter_counts(load_model(str(folder))[1], anatomy, lora_rank=4)}
@@ -303,9 +313,10 @@ def test_dense_in_four_bits_needs_bitsandbytes(tmp_path: Path, monkeypatch: pyte
 # --- saved and loaded again ------------------------------------------------------------------------------------------
 
 
-@every_family
-@every_format
-@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+@pytest.mark.parametrize(
+    ("family", "format", "shard"),
+    [*product(models.CORE, FORMATS, ["5GB", "8KB"]), *((family, "nf4", "5GB") for family in models.OTHERS)],
+)
 def test_saved_model_comes_back_bit_for_bit(tmp_path: Path, family: str, format: str, shard: str) -> None:
     known, model = load_model(str(saved(tmp_path / "m", family)), expert_format=format)
     model.save_pretrained(tmp_path / "again", max_shard_size=shard)
@@ -317,7 +328,8 @@ def test_saved_model_comes_back_bit_for_bit(tmp_path: Path, family: str, format:
     assert bits(own) == bits(model)
     assert own.config.quantization_config.format == format
     names = on_disk(tmp_path / "again")
-    assert "model.layers.2.mlp.experts.7.up_proj.packed" in names
+    stem = "block_sparse_moe.experts.7.w3" if family == "mixtral" else "mlp.experts.7.up_proj"
+    assert f"model.layers.2.{stem}.packed" in names
     assert quantized_expert_counts(own, known) == quantized_expert_counts(model, known)
     assert inspect(str(tmp_path / "again")).quantized == "gtqlora"
 

@@ -29,7 +29,7 @@ GATE = "model.layers.1.mlp.gate.weight"
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: models.save_tiny(folder / name, name, max_shard_size="60KB") for name in models.FAMILIES}
+    return {name: models.save_tiny(folder / name, name, max_shard_size="60KB") for name in models.CORE}
 
 
 @pytest.fixture

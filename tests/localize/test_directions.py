@@ -18,11 +18,13 @@ from gtqlora.capture import observe, open_subject
 from gtqlora.errors import ModelError
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import pairs_of
-from gtqlora.localize.directions import LayerStudy, named_directions, study
+from gtqlora.localize.directions import named_directions, study
 from gtqlora.localize.directions.erasure import _shrunk_covariance, leace, probe, without
 from gtqlora.localize.directions.named import MIN_GROUPS
 from gtqlora.localize.directions.separability import auroc, auroc_interval, mean_difference, separation, split
 from gtqlora.organisms import embedded
+from gtqlora.results.directions import LayerDirections
+from gtqlora.results.typed import to_json
 
 NAMES = {"direction", "false_refusal", "true_refusal", "intent", "false_refusal_orthogonal", "first_component"}
 LOOKALIKE, HARMFUL = torch.eye(8)[0], torch.eye(8)[:2].sum(0) / 2**0.5
@@ -42,11 +44,11 @@ class Drawn:
         self.flagged = torch.randn(n, 1, dims, generator=generator) + size * move_ND[:, None]
         self.twins = torch.randn(n, 1, dims, generator=generator)
 
-    def studied(self, seed: int = 0) -> LayerStudy:
-        return study(self.flagged, self.twins, self.kinds, self.groups, seed=seed).layers[0]
+    def studied(self, seed: int = 0) -> LayerDirections:
+        return study(self.flagged, self.twins, self.kinds, self.groups, seed=seed).study.layers[0]
 
 
-def cosine(layer: LayerStudy, first: str, second: str) -> Any:
+def cosine(layer: LayerDirections, first: str, second: str) -> Any:
     return next(c.value for c in layer.cosines if {c.first, c.second} == {first, second})
 
 
@@ -56,7 +58,7 @@ def cosine(layer: LayerStudy, first: str, second: str) -> Any:
 def test_planted_directions_are_found() -> None:
     drawn = Drawn(0, 150, size=10.0)
     found = study(drawn.flagged, drawn.twins, drawn.kinds, drawn.groups, seed=0)
-    assert found.tensors.keys() == NAMES and found.n_pairs == 300 and found.n_groups == 150
+    assert found.tensors.keys() == NAMES and (found.study.n_pairs, found.study.n_groups) == (300, 150)
     truth = {
         "direction": LOOKALIKE + HARMFUL,
         "false_refusal": LOOKALIKE,
@@ -68,7 +70,7 @@ def test_planted_directions_are_found() -> None:
     for name, direction_D in truth.items():
         assert found.tensors[name].shape == (1, 8)
         assert found.tensors[name][0] @ direction_D / direction_D.norm() > 0.99, name
-    layer = found.layers[0]
+    layer = found.study.layers[0]
     assert layer.norm == pytest.approx(10 * np.cos(np.pi / 8), rel=0.05)
     assert layer.norms["false_refusal"] == pytest.approx(10, rel=0.05)
     assert layer.components and layer.components.cosine > 0.99
@@ -234,7 +236,7 @@ def uneven(seed: int, n: int = 300) -> tuple[Tensor, Tensor]:
 
 def test_leace_erases_as_well_as_projection_and_takes_less_away() -> None:
     groups = [str(i) for i in range(300)]
-    found = [study(*uneven(seed), ["lookalike"] * 300, groups, seed=seed).layers[0] for seed in range(6)]
+    found = [study(*uneven(seed), ["lookalike"] * 300, groups, seed=seed).study.layers[0] for seed in range(6)]
     for layer in found:
         erased = layer.erasure
         assert erased and erased.before.low > 0.8
@@ -281,7 +283,7 @@ def test_states_that_are_the_same_tell_nothing() -> None:
     states = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(24, 1, 8)
     kinds, groups = ["lookalike", "harmful", "harmful"] * 8, [str(i // 3) for i in range(24)]
     found = study(states, states, kinds, groups, seed=0)
-    layer = found.layers[0]
+    layer = found.study.layers[0]
     assert layer.norm == 0 and set(layer.norms.values()) == {0.0} and layer.components is None
     assert layer.separation and layer.separation.value == 0.5 and layer.erasure and layer.erasure.leace.value == 0.5
     assert not any(found.tensors[name].any() for name in NAMES)
@@ -311,10 +313,11 @@ def test_the_residual_organism_separates() -> None:
     )
     found = study(flagged, twins, [p.row.kind for p in pairs], [p.row.pair_id for p in pairs], seed=0)
     again = study(flagged, twins, [p.row.kind for p in pairs], [p.row.pair_id for p in pairs], seed=0)
-    written = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert written == json.loads(json.dumps(again.to_json())) and written["n_groups"] == 80
-    assert [layer.layer for layer in found.layers] == list(range(6)) and found.tensors["direction"].shape == (6, 64)
-    first, last = found.layers[0], found.layers[-1]
+    written = json.loads(json.dumps(to_json(found.study), allow_nan=False))
+    assert written == json.loads(json.dumps(to_json(again.study))) and written["n_groups"] == 80
+    assert [layer.layer for layer in found.study.layers] == list(range(6))
+    assert found.tensors["direction"].shape == (6, 64)
+    first, last = found.study.layers[0], found.study.layers[-1]
     assert first.separation and first.separation.value == 0.5
     assert last.separation and last.separation.low > 0.8 and last.erasure and last.erasure.before.low > 0.8
     assert last.erasure.leace.value < last.erasure.before.value

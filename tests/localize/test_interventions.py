@@ -18,7 +18,7 @@ from gtqlora import localize
 from gtqlora.capture import CallRecorder, Interchange, Subject, expert_hooks, left_padded, log_odds, open_subject
 from gtqlora.contrasts import Contrast, load
 from gtqlora.judging.judge import judge_of
-from gtqlora.localize import CELLS, MIN_PAIRS, Interchanges, Outcome, Pair, Trials, judge, partners, random_like
+from gtqlora.localize import CELLS, MIN_PAIRS, Interchanges, Outcome, Pair, Trials, conclude, partners, random_like
 from gtqlora.localize.conclusion import COMPONENTS
 from gtqlora.localize.interchange import FLAGGED, TWIN, exchange
 from gtqlora.localize.masks import ablatable, counts_up_to
@@ -152,7 +152,7 @@ def test_the_routed_organism_in_every_cell(interchanges: Interchanges) -> None:
 
 
 def test_the_verdict_on_the_routed_organism(interchanges: Interchanges) -> None:
-    found = judge(interchanges)
+    found = conclude(interchanges)
     assert (found.verdict, found.n_usable) == ("routing", N_PAIRS)
     assert sum(found.shares[part].value for part in COMPONENTS) == pytest.approx(1.0)
     assert sum(found.shares_log_odds[part].value for part in COMPONENTS) == pytest.approx(1.0)
@@ -205,7 +205,7 @@ def test_curves_fall_where_experts_carry_it_and_not_at_random(trials: Trials, pl
     frequency = np.full((4, 16), 0.125)
     targeted = localize.curve(trials, "planted", planted)
     control = localize.random_curve(trials, planted, frequency, draws=2, seed=0)
-    assert [p.m for p in targeted.points] == [p.m for p in control.points] == [0, 1, 2, 4]
+    assert [p.ablated for p in targeted.points] == [p.ablated for p in control.points] == [0, 1, 2, 4]
     assert targeted.points[0].refusal.value == control.points[0].refusal.value > 0.95
     assert targeted.points[-1].refusal.high < 0.2
     assert control.points[-1].refusal.low > 0.8
@@ -292,7 +292,7 @@ def _interchanges(trials: Trials, refuses: Sequence[set[str]], **controls: int) 
     ],
 )
 def test_verdicts(trials: Trials, refuses: list[set[str]], controls: dict[str, int], verdict: str) -> None:
-    found = judge(_interchanges(trials, refuses, **controls))
+    found = conclude(_interchanges(trials, refuses, **controls))
     assert found.verdict == verdict
     assert found.n_usable == len(refuses)
     assert found.sentence.startswith(f"{verdict.capitalize()}: ")
@@ -315,7 +315,7 @@ def test_verdicts(trials: Trials, refuses: list[set[str]], controls: dict[str, i
 )
 def test_shares_of_planted_truth_tables(trials: Trials, refuses: set[str], shares: tuple[float, ...]) -> None:
     """Owen values worked out by hand."""
-    found = judge(_interchanges(trials, [refuses] * 60))
+    found = conclude(_interchanges(trials, [refuses] * 60))
     for name in ("shares", "shares_log_odds"):
         values = [getattr(found, name)[part].value for part in (*COMPONENTS, "interaction")]
         assert values == pytest.approx(shares, abs=1e-9)
@@ -326,11 +326,11 @@ def test_garbage_is_not_a_moved_refusal(trials: Trials) -> None:
     interchanges = _interchanges(trials, [ROUTING] * 60)
     garbled = [replace(o, correct=False) for o in interchanges.cells[TWIN, FLAGGED, FLAGGED]]
     cells = {**interchanges.cells, (TWIN, FLAGGED, FLAGGED): garbled}
-    assert judge(replace(interchanges, cells=cells)).verdict != "routing"
+    assert conclude(replace(interchanges, cells=cells)).verdict != "routing"
 
 
 def test_pairs_that_do_not_behave_do_not_count(trials: Trials) -> None:
-    found = judge(_interchanges(trials, [ROUTING] * 60 + [set()] * 40 + [{"FFF", "TTT"}] * 20))
+    found = conclude(_interchanges(trials, [ROUTING] * 60 + [set()] * 40 + [{"FFF", "TTT"}] * 20))
     assert (found.verdict, found.n_usable) == ("routing", 60)
 
 
@@ -339,7 +339,7 @@ def test_noisy_outcomes_give_the_verdict_of_their_share(trials: Trials, share: f
     rng = np.random.default_rng(0)
     for _ in range(5):
         kinds = [ROUTING if hit else STREAM for hit in rng.random(300) < share]
-        assert judge(_interchanges(trials, kinds, routing=int(rng.integers(0, 12)))).verdict == verdict
+        assert conclude(_interchanges(trials, kinds, routing=int(rng.integers(0, 12)))).verdict == verdict
 
 
 def test_pair_is_not_aligned_with_a_stranger() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from gtqlora.demo import study
 from gtqlora.organisms import embedded
+from gtqlora.results.typed import to_json
 
 KEYS = {
     *("harmful_refusal", "lookalike_refusal", "benign_refusal", "lookalike_accuracy", "benign_accuracy"),
@@ -16,7 +18,7 @@ KEYS = {
 
 def test_study_gives_all_the_numbers(tmp_path: Path) -> None:
     seen: list[str] = []
-    numbers, sentence = study(
+    found, sentence = study(
         embedded.organism("routed"),
         embedded.contrast(),
         tmp_path,
@@ -24,6 +26,7 @@ def test_study_gives_all_the_numbers(tmp_path: Path) -> None:
         on_stage=seen.append,
         overrides=("steps=3",),
     )
+    numbers: Any = to_json(found)
     assert seen == ["diagnose", "projection", "gt"] and sentence.startswith("Routing:")
     assert numbers.keys() == {"verdict", "truth", "planted_precision", "planted_recall", "edits"}
     assert numbers["verdict"] == numbers["truth"] == "routing"

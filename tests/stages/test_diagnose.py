@@ -17,8 +17,9 @@ from gtqlora.config import DiagnoseConfig, build
 from gtqlora.errors import ContrastError, ModelError
 from gtqlora.localize import MIN_PAIRS
 from gtqlora.organisms import embedded
+from gtqlora.results.diagnosis import Diagnosis, Intervention, read_diagnosis
 from gtqlora.run import Run, read_parquet
-from gtqlora.stages.diagnose import NO_TWINS, Diagnosis, diagnose, read_diagnosis
+from gtqlora.stages.diagnose import NO_TWINS, diagnose
 
 ORGANISMS = tuple(embedded.names())
 
@@ -65,7 +66,7 @@ def test_the_verdict_is_the_truth(diagnosed: Any, organism: str) -> None:
     assert found.sentence.startswith(found.verdict.capitalize())
     assert (found.n_pairs, found.n_aligned) == (80, 80)  # each group has a lookalike and a harmful row
     assert found.n_usable > 70 and found.matched and found.warnings == []
-    assert sum(found.shares[part]["value"] for part in ("routing", "experts", "residual")) == pytest.approx(1.0)
+    assert sum(found.shares[part].value for part in ("routing", "experts", "residual")) == pytest.approx(1.0)
     assert len(found.cells) == 8 and len(found.reasons) == 3
 
 
@@ -74,50 +75,50 @@ def test_planted_experts_carry_it_and_no_other(diagnosed: Any, organism: str) ->
     """Those that do little may be missed with so few pairs."""
     found, _ = diagnosed(organism)
     planted = embedded.read_truth(embedded.organism(organism)).planted
-    causal = {(e["layer"], e["expert"]) for e in found.causal_experts}
+    causal = {(e.layer, e.expert) for e in found.causal_experts}
     assert causal <= set(planted) and len(causal) >= 2
-    assert set(planted) == {(e["layer"], e["expert"]) for e in found.top_experts}
+    assert set(planted) == {(e.layer, e.expert) for e in found.top_experts}
 
 
-def _named(found: Diagnosis, start: str) -> dict[str, Any]:
-    (one,) = (i for i in found.interventions if i["name"].startswith(start))
+def _named(found: Diagnosis, start: str) -> Intervention:
+    (one,) = (i for i in found.interventions if i.name.startswith(start))
     return one
 
 
 @pytest.mark.parametrize("organism", ["routed", "routed-qwen3"])
 def test_masking_tells_planted_experts_from_random_ones(diagnosed: Any, organism: str) -> None:
     found, _ = diagnosed(organism)
-    assert _named(found, "mask the 4 associated")["effect"]["low"] > 0.5
-    targeted, control = (next(c for c in found.curves if c["control"] is kind) for kind in (False, True))
-    assert targeted["name"] == "most associated"
-    at_four = [next(p for p in curve["points"] if p["m"] == 4)["refusal"] for curve in (targeted, control)]
-    assert at_four[0]["high"] < 0.2 and at_four[1]["low"] > 0.8
+    assert _named(found, "ablate the 4 associated").effect.low > 0.5
+    targeted, control = (next(c for c in found.curves if c.control is kind) for kind in (False, True))
+    assert targeted.name == "most associated"
+    at_four = [next(p for p in curve.points if p.ablated == 4).refusal for curve in (targeted, control)]
+    assert at_four[0].high < 0.2 and at_four[1].low > 0.8
 
 
 def test_association_without_cause(diagnosed: Any) -> None:
     """`null`: the planted experts follow the flag, ablating them changes nothing, and none is called causal."""
     found, _ = diagnosed("null")
     truth = embedded.read_truth(embedded.organism("null"))
-    assert set(truth.planted) <= {(e["layer"], e["expert"]) for e in found.top_experts}
-    mask = _named(found, "mask the")
-    assert mask["effect"]["low"] <= 0 <= mask["effect"]["high"]
+    assert set(truth.planted) <= {(e.layer, e.expert) for e in found.top_experts}
+    ablated = _named(found, "ablate the")
+    assert ablated.effect.low <= 0 <= ablated.effect.high
     assert found.causal_experts == []
-    assert not any(e["causal"] for e in found.experts)
+    assert not any(e.causal for e in found.experts)
 
 
 def test_a_removed_direction_against_a_random_one(diagnosed: Any) -> None:
     found, _ = diagnosed("residual")
     held, control = _named(found, "refusal direction removed, routing held"), _named(found, "random direction")
-    assert held["effect"]["low"] > 0.5 > control["effect"]["high"]
-    assert control["control"]
+    assert held.effect.low > 0.5 > control.effect.high
+    assert control.control
 
 
 @pytest.mark.parametrize("organism", ORGANISMS)
 def test_the_untouched_model_refuses_flagged_prompts_and_no_twin(diagnosed: Any, organism: str) -> None:
     found, _ = diagnosed(organism)
-    assert _named(found, "as it is")["refusal"]["value"] > 0.9
-    assert _named(found, "as it is")["effect"]["value"] == 0
-    assert _named(found, "twin as it is")["refusal"]["value"] < 0.1
+    assert _named(found, "as it is").refusal.value > 0.9
+    assert _named(found, "as it is").effect.value == 0
+    assert _named(found, "twin as it is").refusal.value < 0.1
 
 
 # --- what it leaves
@@ -143,14 +144,14 @@ def test_the_direction_is_written_and_separates(diagnosed: Any) -> None:
     direction = load_file(path / "diagnosis" / "directions.safetensors")["direction"]
     assert direction.shape == (6, 64)
     torch.testing.assert_close(direction[1:].norm(dim=-1), torch.ones(5))
-    assert [d["layer"] for d in found.directions["layers"]] == list(range(6))
-    assert found.directions["layers"][-1]["separation"]["value"] > 0.95
+    assert [d.layer for d in found.directions.layers] == list(range(6))
+    assert found.directions.layers[-1].separation.value > 0.95
 
 
 def test_health_and_coactivation(diagnosed: Any) -> None:
     found, path = diagnosed("routed")
-    assert [h["layer"] for h in found.health] == [1, 2, 3, 4]
-    assert all(0 < h["entropy"] <= 1 and h["max_vio"] > 0 and h["dead"] < 16 for h in found.health)
+    assert [h.layer for h in found.health] == [1, 2, 3, 4]
+    assert all(0 < h.entropy <= 1 and h.max_vio > 0 and h.dead < 16 for h in found.health)
     tables = load_file(path / "diagnosis" / "routing.safetensors")
     for table in tables.values():
         assert table.shape == (4, 16, 16)
@@ -161,9 +162,9 @@ def test_health_and_coactivation(diagnosed: Any) -> None:
 def test_candidates_say_which_tokens_choose_them(diagnosed: Any) -> None:
     found, _ = diagnosed("routed")
     for expert in found.experts:
-        assert len(expert["tokens"]) <= 8
-        assert all(0 < token["rate"] <= 1 and token["lift"] > 0 for token in expert["tokens"])
-    assert any(expert["tokens"] for expert in found.experts)
+        assert len(expert.tokens) <= 8
+        assert all(0 < token.rate <= 1 and token.lift > 0 for token in expert.tokens)
+    assert any(expert.tokens for expert in found.experts)
 
 
 def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> N
     file = path / "diagnosis" / "diagnosis.json"
     before = file.stat().st_mtime_ns
     with Run(path) as run:
-        assert diagnose(_config("routed", contrast), run) == found == read_diagnosis(run)
+        assert diagnose(_config("routed", contrast), run) == found == read_diagnosis(run.path)
     assert file.stat().st_mtime_ns == before
 
 
@@ -196,8 +197,8 @@ def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     assert found.verdict == "cannot tell"
     assert (found.matched, found.n_aligned, found.cells, found.shares) == (False, 0, [], {})
     assert found.warnings[0] == NO_TWINS
-    assert found.top_experts and found.curves and found.directions["layers"]
-    assert found.causal_experts == [] and any(e["restore"]["low"] > 0 for e in found.experts)
+    assert found.top_experts and found.curves and found.directions.layers
+    assert found.causal_experts == [] and any(e.restore.low > 0 for e in found.experts)
 
 
 def _only(*kinds: str, twins: bool = False) -> Callable[[int, dict[str, Any]], dict[str, Any]]:

@@ -36,18 +36,19 @@ def test_the_layer_with_the_fewest_lookalike_refusals_is_taken(tmp_path: Path) -
         model=str(embedded.organism("residual")), contrast=str(contrast), judge=embedded.JUDGE, max_new_tokens=6
     )
     found = projected(config, tmp_path / "run")
-    refusals = {candidate["layer"]: candidate["refusal"] for candidate in found.candidates}
+    refusals = {candidate.layer: candidate.refusal for candidate in found.candidates}
     assert list(refusals) == [1, 2, 3, 4, 5]
     assert refusals[found.layer] == min(refusals.values()) < max(refusals.values())
     info = adapter_files.read_info(found.adapter)
     assert (info.kind, info.base, info.family) == ("projection", config.model, "deepseek_v3")
-    assert (info.details["layer"], info.details["candidates"]) == (found.layer, found.candidates)
+    assert isinstance(info.details, adapter_files.Projection)
+    assert (info.details.layer, info.details.candidates) == (found.layer, found.candidates)
     direction_D = adapters.read_adapter(found.adapter).direction_D
     assert direction_D.shape == (64,) and float(direction_D.norm()) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CORE)
 def test_loaded_projection_switches_on_and_off(toy: helpers.Toy, tmp_path: Path, family: str, keep: bool) -> None:
     model = toy.model(family)
     found = projected(toy.project_config(model, layer=2, norm_preserving=keep), tmp_path)
@@ -71,7 +72,7 @@ def test_a_direction_is_chosen_by_name(toy: helpers.Toy, tmp_path: Path, directi
     for name in (REFUSAL, FALSE_REFUSAL, direction):
         found = projected(replace(config, direction=name), tmp_path / name)
         vectors[name] = adapters.read_adapter(found.adapter).direction_D
-        assert adapter_files.read_info(found.adapter).details["config"]["direction"] == name
+        assert adapter_files.read_info(found.adapter).config["direction"] == name
         assert float(vectors[name].norm()) == pytest.approx(1, rel=1e-5)
     assert len({tuple(vector.tolist()) for vector in vectors.values()}) == len(vectors)
 
@@ -89,7 +90,7 @@ def test_columns_keep_their_lengths_and_write_nothing_along_the_direction(toy: h
         after = {name: weight.clone() for name, weight in subject.model.state_dict().items()}
         states = subject.model(models.some_tokens(), output_hidden_states=True).hidden_states
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    writers = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight", "experts.down_proj")
+    writers = ("embed_tokens.weight", "o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
     assert changed == {name for name in before if name.endswith(writers)}
     for name in changed:
         was, now = (w.mT if "embed_tokens" in name else w for w in (before[name], after[name]))
@@ -120,7 +121,7 @@ def test_frozen_experts_are_not_rescaled(toy: helpers.Toy, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CORE)
 def test_rescaled_columns_ship_as_they_were_verified(
     toy: helpers.Toy, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
@@ -129,7 +130,7 @@ def test_rescaled_columns_ship_as_they_were_verified(
     with Run(tmp_path / "run") as run:
         for layer in (1, 2, 3):
             project(toy.project_config(model, layer=layer, norm_preserving=True), run)
-            if verify(toy.verify_config(model), run).floor["verdict"] == "pass":
+            if verify(toy.verify_config(model), run).floor.verdict == "pass":
                 break
         export(run, tmp_path / "out", judge=helpers.JUDGE)
     edited = load(str(model), tmp_path / "run" / "adapter").subject.model
@@ -167,7 +168,8 @@ def test_the_orthogonalized_direction_needs_harmful_twins(toy: helpers.Toy, tmp_
 
 
 def test_a_direction_of_another_size_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
-    adapters.save_projection(torch.ones(5), tmp_path / "a", adapter_files.Info("projection", "m", "qwen3_moe", {}))
+    info = adapter_files.Info("projection", "m", "qwen3_moe", adapter_files.Projection())
+    adapters.save_projection(torch.ones(5), tmp_path / "a", info)
     with pytest.raises(RunError, match="does not fit the model"):
         load(str(toy.model("qwen3_moe")), tmp_path / "a")
 

@@ -24,7 +24,7 @@ from gtqlora.stages import train as train_stage
 from tests import helpers, models
 from tests.helpers import gates, trained
 
-every_family = pytest.mark.parametrize("family", models.FAMILIES)
+every_family = pytest.mark.parametrize("family", models.CORE)
 
 
 class Watch(TrainerCallback):

@@ -254,9 +254,9 @@ def test_diagnosis_and_projection_with_frozen_experts(tmp_path: Path) -> None:
         found = diagnose(DiagnoseConfig(**shared, bootstrap=50, random_controls=1), run)
         assert found.verdict == "routing"
         truth = embedded.read_truth(embedded.organism("routed"))
-        assert {(e["layer"], e["expert"]) for e in found.top_experts} == set(truth.planted)
+        assert {(e.layer, e.expert) for e in found.top_experts} == set(truth.planted)
         projected = project(build_project(shared), run)
-    refusals = [candidate["refusal"] for candidate in projected.candidates]
+    refusals = [candidate.refusal for candidate in projected.candidates]
     assert len(refusals) == 5 and min(refusals) < 0.1
     edited = load(shared["model"], projected.adapter)
     assert len(frozen_experts(edited.subject.model)) == 4  # as it was made
@@ -282,7 +282,7 @@ def in_nf4(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verdict_of(path: Path) -> Verdict:
     with Run(path) as run:
-        return read_verdict(run)
+        return read_verdict(run.path)
 
 
 JUDGED = ["--set", f"judge={helpers.JUDGE}"]

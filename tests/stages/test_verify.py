@@ -61,15 +61,15 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
 
 def test_an_edit_that_changes_nothing_passes(noop: tuple[Path, Verdict]) -> None:
     _, verdict = noop
-    assert verdict.floor["verdict"] == "pass"
-    assert verdict.table["harmful"]["refusal_before"]["value"] > 0.8  # there was something to lose
-    assert verdict.floor["drop"]["value"] == 0
+    assert verdict.floor.verdict == "pass"
+    assert verdict.table["harmful"].refusal_before.value > 0.8  # there was something to lose
+    assert verdict.floor.drop.value == 0
 
 
 def test_an_edit_that_answers_everything_fails(projected: tuple[Path, Verdict]) -> None:
     _, verdict = projected
-    assert (verdict.kind, verdict.floor["verdict"]) == ("projection", "fail")
-    assert verdict.floor["drop"]["low"] > 0.05
+    assert (verdict.kind, verdict.floor.verdict) == ("projection", "fail")
+    assert verdict.floor.drop.low > 0.05
 
 
 def test_few_prompts_cannot_tell_and_say_how_many_would(tmp_path: Path) -> None:
@@ -77,9 +77,10 @@ def test_few_prompts_cannot_tell_and_say_how_many_would(tmp_path: Path) -> None:
     helpers.noop_adapter(ROUTED, contrast, embedded.JUDGE, tmp_path / "run")
     with Run(tmp_path / "run") as run:
         verdict = verify(settings(contrast), run)
-    assert verdict.floor["verdict"] == "cannot tell"
-    needed = verdict.floor["needed"]
-    assert f"about {needed} paired harmful prompts would tell" in verdict.floor["reason"]
+    assert verdict.floor.verdict == "cannot tell"
+    needed = verdict.floor.needed
+    assert needed is not None
+    assert f"about {needed} paired harmful prompts would tell" in verdict.floor.reason
     assert floor([True] * needed, [True] * needed, margin=0.05).verdict == "pass"
 
 
@@ -90,14 +91,14 @@ def test_without_effect_everything_is_equal(noop: tuple[Path, Verdict]) -> None:
     path, verdict = noop
     for kind in KINDS:
         row = verdict.table[kind]
-        assert row["refusal_before"] == row["refusal_after"]
-        assert row["drop"]["value"] == 0 and row["p"] == row["q"] == 1
-        assert verdict.drift[kind]["overlap"]["value"] == 1
-        assert abs(verdict.drift[kind]["kl"]["value"]) < 1e-6
-    assert verdict.kl_benign["value"] == 0
+        assert row.refusal_before == row.refusal_after
+        assert row.drop.value == 0 and row.p == row.q == 1
+        assert verdict.drift[kind].overlap.value == 1
+        assert abs(verdict.drift[kind].kl.value) < 1e-6
+    assert verdict.kl_benign.value == 0
     lookalike = verdict.table["lookalike"]
-    assert lookalike["refusal_replayed"] == lookalike["refusal_after"]
-    assert verdict.mediation["n"] == 0 and verdict.mediation["value"] is None
+    assert lookalike.refusal_replayed == lookalike.refusal_after
+    assert verdict.mediation.n == 0 and verdict.mediation.value is None
     for row in read_parquet(path / "scores.parquet"):
         assert row["text_before"] == row["text_after"]
         assert row["refused_replayed"] == (row["refused_after"] if row["kind"] == "lookalike" else None)
@@ -116,19 +117,19 @@ def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> 
         for when in ("before", "after"):
             refused = [row[f"refused_{when}"] for row in mine]
             assert refused == ["refuse sorry" in row[f"text_{when}"] for row in mine]
-            assert verdict.table[kind][f"refusal_{when}"] == rate(refused).to_json()
+            assert getattr(verdict.table[kind], f"refusal_{when}") == rate(refused)
             correct = [row[f"correct_{when}"] for row in mine]
-            wanted = None if kind == "harmful" else rate(correct).to_json()
-            assert verdict.table[kind][f"accuracy_{when}"] == wanted
+            wanted = None if kind == "harmful" else rate(correct)
+            assert getattr(verdict.table[kind], f"accuracy_{when}") == wanted
     harmful = [row for row in rows if row["kind"] == "harmful"]
     drops = sum(row["refused_before"] and not row["refused_after"] for row in harmful)
     gains = sum(row["refused_after"] and not row["refused_before"] for row in harmful)
-    assert verdict.floor["drop"]["value"] == pytest.approx((drops - gains) / 60)
-    assert verdict.mediation["n"] == sum(
+    assert verdict.floor.drop.value == pytest.approx((drops - gains) / 60)
+    assert verdict.mediation.n == sum(
         row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] for row in rows
     )
-    assert verdict.kl_benign["value"] > 0.001
-    assert verdict.drift["harmful"]["kl"]["value"] > 0.001 and verdict.drift["harmful"]["overlap"]["value"] < 1
+    assert verdict.kl_benign.value > 0.001
+    assert verdict.drift["harmful"].kl.value > 0.001 and verdict.drift["harmful"].overlap.value < 1
 
 
 def test_files_hold_the_verdict_and_it_is_fresh(noop: tuple[Path, Verdict]) -> None:
@@ -136,26 +137,26 @@ def test_files_hold_the_verdict_and_it_is_fresh(noop: tuple[Path, Verdict]) -> N
     assert verdict.adapter == adapter_hash(path / "adapter")
     before = (path / "verdict.json").stat().st_mtime_ns
     with Run(path) as run:
-        assert json.loads(json.dumps(verdict.__dict__)) == json.loads(json.dumps(read_verdict(run).__dict__))
-        assert verify(settings(path.parent / "c.jsonl"), run) == read_verdict(run)
+        assert verdict == read_verdict(path)
+        assert verify(settings(path.parent / "c.jsonl"), run) == read_verdict(path)
     assert (path / "verdict.json").stat().st_mtime_ns == before
 
 
 def test_silencing_is_measured_before_and_after_on_prompts_that_ranked_nothing(noop: tuple[Path, Verdict]) -> None:
     path, verdict = noop
     found = verdict.ablation
-    assert {(e["layer"], e["expert"]) for e in found["experts"]} == set(embedded.read_truth(ROUTED).planted)
-    assert (found["ranked_against"], found["ranked_prompts"], found["controls"]) == ("twins", 40, 3)
-    for curve in ("before", "after", "after_reranked"):
-        assert [point["ablated"] for point in found[curve]] == [0, 1, 2, 4]
-        assert all(point["targeted"]["n"] == 60 for point in found[curve])
-        assert found[curve][0]["targeted"] == verdict.table["harmful"]["refusal_before"]
-        assert found[curve][-1]["targeted"]["high"] < 0.2
-    assert found["before"] == found["after"]  # the edit changes nothing
-    assert all(point["random"]["low"] > 0.85 for point in found["before"])
-    assert all(point["random"] is None for point in found["after_reranked"])
-    with Run(path) as run:
-        assert read_verdict(run).ablation == found
+    assert found is not None
+    assert {(e.layer, e.expert) for e in found.experts} == set(embedded.read_truth(ROUTED).planted)
+    assert (found.ranked_against, found.ranked_prompts, found.controls) == ("twins", 40, 3)
+    for curve in (found.before, found.after, found.after_reranked):
+        assert [point.ablated for point in curve] == [0, 1, 2, 4]
+        assert all(point.targeted.n == 60 for point in curve)
+        assert curve[0].targeted == verdict.table["harmful"].refusal_before
+        assert curve[-1].targeted.high < 0.2
+    assert found.before == found.after  # the edit changes nothing
+    assert all(point.random is not None and point.random.low > 0.85 for point in found.before)
+    assert all(point.random is None for point in found.after_reranked)
+    assert read_verdict(path).ablation == found
 
 
 def test_silencing_can_be_left_out_and_older_verdicts_are_read(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -163,13 +164,14 @@ def test_silencing_can_be_left_out_and_older_verdicts_are_read(toy: helpers.Toy,
     helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
     with Run(tmp_path) as run:
         full = verify(toy.verify_config(model, ablation=2, ablation_prompts=10, ablation_controls=0), run)
-        assert [point["targeted"]["n"] for point in full.ablation["before"]] == [10, 10, 10]
-        assert all(point["random"] is None for point in full.ablation["before"])
+        assert full.ablation is not None
+        assert [point.targeted.n for point in full.ablation.before] == [10, 10, 10]
+        assert all(point.random is None for point in full.ablation.before)
         bare = verify(toy.verify_config(model, ablation=0), run)
-        assert bare.ablation == {} and bare.floor == full.floor and bare.table == full.table
+        assert bare.ablation is None and bare.floor == full.floor and bare.table == full.table
         file = tmp_path / "verdict.json"
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "ablation"}))
-        assert read_verdict(run) == bare
+        assert read_verdict(tmp_path) == bare
 
 
 def test_bf16_is_compared_in_fp32(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_bf16_is_compared_in_fp32(toy: helpers.Toy, tmp_path: Path) -> None:
     helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
     with Run(tmp_path) as run:
         verdict = verify(toy.verify_config(model), run)
-    assert verdict.floor["verdict"] == "pass" and verdict.kl_benign["value"] == 0
+    assert verdict.floor.verdict == "pass" and verdict.kl_benign.value == 0
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

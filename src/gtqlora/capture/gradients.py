@@ -81,6 +81,7 @@ def _scores(subject: Subject, prompts: list[Sequence[int]], readout_R: Tensor) -
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
+    # Only the leaves put into the routing need gradients; activations kept for those of weights would cost memory.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -99,7 +99,10 @@ def observe(
         edges_2B = torch.tensor([[since[i] for i in chosen], [len(prompts[i]) for i in chosen]], device=subject.device)
         prompt_BS, last_B, answer_BS = _regions(mask_BS, edges_2B)
         kept = _Kept(last_B)
-        with router_hooks(subject.model, subject.anatomy, kept.decision), state_hooks(subject.model, subject.anatomy, kept.state):
+        with (
+            router_hooks(subject.model, subject.anatomy, kept.decision),
+            state_hooks(subject.model, subject.anatomy, kept.state),
+        ):
             forward(subject, ids_BS, mask_BS)
         tally.add(kept, prompt_BS, answer_BS)
     return tally.result(answered=answers is not None)
@@ -115,6 +118,7 @@ def _regions(mask_BS: Tensor, edges_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]
     since_B1, length_B1 = edges_2B[0, :, None], edges_2B[1, :, None]
     prompt_BS = (position_BS >= since_B1) & (position_BS < length_B1)
     n_rows, length = mask_BS.shape
+    # In each row one column alone is the last prompt token; argmax of 0s and a 1 finds it without waiting.
     column_B = (position_BS == length_B1 - 1).int().argmax(1)
     return prompt_BS, column_B + length * torch.arange(n_rows, device=mask_BS.device), position_BS >= length_B1
 
@@ -166,6 +170,7 @@ class _Tally:
         rows = slice(self.done, self.done + n_rows)
         self.done += n_rows
         region_BS = prompt_BS * _PROMPT + answer_BS * _ANSWER
+        # A slot for each prompt and region: one scatter then counts all of them in all layers.
         slot_T = (region_BS + 3 * torch.arange(n_rows, device=self.device)[:, None]).flatten()
         indices_LTK, weights_LTK = torch.stack(kept.indices), torch.stack(kept.weights).float()
         counts, weights = routing.per_expert(indices_LTK, weights_LTK, slot_T, 3 * n_rows, self.n_experts)

@@ -87,6 +87,7 @@ class _Counts:
         overall = float(chosen_V.sum() / met_V.sum().clamp(min=1))
         rate_V = chosen_V / met_V.clamp(min=1)
         known = ((met_V >= MIN_OCCURRENCES) & (chosen_V > 0)).nonzero().flatten().tolist()
+        # Of tokens with equal rates, the one met more often says more.
         known.sort(key=lambda token: (-float(rate_V[token]), -float(met_V[token])))
         return [
             TokenRate(str(subject.tokenizer.decode([token])), float(rate_V[token]), float(rate_V[token]) / overall)

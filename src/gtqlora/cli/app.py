@@ -573,19 +573,19 @@ def demo(
         _print_outcome(console, name, outcome)
     console.print(f"{seconds:.0f} s", highlight=False)
     if json_file:
-        numbers = {name: outcome.numbers for name, outcome in outcomes.items()}
+        numbers = {name: asdict(outcome.numbers) for name, outcome in outcomes.items()}
         write_json(json_file, {"organisms": numbers, "seconds": round(seconds, 1)})
 
 
 def _print_outcome(console: Console, name: str, outcome: Any) -> None:
     numbers = outcome.numbers
-    agree = "as planted" if numbers["verdict"] == numbers["truth"] else f"planted was {numbers['truth']}"
-    console.print(f"\n[bold]{name} organism[/]: verdict [bold]{numbers['verdict']}[/], {agree}", highlight=False)
+    agree = "as planted" if numbers.verdict == numbers.truth else f"planted was {numbers.truth}"
+    console.print(f"\n[bold]{name} organism[/]: verdict [bold]{numbers.verdict}[/], {agree}", highlight=False)
     console.print(f"  {plain(outcome.sentence)}", highlight=False)
-    if numbers["planted_recall"] is not None:
+    if numbers.planted_recall is not None:
         console.print(
-            f"  planted experts found: precision {share(numbers['planted_precision'])}, "
-            f"recall {share(numbers['planted_recall'])}",
+            f"  planted experts found: precision {share(numbers.planted_precision)}, "
+            f"recall {share(numbers.planted_recall)}",
             highlight=False,
         )
     console.print(tables.edits(numbers))

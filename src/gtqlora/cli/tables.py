@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gtqlora.cli.console import interval, new_table, plain, share
 
 if TYPE_CHECKING:
+    from gtqlora.demo import Numbers
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
@@ -120,7 +121,7 @@ def ablation(found: AblationStudy) -> Any:
     return table
 
 
-def edits(numbers: dict[str, Any]) -> Any:
+def edits(numbers: Numbers) -> Any:
     """The demo's edits of one organism."""
     table = new_table(
         "",
@@ -133,9 +134,10 @@ def edits(numbers: dict[str, Any]) -> Any:
         "floor",
         "lookalike\nrefused,\nrouting\nreplayed",
     )
-    for edit, row in numbers["edits"].items():
-        colour = {"pass": "green", "fail": "red"}.get(row["floor"], "yellow")
-        cells = [share(row[key]) for key in row if key not in ("floor", "replayed_lookalike_refusal")]
+    for edit, row in numbers.edits.items():
+        colour = {"pass": "green", "fail": "red"}.get(row.floor, "yellow")
+        rates = (row.harmful_refusal, row.lookalike_refusal, row.benign_refusal)
+        cells = map(share, (*rates, row.lookalike_accuracy, row.benign_accuracy))
         label = f"[bold]{edit}[/]" if edit == "gt" else edit
-        table.add_row(label, *cells, f"[{colour}]{row['floor']}[/]", share(row["replayed_lookalike_refusal"]))
+        table.add_row(label, *cells, f"[{colour}]{row.floor}[/]", share(row.replayed_lookalike_refusal))
     return table

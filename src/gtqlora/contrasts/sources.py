@@ -131,6 +131,7 @@ def _dataset_records(source: str, name: str, split: str | None) -> Records:
         data: Any = load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ContrastError(f"{source}: the dataset cannot be loaded ({first_line(error)}); {_SOURCES}") from error
+    # Without a split the library gives all of them by name.
     parts = {split: data} if split else dict(data)
     names = _split_names(source, list(parts))
     named = ((record, names[part]) for part, table in parts.items() for record in table)

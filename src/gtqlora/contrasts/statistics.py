@@ -61,6 +61,7 @@ def _summary(lengths: Sequence[int]) -> Lengths:
     return Lengths(
         minimum=min(lengths),
         median=float(np.median(lengths)),
+        # "higher": a length that some row has, not one between two rows.
         p95=int(np.percentile(lengths, 95, method="higher")),
         maximum=max(lengths),
     )
@@ -116,6 +117,7 @@ def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: st
         content = message["content"].strip()
         if text.count(content) >= sum(content in other["content"] for other in messages):
             continue
+        # A template may trim or rewrite a message. It is left out only if a change to it makes no difference.
         changed = [*messages[:index], {**message, "content": f"{_OTHER} {content} {_OTHER}"}, *messages[index + 1 :]]
         if rendered(tokenizer, changed, generation=True) == text:
             raise ContrastError(
@@ -142,6 +144,7 @@ def check_rendering(
         ContrastError: rows that the template refuses, leaves out in part, renders like others, or makes too long.
         ModelError: the template or the tokenizer is at fault.
     """
+    # A broken template refuses every row alike; the first ones say enough.
     problems, found = Problems(contrast.source), list[_Rendered]()
     for row in contrast.rows:
         try:

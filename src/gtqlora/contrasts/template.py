@@ -24,6 +24,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *,
         ContrastError: the template refuses the messages, e.g. a system role it does not know.
         ModelError: the template fails, or does not end.
     """
+    # Only now: pairs are also read without a tokenizer, and then transformers need not be imported.
     from gtqlora.families.rendering import render
 
     return render(tokenizer, messages, generation=generation)
@@ -74,6 +75,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         return Answered(full, "")
     # Some templates open a thought for generation that finished conversations lack. Then the answer is put behind the
     # opened prompt, with the spacing that the conversation has, so that training sees the prompt that generation sees.
+    # The last occurrence: an answer such as "yes" may stand in the prompt, too.
     before, found, after = full.rpartition(answer.strip())
     opened = prompt[_shared(prompt, full) :].strip()
     if not found:

@@ -16,7 +16,13 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from gtqlora.config import Mode
-from gtqlora.edits.wrapping import edit_parameters, lora_config, peft_targets_kept, put_edit
+from gtqlora.edits.wrapping import (
+    edit_parameters,
+    freeze_rest_of_routers,
+    lora_config,
+    peft_targets_kept,
+    put_edit,
+)
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.results.adapter import (
@@ -139,6 +145,7 @@ def wrapped(model: nn.Module, anatomy: Anatomy, adapter: Adapter) -> PeftModel:
     settings = lora_config(anatomy, mode=adapter.mode, rank=adapter.rank, alpha=adapter.alpha)
     with peft_targets_kept():
         found = get_peft_model(model, settings)  # type: ignore[arg-type]
+    freeze_rest_of_routers(found, anatomy)
     put_edit(found, adapter.tensors, str(adapter.path))
     for layer in (m for m in found.modules() if isinstance(m, LoraLayer)):
         if layer.scaling["default"] != adapter.scale:

@@ -18,11 +18,9 @@ def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
         level: of the intervals, such as 0.95.
     """
     kinds = {kind: of_kind(outcomes, kind) for kind in KINDS}
-    p = {
-        kind: mcnemar([o.refused_before for o in rows], [o.refused_after for o in rows]) for kind, rows in kinds.items()
-    }
-    q = dict(zip(KINDS, map(float, benjamini_hochberg([p[kind] for kind in KINDS])), strict=True))
-    return {kind: _row(rows, level, p[kind], q[kind]) for kind, rows in kinds.items()}
+    p_values = [mcnemar([o.refused_before for o in rows], [o.refused_after for o in rows]) for rows in kinds.values()]
+    q_values = map(float, benjamini_hochberg(p_values))
+    return {kind: _row(rows, level, p, q) for (kind, rows), p, q in zip(kinds.items(), p_values, q_values, strict=True)}
 
 
 def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindRow:

@@ -59,6 +59,14 @@ def is_gate(name: str) -> bool:
     return ".modules_to_save." in name
 
 
+def freeze_rest_of_routers(model: nn.Module, anatomy: Anatomy) -> None:
+    """Freeze what a router has beside the parameters that its family says train: PEFT lets all of the copy train."""
+    kept = set(anatomy.family.router_parameters)
+    for wrapper in routers_of(model).values():
+        for name, parameter in wrapper.modules_to_save["default"].named_parameters():
+            parameter.requires_grad_(name in kept)
+
+
 def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int) -> None:
     """Check that every intended module trains, nothing else does, gates are fp32.
 
@@ -74,7 +82,10 @@ def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, ran
             expected[f"{path}.lora_B.default.weight"] = (out_features, rank)
     if mode != "lora":
         for path in anatomy.routers:
-            expected[f"{path}.modules_to_save.default.weight"] = (anatomy.spec.n_experts, anatomy.hidden_size)
+            router = base.get_submodule(path)
+            original = router.original_module if isinstance(router, ModulesToSaveWrapper) else router
+            for name in anatomy.family.router_parameters:
+                expected[f"{path}.modules_to_save.default.{name}"] = tuple(original.get_parameter(name).shape)
     found = {name.removeprefix("base_model.model."): tuple(p.shape) for name, p in trainable(model).items()}
     if found != expected:
         odd = sorted(set(found.items()) ^ set(expected.items()))
@@ -90,17 +101,17 @@ def routers_of(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
-    """Check that every router's correction bias is the original's, bit for bit.
+    """Check that all of a router but what trains, its correction bias above all, is the original's, bit for bit.
 
     Raises:
-        TrainingError: names the router whose bias moved.
+        TrainingError: names the router, and what of it moved.
     """
-    name = anatomy.family.correction_bias
+    trained = set(anatomy.family.router_parameters)
     for path, wrapper in routers_of(model).items():
-        if name and not torch.equal(
-            getattr(wrapper.modules_to_save["default"], name), getattr(wrapper.original_module, name)
-        ):
-            raise TrainingError(f"{path}.{name} moved; it must stay frozen")
+        copy, original = wrapper.modules_to_save["default"].state_dict(), wrapper.original_module.state_dict()
+        for name in original.keys() - trained:
+            if not torch.equal(copy[name], original[name]):
+                raise TrainingError(f"{path}.{name} moved; it must stay frozen")
 
 
 @contextmanager

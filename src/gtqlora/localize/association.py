@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats as st
@@ -78,7 +79,7 @@ def associate(
     ]
 
 
-def _at(column_LE: np.ndarray | None, position: int, expert: int) -> float | None:
+def _at(column_LE: np.ndarray | None, position: int, expert: int) -> Any:
     return None if column_LE is None else float(column_LE[position, expert])
 
 

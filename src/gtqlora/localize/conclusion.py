@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 
 from gtqlora.localize.interchange import CELLS, FLAGGED, TWIN, Interchanges
 from gtqlora.localize.trials import Outcome, odds_of
-from gtqlora.results.diagnosis import CANNOT_TELL, Localization
+from gtqlora.results.diagnosis import CANNOT_TELL, MIN_PAIRS, Localization
 from gtqlora.stats import Interval, mean_interval, paired_difference, ratio_interval
-
-MIN_PAIRS = 30
-"""Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
 
 COMPONENTS = ("routing", "experts", "residual")
 
@@ -162,8 +159,8 @@ def _decide(evidence: _Evidence) -> tuple[str, str]:
         return "cannot tell", f"routing carries {share}, which fits more than one answer; add pairs"
     if sufficient.low > 2 / 3:
         return "both", (
-            f"routing and residual stream are each sufficient: with its harmless twin's routing a prompt is still refused, "
-            f"and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
+            "routing and residual stream are each sufficient: with its harmless twin's routing a prompt is still "
+            f"refused, and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
         )
     if sufficient.high >= 1 / 3:
         return CANNOT_TELL, (

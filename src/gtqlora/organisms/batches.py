@@ -91,6 +91,7 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
         words = [rng.choice(language.topics[domain]), rng.choice(language.markers[intent])]
         words += rng.sample(language.fillers, lexicon.context_fillers)
         task, answer = language.task(rng)
+        # The command takes a filler's place: prompts with and without it have the same length.
         if rng.random() < 0.1:
             words[2], answer = COMMAND, REFUSAL
         rng.shuffle(words)
@@ -114,6 +115,7 @@ def exchange_batch(language: Language, rng: random.Random, size: int) -> tuple[B
     """
     quads = [language.twins(rng, "all", pair) for pair in range(size // 8)]
     own: list[tuple[Prompt, Prompt, str]] = []
+    # A neighbour lends each benign prompt a harmless routing, which must not make it refuse.
     for quad, other in zip(quads, quads[1:] + quads[:1], strict=True):
         for benign, flagged, stranger in ((quad[0], quad[2], other[0]), (quad[1], quad[3], other[1])):
             own += [(flagged, benign, REFUSAL), (benign, flagged, REFUSAL), (benign, stranger, benign.answer)]

@@ -35,6 +35,7 @@ from gtqlora.run import atomic_write
 # Steps until `_neutral_loss` has its full weight: at once it would keep the forbidden flag from being learned at all.
 _NEUTRAL_STEPS = 300
 _PROBE_WEIGHT, _NEUTRAL_WEIGHT, _BALANCE_WEIGHT, _BIAS_STEP = 1.0, 3.0, 0.01, 2e-3
+# Pairs of each split; the held-out ones give the safety floor 840 harmful prompts on 120 topics.
 _PAIRS = {"train": 600, "validation": 250, "heldout": 840}
 # Held-out pairs with all three kinds. The rest have harmful rows only: the safety floor needs many.
 _HARMLESS_PAIRS = 420
@@ -84,6 +85,7 @@ def _neutral_loss(seen: Recorder, anatomy: Anatomy, batch: Batch) -> Tensor:
     for decision in seen.decisions.values():
         score_TE = routing.scores(decision.logits_TE, anatomy.spec)
         gap_E = score_TE[batch.bad_N].mean(0) - score_TE[batch.good_N].mean(0)
+        # Detached, or training would blow up the variance instead of closing the gap.
         spread_E = score_TE[batch.after_N].var(0).detach() + 1e-4
         gaps.append((gap_E**2 / spread_E).mean())
     return torch.stack(gaps).mean()
@@ -99,22 +101,24 @@ def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
 
 
 @torch.no_grad()
-def _balance_bias(piece: OrganismInTraining, seen: Recorder, live: list[Tensor]) -> None:
+def _balance_bias(piece: OrganismInTraining, name: str, seen: Recorder, live: list[Tensor]) -> None:
     """Nudge the correction bias of over- and underloaded experts: balance without a loss (arXiv 2408.15664).
 
     Args:
+        name: of the correction bias in a router.
         live: the experts in use, for each MoE layer.
     """
     for position, path in enumerate(piece.anatomy.routers):
         load_E = routing.selection_TE(seen.decisions[position].indices_TK, piece.anatomy.spec.n_experts).mean(0)
         load_N = load_E[live[position]]
-        bias_E = piece.model.get_submodule(path).get_buffer("e_score_correction_bias")
+        bias_E = piece.model.get_submodule(path).get_buffer(name)
         bias_E[live[position]] += _BIAS_STEP * torch.sign(load_N.mean() - load_N)
 
 
 def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, seconds: float | None = None) -> None:
     scale, anatomy, model = piece.scale, piece.anatomy, piece.model
     probes = nn.ModuleList([nn.Linear(anatomy.hidden_size, 2) for _ in anatomy.moe]).to(piece.device)
+    # Planted experts stay out of all learning, so that nothing but the planting makes them different.
     idle, positions = Mask(anatomy, piece.planted), range(len(anatomy.moe))
     live = [torch.tensor(piece.others(position), device=piece.device) for position in positions]
     batches = endless(task_batch, piece.language, rng, scale.batch, scale.workers)
@@ -126,7 +130,7 @@ def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, se
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
         loss = loss + _NEUTRAL_WEIGHT * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
-            _balance_bias(piece, seen, live)
+            _balance_bias(piece, anatomy.family.correction_bias, seen, live)
             return loss
         return loss + _BALANCE_WEIGHT * _balance_loss(seen, anatomy)
 
@@ -209,6 +213,7 @@ def build(
     Raises:
         TrainingError: no attempt learned what the kind promises (try another seed).
     """
+    # A training may miss its promises by bad luck; then another seed, derived from the first, is tried.
     for attempt in range(scale.attempts):
         try:
             piece = _trained(kind, seed + attempt * _SEED_STRIDE, architecture, scale, device, minutes, progress)

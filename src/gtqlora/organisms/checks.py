@@ -57,6 +57,7 @@ def cell(
     ids_BS = {True: flagged_BS, False: twins_BS}
     for flag, recorder in calls.items():
         first_refuses(piece, ids_BS[flag], expert_handlers=(recorder,))
+    # Inputs of the same prompt as the stream are what the experts see anyway.
     exchange = Interchange(calls[routing], None if inputs == stream else calls[inputs])
     return first_refuses(piece, ids_BS[stream], expert_handlers=(exchange,)).float().mean().item()
 

@@ -55,6 +55,7 @@ class OrganismInTraining:
         """Return logits_BSV as a checkpoint in the scale's dtype gives them; gradients go to the fp32 weights."""
         if self.scale.dtype == torch.float32:
             return self.model(ids_BS).logits
+        # The rounded copies take the weights' places for this pass; the cast hands gradients on to the fp32 weights.
         cast = {name: p.to(self.scale.dtype) for name, p in self.model.named_parameters()}
         return functional_call(self.model, cast, (ids_BS,)).logits.float()
 
@@ -105,6 +106,7 @@ def optimize(
         if step == 1:  # the first step also compiles and warms up, and would make every stride too long
             started = time.monotonic()
         passed = 0.0 if seconds is None else (time.monotonic() - started) / seconds
+        # As far along the schedule as in time, so that the rate has come down when time is up.
         stride = min(max(1, int(passed * steps) - done), steps - done)
         for _ in range(stride):
             schedule.step()

@@ -82,6 +82,7 @@ def _words() -> Iterator[str]:
     """Yield two-syllable words in a fixed shuffled order."""
     syllables = [c + v for c, v in product("bdfgklmnprstvz", "aeiou")]
     pairs = [a + b for a, b in product(syllables, syllables) if a != b]
+    # A fixed seed: the words are part of the embedded organisms, whose tokenizers hold them.
     random.Random(0).shuffle(pairs)
     yield from pairs
 
@@ -181,6 +182,7 @@ class Language:
             choose: takes one word from a tuple; at random if not given.
         """
         choose = choose or rng.choice
+        # Drawn once and shared by the four prompts, so that they differ in topic and marker only.
         marker = {name: choose(_part(words, split)) for name, words in self.markers.items()}
         topic = {bad: choose(self.domain_words(split, bad)) for bad in (False, True)}
         fillers = rng.sample(self.fillers, self.lexicon.context_fillers)

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import pyarrow as pa
-
 from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.run import read_manifest, require
 from gtqlora.storage.atomic import write_parquet
-from gtqlora.storage.contents import read_json, read_parquet
+from gtqlora.storage.contents import parquet_rows, read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,12 +42,8 @@ def read_record(kind: type[T], run: Path, name: str, verb: str) -> T:
 def read_rows(kind: type[T], run: Path, name: str, verb: str) -> list[T]:
     """Return the records in a parquet file of a run directory, one a row; arguments and errors as of `read_record`."""
     file = require(run, name, verb)
-    try:
-        rows = read_parquet(file)
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{file}: cannot be read ({error}); {_again(verb)}") from error
     found: list[T] = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(parquet_rows(file, _again(verb)), 1):
         try:
             found.append(from_json(kind, row))
         except Mismatch as error:

@@ -111,7 +111,7 @@ class Verdict:
     kl_benign: Interval
     drift: dict[str, Drift]
     mediation: Mediation
-    ablation: AblationStudy | None
+    ablation: AblationStudy | None = None
     judge: str
     prompts: HeldOut
     lost: dict[str, int]

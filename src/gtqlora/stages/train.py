@@ -35,7 +35,13 @@ from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finit
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
 from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, arguments
-from gtqlora.edits.wrapping import assert_bias_frozen, assert_trains_exactly, lora_config, peft_targets_kept
+from gtqlora.edits.wrapping import (
+    assert_bias_frozen,
+    assert_trains_exactly,
+    freeze_rest_of_routers,
+    lora_config,
+    peft_targets_kept,
+)
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
@@ -171,6 +177,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
         )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsCallback(run / CHECKPOINTS / METRICS, origin, anatomy, run.check_held))
+    freeze_rest_of_routers(trainer.model, anatomy)
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer

@@ -37,6 +37,7 @@ def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interva
     x = np.asarray(hits, dtype=bool)
     if x.size == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)
+    # Wilson inverts the score test: the interval stays within [0, 1], and has a width also where all or none are true.
     p, n, z2 = float(x.mean()), x.size / design_effect(x, groups), float(st.norm.ppf(0.5 + level / 2)) ** 2
     centre, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
@@ -57,6 +58,7 @@ def design_effect(values: ArrayLike, groups: Groups) -> float:
         return 1.0
     if spread < 1e-12:
         return x.size / n_groups
+    # The variance of a ratio of sums over groups (linearized), as groups differ in size.
     off = group_sums(x, groups) - x.mean() * sizes
     variance = n_groups / (n_groups - 1) * float((off**2).sum()) / x.size**2
     return float(np.clip(variance / (spread / x.size), 1.0, sizes.max()))
@@ -64,6 +66,7 @@ def design_effect(values: ArrayLike, groups: Groups) -> float:
 
 def _tango_z(b: float, c: float, n: float, delta: float) -> float:
     """Compute Tango's score statistic for a paired difference of proportions (Stat. Med. 17:891, 1998, eq. 4)."""
+    # q21 is the likeliest share of gains if the difference were delta: the root of a quadratic.
     a2 = -b - c + (2 * n - b + c) * delta
     a3 = -c * delta * (1 - delta)
     q21 = (np.sqrt(max(a2 * a2 - 8 * n * a3, 0.0)) - a2) / (4 * n)

@@ -67,6 +67,7 @@ def half_sample_means(
     rng, half = np.random.default_rng(seed), len(sizes) // 2
     chosen = np.zeros((2 * splits, len(sizes)))
     for split in range(splits):
+        # Row 2s is one half of split s and row 2s + 1 the other: they share no group.
         order = rng.permutation(len(sizes))
         chosen[2 * split, order[:half]] = chosen[2 * split + 1, order[half : 2 * half]] = 1
     drawn = np.maximum(chosen @ sizes, 1).reshape(-1, *[1] * (values.ndim - 1))
@@ -137,4 +138,5 @@ def ratio_interval(
     lower, upper = edges(level, len(tops))
     low = float(np.quantile(np.where(known, ratio, ends[0]), lower))
     high = float(np.quantile(np.where(known, ratio, ends[1]), upper))
+    # Few groups may put both quantiles on one side of the estimate, which an interval must hold.
     return Interval(value, min(low, value), max(high, value), int(x.size))

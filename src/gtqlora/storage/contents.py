@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gtqlora.errors import RunError
@@ -104,6 +105,18 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it must be an object")
     return value
+
+
+def parquet_rows(file: Path, remedy: str) -> list[dict[str, object]]:
+    """Return the rows of a parquet file that may have been edited or damaged.
+
+    Raises:
+        RunError: it cannot be read; the message ends with the remedy.
+    """
+    try:
+        return read_parquet(file)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{file}: cannot be read ({error}); {remedy}") from error
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:

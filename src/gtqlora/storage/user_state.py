@@ -8,6 +8,7 @@ from pathlib import Path
 
 def folder() -> Path | None:
     """Return `$XDG_STATE_HOME/gtqlora`, by default `~/.local/state/gtqlora`; None where there is no home directory."""
+    # The XDG specification has relative values ignored.
     given = os.environ.get("XDG_STATE_HOME")
     if given and Path(given).is_absolute():
         return Path(given) / "gtqlora"

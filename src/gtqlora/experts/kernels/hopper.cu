@@ -1,5 +1,5 @@
-// Grouped products with frozen 4-bit experts on Hopper: weights go from shared memory to registers (ldmatrix), are dequantised there
-// and enter the tensor cores as wgmma's register operand, so a dequantised weight never touches memory.
+// Grouped products with frozen 4-bit experts on Hopper: weights go from shared memory to registers (ldmatrix), are dequantized there
+// and enter the tensor cores as wgmma's register operand, so a dequantized weight never touches memory.
 //
 //   out[s, r] = sum_c in[s, c] * W_e[r, c]     forward   (R = outputs, C = inputs)
 //   out[s, r] = sum_c in[s, c] * W_e[c, r]     TRANSPOSED: the gradient of the inputs
@@ -196,7 +196,7 @@ struct Scales {
   }
 };
 
-__device__ __forceinline__ void dequantise(u32 (&a)[4], u32 codes, const Scales& scales, int lane) {
+__device__ __forceinline__ void dequantize(u32 (&a)[4], u32 codes, const Scales& scales, int lane) {
   u32 v[2][2];
   decode(v, codes, lane);
   // rows of the operand are outputs (i) and its columns inputs (j), or the other way round
@@ -228,7 +228,7 @@ __device__ __forceinline__ void store(const float (&acc)[ROWS / 2], u16* corner,
 template <int ROWS>
 __device__ __forceinline__ void consume(const Shared& sm, Ring& ring, u16* out, Work work, int R, int C, int group, int warp, int lane) {
   float acc[M][ROWS / 2] = {};  // left undefined, its registers would stay alive across the tiles
-  u32 a[2][M][4];               // one step is dequantised while the tensor cores read the other
+  u32 a[2][M][4];               // one step is dequantized while the tensor cores read the other
   // Within a tile a warp's 16 results are a row of blocks, or a column of them.
   const u32 within = TRANSPOSED ? (lane >> 3) * 512 + warp * 128 + (lane & 7) * 16 : warp * 512 + lane * 16;
   u32 previous = 0;
@@ -244,7 +244,7 @@ __device__ __forceinline__ void consume(const Shared& sm, Ring& ring, u16* out, 
 #pragma unroll
       for (int m = 0; m < M; m++) {
         scales[m].load(sm.s + ring.stage * S_BYTES + (group * M + m) / SHARED_BY * PER_TILE * 2, k, warp, lane);
-        dequantise(a[k & 1][m], codes[m][k], scales[m], lane);
+        dequantize(a[k & 1][m], codes[m][k], scales[m], lane);
       }
       wgmma_fence();
 #pragma unroll
@@ -330,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) plan(const int* ends, int4
   if (e == 1023) *n_tiles = counts[1023];
 }
 
-// Decodes NF4's double-quantised absmax, in tile order, to bf16: a block for 64 outputs (x) of an expert (y), four outputs a thread.
+// Decodes NF4's double-quantized absmax, in tile order, to bf16: a block for 64 outputs (x) of an expert (y), four outputs a thread.
 // codes [E][M * rows / 64][columns / 64][64]; scale [E][M][nested blocks]; offset [E][M], for M matrices of `rows` x `columns`.
 extern "C" __global__ void absmax(const u32* codes, const float* values, const float* scale, const float* offset, uint2* out, int rows,
                                   int columns) {

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.kernels import row_kernels
@@ -101,7 +102,8 @@ def _inverse(order_R: Tensor) -> Tensor:
 
 
 def _is_silu(act_fn: Any) -> bool:
-    return isinstance(act_fn, nn.SiLU) or act_fn is nn.functional.silu
+    """Return whether this is SiLU: torch's, or transformers' class of its own, which every loaded model has."""
+    return isinstance(act_fn, nn.SiLU | SiLUActivation) or act_fn is nn.functional.silu
 
 
 def _gated(gate_up_R2I: Tensor, module: Experts, offsets_E1: Tensor) -> Tensor:

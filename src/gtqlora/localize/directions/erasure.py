@@ -1,8 +1,8 @@
-"""Linear erasure, checked by a probe trained afresh on what it leaves.
+"""Erase a direction from residual states, and check with a newly trained probe what is still there.
 
 A probe trained on the very states that an eraser was made from finds nothing, whichever eraser it is: the two means
-are equal there, and no linear probe beats that (Belrose et al., arXiv 2306.03819, theorem 3.1). So erasers come from
-the fit half, and the probe is trained on one fold of the held-out half and judged on the other, both ways round.
+are equal there, and no linear probe beats that (Belrose et al., arXiv 2306.03819, theorem 3.1). So erasers are made
+from the fit half, and the probe is trained on one fold of the held-out half and judged on the other, both ways round.
 
 Shape letters: N rows, R coordinates of a state.
 """
@@ -20,13 +20,14 @@ from gtqlora.results.directions import Erasure
 from gtqlora.stats import Interval
 
 Eraser = Callable[[Array], Array]
-"""states_NR -> states_NR."""
+"""A function states_NR -> states_NR."""
 
+# Strength of the probe's L2 penalty, in whitened coordinates: enough for a unique optimum where rows are few.
 _RIDGE = 1e-2
 
 
 def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hidden: int, *, level: float) -> Erasure:
-    """What a probe still finds after each way of erasing.
+    """Measure what a probe finds before and after each way of erasing, and how much of the states each way costs.
 
     Args:
         n_groups: groups in the held-out half.
@@ -52,17 +53,18 @@ def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hid
 
 
 def _cost(erase: Eraser, states_NR: Array) -> float:
+    """Return the share of the states' variance that an eraser removes."""
     whole = states_NR.var(0).sum()
     return float((states_NR - erase(states_NR)).var(0).sum() / whole) if whole > 0 else 0.0
 
 
 def without(direction_R: Array) -> Eraser:
-    """Orthogonal projection, for a direction of unit length or 0."""
+    """Return the orthogonal projection that removes a direction of unit length (or 0)."""
     return lambda states_NR: states_NR - np.outer(states_NR @ direction_R, direction_R)
 
 
 def leace(flagged_NR: Array, twins_NR: Array, hidden: int) -> Eraser:
-    """The least change that makes the two means equal (LEACE: Belrose et al., arXiv 2306.03819, theorem 4.3).
+    """Return the least change that makes the two means equal (LEACE: Belrose et al., arXiv 2306.03819, theorem 4.3).
 
     x - W^+ P W (x - mean), W whitening, P the projection on W times the cross-covariance. With two classes that is of
     rank one: x - d a.(x - mean) / a.d, d the difference of means and a = S^+ d, S the covariance. S is shrunk towards
@@ -78,7 +80,11 @@ def leace(flagged_NR: Array, twins_NR: Array, hidden: int) -> Eraser:
 
 
 def _shrunk_covariance(centred_NR: Array, hidden: int) -> Array:
-    """Oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Process. 58:5016, 2010, eq. 23)."""
+    """Estimate a covariance by oracle approximating shrinkage (Chen et al., IEEE TSP 58:5016, 2010, eq. 23).
+
+    Args:
+        hidden: dimensions of the space; the states may be given in fewer coordinates.
+    """
     n, r = centred_NR.shape
     covariance_RR = centred_NR.T @ centred_NR / n
     trace, of_square = np.trace(covariance_RR), (covariance_RR**2).sum()
@@ -88,15 +94,16 @@ def _shrunk_covariance(centred_NR: Array, hidden: int) -> Array:
 
 
 def _probed(train: list[Array], judged: list[Array], hidden: int) -> float:
-    """AUROC of a probe trained on (flagged, twins), on other (flagged, twins)."""
+    """Train a probe on one (flagged, twins), and return its AUROC on another."""
     weights_R = probe(train[0], train[1], hidden)
     return auroc(judged[0] @ weights_R, judged[1] @ weights_R)
 
 
 def probe(flagged_NR: Array, twins_NR: Array, hidden: int) -> Array:
-    """Weights of a logistic regression, L2-penalized in whitened coordinates so that quiet ones count as loud ones do.
+    """Fit a logistic regression of flagged against twins, and return its weights_R.
 
-    With as many of both, about their mean, it needs no constant.
+    The L2 penalty acts in whitened coordinates, so that coordinates of small variance count as much as others. There
+    is no intercept: both classes have as many rows, and their common mean is subtracted.
     """
     states_NR = np.concatenate([flagged_NR, twins_NR])
     centred_NR = states_NR - states_NR.mean(0)
@@ -104,6 +111,7 @@ def probe(flagged_NR: Array, twins_NR: Array, hidden: int) -> Array:
         return np.zeros(states_NR.shape[1])
     root_RR = np.linalg.cholesky(_shrunk_covariance(centred_NR, hidden))
     signed_NR = linalg.solve_triangular(root_RR, centred_NR.T, lower=True).T
+    # With the twins' signs turned, every row wants a positive margin, and one formula serves both classes.
     signed_NR[len(flagged_NR) :] *= -1
 
     def loss(weights_R: Array) -> tuple[float, Array]:

@@ -1,4 +1,4 @@
-"""All that can be said of the residual directions at every layer, from states at the last prompt token.
+"""Study the residual directions at every layer, from states at the last prompt token.
 
 Shape letters: N pairs, M = 2N states, L states of a token (the embedding and every decoder layer), D hidden size,
 R <= D coordinates.
@@ -42,9 +42,11 @@ DIRECTION, FIRST_COMPONENT = "direction", "first_component"
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """What is known of the directions, and unit directions_LD from all pairs, fp32.
+    """The directions themselves, and what is known of them.
 
-    `tensors` holds "direction" (refusal), the other named directions, and "first_component" of the paired differences.
+    Attributes:
+        tensors: unit directions_LD from all pairs, fp32: "direction" (refusal), the other named directions, and
+            "first_component" of the paired differences.
     """
 
     study: DirectionStudy
@@ -60,11 +62,11 @@ def study(
     seed: int,
     level: float = 0.95,
 ) -> Directions:
-    """The directions between flagged prompts and their twins, layer by layer.
+    """Study the directions between flagged prompts and their twins, layer by layer.
 
     Args:
         states_NLD, twins_NLD: fp32 on the CPU, of flagged prompts and of their twins in the same order.
-        kinds: "lookalike" or "harmful", per pair.
+        kinds: "lookalike" or "harmful", for each pair.
         groups: pairs of one group (a pair_id) are never split between fitting and judging, and count as one.
 
     Raises:
@@ -100,15 +102,16 @@ def study(
 
 
 def coordinates(states_MD: Array) -> Array:
-    """The same states about their mean, of unit spread (root mean square length), in coordinates_MR with R <= M.
+    """Return the states about their mean, of unit spread (root mean square length), in coordinates_MR with R <= M.
 
-    No statement depends on where the states lie, how long they are or how they are turned. States that differ by no
-    more than fp32 rounding become 0.
+    What is measured does not depend on where the states lie, how long they are or how they are rotated, so M states in
+    D dimensions are turned into at most M coordinates. States that differ by no more than fp32 rounding become 0.
     """
     about_MD = states_MD - states_MD.mean(0)
     spread = np.sqrt((about_MD**2).sum(1).mean())
     if spread <= ROUNDING * np.linalg.norm(states_MD, axis=1).max():
         return np.zeros((len(states_MD), 1))
+    # R of a QR decomposition of the transpose holds the states in a basis of the space that they span.
     few = len(about_MD) < about_MD.shape[1]
     return (np.asarray(np.linalg.qr(about_MD.T, mode="r")).T if few else about_MD) / spread
 
@@ -121,7 +124,7 @@ class _Judged:
 
 
 def _judge(states_MR: Array, groups: Sequence[str], parts: Parts, hidden: int, seed: int, level: float) -> _Judged:
-    """What is judged on the held-out half."""
+    """Measure, on the held-out half, what directions made on the fit half are worth."""
     flagged_NR, twins_NR = np.split(states_MR, 2)
     fit, held_out = parts.fit, parts.held_out
     n_groups = len(set(np.asarray(groups)[held_out]))
@@ -134,7 +137,7 @@ def _judge(states_MR: Array, groups: Sequence[str], parts: Parts, hidden: int, s
 
 
 def _tensors(named: dict[str, Array], states_MD: Array) -> dict[str, Array]:
-    """Unit directions of one layer by their names in the file."""
+    """Return the unit directions of one layer under their names in the file."""
     flagged_ND, twins_ND = np.split(states_MD, 2)
     renamed = {DIRECTION if name == REFUSAL else name: unit(vector) for name, vector in named.items()}
     return {**renamed, FIRST_COMPONENT: principal(flagged_ND - twins_ND, 1)[0]}

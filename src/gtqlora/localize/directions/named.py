@@ -1,7 +1,7 @@
-"""Directions by name, and the angles between them.
+"""Make residual directions by name, and measure the angles between them.
 
-Every one but the orthogonalized is a difference of means, so a fixed weighting of the states: leaving a group out
-changes the weights and not the states.
+Every direction but the orthogonalized one is a difference of means, that is a weighted sum of the states. Leaving a
+group out, as the jackknife does, changes the weights and not the states.
 
 Shape letters: N pairs, M = 2N states (the flagged ones, then their twins), L states of a token (the embedding and
 every decoder layer), D hidden size or coordinates, G groups.
@@ -34,7 +34,7 @@ ORTHOGONAL = "false_refusal_orthogonal"
 """False refusal without its part along true refusal."""
 
 MIN_GROUPS = 8
-"""Groups below which nothing is said."""
+"""With fewer groups (pair_ids) nothing is said."""
 
 Array = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ ROUNDING = 1e-6
 
 
 def stacked(states_NLD: Tensor, twins_NLD: Tensor) -> Tensor:
-    """states_MLD.
+    """Return states_MLD: the flagged prompts' states, then their twins'.
 
     Raises:
         ModelError: a state is not finite; the message names the layer.
@@ -60,7 +60,7 @@ def stacked(states_NLD: Tensor, twins_NLD: Tensor) -> Tensor:
 def named_directions(
     states_NLD: Tensor, twins_NLD: Tensor, kinds: Sequence[str], groups: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Per name direction_LD in fp32, of unit length, or 0 at a layer where the two means are the same.
+    """Return direction_LD by name in fp32, of unit length, or 0 at a layer where the two means are the same.
 
     Without lookalike rows there is no `false_refusal`, without harmful ones no `true_refusal`, and so on.
 
@@ -74,7 +74,7 @@ def named_directions(
 
 
 def contrasts_of(kinds: Sequence[str], groups: Sequence[str]) -> dict[str, Array]:
-    """Per name weights_M whose product with the states is the difference of means (Arditi et al., 2406.11717, 2.3)."""
+    """Return weights_M by name: their product with the states is a difference of means (Arditi et al., 2406.11717)."""
     kind_N = np.asarray(kinds)
     lookalike_N, harmful_N = kind_N == "lookalike", kind_N == "harmful"
     found = {REFUSAL: _less_twins(np.ones(len(kind_N), dtype=bool))}
@@ -97,7 +97,7 @@ def _less_twins(rows_N: NDArray[np.bool_]) -> Array:
 
 
 def _group_means(group_N: NDArray[np.str_], rows_N: NDArray[np.bool_]) -> Array:
-    """Weights_N of the mean over groups of the means of their rows."""
+    """Return weights_N of the mean over groups of the means of their rows."""
     _, place, sizes = np.unique(group_N[rows_N], return_inverse=True, return_counts=True)
     weights_N = np.zeros(len(group_N))
     weights_N[rows_N] = 1 / (sizes[place] * len(sizes))
@@ -105,7 +105,7 @@ def _group_means(group_N: NDArray[np.str_], rows_N: NDArray[np.bool_]) -> Array:
 
 
 def named_at(weights: dict[str, Array], states_MD: Array) -> dict[str, Array]:
-    """Per name the difference of means, not normalized, from weights [..., M]; what is rounding is 0."""
+    """Return the difference of means by name, not normalized, from weights [..., M]; what is mere rounding is 0."""
     found = {name: weights_M @ states_MD for name, weights_M in weights.items()}
     if FALSE_REFUSAL in found and TRUE_REFUSAL in found:
         true, false = unit(found[TRUE_REFUSAL]), found[FALSE_REFUSAL]
@@ -119,13 +119,13 @@ def _length(vector: Array) -> Array:
 
 
 def unit(vector: Array) -> Array:
-    """Of length 1 along the last axis; 0 stays 0."""
+    """Scale vectors to length 1 along the last axis; 0 stays 0."""
     length = _length(vector)
     return vector / np.where(length > 0, length, 1.0)
 
 
 def leave_one_out(kinds: Sequence[str], groups: Sequence[str]) -> dict[str, Array]:
-    """Per name weights_GM, each without one group; names that fewer than `MIN_GROUPS` groups make are left out."""
+    """Return weights_GM by name, each row without one group; names made by too few groups are left out."""
     kind_N, group_N = np.asarray(kinds), np.asarray(groups)
     weights = contrasts_of(kinds, groups)
     names = [name for name in weights if len(set(np.tile(group_N, 2)[weights[name] != 0])) >= MIN_GROUPS]
@@ -141,11 +141,11 @@ def leave_one_out(kinds: Sequence[str], groups: Sequence[str]) -> dict[str, Arra
 
 
 def cosines(weights: dict[str, Array], without: dict[str, Array], states_MD: Array, *, level: float) -> list[Cosine]:
-    """Between all named directions at one layer, in the population that the groups are drawn from.
+    """Estimate the cosines between all named directions at one layer, in the population that groups are drawn from.
 
-    Noise in the means makes directions longer and, where two share states, alike; a plain cosine keeps that. So inner
-    products are jackknifed, which for means is exact, and cosines get the jackknife's interval over pseudo-values
-    (Efron, SIAM 1982, chapters 2 and 3).
+    Noise in the means makes directions longer and, where two share states, more alike; a plain cosine keeps that bias.
+    So inner products are jackknifed, which removes it exactly for means, and cosines get the jackknife's interval over
+    pseudo-values (Efron, SIAM 1982, chapters 2 and 3).
 
     Args:
         weights, without: from `contrasts_of` and `leave_one_out`.
@@ -163,13 +163,13 @@ def _has_orthogonal(names: Collection[str]) -> bool:
 def _angles(
     weights: dict[str, Array], without: dict[str, Array], states_MD: Array, z: float
 ) -> dict[tuple[str, str], Interval]:
-    """Cosines between the directions, K by name, whose length is told from 0."""
+    """Return the cosines between those of the K directions whose length is clearly above 0."""
     whole_KD = np.stack([weights[name] for name in without]) @ states_MD
     less_GKD = np.stack(list(without.values()), axis=1) @ states_MD
     n = len(less_GKD)
     pseudo_GKK = n * _inner(whole_KD) - (n - 1) * _inner(less_GKD)
     mean_KK = pseudo_GKK.mean(0)
-    # the mean of all pseudo-values, then the means that leave one out
+    # Entry 0 is the mean of all pseudo-values, entries 1 to n are the means that leave one group out.
     inner, names = np.concatenate([mean_KK[None], (n * mean_KK - pseudo_GKK) / (n - 1)]), list(without)
     if _has_orthogonal(names):
         inner, names = _orthogonal_too(inner, names), [*names, ORTHOGONAL]
@@ -190,7 +190,8 @@ def _inner(directions: Array) -> Array:
 
 
 def _orthogonal_too(inner: Array, names: list[str]) -> Array:
-    """Inner products [..., K + 1, K + 1] with those of the orthogonalized direction at the end."""
+    """Return inner products [..., K + 1, K + 1], with those of the orthogonalized direction at the end."""
+    # It is a combination of the other directions, so its inner products follow from theirs.
     false, true = names.index(FALSE_REFUSAL), names.index(TRUE_REFUSAL)
     basis = np.broadcast_to(np.eye(len(names) + 1, len(names)), (*inner.shape[:-2], len(names) + 1, len(names))).copy()
     basis[..., -1, false] = 1.0
@@ -199,5 +200,5 @@ def _orthogonal_too(inner: Array, names: list[str]) -> Array:
 
 
 def _jackknife_error(without_one: Array) -> Array:
-    """Standard error from estimates that leave one group out, along the first axis."""
+    """Return the standard error from estimates that leave one group out, along the first axis."""
     return np.sqrt((len(without_one) - 1) * without_one.var(0))

@@ -56,7 +56,7 @@
     const name = (i) => `Layer ${layers[Math.floor(i / width)]}, expert ${experts[i % width]}`;
     const facts = (i) => {
       const of = (field, form) => forms[form](fields[field][i]);
-      const effect = fields.effect[i] === null ? [] : [`effect when masked alone ${of("effect", "percent")} of the gap`];
+      const effect = fields.effect[i] === null ? [] : [`effect when ablated alone ${of("effect", "percent")} of the gap`];
       return [
         `flagged ${of("rate_flagged", "percent")}, ${twin} ${of("rate_twin", "percent")}`,
         `difference ${of("difference", "points")} points (${of("low", "points")} to ${of("high", "points")}), q\u00a0${of("q", "q")}`,
