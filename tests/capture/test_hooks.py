@@ -27,9 +27,9 @@ from gtqlora.capture import (
 )
 from gtqlora.errors import ModelError
 from gtqlora.scoring import Change, SourceRun, decode
-from tests.models import CORE, FAMILIES, moe_layers, save_tiny, some_tokens
+from tests.models import CORE, FAMILIES, OTHERS, moe_layers, save_tiny, some_tokens
 
-TOKENS, OTHERS = some_tokens(0), some_tokens(1)
+TOKENS, OTHER_TOKENS = some_tokens(0), some_tokens(1)
 MASKED = {0: (1, 4, 5), 1: (0,)}
 PROMPTS = [[7, 8, 9, 30, 31], [40, 41, 42], [50, 51, 52, 53, 54, 55, 56, 57], [60]]
 NEW = 6
@@ -132,7 +132,7 @@ def test_replaying_its_own_routing_changes_no_bit(subject: Subject) -> None:
 
 
 def test_replaying_another_prompt_s_routing(subject: Subject) -> None:
-    theirs = _recorded(subject, OTHERS)
+    theirs = _recorded(subject, OTHER_TOKENS)
     used = _recorded(subject, TOKENS, Replay(theirs))
     for position, decision in used.decisions.items():
         assert torch.equal(decision.indices_TK, theirs.decisions[position].indices_TK)

@@ -11,6 +11,7 @@ import pytest
 from gtqlora import contrasts
 from gtqlora.cli import main
 from gtqlora.errors import RunError
+from gtqlora.judging.judge import judge_of
 from gtqlora.storage.atomic import atomic_write
 from tests import helpers, models
 

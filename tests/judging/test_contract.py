@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gtqlora.cli.app import main
+from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig
 from gtqlora.errors import ConfigError, FloorError
 from gtqlora.judging.judge import MOST_AT_ONCE, Judgement, judge_of, refusals
