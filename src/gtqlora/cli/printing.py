@@ -173,7 +173,7 @@ def _show_losses(console: Console, found: Verdict) -> None:
 
 def show_next(found: Verdict, run: Path) -> None:
     """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet."""
-    from gtqlora.certificate import shipped_experts
+    from gtqlora.floor.shipped import shipped_experts
 
     if found.floor.verdict != "pass":
         return
