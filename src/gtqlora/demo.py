@@ -8,7 +8,7 @@ import queue
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.queues import Queue
+
     from gtqlora.results.verdict import Verdict
     from gtqlora.stats import Interval
 
@@ -30,6 +33,8 @@ BY_VERDICT = {"residual": ("lr_lora=6e-4",)}
 
 Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
+Message = tuple[str, Any]
+"""What a process sends: "event" with an `Event`, "done" with (organism, `Outcome`), "error" or "crash" with a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
     """
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    events: Any = context.Queue()
+    events: Queue[Message] = context.Queue()
     threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
     workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}
     for worker in workers.values():
@@ -94,7 +99,7 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
     return {name: outcomes[name] for name in ORGANISMS}, time.monotonic() - started
 
 
-def _collect(workers: dict[str, Any], events: Any, on_event: Callable[[Event], None]) -> dict[str, Outcome]:
+def _collect(workers: Mapping[str, BaseProcess], events: Queue[Message], on_event: Callable[[Event], None]) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(workers):
         try:
@@ -115,7 +120,7 @@ def _collect(workers: dict[str, Any], events: Any, on_event: Callable[[Event], N
     return outcomes
 
 
-def _work(name: str, out: Path, threads: int, events: Any) -> None:
+def _work(name: str, out: Path, threads: int, events: Queue[Message]) -> None:
     """One process: report progress and the outcome through `events`."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Where a behaviour sits: twins' computation swapped, experts masked, always against a control; all in memory."""
+"""Find where a behaviour sits: interchange what twins compute, ablate experts, always against a control; in memory."""
 
 from gtqlora.localize.conclusion import MIN_PAIRS, conclude
 from gtqlora.localize.direction_ablation import ablations, strongest_layer

@@ -43,7 +43,7 @@ def associate(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> list[Association]:
-    """Every expert's association, by layer and expert.
+    """Return every expert's association, by layer and expert.
 
     Args:
         layers: decoder index of each MoE layer.
@@ -102,7 +102,7 @@ def _gradient_columns(
 
 
 def _interval(sides: Sequence[_Side], resamples: int, level: float) -> np.ndarray:
-    """Percentile edges_2LE of the sum of the sides' means, a layer at a time: all resamples would not fit."""
+    """Return percentile edges_2LE of the sum of the sides' means, a layer at a time: all resamples would not fit."""
     cut = edges(level, min(len(s.values) if s.groups is None else len(set(s.groups)) for s in sides))
     layers = [
         np.quantile(
@@ -116,7 +116,7 @@ def _interval(sides: Sequence[_Side], resamples: int, level: float) -> np.ndarra
 
 
 def _p_values(sides: Sequence[_Side]) -> np.ndarray:
-    """Two-sided p_LE that the sides' means add up to 0: t-test over groups, Welch's if there are two sides.
+    """Return two-sided p_LE that the sides' means add up to 0: t-test over groups, Welch's if there are two sides.
 
     Where nothing varies, that of the exact sign test.
     """
@@ -135,7 +135,7 @@ def _p_values(sides: Sequence[_Side]) -> np.ndarray:
 
 
 def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
-    """Share_LE of half-samples in which an expert is among the first k by difference, and chosen more at all.
+    """Return the share_LE of half-samples in which an expert is among the first k by difference, and chosen more.
 
     Stability selection (Meinshausen & Buehlmann, JRSS-B 2010) over complementary halves (Shah & Samworth, JRSS-B
     2013); k is the number of significant ones on all prompts, at least 1 and at most a quarter of all experts.
@@ -150,7 +150,10 @@ def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
 def top_experts(
     associations: Sequence[Association], *, level: float, min_difference: float, limit: int
 ) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and surely by three quarters of the first's gap."""
+    """Return the experts chosen clearly more on flagged prompts, by difference.
+
+    Their difference is significant, and surely three quarters of the largest one.
+    """
     sure = [a for a in associations if a.q < 1 - level and a.low > 0]
     ranked = sorted(sure, key=lambda a: -a.difference)
     cut = max(min_difference, 0.75 * ranked[0].difference) if ranked else 0.0

@@ -1,4 +1,4 @@
-"""On how few experts does refusal hang? Its curve against the number of experts ablated, and draws to train with.
+"""On how few experts refusal hangs: its curve against the number of experts ablated, and draws to train with.
 
 Shape letters: B batch, T tokens, K experts per token, L MoE layers, E experts.
 """
@@ -45,6 +45,7 @@ class Ranking:
     prompts: int
 
     def first(self, count: int) -> Ablated:
+        """Return the ranking's first experts, by layer."""
         return ablated_of(self.order[:count])
 
 
@@ -81,7 +82,7 @@ class Plan:
 
 
 def plan(ranking: Ranking, *, most: int, controls: int, seed: int) -> Plan:
-    """1, 2, 4, ... experts, up to `most` or as many as can be ablatable; `controls` random draws beside each."""
+    """Plan to ablate 1, 2, 4, ... experts, up to `most` or as many as can be; `controls` random draws beside each."""
     rng = random.Random(seed)
     targeted = tuple(ranking.first(count) for count in counts_up_to(min(most, len(ranking.order))))
     drawn = tuple(tuple(random_like(t, ranking.frequency_LE, rng) for _ in range(controls)) for t in targeted)
@@ -89,7 +90,7 @@ def plan(ranking: Ranking, *, most: int, controls: int, seed: int) -> Plan:
 
 
 class RowsAblated:
-    """A mask for some rows of a batch only; no row's routing depends on another's."""
+    """A mask for some rows of a batch only, which works because no row's routing depends on another's."""
 
     def __init__(self, mask: Mask, rows_B: Tensor) -> None:
         self.mask, self.rows_B = mask, rows_B
@@ -115,7 +116,7 @@ class AblationCurve:
     level: float
 
     def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[AblationPoint]:
-        """Refusal along a plan in the subject's present state; `intact` are its refusals with every expert there.
+        """Return refusal along a plan in the subject's present state; `intact` are its refusals with all experts.
 
         The prompts are dealt out to the random draws, so that their interval, too, is over prompts.
         """
@@ -129,7 +130,7 @@ class AblationCurve:
         return points
 
     def _refused(self, masks: Sequence[Ablated], label: str) -> list[bool]:
-        """Whether each row is refused; row i meets mask i modulo their number, all in the same batches."""
+        """Return whether each row is refused; row i meets mask i modulo their number, all in the same batches."""
         refused: dict[int, bool] = {}
         total = -(-len(self.rows) // self.batch_size)
         for chosen, prompts in track(batches(self.rows, self.subject, self.batch_size), label, total):
@@ -215,6 +216,7 @@ class AblationSampler:
         self.most = min(max(1, round(share * self.n_experts)), self.n_experts - anatomy.spec.top_k)
 
     def experts(self, step: int) -> Ablated:
+        """Return the experts that are ablated at a step, by layer."""
         rng = random.Random(f"{self.seed} {step}")
         if rng.random() < 0.5:
             limit = min(self.most * self.layers, len(self.ranking.order))
@@ -223,6 +225,6 @@ class AblationSampler:
         return {layer: tuple(sorted(rng.sample(range(self.n_experts), count))) for layer, count in layers}
 
     def rows(self, step: int, count: int) -> list[bool]:
-        """By chance half of a batch's rows; the others keep the model as it is."""
+        """Draw about half of the batch's rows to ablate experts in; the others run the model as it is."""
         rng = random.Random(f"{self.seed} {step} rows")
         return [rng.random() < 0.5 for _ in range(count)]

@@ -69,15 +69,17 @@ class Interchanges:
 
     @property
     def flagged(self) -> list[Outcome]:
+        """Return what the flagged prompts do as they are."""
         return self.cells[CELLS[0]]
 
     @property
     def twins(self) -> list[Outcome]:
+        """Return what the twins do as they are."""
         return self.cells[CELLS[-1]]
 
 
 def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
-    """Every cell and control of aligned pairs; `partners` give the controls."""
+    """Run every cell and control of aligned pairs; `partners` give the controls."""
     prompts = {FLAGGED: trials.flagged, TWIN: trials.twins}
     cells = {CELLS[0]: trials.own[0], CELLS[-1]: trials.own[1]}
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
@@ -111,7 +113,7 @@ def cells_of(interchanges: Interchanges) -> list[CellRecord]:
 
 
 def interventions_of(interchanges: Interchanges) -> list[Intervention]:
-    """The interchanges with their controls, each against the same prompts as they are."""
+    """Return the interchanges with their controls, each against the same prompts as they are."""
     cells, flagged, twins = interchanges.cells, interchanges.flagged, interchanges.twins
     listed = (
         ("flagged with its twin's routing", cells[TWIN, FLAGGED, FLAGGED], flagged, False),

@@ -1,4 +1,4 @@
-"""Masking experts: curves over how many, and what each candidate does by itself, against random ones as often chosen.
+"""Ablate experts: curves over how many, and what each candidate does by itself, against random ones as often chosen.
 
 Shape letters: L MoE layers, E experts, N pairs.
 """
@@ -33,7 +33,7 @@ MIN_GROUPS = 8
 
 
 def ablated_of(experts: Iterable[Expert]) -> Ablated:
-    """Experts by position, as `capture.Mask` takes them."""
+    """Return experts by position, as `capture.Mask` takes them."""
     found: dict[int, list[int]] = defaultdict(list)
     for position, expert in experts:
         found[position].append(expert)
@@ -41,7 +41,7 @@ def ablated_of(experts: Iterable[Expert]) -> Ablated:
 
 
 def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
-    """The experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
+    """Return the experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
     room = spec.n_experts - spec.top_k
     count: dict[int, int] = defaultdict(int)
     kept = []
@@ -52,10 +52,10 @@ def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
     return kept
 
 
-def random_like(masked: Ablated, frequency_LE: NDArray[np.floating], rng: random.Random) -> Ablated:
-    """A control for a mask: in each layer as many other experts (or all there are), near in selection frequency."""
+def random_like(ablated: Ablated, frequency_LE: NDArray[np.floating], rng: random.Random) -> Ablated:
+    """Draw a control for ablated experts: in each layer as many others (or all there are), chosen about as often."""
     control = {}
-    for layer, experts in masked.items():
+    for layer, experts in ablated.items():
         others = [e for e in range(frequency_LE.shape[1]) if e not in experts]
         drawn: list[int] = []
         for expert in experts[: len(others)]:
@@ -66,18 +66,18 @@ def random_like(masked: Ablated, frequency_LE: NDArray[np.floating], rng: random
     return control
 
 
-def ablating(trials: Trials, masked: Ablated) -> Changes:
-    """The change that routes around these experts."""
-    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, masked),))
+def ablating(trials: Trials, ablated: Ablated) -> Changes:
+    """Return the change that routes around these experts."""
+    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, ablated),))
 
 
 def counts_up_to(most: int) -> list[int]:
-    """Numbers of experts to mask: doubling, and the last one."""
+    """Return the numbers of experts to ablate: doubling, and the last one."""
     return sorted({*(m for m in COUNTS if m < most), most}) if most else []
 
 
 def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
-    """Mask the first m of a ranking."""
+    """Ablate the first m of a ranking."""
     ranking = ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, f"ablate the {name}", len(counts)):
@@ -89,7 +89,7 @@ def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
 def random_curve(
     trials: Trials, ranking: Sequence[Expert], frequency_LE: NDArray[np.floating], draws: int, seed: int
 ) -> Curve:
-    """Mask random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
+    """Ablate random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
     rng, ranking = random.Random(seed), ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, "ablate random experts", len(counts)):
@@ -99,7 +99,7 @@ def random_curve(
 
 
 def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> CurvePoint:
-    """Over all draws; a pair's are one group with its siblings'."""
+    """Return the refusal over all draws; a pair's are one group with its siblings'."""
     every = trials.of([pair for _ in draws for pair in trials.pairs])
     outcomes = [outcome for drawn in draws for outcome in drawn]
     return CurvePoint(m, every.refusal(outcomes), every.mean_odds(outcomes))
@@ -129,7 +129,7 @@ class Effect:
 
 
 class _Odds:
-    """Log-odds of the flagged prompts under masks, each computed once."""
+    """Log-odds of the flagged prompts with experts ablated, each set of experts computed once."""
 
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
@@ -156,7 +156,7 @@ def expert_effects(
     """Test each candidate, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are masked. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
+    while they are ablated. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
     than `MIN_GROUPS` pair_ids.
     """
     candidates = ablatable(candidates, trials.subject.anatomy.spec)
@@ -183,7 +183,7 @@ def expert_effects(
 def _stand_in(
     candidate: Expert, taken: set[Expert], frequency_LE: NDArray[np.floating], rng: random.Random
 ) -> Expert | None:
-    """A random expert of the same layer that is no candidate, near in frequency; None if all are candidates."""
+    """Draw a random expert of the same layer that is no candidate, near in frequency; None if all are candidates."""
     layer, expert = candidate
     others = [e for e in range(frequency_LE.shape[1]) if (layer, e) not in taken]
     near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
@@ -219,7 +219,7 @@ def _judged(
 
 
 def _p_above(values_N: NDArray[np.floating], groups: Sequence[str]) -> float:
-    """One-sided t-test that the mean is above zero, on means over groups."""
+    """Return the p-value of a one-sided t-test that the mean is above zero, on means over groups."""
     means = group_means(values_N, groups)
     if len(means) < 2 or means.std() < 1e-12:
         return 1.0

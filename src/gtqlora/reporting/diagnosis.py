@@ -129,7 +129,7 @@ def _shares(diagnosis: Diagnosis) -> Figure:
     }
     title = "How much of it sits where"
     caption = (
-        "Owen values: each level’s part of the refusals when levels are exchanged between a flagged prompt and its "
+        "Owen values: each level’s part of the refusals when levels are interchanged between a flagged prompt and its "
         "twin, averaged over orders. They sum to 1. Interaction above 0: levels only work together; below 0: each is "
         "sufficient alone. Thin bars are 95 % intervals."
     )

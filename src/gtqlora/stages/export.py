@@ -132,7 +132,7 @@ class _Behaviour:
 
 
 def validate(staged: Path, certificate: Certificate) -> float:
-    """The written weights, loaded anew, behave as what was verified does; the largest divergence of any token.
+    """Check that the written weights, loaded anew, behave as what was verified; return their largest divergence.
 
     Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
     hash, so that nobody orders them.
