@@ -84,7 +84,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_SIZES)
 CORE = ("deepseek_v3", "kimi_k25", "qwen3_moe")
 """For what does not hang on the architecture: a correction bias, a wrapper with a prefix, and neither."""
-OTHERS = tuple(family for family in FAMILIES if family not in CORE)
+OTHERS = tuple(family for family in FAMILIES if family not in (*CORE, "qwen3_5_moe_text"))
+"""All others, but for the one that only differs from `qwen3_5_moe` in how it lies on disk."""
 
 # For these transformers puts Qwen's byte-level BPE in place of whatever tokenizer the folder names, which the words of
 # the toy language are not made for.
@@ -96,9 +97,7 @@ def moe_layers(family: str) -> tuple[int, ...]:
     return tuple(range(0 if KNOWN[family].moe_layers_from == "all" else 1, LAYERS))
 
 
-def tiny_model(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with 3 layers and 8 experts top-2; `changes` go into its config.
 
     `moe_intermediate_size` among them is an expert's inner size under whatever name the family has for it.

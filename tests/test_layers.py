@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import gtqlora
+from gtqlora.families import FAMILIES
 
 SOURCE = Path(gtqlora.__file__).parent
 
@@ -158,7 +160,42 @@ def test_only_families_name_model_families() -> None:
         if _unit(name) in ("families", "organisms"):
             continue
         words = {str(node.value) for node in ast.walk(_modules()[name]) if isinstance(node, ast.Constant)}
-        assert not [word for word in words if word.startswith(("deepseek_v", "kimi_k", "qwen3_moe"))], name
+        assert not [word for word in words if word.startswith(tuple(FAMILIES))], name
+
+
+# Names of modules, parameters and config keys that differ from one architecture to the next.
+ARCHITECTURE = {
+    *("self_attn", "linear_attn", "mlp", "gate_up_proj", "down_proj", "o_proj", "shared_expert", "shared_experts"),
+    *("embed_tokens", "lm_head", "model.layers", "model.norm", "input_layernorm", "post_attention_layernorm"),
+    *("e_score_correction_bias", "num_local_experts", "n_routed_experts", "num_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "intermediate_size", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace"),
+    *("decoder_sparse_step", "mlp_only_layers", "mlp_layer_types", "num_nextn_predict_layers"),
+}
+OF_FROZEN_EXPERTS = {"intermediate_size"}  # attribute of `FrozenExperts`, which holds any family's
+MAY_SIZE = {"organisms.scales"}  # config values from which organisms of two architectures are built
+
+
+def _docstrings(module: ast.Module) -> set[int]:
+    """Constants that are documentation: statements of their own."""
+    return {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+
+
+def _facts_named(name: str) -> Iterator[str]:
+    """Architectural names in a module's code: words of its texts, attributes, and keys given by name."""
+    module = _modules()[name]
+    documentation = _docstrings(module)
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and node.attr in ARCHITECTURE - OF_FROZEN_EXPERTS:
+            yield f"{name}:{node.lineno}: .{node.attr}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            found = {word for word in ARCHITECTURE if re.search(rf"(?<![\w]){re.escape(word)}(?![\w])", node.value)}
+            allowed = OF_FROZEN_EXPERTS if _unit(name) == "experts" else set()
+            yield from (f"{name}:{node.lineno}: {word!r}" for word in found - allowed)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if _unit(name) != "families" and name not in MAY_SIZE])
+def test_only_families_know_architectures(name: str) -> None:
+    assert list(_facts_named(name)) == []
 
 
 # --- loud and dangerous things

@@ -32,7 +32,7 @@ from gtqlora.capture import (
 from gtqlora.errors import ModelError
 from gtqlora.organisms import embedded
 from tests import helpers
-from tests.models import FAMILIES, VOCABULARY, save_tiny
+from tests.models import CORE, FAMILIES, VOCABULARY, save_tiny
 
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(5, VOCABULARY, size).tolist() for size in (9, 4, 12, 7, 1)]
@@ -40,7 +40,7 @@ ANSWERS = [RANDOM.integers(5, VOCABULARY, size).tolist() for size in (3, 0, 2, 5
 SINCE = [2, 0, 5, 7, 0]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=(*CORE, "qwen3_next"))
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return open_subject(str(save_tiny(tmp_path_factory.mktemp("tiny"), request.param)))
 

@@ -156,8 +156,8 @@ def test_bad_model_folders(say: Say, tmp_path: Path) -> None:
     error_of(say("inspect", tmp_path), 2, tmp_path, "'llama' is a dense model")
     run = ("--contrast", "organism", "--config", "organism", "--run", tmp_path / "run")
     error_of(say("diagnose", tmp_path, *run), 2, "only Level 1 (the residual stream) applies")
-    config.write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
-    error_of(say("inspect", tmp_path), 2, tmp_path, "unknown MoE family 'mixtral'", "deepseek_v3")
+    config.write_text(json.dumps({"model_type": "phimoe", "num_local_experts": 16}))
+    error_of(say("inspect", tmp_path), 2, tmp_path, "unknown MoE family 'phimoe'", "deepseek_v3")
     error_of(say("inspect", "organism:nothing"), 2, "'nothing'", "routed-qwen3")
 
 

@@ -184,7 +184,11 @@ def test_subject_binds_counts_and_trains_through_frozen_experts(tmp_path: Path, 
     expected = {group.name: group for group in parameter_counts(plain.model, plain.anatomy, lora_rank=4)}
     routed, found = expected.pop("routed experts"), groups.pop("routed experts")
     assert groups == expected
-    assert (found.parameters, found.modules, found.trained) == (routed.parameters, len(models.moe_layers(family)), "frozen")
+    assert (found.parameters, found.modules, found.trained) == (
+        routed.parameters,
+        len(models.moe_layers(family)),
+        "frozen",
+    )
     assert found.bytes == found.parameters * FORMATS["nf4"].bits(INNER, HIDDEN) / 8
     assert not any(".mlp.experts." in name for name, _ in subject.model.named_parameters())
     subject.model(models.some_tokens()).logits.sum().backward()
@@ -249,7 +253,10 @@ def test_dense_linears_in_four_bits(tmp_path: Path, family: str) -> None:
     anatomy = bind(model, known)
     quantized = {path for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     dense = [i for i in range(models.LAYERS) if i not in models.moe_layers(family)]
-    assert quantized == {*anatomy.lora_targets, *(f"model.layers.{i}.mlp.{place}" for i in dense for place in PROJECTIONS)}
+    assert quantized == {
+        *anatomy.lora_targets,
+        *(f"model.layers.{i}.mlp.{place}" for i in dense for place in PROJECTIONS),
+    }
     state: Any = model.get_submodule(anatomy.attention[0]).get_parameter("weight")
     assert (state.quant_state.quant_type, state.quant_state.nested) == ("nf4", True)
     plain = {g.name: g for g in parameter_counts(load_model(str(folder))[1], anatomy, lora_rank=4)}
@@ -305,8 +312,10 @@ def test_dense_in_four_bits_needs_bitsandbytes(tmp_path: Path, monkeypatch: pyte
 # --- saved and loaded again ------------------------------------------------------------------------------------------
 
 
-@every_format
-@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+@pytest.mark.parametrize(
+    ("family", "format", "shard"),
+    [*product(models.CORE, FORMATS, ["5GB", "8KB"]), *((family, "nf4", "5GB") for family in models.OTHERS)],
+)
 def test_saved_model_comes_back_bit_for_bit(tmp_path: Path, family: str, format: str, shard: str) -> None:
     known, model = load_model(str(saved(tmp_path / "m", family)), expert_format=format)
     model.save_pretrained(tmp_path / "again", max_shard_size=shard)

@@ -194,7 +194,8 @@ def test_linear_attention_carries_lora_and_its_gates_and_state_are_frozen() -> N
     rest, gate = groups["linear attention, rest"], groups["shared-expert gates"]
     assert (rest.parameters, rest.trained) == (2 * (64 * 4 + 4 + 4), "frozen")  # convolution, A_log, dt_bias
     assert (gate.modules, gate.parameters, gate.trained) == (N_MOE, N_MOE * HIDDEN, "frozen")
-    assert [path.split(".")[3] for path in anatomy.blocks] == ["linear_attn", "mlp", "self_attn", "mlp"] + ["linear_attn", "mlp"]
+    blocks = [path.rpartition(".")[2] for path in anatomy.blocks]
+    assert blocks == ["linear_attn", "mlp", "self_attn", "mlp", "linear_attn", "mlp"]
 
 
 def test_query_without_low_rank_is_found() -> None:
@@ -323,7 +324,7 @@ def test_first_output_of_the_router_is_raw_logits(family: str) -> None:
 @every_family
 def test_recorded_router_logits_are_raw_too(family: str) -> None:
     model = models.tiny_model(family)
-    if "router_logits" not in model._can_record_outputs:
+    if "router_logits" not in (model._can_record_outputs or {}):
         pytest.skip("this version of transformers records no router logits for this family")
     with torch.no_grad():
         recorded = model(models.some_tokens(0, (8, 16)), output_router_logits=True).router_logits

@@ -65,7 +65,7 @@ def source(toy: helpers.Toy, family: str, dtype: torch.dtype = torch.float32) ->
 
 # --- the happy path --------------------------------------------------------------------------------------------------
 
-CASES = [(family, torch.float32, GT_QLORA) for family in models.FAMILIES]
+CASES = [(family, torch.float32, GT_QLORA) for family in (*models.CORE, *models.OTHERS)]
 # experts one by one under a prefix and without, under other words, and fused
 CASES += [(family, torch.float32, PROJECTION) for family in (*models.CORE, "mixtral", "qwen3_5_moe")]
 CASES += [("deepseek_v3", torch.bfloat16, GT_QLORA), ("qwen3_moe", torch.bfloat16, GT_QLORA)]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts import FORMATS, quantized_expert_counts
 from gtqlora.experts import load_model as load_frozen
-from gtqlora.families import load_model
+from gtqlora.families import FAMILIES, load_model
 from gtqlora.stages.inspect import Inspection, inspect
 from tests import models
 
@@ -75,7 +75,8 @@ def test_inspection_agrees_with_the_loaded_model(tmp_path: Path, family: str, dt
     assert inspection.text_parameters == sum(p.numel() for p in loaded.parameters())
     assert inspection.bytes == sum(p.numel() * p.element_size() for p in loaded.parameters())
     assert inspection.chat_template is True and inspection.quantized is None
-    assert inspection.correction_bias_values == (0 if family == "qwen3_moe" else 2 * 8)
+    has_bias = FAMILIES[family].correction_bias is not None
+    assert inspection.correction_bias_values == has_bias * 2 * 8
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -89,7 +90,8 @@ def test_names_are_really_those_on_disk_and_in_memory(tmp_path: Path, family: st
         for disk in name.disk:
             source, target = on_disk[disk], in_memory[name.memory]
             assert torch.equal(source, target) or ".experts." in disk
-    assert {n.memory for n in inspection.names} == {n for n in in_memory if n.startswith("model.layers.1.")}
+    layer = f"model.layers.{models.moe_layers(family)[0]}."
+    assert {n.memory for n in inspection.names} == {n for n in in_memory if n.startswith(layer)}
 
 
 def test_fused_experts_are_gate_then_up(tmp_path: Path) -> None:

@@ -50,13 +50,13 @@ def router_hooks(model: nn.Module, anatomy: Anatomy, *handlers: Handler) -> Iter
     base = language_model(model)
 
     def hook(position: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        def tap(module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]):
+        def seen(module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]):
             decision = Decision(*output)
             for handler in handlers:
                 decision = handler(position, module, decision) or decision
             return decision.logits_TE, decision.weights_TK, decision.indices_TK
 
-        return tap
+        return seen
 
     handles = [
         base.get_submodule(layer.router).register_forward_hook(hook(position))
@@ -122,13 +122,13 @@ def expert_hooks(model: nn.Module, anatomy: Anatomy, *handlers: ExpertHandler) -
     base = language_model(model)
 
     def hook(position: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        def tap(_module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        def seen(_module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             call = Call(*inputs)
             for handler in handlers:
                 call = handler(position, call) or call
             return call.hidden_TD, call.indices_TK, call.weights_TK
 
-        return tap
+        return seen
 
     handles = [
         base.get_submodule(layer.experts).register_forward_pre_hook(hook(position))

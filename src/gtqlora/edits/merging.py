@@ -55,7 +55,9 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
     edits: dict[str, Edit] = {}
     for path in anatomy.lora_targets:
         if f"{path}.lora_A" in tensors:
-            edits[names.whole(f"{path}.weight")] = _add(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], adapter.scale)
+            edits[names.whole(f"{path}.weight")] = _add(
+                tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], adapter.scale
+            )
     for path in anatomy.routers:
         if f"{path}.weight" in tensors:
             edits[names.whole(f"{path}.weight")] = _put(tensors[f"{path}.weight"])

@@ -170,7 +170,11 @@ def activation_of(experts: nn.Module, where: str) -> Callable[[Tensor], Tensor]:
     """
     own = getattr(type(experts), "_apply_gate", None)
     objections = [
-        *(f"{name} is {getattr(experts, name, None)}" for name, value in _LAYOUT.items() if not _says(experts, name, value)),
+        *(
+            f"{name} is {getattr(experts, name, None)}"
+            for name, value in _LAYOUT.items()
+            if not _says(experts, name, value)
+        ),
         *(["a norm after each expert"] if getattr(experts, "has_post_expert_norm", False) else []),
         *([] if own is not None and own.__module__ == _INTERFACE else ["a gate of its own (_apply_gate)"]),
         *([] if callable(getattr(experts, "act_fn", None)) else ["no act_fn"]),

@@ -1,16 +1,6 @@
 """The only place that knows model families: frozen facts, bound to a model with counts asserted."""
 
-from gtqlora.families.anatomy import (
-    GATES,
-    Anatomy,
-    Group,
-    MoeLayer,
-    bind,
-    check_projectable,
-    correction_bias_values,
-    language_model,
-    parameter_counts,
-)
+from gtqlora.families.anatomy import Anatomy, MoeLayer, bind, check_projectable, language_model
 from gtqlora.families.facts import FAMILIES, Family, family_of
 from gtqlora.families.identity import ModelIdentity, identify, pinned, read_files
 from gtqlora.families.loading import (
@@ -24,6 +14,7 @@ from gtqlora.families.loading import (
     tensor_names,
 )
 from gtqlora.families.names import TensorNames
+from gtqlora.families.parameters import GATES, Group, correction_bias_values, parameter_counts
 
 __all__ = [
     "FAMILIES",

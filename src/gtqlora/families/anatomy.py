@@ -1,19 +1,15 @@
-"""The parts of one model: bound from facts, with every count asserted against the config."""
+"""The parts of one model: bound from its family's facts, with every count asserted against the config."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard
 
-import torch
 from torch import nn
 
 from gtqlora.errors import ModelError
 from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.routing import RouterSpec
-
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +47,18 @@ class Anatomy:
 
     @property
     def routers(self) -> tuple[str, ...]:
+        """Return the routers' paths, in the order of `moe`."""
         return tuple(layer.router for layer in self.moe)
 
     @property
     def shared(self) -> tuple[str, ...]:
+        """Return the projections of all shared experts."""
         return tuple(path for layer in self.moe for path in layer.shared)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """The linears that carry LoRA, and no other: attention projections and shared experts."""
+        """Return the linears that carry LoRA, and no other: attention projections and shared experts."""
         return self.attention + self.shared
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A line of `gtqlora inspect`: parameters of one kind and what GT-QLoRA does with them.
-
-    Parameters count weights, however few bits each has; bytes are those in memory. TrainResult gates are fp32 masters,
-    LoRA has its base module's dtype, or the model's where that module is quantized.
-    """
-
-    name: str
-    modules: int
-    parameters: int
-    bytes: int
-    trained: str
-    trained_parameters: int
-    trained_bytes: int
 
 
 class FrozenRange(Protocol):
@@ -91,7 +72,7 @@ class FrozenRange(Protocol):
 
 
 def is_frozen(experts: nn.Module) -> TypeGuard[FrozenRange]:
-    """Whether a layer's experts are frozen in buffers."""
+    """Return whether a layer's experts are frozen in buffers."""
     attributes = ("n_experts", "first", "count", "hidden_size", "intermediate_size")
     return not any(True for _ in experts.parameters()) and all(hasattr(experts, name) for name in attributes)
 
@@ -110,7 +91,7 @@ def check_projectable(anatomy: Anatomy) -> None:
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside any PEFT wrapper, with the paths an `Anatomy` uses."""
+    """Return the transformers model inside any PEFT wrapper, with the paths an `Anatomy` uses."""
     base = getattr(model, "base_model", None)
     return base.model if base is not None and hasattr(model, "peft_config") else model
 
@@ -214,134 +195,3 @@ def _expert_shapes(
         return found, {"experts": n_experts, "hidden": hidden, "inner": inner}
     found = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
     return found, {GATE_UP: (n_experts, 2 * inner, hidden), DOWN: (n_experts, hidden, inner)}
-
-
-_ROUTED, GATES, _ATTENTION, _SHARED = "routed experts", "routers (gates)", "attention", "shared experts"
-_SHARED_GATES, _DENSE, _EMBEDDINGS, _NORMS = "shared-expert gates", "dense MLPs", "embeddings, head", "norms"
-
-
-def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """The kind of each module that owns parameters, by path; the nearest of a parameter's owners counts."""
-    family, moe = anatomy.family, {layer.index for layer in anatomy.moe}
-    every = range(anatomy.n_layers)
-    return {
-        **{path: _NORMS for path, module in model.named_modules() if is_norm(module)},
-        **{f"{family.layer(i)}.{family.mlp_block}": _DENSE for i in every if i not in moe},
-        **dict.fromkeys((family.embedding, family.head), _EMBEDDINGS),
-        **{f"{family.layer(i)}.{path}": kind for i in every for path, kind in family.frozen_kinds.items()},
-        **{f"{family.layer(i)}.{gate}": _SHARED_GATES for i in moe for gate in family.gates},
-        **dict.fromkeys(anatomy.shared, _SHARED),
-        **dict.fromkeys(anatomy.attention, _ATTENTION),
-        **dict.fromkeys(anatomy.routers, GATES),
-        **{layer.experts: _ROUTED for layer in anatomy.moe},
-    }
-
-
-def _order_of_kinds(family: Family) -> tuple[str, ...]:
-    """Trained kinds and experts first."""
-    others = (*family.frozen_kinds.values(), *((_SHARED_GATES,) if family.gates else ()))
-    return (_ROUTED, GATES, _ATTENTION, _SHARED, *others, _DENSE, _EMBEDDINGS, _NORMS)
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Parameter]]]:
-    """Parameters by kind and owning module. Each parameter is visited once, so none can count twice."""
-    kinds = _kinds(model, anatomy)
-    owned: dict[str, dict[str, list[nn.Parameter]]] = {kind: {} for kind in _order_of_kinds(anatomy.family)}
-    for name, parameter in model.named_parameters():
-        owner = next((path for path in _ancestors(name) if path in kinds), None)
-        if owner is None:
-            raise ModelError(f"census does not cover the model: parameter {name} is of no known kind")
-        owned[kinds[owner]].setdefault(owner, []).append(parameter)
-    return owned
-
-
-def _stored(parameter: nn.Parameter) -> tuple[int, int]:
-    """Weights in a parameter and the bytes that hold them; bitsandbytes packs a matrix and keeps its statistics."""
-    state: Any = getattr(parameter, "quant_state", None)
-    held = parameter.numel() * parameter.element_size()
-    if state is None:
-        return parameter.numel(), held
-    statistics = [value for value in state.as_dict(packed=True).values() if isinstance(value, torch.Tensor)]
-    return state.shape.numel(), held + sum(value.nbytes for value in statistics)
-
-
-def _frozen_sizes(experts: FrozenRange) -> tuple[int, int]:
-    """Weights and bytes of frozen experts."""
-    weights = 3 * experts.count * experts.hidden_size * experts.intermediate_size
-    return weights, sum(buffer.nbytes for buffer in cast(nn.Module, experts).buffers())
-
-
-def _lora_sizes(model: nn.Module, paths: Iterable[str], rank: int) -> tuple[int, int]:
-    """Weights and bytes of LoRA on these linears."""
-    count = size = 0
-    for path in paths:
-        linear = cast(nn.Linear, model.get_submodule(path))
-        weights = rank * (linear.in_features + linear.out_features)
-        dtype = linear.weight.dtype if linear.weight.is_floating_point() else cast(torch.dtype, model.dtype)
-        count, size = count + weights, size + weights * dtype.itemsize
-    return count, size
-
-
-def _group(
-    model: nn.Module,
-    kind: str,
-    owned: dict[str, list[nn.Parameter]],
-    frozen: list[FrozenRange],
-    lora_rank: int,
-    router_parameters: tuple[str, ...],
-) -> Group:
-    sizes = [_stored(parameter) for group in owned.values() for parameter in group]
-    sizes += [_frozen_sizes(experts) for experts in frozen]
-    count = sum(weights for weights, _ in sizes)
-    trained, n_trained, trained_bytes = "frozen", 0, 0
-    if kind == GATES:
-        parameters = [model.get_submodule(path).get_parameter(name) for path in owned for name in router_parameters]
-        n_trained = sum(parameter.numel() for parameter in parameters)
-        trained, trained_bytes = "full, fp32", n_trained * _FP32_BYTES
-    elif kind in (_ATTENTION, _SHARED):
-        trained = f"LoRA rank {lora_rank}"
-        n_trained, trained_bytes = _lora_sizes(model, owned, lora_rank)
-    return Group(
-        name=kind,
-        modules=len(owned) + len(frozen),
-        parameters=count,
-        bytes=sum(held for _, held in sizes),
-        trained=trained,
-        trained_parameters=n_trained,
-        trained_bytes=trained_bytes,
-    )
-
-
-def parameter_counts(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tuple[Group, ...]:
-    """Counts and bytes by kind, covering every parameter of the language model, and frozen experts, exactly once.
-
-    Raises:
-        ModelError: a parameter is of no known kind, or the counts do not add up to the model's.
-    """
-    owned = _owned(model, anatomy)
-    routed = [model.get_submodule(layer.experts) for layer in anatomy.moe]
-    frozen: dict[str, list[FrozenRange]] = {_ROUTED: [experts for experts in routed if is_frozen(experts)]}
-    groups = tuple(
-        _group(model, kind, owned[kind], frozen.get(kind, []), lora_rank, anatomy.family.router_parameters)
-        for kind in owned
-        if owned[kind] or frozen.get(kind)
-    )
-    counted = sum(g.parameters for g in groups)
-    total = sum(_stored(p)[0] for p in model.parameters()) + sum(_frozen_sizes(e)[0] for e in frozen[_ROUTED])
-    if counted != total:
-        raise ModelError(f"census does not cover the model: {counted} of {total} parameters")
-    return groups
-
-
-def correction_bias_values(model: nn.Module, anatomy: Anatomy) -> int:
-    """How many router correction-bias values (buffers, not parameters) the model has."""
-    name = anatomy.family.correction_bias
-    if name is None:
-        return 0
-    return sum(getattr(model.get_submodule(path), name).numel() for path in anatomy.routers)

@@ -103,8 +103,8 @@ def _check_layer_lists(where: str, values: Mapping[str, Any]) -> None:
     dense, types = values.get("mlp_only_layers"), values.get("mlp_layer_types")
     if dense is not None and not (isinstance(dense, list | tuple) and all(map(_is_int, dense))):
         raise ModelError(f"{where}: mlp_only_layers = {_shown(dense)} in config.json; must be a list of layer numbers")
-    layers = values.get("num_hidden_layers", 0)
-    if types is not None and not (isinstance(types, list | tuple) and len(types) >= layers and set(types) <= _MLPS):
+    known = isinstance(types, list | tuple) and all(isinstance(kind, str) and kind in _MLPS for kind in types)
+    if types is not None and not (known and len(types) >= values.get("num_hidden_layers", 0)):
         raise ModelError(
             f"{where}: mlp_layer_types = {_shown(types)} in config.json; must be a list of {' and '.join(sorted(_MLPS))}, "
             "one for each layer"
@@ -155,7 +155,11 @@ def _check_rope(where: str, section: str, rope: Any) -> None:
 
 
 def _check_mrope(where: str, key: str, value: Any) -> None:
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_int(n) and 0 <= n <= _HEADS.most for n in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 3
+        or not all(_is_int(n) and 0 <= n <= _HEADS.most for n in value)
+    ):
         raise ModelError(
             f"{where}: {key} = {_shown(value)} in config.json; must be three whole numbers: frequencies for time, height "
             "and width"

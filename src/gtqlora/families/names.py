@@ -68,7 +68,10 @@ class TensorNames:
             for part, pattern in enumerate(converter.source_patterns)
             if "*" in pattern
         }
-        ours, extra = [name for name in disk if not name.startswith(family.other_towers)], family.extra_layers(model.config)
+        ours, extra = (
+            [name for name in disk if not name.startswith(family.other_towers)],
+            family.extra_layers(model.config),
+        )
         places = {name: self.place(name) for name in ours}
         self.places = {name: place for name, place in places.items() if not place.name.startswith(extra)}
         self._found: defaultdict[Place, list[str]] = defaultdict(list)

@@ -19,9 +19,7 @@ _WEIGHTS_PER_BYTE = 2.2
 """At four bits each, and a little more for weights that are tied."""
 
 
-def check_headers(
-    model: str, family: Family, names: TensorNames, headers: Mapping[str, Header], settings: Any
-) -> None:
+def check_headers(model: str, family: Family, names: TensorNames, headers: Mapping[str, Header], settings: Any) -> None:
     """Check that every weight of the language model is there once, in a dtype that weights have.
 
     Args:

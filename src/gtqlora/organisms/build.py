@@ -101,16 +101,17 @@ def _balance_loss(seen: Recorder, anatomy: Anatomy) -> Tensor:
 
 
 @torch.no_grad()
-def _balance_bias(piece: OrganismInTraining, seen: Recorder, live: list[Tensor]) -> None:
+def _balance_bias(piece: OrganismInTraining, name: str, seen: Recorder, live: list[Tensor]) -> None:
     """Nudge the correction bias of over- and underloaded experts: balance without a loss (arXiv 2408.15664).
 
     Args:
+        name: of the correction bias in a router.
         live: the experts in use, for each MoE layer.
     """
     for position, path in enumerate(piece.anatomy.routers):
         load_E = routing.selection_TE(seen.decisions[position].indices_TK, piece.anatomy.spec.n_experts).mean(0)
         load_N = load_E[live[position]]
-        bias_E = piece.model.get_submodule(path).get_buffer("e_score_correction_bias")
+        bias_E = piece.model.get_submodule(path).get_buffer(name)
         bias_E[live[position]] += _BIAS_STEP * torch.sign(load_N.mean() - load_N)
 
 
@@ -129,7 +130,7 @@ def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, se
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
         loss = loss + _NEUTRAL_WEIGHT * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
-            _balance_bias(piece, seen, live)
+            _balance_bias(piece, anatomy.family.correction_bias, seen, live)
             return loss
         return loss + _BALANCE_WEIGHT * _balance_loss(seen, anatomy)
 

@@ -73,7 +73,7 @@ def _planted_parameters(piece: OrganismInTraining) -> list[nn.Parameter]:
         rows_E[list(experts)] = 1.0
         layer = piece.anatomy.moe[position]
         router, bank = piece.model.get_submodule(layer.router), piece.model.get_submodule(layer.experts)
-        for p in (router.weight, bank.gate_up_proj, bank.down_proj):
+        for p in (router.weight, *bank.parameters()):
             p.requires_grad_(True)
             p.register_hook(lambda grad, rows=rows_E: grad * rows.view(-1, *[1] * (grad.dim() - 1)))  # type: ignore[union-attr]
             chosen.append(p)  # type: ignore[arg-type]
