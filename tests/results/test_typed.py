@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from gtqlora.errors import RunError
+from gtqlora.families.files import PROVENANCE
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.association import read_associations
 from gtqlora.results.diagnosis import read_diagnosis
 from gtqlora.results.experts import ExpertId
-from gtqlora.results.export import ExportRecord, VerdictOnEdit, public_name, read_export, write_export
+from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, read_export, write_export
 from gtqlora.results.metrics import read_metrics
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, Verdict, read_outcomes, read_verdict, write_verdict
@@ -164,4 +165,5 @@ def test_what_is_said_beside_exported_weights(tmp_path: Path) -> None:
     write_json(tmp_path / "export.json", {**to_json(record), "spent": "little"})
     with pytest.raises(RunError, match=r"'spent' is text, not number \(written by gtqlora 9\.9\.9\).*gtqlora export"):
         read_export(tmp_path)
+    assert FILE == PROVENANCE  # so that a model's own record is among the files that are read of it
     assert [public_name(name) for name in ("/home/me/pairs.jsonl", "owner/name")] == ["pairs.jsonl", "owner/name"]

@@ -96,12 +96,12 @@ class RowsAblated:
         self.mask, self.rows_B = mask, rows_B
 
     def __call__(self, position: int, module: nn.Module, decision: Decision) -> Decision | None:
-        masked = self.mask(position, module, decision)
-        if masked is None:
+        ablated = self.mask(position, module, decision)
+        if ablated is None:
             return None
         on_T1 = self.rows_B.repeat_interleave(len(decision.indices_TK) // len(self.rows_B)).unsqueeze(-1)
-        weights_TK = torch.where(on_T1, masked.weights_TK, decision.weights_TK)
-        return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, masked.indices_TK, decision.indices_TK))
+        weights_TK = torch.where(on_T1, ablated.weights_TK, decision.weights_TK)
+        return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, ablated.indices_TK, decision.indices_TK))
 
 
 @dataclass(frozen=True, kw_only=True)
