@@ -33,6 +33,7 @@ def kl_from_original(edited: Edited, rows: Sequence[Row], *, batch_size: int, se
     for start in track(starts, "KL on benign", len(starts)):
         chunk = encoded[start : start + batch_size]
         ids_BS, mask_BS = left_padded([p + c for p, c in chunk], subject.pad_id, subject.device)
+        # logits of all positions would be B x S x V numbers
         keep = max(len(c) for _, c in chunk) + 1
         with edited.original():
             old_BSV = last_logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
@@ -54,6 +55,7 @@ def routing_drift(edited: Edited, rows: Sequence[Row], *, batch_size: int, seed:
     overlap: list[float] = []
     for _, prompts in batches(rows, subject, batch_size):
         ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
+        # both runs see the same prompt tokens, so that decisions can be compared token by token
         old, new = Recorder(), Recorder()
         with edited.original():
             last_logits(subject, ids_BS, mask_BS, 1, old)
@@ -91,6 +93,7 @@ def last_logits(
         return subject.model(
             input_ids=ids_BS,
             attention_mask=mask_BS,
+            # padded on the left, so that positions count from a row's first real token
             position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
             logits_to_keep=keep,

@@ -53,6 +53,7 @@ def associate(
         gradients: scores_NLE of the flagged prompts.
     """
     x_NLE, y_NLE = (o.prompt.rates_NLE.astype(np.float64) for o in (flagged, twins))
+    # the mean of paired differences is one side; two independent samples are two, of which one counts negative
     if matched:
         sides = [_Side(x_NLE - y_NLE, groups, seed)]
     else:
@@ -104,6 +105,7 @@ def _gradient_columns(
 def _interval(sides: Sequence[_Side], resamples: int, level: float) -> np.ndarray:
     """Return percentile edges_2LE of the sum of the sides' means, a layer at a time: all resamples would not fit."""
     cut = edges(level, min(len(s.values) if s.groups is None else len(set(s.groups)) for s in sides))
+    # a layer at a time: the resamples of all experts at once would not fit into memory
     layers = [
         np.quantile(
             sum(bootstrap_means(s.values[:, i], seed=s.seed, resamples=resamples, groups=s.groups) for s in sides),
@@ -130,6 +132,7 @@ def _p_values(sides: Sequence[_Side]) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         freedom_LE = error_LE**4 / np.sum([v**2 / (len(g) - 1) for v, g in zip(squares, groups, strict=True)], axis=0)
         p_LE = 2 * st.t.sf(np.abs(mean_LE) / error_LE, df=freedom_LE)
+    # where nothing varies the t statistic is infinite or 0/0; the sign test knows what n equal signs say
     exact_LE = np.where(np.abs(mean_LE) < 1e-9, 1.0, 2.0 ** (1 - min(fewest, 1000)))
     return np.where(error_LE < 1e-9, exact_LE, p_LE)
 
@@ -142,6 +145,7 @@ def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
     """
     halves_RLE = sum(half_sample_means(s.values, seed=s.seed, splits=HALVINGS, groups=s.groups) for s in sides)
     flat_RX = np.reshape(halves_RLE, (len(halves_RLE), -1))  # type: ignore[arg-type]
+    # at most a quarter, or being among the first would say nothing
     k = min(max(significant, 1), max(flat_RX.shape[1] // 4, 1))
     cut_R1 = np.partition(flat_RX, -k, axis=1)[:, -k, None]
     return ((flat_RX >= cut_R1) & (flat_RX > 0)).mean(0).reshape(sides[0].values.shape[1:])

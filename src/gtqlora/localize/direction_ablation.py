@@ -34,10 +34,12 @@ def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
     """Return the state whose direction takes most off the log-odds when removed; None without a readout."""
     if not trials.readout:
         return None
+    # where the states do not differ there is no direction, and dividing by its length gives NaN
     present = [layer for layer, direction_D in enumerate(directions_LD) if direction_D.norm() > 0]
     means = {}
     for layer in track(present, "each layer's direction", len(present)):
         change = removing(trials, directions_LD[layer], routing_held=False)
+        # the first token alone: log-odds need no more, and a pass for each layer is dear
         odds = odds_of(trials.run(None, trials.flagged, change, first_only=True))
         means[layer] = np.mean(np.array(odds))
     return min(means, key=lambda layer: means[layer]) if means else None
@@ -45,6 +47,7 @@ def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
 
 def ablations(trials: Trials, direction_D: Tensor, seed: int) -> list[Intervention]:
     """Remove the direction with routing held and free, and a random direction as control."""
+    # of no length in particular: what is removed is the direction's line
     random_D = torch.randn(len(direction_D), generator=torch.Generator().manual_seed(seed))
     found = []
     for name, vector_D, held, control in (

@@ -54,6 +54,7 @@ def rank(subject: Subject, rows: Contrast, *, prompts: int, batch_size: int, see
 
     Without twins benign rows stand in for them; None if there are none either, or no harmful rows.
     """
+    # lookalike rows are left out: what tells them from their twins is what the edit is meant to change
     kept = (*rows.of_kind("harmful"), *rows.of_kind("benign"))
     pairs = pairs_of(replace(rows, rows=kept), subject, prompts, seed)
     if not pairs:
@@ -66,6 +67,7 @@ def rank(subject: Subject, rows: Contrast, *, prompts: int, batch_size: int, see
             ([pair.twin for pair in pairs], "routing of others"),
         )
     )
+    # stable, so that equal experts keep one order on every machine
     ranked = np.argsort(other_LE - harmful_LE, axis=None, kind="stable").tolist()
     order = ablatable([divmod(i, subject.anatomy.spec.n_experts) for i in ranked], subject.anatomy.spec)
     against = "twins" if pairs[0].matched else "benign rows"
@@ -99,6 +101,7 @@ class RowsAblated:
         ablated = self.mask(position, module, decision)
         if ablated is None:
             return None
+        # tokens lie row after row, as many in each, as rows are padded to one length
         on_T1 = self.rows_B.repeat_interleave(len(decision.indices_TK) // len(self.rows_B)).unsqueeze(-1)
         weights_TK = torch.where(on_T1, ablated.weights_TK, decision.weights_TK)
         return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, ablated.indices_TK, decision.indices_TK))
@@ -134,6 +137,7 @@ class AblationCurve:
         refused: dict[int, bool] = {}
         total = -(-len(self.rows) // self.batch_size)
         for chosen, prompts in track(batches(self.rows, self.subject, self.batch_size), label, total):
+            # row i meets mask i modulo their number wherever it lies, so batches of like length do not sort the masks
             turn_B = torch.tensor(chosen, device=self.subject.device) % len(masks)
             handlers = [RowsAblated(Mask(self.subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)]
             texts = decode(self.subject, prompts, max_new_tokens=self.max_new_tokens, handlers=handlers).texts
@@ -169,6 +173,7 @@ def ablation_study(
     if ranking is None or again is None:
         return None
     bench, before, after = _drawn(subject, rows, outcomes, judge, config)
+    # one plan for before and after: the same experts, the same random draws
     same = plan(ranking, most=config.ablation, controls=config.ablation_controls, seed=config.seed)
     anew = plan(again, most=config.ablation, controls=0, seed=config.seed)
     with original():
@@ -217,8 +222,10 @@ class AblationSampler:
 
     def experts(self, step: int) -> Ablated:
         """Return the experts that are ablated at a step, by layer."""
+        # of seed and step alone, so that a resumed training ablates what it would have ablated
         rng = random.Random(f"{self.seed} {step}")
         if rng.random() < 0.5:
+            # log-uniform: as often between 1 and 10 experts as between 10 and 100
             limit = min(self.most * self.layers, len(self.ranking.order))
             return self.ranking.first(round(limit ** rng.random()))
         layers = ((layer, rng.randint(0, self.most)) for layer in range(self.layers))

@@ -41,11 +41,13 @@ def exchange(routing: Sequence[list[int]], experts: Sequence[list[int]] | None =
         source_runs = [SourceRun(expert_handlers=(routed,), prompts=[routing[i] for i in chosen])]
         if experts is None:
             return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=None),))
+        # one run records both, as the experts' inputs come from the run whose routing is replayed
         if experts is routing:
             return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=routed),))
         inputs = CallRecorder()
-        taps = (Interchange(routing=routed, inputs=None), inputs)
-        source_runs.append(SourceRun(expert_handlers=taps, prompts=[experts[i] for i in chosen]))
+        handlers = (Interchange(routing=routed, inputs=None), inputs)
+        # recorded under the replayed routing, not under the prompt's own: only the inputs are the other prompt's
+        source_runs.append(SourceRun(expert_handlers=handlers, prompts=[experts[i] for i in chosen]))
         return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=inputs),))
 
     return change
@@ -83,6 +85,7 @@ def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
     prompts = {FLAGGED: trials.flagged, TWIN: trials.twins}
     cells = {CELLS[0]: trials.own[0], CELLS[-1]: trials.own[1]}
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
+        # experts that compute on their own stream need no other run
         source = None if experts == stream else prompts[experts]
         change = exchange(prompts[routing], source)
         cells[routing, experts, stream] = trials.run(None, prompts[stream], change)

@@ -42,6 +42,7 @@ def ablated_of(experts: Iterable[Expert]) -> Ablated:
 
 def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
     """Return the experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
+    # a router that is left fewer experts than it chooses has no answer
     room = spec.n_experts - spec.top_k
     count: dict[int, int] = defaultdict(int)
     kept = []
@@ -59,6 +60,7 @@ def random_like(ablated: Ablated, frequency_LE: NDArray[np.floating], rng: rando
         others = [e for e in range(frequency_LE.shape[1]) if e not in experts]
         drawn: list[int] = []
         for expert in experts[: len(others)]:
+            # drawn among the near ones and not the nearest itself, so that draws differ
             near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
             drawn.append(rng.choice(near[: max(4, len(others) // 3)]))
             others.remove(drawn[-1])
@@ -100,6 +102,7 @@ def random_curve(
 
 def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> CurvePoint:
     """Return the refusal over all draws; a pair's are one group with its siblings'."""
+    # the same pairs once for each draw, so that outcomes and groups stand side by side
     every = trials.of([pair for _ in draws for pair in trials.pairs])
     outcomes = [outcome for drawn in draws for outcome in drawn]
     return CurvePoint(m, every.refusal(outcomes), every.mean_odds(outcomes))
@@ -165,6 +168,7 @@ def expert_effects(
     odds = _Odds(trials)
     base_N = odds(())
     gap_N = base_N - np.array(odds_of(trials.own[1]))
+    # a part of a gap that may be 0 is no number
     if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
         return []
     rng = random.Random(seed)
@@ -172,8 +176,10 @@ def expert_effects(
     measured = []
     for candidate in track(candidates, "each expert", len(candidates)):
         control = _stand_in(candidate, all_of, frequency_LE, rng)
+        # the control must be one that can be ablated together with all candidates
         if control and control not in ablatable([*candidates, control], trials.subject.anatomy.spec):
             control = None
+        # ablated alone; and restored alone, among candidates that are all ablated
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
         measured.append((mask_N, back_N, max(like_N, key=np.mean)))
@@ -202,6 +208,7 @@ def _judged(
     p = np.array([[_p_above(part - least_N, groups) for part in parts[:2]] for parts in measured])
     q = benjamini_hochberg(p)
     sure = q < 1 - level
+    # where some expert restores something by itself, only restoring counts: experts downstream are needed, too
     counted = 1 if sure[:, 1].any() else 0
     highest = max(float(like_N.mean()) for *_, like_N in measured)
     return [
@@ -221,6 +228,7 @@ def _judged(
 def _p_above(values_N: NDArray[np.floating], groups: Sequence[str]) -> float:
     """Return the p-value of a one-sided t-test that the mean is above zero, on means over groups."""
     means = group_means(values_N, groups)
+    # nothing varies, so nothing can be said
     if len(means) < 2 or means.std() < 1e-12:
         return 1.0
     return float(st.t.sf(means.mean() / (means.std(ddof=1) / np.sqrt(len(means))), df=len(means) - 1))

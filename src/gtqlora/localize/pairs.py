@@ -51,6 +51,7 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     for row, twin in twins or strangers:
         prompts = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
         groups[row.pair_id].append(Pair(row, *prompts, matched=bool(twins)))
+    # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     return [pair for pair_id in order for pair in groups[pair_id]][:limit]
@@ -80,5 +81,6 @@ def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     number = {pair_id: i for i, pair_id in enumerate(dict.fromkeys(pair.row.pair_id for pair in pairs))}
     parts: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
+        # pair_ids in turn, and pairs were shuffled before: the halves are random
         parts[number[pair.row.pair_id] % 2].append(pair)
     return parts

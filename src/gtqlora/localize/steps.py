@@ -133,6 +133,7 @@ def rank_experts(config: DiagnoseConfig, observed: Observed) -> Ranked:
                 associations, level=config.level, min_difference=config.min_difference, limit=config.max_experts
             )
         ),
+        # half as many by gradient: it is a first-order guess where difference is a measurement
         candidates=list(dict.fromkeys([*by_difference[:most], *by_gradient[: most // 2]])),
     )
 
@@ -140,6 +141,7 @@ def rank_experts(config: DiagnoseConfig, observed: Observed) -> Ranked:
 def _associations(config: DiagnoseConfig, observed: Observed) -> list[Association]:
     trials, found = observed.trials, observed.discovery
     rows, gradients = trials.rows_of(found), None
+    # gradients are of the log-odds, which need tokens that tell refusals from answers
     if trials.readout:
         gradients = gradient_scores(
             trials.subject,
@@ -212,6 +214,7 @@ def intervene(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> Int
         level=config.level,
         seed=config.seed,
     )
+    # before the candidates are judged: what an expert's effect means depends on what the routing as a whole does
     localization = conclude(interchanges)
     effects = _effects(observed, ranked, measured, localization.verdict)
     computes = localization.verdict == "experts"
@@ -234,6 +237,7 @@ def _interchanges(config: DiagnoseConfig, observed: Observed) -> Interchanges | 
     aligned = [pair for pair in observed.trials.pairs if pair.aligned]
     paired = zip(aligned, partners(aligned, config.seed), strict=True)
     usable = [(pair, partner) for pair, partner in paired if partner is not None]
+    # no pair has both a twin of equal length and a partner to control for the disturbance
     if not usable:
         return None
     return run_interchanges(observed.trials.of([pair for pair, _ in usable]), [partner for _, partner in usable])
@@ -305,6 +309,7 @@ def _ablated_together(trials: Trials, name: str, experts: Sequence[Expert]) -> l
     if not experts:
         return []
     label = f"ablate the {len(experts)} {name}"
+    # as many as the routers can do without
     change = ablating(trials, ablated_of(ablatable(experts, trials.subject.anatomy.spec)))
     return [trials.intervention(label, trials.run(label, trials.flagged, change), trials.own[0])]
 
@@ -315,6 +320,7 @@ def _curves(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> list[
     known = {name: order for name, order in orders.items() if order}
     curves = [curve(observed.confirmation, name, order) for name, order in known.items()]
     if known and config.random_controls:
+        # the first order there is sets how many experts, and of which layers, are drawn
         first, draws = next(iter(known.values())), config.random_controls
         curves.append(random_curve(observed.confirmation, first, observed.frequency_LE, draws, config.seed))
     return curves

@@ -100,6 +100,7 @@ class Trials:
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
         part = Trials(self.subject, pairs, self.judge, self.readout, **settings)
         rows, (flagged, twins) = self.rows_of(part), self.own
+        # taken over, not run again: what the prompts do as they are is known
         part.own = [flagged[i] for i in rows], [twins[i] for i in rows]
         return part
 
@@ -127,6 +128,7 @@ class Trials:
             label: shown as progress; None: whoever asks shows its own.
             first_only: stop at the first token; good for log-odds only.
         """
+        # prompts of like length go together, as padding is computed for nothing
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: dict[int, Outcome] = {}
         starts = range(0, len(order), self.batch_size)
@@ -174,6 +176,7 @@ class Trials:
         old, new = odds_of(before), odds_of(after)
         if old is None or new is None:
             return None
+        # one prompt's log-odds can change by no more than the whole range
         low, high = self._odds_range
         gone = [b - a for b, a in zip(old, new, strict=True)]
         return mean_interval(gone, groups=self.groups, bounds=(low - high, high - low))

@@ -27,11 +27,13 @@ def read_metrics(file: Path) -> list[Metrics]:
         return lines
     if not file.is_file():
         raise RunError(f"{file}: not a plain file; move it away and run `gtqlora train` again")
+    # a kill may cut the last line within a character, hence `replace`: such a line is dropped below
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, 1):
         try:
             line = json_object(text)
         except (ValueError, RecursionError) as error:
+            # only the last line can be torn; any other was whole once, and was edited
             if number == len(texts):
                 break
             raise _not_ours(file, number, first_line(error)) from error
@@ -40,6 +42,7 @@ def read_metrics(file: Path) -> list[Metrics]:
 
 
 def _checked(file: Path, number: int, line: dict[str, object]) -> Metrics:
+    # not `isinstance`: True is an int
     if type(line.get("step")) is not int:
         raise _not_ours(file, number, "it has no step")
     if odd := [key for key, value in line.items() if not is_number(value)]:

@@ -42,6 +42,7 @@ def from_json(kind: type[T], value: object) -> T:
 def _read(value: object, hint: object, place: str) -> object:
     """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
     origin = get_origin(hint)
+    # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
     if origin in (UnionType, Union):
         return _one_of(value, get_args(hint), place)
     if origin in _CONTAINERS:
@@ -61,6 +62,7 @@ def _is_plain(value: object, hint: object) -> bool:
         return is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    # text, flag, None, and nothing else: a hint that is no plain type fits no value
     return isinstance(hint, type) and isinstance(value, hint)
 
 
@@ -85,6 +87,7 @@ def _record(value: object, kind: type[DataclassInstance], place: str) -> Datacla
         raise Mismatch(f"{place!r} is {_told(value)}, not an object" if place else f"holds {_told(value)}, no object")
     found, hints = cast("Mapping[str, object]", value), _hints(kind)
     at = f"{place} has" if place else "has"
+    # unknown keys first: they tell an older version's file better than what is missing for them
     for key in found:
         if key not in hints:
             raise Mismatch(f"{at} {key!a}, which this version does not know")
@@ -96,6 +99,7 @@ def _record(value: object, kind: type[DataclassInstance], place: str) -> Datacla
 
 def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
     """Return a value as the first of a union's types that it fits; else what is wrong with it as the likeliest one."""
+    # before the others, so that what is wrong is told of the type that a value is meant to have
     if value is None and NoneType in hints:
         return None
     wrong: Mismatch | None = None

@@ -67,6 +67,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         subject = open_subject(
             model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
         )
+        # between hashing and loading somebody may have written to the model
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
         observed = observe_pairs(_trials(config, contrast, subject, judge))
@@ -133,6 +134,7 @@ def _health(observed: Observed) -> tuple[list[LayerHealth], int]:
     """Return the balance of each layer's load over all prompts and answers, and how many tokens these have."""
     seen = (observed.flagged, observed.twins)
     regions = [region for side in seen for region in (side.prompt, side.answer) if region is not None]
+    # answers count as well: what the model writes loads its experts, too
     counts_LE = np.asarray(sum(region.counts_LE for region in regions))
     loads = [
         LayerHealth(layer=layer, **asdict(routing.load(torch.from_numpy(row))), dead=int((row == 0).sum()))
