@@ -4,32 +4,31 @@
 the only way in; `template` turns messages into what the model reads; `statistics` counts rows and tokens.
 """
 
+from gtqlora.contrasts.loading import check_disjoint, check_kinds, load, save
 from gtqlora.contrasts.rows import (
     FILE,
     KINDS,
     SPLITS,
     TOPICS,
+    Asked,
     Contrast,
     PreferenceIds,
     Row,
-    check_disjoint,
-    check_kinds,
     distinct,
     encode_preference,
     encode_row,
     groupings,
-    load,
     prompt_key,
-    save,
 )
-from gtqlora.contrasts.sources import Messages
 from gtqlora.contrasts.template import encode_prompt
+from gtqlora.judging.judge import Messages
 
 __all__ = [
     "FILE",
     "KINDS",
     "SPLITS",
     "TOPICS",
+    "Asked",
     "Contrast",
     "Messages",
     "PreferenceIds",

@@ -33,7 +33,7 @@ from gtqlora.localize.masks import (
     random_curve,
 )
 from gtqlora.localize.pairs import halves, partners
-from gtqlora.localize.trials import Outcome, Trials
+from gtqlora.localize.trials import FLAGGED, Outcome, Trials
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import CANNOT_TELL, Intervention, Localization
 from gtqlora.results.experts import Curve, ExpertEffect, TokenChoice
@@ -86,7 +86,7 @@ def _seen(trials: Trials, name: str, prompts: Sequence[list[int]], outcomes: Seq
         prompts,
         answers=[o.tokens for o in outcomes],
         since=[pair.common for pair in trials.pairs],  # before that the two sides are the same
-        batch_size=trials.batch_size,
+        batch_size=trials.runner.batch_size,
         label=f"routing of {name}",
     )
 
@@ -147,7 +147,7 @@ def _associations(config: DiagnoseConfig, observed: Observed) -> list[Associatio
             trials.subject,
             found.flagged,
             trials.readout,
-            batch_size=trials.batch_size,
+            batch_size=trials.runner.batch_size,
             label="gradients of routing weights",
         )
     return associate(
@@ -274,7 +274,7 @@ def _tokens(trials: Trials, experts: Sequence[Expert]) -> list[list[TokenChoice]
         [*trials.flagged, *trials.twins],
         [pair.common for pair in trials.pairs] * 2,
         experts,
-        batch_size=trials.batch_size,
+        batch_size=trials.runner.batch_size,
     )
     return [[TokenChoice(t.token, t.rate, t.lift) for t in tokens] for tokens in found]
 
@@ -311,7 +311,7 @@ def _ablated_together(trials: Trials, name: str, experts: Sequence[Expert]) -> l
     label = f"ablate the {len(experts)} {name}"
     # as many as the routers can do without
     change = ablating(trials, ablated_of(ablatable(experts, trials.subject.anatomy.spec)))
-    return [trials.intervention(label, trials.run(label, trials.flagged, change), trials.own[0])]
+    return [trials.intervention(label, trials.run(label, FLAGGED, change), trials.own[0])]
 
 
 def _curves(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> list[Curve]:

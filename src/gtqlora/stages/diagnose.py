@@ -8,7 +8,7 @@ Shape letters: L MoE layers, E experts.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from gtqlora import localize, routing
-from gtqlora.capture import Subject, open_subject
+from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import Contrast, load
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import identify
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Trials
 from gtqlora.localize.directions import MIN_GROUPS
 from gtqlora.localize.interchange import cells_of
@@ -40,6 +40,7 @@ from gtqlora.results.diagnosis import (
 )
 from gtqlora.results.experts import ExpertId
 from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.scoring import Runner
 
 NO_TWINS = (
     "No flagged prompt has a twin (a `twin` prompt, or a benign row with the same pair_id), so flagged prompts were "
@@ -55,22 +56,21 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
         ModelError: the model cannot be loaded, or computes NaN.
     """
-    model = identify(config.model)
-    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    model, judge = identify(config.model), judge_of(config.judge)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
             return read_diagnosis(run.path)
-        judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
-        subject = open_subject(
-            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        subject = open_subject(replace(config, model=model.model))
         # between hashing and loading somebody may have written to the model
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
-        observed = observe_pairs(_trials(config, contrast, subject, judge))
+        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed)
+        readout = localize.readout_tokens(subject, contrast.rows)
+        observed = observe_pairs(Trials(Runner.of(subject, judge, config), pairs, readout))
         ranked = rank_experts(config, observed)
         diagnosis = _conclude(observed, ranked, intervene(config, observed, ranked))
         _write(stage.renewed() / FOLDER, diagnosis, observed, ranked)
@@ -87,17 +87,6 @@ def _check(contrast: Contrast, config: DiagnoseConfig) -> None:
             f"{where} has neither twins (a `twin` prompt, or a benign row with the same pair_id) nor benign rows to "
             "compare flagged prompts with; add twins"
         )
-
-
-def _trials(config: DiagnoseConfig, contrast: Contrast, subject: Subject, judge: Judge) -> Trials:
-    return Trials(
-        subject,
-        localize.pairs_of(contrast, subject, config.max_pairs, config.seed),
-        judge,
-        localize.readout_tokens(subject, contrast.rows),
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-    )
 
 
 def _conclude(observed: Observed, ranked: Ranked, intervened: Intervened) -> Diagnosis:
