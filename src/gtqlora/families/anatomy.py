@@ -85,8 +85,8 @@ def check_projectable(anatomy: Anatomy) -> None:
     """
     for path in anatomy.post_norms:
         raise ModelError(
-            f"{anatomy.family.model_type}: {path} normalizes what a block writes before it reaches the residual stream, "
-            "so that a direction removed from the block stays in the stream; projection is not for this architecture"
+            f"{anatomy.family.model_type}: {path} normalizes what a block writes before the residual stream, so that a "
+            "direction removed from the block stays in the stream; projection is not for this architecture"
         )
 
 

@@ -38,8 +38,8 @@ def refusal(config: Mapping[str, Any], known: Sequence[str]) -> str:
     lacking += [] if router else ["a router class in transformers (a causal LM of this type that records its logits)"]
     given += [f"the router is {router}"] if router else []
     return (
-        f"unknown MoE family {model_type!r}; known: {families}. Add an entry to gtqlora/families/facts.py. Of the facts "
-        f"for it, config.json gives {'; '.join(given) or 'none'}, and lacks {'; '.join(lacking) or 'none'}"
+        f"unknown MoE family {model_type!r}; known: {families}. Add an entry to gtqlora/families/facts.py. Of the "
+        f"facts for it, config.json gives {'; '.join(given) or 'none'}, and lacks {'; '.join(lacking) or 'none'}"
     )
 
 
