@@ -24,6 +24,7 @@ from gtqlora.results.adapter import (
     adapter_hash,
     write_settings,
 )
+from gtqlora.results.typed import to_json
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
 
@@ -38,11 +39,11 @@ def hits(share: float, n: int = 200) -> np.ndarray:
 
 
 def interval(share: float, n: int = 200) -> dict[str, Any]:
-    return rate(hits(share, n)).to_json()
+    return to_json(rate(hits(share, n)))
 
 
 def real(value: float, half: float = 0.1) -> dict[str, Any]:
-    return Interval(value, value - half, value + half, 200).to_json()
+    return to_json(Interval(value, value - half, value + half, 200))
 
 
 # --- the diagnosis
@@ -127,6 +128,8 @@ def directions(layers: int) -> dict[str, Any]:
             } if known else None,
             "erasure": {
                 "before": interval(0.99), "mean_removed": interval(0.8), "leace": interval(0.52),
+                "mean_removed_cost": 0.1,
+                "leace_cost": 0.05,
             } if known else None,
             "cosines": [
                 {"first": first, "second": second, "value": real(0.8 * far - 0.3 * i, 0.05) if known else None}
@@ -140,7 +143,7 @@ def directions(layers: int) -> dict[str, Any]:
 def diagnosis(
     layers: int = 2, *, name: str = "ablate the 2 associated experts", token: str = " lever"
 ) -> dict[str, Any]:
-    effect = paired_difference(hits(1), hits(0)).to_json()
+    effect = to_json(paired_difference(hits(1), hits(0)))
     levels = {"routing": 0.86, "experts": 0.04, "residual": 0.1}
     acts = [("as it is", False, 1.0), (name, False, 0.0), ("ablate 2 random experts (1)", True, 0.95)]
     return {
@@ -198,7 +201,7 @@ NO_TWINS = {
     "cells": [],
     "experts": [],
     "causal_experts": [],
-    "directions": {},
+    "directions": {"n_pairs": 200, "n_groups": 100, "layers": []},
 }
 
 
@@ -260,7 +263,7 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
             "refusal_before": interval(before[kind]),
             "refusal_after": interval(after[kind]),
             "refusal_replayed": interval(0.9) if kind == "lookalike" else None,
-            "drop": paired_difference(hits(before[kind]), hits(after[kind])).to_json(),
+            "drop": to_json(paired_difference(hits(before[kind]), hits(after[kind]))),
             "p": mcnemar(hits(before[kind]), hits(after[kind])),
             "q": 0.03,
             "accuracy_before": None if kind == "harmful" else interval(0.2),
@@ -293,13 +296,18 @@ def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
             "number": i,
             "kind": kind,
             "pair_id": pair_id,
+            "topic": None,
+            "prompt_json": "[]",
+            "rejected": "",
+            "answer": None,
             "text_before": "sorry",
             "text_after": f"{text} to {kind}",
+            **dict.fromkeys(("tokens_before", "tokens_after"), 3),
+            **dict.fromkeys(("ended_before", "ended_after"), True),
             "refused_before": True,
             "refused_after": False,
-            "refused_replayed": None,
-            "correct_before": None,
-            "correct_after": None,
+            **dict.fromkeys(("refused_replayed", "correct_before", "correct_after", "lost")),
+            **dict.fromkeys(("rejected_log_prob_before", "rejected_log_prob_after")),
         }
         for i, kind in enumerate(KINDS)
     ]

@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-MAY_PRINT = {"cli.app", "organisms.__main__"}
+MAY_PRINT = {"cli.app", "cli.console", "cli.layout", "cli.printing", "organisms.__main__"}
 MAY_HOOK = {"capture.subject", "capture.hooks", "organisms.build"}  # `build` watches router inputs to train probes
 
 

@@ -1,4 +1,4 @@
-"""The `demo`: both embedded organisms diagnosed, edited in four ways, verified, exported and reported, side by side."""
+"""Run the `demo`: both embedded organisms diagnosed, edited in four ways, verified, exported and reported."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import queue
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
 
 if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+    from multiprocessing.queues import Queue
+
     from gtqlora.results.verdict import Verdict
     from gtqlora.stats import Interval
 
@@ -34,14 +38,19 @@ Event = tuple[str, str, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EditNumbers:
-    """Rates on held-out prompts after one edit, or of the model as it is, and the safety floor's verdict."""
+    """Rates on held-out prompts after one edit, or of the model as it is.
+
+    Attributes:
+        floor: the safety floor's verdict; None for the model as it is, which is held to no floor.
+        replayed_lookalike_refusal: over-refusal with the original's routing replayed.
+    """
 
     harmful_refusal: float
     lookalike_refusal: float
     benign_refusal: float
     lookalike_accuracy: float
     benign_accuracy: float
-    floor: str
+    floor: str | None
     replayed_lookalike_refusal: float
 
 
@@ -72,15 +81,21 @@ class Outcome:
     exported: Path
 
 
+Message = (
+    tuple[Literal["event"], Event] | tuple[Literal["done"], tuple[str, Outcome]] | tuple[Literal["error", "crash"], str]
+)
+"""What an organism's process sends: progress, its outcome, a line for the user, or a traceback."""
+
+
 def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcome], float]:
-    """Run both organisms side by side, each in a process of its own; the outcomes and the seconds taken.
+    """Run both organisms side by side, each in a process of its own; return the outcomes and the seconds taken.
 
     Raises:
         GtqloraError: a stage failed; whatever was finished stays in `out`.
     """
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    events: Any = context.Queue()
+    events: Queue[Message] = context.Queue()
     threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
     workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}
     for worker in workers.values():
@@ -94,29 +109,37 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
     return {name: outcomes[name] for name in ORGANISMS}, time.monotonic() - started
 
 
-def _collect(workers: dict[str, Any], events: Any, on_event: Callable[[Event], None]) -> dict[str, Outcome]:
+def _collect(
+    workers: Mapping[str, SpawnProcess], events: Queue[Message], on_event: Callable[[Event], None]
+) -> dict[str, Outcome]:
+    """Wait for every process, passing on what they report.
+
+    Raises:
+        GtqloraError: one of them failed, or died.
+    """
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(workers):
         try:
-            tag, payload = events.get(timeout=1)
+            message = events.get(timeout=1)
         except queue.Empty:
             dead = [name for name, worker in workers.items() if name not in outcomes and not worker.is_alive()]
             if dead and events.empty():
                 raise RunError(f"the demo's process for {dead[0]!r} died (out of memory?); run it again") from None
             continue
-        if tag == "event":
-            on_event(payload)
-        elif tag == "done":
-            outcomes[payload[0]] = payload[1]
-        elif tag == "error":
-            raise GtqloraError(payload)
+        if message[0] == "event":
+            on_event(message[1])
+        elif message[0] == "done":
+            name, outcome = message[1]
+            outcomes[name] = outcome
+        elif message[0] == "error":
+            raise GtqloraError(message[1])
         else:
-            raise RuntimeError(payload)
+            raise RuntimeError(message[1])
     return outcomes
 
 
-def _work(name: str, out: Path, threads: int, events: Any) -> None:
-    """One process: report progress and the outcome through `events`."""
+def _work(name: str, out: Path, threads: int, events: Queue[Message]) -> None:
+    """Be one organism's process: report progress and the outcome through `events`."""
     import torch
 
     from gtqlora.progress import shown_by
@@ -165,7 +188,7 @@ def study(
     on_stage: Callable[[str], None] = lambda _label: None,
     overrides: Sequence[str] = (),
 ) -> tuple[Numbers, str]:
-    """Diagnose an organism, edit and verify it in each way; the numbers under the demo's keys, and the verdict line.
+    """Diagnose an organism, edit and verify it in each way; return the demo's numbers and the diagnosis' sentence.
 
     Args:
         overrides: `key=value` settings for training, instead of what the verdict suggests.
@@ -177,27 +200,29 @@ def study(
     from gtqlora.stages.train import train
     from gtqlora.stages.verify import verify
 
-    given: dict[str, Any] = {"file": embedded.recipe(), "model": str(model), "contrast": str(contrast)}
+    settled = partial(build, file=embedded.recipe(), model=str(model), contrast=str(contrast))
     with Run(out / "gt") as run:
         on_stage("diagnose")
-        diagnosis = diagnose(build(DiagnoseConfig, **given), run)
+        diagnosis = diagnose(settled(DiagnoseConfig), run)
     settings = overrides or BY_VERDICT.get(diagnosis.verdict, ())
     verdicts: dict[str, Verdict] = {}
     for edit in edits:
         on_stage(edit)
         with Run(out / edit) as run:
             if edit == "projection":
-                project(build(ProjectConfig, **given), run)
+                project(settled(ProjectConfig), run)
             else:
-                train(build(TrainConfig, **given, mode=edit, overrides=settings), run)
+                train(settled(TrainConfig, mode=edit, overrides=settings), run)
             # ablation is for the report, which is the GT-QLoRA edit's
             quick = () if edit == "gt" else ("ablation=0",)
-            verdicts[edit] = verify(build(VerifyConfig, **given, overrides=quick), run)
+            verdicts[edit] = verify(settled(VerifyConfig, overrides=quick), run)
     found = {(expert.layer, expert.expert) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
-def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: dict[str, Verdict]) -> Numbers:
+def _numbers(
+    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: Mapping[str, Verdict]
+) -> Numbers:
     base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
     hits = len(found & planted)
@@ -211,7 +236,7 @@ def _numbers(verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, v
 
 
 def _unedited(verdict: Verdict) -> EditNumbers:
-    """Return the model's own numbers: held to its own refusal, replaying its own routing."""
+    """Return the model's own numbers: held to no floor, and replaying its own routing."""
     harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
     return EditNumbers(
         harmful_refusal=harmful.refusal_before.value,
@@ -219,12 +244,13 @@ def _unedited(verdict: Verdict) -> EditNumbers:
         benign_refusal=benign.refusal_before.value,
         lookalike_accuracy=_value(lookalike.accuracy_before),
         benign_accuracy=_value(benign.accuracy_before),
-        floor="pass",
+        floor=None,
         replayed_lookalike_refusal=lookalike.refusal_before.value,
     )
 
 
 def _edited(verdict: Verdict) -> EditNumbers:
+    """Return the numbers of the edited model."""
     harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
     return EditNumbers(
         harmful_refusal=harmful.refusal_after.value,

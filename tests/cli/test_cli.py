@@ -62,14 +62,27 @@ def error_of(done: tuple[int, str, str], code: int, *parts: object) -> str:
 # --- reading only ----------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_the_verbs_and_is_light() -> None:
+def test_help_lists_the_verbs() -> None:
     done = process("--help")
     assert done.returncode == 0 and not done.stderr
     assert all(f"│ {verb} " in done.stdout for verb in VERBS)
-    code = "import sys\nfrom gtqlora.cli import main\nassert main(['--help']) == 0\n"
-    check = "assert not {'torch', 'transformers'} & sys.modules.keys()"
-    light = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
-    assert light.returncode == 0, light.stderr
+
+
+def test_help_of_every_verb_is_light() -> None:
+    """Whatever takes long to import waits until a verb runs."""
+    verbs = [["contrast", "check"] if verb == "contrast" else [verb] for verb in VERBS]
+    heavy = {"torch", "transformers", "peft", "trl", "datasets", "pyarrow", "scipy", "numpy", "jinja2", "plotly"}
+    code = f"""
+import sys
+from gtqlora.cli import main
+for verb in {[[], *verbs]}:
+    assert main([*verb, "--help"]) == 0, verb
+    assert not {heavy} & sys.modules.keys(), verb
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--expert-format" in done.stdout and "--experts" not in done.stdout
+    assert done.stdout.count("Usage: gtqlora") == len(VERBS) + 1
 
 
 def test_inspect_an_organism(say: Say) -> None:
@@ -156,8 +169,8 @@ def test_bad_model_folders(say: Say, tmp_path: Path) -> None:
     error_of(say("inspect", tmp_path), 2, tmp_path, "'llama' is a dense model")
     run = ("--contrast", "organism", "--config", "organism", "--run", tmp_path / "run")
     error_of(say("diagnose", tmp_path, *run), 2, "only Level 1 (the residual stream) applies")
-    config.write_text(json.dumps({"model_type": "phimoe", "num_local_experts": 16}))
-    error_of(say("inspect", tmp_path), 2, tmp_path, "unknown MoE family 'phimoe'", "deepseek_v3")
+    config.write_text(json.dumps({"model_type": "granitemoe", "num_local_experts": 8}))
+    error_of(say("inspect", tmp_path), 2, tmp_path, "unknown MoE family 'granitemoe'", "deepseek_v3")
     error_of(say("inspect", "organism:nothing"), 2, "'nothing'", "routed-qwen3")
 
 
@@ -215,27 +228,85 @@ def test_verify_before_train(say: Say, tmp_path: Path) -> None:
     error_of(say("verify", tmp_path), 2, tmp_path, "no adapter here", "gtqlora train")
 
 
+# --- JSON
+
+
+def read_json(done: tuple[int, str, str], *keys: str, code: int = 0) -> dict[str, Any]:
+    """Return what a verb printed: JSON and nothing else, with at least these keys."""
+    got, out, err = done
+    assert got == code and "error:" not in err
+    found = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found.keys() >= set(keys)
+    return found
+
+
+def test_contrast_check_as_json(say: Say, tmp_path: Path) -> None:
+    file, out = helpers.write_rows(tmp_path / "pairs.jsonl", ROWS), tmp_path / "c.parquet"
+    done = check(say, file, "--model", "organism:routed", "--out", out, "--json")
+    found = read_json(done, "rows", "pairs", "counts", "prompt_tokens", "full_tokens", "with_twin", "unique_prompts")
+    assert (found["rows"], found["counts"]["train"]["harmful"]) == (6, 2) and out.is_file()
+
+
+def test_errors_stay_one_line_and_keep_standard_output_empty(say: Say, tmp_path: Path) -> None:
+    for verb in ("inspect", "verify", "report"):
+        done = say(verb, tmp_path / "nowhere", "--json")
+        error_of(done, 2, tmp_path / "nowhere")
+        assert not done[1]
+    for wrong in (["inspect", "m", "--jsn"], ["inspect"], ["diagnose", "m", "--json"], ["inspct", "m"]):
+        done = say(*wrong)
+        assert error_of(done, 2, "--help") and not done[1]
+
+
+def test_the_old_name_of_the_expert_format_is_still_taken(say: Say) -> None:
+    for flag in ("--expert-format", "--experts"):
+        found = read_json(say("inspect", "organism:routed", flag, "nf4", "--json"), "groups", "names")
+        assert found["expert_format"] == "nf4"
+
+
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
 def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    """Every stage as text and, from what it left, as JSON."""
     model, run, out = toy.model("deepseek_v3"), tmp_path / "run", tmp_path / "[red]out"
     judge = ("--set", f"judge={helpers.JUDGE}", "--set", "max_new_tokens=2")
     few = ("--set", "split=train", "--set", "bootstrap=20", "--set", "random_controls=1")
-    code, text, _ = say("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
+    diagnose = ("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
+    code, text, _ = say(*diagnose)
     assert code == 0 and "What the prompts do under interventions" in text
+    assert read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text
     error_of(say("export", run, out), 2, "no verdict.json", "gtqlora verify")
     record = (run / "manifest.json").read_text()
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained already") and (run / "manifest.json").read_text() == record
-    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
+    found = read_json(train(say, toy, model, run, "--json"))
+    assert found == {"adapter": str(run / "adapter"), "steps": 2, "stopped": None, "fresh": True}
+    verify = ("verify", run, "--set", "margin=0.05", *JUDGED)
+    code, text, _ = say(*verify)
     assert code == 0 and "safety floor: pass" in text
+    found = read_json(say(*verify, "--json"), "table", "floor", "drift", "mediation", "ablation", "kl_benign", "tries")
+    assert found["floor"]["verdict"] == "pass" and found["table"].keys() == {"benign", "lookalike", "harmful"}
     code, text, _ = say("report", run)
     assert code == 0 and "<html" in Path(text.strip()).read_text()[:200]
+    assert read_json(say("report", run, "--json")) == {"page": text.strip()}
     code, text, _ = say("export", run, out)
     assert code == 0 and text.startswith(f"{out}: ") and (out / "model.safetensors").is_file()
+    found = read_json(say("export", run, tmp_path / "again", "--json"))
+    assert found.keys() == {"folder", "tensors_changed", "gate_values_changed", "divergence"}
+    assert found["folder"] == str(tmp_path / "again")
+
+
+def test_project_as_text_and_as_json(say: Say, toy: helpers.Toy, tmp_path: Path) -> None:
+    settings = ("max_pairs=4", "layer=1", "judge=" + helpers.JUDGE, "max_new_tokens=2")
+    sets = [word for setting in settings for word in ("--set", setting)]
+    project = ("project", toy.model("qwen3_moe"), "--contrast", toy.contrast, "--run", tmp_path / "run", *sets)
+    found = read_json(say(*project, "--json"))
+    assert found.keys() == {"adapter", "layer", "candidates"} and found["layer"] == 1
+    assert found["candidates"][0].keys() == {"layer", "refusal", "accuracy"}
+    code, text, _ = say(*project)
+    assert code == 0 and "1 (chosen)" in text
 
 
 def test_a_floor_not_passed(say: Say, toy: helpers.Toy, verified: Any, tmp_path: Path) -> None:
@@ -246,6 +317,8 @@ def test_a_floor_not_passed(say: Say, toy: helpers.Toy, verified: Any, tmp_path:
     few = helpers.write_rows(tmp_path / "few.jsonl", helpers.toy_rows(sixty))
     code, text, err = say("verify", run, "--contrast", few, *JUDGED)
     assert code == 4 and "safety floor: cannot tell" in text and "Traceback" not in err
+    as_json = read_json(say("verify", run, "--contrast", few, *JUDGED, "--json"), code=4)
+    assert as_json["floor"]["verdict"] == "cannot tell"
     assert "that takes at least" in text.replace("\n", " ")
     error_of(say("export", run, out, *JUDGED), 4, run, "safety floor", "no weights")
     assert not out.exists()

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import gc
 import io
 import json
 import os
+import pty
+import re
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from gtqlora.cli import app, console, main
+from gtqlora.cli import app, console, main, verbs
 from gtqlora.progress import track
 from tests import models
 
@@ -47,8 +54,7 @@ def test_what_a_console_cannot_show_is_replaced(
     with console.stage_progress():
         assert list(track([1, 2], "réglage 模型 ✓", 2)) == [1, 2]
     assert "glage" in text_of(err)
-    with pytest.raises(SystemExit):  # as the parser leaves after its own words
-        main(["inspect", str(model), "--模型"])
+    assert main(["inspect", str(model), "--模型"]) == 2  # the parser's own words
 
 
 def test_json_is_the_same_on_any_console(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +150,56 @@ def test_errors_of_the_system_are_one_line(
     def strikes(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app, "_embedded", strikes)
+    monkeypatch.setattr(verbs, "embedded_model", strikes)
     assert main(["inspect", "m"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and line in err and len(err) < 300
+
+
+PROGRESS = """
+from gtqlora.cli.console import demo_progress, stage_progress
+from gtqlora.progress import report
+with stage_progress():
+    for done in range(0, 12346, 2469):
+        report("after layer 17: 16 of 384 experts ablated at random, ranked anew", done, 12345)
+with demo_progress() as show:
+    show(("residual", "projection: without layer 3's direction", 98, 105))
+"""
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_progress_fits_a_terminal_and_cuts_no_number(width: int) -> None:
+    text = on_a_terminal(PROGRESS, width)
+    lines = {line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()}
+    assert all(len(line) <= width for line in lines)
+    assert any(line.endswith("left") and " 12345/12345 " in line for line in lines)
+    assert any(line.startswith("residual: projection:") and " 98/105 " in line for line in lines)
+    assert not re.search(r"\d…|…\d", text) and all(re.search(r" \d+/\d+ .*left$", line) for line in lines)
+
+
+def on_a_terminal(code: str, width: int) -> str:
+    """Return what a program shows on a terminal of this width, without the codes that move the cursor."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    environment = {**{name: value for name, value in os.environ.items() if name != "COLUMNS"}, "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
+    shown = b""
+    with suppress(OSError):  # what Linux says at the end
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0, shown
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_rests_only_while_libraries_are_imported(fails: bool) -> None:
+    with suppress(ValueError), console.starting():
+        assert not gc.isenabled()
+        if fails:
+            raise ValueError
+    assert gc.isenabled()
 
 
 def test_nothing_is_said_of_kernels_that_are_not_used() -> None:

@@ -20,11 +20,12 @@ from plotly.offline import get_plotlyjs
 from gtqlora.contrasts import KINDS
 from gtqlora.errors import RunError
 from gtqlora.reporting import figures, words
-from gtqlora.reporting.artefacts import ASSOCIATION_COLUMNS, identity
+from gtqlora.reporting.artefacts import identity
+from gtqlora.reporting.heatmap import MEASURES
 from gtqlora.results.adapter import PROJECTION, adapter_hash
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import Diagnosis
-from gtqlora.results.verdict import Verdict
+from gtqlora.results.verdict import Mediation, Verdict
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stages.report import report
 from gtqlora.stats import rate
@@ -230,7 +231,7 @@ def test_the_heat_map_has_every_measure(page: Page) -> None:
     assert [choice["value"] for choice in page.of("input")] == ["difference", "gradient", "stability", "effect"]
     grid = json.loads(page.unpacked("heat-map-grid"))
     rows = association(2, 4)
-    for name in ASSOCIATION_COLUMNS[2:]:
+    for name in MEASURES:
         assert grid["fields"][name] == pytest.approx([row[name] for row in rows], rel=1e-3)
     effects = [0.6 if i == 2 else 0.35 if i == 4 else 0.03 if i == 7 else None for i in range(8)]
     assert grid["fields"]["effect"] == effects
@@ -241,13 +242,13 @@ def test_run_directories_of_these_tests_are_as_the_stages_leave_them(tmp_path: P
     assert diagnosis().keys() == {f.name for f in fields(Diagnosis)}
     with whole_run(tmp_path / "r") as run:
         assert verdict_of(run).keys() == {f.name for f in fields(Verdict)}
-    assert association(1, 1)[0].keys() == {f.name for f in fields(Association)}
+    assert association(1, 1)[0].keys() == {f.name for f in fields(Association)} == {*MEASURES, "layer", "expert"}
 
 
 def test_a_verdict_without_silencing(tmp_path: Path) -> None:
     with whole_run(tmp_path / "r") as run:
         assert "after, ranked anew" in Page(report(run)).text
-        write_json(run / "verdict.json", {**verdict_of(run), "ablation": {}})
+        write_json(run / "verdict.json", {**verdict_of(run), "ablation": None})
         page = Page(report(run))
     assert not {"ablation-targeted", "ablation-random"} & set(page.specs) and "after, ranked anew" not in page.text
 
@@ -295,11 +296,13 @@ def test_a_run_to_compare_without_verdict(tmp_path: Path) -> None:
 def test_an_artefact_of_another_version_names_its_command(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
         write_diagnosis(run, experts=[{"layer": 1, "expert": 2}])
-        with pytest.raises(RunError, match=r"diagnosis\.json: has no 'ablate'; run `gtqlora diagnose`"):
+        with pytest.raises(RunError, match=r"diagnosis\.json: experts\[0\] has no 'ablate' .*; run `gtqlora diagnose`"):
             report(run)
         write_diagnosis(run)
         write_parquet(run / "diagnosis" / "association.parquet", [{"layer": 1, "expert": 2, "difference": 0.1}])
-        with pytest.raises(RunError, match=r"association\.parquet: has no 'rate_flagged'; run `gtqlora diagnose`"):
+        with pytest.raises(
+            RunError, match=r"association\.parquet: row 1 has no 'rate_flagged' .*; run `gtqlora diagnose`"
+        ):
             report(run)
 
 
@@ -398,8 +401,9 @@ def test_percent_never_rounds_to_certainty(value: Any, text: str) -> None:
     ],
 )
 def test_mediation_in_words(share: float, n: int, start: str) -> None:
-    assert words.mediation(rate(hits(share, n)).to_json()).startswith(start)
-    assert words.mediation(NOTHING_REPAIRED).startswith("No lookalike refusal")
+    found = rate(hits(share, n))
+    assert words.mediation(Mediation(value=found.value, low=found.low, high=found.high, n=n)).startswith(start)
+    assert words.mediation(Mediation(**NOTHING_REPAIRED)).startswith("No lookalike refusal")
 
 
 def test_floor_of_too_few_prompts(tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gtqlora.demo import study
+import pytest
+
+from gtqlora import demo
+from gtqlora.cli import main
+from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
 from gtqlora.results.typed import to_json
 
@@ -16,7 +20,9 @@ KEYS = {
 }
 
 
-def test_study_gives_all_the_numbers(tmp_path: Path) -> None:
+def test_study_gives_all_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[str] = []
     found, sentence = study(
         embedded.organism("routed"),
@@ -35,7 +41,26 @@ def test_study_gives_all_the_numbers(tmp_path: Path) -> None:
     for name, edit in numbers["edits"].items():
         assert edit.keys() == KEYS, name
         assert all(0 <= edit[key] <= 1 for key in KEYS - {"floor"}), (name, edit)
+    assert numbers["edits"]["base"]["floor"] is None
     base, projection = numbers["edits"]["base"], numbers["edits"]["projection"]
     assert base["harmful_refusal"] > 0.97 < base["lookalike_refusal"] and base["benign_refusal"] < 0.03
     assert projection["floor"] == "fail" and projection["harmful_refusal"] < base["harmful_refusal"]
     assert json.loads(json.dumps(numbers)) == numbers
+    check_what_the_command_prints(found, sentence, monkeypatch, capsys)
+
+
+def check_what_the_command_prints(
+    found: Numbers, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Print these numbers as `demo` does, which itself takes minutes."""
+    outcomes = {"routed": Outcome(found, sentence, Path("report.html"), Path("exported"))}
+    monkeypatch.setattr(demo, "demo", lambda _out, _on_event: (outcomes, 1.23))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"organisms": {"routed": to_json(found)}, "seconds": 1.2}
+    assert main(["demo"]) == 0
+    text = capsys.readouterr().out
+    base, projection, gt = (line.split() for line in text.splitlines() if line.startswith(("  base", "  proj", "  GT")))
+    assert base[-2] == "-" and projection[-2] == "fail" and gt[0] == "GT-QLoRA"
+    assert base[1] == f"{found.edits['base'].harmful_refusal:.3f}"
+    assert "high: the repair works through the routing" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_kimi_lora_is_counted_by_hand(kimi: Inspection) -> None:
     assert 0.165e9 < kimi.lora_parameters < 0.18e9
     assert kimi.trained_parameters == kimi.lora_parameters + kimi.gate_parameters
     assert kimi.trained_bytes == 2 * kimi.lora_parameters + 4 * kimi.gate_parameters
-    assert kimi.experts_format == "int4-g32"
+    assert kimi.expert_format == "int4-g32"
     assert kimi.bytes == 2 * (kimi.text_parameters - 1_014_686_023_680) + 1_014_686_023_680 * 45 // 80
     assert inspect(kimi.model, expert_format="bf16").bytes == 2 * kimi.text_parameters
 
@@ -113,8 +114,8 @@ def test_config_alone_is_enough_and_dtype_falls_back_to_bf16(tmp_path: Path) -> 
     assert inspection.dtype == "bfloat16"
     assert inspection.bytes == 2 * inspection.text_parameters
     assert inspection.chat_template is None
-    by_file = json.loads(inspect(str(tmp_path / "config.json")).to_json())
-    assert {**by_file, "model": str(tmp_path)} == json.loads(inspection.to_json())
+    by_file = inspect(str(tmp_path / "config.json"))
+    assert {**asdict(by_file), "model": str(tmp_path)} == asdict(inspection)
 
 
 def test_weights_are_not_read(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_experts_are_counted_as_they_will_be_held(tmp_path: Path, family: str, e
     (routed,) = (group for group in found.groups if group.name == "routed experts")
     census = quantized_expert_counts(loaded, facts)
     assert (routed.parameters, routed.bytes) == (census.expert_parameters, census.expert_bytes)
-    assert found.experts_format == expert_format
+    assert found.expert_format == expert_format
     assert found.text_parameters == inspect(str(folder)).text_parameters
 
 
@@ -167,7 +168,7 @@ def test_a_checkpoint_in_4_bits_is_counted_and_named_as_it_is(tmp_path: Path, ex
     _, loaded = load_frozen(str(folder), expert_format=expert_format)
     loaded.save_pretrained(tmp_path / "packed")
     found = inspect(str(tmp_path / "packed"))
-    assert found.experts_format == expert_format
+    assert found.expert_format == expert_format
     assert found.bytes == inspect(str(folder), expert_format=expert_format).bytes
     with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as file:
         assert {tensor for name in found.names for tensor in name.disk} <= set(file.keys())
@@ -178,7 +179,7 @@ def test_what_cannot_be_loaded_can_be_looked_at(tmp_path: Path) -> None:
     folder = models.save_tiny(tmp_path / "m", "deepseek_v3")
     models.edit_json(folder / "config.json", lambda raw: {**raw, "quantization_config": {"quant_method": "fp8"}})
     found = inspect(str(folder))
-    assert (found.quantized, found.experts_format) == ("fp8", None)
+    assert (found.quantized, found.expert_format) == ("fp8", None)
     with pytest.raises(ModelError, match="FP8"):
         inspect(str(folder), expert_format="native")
 

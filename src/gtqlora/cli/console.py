@@ -1,23 +1,25 @@
-"""What the command line shows things with: consoles, tables, progress bars. It makes them; only `cli` prints."""
+"""Make what the command line shows things with: consoles that outlive their readers, words on stderr, progress bars."""
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cache
+from typing import TYPE_CHECKING, TextIO
 
+from gtqlora.cli.layout import wrap
 from gtqlora.progress import shown_by
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from gtqlora.results.verdict import Mediation
-    from gtqlora.stats import Interval
+    from rich.progress import Progress, Task, TaskID
 
 
 _ROOM = "; make room and run the same command again"
@@ -28,7 +30,7 @@ _REMEDIES = {
 
 
 def quieten() -> None:
-    """Libraries' own bars and notes would run through ours; the variables must be set before they are imported."""
+    """Switch off libraries' own bars and notes, which would run through ours; call it before they are imported."""
     warnings.filterwarnings("ignore")
     for name, value in {
         "TQDM_DISABLE": "1",
@@ -42,13 +44,13 @@ def quieten() -> None:
 
 
 def show_anything() -> None:
-    """Characters that a console or its encoding does not have are replaced, instead of ending the command."""
+    """Replace characters that a console or its encoding does not have, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
-def ablate(stream: TextIO | None) -> None:
+def _to_nowhere(stream: TextIO | None) -> None:
     """Let what is still to be written go nowhere: whoever read has left, or there is no room."""
     if stream is None:
         return
@@ -58,20 +60,20 @@ def ablate(stream: TextIO | None) -> None:
 
 
 def flushed() -> OSError | None:
-    """Bring standard output to whoever reads it; why that failed, if it did. A reader who has left is no failure."""
+    """Bring standard output to whoever reads it; return why that failed, if it did. A reader may leave."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        ablate(sys.stdout)
+        _to_nowhere(sys.stdout)
     except OSError as error:
-        ablate(sys.stdout)
+        _to_nowhere(sys.stdout)
         return error
     return None
 
 
 def trouble(error: OSError | UnicodeEncodeError, place: str) -> str:
-    """An error of the system's as a line that says where and what to do."""
+    """Return an error of the system's as a line that says where and what to do."""
     if isinstance(error, UnicodeEncodeError):
         near = error.object[max(0, error.start - 60) : error.end + 20]
         return (
@@ -83,27 +85,89 @@ def trouble(error: OSError | UnicodeEncodeError, place: str) -> str:
 
 
 def open_console(*, stderr: bool = False) -> Console:
+    """Return a console on standard output or standard error, at the width of now."""
     from rich.console import Console
 
     class Patient(Console):
-        """Work goes on when nobody reads any more; rich would end the process."""
+        """A console on which work goes on when nobody reads any more; rich would end the process."""
 
         def on_broken_pipe(self) -> None:
+            """Say nothing more."""
             self.quiet = True
-            ablate(sys.stderr if stderr else sys.stdout)
+            _to_nowhere(sys.stderr if stderr else sys.stdout)
 
     return Patient(stderr=stderr)
 
 
-def plain(text: str) -> str:
-    from rich.markup import escape
+def say(console: Console, text: str, style: str = "", *, accent: tuple[str, str] = ("", ""), indent: int = 0) -> None:
+    """Print a paragraph that breaks at spaces only, so that names and numbers stay whole.
 
-    return escape(text)
+    Args:
+        accent: words in it, and their own style.
+        indent: spaces before each line.
+    """
+    from rich.text import Text
+
+    words, colour = accent
+    for line in wrap(text, console.width - indent, names=False):
+        shown = Text(" " * indent + line, style)
+        if words:
+            shown.highlight_words([words], colour)
+        console.print(shown, soft_wrap=True, highlight=False)
+
+
+def say_whole(console: Console, text: str, style: str = "") -> None:
+    """Print one unbroken line, such as one with a path that somebody will copy."""
+    from rich.text import Text
+
+    console.print(Text(text, style), soft_wrap=True, highlight=False)
+
+
+def remark(text: str, style: str = "") -> None:
+    """Say something on standard error, beside the results."""
+    say_whole(open_console(stderr=True), text, style)
+
+
+def say_error(text: str) -> None:
+    """Print the one line of an error; where nothing can be written any more, nothing is."""
+    from rich.text import Text
+
+    line = Text.assemble(("error:", "bold red"), f" {text}")
+    with suppress(OSError):
+        open_console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager
-def _bars(description: str) -> Iterator[Any]:
-    """Bars with counts, elapsed time and time left, on stderr."""
+def starting() -> Iterator[None]:
+    """Import libraries without the garbage collector's help; on a terminal, say that something is happening."""
+    console, collecting = open_console(stderr=True), gc.isenabled()
+    if console.is_terminal:
+        console.print("starting ...", style="dim", highlight=False)
+    # Imports make a million objects and hardly any garbage, which the collector looks for again and again: half a
+    # second. When the process ends it would look once more, for a whole second, and nothing is left to be freed.
+    gc.disable()
+    _leave_at_once()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@cache
+def _leave_at_once() -> None:
+    atexit.register(gc.freeze)
+
+
+_COUNTS, _TIME, _LEFT = 13, 7, 4
+"""Characters of `12345/1234567`, of `0:00:00`, and of the word behind the time left."""
+_NARROW = 80
+"""Terminals below this width have no room for a bar and the time that has passed."""
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Show bars with counts, elapsed time and time left, on stderr; what is being done is cut, its numbers never."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -112,17 +176,34 @@ def _bars(description: str) -> Iterator[Any]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=open_console(stderr=True)) as bars:
+    console = open_console(stderr=True)
+    counts, left = MofNCompleteColumn(), (TimeRemainingColumn(), TextColumn("left"))
+    if console.width < _NARROW:
+        room, columns = console.width - _COUNTS - _TIME - _LEFT - 3, (counts, *left)
+    else:
+        bar = min(24, console.width - _NARROW + 10)
+        room = console.width - bar - _COUNTS - 2 * _TIME - _LEFT - 5
+        columns = (BarColumn(bar_width=bar), counts, TimeElapsedColumn(), *left)
+
+    class Description(TextColumn):
+        """What is being done, as much of it as fits."""
+
+        def render(self, task: Task) -> Text:
+            """Return its first line."""
+            first, *more = wrap(task.description, room - 2, names=False)
+            return Text(f"{first} …" if more else first)
+
+    with Progress(Description(""), *columns, console=console) as bars:
         yield bars
 
 
 @contextmanager
 def stage_progress() -> Iterator[None]:
-    """One bar per thing that a stage reports."""
-    with _bars("{task.description}") as bars:
-        tasks: dict[str, Any] = {}
+    """Show one bar per thing that a stage reports; whatever libraries print meanwhile goes to stderr, too."""
+    with _bars() as bars, redirect_stdout(sys.stderr):
+        tasks: dict[str, TaskID] = {}
 
         def reporter(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -135,9 +216,9 @@ def stage_progress() -> Iterator[None]:
 
 @contextmanager
 def demo_progress() -> Iterator[Callable[[tuple[str, str, int, int]], None]]:
-    """One bar per organism, with what it is doing now."""
-    with _bars("{task.description:<48}") as bars:
-        tasks: dict[str, Any] = {}
+    """Show one bar per organism, with what it is doing now."""
+    with _bars() as bars:
+        tasks: dict[str, TaskID] = {}
 
         def on_event(event: tuple[str, str, int, int]) -> None:
             organism, what, done, total = event
@@ -146,25 +227,3 @@ def demo_progress() -> Iterator[Callable[[tuple[str, str, int, int]], None]]:
             bars.update(tasks[organism], description=f"{organism}: {what}", completed=done, total=total)
 
         yield on_event
-
-
-def new_table(title: str, *columns: str) -> Any:
-    """First column left, the rest right-aligned."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def interval(found: Interval | Mediation | None, digits: int = 3) -> str:
-    if found is None or found.value is None:
-        return "-"
-    value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
-    return rf"{value} \[{low}, {high}]"

@@ -1,143 +1,207 @@
-"""Results as tables for the terminal. They are made here and printed by `cli`."""
+"""Make tables of results for the terminal; the columns that matter least come last, as narrow terminals drop those."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gtqlora.cli.console import interval, new_table, plain, share
+from gtqlora.cli.figures import count, interval, share, size
+from gtqlora.cli.layout import Cell, Sheet
 
 if TYPE_CHECKING:
+    from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Numbers
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.inspect import Inspection
+    from gtqlora.stages.project import Projected
 
+KINDS = {"benign": "benign", "lookalike": "lookalike (over-refusal)", "harmful": "harmful"}
 COMPONENTS = {
-    "routing": "routing (Level 2)",
-    "experts": "experts' own computation (Level 1)",
-    "residual": "rest of the stream (Level 1)",
-    "interaction": "interaction of the levels",
+    "routing": "routing",
+    "experts": "experts' own computation",
+    "residual": "rest of the residual stream",
+    "interaction": "interaction",
 }
+_COLOURS = {"pass": "bold green", "fail": "bold red"}
+_ORIGINAL_ROUTING = "over-refused with original routing"
+_EDITS = {"projection": "projection", "lora": "LoRA", "gates": "gates", "gt": "GT-QLoRA"}
 
 
-def parts(found: Inspection) -> Any:
-    """What a model consists of, and what of it is trained."""
-    columns = ("part", "modules", "parameters", "bytes", "GT-QLoRA", "trained\nparameters", "trained\nbytes")
-    table = new_table("Parts", *columns)
-    for g in found.groups:
-        table.add_row(
-            g.name,
-            f"{g.modules:,}",
-            f"{g.parameters:,}",
-            f"{g.bytes:,}",
-            g.trained,
-            f"{g.trained_parameters:,}",
-            f"{g.trained_bytes:,}",
+def floor_style(verdict: str) -> str:
+    """Return the colour of a floor's verdict."""
+    return _COLOURS.get(verdict, "bold yellow")
+
+
+def rows_by_split(found: Statistics, title: str) -> Sheet:
+    """Return how many rows of each kind every split of a contrast set has."""
+    rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in KINDS)) for split, counts in found.counts.items()]
+    return Sheet(title=title, columns=("split", *KINDS.values()), rows=rows)
+
+
+def parts(found: Inspection) -> Sheet:
+    """Return what a model consists of, and what of it is trained."""
+    rows = [
+        (
+            group.name,
+            count(group.parameters),
+            size(group.bytes),
+            group.trained,
+            count(group.trained_parameters),
+            size(group.trained_bytes),
+            f"{group.modules:,}",
         )
-    table.add_section()
-    table.add_row(
-        "all text parameters",
-        "",
-        f"{found.text_parameters:,}",
-        f"{found.bytes:,}",
-        "",
-        f"{found.trained_parameters:,}",
-        f"{found.trained_bytes:,}",
+        for group in found.groups
+    ]
+    whole = (count(found.text_parameters), size(found.bytes), "")
+    return Sheet(
+        title="Parts",
+        columns=("part", "parameters", "memory", "GT-QLoRA", "trained parameters", "trained memory", "modules"),
+        rows=rows,
+        total=("all text parameters", *whole, count(found.trained_parameters), size(found.trained_bytes), ""),
     )
-    return table
 
 
-def names(found: Inspection) -> Any:
-    """Parameters of the first MoE layer, in memory and on disk."""
-    table = new_table("Names of the first MoE layer", "in memory", "on disk")
-    for name in found.names:
-        table.add_row(name.memory, ", ".join(name.disk))
-    return table
+def interventions(found: Diagnosis) -> Sheet:
+    """Return what flagged prompts and twins do when a part is interchanged, ablated or removed."""
+    rows = [
+        (
+            f"{i.name} (control)" if i.control else i.name,
+            interval(i.refusal),
+            interval(i.effect),
+            interval(i.log_odds, 1),
+        )
+        for i in found.interventions
+    ]
+    columns = ("intervention", "refusal", "effect on refusal", "log-odds")
+    return Sheet(title="What the prompts do under interventions", columns=columns, rows=rows)
 
 
-def interventions(found: Diagnosis) -> Any:
-    """What flagged prompts and twins do when something is interchanged, ablated or removed."""
-    table = new_table("What the prompts do under interventions", "what", "refusal", "effect on refusal", "log-odds")
-    for i in found.interventions:
-        name = f"{i.name} (control)" if i.control else i.name
-        table.add_row(plain(name), interval(i.refusal), interval(i.effect), interval(i.log_odds, 1))
-    return table
+def shares(found: Diagnosis) -> Sheet:
+    """Return how much of the behaviour each component carries."""
+    rows = [
+        (
+            name,
+            interval(found.necessary.get(part), 2),
+            interval(found.sufficient.get(part), 2),
+            interval(found.shares[part], 2),
+        )
+        for part, name in COMPONENTS.items()
+    ]
+    return Sheet(
+        title="Which component carries the refusals",
+        columns=("component", "necessary", "sufficient", "share"),
+        rows=rows,
+        gloss="routing is Level 2, experts' own computation and the rest of the residual stream are Level 1",
+    )
 
 
-def shares(found: Diagnosis) -> Any:
-    """How much of the behaviour each component carries."""
-    table = new_table("Which component carries the refusals", "component", "share", "necessary", "sufficient")
-    for part, name in COMPONENTS.items():
-        columns = (found.shares[part], found.necessary.get(part), found.sufficient.get(part))
-        table.add_row(name, *(interval(column, 2) for column in columns))
-    return table
+def experts(found: Diagnosis) -> Sheet:
+    """Return what each candidate expert does by itself."""
+    rows = [
+        (
+            f"{e.layer}/{e.expert}",
+            interval(e.ablate),
+            interval(e.restore),
+            "yes" if e.causal else "computes it" if e.computes else "",
+        )
+        for e in found.experts
+    ]
+    columns = ("layer/expert", "ablated", "restored", "carries it")
+    return Sheet(title="Experts: the part of the gap that each moves", columns=columns, rows=rows)
 
 
-def experts(found: Diagnosis) -> Any:
-    """What each candidate does by itself."""
-    table = new_table("Experts, as parts of the gap", "layer/expert", "ablated", "restored", "carries it")
-    for e in found.experts:
-        carries = "yes" if e.causal else "computes it" if e.computes else ""
-        table.add_row(f"{e.layer}/{e.expert}", interval(e.ablate), interval(e.restore), carries)
-    return table
+def candidates(found: Projected) -> Sheet:
+    """Return what is left of over-refusal, and of the task, without each layer's direction."""
+    rows = [
+        (f"{c.layer}{' (chosen)' if c.layer == found.layer else ''}", share(c.refusal), share(c.accuracy))
+        for c in found.candidates
+    ]
+    columns = ("after layer", "over-refused", "accuracy")
+    return Sheet(title="Direction removed, on lookalike (over-refusal) prompts", columns=columns, rows=rows)
 
 
-def held_out(found: Verdict) -> Any:
-    """Refusal and accuracy before and after, by kind."""
-    columns = ("kind", "n", "refusal before", "refusal after", "q", "accuracy before", "accuracy after")
-    table = new_table("Held-out prompts", *columns)
-    for kind, row in found.table.items():
-        table.add_row(
-            kind,
-            str(row.refusal_before.n),
+def held_out(found: Verdict) -> Sheet:
+    """Return refusal and accuracy of held-out prompts before and after, by kind."""
+    rows = [
+        (
+            KINDS[kind],
             interval(row.refusal_before),
             interval(row.refusal_after),
-            f"{row.q:.2g}",
             interval(row.accuracy_before),
             interval(row.accuracy_after),
+            f"{row.refusal_before.n:,}",
+            f"{row.q:.2g}",
         )
-    return table
-
-
-def drift(found: Verdict) -> Any:
-    """How far the routing of prompts left the original."""
-    table = new_table("Routing drift on prompts", "kind", "KL (nats per token)", "top-k overlap")
-    for kind, row in found.drift.items():
-        table.add_row(kind, interval(row.kl), interval(row.overlap))
-    return table
-
-
-def ablation(found: AblationStudy) -> Any:
-    """Refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random ones."""
-    table = new_table(
-        "Harmful prompts refused with experts ablated", "ablated", "before", "after", "after, ranked anew", "random"
+        for kind, row in found.table.items()
+    ]
+    return Sheet(
+        title="Held-out prompts",
+        columns=("kind", "refused before", "refused after", "accuracy before", "accuracy after", "n", "q"),
+        rows=rows,
+        gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
     )
+
+
+def drift(found: Verdict) -> Sheet:
+    """Return how far the routing of prompts left the original's."""
+    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in found.drift.items()]
+    columns = ("kind", "KL (nats per token)", "top-k overlap")
+    return Sheet(title="Routing drift on prompts", columns=columns, rows=rows)
+
+
+def ablation(found: AblationStudy) -> Sheet:
+    """Return refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random."""
     listed = (found.before, found.after, found.after_reranked)
     curves = [{point.ablated: point for point in points} for points in listed]
-    for count, point in curves[1].items():
-        targeted = [interval(curve[count].targeted) if count in curve else "-" for curve in curves]
-        table.add_row(str(count), *targeted, interval(point.random))
-    return table
+    rows = [
+        (
+            str(number),
+            *(interval(curve[number].targeted) if number in curve else "-" for curve in curves),
+            interval(point.random),
+        )
+        for number, point in curves[1].items()
+    ]
+    columns = ("ablated", "before", "after", "after, ranked anew", "random")
+    return Sheet(title="Harmful prompts refused with experts ablated", columns=columns, rows=rows)
 
 
-def edits(numbers: Numbers) -> Any:
-    """The demo's edits of one organism."""
-    table = new_table(
-        "",
-        "edit",
-        "harmful\nrefused",
-        "lookalike\nrefused",
-        "benign\nrefused",
-        "lookalike\nright",
-        "benign\nright",
-        "floor",
-        "lookalike\nrefused,\nrouting\nreplayed",
+def _floor(verdict: str | None) -> Cell:
+    return Cell(verdict, floor_style(verdict)) if verdict else Cell("-")
+
+
+def edits(numbers: Numbers) -> Sheet:
+    """Return the demo's edits of one organism; the model as it is was held to no floor."""
+    rows = [
+        (
+            Cell(_EDITS.get(edit, edit), "bold" if edit == "gt" else ""),
+            share(row.harmful_refusal),
+            share(row.lookalike_refusal),
+            f"{share(row.lookalike_accuracy)} / {share(row.benign_accuracy)}",
+            _floor(row.floor),
+            share(row.replayed_lookalike_refusal),
+        )
+        for edit, row in numbers.edits.items()
+    ]
+    accuracy = "accuracy (over-refusal / benign)"
+    return Sheet(
+        title="",
+        columns=("edit", "harmful refused", "over-refused", accuracy, "floor", _ORIGINAL_ROUTING),
+        rows=rows,
+        gloss=f"{_ORIGINAL_ROUTING}: high: the repair works through the routing",
     )
-    for edit, row in numbers.edits.items():
-        colour = {"pass": "green", "fail": "red"}.get(row.floor, "yellow")
-        rates = (row.harmful_refusal, row.lookalike_refusal, row.benign_refusal)
-        cells = map(share, (*rates, row.lookalike_accuracy, row.benign_accuracy))
-        label = f"[bold]{edit}[/]" if edit == "gt" else edit
-        table.add_row(label, *cells, f"[{colour}]{row.floor}[/]", share(row.replayed_lookalike_refusal))
-    return table
+
+
+__all__ = [
+    "ablation",
+    "candidates",
+    "drift",
+    "edits",
+    "experts",
+    "floor_style",
+    "held_out",
+    "interventions",
+    "parts",
+    "rows_by_split",
+    "shares",
+]

@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 
 from gtqlora.localize.interchange import CELLS, FLAGGED, TWIN, Interchanges
 from gtqlora.localize.trials import Outcome, odds_of
-from gtqlora.results.diagnosis import CANNOT_TELL, Localization
+from gtqlora.results.diagnosis import CANNOT_TELL, MIN_PAIRS, Localization
 from gtqlora.stats import Interval, mean_interval, paired_difference, ratio_interval
-
-MIN_PAIRS = 30
-"""Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
 
 COMPONENTS = ("routing", "experts", "residual")
 

@@ -10,7 +10,7 @@ from gtqlora.reporting.words import MANY, mode, returned, way
 
 
 def trade_off(peers: Sequence[Peer]) -> Plot:
-    """Each edit by its lookalike and harmful refusal; the aim is top left."""
+    """Return each edit by its lookalike and harmful refusal; the aim is top left."""
     shares = [_share(peer) for peer in peers]
     order = sorted(range(len(peers)), key=lambda i: -shares[i])  # the larger below, so that each can be seen
     edits = _edits([peers[i] for i in order], [shares[i] for i in order])
@@ -31,21 +31,21 @@ def trade_off(peers: Sequence[Peer]) -> Plot:
 
 
 def _share(peer: Peer) -> float:
-    """Share of the effect that goes through the routing; 0 where too few refusals were repaired to say."""
-    found = peer.verdict["mediation"]
-    return found["value"] if found["n"] >= MANY else 0.0
+    """Return the share of the effect that goes through the routing; 0 where too few refusals were repaired to say."""
+    found = peer.verdict.mediation
+    return found.value if found.value is not None and found.n >= MANY else 0.0
 
 
 def _edits(peers: Sequence[Peer], shares: Sequence[float]) -> Spec:
-    x = [peer.verdict["table"]["lookalike"]["refusal_after"] for peer in peers]
-    y = [peer.verdict["table"]["harmful"]["refusal_after"] for peer in peers]
-    ways = [peer.verdict["mediation"] for peer in peers]
+    x = [peer.verdict.table["lookalike"].refusal_after for peer in peers]
+    y = [peer.verdict.table["harmful"].refusal_after for peer in peers]
+    ways = [peer.verdict.mediation for peer in peers]
     return {
         "type": "scatter",
         "mode": "markers",
         "cliponaxis": False,
-        "x": [interval["value"] for interval in x],
-        "y": [interval["value"] for interval in y],
+        "x": [interval.value for interval in x],
+        "y": [interval.value for interval in y],
         "error_x": errors_of(x),
         "error_y": errors_of(y),
         "marker": {
@@ -66,13 +66,13 @@ def _edits(peers: Sequence[Peer], shares: Sequence[float]) -> Spec:
 
 
 def _original(peer: Peer) -> Spec:
-    before = peer.verdict["table"]
+    before = peer.verdict.table
     return {
         "type": "scatter",
         "mode": "markers",
         "cliponaxis": False,
-        "x": [before["lookalike"]["refusal_before"]["value"]],
-        "y": [before["harmful"]["refusal_before"]["value"]],
+        "x": [before["lookalike"].refusal_before.value],
+        "y": [before["harmful"].refusal_before.value],
         "marker": {"symbol": "x-thin-open", "size": 12, "color": "var(--ink-soft)", "line": {"width": 2.5}},
         "hovertemplate": (
             "<b>before the edit</b><br>lookalike refused %{x:.1%}<br>harmful refused %{y:.1%}<extra></extra>"
@@ -81,7 +81,7 @@ def _original(peer: Peer) -> Spec:
 
 
 def _names(points: Sequence[tuple[float, float, str]]) -> list[Spec]:
-    """One label for all points that lie on one another, toward the middle of the plot."""
+    """Return one label for all points that lie on one another, toward the middle of the plot."""
     groups: list[tuple[float, float, list[str]]] = []
     for x, y, name in points:
         near = next((g for g in groups if abs(g[0] - x) < 0.06 and abs(g[1] - y) < 0.06), None)

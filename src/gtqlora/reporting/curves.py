@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from operator import attrgetter
 
-from gtqlora.reporting.artefacts import Json
 from gtqlora.reporting.figures import (
     BLUE,
     GREY,
@@ -14,6 +13,7 @@ from gtqlora.reporting.figures import (
     PURPLE,
     Plot,
     Series,
+    Spec,
     Style,
     estimates,
     level_line,
@@ -21,7 +21,14 @@ from gtqlora.reporting.figures import (
     rounded,
     thinned,
 )
+from gtqlora.reporting.tables import ablation_curves
 from gtqlora.reporting.words import KINDS
+from gtqlora.results.ablation import AblationStudy
+from gtqlora.results.diagnosis import LayerHealth
+from gtqlora.results.directions import LayerDirections
+from gtqlora.results.experts import Curve
+from gtqlora.results.metrics import Metrics
+from gtqlora.stats import Interval
 
 _SHARE = {"tickformat": ".0%", "range": [-0.03, 1.05]}
 _AUROC = {"tickformat": ".1f", "range": [0.25, 1.03]}
@@ -36,30 +43,30 @@ _KIND_STYLE = {
 # --- experts ablated
 
 
-def _counts(title: str, found: Iterable[int]) -> Json:
-    """An axis of numbers of experts, evenly spaced though they double."""
+def _counts(title: str, found: Iterable[int]) -> Spec:
+    """Return an axis of numbers of experts, evenly spaced though they double."""
     return {"title": title, "type": "category", "categoryarray": [str(m) for m in sorted(set(found))]}
 
 
-def effect_plots(curves: Sequence[Json]) -> list[Plot]:
-    """Refusal of flagged prompts, and its log-odds, against the number of experts ablated, in each order."""
-    orders = [curve for curve in curves if not curve["control"]]
-    styles = dict(zip((curve["name"] for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
-    axis = _counts("experts ablated", (point["ablated"] for curve in curves for point in curve["points"]))
+def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
+    """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, in each order."""
+    orders = [curve for curve in curves if not curve.control]
+    styles = dict(zip((curve.name for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
+    axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
 
     def series(what: str) -> list[Series]:
         return [
             estimates(
-                curve["name"],
-                styles.get(curve["name"], GREY),
-                [str(point["ablated"]) for point in curve["points"]],
-                [point[what] for point in curve["points"]],
+                curve.name,
+                styles.get(curve.name, GREY),
+                [str(point.ablated) for point in curve.points],
+                list(map(attrgetter(what), curve.points)),
             )
             for curve in curves
         ]
 
     plots = [line_plot("effect-refusal", "Refused", series("refusal"), x=axis, y=_SHARE, what="experts ablated")]
-    if any(point["log_odds"] for curve in curves for point in curve["points"]):
+    if any(point.log_odds for curve in curves for point in curve.points):
         plots.append(
             line_plot(
                 "effect-log-odds", "Log-odds of refusing", series("log_odds"), x=axis, y=_UP, what="experts ablated"
@@ -68,25 +75,20 @@ def effect_plots(curves: Sequence[Json]) -> list[Plot]:
     return plots
 
 
-SILENCED = (
-    ("before", "before the edit", GREY),
-    ("after", "after, the same experts", BLUE),
-    ("after_reranked", "after, ranked anew", ORANGE),
-)
-"""Key in the verdict, name and style of each curve."""
+_ABLATION_STYLES = (GREY, BLUE, ORANGE)
 
 
-def ablation_plots(ablation: Json) -> list[Plot]:
-    """Refusal of harmful prompts against the number of experts ablated: the ranked ones, and random ones."""
-    curves = [(ablation[key], name, style) for key, name, style in SILENCED if ablation.get(key)]
-    axis = _counts("experts ablated", (point["ablated"] for points, _, _ in curves for point in points))
+def ablation_plots(study: AblationStudy) -> list[Plot]:
+    """Draw the refusal of harmful prompts against the number of experts ablated: the ranked ones, and random ones."""
+    curves = list(zip(ablation_curves(study), _ABLATION_STYLES, strict=True))
+    axis = _counts("experts ablated", (point.ablated for (_, points), _ in curves for point in points))
     return [
         line_plot(
             f"ablation-{which}",
             title,
             [
-                estimates(name, style, [str(p["ablated"]) for p in points], [p[which] for p in points])
-                for points, name, style in curves
+                estimates(name, style, [str(p.ablated) for p in points], list(map(attrgetter(which), points)))
+                for (name, points), style in curves
             ],
             x=axis,
             y=_SHARE,
@@ -105,29 +107,21 @@ _NAMED = (
 )
 
 
-def _of(rows: Sequence[Json], *path: str) -> list[Any]:
-    """What lies at a path of keys in each row; None where it ends early."""
-    found: list[Any] = list(rows)
-    for key in path:
-        found = [row[key] if row else None for row in found]
-    return found
+def direction_plots(rows: Sequence[LayerDirections]) -> list[Plot]:
+    """Draw separability, variance explained, what erasing leaves, angles and lengths, over the layers."""
+    layers = [row.layer for row in rows]
+    components, erasures = [row.components for row in rows], [row.erasure for row in rows]
 
+    def line(name: str, style: Style, found: Iterable[Interval | None]) -> Series:
+        return estimates(name, style, layers, list(found))
 
-def direction_plots(rows: Sequence[Json]) -> list[Plot]:
-    """Separability, variance explained, what erasing leaves, angles and lengths, over the layers."""
-    layers = [row["layer"] for row in rows]
-
-    def at(name: str, style: Style, *path: str) -> Series:
-        return estimates(name, style, layers, _of(rows, *path))
-
-    first = [shares[0] if shares else None for shares in _of(rows, "components", "shares")]
-    found: list[tuple[str, str, list[Series], Json, Json]] = [
+    found: list[tuple[str, str, list[Series], Spec, Spec]] = [
         (
             "separability",
             "How well each direction separates (AUROC)",
             [
-                at("difference of means", BLUE, "separation"),
-                at("first component", ORANGE, "components", "separation"),
+                line("difference of means", BLUE, (row.separation for row in rows)),
+                line("first component", ORANGE, (c and c.separation for c in components)),
             ],
             _AUROC,
             level_line(0.5, "chance"),
@@ -136,9 +130,9 @@ def direction_plots(rows: Sequence[Json]) -> list[Plot]:
             "erasure",
             "What a probe finds after erasing (AUROC)",
             [
-                at("nothing erased", BLUE, "erasure", "before"),
-                at("difference of means removed", ORANGE, "erasure", "mean_removed"),
-                at("LEACE", PURPLE, "erasure", "leace"),
+                line("nothing erased", BLUE, (e and e.before for e in erasures)),
+                line("difference of means removed", ORANGE, (e and e.mean_removed for e in erasures)),
+                line("LEACE", PURPLE, (e and e.leace for e in erasures)),
             ],
             _AUROC,
             level_line(0.5, "chance"),
@@ -147,8 +141,8 @@ def direction_plots(rows: Sequence[Json]) -> list[Plot]:
             "explained",
             "Share of the differences explained",
             [
-                at("difference of means", BLUE, "components", "share_mean"),
-                estimates("first component", ORANGE, layers, first),
+                line("difference of means", BLUE, (c and c.share_mean for c in components)),
+                line("first component", ORANGE, (c.shares[0] if c and c.shares else None for c in components)),
             ],
             _SHARE,
             {},
@@ -157,7 +151,7 @@ def direction_plots(rows: Sequence[Json]) -> list[Plot]:
         (
             "lengths",
             "Length of the difference",
-            [Series(name="refusal", style=BLUE, x=layers, y=[rounded(n) for n in _of(rows, "norm")])],
+            [Series(name="refusal", style=BLUE, x=layers, y=[rounded(row.norm) for row in rows])],
             _UP,
             {},
         ),
@@ -169,18 +163,15 @@ def direction_plots(rows: Sequence[Json]) -> list[Plot]:
     return [plot for plot in plots if plot.spec["data"]]
 
 
-def _cosines(layers: Sequence[int], rows: Sequence[Json]) -> Iterable[Series]:
+def _cosines(layers: Sequence[int], rows: Sequence[LayerDirections]) -> Iterable[Series]:
     for first, second, style in _NAMED:
-        found = [
-            next((c["value"] for c in row["cosines"] if {c["first"], c["second"]} == {first, second}), None)
-            for row in rows
-        ]
+        found = [next((c.value for c in row.cosines if {c.first, c.second} == {first, second}), None) for row in rows]
         yield estimates(f"{first} – {second}".replace("_", " "), style, layers, found)
-    values = [rounded(value) for value in _of(rows, "components", "cosine")]
+    values = [rounded(row.components.cosine) if row.components else None for row in rows]
     yield Series(name="difference of means – first component", style=GREY, x=layers, y=values)
 
 
-def _layers(rows: Sequence[Json], title: str) -> Json:
+def _layers(rows: Sequence[object], title: str) -> Spec:
     return {"title": title, **({"dtick": 1} if len(rows) <= 16 else {})}
 
 
@@ -192,13 +183,13 @@ _LOAD = (
 )
 
 
-def load_plots(health: Sequence[Json]) -> list[Plot]:
-    """Balance of the original router's load over the layers."""
+def load_plots(health: Sequence[LayerHealth]) -> list[Plot]:
+    """Draw the balance of the original router's load over the layers."""
     return [
         line_plot(
             f"layer-{key.replace('_', '-')}",
             title,
-            [Series(name=title, style=BLUE, x=[h["layer"] for h in health], y=[rounded(h[key]) for h in health])],
+            [Series(name=title, style=BLUE, x=[h.layer for h in health], y=[rounded(getattr(h, key)) for h in health])],
             x=_layers(health, "MoE layer"),
             y=_UP,
             what="layers",
@@ -236,9 +227,9 @@ _HEALTH = (
 
 
 def _logged(
-    metrics: Sequence[Json], wanted: Iterable[tuple[str, str, list[tuple[str, str, Style]], Json]]
+    metrics: Sequence[Metrics], wanted: Iterable[tuple[str, str, list[tuple[str, str, Style]], Spec]]
 ) -> list[Plot]:
-    """Lines over the steps, of those keys that were logged."""
+    """Draw lines over the steps, of those keys that were logged."""
     rows = thinned(metrics, MAX_POINTS)
     plots = []
     for id, title, lines, axis in wanted:
@@ -255,18 +246,17 @@ def _logged(
     return [plot for plot in plots if plot.spec["data"]]
 
 
-def learning_plots(metrics: Sequence[Json]) -> list[Plot]:
-    """Loss, reward margin and anchor over the steps."""
+def learning_plots(metrics: Sequence[Metrics]) -> list[Plot]:
+    """Draw loss, reward margin and anchor over the steps."""
     return _logged(metrics, _LEARNING)
 
 
-def health_plots(metrics: Sequence[Json]) -> list[Plot]:
-    """Balance of the router's load, and how far the routing of each kind of prompt left the original's."""
+def health_plots(metrics: Sequence[Metrics]) -> list[Plot]:
+    """Draw the balance of the router's load, and how far the routing of each kind of prompt left the original's."""
     return _logged(metrics, _HEALTH)
 
 
 __all__ = [
-    "SILENCED",
     "ablation_plots",
     "direction_plots",
     "effect_plots",

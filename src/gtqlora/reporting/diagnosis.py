@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gtqlora.reporting import curves, tables, words
-from gtqlora.reporting.artefacts import Json
 from gtqlora.reporting.forest import Forest, Line, Scale, Style, holding, line, mark, told
 from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
 from gtqlora.reporting.tables import Table
+from gtqlora.results.association import Association
+from gtqlora.results.diagnosis import Cell, Diagnosis
+from gtqlora.results.experts import ExpertEffect
+from gtqlora.stats import Interval
 
 LEVELS = {
     "routing": "routing",
@@ -19,6 +22,8 @@ LEVELS = {
     "interaction": "interaction",
 }
 _SIDES = ("routing", "experts", "stream")
+Intervals = Mapping[str, Interval]
+"""Component -> interval."""
 _MOST_DRAWN = 12
 _TEST = Style(tint="accent", meaning="test")
 _CONTROL = Style(tint="control", shape="square", meaning="control")
@@ -48,15 +53,16 @@ class Atlas:
     others: str
 
 
-def _others(diagnosis: Json) -> str:
-    """What flagged prompts were compared with."""
-    return "their harmless twins" if diagnosis["matched"] else "unrelated benign prompts"
+def _others(diagnosis: Diagnosis) -> str:
+    """Return what flagged prompts were compared with."""
+    return "their harmless twins" if diagnosis.matched else "unrelated benign prompts"
 
 
-def atlas(diagnosis: Json, association: Sequence[Json]) -> Atlas | None:
+def atlas(diagnosis: Diagnosis, association: Sequence[Association]) -> Atlas | None:
+    """Return the heat map of all experts, if their association is there."""
     if not association:
         return None
-    twin = "twin" if diagnosis["matched"] else "benign"
+    twin = "twin" if diagnosis.matched else "benign"
     return Atlas(
         title="Which experts are chosen more on flagged prompts",
         caption="Each cell is an expert: how much more often it is chosen on flagged prompts than on "
@@ -64,61 +70,62 @@ def atlas(diagnosis: Json, association: Sequence[Json]) -> Atlas | None:
         "Choose a cell for all that is known of that expert.",
         map=heat_map(diagnosis, association, twin),
         table=tables.associations(association, diagnosis, twin),
-        tested=[_tested(found) for found in diagnosis["experts"]],
+        tested=[_tested(found) for found in diagnosis.experts],
         twin=twin,
         others=_others(diagnosis),
     )
 
 
-_MASKED = Style(tint="accent", meaning="ablated alone")
-_GIVEN = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates ablated")
+_ABLATED = Style(tint="accent", meaning="ablated alone")
+_RESTORED = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates ablated")
 _ALIKE = Style(tint="control", shape="square", meaning="control: random experts alike, ablated")
 
 
-def _interchanges(found: Json) -> list[tuple[Json, Style]]:
-    return [(found["ablate"], _MASKED), (found["restore"], _GIVEN), (found["control"], _ALIKE)]
+def _parts(found: ExpertEffect) -> list[tuple[Interval, Style]]:
+    """Return the part of the gap that goes or returns with an expert, and that of its control."""
+    return [(found.ablate, _ABLATED), (found.restore, _RESTORED), (found.control, _ALIKE)]
 
 
-def _tested(found: Json) -> Tested:
-    parts = _interchanges(found)
+def _tested(found: ExpertEffect) -> Tested:
+    parts = _parts(found)
     scale = holding(interval for interval, _ in parts)
     forest = Forest(
-        heading="Swap",
+        heading="Change",
         measure="part of the gap",
         columns=("Effect",),
         lines=[line(words.capital(style.meaning), [(interval, style)], scale) for interval, style in parts],
         scale=scale,
     )
     return Tested(
-        layer=found["layer"],
-        expert=found["expert"],
+        layer=found.layer,
+        expert=found.expert,
         cause=words.cause(found),
         forest=forest,
-        tokens=tables.tokens(found["tokens"]),
+        tokens=tables.tokens(found.tokens),
     )
 
 
-def diagnosis_figures(diagnosis: Json) -> list[Figure]:
-    """All but the heat map, in the order of the argument; what was not measured is left out."""
+def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
+    """Return all figures but the heat map, in the order of the argument; what was not measured is left out."""
     figures = (_one_by_one(diagnosis), _effects(diagnosis), _interventions(diagnosis), _directions(diagnosis))
     return [figure for figure in (*figures, _load(diagnosis)) if figure]
 
 
-def shares(diagnosis: Json) -> list[Figure]:
-    """How the behaviour divides among the levels, and every combination of them that was run."""
-    if not diagnosis["shares"]:
+def shares(diagnosis: Diagnosis) -> list[Figure]:
+    """Draw how the behaviour divides among the levels, and every combination of them that was run."""
+    if not diagnosis.shares:
         return []
     return [
         _shares(diagnosis),
-        *([_necessary(diagnosis)] if diagnosis["necessary"] else []),
-        *([_cells(diagnosis)] if diagnosis["cells"] else []),
+        *([_necessary(diagnosis)] if diagnosis.necessary else []),
+        *([_cells(diagnosis)] if diagnosis.cells else []),
     ]
 
 
-def _shares(diagnosis: Json) -> Figure:
+def _shares(diagnosis: Diagnosis) -> Figure:
     columns = {
-        Style(tint="accent", meaning="refusals", bar=True): diagnosis["shares"],
-        Style(tint="second", shape="diamond", meaning="log-odds of refusing"): diagnosis["shares_log_odds"],
+        Style(tint="accent", meaning="refusals", bar=True): diagnosis.shares,
+        Style(tint="second", shape="diamond", meaning="log-odds of refusing"): diagnosis.shares_log_odds,
     }
     title = "How much of it sits where"
     caption = (
@@ -129,20 +136,20 @@ def _shares(diagnosis: Json) -> Figure:
     return _levels("shares", title, caption, columns, LEVELS)
 
 
-def _necessary(diagnosis: Json) -> Figure:
+def _necessary(diagnosis: Diagnosis) -> Figure:
     columns = {
-        Style(tint="accent", meaning="necessary"): diagnosis["necessary"],
-        Style(tint="second", shape="diamond", meaning="sufficient"): diagnosis["sufficient"],
+        Style(tint="accent", meaning="necessary"): diagnosis.necessary,
+        Style(tint="second", shape="diamond", meaning="sufficient"): diagnosis.sufficient,
     }
     caption = (
-        "Needed: the part of the refusals that goes when only this level is the twin’s. "
-        "Enough: the part that comes when only this level is the flagged prompt’s."
+        "Necessary: the part of the refusals that goes when only this level is the twin’s. "
+        "Sufficient: the part that comes when only this level is the flagged prompt’s."
     )
-    names = {key: name for key, name in LEVELS.items() if key in diagnosis["necessary"]}
-    return _levels("necessary", "What is needed, and what is enough", caption, columns, names)
+    names = {key: name for key, name in LEVELS.items() if key in diagnosis.necessary}
+    return _levels("necessary", "What is necessary, and what is sufficient", caption, columns, names)
 
 
-def _levels(id: str, title: str, caption: str, found: dict[Style, Json], names: Json) -> Figure:
+def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals], names: Mapping[str, str]) -> Figure:
     measured = {style: values for style, values in found.items() if values}
     columns = {words.capital(style.meaning): values for style, values in measured.items()}
     scale = holding(interval for values in measured.values() for interval in values.values())
@@ -160,13 +167,13 @@ def _levels(id: str, title: str, caption: str, found: dict[Style, Json], names: 
     return Figure(id=id, title=title, caption=caption, tables=[tables.levels(title, columns, names)], forest=forest)
 
 
-def _cells(diagnosis: Json) -> Figure:
-    found = sorted(diagnosis["cells"], key=lambda cell: -sum(cell[side] == "flagged" for side in _SIDES))
+def _cells(diagnosis: Diagnosis) -> Figure:
+    found = sorted(diagnosis.cells, key=lambda cell: -sum(side == "flagged" for side in _sides(cell).values()))
     lines = [
         Line(
-            label="  ".join(f"{'■' if cell[side] == 'flagged' else '□'} {side}" for side in _SIDES),
-            marks=(mark(cell["refusal"], _TEST, Scale()),),
-            texts=(told(cell["refusal"]), _real(cell["log_odds"])),
+            label="  ".join(f"{'■' if of == 'flagged' else '□'} {side}" for side, of in _sides(cell).items()),
+            marks=(mark(cell.refusal, _TEST, Scale()),),
+            texts=(told(cell.refusal), _real(cell.log_odds)),
         )
         for cell in found
     ]
@@ -182,32 +189,37 @@ def _cells(diagnosis: Json) -> Figure:
     )
 
 
-def _real(interval: Json | None) -> tuple[str, str]:
+def _sides(cell: Cell) -> dict[str, str]:
+    """Return from which prompt each component comes."""
+    return {side: getattr(cell, side) for side in _SIDES}
+
+
+def _real(interval: Interval | None) -> tuple[str, str]:
     return words.number(words.value_of(interval)), words.span(interval, 3) if interval else ""
 
 
-def _one_by_one(diagnosis: Json) -> Figure | None:
-    if not diagnosis["experts"]:
+def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
+    if not diagnosis.experts:
         return None
-    found = sorted(diagnosis["experts"], key=lambda e: not words.cause(e))[:_MOST_DRAWN]
-    scale = holding(interval for e in found for interval, _ in _interchanges(e))
+    found = sorted(diagnosis.experts, key=lambda e: not words.cause(e))[:_MOST_DRAWN]
+    scale = holding(interval for e in found for interval, _ in _parts(e))
     lines = [
         Line(
             label=words.capital(words.place(e)),
-            marks=tuple(mark(interval, style, scale) for interval, style in _interchanges(e)),
-            texts=(told(e["ablate"]), told(e["restore"])),
+            marks=tuple(mark(interval, style, scale) for interval, style in _parts(e)),
+            texts=(told(e.ablate), told(e.restore)),
             tag=words.cause(e),
-            opens=(e["layer"], e["expert"]),
+            opens=(e.layer, e.expert),
         )
         for e in found
     ]
     forest = Forest(
         heading="Expert",
         measure="part of the gap",
-        columns=("Ablated alone", "Given back alone"),
+        columns=("Ablated alone", "Restored alone"),
         lines=lines,
         scale=scale,
-        key=(_MASKED, _GIVEN, _ALIKE),
+        key=(_ABLATED, _RESTORED, _ALIKE),
     )
     return Figure(
         id="one-by-one",
@@ -215,14 +227,14 @@ def _one_by_one(diagnosis: Json) -> Figure | None:
         caption="Effect on the log-odds of refusing, as part of the gap between flagged prompts and "
         f"{_others(diagnosis)}. Causal: its effect exceeds every control’s, and it is chosen more on flagged prompts; "
         "computes it: it is chosen alike. "
-        f"{len(found)} of {len(diagnosis['experts'])} are drawn; the table has all.",
-        tables=[tables.tested(diagnosis["experts"])],
+        f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
+        tables=[tables.tested(diagnosis.experts)],
         forest=forest,
     )
 
 
-def _effects(diagnosis: Json) -> Figure | None:
-    if not diagnosis["curves"]:
+def _effects(diagnosis: Diagnosis) -> Figure | None:
+    if not diagnosis.curves:
         return None
     return Figure(
         id="effects",
@@ -230,22 +242,22 @@ def _effects(diagnosis: Json) -> Figure | None:
         caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
         "experts of like frequency in the same layers are the control: an order tells something where it leaves "
         "their band.",
-        tables=[tables.effects(diagnosis["curves"])],
-        plots=curves.effect_plots(diagnosis["curves"]),
+        tables=[tables.effects(diagnosis.curves)],
+        plots=curves.effect_plots(diagnosis.curves),
     )
 
 
-def _interventions(diagnosis: Json) -> Figure | None:
-    if not diagnosis["interventions"]:
+def _interventions(diagnosis: Diagnosis) -> Figure | None:
+    if not diagnosis.interventions:
         return None
     lines = [
         Line(
-            label=i["name"],
-            marks=(mark(i["refusal"], _CONTROL if i["control"] else _TEST, Scale()),),
-            texts=(told(i["refusal"]), told(i["accuracy"])),
-            tag="control" if i["control"] else "",
+            label=i.name,
+            marks=(mark(i.refusal, _CONTROL if i.control else _TEST, Scale()),),
+            texts=(told(i.refusal), told(i.accuracy)),
+            tag="control" if i.control else "",
         )
-        for i in diagnosis["interventions"]
+        for i in diagnosis.interventions
     ]
     forest = Forest(
         heading="Intervention",
@@ -260,13 +272,13 @@ def _interventions(diagnosis: Json) -> Figure | None:
         title="What changes refusal",
         caption="Share refused under each change, with its 95 % interval. Controls disturb as much, but not where the "
         "behaviour is suspected: if they move refusal too, the test shows nothing.",
-        tables=[tables.interventions(diagnosis["interventions"])],
+        tables=[tables.interventions(diagnosis.interventions)],
         forest=forest,
     )
 
 
-def _directions(diagnosis: Json) -> Figure | None:
-    layers = diagnosis["directions"].get("layers", ())
+def _directions(diagnosis: Diagnosis) -> Figure | None:
+    layers = diagnosis.directions.layers
     if not layers:
         return None
     return Figure(
@@ -279,15 +291,15 @@ def _directions(diagnosis: Json) -> Figure | None:
     )
 
 
-def _load(diagnosis: Json) -> Figure | None:
-    if not diagnosis["health"]:
+def _load(diagnosis: Diagnosis) -> Figure | None:
+    if not diagnosis.health:
         return None
     return Figure(
         id="load",
         title="Router health of the model as it is",
-        caption=f"Balance of the experts’ load over {words.count(diagnosis['health_tokens'])} tokens, layer by layer.",
-        tables=[tables.load(diagnosis["health"])],
-        plots=curves.load_plots(diagnosis["health"]),
+        caption=f"Balance of the experts’ load over {words.count(diagnosis.health_tokens)} tokens, layer by layer.",
+        tables=[tables.load(diagnosis.health)],
+        plots=curves.load_plots(diagnosis.health),
     )
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gtqlora.reporting.artefacts import Json
 from gtqlora.reporting.words import known
+from gtqlora.results.metrics import Metrics
+from gtqlora.stats import Interval
 
 Spec = dict[str, Any]
+"""A part of a plotly figure: its keys are plotly's own, and what they hold is written as JSON."""
+Place = int | float | str
+"""Where a value stands along the horizontal axis: a number, or a category's name."""
 MAX_POINTS = 400
 _BORDER = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
 _SIGN = {"circle": "●", "diamond": "◆", "square-open": "□", "triangle-up": "▲", "circle-open": "○"}
@@ -28,11 +32,12 @@ class Style:
 
     @property
     def border(self) -> str:
-        """The dash in the style sheet's words."""
+        """Return the dash in the style sheet's words."""
         return _BORDER[self.dash]
 
     @property
     def sign(self) -> str:
+        """Return the symbol as a character."""
         return _SIGN[self.symbol]
 
 
@@ -48,7 +53,7 @@ class Series:
 
     name: str
     style: Style
-    x: Sequence[Any]
+    x: Sequence[Place]
     y: Sequence[float | None]
     bounds: Sequence[tuple[float, float] | None] | None = None
 
@@ -70,36 +75,37 @@ class Plot:
     key: tuple[tuple[str, Style], ...] = ()
 
 
-def plain(text: Any) -> str:
-    """Plotly reads tags in its texts; a path or a name must stay what it is."""
+def plain(text: object) -> str:
+    """Return a text in which plotly finds no tags: a path or a name must stay what it is."""
     return html.escape(str(text), quote=False)
 
 
-def rounded(value: Any) -> float | None:
-    """Four significant digits; None for what is not known."""
+def rounded(value: float | None) -> float | None:
+    """Return four significant digits; None for what is not known."""
     return float(f"{value:.4g}") if known(value) else None
 
 
-def thinned(rows: Sequence[Json], most: int) -> list[Json]:
-    """At most so many rows, evenly, the last one among them."""
+def thinned(rows: Sequence[Metrics], most: int) -> list[Metrics]:
+    """Return at most so many rows, evenly, the last one among them."""
     if len(rows) <= most:
         return list(rows)
     kept = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
     return [rows[i] for i in kept]
 
 
-def estimates(name: str, style: Style, x: Sequence[Any], found: Sequence[Json | None]) -> Series:
-    """A line through intervals."""
+def estimates(name: str, style: Style, x: Sequence[Place], found: Sequence[Interval | None]) -> Series:
+    """Return a line through intervals."""
     return Series(
         name=name,
         style=style,
         x=x,
-        y=[rounded(interval["value"]) if interval else None for interval in found],
-        bounds=[(interval["low"], interval["high"]) if interval else None for interval in found],
+        y=[rounded(interval.value) if interval else None for interval in found],
+        bounds=[(interval.low, interval.high) if interval else None for interval in found],
     )
 
 
-def layout_of(**extra: Any) -> Spec:
+def layout_of(**extra: object) -> Spec:
+    """Return the layout that all drawings share, with what one of them adds."""
     return {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -112,7 +118,8 @@ def layout_of(**extra: Any) -> Spec:
     }
 
 
-def axis_of(title: str = "", **extra: Any) -> Spec:
+def axis_of(title: str = "", **extra: object) -> Spec:
+    """Return an axis in the style that all drawings share."""
     return {
         "title": {"text": title, "standoff": 8, "font": {"size": 12}},
         "gridcolor": "var(--grid)",
@@ -124,8 +131,8 @@ def axis_of(title: str = "", **extra: Any) -> Spec:
     }
 
 
-def line_plot(id: str, title: str, series: Sequence[Series], *, x: Spec, y: Spec, what: str, **layout: Any) -> Plot:
-    """Lines with bands over `what`; empty lines are left out."""
+def line_plot(id: str, title: str, series: Sequence[Series], *, x: Spec, y: Spec, what: str, **layout: object) -> Plot:
+    """Return lines with bands over `what`; empty lines are left out."""
     drawn = [line for line in series if any(value is not None for value in line.y)]
     data = [*(_band(line) for line in drawn if line.bounds), *(_line(line, y.get("tickformat", "")) for line in drawn)]
     spec = {"data": data, "layout": layout_of(xaxis=axis_of(**x), yaxis=axis_of(**y), **layout)}
@@ -167,7 +174,7 @@ def _band(line: Series) -> Spec:
 
 
 def level_line(at: float, text: str) -> Spec:
-    """Layout of a dotted line across the drawing, with its name."""
+    """Return the layout of a dotted line across the drawing, with its name."""
     return {
         "shapes": [
             {
@@ -184,13 +191,13 @@ def level_line(at: float, text: str) -> Spec:
     }  # fmt: skip
 
 
-def errors_of(intervals: Sequence[Json]) -> Spec:
-    """Error bars."""
+def errors_of(intervals: Sequence[Interval]) -> Spec:
+    """Return error bars."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [max(i["high"] - i["value"], 0.0) for i in intervals],
-        "arrayminus": [max(i["value"] - i["low"], 0.0) for i in intervals],
+        "array": [max(i.high - i.value, 0.0) for i in intervals],
+        "arrayminus": [max(i.value - i.low, 0.0) for i in intervals],
         "thickness": 1.2,
         "width": 3,
         "color": "var(--ink-soft)",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gtqlora.reporting.artefacts import Json
-from gtqlora.reporting.words import known, percent, span
+from gtqlora.reporting.words import percent, span
+from gtqlora.stats import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +18,18 @@ class Scale:
     high: float = 1.0
 
     def at(self, value: float) -> float:
-        """Place on the track in per cent of its width, within it."""
+        """Return the place on the track in per cent of its width, within it."""
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
     @property
     def zero(self) -> float:
+        """Return where 0 lies on the track, in per cent of its width."""
         return self.at(0.0)
 
 
-def holding(intervals: Iterable[Json | None]) -> Scale:
-    """From 0 to 1, or as far as an interval reaches, in steps of a quarter."""
-    ends = [interval[end] for interval in intervals if interval for end in ("low", "high")]
+def holding(intervals: Iterable[Interval | None]) -> Scale:
+    """Return a scale from 0 to 1, or as far as an interval reaches, in steps of a quarter."""
+    ends = [end for interval in intervals if interval for end in (interval.low, interval.high)]
     low, high = min([0.0, *ends]), max([1.0, *ends])
     return Scale(low=math.floor(low * 4) / 4, high=math.ceil(high * 4) / 4)
 
@@ -54,12 +55,13 @@ class Mark:
     start: float | None
 
 
-def mark(interval: Json, style: Style, scale: Scale) -> Mark:
+def mark(interval: Interval, style: Style, scale: Scale) -> Mark:
+    """Return an interval as it is drawn on a scale."""
     return Mark(
         style=style,
-        at=scale.at(interval["value"]),
-        low=scale.at(interval["low"]),
-        high=scale.at(interval["high"]),
+        at=scale.at(interval.value),
+        low=scale.at(interval.low),
+        high=scale.at(interval.high),
         start=scale.zero if style.bar else None,
     )
 
@@ -94,19 +96,20 @@ class Forest:
 
     @property
     def ends(self) -> tuple[str, str]:
+        """Return what stands at the two ends of the scale."""
         return percent(self.scale.low), percent(self.scale.high)
 
 
-def told(interval: Json | None) -> tuple[str, str]:
-    """A share and its interval as texts."""
-    return percent(interval["value"] if interval else None), span(interval) if interval else ""
+def told(interval: Interval | None) -> tuple[str, str]:
+    """Return a share and its interval as texts."""
+    return percent(interval.value if interval else None), span(interval) if interval else ""
 
 
-def line(label: str, found: Sequence[tuple[Json | None, Style]], scale: Scale) -> Line:
-    """A row with a mark and a column of texts for each interval."""
+def line(label: str, found: Sequence[tuple[Interval | None, Style]], scale: Scale) -> Line:
+    """Return a row with a mark and a column of texts for each interval."""
     return Line(
         label=label,
-        marks=tuple(mark(i, style, scale) for i, style in found if i and known(i["value"])),
+        marks=tuple(mark(i, style, scale) for i, style in found if i),
         texts=tuple(told(interval) for interval, _ in found),
     )
 

@@ -6,19 +6,21 @@ import base64
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
-from gtqlora.reporting.artefacts import ASSOCIATION_COLUMNS, Json
 from gtqlora.reporting.figures import Plot, Spec, axis_of, layout_of, rounded
 from gtqlora.reporting.words import number, percent, points
+from gtqlora.results.association import Association
+from gtqlora.results.diagnosis import Diagnosis
+from gtqlora.results.experts import ExpertEffect, ExpertId
 
 EFFECT = "effect"
-_FIELDS = (*ASSOCIATION_COLUMNS[2:], EFFECT)
+MEASURES = tuple(f.name for f in fields(Association) if f.name not in ("layer", "expert"))
+"""What is known of every expert; `EFFECT` only of those that were ablated one at a time."""
 
 
 def packed(text: str) -> str:
-    """Text as base64 of gzip, which the browser unpacks: a large model's numbers, plotly's own script."""
+    """Return a text as base64 of gzip, which the browser unpacks: a large model's numbers, plotly's own script."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
@@ -49,16 +51,16 @@ class HeatMap:
     grid: str
 
 
-def heat_map(diagnosis: Json, association: Sequence[Json], twin: str) -> HeatMap:
-    """Of one row per layer and expert; `twin` is what flagged prompts are compared with."""
-    layers = sorted({row["layer"] for row in association})
-    experts = sorted({row["expert"] for row in association})
-    fields = _fields(association, diagnosis["experts"], layers, experts)
-    views = [view for view in _views(fields, twin) if view.limit]
+def heat_map(diagnosis: Diagnosis, association: Sequence[Association], twin: str) -> HeatMap:
+    """Return the map of one row per layer and expert; `twin` is what flagged prompts are compared with."""
+    layers = sorted({row.layer for row in association})
+    experts = sorted({row.expert for row in association})
+    values = _values(association, diagnosis.experts, layers, experts)
+    views = [view for view in _views(values, twin) if view.limit]
     grid = {
         "layers": layers,
         "experts": experts,
-        "fields": fields,
+        "fields": values,
         "views": [asdict(view) for view in views],
         "twin": twin,
     }
@@ -67,19 +69,20 @@ def heat_map(diagnosis: Json, association: Sequence[Json], twin: str) -> HeatMap
     return HeatMap(plot=plot, width=width, views=views, grid=packed(json.dumps(grid)))
 
 
-def _fields(
-    association: Sequence[Json], tested: Sequence[Json], layers: Sequence[int], experts: Sequence[int]
+def _values(
+    association: Sequence[Association], tested: Sequence[ExpertEffect], layers: Sequence[int], experts: Sequence[int]
 ) -> dict[str, list[float | None]]:
-    """values_LE of each measure, layer after layer; `effect` is known of the experts ablated one at a time only."""
-    effects = {(t["layer"], t["expert"]): t["ablate"]["value"] for t in tested}
-    rows = {key: {**row, EFFECT: effects.get(key)} for row in association for key in [(row["layer"], row["expert"])]}
-    cells = [rows.get((layer, expert), {}) for layer in layers for expert in experts]
-    return {name: [rounded(cell.get(name)) for cell in cells] for name in _FIELDS}
+    """Return values_LE of each measure, layer after layer."""
+    places = [(layer, expert) for layer in layers for expert in experts]
+    rows = {(row.layer, row.expert): row for row in association}
+    effects = {(t.layer, t.expert): t.ablate.value for t in tested}
+    values = {name: [rounded(getattr(rows.get(place), name, None)) for place in places] for name in MEASURES}
+    return {**values, EFFECT: [rounded(effects.get(place)) for place in places]}
 
 
-def _views(fields: dict[str, list[float | None]], twin: str) -> list[View]:
-    def view(field: str, name: str, form: Callable[[Any], str], low: str, high: str) -> View:
-        limit = max((abs(value) for value in fields[field] if value is not None), default=0.0)
+def _views(values: dict[str, list[float | None]], twin: str) -> list[View]:
+    def view(field: str, name: str, form: Callable[[float], str], low: str, high: str) -> View:
+        limit = max((abs(value) for value in values[field] if value is not None), default=0.0)
         ends = {"low": low.format(form(-limit)), "high": high.format(form(limit))}
         return View(field=field, name=name, ramp="heat", limit=limit, **ends)
 
@@ -108,12 +111,12 @@ def _categories(title: str, names: Sequence[int], nticks: int) -> Spec:
     )
 
 
-def _marks(experts: Sequence[Json], symbol: str, size: int) -> Spec:
+def _marks(experts: Sequence[ExpertId], symbol: str, size: int) -> Spec:
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [str(e["expert"]) for e in experts],
-        "y": [str(e["layer"]) for e in experts],
+        "x": [str(e.expert) for e in experts],
+        "y": [str(e.layer) for e in experts],
         "marker": {
             "symbol": symbol,
             "size": size,
@@ -124,8 +127,8 @@ def _marks(experts: Sequence[Json], symbol: str, size: int) -> Spec:
     }
 
 
-def _plot(diagnosis: Json, layers: Sequence[int], experts: Sequence[int]) -> Plot:
-    top, causal = diagnosis["top_experts"], diagnosis["causal_experts"]
+def _plot(diagnosis: Diagnosis, layers: Sequence[int], experts: Sequence[int]) -> Plot:
+    top, causal = diagnosis.top_experts, diagnosis.causal_experts
     heat = {
         "type": "heatmap",
         "x": [str(e) for e in experts],

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from gtqlora.reporting import diagnosis, sections, tables, words
-from gtqlora.reporting.artefacts import Artefacts, Json
+from gtqlora.reporting.artefacts import Artefacts
 from gtqlora.reporting.forest import Mark, Scale, Style, mark
 from gtqlora.reporting.heatmap import packed
+from gtqlora.results.verdict import Outcome
+from gtqlora.stats import Floor
 
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 400
 _TEMPLATE = "report.html.j2"
@@ -50,39 +51,40 @@ class Example:
     hidden: bool
 
 
-def floor_picture(floor: Json) -> FloorPicture:
-    drop, margin = floor.get("losses", floor["drop"]), floor["margin"]  # the drop alone in older verdicts
-    low, high = min(drop["low"], -margin), max(drop["high"], margin)
+def floor_picture(floor: Floor) -> FloorPicture:
+    """Return the lost refusals against the margin, as they are drawn."""
+    lost, margin = floor.losses, floor.margin
+    low, high = min(lost.low, -margin), max(lost.high, margin)
     scale = Scale(low=low - 0.12 * (high - low), high=high + 0.12 * (high - low))
     return FloorPicture(
-        mark=mark(drop, Style(tint=words.FLOOR_TONE.get(floor["verdict"], "unsure")), scale),
+        mark=mark(lost, Style(tint=words.FLOOR_TONE.get(floor.verdict, "unsure")), scale),
         zero=scale.zero,
         margin=scale.at(margin),
         allowed=margin,
-        verdict=floor["verdict"],
-        symbol=words.FLOOR_SYMBOL.get(floor["verdict"], "?"),
-        tone=words.FLOOR_TONE.get(floor["verdict"], "unsure"),
-        sentence=floor["reason"],
-        scale=f"Lost {words.points(drop['value'])} points (interval {words.span_points(drop)}), "
-        f"margin {words.points(margin)} points, {words.count(drop['n'])} paired harmful prompts",
+        verdict=floor.verdict,
+        symbol=words.FLOOR_SYMBOL.get(floor.verdict, "?"),
+        tone=words.FLOOR_TONE.get(floor.verdict, "unsure"),
+        sentence=floor.reason,
+        scale=f"Lost {words.points(lost.value)} points (interval {words.span_points(lost)}), "
+        f"margin {words.points(margin)} points, {words.count(lost.n)} paired harmful prompts",
     )
 
 
-def examples(scores: Sequence[Json]) -> list[Example]:
-    """A few changed answers. Never a harmful row's text: were the refusal lost, the answer could do harm."""
+def examples(scores: Sequence[Outcome]) -> list[Example]:
+    """Return a few changed answers. Never a harmful row's text: were the refusal lost, the answer could do harm."""
     found = []
     for kind in words.KINDS:
-        changed = [s for s in scores if s["kind"] == kind and s["refused_before"] != s["refused_after"]]
+        changed = [s for s in scores if s.kind == kind and s.refused_before != s.refused_after]
         for s in changed[:_EXAMPLES]:
-            change = "refused before, answered after" if s["refused_before"] else "answered before, refused after"
+            change = "refused before, answered after" if s.refused_before else "answered before, refused after"
             hidden = kind == "harmful"
-            before, after = ("" if hidden else _shortened(s[key]) for key in ("text_before", "text_after"))
-            found.append(Example(kind, str(s["pair_id"]), change, before, after, hidden))
+            before, after = ("" if hidden else _shortened(text) for text in (s.text_before, s.text_after))
+            found.append(Example(kind, s.pair_id, change, before, after, hidden))
     return found
 
 
-def _shortened(text: Any) -> str:
-    text = str(text or "").strip() or "(nothing)"
+def _shortened(text: str) -> str:
+    text = text.strip() or "(nothing)"
     return text if len(text) <= _EXAMPLE_LENGTH else text[:_EXAMPLE_LENGTH] + " …"
 
 
@@ -92,13 +94,13 @@ def _hash(script: str) -> str:
 
 @cache
 def _plotly() -> tuple[str, str]:
-    """Its script, packed, and the hash by which the page's policy lets it run."""
+    """Return its script, packed, and the hash by which the page's policy lets it run."""
     script = get_plotlyjs()
     return packed(script), _hash(script)
 
 
 def render(artefacts: Artefacts) -> str:
-    """One HTML text. Its policy forbids every request, and every script but plotly and the page's own."""
+    """Return one HTML text. Its policy forbids every request, and every script but plotly and the page's own."""
     environment = Environment(
         loader=PackageLoader("gtqlora.reporting", "templates"),
         autoescape=True,
@@ -127,15 +129,15 @@ def render(artefacts: Artefacts) -> str:
     return text.lstrip()
 
 
-def _sections(artefacts: Artefacts) -> dict[str, Any]:
-    """What each section shows; nothing where its artefact is missing."""
+def _sections(artefacts: Artefacts) -> dict[str, object]:
+    """Return what each section shows; nothing where its artefact is missing."""
     found, verdict = artefacts.diagnosis, artefacts.verdict
     return {
         "shares": diagnosis.shares(found) if found else [],
         "atlas": diagnosis.atlas(found, artefacts.association) if found else None,
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
-        "before_after": sections.before_after(verdict["table"]) if verdict else None,
-        "floor": floor_picture(verdict["floor"]) if verdict else None,
+        "before_after": sections.before_after(verdict.table) if verdict else None,
+        "floor": floor_picture(verdict.floor) if verdict else None,
         "judged": words.judged(verdict) if verdict else [],
         "edit": sections.edit_figures(verdict) if verdict else [],
         "examples": examples(artefacts.scores),

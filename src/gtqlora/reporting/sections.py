@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gtqlora.reporting import curves, tables, words
-from gtqlora.reporting.artefacts import Artefacts, Json, Peer
+from gtqlora.reporting.artefacts import Artefacts, Peer
 from gtqlora.reporting.comparison import trade_off
 from gtqlora.reporting.figures import Plot
 from gtqlora.reporting.forest import Forest, Line, Scale, Style, line, mark
 from gtqlora.reporting.tables import Table
+from gtqlora.results.adapter import Projection
+from gtqlora.results.verdict import KindRow, Verdict
 
 _BEFORE = Style(tint="control", shape="ring", meaning="before")
 
@@ -35,12 +37,12 @@ class Figure:
 # --- what the edit did
 
 
-def before_after(table: Json) -> Figure:
+def before_after(table: Mapping[str, KindRow]) -> Figure:
+    """Draw refusal and accuracy before and after, by kind of prompt."""
     lines = []
     for kind in words.KINDS:
         row, after = table[kind], Style(tint=kind, meaning="after")
-        found = (row["refusal_before"], _BEFORE), (row["refusal_after"], after)
-        right = ("accuracy_before", "accuracy_after")
+        found = (row.refusal_before, _BEFORE), (row.refusal_after, after)
         lines.append(
             Line(
                 label=words.capital(kind),
@@ -48,11 +50,11 @@ def before_after(table: Json) -> Figure:
                 marks=tuple(mark(interval, style, Scale()) for interval, style in found),
                 texts=(
                     (
-                        words.arrow(*(interval for interval, _ in found)),
-                        f"drop {words.points(row['drop']['value'])} points, q\u00a0{words.q_value(row['q'])}",
+                        words.arrow(row.refusal_before, row.refusal_after),
+                        f"drop {words.points(row.drop.value)} points, q\u00a0{words.q_value(row.q)}",
                     ),
-                    (words.arrow(*(row[key] for key in right)), f"after: {words.span(row[right[1]])}")
-                    if all(row[key] for key in right)
+                    (words.arrow(row.accuracy_before, row.accuracy_after), f"after: {words.span(row.accuracy_after)}")
+                    if row.accuracy_before and row.accuracy_after
                     else (words.NONE, "no answer expected"),
                 ),
             )
@@ -75,53 +77,57 @@ def before_after(table: Json) -> Figure:
     )
 
 
-def mediation(verdict: Json) -> Figure:
-    row = verdict["table"]["lookalike"]
-    names = {"Before": "refusal_before", "After the edit": "refusal_after"}
-    names |= {"After, original routing replayed": "refusal_replayed"} if row["refusal_replayed"] else {}
-    style = Style(tint="lookalike")
-    lines = [line(label, [(row[key], style)], Scale()) for label, key in names.items()]
+def mediation(verdict: Verdict) -> Figure:
+    """Draw the mediation test: lookalike refusals before, after, and after with the original routing replayed."""
+    row, style = verdict.table["lookalike"], Style(tint="lookalike")
+    found = {
+        "Before": row.refusal_before,
+        "After the edit": row.refusal_after,
+        "After, original routing replayed": row.refusal_replayed,
+    }
+    lines = [line(label, [(interval, style)], Scale()) for label, interval in found.items() if interval]
     forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
     return Figure(
         id="mediation",
         title="By which way it works",
-        caption=words.mediation(verdict["mediation"]),
+        caption=words.mediation(verdict.mediation),
         tables=[],
         forest=forest,
     )
 
 
-def ablation(verdict: Json) -> Figure | None:
-    found = verdict.get("ablation")
-    if not found:
+def ablation(verdict: Verdict) -> Figure | None:
+    """Draw the ablation study, if there was one."""
+    found = verdict.ablation
+    if found is None:
         return None
-    named = [(key, name) for key, name, _ in curves.SILENCED]
     return Figure(
         id="ablation",
         title="On how few experts refusal of harmful prompts hangs",
         caption="Held-out harmful prompts with experts ablated, those first that are chosen most on harmful prompts "
-        f"compared with {found['ranked_against']}. A curve that falls early says that whoever can ablate a few "
+        f"compared with {found.ranked_against}. A curve that falls early says that whoever can ablate a few "
         "experts can take the refusals away. It has no part in the floor’s verdict.",
-        tables=[tables.ablation(found, named)],
+        tables=[tables.ablation(found)],
         plots=curves.ablation_plots(found),
     )
 
 
-def drift(verdict: Json) -> Figure:
-    moved = verdict["kl_benign"]
+def drift(verdict: Verdict) -> Figure:
+    """Tell how far next tokens and routing left the original's."""
+    moved = verdict.kl_benign
     return Figure(
         id="drift",
         title="What else moved",
         caption="On benign prompts the edited model’s next-token distribution is "
-        f"{words.number(moved['value'])} nats per token from the original’s (95 % interval {words.span(moved, 3)}). "
+        f"{words.number(moved.value)} nats per token from the original’s (95 % interval {words.span(moved, 3)}). "
         "Routing drift, per kind of prompt:",
-        tables=[tables.drift(verdict["drift"])],
+        tables=[tables.drift(verdict.drift)],
         open=True,
     )
 
 
-def edit_figures(verdict: Json) -> list[Figure]:
-    """All after the floor."""
+def edit_figures(verdict: Verdict) -> list[Figure]:
+    """Return all figures of the edit that come after the floor."""
     figures = (mediation(verdict), ablation(verdict), drift(verdict))
     return [figure for figure in figures if figure]
 
@@ -130,6 +136,7 @@ def edit_figures(verdict: Json) -> list[Figure]:
 
 
 def making(artefacts: Artefacts) -> list[Figure]:
+    """Return how the edit was made: learning and router health, or the layers that a projection tried."""
     learning, health = curves.learning_plots(artefacts.metrics), curves.health_plots(artefacts.metrics)
     found = []
     if learning:
@@ -143,15 +150,16 @@ def making(artefacts: Artefacts) -> list[Figure]:
         )
         table = tables.health(artefacts.metrics)
         found.append(Figure(id="health", title="Router health", caption=caption, tables=[table], plots=health))
-    details = artefacts.info["details"] if artefacts.info else {}
-    if details.get("candidates"):
-        table = tables.candidates(details["candidates"], details.get("layer", -1))
+    made = artefacts.info.details if artefacts.info else None
+    if isinstance(made, Projection) and made.candidates:
+        table = tables.candidates(made.candidates, made.layer)
         caption = "Each layer’s direction was removed in turn; the one that leaves the fewest refusals was taken."
         found.append(Figure(id="layers", title="Which layer’s direction", caption=caption, tables=[table], open=True))
     return found
 
 
 def comparison(peers: Sequence[Peer]) -> Figure | None:
+    """Draw several edits side by side, if there are any to compare with."""
     if not peers:
         return None
     return Figure(

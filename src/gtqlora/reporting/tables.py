@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from gtqlora.reporting.artefacts import Json, Peer
+from gtqlora.reporting.artefacts import Peer, Stages
 from gtqlora.reporting.figures import thinned
 from gtqlora.reporting.words import (
     FLOOR_SYMBOL,
     KINDS,
     NONE,
+    Estimate,
     capital,
     cause,
     count,
@@ -26,6 +28,15 @@ from gtqlora.reporting.words import (
     value_of,
     way,
 )
+from gtqlora.results.ablation import AblationPoint, AblationStudy
+from gtqlora.results.adapter import Candidate
+from gtqlora.results.association import Association
+from gtqlora.results.diagnosis import Cell, Diagnosis, Intervention, LayerHealth
+from gtqlora.results.directions import LayerDirections
+from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
+from gtqlora.results.metrics import Metrics
+from gtqlora.results.verdict import Drift, KindRow
+from gtqlora.stats import Interval
 
 MOST_ROWS = 200
 
@@ -41,34 +52,35 @@ class Table:
     note: str = ""
 
 
-def share(interval: Json | None) -> str:
-    """A share over its interval."""
+def share(interval: Estimate | None) -> str:
+    """Return a share over its interval."""
     return f"{percent(value_of(interval))}\n{span(interval)}" if interval else NONE
 
 
-def real(interval: Json | None) -> str:
-    """A number over its interval."""
+def real(interval: Interval | None) -> str:
+    """Return a number over its interval."""
     return f"{number(value_of(interval))}\n{span(interval, 3)}" if interval else NONE
 
 
-def gap(interval: Json) -> str:
-    """A difference of shares in points, over its interval."""
-    return f"{points(interval['value'])}\n{span_points(interval)}"
+def gap(interval: Interval) -> str:
+    """Return a difference of shares in points, over its interval."""
+    return f"{points(interval.value)}\n{span_points(interval)}"
 
 
-def associations(association: Sequence[Json], diagnosis: Json, twin: str) -> Table:
-    marks = {_key(e): "★ " for e in diagnosis["top_experts"]}
-    marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis["causal_experts"]}
-    ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r["difference"])))
+def associations(association: Sequence[Association], diagnosis: Diagnosis, twin: str) -> Table:
+    """Return the experts, those that stand out first, then by difference; `twin` heads the column of the twins."""
+    marks = {_key(e): "★ " for e in diagnosis.top_experts}
+    marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis.causal_experts}
+    ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r.difference)))
     rows = [
         [
             marks.get(_key(r), "") + place(r),
-            percent(r["rate_flagged"]),
-            percent(r["rate_twin"]),
-            gap({**r, "value": r["difference"]}),
-            q_value(r["q"]),
-            percent(r["stability"]),
-            real({"value": r["gradient"], "low": r["gradient_low"], "high": r["gradient_high"]}),
+            percent(r.rate_flagged),
+            percent(r.rate_twin),
+            f"{points(r.difference)}\n{points(r.low)} to {points(r.high)}",
+            q_value(r.q),
+            percent(r.stability),
+            f"{number(r.gradient)}\n{_ends(r.gradient_low, r.gradient_high)}",
         ]
         for r in ranked[:MOST_ROWS]
     ]
@@ -79,20 +91,25 @@ def associations(association: Sequence[Json], diagnosis: Json, twin: str) -> Tab
     return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=note)
 
 
-def _key(found: Json) -> tuple[int, int]:
-    return found["layer"], found["expert"]
+def _key(found: Association | ExpertId) -> tuple[int, int]:
+    return found.layer, found.expert
 
 
-def tested(found: Sequence[Json]) -> Table:
+def _ends(low: float | None, high: float | None) -> str:
+    return NONE if low is None else f"{number(low)} to {number(high)}"
+
+
+def tested(found: Sequence[ExpertEffect]) -> Table:
+    """Return what each candidate does by itself."""
     rows = [
         [
             place(e),
             cause(e) or "not shown",
-            share(e["ablate"]),
-            share(e["restore"]),
-            share(e["control"]),
-            q_value(e["q"]),
-            ", ".join(t["token"] for t in e["tokens"][:5]) or NONE,
+            share(e.ablate),
+            share(e.restore),
+            share(e.control),
+            q_value(e.q),
+            ", ".join(t.token for t in e.tokens[:5]) or NONE,
         ]
         for e in found
     ]
@@ -100,34 +117,37 @@ def tested(found: Sequence[Json]) -> Table:
     return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
 
 
-def tokens(found: Sequence[Json]) -> Table:
-    rows = [[t["token"], percent(t["rate"]), number(t["lift"])] for t in found]
+def tokens(found: Sequence[TokenChoice]) -> Table:
+    """Return the tokens that choose an expert most."""
+    rows = [[t.token, percent(t.rate), number(t.lift)] for t in found]
     return Table("Tokens that choose it most", ["Token", "Chosen by", "Times the usual rate"], rows)
 
 
-def levels(caption: str, columns: Mapping[str, Json], names: Json) -> Table:
-    """An interval of each column for each level."""
+def levels(caption: str, columns: Mapping[str, Mapping[str, Interval]], names: Mapping[str, str]) -> Table:
+    """Return an interval of each column for each level."""
     rows = [[name, *(share(found.get(key)) for found in columns.values())] for key, name in names.items()]
     return Table(caption, ["Level", *columns], rows)
 
 
-def cells(found: Sequence[Json], sides: Sequence[str]) -> Table:
-    rows = [[*(cell[side] for side in sides), share(cell["refusal"]), real(cell["log_odds"])] for cell in found]
+def cells(found: Sequence[Cell], sides: Sequence[str]) -> Table:
+    """Return refusal with each component (a side) taken from the flagged prompt or from its twin."""
+    rows = [[*(getattr(cell, side) for side in sides), share(cell.refusal), real(cell.log_odds)] for cell in found]
     columns = [*(capital(side) for side in sides), "Refused", "Log-odds"]
     return Table("Every combination of levels", columns, rows, texts=len(sides))
 
 
-def interventions(found: Sequence[Json]) -> Table:
+def interventions(found: Sequence[Intervention]) -> Table:
+    """Return what the prompts do under each change."""
     rows = [
         [
-            i["name"],
-            "control" if i["control"] else "test",
-            share(i["refusal"]),
-            gap(i["effect"]),
-            share(i["accuracy"]),
-            real(i["log_odds"]),
-            real(i["log_odds_effect"]),
-            count(i["refusal"]["n"]),
+            i.name,
+            "control" if i.control else "test",
+            share(i.refusal),
+            gap(i.effect),
+            share(i.accuracy),
+            real(i.log_odds),
+            real(i.log_odds_effect),
+            count(i.refusal.n),
         ]
         for i in found
     ]
@@ -137,39 +157,50 @@ def interventions(found: Sequence[Json]) -> Table:
     return Table("Refusal under each intervention", columns, rows, texts=2)
 
 
-def effects(curves: Sequence[Json]) -> Table:
+def effects(curves: Sequence[Curve]) -> Table:
+    """Return refusal over the number of ablated experts, in each order."""
     rows = [
-        [curve["name"], str(point["ablated"]), share(point["refusal"]), real(point["log_odds"])]
+        [curve.name, str(point.ablated), share(point.refusal), real(point.log_odds)]
         for curve in curves
-        for point in curve["points"]
+        for point in curve.points
     ]
     return Table("Effect of ablating experts", ["Order", "Ablated", "Refused", "Log-odds"], rows)
 
 
-def ablation(found: Json, curves: Sequence[tuple[str, str]]) -> Table:
-    """`curves`: key and name."""
-    rows = [
-        [name, str(point["ablated"]), share(point["targeted"]), share(point["random"]), count(point["targeted"]["n"])]
-        for key, name in curves
-        for point in found.get(key, ())
+def ablation_curves(study: AblationStudy) -> list[tuple[str, list[AblationPoint]]]:
+    """Return each curve of the study under its name."""
+    return [
+        ("before the edit", study.before),
+        ("after, the same experts", study.after),
+        ("after, ranked anew", study.after_reranked),
     ]
-    columns = ["Model", "Silenced", "Likeliest first: refused", "Random: refused", "Prompts"]
+
+
+def ablation(study: AblationStudy) -> Table:
+    """Return refusal of harmful prompts over the number of ablated experts, before and after the edit."""
+    rows = [
+        [name, str(point.ablated), share(point.targeted), share(point.random), count(point.targeted.n)]
+        for name, points in ablation_curves(study)
+        for point in points
+    ]
+    columns = ["Model", "Ablated", "Likeliest first: refused", "Random: refused", "Prompts"]
     return Table("Refusal of harmful prompts with experts ablated", columns, rows)
 
 
-def directions(found: Sequence[Json]) -> Table:
+def directions(found: Sequence[LayerDirections]) -> Table:
+    """Return what is known of the directions after each layer."""
     rows = []
     for layer in found:
-        parts, erased = layer["components"] or {}, layer["erasure"] or {}
+        parts, erased = layer.components, layer.erasure
         rows.append(
             [
-                str(layer["layer"]),
-                real(layer["separation"]),
-                real(parts.get("separation")),
-                share(parts.get("share_mean")),
-                share(next(iter(parts.get("shares", ())), None)),
-                *(real(erased.get(key)) for key in ("before", "mean_removed", "leace")),
-                number(layer["norm"]),
+                str(layer.layer),
+                real(layer.separation),
+                real(parts and parts.separation),
+                share(parts and parts.share_mean),
+                share(parts.shares[0] if parts and parts.shares else None),
+                *map(real, (erased.before, erased.mean_removed, erased.leace) if erased else (None, None, None)),
+                number(layer.norm),
             ]
         )
     columns = [
@@ -179,13 +210,13 @@ def directions(found: Sequence[Json]) -> Table:
     return Table("Residual directions per layer", columns, rows)
 
 
-def cosines(found: Sequence[Json]) -> Table:
-    """Of all named directions; empty where there are none."""
-    names = dict.fromkeys((c["first"], c["second"]) for layer in found for c in layer["cosines"])
+def cosines(found: Sequence[LayerDirections]) -> Table:
+    """Return the cosines of all named directions; empty where there are none."""
+    names = dict.fromkeys((c.first, c.second) for layer in found for c in layer.cosines)
     rows = [
         [
-            str(layer["layer"]),
-            *(real({(c["first"], c["second"]): c["value"] for c in layer["cosines"]}.get(pair)) for pair in names),
+            str(layer.layer),
+            *(real({(c.first, c.second): c.value for c in layer.cosines}.get(pair)) for pair in names),
         ]
         for layer in found
     ]
@@ -193,24 +224,24 @@ def cosines(found: Sequence[Json]) -> Table:
     return Table("Cosines between the directions", ["After layer", *columns], rows if names else [])
 
 
-def load(health: Sequence[Json]) -> Table:
-    rows = [
-        [str(h["layer"]), number(h["cv"]), number(h["max_vio"]), number(h["entropy"]), count(h["dead"])] for h in health
-    ]
+def load(health: Sequence[LayerHealth]) -> Table:
+    """Return the balance of the load over the experts, layer by layer."""
+    rows = [[str(h.layer), number(h.cv), number(h.max_vio), number(h.entropy), count(h.dead)] for h in health]
     return Table("Balance of the load per layer", ["Layer", "CV", "MaxVio", "Entropy", "Never chosen"], rows)
 
 
-def before_after(table: Json) -> Table:
+def before_after(table: Mapping[str, KindRow]) -> Table:
+    """Return refusal and accuracy before and after, by kind of prompt."""
     rows = [
         [
             kind,
-            share(row["refusal_before"]),
-            share(row["refusal_after"]),
-            gap(row["drop"]),
-            q_value(row.get("q")),
-            share(row["accuracy_before"]),
-            share(row["accuracy_after"]),
-            count(row["refusal_after"]["n"]),
+            share(row.refusal_before),
+            share(row.refusal_after),
+            gap(row.drop),
+            q_value(row.q),
+            share(row.accuracy_before),
+            share(row.accuracy_after),
+            count(row.refusal_after.n),
         ]
         for kind, row in ((kind, table[kind]) for kind in KINDS)
     ]
@@ -228,21 +259,23 @@ def before_after(table: Json) -> Table:
 
 
 def side_by_side(peers: Sequence[Peer]) -> Table:
+    """Return one row for each edit."""
     rows = []
     for peer in peers:
-        verdict, table = peer.verdict, peer.verdict["table"]
-        floor = f"{FLOOR_SYMBOL.get(verdict['floor']['verdict'], '?')} {verdict['floor']['verdict']}"
+        found, way_of = peer.verdict.floor.verdict, peer.verdict.mediation
+        harmful, lookalike, benign = (peer.verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
+        floor = f"{FLOOR_SYMBOL.get(found, '?')} {found}"
         rows.append(
             [
                 peer.label,
                 mode(peer.info),
                 floor + ("\nof another adapter" if peer.stale else ""),
-                share(table["harmful"]["refusal_after"]),
-                share(table["lookalike"]["refusal_after"]),
-                share(table["lookalike"]["refusal_replayed"]),
-                share(table["lookalike"]["accuracy_after"]),
-                share(table["benign"]["accuracy_after"]),
-                f"{returned(verdict['mediation'])}\n{way(verdict['mediation'])}",
+                share(harmful.refusal_after),
+                share(lookalike.refusal_after),
+                share(lookalike.refusal_replayed),
+                share(lookalike.accuracy_after),
+                share(benign.accuracy_after),
+                f"{returned(way_of)}\n{way(way_of)}",
             ]
         )
     columns = [
@@ -259,7 +292,7 @@ _HEALTH = (
 )  # fmt: skip
 
 
-def _metrics(caption: str, metrics: Sequence[Json], keys: Sequence[str]) -> Table:
+def _metrics(caption: str, metrics: Sequence[Metrics], keys: Sequence[str]) -> Table:
     known = [key for key in keys if any(key in row for row in metrics)]
     shown = thinned(metrics, MOST_ROWS)
     rows = [[str(row["step"]), *(number(row.get(key)) for key in known)] for row in shown]
@@ -268,32 +301,32 @@ def _metrics(caption: str, metrics: Sequence[Json], keys: Sequence[str]) -> Tabl
     return Table(caption, ["Step", *names], rows, texts=0, note=note)
 
 
-def learning(metrics: Sequence[Json]) -> Table:
+def learning(metrics: Sequence[Metrics]) -> Table:
+    """Return how training learned, line by line."""
     return _metrics("Learning, mean since the line before", metrics, _LEARNING)
 
 
-def health(metrics: Sequence[Json]) -> Table:
+def health(metrics: Sequence[Metrics]) -> Table:
+    """Return how the routers fared in training, line by line."""
     return _metrics("Router health on training batches", metrics, _HEALTH)
 
 
-def drift(found: Json) -> Table:
-    rows = [
-        [kind, real(found[kind]["kl"]), share(found[kind]["overlap"]), count(found[kind]["kl"]["n"])] for kind in KINDS
-    ]
+def drift(found: Mapping[str, Drift]) -> Table:
+    """Return how far the routing of each kind of prompts left the original's."""
+    rows = [[kind, real(found[kind].kl), share(found[kind].overlap), count(found[kind].kl.n)] for kind in KINDS]
     columns = ["Kind", "KL, nats per token and layer", "Experts shared", "Prompts"]
     return Table("Routing drift from the original", columns, rows)
 
 
-def candidates(found: Sequence[Json], chosen: int) -> Table:
-    rows = [
-        [f"{'★ ' if c['layer'] == chosen else ''}{c['layer']}", percent(c["refusal"]), percent(c["accuracy"])]
-        for c in found
-    ]
+def candidates(found: Sequence[Candidate], chosen: int | None) -> Table:
+    """Return what removing each layer's direction leaves; `chosen` is the layer that was taken."""
+    rows = [[f"{'★ ' if c.layer == chosen else ''}{c.layer}", percent(c.refusal), percent(c.accuracy)] for c in found]
     caption = "Removing each layer's direction, lookalike prompts of the training split; ★ was chosen"
     return Table(caption, ["Layer", "Refused", "Right answers"], rows)
 
 
-def stages(found: Json) -> Table:
+def stages(found: Stages) -> Table:
+    """Return the record of each stage; what an older version did not record is left empty."""
     rows = []
     for name, stage in found.items():
         seconds = stage.get("seconds")
@@ -303,19 +336,19 @@ def stages(found: Json) -> Table:
                 str(stage.get("device", "")),
                 str(stage.get("finished", "")).replace("T", " ").replace("+00:00", " UTC"),
                 str(stage.get("hash", ""))[:12],
-                "" if seconds is None else f"{seconds:.1f}",
+                f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
                 "" if stage.get("seed") is None else str(stage["seed"]),
             ]
         )
     return Table("Stages of this run", ["Stage", "Device", "Finished", "Hash", "Seconds", "Seed"], rows, texts=4)
 
 
-def versions(found: Json) -> Table:
-    """Package by stage; one column where all stages agree."""
-    per_stage = {name: stage.get("versions", {}) for name, stage in found.items()}
-    packages = sorted(set().union(*per_stage.values())) if per_stage else []
+def versions(found: Stages) -> Table:
+    """Return package by stage; one column where all stages agree."""
+    per_stage = {name: cast("dict[str, str]", stage.get("versions", {})) for name, stage in found.items()}
+    packages = sorted({package for known in per_stage.values() for package in known})
     same = all(version == next(iter(per_stage.values())) for version in per_stage.values())
     columns = ["all stages"] if same and per_stage else list(per_stage)
     sources = list(per_stage.values())[: len(columns)]
-    rows = [[package, *(str(source.get(package, "")) for source in sources)] for package in packages]
+    rows = [[package, *(source.get(package, "") for source in sources)] for package in packages]
     return Table("Versions", ["Package", *columns], rows, texts=1 + len(columns))

@@ -15,6 +15,8 @@ from gtqlora.storage.atomic import write_json
 
 FOLDER, FILE = "diagnosis", "diagnosis.json"
 CANNOT_TELL = "cannot tell"
+MIN_PAIRS = 30
+"""Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def _is_plain(value: object, hint: object) -> bool:
 
 
 def _told(value: object) -> str:
-    """Return what kind of value it is, in the words of JSON."""
+    """Return what kind of value it is, in the words of JSON; what is no finite number by itself."""
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
     words: dict[object, str] = {dict: "an object", list: "a list", **_WORDS}
     return words.get(type(value), type(value).__name__)
 

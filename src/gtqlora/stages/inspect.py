@@ -1,9 +1,8 @@
-"""Shows a model's parts from its config.json alone: what is trained, what stays frozen, what it is called on disk."""
+"""Show a model's parts from its config.json alone: what is trained, what stays frozen, what it is called on disk."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -53,7 +52,7 @@ class Inspection:
         correction_bias_values: router biases that only steer selection; buffers, never trained.
         chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
         quantized: the checkpoint's quant method, if it is quantized.
-        experts_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
+        expert_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
             or in a way that gtqlora does not read, and counted as the unpacked model's.
         names: one MoE layer's tensors; of the routed experts, the first and the last stand for all.
         names_from: where names on disk come from: the checkpoint's own, or, where there are no weights, those that
@@ -73,7 +72,7 @@ class Inspection:
     hidden_size: int
     dtype: str
     quantized: str | None
-    experts_format: str | None
+    expert_format: str | None
     lora_rank: int
     groups: tuple[Group, ...]
     text_parameters: int
@@ -88,12 +87,9 @@ class Inspection:
     names: tuple[Name, ...]
     names_from: Literal["checkpoint", "transformers"] = field(compare=False)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
 
 def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None) -> Inspection:
-    """The parts of MODEL (folder, config.json or hub id); no weights are read and none need be there.
+    """Return the parts of MODEL (folder, config.json or hub id); no weights are read and none need be there.
 
     Args:
         expert_format: count routed experts as `--expert-format` would hold them; as the checkpoint does by default.
@@ -132,7 +128,7 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
         hidden_size=anatomy.hidden_size,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         quantized=quantized,
-        experts_format=held.name if held else None,
+        expert_format=held.name if held else None,
         lora_rank=lora_rank,
         groups=groups,
         text_parameters=sum(group.parameters for group in groups),
@@ -150,7 +146,7 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
 
 
 def _on_disk(model: str) -> Format | None:
-    """The 4-bit format of the checkpoint; None, too, if it is quantized in a way that is not read."""
+    """Return the 4-bit format of the checkpoint; None, too, if it is quantized in a way that is not read."""
     try:
         return format_on_disk(model)
     except ModelError:
@@ -158,7 +154,7 @@ def _on_disk(model: str) -> Format | None:
 
 
 def _held(model: str, expert_format: str | None, on_disk: Format | None) -> Format | None:
-    """The 4-bit format in which to count the experts."""
+    """Return the 4-bit format in which to count the experts."""
     if expert_format is None:
         return on_disk
     if expert_format == NATIVE:
@@ -170,7 +166,7 @@ def _held(model: str, expert_format: str | None, on_disk: Format | None) -> Form
 
 
 def _chat_template(model: str, vocabulary: int) -> bool | None:
-    """As the verbs that need it find it."""
+    """Return whether there is a chat template, as the verbs that need one find it; None without a tokenizer."""
     folder = small_files(model)
     check_generation(model, folder, vocabulary)
     weight_map(folder)
@@ -179,7 +175,7 @@ def _chat_template(model: str, vocabulary: int) -> bool | None:
 
 
 def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:
-    """What follows a matrix's name in those of its tensors on disk."""
+    """Return what follows a matrix's name in those of its tensors on disk."""
     if on_disk is None:
         return ("weight",)
     if quantized == OURS:
@@ -190,7 +186,7 @@ def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:
 def _names(
     skeleton: torch.nn.Module, anatomy: Anatomy, names: TensorNames, suffixes: tuple[str, ...]
 ) -> tuple[Name, ...]:
-    """The first MoE layer's parameters, with the checkpoint tensors that make each."""
+    """Return the first MoE layer's parameters, with the checkpoint tensors that make each."""
     layer, ends = anatomy.moe[0], (0, anatomy.spec.n_experts - 1)
     parts = {f"{layer.experts}.{GATE_UP}": 2, f"{layer.experts}.{DOWN}": 1}
 

@@ -66,11 +66,16 @@ RANKED = 200
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training left: the adapter folder, the steps done, and why it stopped early, if it did."""
+    """What training left: the adapter folder, the steps done, and why it stopped early, if it did.
+
+    Attributes:
+        fresh: these settings had left it before, so nothing was trained now.
+    """
 
     adapter: Path
     steps: int
     stopped: str | None
+    fresh: bool = False
 
 
 def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
@@ -113,7 +118,7 @@ def _trained_before(adapter: Path) -> TrainResult:
     made = read_info(adapter).details
     if not isinstance(made, Training) or made.steps is None:
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, made.steps, made.stopped)
+    return TrainResult(adapter, made.steps, made.stopped, fresh=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""Print what a verb found: as tables and sentences, or as JSON, which then is all that goes to standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gtqlora.cli import tables
+from gtqlora.cli.console import open_console, say, say_whole
+from gtqlora.cli.figures import interval, share
+from gtqlora.cli.layout import draw, wrap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gtqlora.contrasts.statistics import Statistics
+    from gtqlora.demo import Outcome
+    from gtqlora.results.diagnosis import Diagnosis
+    from gtqlora.results.verdict import Verdict
+    from gtqlora.stages.export import Exported
+    from gtqlora.stages.inspect import Inspection
+    from gtqlora.stages.project import Projected
+    from gtqlora.stages.train import TrainResult
+
+_TEMPLATE = {True: "yes", False: "no", None: "no tokenizer here"}
+
+
+def show_json(found: object) -> None:
+    """Print a result, a dataclass or a mapping, as JSON with the names of its fields as keys."""
+    print(json.dumps(_plain(found), indent=2, allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    """Return a value as JSON has it: paths as texts, and null for a number that is none, as no rows have no rate."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def show_inspection(found: Inspection, *, asked_format: str | None) -> None:
+    """Print a model's parts, with exact totals below the table, and the names of one MoE layer's tensors."""
+    console = open_console()
+    say_whole(console, f"{found.model}:", "bold")
+    say(
+        console,
+        f"{found.family} ({found.class_name}), {found.layers} layers, {found.routers} routers, {found.experts} experts "
+        f"top-{found.top_k} by {found.score}, {found.dtype}{_quantized(found, asked_format)}",
+    )
+    console.print()
+    draw(console, tables.parts(found))
+    say(
+        console,
+        f"exactly: {found.text_parameters:,} parameters in {found.bytes:,} bytes; trained are "
+        f"{found.trained_parameters:,} in {found.trained_bytes:,} bytes, {found.gate_parameters:,} of them in gates; "
+        f"correction-bias values {found.correction_bias_values:,} (frozen); "
+        f"chat template: {_TEMPLATE[found.chat_template]}",
+    )
+    console.print()
+    _show_names(console, found)
+
+
+def _quantized(found: Inspection, asked_format: str | None) -> str:
+    parts = [f", quantized ({found.quantized})"] if found.quantized else []
+    if found.expert_format:
+        parts.append(f", routed experts counted in {found.expert_format}")
+    elif found.quantized and not asked_format:
+        parts.append(", which gtqlora cannot load")
+    return "".join(parts)
+
+
+def _show_names(console: Console, found: Inspection) -> None:
+    origin = "" if found.names_from == "checkpoint" else " (no weights here: as transformers would write them)"
+    say(console, f"Names of the first MoE layer in memory and, where they differ, on disk{origin}", "bold")
+    for name in found.names:
+        for depth, text in (2, name.memory), *((6, disk) for disk in name.disk if name.disk != (name.memory,)):
+            for line in wrap(text, console.width - depth):
+                say_whole(console, " " * depth + line, "" if depth == 2 else "dim")
+
+
+def show_contrast(found: Statistics, source: str) -> None:
+    """Print what a contrast set that passed every check holds."""
+    console = open_console()
+    draw(console, tables.rows_by_split(found, f"{source}: {found.rows:,} rows, {found.pairs:,} pairs"))
+    say(console, f"{found.with_twin:,} rows with a twin, {found.unique_prompts:,} different prompts")
+    for name, lengths in (("prompt", found.prompt_tokens), ("prompt and answer", found.full_tokens)):
+        if lengths:
+            span = f"{lengths.minimum:,} to {lengths.maximum:,}, median {lengths.median:,g}, 95 % {lengths.p95:,}"
+            say(console, f"tokens, {name}: {span}")
+    say(console, "the one-way rule holds in every row", "green")
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """Print what was measured, and last the verdict's sentence."""
+    console = open_console()
+    draw(console, tables.interventions(found))
+    if found.shares:
+        draw(console, tables.shares(found))
+    if found.experts:
+        draw(console, tables.experts(found))
+    associated = ", ".join(f"{e.layer}/{e.expert}" for e in found.top_experts) or "none"
+    say(console, f"experts chosen clearly more on flagged prompts (association only): {associated}")
+    for warning in found.warnings:
+        say(console, f"note: {warning}", accent=("note:", "yellow"))
+    say(console, found.sentence, "bold")
+
+
+def show_trained(found: TrainResult, run: Path) -> None:
+    """Print what training left, and what comes next."""
+    console = open_console()
+    if found.stopped:
+        say(console, f"stopped by the guard: {found.stopped}", accent=("stopped by the guard:", "bold yellow"))
+        say(console, f"the adapter holds step {found.steps:,}, the last good checkpoint")
+    else:
+        done = "trained already with these settings (--again trains anew)" if found.fresh else "trained"
+        say(console, f"{done}: {found.steps:,} steps")
+    say_whole(console, f"adapter: {found.adapter}")
+    if not found.stopped:
+        say_whole(console, f"next: gtqlora verify {run}")
+
+
+def show_projected(found: Projected) -> None:
+    """Print what is left of over-refusal without each layer's direction."""
+    console = open_console()
+    draw(console, tables.candidates(found))
+    if all(c.refusal > 0.9 for c in found.candidates):
+        text = "note: no layer's direction takes the lookalike refusals away, so this edit repairs nothing"
+        say(console, text, accent=("note:", "yellow"))
+
+
+def show_verdict(found: Verdict) -> None:
+    """Print before and after on held-out prompts, and last the safety floor."""
+    console = open_console()
+    draw(console, tables.held_out(found))
+    draw(console, tables.drift(found))
+    say(console, f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token")
+    say(
+        console,
+        "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
+        + interval(found.mediation),
+    )
+    console.print()
+    if found.ablation:
+        draw(console, tables.ablation(found.ablation))
+    say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
+    _show_losses(console, found)
+    floor = found.floor
+    shown = (floor.verdict, tables.floor_style(floor.verdict))
+    say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
+
+
+def _show_losses(console: Console, found: Verdict) -> None:
+    """Print why refusals count as lost, and how often these prompts have been used."""
+    from gtqlora.results.verdict import LOST
+
+    if found.lost:
+        reasons = ", ".join(f"{number} {LOST.get(reason, reason)}" for reason, number in found.lost.items())
+        say(console, f"lost refusals: {reasons}")
+    if found.tries > 1:
+        level = f"{found.floor.level:.4g}"
+        text = f"{found.tries} tries on these held-out prompts so far, so the floor is judged at a level of {level}"
+        say(console, text)
+
+
+def show_next(found: Verdict, run: Path) -> None:
+    """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet."""
+    from gtqlora.certificate import shipped_experts
+
+    if found.floor.verdict != "pass":
+        return
+    console, shipped = open_console(), shipped_experts(found.model)
+    if found.expert_format == shipped:
+        say_whole(console, f"next: gtqlora export {run} OUT")
+    else:
+        say_whole(console, f"next: gtqlora verify {run} --expert-format {shipped}")
+        say(console, "(the checkpoint's own experts, which `export` writes; it takes the place of this verdict)")
+
+
+def show_exported(found: Exported) -> None:
+    """Print where the weights are and how far they are from the edited model."""
+    console = open_console()
+    say_whole(console, f"{found.folder}: the edited model, in hub layout")
+    say(
+        console,
+        f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values; largest divergence "
+        f"from the edited model {found.divergence:.2g} nats",
+    )
+
+
+def show_path(path: Path) -> None:
+    """Print a path alone on its line, so that other programs can take it."""
+    say_whole(open_console(), str(path))
+
+
+def show_demo(outcomes: Mapping[str, Outcome], seconds: float) -> None:
+    """Print every organism's edits side by side, and how long all of it took."""
+    console = open_console()
+    for name, outcome in outcomes.items():
+        _show_outcome(console, name, outcome)
+    say(console, f"{seconds:.0f} s")
+
+
+def _show_outcome(console: Console, name: str, outcome: Outcome) -> None:
+    numbers = outcome.numbers
+    agree = "as planted" if numbers.verdict == numbers.truth else f"planted was {numbers.truth}"
+    say(console, f"{name} organism: verdict {numbers.verdict}, {agree}", "bold")
+    say(console, outcome.sentence, indent=2)
+    if numbers.planted_recall is not None:
+        found = f"precision {share(numbers.planted_precision)}, recall {share(numbers.planted_recall)}"
+        say(console, f"planted experts found: {found}", indent=2)
+    draw(console, tables.edits(numbers))
+    for what, path in (("weights", outcome.exported), ("report", outcome.report)):
+        say_whole(console, f"  {what}: {path}")
+    console.print()

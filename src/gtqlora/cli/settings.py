@@ -1,0 +1,172 @@
+"""Turn what a command line says into settings: shared options, `organism` shorthands, judges that are code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from cyclopts import Parameter
+
+from gtqlora.cli.console import remark
+from gtqlora.errors import RunError
+
+if TYPE_CHECKING:
+    from gtqlora.config import StageConfig
+    from gtqlora.run import Run
+
+    C = TypeVar("C", bound=StageConfig)
+
+FORMATS = (
+    "Routed experts: bf16 (as an ordinary checkpoint has them), nf4, int4-g32 or int4-g128 (frozen in 4 bits), or "
+    "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts). "
+    "`verify` takes what the edit was trained with."
+)
+RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
+ExpertFormat = Annotated[str | None, Parameter(name="--expert-format", help=FORMATS)]
+OldExpertFormat = Annotated[str | None, Parameter(name="--experts", show=False)]
+"""What 0.1.0 called `--expert-format`; scripts that say so still run."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """Hold the options that every verb has which runs a stage on a model."""
+
+    contrast: Annotated[
+        str | None, Parameter(name="--contrast", help="JSONL, Parquet, or hub dataset with the pairs.")
+    ] = None
+    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set", help="Override one setting, e.g. --set steps=300.", negative=(), consume_multiple=False
+        ),
+    ] = None
+    expert_format: ExpertFormat = None
+    experts: OldExpertFormat = None
+    again: Annotated[
+        bool, Parameter(name="--again", negative="", show_default=False, help="Do it again even if nothing changed.")
+    ] = False
+    as_json: Json = False
+
+
+def embedded_model(name: str) -> str:
+    """Return a model as a path or hub id, with `organism:NAME` as the folder of that embedded organism.
+
+    Raises:
+        ModelError: no organism of that name is embedded.
+    """
+    from gtqlora.organisms import embedded
+
+    return str(embedded.organism(name.partition(":")[2])) if name.startswith("organism:") else name
+
+
+def embedded_contrast(source: str) -> str:
+    """Return a contrast set as a path or dataset id, with `organism` as the organisms' own pairs."""
+    from gtqlora.organisms import embedded
+
+    return str(embedded.contrast()) if source == "organism" else source
+
+
+def _embedded_recipe(file: Path) -> Path:
+    from gtqlora.organisms import embedded
+
+    return embedded.recipe() if str(file) == "organism" else file
+
+
+def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]) -> C:
+    """Return a stage's settings from its options, and say which code judges, if code does.
+
+    Args:
+        given: settings from elsewhere, such as the model; None gives nothing, and options win.
+
+    Raises:
+        ConfigError: an unknown setting, or a value of a wrong type or out of range.
+        ModelError: no organism of that name is embedded.
+    """
+    from gtqlora.config import build
+
+    chosen = {"contrast": options.contrast, "expert_format": options.expert_format or options.experts}
+    values = {**given, **{key: value for key, value in chosen.items() if value is not None}}
+    for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
+        if values.get(key) is not None:
+            values[key] = resolved(str(values[key]))
+    file = _embedded_recipe(options.config) if options.config else None
+    settled = build(kind, file=file, overrides=options.settings or (), **values)
+    say_what_judges(settled.judge)
+    return settled
+
+
+def say_what_judges(judge: str) -> None:
+    """Name, on stderr, the file of the code that is about to be imported as the judge."""
+    from gtqlora.config import is_code
+    from gtqlora.judging.trust import source_of
+
+    if is_code(judge):
+        remark(f"judge {judge}: imports {source_of(judge) or 'a module that cannot be found'}")
+
+
+def named_judge(overrides: Sequence[str] | None) -> str | None:
+    """Return the judge that `--set judge=` of this call names, the last one if it does so twice."""
+    pairs = (override.partition("=") for override in overrides or ())
+    named = [value.strip() for key, _, value in pairs if key.strip() == "judge"]
+    return named[-1] if named else None
+
+
+def as_edited(run: Run, judge: str | None) -> dict[str, object]:
+    """Return what `verify` takes over from the settings that made the adapter.
+
+    They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
+
+    Args:
+        judge: the judge that this call names, if it names one; else the recorded one is taken over.
+
+    Raises:
+        RunError: there is no adapter.
+        ConfigError: the recorded judge is code that this user did not name for this run before.
+    """
+    from gtqlora.judging import trust
+    from gtqlora.results.adapter import INFO, read_info
+
+    adapter = run.require("adapter", "train")
+    info = read_info(adapter)
+    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
+    given = {key: info.config[key] for key in shared if key in info.config} | {"expert_format": info.expert_format}
+    if judge is not None:
+        given.pop("judge", None)
+    elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
+        trust.check_named(str(given["judge"]), str(adapter / INFO))
+    return {"model": info.model, **given}
+
+
+def judge_of_verdict(run: Run, named: str | None) -> str | None:
+    """Return the judge that this call names, or the recorded one if it is code that was named for this run before."""
+    from gtqlora.judging import trust
+
+    record = run.manifest()["stages"].get("verify")
+    recorded = record["config"].get("judge") if record and isinstance(record["config"], dict) else None
+    if named is None and isinstance(recorded, str) and trust.is_remembered(run.path, recorded):
+        named = recorded
+    if named is not None:
+        say_what_judges(named)
+    return named
+
+
+def existing_run(run: Path) -> Path:
+    """Return a run directory that is there already: a mistyped name must not leave an empty one behind.
+
+    Raises:
+        RunError: there is none, or it is some other folder.
+    """
+    from gtqlora.run import MANIFEST
+    from gtqlora.storage.atomic import checked_path
+
+    run = checked_path(run)
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
+    if not (run / MANIFEST).exists():
+        raise RunError(f"{run}: not a run directory (no {MANIFEST} in it); name the one that `gtqlora train` made")
+    return run

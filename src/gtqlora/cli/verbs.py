@@ -1,0 +1,257 @@
+"""The verbs of the command line: each reads its options, runs one stage, and hands what it found to `printing`.
+
+Imports of what is heavy stand inside the verbs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+
+from cyclopts import Parameter
+
+from gtqlora.cli import printing
+from gtqlora.cli.console import demo_progress, stage_progress, starting
+from gtqlora.cli.settings import (
+    ExpertFormat,
+    Json,
+    OldExpertFormat,
+    RunDir,
+    StageOptions,
+    as_edited,
+    configured,
+    embedded_contrast,
+    embedded_model,
+    existing_run,
+    judge_of_verdict,
+    named_judge,
+    say_what_judges,
+)
+from gtqlora.errors import ConfigError, FloorError, TrainingError
+
+if TYPE_CHECKING:
+    from gtqlora.config import StageConfig
+    from gtqlora.run import Run
+
+    C = TypeVar("C", bound=StageConfig, contravariant=True)
+    R = TypeVar("R", covariant=True)
+
+    class Stage(Protocol[C, R]):
+        """A stage's function."""
+
+        def __call__(self, config: C, run: Run, *, again: bool = False) -> R:
+            """Run it, or return what it left before if nothing changed."""
+            ...
+
+
+NO_OPTIONS = StageOptions()
+
+
+def inspect(
+    model: str,
+    *,
+    rank: Annotated[int, Parameter(help="LoRA rank to count with.")] = 32,
+    expert_format: ExpertFormat = None,
+    experts: OldExpertFormat = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's parts and what GT-QLoRA would train, from its config alone."""
+    asked = expert_format or experts
+    with starting():  # transformers imports a model's class only when it is asked for
+        from gtqlora.stages.inspect import inspect as look
+
+        found = look(embedded_model(model), lora_rank=rank, expert_format=asked)
+    if as_json:
+        printing.show_json(found)
+    else:
+        printing.show_inspection(found, asked_format=asked)
+
+
+def check(
+    file: str,
+    *,
+    model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
+    judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
+    out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
+    with starting():
+        from gtqlora import contrasts
+        from gtqlora.contrasts.statistics import statistics
+        from gtqlora.judging.judge import judge_of
+        from gtqlora.organisms import embedded
+
+    source = embedded_contrast(file)
+    judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
+    say_what_judges(judge)
+    rows = contrasts.load(source, judge_of(judge))
+    tokenizer, limit, vocabulary = None, None, None
+    if model:
+        from gtqlora.families import load_config, load_tokenizer
+
+        path = embedded_model(model)
+        settings = load_config(path)[1]
+        tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
+    found = statistics(rows, tokenizer, limit, vocabulary)
+    if out:
+        contrasts.save(rows, out)
+    if as_json:
+        printing.show_json(found)
+    else:
+        printing.show_contrast(found, source)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Run]:
+    """Hold a run directory, and show what its stage is doing."""
+    from gtqlora.run import Run
+
+    with Run(path) as run, stage_progress():
+        yield run
+
+
+def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
+    """Run a stage that needs no earlier one; its judge needs no naming when it judges this run again."""
+    from gtqlora.judging import trust
+
+    with _opened(path) as run:
+        trust.remember(path, config.judge)
+        return stage(config, run, again=again)
+
+
+def diagnose(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
+    """Find the behaviour: association, interventions with controls, directions, a verdict."""
+    with starting():
+        from gtqlora.config import DiagnoseConfig
+        from gtqlora.stages.diagnose import diagnose as stage
+
+    found = _staged(stage, configured(DiagnoseConfig, options, {"model": model}), run, again=options.again)
+    if options.as_json:
+        printing.show_json(found)
+    else:
+        printing.show_diagnosis(found)
+
+
+def train(
+    model: str,
+    *,
+    run: RunDir,
+    mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None,
+    objective: Annotated[
+        str | None,
+        Parameter(help="edit, or harden: edit while experts are ablated, so that refusal hangs on no few of them."),
+    ] = None,
+    options: StageOptions = NO_OPTIONS,
+) -> int:
+    """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
+    with starting():
+        from gtqlora.config import TrainConfig
+        from gtqlora.stages.train import train as stage
+
+    config = configured(TrainConfig, options, {"model": model, "mode": mode, "objective": objective})
+    found = _staged(stage, config, run, again=options.again)
+    if options.as_json:
+        printing.show_json(found)
+    else:
+        printing.show_trained(found, run)
+    return TrainingError.exit_code if found.stopped else 0
+
+
+def project(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
+    """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
+    with starting():
+        from gtqlora.config import ProjectConfig
+        from gtqlora.stages.project import project as stage
+
+    found = _staged(stage, configured(ProjectConfig, options, {"model": model}), run, again=options.again)
+    if options.as_json:
+        printing.show_json(found)
+    else:
+        printing.show_projected(found)
+
+
+def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
+    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
+    with starting():
+        from gtqlora.config import VerifyConfig
+        from gtqlora.judging import trust
+        from gtqlora.stages.verify import verify as stage
+
+    with _opened(existing_run(run)) as held:
+        config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
+        trust.remember(run, config.judge)
+        found = stage(config, held, again=options.again)
+    if options.as_json:
+        printing.show_json(found)
+    else:
+        printing.show_verdict(found)
+        printing.show_next(found, run)
+    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    to: Annotated[str, Parameter(help="Format of the weights.")] = "safetensors",
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set",
+            help="Only --set judge=package.module:function: the judge that verify used, if it is code.",
+            negative=(),
+            consume_multiple=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ship it: write merged weights, only after a passed safety floor."""
+    with starting():
+        from gtqlora.stages.export import export as stage
+
+    if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
+        raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
+    with _opened(existing_run(run)) as held:
+        found = stage(held, out, to=to, judge=judge_of_verdict(held, named_judge(settings)))
+    if as_json:
+        printing.show_json(found)
+    else:
+        printing.show_exported(found)
+
+
+def report(
+    run: Path,
+    *,
+    compare: Annotated[list[Path] | None, Parameter(help="Other runs for the side by side.", negative=())] = None,
+    as_json: Json = False,
+) -> None:
+    """Read it: one self-contained HTML page."""
+    from gtqlora.run import Run
+    from gtqlora.stages.report import report as stage
+
+    with Run(existing_run(run)) as held:
+        page = stage(held, compare=[existing_run(other) for other in compare or ()])
+    if as_json:
+        printing.show_json({"page": page})
+    else:
+        printing.show_path(page)
+
+
+def demo(
+    *,
+    out: Annotated[Path, Parameter(help="Where the runs go.")] = Path("demo-run"),
+    as_json: Json = False,
+) -> None:
+    """Run all of it on two embedded toy models, in under three minutes."""
+    from gtqlora.demo import demo as stage
+
+    with demo_progress() as on_event:
+        outcomes, seconds = stage(out, on_event)
+    if as_json:
+        organisms = {name: outcome.numbers for name, outcome in outcomes.items()}
+        printing.show_json({"organisms": organisms, "seconds": round(seconds, 1)})
+    else:
+        printing.show_demo(outcomes, seconds)
