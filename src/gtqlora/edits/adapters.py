@@ -89,7 +89,7 @@ def freeze_rest_of_routers(model: nn.Module, anatomy: Anatomy) -> None:
 
 
 def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int) -> None:
-    """Every intended module trains, nothing else does, gates are fp32.
+    """Check that every intended module trains, nothing else does, and gates are fp32.
 
     Raises:
         TrainingError: names the first module that is too many or missing.
@@ -156,7 +156,7 @@ def frozen_state(model: nn.Module) -> FrozenState:
 
 
 def assert_experts_frozen(model: nn.Module, before: FrozenState) -> None:
-    """The experts' 4-bit weights are what `frozen_state` saw.
+    """Check that the experts' 4-bit weights are what `frozen_state` saw.
 
     Raises:
         TrainingError: names the first buffer that was written to.
@@ -184,7 +184,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def edit_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a GT-QLoRA edit consists of, by the names of `edit.safetensors`.
+    """Return what a GT-QLoRA edit consists of, by the names of `edit.safetensors`.
 
     `<path>.lora_A` and `<path>.lora_B` of each linear, `<path>.weight` of each router; paths as in `Anatomy`.
     """
@@ -303,7 +303,7 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def wrapped(model: nn.Module, anatomy: Anatomy, adapter: Adapter) -> PeftModel:
-    """A model with a GT-QLoRA adapter on it, as it was trained.
+    """Return a model with a GT-QLoRA adapter on it, as it was trained.
 
     Raises:
         RunError: the adapter does not fit the model.

@@ -65,7 +65,7 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
 
 
 def _wanted(adapter: Adapter, anatomy: Anatomy) -> set[str]:
-    """Names of an adapter's tensors: all LoRA pairs, all routers, or both."""
+    """Return names of an adapter's tensors: all LoRA pairs, all routers, or both."""
     lora = [f"{path}.{part}" for path in anatomy.lora_targets for part in ("lora_A", "lora_B")]
     gates = [f"{path}.weight" for path in anatomy.routers]
     return set({"gt": lora + gates, "lora": lora, "gates": gates}[adapter.mode])

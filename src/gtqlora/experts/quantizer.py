@@ -84,7 +84,7 @@ def _naming(folder: Path) -> Iterator[None]:
 def _source(
     checkpoint: _Checkpoint, wanted: str, matrices: tuple[sources.Matrix, ...], files: TensorFiles
 ) -> sources.Source:
-    """How the experts lie in the checkpoint, if that goes with the format that is wanted.
+    """Return how the experts lie in the checkpoint, if that goes with the format that is wanted.
 
     Raises:
         ModelError: it does not, or the checkpoint is quantized in a way that is not read.
@@ -163,7 +163,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         return model
 
     def _settle(self, checkpoint: _Checkpoint, names: TensorNames) -> None:
-        """Settings that follow from the checkpoint."""
+        """Take over the settings that follow from the checkpoint."""
         config, ours = self.quantization_config, checkpoint.ours
         if ours is not None:
             config.format = ours.format
@@ -305,6 +305,6 @@ def _check_placed(experts: dict[int, FrozenExperts]) -> None:
 
 
 def _named_in_memory(settings: dict[str, Any], names: TensorNames) -> dict[str, Any]:
-    """Settings that go with the names of a saved language model, which stands alone; patterns stay as they are."""
+    """Return settings that go with the names of a saved language model, which stands alone; patterns stay."""
     ignore = [entry if entry.startswith("re:") else names.module(entry) for entry in settings.get("ignore") or ()]
     return {**settings, "ignore": ignore}

@@ -249,5 +249,5 @@ def saved(
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: transformers would copy all views of a storage before it saves any."""
+    """Return the same memory as a tensor of its own: transformers copies all views of a storage before it saves any."""
     return torch.from_dlpack(tensor.detach())

@@ -95,7 +95,7 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _whole_window(values: Mapping[str, Any]) -> bool:
-    """Whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
+    """Return whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
     return values.get("use_sliding_window") is False
 
 

@@ -22,7 +22,7 @@ MoeLayers = Literal["all", "after_dense", "sparse_step", "by_type"]
 Normalize = Literal["key", "always", "never"]
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-"""The parameters into which transformers fuses a layer's routed experts: [E, 2I, D], gate's rows first, and [E, D, I]."""
+"""Parameters into which transformers fuses a layer's routed experts: [E, 2I, D], gate's rows first, and [E, D, I]."""
 
 
 @dataclass(frozen=True, kw_only=True)

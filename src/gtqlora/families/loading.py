@@ -175,7 +175,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_model(
     model: str, *, dtype: str = "auto", device: str = "cpu", quantization_config: Any = None
 ) -> tuple[Family, PreTrainedModel]:
-    """Return the language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+    """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         quantization_config: a transformers quantization config, used instead of the checkpoint's own. Its quantizer
@@ -207,7 +207,7 @@ def load_model(
 
 
 def _indexed(device: str) -> torch.device:
-    """The device with its number: trainers compare devices, and `cuda` is not equal to `cuda:0`."""
+    """Return the device with its number: trainers compare devices, and `cuda` is not equal to `cuda:0`."""
     found = torch.device(device)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -312,7 +312,7 @@ def _check_finite(model: str, loaded: PreTrainedModel) -> None:
 
 
 def _bad_part(tensor: Tensor) -> str | None:
-    """Where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
+    """Return where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
     if not tensor.is_floating_point():
         return None
     if tensor.ndim < 3:

@@ -138,7 +138,7 @@ class _ToMemory:
         return rename_source_key(disk, self._renamings, [], self._prefix, self._names)[0]
 
     def _expert(self, renamed: str) -> Place | None:
-        """The place of an expert's matrix, if it is one."""
+        """Return the place of an expert's matrix, if it is one."""
         name, pattern = rename_source_key(renamed, [], self._converters, self._prefix, self._names)
         if pattern not in self._parts:
             return None
@@ -167,12 +167,12 @@ class _ToDisk:
 
 
 def _matrix_name(disk: str) -> str:
-    """The name of a matrix of which a tensor is a part: `w1.weight` of `w1.weight_packed` and of `w1.packed`."""
+    """Return the name of a matrix of which a tensor is a part: `w1.weight` of `w1.weight_packed` and of `w1.packed`."""
     return disk.rpartition(".")[0] + _WEIGHT
 
 
 def _transforms(model: PreTrainedModel, family: Family, *, legacy: bool) -> list[WeightTransform]:
-    """The mapping of the language model's class, after what the family's wrapper adds."""
+    """Return the mapping of the language model's class, after what the family's wrapper adds."""
     outer = [PrefixChange(prefix_to_remove=family.wrapper_prefix)] if family.wrapper_prefix else []
     return [*outer, *get_model_conversion_mapping(model, add_legacy=legacy)]
 
@@ -183,7 +183,7 @@ def _split(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], lis
 
 
 def _is_used(transform: WeightTransform, disk: list[str], wrapped: bool) -> bool:
-    """Whether a name that is not on disk would be one that this transform takes.
+    """Return whether a name that is not on disk would be one that this transform takes.
 
     A renaming: if names that are there need it, or if none are there, but for a prefix that only a wrapper gives.
     A conversion: always, as what is not there may be one expert of many.

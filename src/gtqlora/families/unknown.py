@@ -57,7 +57,7 @@ def _split(sections: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]
 
 
 def _router_class(sections: Sequence[Mapping[str, Any]]) -> str | None:
-    """The class whose logits transformers records for a model of one of these types, None if there is none."""
+    """Return the class whose logits transformers records for a model of one of these types, None if there is none."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
