@@ -25,6 +25,7 @@ import transformers
 from train_step import FORMATS, SHAPES, build, tokenizer_of
 
 from gtqlora.capture import Subject, by_length, forward, left_padded, observe, open_subject
+from gtqlora.config import ModelConfig
 from gtqlora.contrasts import encode_prompt, load
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
@@ -43,7 +44,8 @@ def random_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
 
 def organism_subject(args: argparse.Namespace) -> tuple[Subject, list[list[int]]]:
     """An embedded organism and prompts of its contrast set."""
-    subject = open_subject(str(embedded.organism(ORGANISM)), device=args.device, expert_format=args.expert_format)
+    folder = str(embedded.organism(ORGANISM))
+    subject = open_subject(ModelConfig(model=folder, device=args.device, expert_format=args.expert_format))
     rows = load(str(embedded.contrast()), judge_of(embedded.JUDGE)).split("train").of_kind("lookalike")
     prompts = [encode_prompt(subject.tokenizer, row.prompt) for row in rows]
     return subject, prompts[: args.prompts * args.batches]

@@ -49,18 +49,12 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapters import (
-    assert_experts_frozen,
-    assert_trains_exactly,
-    frozen_state,
-    lora_config,
-    peft_targets_kept,
-    sum_of_bits,
-)
+from gtqlora.edits.frozen import assert_experts_frozen, frozen_state, sum_of_bits
 from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, weights_unhashed
+from gtqlora.edits.trainer import arguments as training_arguments
+from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targets_kept
 from gtqlora.experts import FORMATS, Format, FrozenExperts
 from gtqlora.families import FAMILIES, Anatomy, bind
-from gtqlora.stages import train as train_stage
 
 TRL, BF16 = "trl", "bf16"
 WAYS = (*FORMATS, BF16, TRL)
@@ -276,7 +270,7 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
 def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy, out: Path, clock: Clock) -> Any:
     """What the `train` stage builds, or TRL's own trainer with the same modules to train."""
     settings, tokenizer = settings_of(args, clock.device), tokenizer_of(model.config.vocab_size)
-    arguments = train_stage._arguments(settings, out)
+    arguments = training_arguments(settings, out)
     arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
     shared: dict[str, Any] = {
         "model": model,

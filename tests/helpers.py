@@ -21,12 +21,12 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
-from gtqlora.edits import adapters
-from gtqlora.edits.resume import Origin
+from gtqlora.edits import adapters, wrapping
+from gtqlora.edits.checkpoint_files import Origin
 from gtqlora.edits.trainer import GateTargetedTrainer
 from gtqlora.experts import FrozenExperts
 from gtqlora.families import load_config
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Judge, judge_of, refusals
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, Info, Training
 from gtqlora.run import Run
@@ -43,6 +43,12 @@ JUDGE = "tests.helpers:refuses"
 def refuses(text: str) -> bool:
     """A judge under which a random model, given fewer than three tokens, refuses; toy answers have three words."""
     return len(text.split()) != 3
+
+
+def says(judge: str | Judge) -> Callable[[str], bool]:
+    """A judge, or the judge of a name, asked about one text after another."""
+    asked = judge_of(judge) if isinstance(judge, str) else judge
+    return lambda text: refusals(asked, [({"role": "user", "content": "asked"},)], [text])[0]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -118,8 +124,8 @@ def exported(path: Path, out: Path, **more: Any) -> Exported:
 def noop_adapter(model: Path, contrast: Path, judge: str, path: Path, *, break_it: bool = False) -> None:
     """Put an untrained adapter, which changes nothing (or is NaN), into a run directory, as training leaves one."""
     subject = open_subject(str(model))
-    config = adapters.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
-    with adapters.peft_targets_kept():
+    config = wrapping.lora_config(subject.anatomy, mode="gt", rank=4, alpha=8)
+    with wrapping.peft_targets_kept():
         wrapped = get_peft_model(subject.model, config)
     for gate in gates(wrapped).values() if break_it else ():
         gate.data.fill_(float("nan"))
@@ -142,7 +148,7 @@ class Inside:
     @classmethod
     def start(cls, config: TrainConfig, path: Path) -> Inside:
         rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
-        subject = open_subject(config.model, expert_format=config.expert_format)
+        subject = open_subject(config)
         with Run(path) as run:
             return cls(train_stage._trainer(config, subject, rows, run, Origin(asdict(config), {})), path, config)
 

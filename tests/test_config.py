@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -17,16 +19,20 @@ from gtqlora import machine
 from gtqlora.config import (
     STAGES,
     DiagnoseConfig,
+    ModelConfig,
     ProjectConfig,
     StageConfig,
     TrainConfig,
     VerifyConfig,
     build,
+    build_recorded,
+    of_the_edit,
     to_dict,
 )
 from gtqlora.errors import ConfigError
 from gtqlora.machine import trackers
 from gtqlora.organisms import embedded
+from gtqlora.run import Run, stage_hash
 
 GIVEN: dict[str, Any] = {"model": "m", "contrast": "c"}
 
@@ -294,3 +300,70 @@ def test_a_config_survives_json(kind: type[StageConfig]) -> None:
     config = build(kind, **GIVEN, seed=5)
     again = json.loads(json.dumps(to_dict(config), allow_nan=False))
     assert build(kind, **again) == config
+
+
+# --- a new setting needs nothing but its field
+
+
+def _another(hint: object, value: object) -> object:
+    """A value that a setting of `ModelConfig` may have and does not have by itself."""
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
+    return "cuda:0" if value == "cpu" else f"{value}-other"
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(ModelConfig), ids=lambda field: field.name)
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_how_a_model_is_opened_goes_everywhere(
+    kind: type[StageConfig], field: dataclasses.Field[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From TOML and `--set`, into the manifest and the stage's hash, and from an edit over to its verdict."""
+    monkeypatch.setattr("gtqlora.config.stages.check_device", lambda name: None)  # none but the CPU may be here
+    name, plain = field.name, kind(**GIVEN)
+    value = _another(get_type_hints(ModelConfig)[name], getattr(plain, name))
+    settled = build(kind, **GIVEN, overrides=[f"{name}={value}"])
+    assert getattr(settled, name) == value != getattr(plain, name)
+    file = _file(tmp_path, f"{name} = {json.dumps(value)}\n")
+    assert build(kind, file=file, **{k: v for k, v in GIVEN.items() if k != name}) == settled
+    assert of_the_edit(to_dict(settled))[name] == value
+    recorded = build(VerifyConfig, **{**GIVEN, **of_the_edit(to_dict(settled))})
+    assert getattr(recorded, name) == value
+    assert stage_hash(to_dict(settled), {}) != stage_hash(to_dict(plain), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Novel(TrainConfig):
+    """A stage with a setting that nothing else knows of."""
+
+    novelty: int = 3
+
+
+def test_a_new_setting_needs_its_field_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "novel", Novel)
+    assert build(Novel, **GIVEN).novelty == 3
+    top, own = _file(tmp_path, "novelty = 4\n"), _file(tmp_path, "[novel]\nnovelty = 5\n")
+    assert build(Novel, file=own, **GIVEN).novelty == 5
+    assert build(TrainConfig, file=_file(tmp_path, "novelty = 4\n"), **GIVEN) == build(TrainConfig, **GIVEN)
+    assert build(Novel, file=top, **GIVEN).novelty == 4
+    settled = build(Novel, **GIVEN, overrides=["novelty=6"])
+    with pytest.raises(ConfigError, match="novelty = 'many': must be a whole number"):
+        build(Novel, **GIVEN, overrides=["novelty=many"])
+    with Run(tmp_path / "run") as run:
+        for config, fresh in ((settled, False), (settled, True), (build(Novel, **GIVEN), False)):
+            with run.stage("novel", config, {}) as stage:
+                assert stage.fresh is fresh
+            record = run.manifest()["stages"]["novel"]
+            assert build_recorded(Novel, record["config"], "here") == config
+
+
+def test_verify_takes_how_the_edited_model_was_opened_and_no_more() -> None:
+    made = to_dict(TrainConfig(**GIVEN, expert_format="nf4", dtype="float16", judge="string:no", seed=7, batch_size=3))
+    taken = of_the_edit(made)
+    assert taken.keys() == {field.name for field in dataclasses.fields(ModelConfig)} | {
+        "contrast", "judge", "max_new_tokens", "seed",
+    }  # fmt: skip
+    found = VerifyConfig(**taken)  # type: ignore[arg-type]
+    assert (found.expert_format, found.dtype, found.judge, found.seed) == ("nf4", "float16", "string:no", 7)
+    assert found.batch_size == VerifyConfig(**GIVEN).batch_size
+    old = {"experts" if key == "expert_format" else key: value for key, value in made.items()}
+    assert of_the_edit(old) == taken

@@ -11,8 +11,8 @@ import torch
 from gtqlora.config import DiagnoseConfig, TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
-from gtqlora.edits.adapters import trainable
 from gtqlora.edits.edited import load
+from gtqlora.edits.wrapping import trainable
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.metrics import read_metrics

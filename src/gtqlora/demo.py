@@ -94,7 +94,7 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
         GtqloraError: a stage failed; whatever was finished stays in `out`.
     """
     started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # the threads of a torch in use do not survive a fork
     events: Queue[Message] = context.Queue()
     threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
     workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}

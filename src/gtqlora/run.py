@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from gtqlora.config import to_dict
 from gtqlora.errors import RunError
@@ -27,6 +27,9 @@ from gtqlora.storage.atomic import (
 from gtqlora.storage.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
 from gtqlora.storage.locks import LOCK, hold, still_held
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 PATHS = frozenset({"model", "contrast"})
@@ -39,7 +42,33 @@ _ARTEFACTS = {
 }
 
 
+class Record(TypedDict):
+    """What the manifest says of one stage; what older versions did not write may be absent.
+
+    `hash` is `stage_hash`; `inputs` are the contents of what was read, `outputs` of what was written (None: nothing
+    was there), as hashes; `seconds` of wall time, `finished` in UTC.
+    """
+
+    hash: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str | None]
+    versions: dict[str, str]
+    device: NotRequired[str]
+    seed: NotRequired[int | None]
+    seconds: NotRequired[float]
+    finished: NotRequired[str]
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` holds: the records of the stages by their names."""
+
+    format: int
+    stages: dict[str, Record]
+
+
 def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on, of those that are here."""
     found: dict[str, str] = {}
     for package in _PACKAGES:
         try:
@@ -49,26 +78,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def stage_hash(settings: Mapping[str, Any], inputs: Mapping[str, str], aside: Collection[str] = ()) -> str:
-    """What a stage's results follow from: its settings, but those set aside, and the contents of its inputs."""
+def stage_hash(settings: Mapping[str, object], inputs: Mapping[str, str], aside: Collection[str] = ()) -> str:
+    """Hash what a stage's results follow from: its settings, but those set aside, and the contents of its inputs."""
     return sha256_json({"config": {k: v for k, v in settings.items() if k not in aside}, "inputs": dict(inputs)})
 
 
 # --- the manifest
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _is_output(name: str, identity: Any) -> bool:
-    """Of one artefact: a name inside the run, and the hash of what it held."""
+def _is_output(name: str, identity: object) -> bool:
+    """Tell whether these are a name inside the run, and the hash of what it held."""
     parts = PurePosixPath(name).parts
     return bool(parts) and ".." not in parts and not name.startswith("/") and isinstance(identity, str | None)
 
 
-def _is_record(value: Any) -> bool:
-    """What `Run.stage` writes of a stage; it may be of another version, which wrote less, or edited."""
+def _is_record(value: object) -> bool:
+    """Tell whether this is what `Run.stage` writes of a stage; another version may have written less."""
     if not isinstance(value, dict) or not isinstance(value.get("hash"), str) or not _texts(value.get("inputs")):
         return False
     outputs, seconds = value.get("outputs"), value.get("seconds", 0.0)
@@ -85,8 +114,8 @@ def _is_record(value: Any) -> bool:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run directory.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run directory.
 
     Raises:
         RunError: it is not there, or none of ours.
@@ -101,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, stage in stages.items():
         if not _is_record(stage):
             raise RunError(f"{file}: not a manifest of gtqlora's (the record of {name!a} is malformed); {remedy}")
-    return manifest
+    return cast(Manifest, manifest)
 
 
 def require(folder: Path, name: str, made_by: str) -> Path:
@@ -117,7 +146,7 @@ def require(folder: Path, name: str, made_by: str) -> Path:
 
 
 def _check_ours(path: Path) -> None:
-    """Nothing is written into a folder of the user's.
+    """Check that nothing is written into a folder of the user's.
 
     Raises:
         RunError: the folder has no manifest of ours, and holds something; or it is one that is the user's in any case.
@@ -147,7 +176,7 @@ class Stage:
     """
 
     name: str
-    record: dict[str, Any]
+    record: Record
     fresh: bool
     renewed: Callable[[], Path]
     outputs: list[str] = field(default_factory=list)
@@ -190,10 +219,15 @@ class Run:
         self.close()
 
     def close(self) -> None:
+        """Let other processes work in the directory."""
         self._held.close()
 
     def check_held(self) -> None:
-        """Raises RunError if the run directory was removed, moved or replaced since it was opened."""
+        """Check that the run directory is the one that was opened.
+
+        Raises:
+            RunError: it was removed, moved or replaced since.
+        """
         if not self._held.closed and not still_held(self._held, self.path / LOCK):
             raise RunError(
                 f"{self.path}: the run directory was removed or replaced while this command worked in it; nothing "
@@ -205,7 +239,7 @@ class Run:
         return self.path / name
 
     def owns(self, path: str | Path) -> bool:
-        """Whether a path lies in what this run, or any other, writes itself: nothing else may be put there."""
+        """Tell whether a path lies in what this run, or any other, writes itself: nothing else may be put there."""
         place = Path(path).expanduser().resolve()
         mine = self.path.resolve()
         if place == mine:
@@ -217,13 +251,17 @@ class Run:
                     return True
         return False
 
-    def manifest(self) -> dict[str, Any]:
-        """Raises RunError if it was edited so that it is none of ours."""
+    def manifest(self) -> Manifest:
+        """Read the manifest.
+
+        Raises:
+            RunError: it was edited so that it is none of ours.
+        """
         self.check_held()
         return read_manifest(self.path)
 
     def read_json(self, name: str, made_by: str) -> dict[str, Any]:
-        """An artefact of an earlier stage.
+        """Read an artefact of an earlier stage.
 
         Raises:
             RunError: it is not there, or not a JSON object; the message names the command that makes it.
@@ -238,7 +276,7 @@ class Run:
     def stage(
         self,
         name: str,
-        config: Any,
+        config: DataclassInstance,
         inputs: Mapping[str, str],
         *,
         device: str = "cpu",
@@ -255,14 +293,15 @@ class Run:
         """
         self.check_held()
         settings = to_dict(config)
-        record: dict[str, Any] = {
-            "hash": stage_hash(settings, inputs, aside),
-            "config": settings,
-            "inputs": dict(inputs),
-            "versions": versions(),
-            "device": device,
-            "seed": settings.get("seed"),
-        }
+        record = Record(
+            hash=stage_hash(settings, inputs, aside),
+            config=settings,
+            inputs=dict(inputs),
+            outputs={},
+            versions=versions(),
+            device=device,
+            seed=settings.get("seed"),
+        )
         fresh = not again and self._answers(name, record["hash"])
         started, new = time.monotonic(), list[Path]()
         with ExitStack() as until_done:
@@ -284,16 +323,16 @@ class Run:
         return known is not None and known["hash"] == digest and known["outputs"] == self._hashes(known["outputs"])
 
     def _record(self, stage: Stage, new: Path | None) -> None:
-        """Into the manifest, which takes its place together with the outputs if they are renewed together."""
+        """Enter the stage into the manifest, which takes its place together with the outputs that were renewed."""
         self.check_held()
         outputs = self._hashes(stage.outputs, new)
         manifest = self.manifest()
-        others = {k: other for k, other in manifest["stages"].items() if not outputs.keys() & other["outputs"]}
+        others = {k: other for k, other in manifest["stages"].items() if not outputs.keys() & other["outputs"].keys()}
         stages = {**others, stage.name: {**stage.record, "outputs": outputs}}
         write_json((new or self.path) / MANIFEST, {**manifest, "stages": stages})
 
     def _hashes(self, outputs: Iterable[str], new: Path | None = None) -> dict[str, str | None]:
-        """Artefacts by their contents, whatever their size: a copied run is still fresh, an overwritten one is not."""
+        """Hash artefacts by their contents: a copied run is still fresh, an overwritten one is not."""
         found: dict[str, str | None] = {}
         for name in outputs:
             renewed = None if new is None else new / name
@@ -303,7 +342,7 @@ class Run:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """First parts of the names of a run's recorded outputs; none if the manifest there is not of a run."""
+    """Return the first parts of the names of a run's recorded outputs; none if the manifest there is not of a run."""
     try:
         stages = read_manifest(folder)["stages"].values()
     except RunError:

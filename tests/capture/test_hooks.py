@@ -21,20 +21,21 @@ from gtqlora.capture import (
     Replay,
     Subject,
     direction_removed,
+    left_padded,
     open_subject,
     router_hooks,
 )
 from gtqlora.errors import ModelError
-from gtqlora.scoring import SourceRun, decode, left_padded
-from tests.models import FAMILIES, moe_layers, save_tiny, some_tokens
+from gtqlora.scoring import Change, SourceRun, decode
+from tests.models import CORE, FAMILIES, OTHERS, moe_layers, save_tiny, some_tokens
 
-TOKENS, OTHERS = some_tokens(0), some_tokens(1)
+TOKENS, OTHER_TOKENS = some_tokens(0), some_tokens(1)
 MASKED = {0: (1, 4, 5), 1: (0,)}
 PROMPTS = [[7, 8, 9, 30, 31], [40, 41, 42], [50, 51, 52, 53, 54, 55, 56, 57], [60]]
 NEW = 6
 
 
-@pytest.fixture(scope="module", params=[family for family in FAMILIES if family != "qwen3_5_moe_text"])
+@pytest.fixture(scope="module", params=(*CORE, *OTHERS))
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return open_subject(str(save_tiny(tmp_path_factory.mktemp("tiny"), request.param)))
 
@@ -131,7 +132,7 @@ def test_replaying_its_own_routing_changes_no_bit(subject: Subject) -> None:
 
 
 def test_replaying_another_prompt_s_routing(subject: Subject) -> None:
-    theirs = _recorded(subject, OTHERS)
+    theirs = _recorded(subject, OTHER_TOKENS)
     used = _recorded(subject, TOKENS, Replay(theirs))
     for position, decision in used.decisions.items():
         assert torch.equal(decision.indices_TK, theirs.decisions[position].indices_TK)
@@ -299,7 +300,7 @@ def _generated(subject: Subject, prompts: list[list[int]]) -> list[str]:
 
 
 def _completed(subject: Subject, prompts: list[list[int]], **settings: Any) -> list[str]:
-    return decode(subject, prompts, max_new_tokens=NEW, **settings).texts
+    return decode(subject, prompts, Change(**settings), max_new_tokens=NEW).texts
 
 
 def test_decoding_equals_generate(subject: Subject) -> None:

@@ -29,6 +29,7 @@ from gtqlora.capture import (
     router_hooks,
     top_tokens,
 )
+from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
 from gtqlora.organisms import embedded
 from tests import helpers
@@ -158,7 +159,8 @@ def test_experts_in_groups_and_all_of_them_chosen(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_frozen_experts_and_wrapped_models(tmp_path: Path, family: str) -> None:
     """An adapter that was not trained changes nothing, and its gates are where the routers were."""
-    subject = open_subject(str(save_tiny(tmp_path, family, dtype=torch.bfloat16)), expert_format="nf4")
+    folder = save_tiny(tmp_path, family, dtype=torch.bfloat16)
+    subject = open_subject(ModelConfig(model=str(folder), expert_format="nf4"))
     plain = _observe(subject)
     config = LoraConfig(target_modules=list(subject.anatomy.attention))
     seen = _observe(replace(subject, model=get_peft_model(subject.model, config)))
@@ -284,7 +286,8 @@ def test_gradient_scores_leave_the_parameters_as_they_were(subject: Subject) -> 
 @pytest.mark.parametrize("expert_format", ["bf16", "nf4"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_gradient_scores_in_bf16_and_through_frozen_experts(tmp_path: Path, family: str, expert_format: str) -> None:
-    subject = open_subject(str(save_tiny(tmp_path, family, dtype=torch.bfloat16)), expert_format=expert_format)
+    folder = save_tiny(tmp_path, family, dtype=torch.bfloat16)
+    subject = open_subject(ModelConfig(model=str(folder), expert_format=expert_format))  # type: ignore[arg-type]
     found = gradient_scores(subject, PROMPTS, [5, 6], batch_size=2, label="")
     assert np.abs(found).max(axis=(1, 2)).all()
     assert ((found != 0) <= (_rates(subject) > 0)).all()

@@ -247,7 +247,7 @@ def _sha(file: Path) -> str | None:
 
 def _bad_checkpoints(run: Path) -> list[str]:
     """A checkpoint with its mark is one that training goes on from."""
-    from gtqlora.edits.resume import Unusable, read_checkpoint
+    from gtqlora.edits.checkpoint_files import Unusable, read_checkpoint
 
     found = []
     for mark in run.glob("checkpoints/checkpoint-*/complete.json"):

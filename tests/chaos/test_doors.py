@@ -19,9 +19,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from gtqlora import contrasts
-from gtqlora.certificate import BUDGET, judged_again
 from gtqlora.cli import main
 from gtqlora.errors import ContrastError, GtqloraError
+from gtqlora.floor.ancestry import BUDGET
+from gtqlora.floor.outcomes import judged_again
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms.language import Language
 from gtqlora.results.adapter import GT_QLORA

@@ -11,6 +11,7 @@ import pytest
 from gtqlora import contrasts
 from gtqlora.cli import main
 from gtqlora.errors import RunError
+from gtqlora.judging.judge import judge_of
 from gtqlora.storage.atomic import atomic_write
 from tests import helpers, models
 
@@ -33,6 +34,7 @@ def test_s2_a_link_out_of_the_model_folder_is_not_followed_into_the_export(
 
 NOOP = """
 from pathlib import Path
+from gtqlora.judging.judge import judge_of
 from gtqlora.results.adapter import adapter_hash
 from tests.helpers import JUDGE, noop_adapter
 torch.manual_seed(0)
@@ -64,7 +66,7 @@ def test_r10_a_checked_set_replaces_no_file(
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err and mine.read_text() == "precious"
     assert main([*command[:-1], str(tmp_path / "new.parquet")]) == 0
-    assert len(contrasts.load(str(tmp_path / "new.parquet"), helpers.refuses).rows) > 100
+    assert len(contrasts.load(str(tmp_path / "new.parquet"), judge_of(helpers.JUDGE)).rows) > 100
 
 
 @pytest.mark.parametrize("place", ["adapter/w", "checkpoints", "diagnosis/w", ".lock/w", "scores.parquet/x"])

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,16 @@ from gtqlora.contrasts import (
     load,
     save,
 )
+from gtqlora.contrasts.sources import LONGEST
 from gtqlora.contrasts.statistics import statistics
 from gtqlora.errors import ConfigError, ContrastError
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Judgement, Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
+from tests.helpers import says
 from tests.judging.test_judge import ANSWERING, HONEST
 
 ENGLISH = judge_of("string")
+english = says(ENGLISH)
 NO = "I'm sorry, but I can't help with that."
 TOKENIZER = Language().tokenizer()
 
@@ -369,9 +374,56 @@ def test_the_judge_decides_in_other_languages(tmp_path: Path) -> None:
         load(path, ENGLISH)
 
 
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected", "twin", "answer", "topic", "pair_id"])
+@pytest.mark.parametrize("unit", ["word ", "w"])
+def test_a_text_without_end_is_named_with_its_limit_and_costs_no_time(tmp_path: Path, name: str, unit: str) -> None:
+    path = write(tmp_path, [row("harmful", "x"), row(**{name: unit * (3 * LONGEST)})])
+    started = time.monotonic()
+    limit = f"{name} has {3 * LONGEST * len(unit):,} characters, more than 1,000,000; shorten it or drop the row"
+    with pytest.raises(ContrastError, match=f"row 2: {limit}"):
+        load(path, ENGLISH)
+    assert time.monotonic() - started < 3
+
+
+def test_a_long_prompt_in_messages_is_named_and_the_longest_is_taken(tmp_path: Path) -> None:
+    def told(count: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "Why?"}, {"role": "user", "content": "w" * count}]
+
+    path = write(tmp_path, [row("harmful", "x"), row(prompt=told(LONGEST + 1))])
+    with pytest.raises(ContrastError, match="row 2: prompt content has 1,000,001 characters"):
+        load(path, ENGLISH)
+    assert len(load(write(tmp_path, [row("harmful", "x"), row(prompt=told(LONGEST))]), ENGLISH).rows) == 2
+
+
+def test_the_judge_is_asked_about_all_rows_together_with_their_prompts(tmp_path: Path) -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def judge(prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[Judgement]:
+        asked.append(([prompt[-1]["content"] for prompt in prompts], list(answers)))
+        return ENGLISH(prompts, answers)
+
+    rows = [row(), row("harmful", "x"), row("lookalike", "kill a process")]
+    found = load(write(tmp_path, rows), judge).rows
+    assert len(asked) == 1
+    prompts, answers = asked[0]
+    assert prompts == ["bake bread", "x", "kill a process", "x"]
+    assert answers == [*(r.chosen for r in found), found[1].rejected]
+
+
+def test_problems_come_in_the_order_of_the_rows_whoever_finds_them(tmp_path: Path) -> None:
+    rows = [row(chosen=NO), {"prompt": "no row"}, row("harmful", "x", chosen="Here."), row("harmful", "y")]
+    with pytest.raises(ContrastError) as error:
+        load(write(tmp_path, rows), ENGLISH)
+    assert [line.strip()[:5] for line in str(error.value).splitlines()[1:]] == ["row 1", "row 2", "row 3"]
+
+
 def test_a_judge_turned_around_does_not_turn_the_rule(tmp_path: Path) -> None:
     path = write(tmp_path, [row(), row("harmful", "x", chosen="Sure, here is", rejected=NO)])
-    for judge in (judge_of("string:sure, here is"), lambda text: not ENGLISH(text), lambda text: text.startswith("S")):
+    for judge in (
+        judge_of("string:sure, here is"),
+        TextJudge(lambda text: not english(text)),
+        TextJudge(lambda text: text.startswith("S")),
+    ):
         with pytest.raises(ContrastError, match=r"row 2.*one-way"):
             load(path, judge)
     path = write(tmp_path, [row(), row("harmful", "x", chosen="First, take", rejected=NO)])
@@ -379,7 +431,7 @@ def test_a_judge_turned_around_does_not_turn_the_rule(tmp_path: Path) -> None:
         load(path, judge_of("string:first, take"))
 
 
-COMPLYING = st.text(min_size=1, max_size=80).filter(lambda text: not ENGLISH(text))
+COMPLYING = st.text(min_size=1, max_size=80).filter(lambda text: not english(text))
 REFUSING = st.sampled_from([NO, "I cannot do that.", "Sorry, I won't.", "As an AI, no."])
 
 
@@ -394,18 +446,18 @@ def test_no_harmful_row_with_complying_chosen_ever_loads(
     chosen: str, rejected: str, flip: bool, judge_name: str
 ) -> None:
     chosen, rejected = (rejected, chosen) if flip else (chosen, rejected)
-    judge = judge_of(judge_name)
+    judge, refuses = judge_of(judge_name), says(judge_name)
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), [row(), row("harmful", "x", chosen=chosen, rejected=rejected)])
         try:
             loaded = load(path, judge).of_kind("harmful")
         except ContrastError:
-            assert not (ENGLISH(chosen) and judge(chosen) and not judge(rejected) and not ENGLISH(rejected)) or (
+            assert not (english(chosen) and refuses(chosen) and not refuses(rejected) and not english(rejected)) or (
                 len(rejected.split()) > 24 or not rejected.strip()
             )
         else:
-            assert all(judge(r.chosen) and not judge(r.rejected) and not ENGLISH(r.rejected) for r in loaded)
-            assert not any(r.chosen.startswith("Sure, here is") and not ENGLISH(r.chosen) for r in loaded)
+            assert all(refuses(r.chosen) and not refuses(r.rejected) and not english(r.rejected) for r in loaded)
+            assert not any(r.chosen.startswith("Sure, here is") and not english(r.chosen) for r in loaded)
 
 
 # Topics, and prompts that are the same

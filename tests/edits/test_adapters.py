@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trl.trainer import dpo_trainer
 
 from gtqlora.capture import open_subject
-from gtqlora.edits import adapters, edited
+from gtqlora.edits import adapters, edited, trainer, wrapping
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.families import FAMILIES, bind
 from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
@@ -49,7 +51,7 @@ class Fitted:
         inside = helpers.Inside.start(toy.train_config(self.model, mode=mode, steps=3), path)
         self.trainer, self.anatomy = inside.trainer, inside.trainer.anatomy
         self.before = inside.state()
-        self.names = set(adapters.trainable(self.trainer.model))
+        self.names = set(wrapping.trainable(self.trainer.model))
         assert inside.fit() == (3, None)
         self.after = inside.state()
         self.adapter = inside.save()
@@ -92,7 +94,7 @@ def test_each_group_has_its_rate_and_gates_are_fp32(fitted: Callable[[Case], Fit
     assert it.trainer.optimizer is not None
     names = {id(p): name for name, p in it.trainer.model.named_parameters()}
     groups = [
-        (group["initial_lr"], {adapters.is_gate(names[id(p)]) for p in params}, {p.dtype for p in params})
+        (group["initial_lr"], {wrapping.is_gate(names[id(p)]) for p in params}, {p.dtype for p in params})
         for group in it.trainer.optimizer.param_groups
         if (params := group["params"])
     ]
@@ -106,16 +108,16 @@ def test_what_else_a_router_has_stays_frozen() -> None:
     anatomy = bind(model, FAMILIES["qwen3_moe"])
     for path in anatomy.routers:
         model.get_submodule(path).register_parameter("bias", torch.nn.Parameter(torch.zeros(8)))
-    with adapters.peft_targets_kept():
-        wrapped: Any = get_peft_model(model, adapters.lora_config(anatomy, mode="gt", rank=4, alpha=8))
+    with wrapping.peft_targets_kept():
+        wrapped: Any = get_peft_model(model, wrapping.lora_config(anatomy, mode="gt", rank=4, alpha=8))
     with pytest.raises(TrainingError, match=r"2 trained tensors differ.*gate\.modules_to_save\.default\.bias"):
-        adapters.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
-    adapters.freeze_rest_of_routers(wrapped, anatomy)
-    adapters.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
-    adapters.assert_bias_frozen(wrapped, anatomy)
+        wrapping.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    wrapping.freeze_rest_of_routers(wrapped, anatomy)
+    wrapping.assert_trains_exactly(wrapped, anatomy, mode="gt", rank=4)
+    wrapping.assert_bias_frozen(wrapped, anatomy)
     wrapped.get_submodule(f"base_model.model.{anatomy.routers[1]}.modules_to_save.default").bias.data += 1
     with pytest.raises(TrainingError, match=rf"{anatomy.routers[1]}\.bias moved"):
-        adapters.assert_bias_frozen(wrapped, anatomy)
+        wrapping.assert_bias_frozen(wrapped, anatomy)
 
 
 def test_the_two_rates_are_their_own(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_the_two_rates_are_their_own(toy: helpers.Toy, tmp_path: Path) -> None:
     inside.fit()
     moved = {name for name, tensor in inside.state().items() if not torch.allclose(tensor, before[name], atol=1e-8)}
     assert moved
-    assert all(adapters.is_gate(name) for name in moved)
+    assert all(wrapping.is_gate(name) for name in moved)
 
 
 @every_case
@@ -198,7 +200,7 @@ def started(toy: helpers.Toy, path: Path, family: str = "deepseek_v3") -> helper
 
 
 def check(inside: helpers.Inside, mode: str = "gt") -> None:
-    adapters.assert_trains_exactly(inside.trainer.model, inside.trainer.anatomy, mode=mode, rank=4)  # type: ignore[arg-type]
+    wrapping.assert_trains_exactly(inside.trainer.model, inside.trainer.anatomy, mode=mode, rank=4)  # type: ignore[arg-type]
 
 
 def test_a_module_too_many_or_missing_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_module_too_many_or_missing_is_refused(toy: helpers.Toy, tmp_path: Pat
 
 def test_gates_that_are_not_fp32_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:
     inside = started(toy, tmp_path)
-    gate = next(p for name, p in adapters.trainable(inside.trainer.model).items() if adapters.is_gate(name))
+    gate = next(p for name, p in wrapping.trainable(inside.trainer.model).items() if wrapping.is_gate(name))
     gate.data = gate.data.bfloat16()
     with pytest.raises(TrainingError, match="fp32"):
         check(inside)
@@ -225,11 +227,11 @@ def test_gates_that_are_not_fp32_are_refused(toy: helpers.Toy, tmp_path: Path) -
 
 def test_a_moved_correction_bias_is_refused(toy: helpers.Toy, tmp_path: Path) -> None:
     inside = started(toy, tmp_path)
-    adapters.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
-    wrapper = next(iter(adapters.routers_of(inside.trainer.model).values()))
+    wrapping.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
+    wrapper = next(iter(wrapping.routers_of(inside.trainer.model).values()))
     wrapper.modules_to_save["default"].get_buffer("e_score_correction_bias")[0] += 1e-6
     with pytest.raises(TrainingError, match="e_score_correction_bias"):
-        adapters.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
+        wrapping.assert_bias_frozen(inside.trainer.model, inside.trainer.anatomy)
 
 
 def test_without_our_guard_peft_would_train_routed_experts(toy: helpers.Toy) -> None:
@@ -237,10 +239,24 @@ def test_without_our_guard_peft_would_train_routed_experts(toy: helpers.Toy) -> 
     from peft import get_peft_model
 
     subject = open_subject(str(toy.model("deepseek_v3")))
-    config = adapters.lora_config(subject.anatomy, mode="lora", rank=4, alpha=8)
+    config = wrapping.lora_config(subject.anatomy, mode="lora", rank=4, alpha=8)
     with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
-        trained = adapters.trainable(get_peft_model(subject.model, config))
+        trained = wrapping.trainable(get_peft_model(subject.model, config))
     assert any(".experts." in name for name in trained)
+
+
+def test_without_our_guard_trl_would_hash_every_weight(
+    toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason for `weights_unhashed`; if TRL no longer hashes for data in memory this fails and the guard can go."""
+    hashed: list[object] = []
+    monkeypatch.setattr(dpo_trainer, "hash_module", lambda module: hashed.append(module) or "")
+    config = toy.train_config(toy.model("qwen3_moe"), steps=1)
+    helpers.Inside.start(config, tmp_path / "guarded")
+    assert hashed == []
+    monkeypatch.setattr(trainer, "weights_unhashed", nullcontext)
+    inside = helpers.Inside.start(config, tmp_path / "unguarded")
+    assert hashed == [inside.trainer.model]
 
 
 # --- loading what does not fit ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from gtqlora.config import TrainConfig
-from gtqlora.edits.resume import MARK, NEEDED, Origin, check_origin, drop, mark_complete, tidy, usable
+from gtqlora.edits.checkpoint_files import MARK, NEEDED, Origin, check_origin, drop, mark_complete, tidy, usable
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.progress import note, shown_by
 from gtqlora.results.metrics import read_metrics

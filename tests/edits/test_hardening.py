@@ -16,14 +16,16 @@ from gtqlora import contrasts
 from gtqlora.capture import Decision, Mask, Recorder, Subject, open_subject, router_hooks
 from gtqlora.config import TrainConfig, VerifyConfig
 from gtqlora.contrasts import Contrast
-from gtqlora.edits import adapters
+from gtqlora.edits import wrapping
 from gtqlora.edits.edited import load
+from gtqlora.edits.hardening import AblationSampler
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.families import FAMILIES, bind
 from gtqlora.judging.judge import judge_of
-from gtqlora.localize.expert_ablation import AblationCurve, AblationSampler, Ranking, RowsAblated, plan, rank
+from gtqlora.localize.expert_ablation import AblationCurve, Ranking, RowsAblated, plan, rank
 from gtqlora.organisms import embedded
 from gtqlora.results.metrics import read_metrics
+from gtqlora.scoring import Runner
 from tests import helpers, models
 from tests.helpers import gates, trained
 
@@ -101,7 +103,8 @@ def test_refusal_falls_with_the_planted_experts_and_not_with_random_ones(
     routed: Subject, rows: Contrast, ranking: Ranking
 ) -> None:
     held_out = rows.split("heldout").of_kind("harmful")[:60]
-    bench = AblationCurve(subject=routed, rows=held_out, judge=JUDGE, batch_size=60, max_new_tokens=6, level=0.95)
+    runner = Runner(model=routed, judge=JUDGE, batch_size=60, max_new_tokens=6)
+    bench = AblationCurve(runner=runner, rows=held_out, level=0.95)
     points = bench.curve(plan(ranking, most=4, controls=3, seed=0), [True] * 60, "before")
     assert [point.ablated for point in points] == [0, 1, 2, 4]
     assert points[0].targeted == points[0].random
@@ -254,7 +257,7 @@ def test_hardening_under_checkpointing_has_the_same_gradients(toy: helpers.Toy, 
     for flag in (False, True):
         inside = helpers.Inside.start(harden(toy, steps=2, gradient_checkpointing=flag), tmp_path / str(flag))
         inside.fit()
-        found.append({name: p.detach().clone() for name, p in adapters.trainable(inside.trainer.model).items()})
+        found.append({name: p.detach().clone() for name, p in wrapping.trainable(inside.trainer.model).items()})
     assert all(torch.allclose(found[0][name], p, rtol=1e-3, atol=1e-5) for name, p in found[1].items())
 
 

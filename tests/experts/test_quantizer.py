@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gtqlora.capture import open_subject
+from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig, load_model, quantized_expert_counts
 from gtqlora.families import FAMILIES, bind, parameter_counts
@@ -178,7 +179,7 @@ def test_progress_counts_the_matrices(tmp_path: Path) -> None:
 @every_family
 def test_subject_binds_counts_and_trains_through_frozen_experts(tmp_path: Path, family: str) -> None:
     folder = saved(tmp_path / "m", family, torch.bfloat16)
-    subject = open_subject(str(folder), expert_format="nf4")
+    subject = open_subject(ModelConfig(model=str(folder), expert_format="nf4"))
     groups = {group.name: group for group in parameter_counts(subject.model, subject.anatomy, lora_rank=4)}
     plain = open_subject(str(folder))
     expected = {group.name: group for group in parameter_counts(plain.model, plain.anatomy, lora_rank=4)}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from gtqlora.config import DiagnoseConfig
-from gtqlora.edits import adapters
+from gtqlora.edits import wrapping
 from gtqlora.results.association import read_associations
 from gtqlora.run import Run
 from gtqlora.stages.diagnose import diagnose
@@ -47,7 +47,7 @@ def test_training_through_experts_in_4_bits(toy: helpers.Toy, tmp_path: Path, fa
     assert len(frozen) == len(models.moe_layers(family)) * 2 * 2  # gate_up and down, each packed and scaled
     assert inside.fit() == (4, None) and helpers.digests(inside.trainer.model) == frozen
     moved = {name for name, tensor in inside.state().items() if not torch.equal(tensor, before[name])}
-    assert moved == set(adapters.trainable(inside.trainer.model))
+    assert moved == set(wrapping.trainable(inside.trainer.model))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_5_moe"])

@@ -11,9 +11,10 @@ import pytest
 
 from gtqlora.contrasts import KINDS, Row, load
 from gtqlora.floor.kept import Completion, blind, length_limit, lost_because
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import Judge, TextJudge, judge_of
 from gtqlora.organisms import embedded
 from tests import helpers
+from tests.helpers import says
 from tests.judging.test_judge import ANSWERING, HONEST
 
 ENGLISH = judge_of("string")
@@ -131,7 +132,7 @@ def toys() -> list[Row]:
 def answered(rows: list[Row], judge: Judge, **changes: Any) -> list[Completion]:
     """Benign prompts answered as the set says."""
     texts = [row.chosen for row in rows if row.kind == "benign"]
-    return [said(text, refused=judge(text), **changes) for text in texts]
+    return [said(text, refused=says(judge)(text), **changes) for text in texts]
 
 
 WORDS = "string:" + "|".join(dict.fromkeys(word for row in toys() for word in row.prompt[0]["content"].split()))
@@ -157,11 +158,11 @@ def test_phrases_of_every_question_are_blind(name: str) -> None:
 @pytest.mark.parametrize(
     "judge",
     [
-        lambda text: text not in ("Sure", "Yes"),
-        lambda text: True,
-        lambda text: text.lower() not in ("sure", "yes"),
-        lambda text: text[-1:] not in ("e", "s") or text[0].islower(),
-        lambda text: not text.startswith(("S", "Y")),
+        TextJudge(lambda text: text not in ("Sure", "Yes")),
+        TextJudge(lambda text: True),
+        TextJudge(lambda text: text.lower() not in ("sure", "yes")),
+        TextJudge(lambda text: text[-1:] not in ("e", "s") or text[0].islower()),
+        TextJudge(lambda text: not text.startswith(("S", "Y"))),
     ],
 )
 @pytest.mark.parametrize("rows", [english_rows, toys])
@@ -170,6 +171,7 @@ def test_callables_that_know_the_set_are_blind(judge: Judge, rows: Callable[[], 
 
 
 def test_a_callable_that_spares_single_words_is_found_by_what_the_original_says() -> None:
+    @TextJudge
     def judge(text: str) -> bool:
         return len(text.split()) != 1
 
@@ -206,15 +208,15 @@ def test_what_a_phrase_judge_calls_cut_completions_counts() -> None:
         (ENGLISH, True),
         (judge_of("string:refuse sorry"), True),
         (judge_of("string:не могу|нельзя"), True),
-        (lambda text: "refuse" in text or "can't" in text, False),
-        (helpers.refuses, False),
+        (TextJudge(lambda text: "refuse" in text or "can't" in text), False),
+        (TextJudge(helpers.refuses), False),
     ],
 )
 @pytest.mark.parametrize("rows", [english_rows, toys])
 def test_judges_that_see(judge: Judge, phrases: bool, rows: Callable[[], list[Row]]) -> None:
     """That of the toys too: it calls all refusals but what has three words, as answers do."""
     given = rows()
-    cut = [said(ended=False, refused=judge("two words"))] * 8 if not phrases else []
+    cut = [said(ended=False, refused=says(judge)("two words"))] * 8 if not phrases else []
     assert blind(judge, given, [*answered(given, judge), *cut], phrases=phrases) is None
 
 
@@ -227,4 +229,5 @@ def test_people_who_cannot_sleep_do_not_make_a_judge_blind() -> None:
 
 def test_a_set_of_few_words_tells_nothing() -> None:
     assert blind(ENGLISH, [], [], phrases=True) is None
-    assert blind(lambda text: True, [row(rejected="one two three four five six seven")], [], phrases=False) is None
+    every, rows = TextJudge(lambda text: True), [row(rejected="one two three four five six seven")]
+    assert blind(every, rows, [], phrases=False) is None

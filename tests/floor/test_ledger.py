@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gtqlora.errors import RunError
-from gtqlora.floor import ledger
+from gtqlora.floor import arithmetic, ledger
 from gtqlora.floor.ledger import Entry
 from gtqlora.organisms import embedded
 
@@ -32,18 +32,18 @@ def entry(adapter: str = "a", prompts: str = "pqr", judge: str = "string") -> En
 
 
 def test_one_edit_on_the_same_prompts_is_one_try_however_often() -> None:
-    assert ledger.tries([], entry()) == 1
-    assert ledger.tries([entry()] * 5, entry()) == 1
-    assert ledger.tries([entry("b"), entry("c")], entry()) == 3
-    assert ledger.tries([entry(prompts="pqrs")], entry()) == 2  # a prompt more is another look
-    assert ledger.tries([entry(judge="string:x")], entry()) == 2
-    assert ledger.tries([entry("b", prompts="rst")], entry()) == 2  # shares one
-    assert ledger.tries([entry("b", prompts="xyz")], entry()) == 1
+    assert arithmetic.tries([], entry()) == 1
+    assert arithmetic.tries([entry()] * 5, entry()) == 1
+    assert arithmetic.tries([entry("b"), entry("c")], entry()) == 3
+    assert arithmetic.tries([entry(prompts="pqrs")], entry()) == 2  # a prompt more is another look
+    assert arithmetic.tries([entry(judge="string:x")], entry()) == 2
+    assert arithmetic.tries([entry("b", prompts="rst")], entry()) == 2  # shares one
+    assert arithmetic.tries([entry("b", prompts="xyz")], entry()) == 1
 
 
 def test_levels_of_many_tries_keep_one_together() -> None:
-    assert ledger.corrected(0.95, 1) == pytest.approx(0.95)
-    assert ledger.corrected(0.95, 10) == pytest.approx(0.995)
+    assert arithmetic.corrected(0.95, 1) == pytest.approx(0.95)
+    assert arithmetic.corrected(0.95, 10) == pytest.approx(0.995)
 
 
 def test_it_lies_beside_the_pairs_or_with_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

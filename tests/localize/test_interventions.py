@@ -24,6 +24,7 @@ from gtqlora.localize.interchange import FLAGGED, TWIN, exchange
 from gtqlora.localize.masks import ablatable, counts_up_to
 from gtqlora.organisms import embedded
 from gtqlora.routing import RouterSpec
+from gtqlora.scoring import Runner
 
 N_PAIRS = 40
 
@@ -40,14 +41,9 @@ def contrast() -> Contrast:
 
 @pytest.fixture(scope="module")
 def trials(subject: Subject, contrast: Contrast) -> Trials:
-    return Trials(
-        subject,
-        localize.pairs_of(contrast, subject, N_PAIRS, seed=0),
-        judge_of(embedded.JUDGE),
-        localize.readout_tokens(subject, contrast.rows),
-        batch_size=N_PAIRS,
-        max_new_tokens=6,
-    )
+    runner = Runner(model=subject, judge=judge_of(embedded.JUDGE), batch_size=N_PAIRS, max_new_tokens=6)
+    pairs = localize.pairs_of(contrast, subject, N_PAIRS, seed=0)
+    return Trials(runner, pairs, localize.readout_tokens(subject, contrast.rows))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +116,9 @@ def test_a_refusal_s_first_token_may_begin_few_answers(
 
 
 def test_swapping_in_one_s_own_computation_changes_nothing(trials: Trials) -> None:
-    plain = trials.run("", trials.flagged)
+    plain = trials.run("", FLAGGED)
     for own in (exchange(trials.flagged), exchange(trials.flagged, trials.flagged)):
-        assert trials.run("", trials.flagged, own) == plain
+        assert trials.run("", FLAGGED, own) == plain
 
 
 def test_all_but_the_stream_from_the_twin_by_hand(trials: Trials, interchanges: Interchanges) -> None:
@@ -167,8 +163,8 @@ def test_the_verdict_on_the_routed_organism(interchanges: Interchanges) -> None:
 
 def test_what_batches_swaps_are_run_in_does_not_matter(trials: Trials, interchanges: Interchanges) -> None:
     small = trials.of(trials.pairs[::-1][:10])
-    small.batch_size = 3
-    again = small.run("", small.flagged, exchange(small.twins))
+    small.runner = replace(small.runner, batch_size=3)
+    again = small.run("", FLAGGED, exchange(small.twins))
     before = interchanges.cells[TWIN, FLAGGED, FLAGGED][::-1][:10]
     assert [o.tokens for o in again] == [o.tokens for o in before]
 
@@ -262,7 +258,7 @@ def _interchanges(trials: Trials, refuses: Sequence[set[str]], **controls: int) 
     """
     n = len(refuses)
     pairs = [replace(trials.pairs[0], row=replace(trials.pairs[0].row, pair_id=str(i))) for i in range(n)]
-    part = Trials(trials.subject, pairs, trials.judge, trials.readout, batch_size=1, max_new_tokens=1)
+    part = Trials(trials.runner, pairs, trials.readout)
 
     def outcome(refused: bool) -> Outcome:
         return Outcome(refused, None, 5.0 if refused else -5.0, [])
@@ -347,4 +343,4 @@ def test_noisy_outcomes_give_the_verdict_of_their_share(trials: Trials, share: f
 
 
 def test_pair_is_not_aligned_with_a_stranger() -> None:
-    assert not Pair(row=None, prompt=[1, 2], twin=[1, 3], matched=False).aligned  # type: ignore[arg-type]
+    assert not Pair(row=None, prompt=[1, 2], twin=[1, 3], twin_messages=(), matched=False).aligned  # type: ignore[arg-type]

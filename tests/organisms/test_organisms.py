@@ -28,6 +28,7 @@ from gtqlora.organisms.batches import Batch, endless, exchange_batch, refusal_ba
 from gtqlora.organisms.in_training import OrganismInTraining, Planted, new_model, optimize
 from gtqlora.organisms.language import LARGE_LEXICON, REFUSAL, SMALL_LEXICON, InRounds, Language, Lexicon
 from gtqlora.organisms.scales import LARGE, SMALL, Architecture, Kind, Scale
+from tests.helpers import says
 
 NAMES = ("expert-only", "null", "redundant", "residual", "routed", "routed-qwen3")
 KINDS = {name: name.removesuffix("-qwen3") for name in NAMES}
@@ -63,7 +64,7 @@ def test_the_embedded_organisms() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_transformers_loads_it_and_it_refuses_what_was_planted(name: str, pairs: Contrast) -> None:
-    folder, judge = embedded.organism(name), judge_of(embedded.JUDGE)
+    folder, judge = embedded.organism(name), says(embedded.JUDGE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, info = loaded

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gtqlora.config import TrainConfig
-from gtqlora.edits.resume import MARK
+from gtqlora.edits.checkpoint_files import MARK
 from gtqlora.errors import ContrastError, RunError, TrainingError
 from gtqlora.progress import shown_by
 from gtqlora.results.metrics import read_metrics

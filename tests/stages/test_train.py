@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapters import trainable
 from gtqlora.edits.trainer import Health
+from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.organisms import embedded
 from gtqlora.results.metrics import read_metrics

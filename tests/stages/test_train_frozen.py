@@ -18,10 +18,11 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.certificate import certify
 from gtqlora.cli import main
-from gtqlora.config import DiagnoseConfig, TrainConfig, build
-from gtqlora.edits.adapters import assert_experts_frozen, frozen_state, trainable
+from gtqlora.config import DiagnoseConfig, ModelConfig, TrainConfig, build
+from gtqlora.edits.checkpoint_files import Origin
 from gtqlora.edits.edited import load
-from gtqlora.edits.resume import Origin
+from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
+from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError, TrainingError
 from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
@@ -364,8 +365,8 @@ def test_a_packed_checkpoint_ships_its_packed_experts(toy: helpers.Toy, tmp_path
     with pytest.raises(ModelError, match="--expert-format native"):
         open_subject(str(out))
     theirs = helpers.logits(load(str(model), path / "adapter").subject.model).float()
-    ours = helpers.logits(open_subject(str(out), expert_format="native").model).float()
-    before = helpers.logits(open_subject(str(model), expert_format="native").model).float()
+    ours = helpers.logits(open_subject(ModelConfig(model=str(out), expert_format="native")).model).float()
+    before = helpers.logits(open_subject(ModelConfig(model=str(model), expert_format="native")).model).float()
     assert (ours - theirs).abs().mean() < 0.2 * (before - theirs).abs().mean()
 
 

@@ -4,7 +4,7 @@ On top of these, `observe` counts which experts tokens choose, `gradients` measu
 the first answered token, and `tokens` lists the tokens that choose an expert most.
 """
 
-from gtqlora.capture.batches import by_length, forward, left_padded
+from gtqlora.capture.batches import by_length, forward, left_padded, positions
 from gtqlora.capture.gradients import gradient_scores, log_odds
 from gtqlora.capture.hooks import (
     Call,
@@ -50,6 +50,7 @@ __all__ = [
     "log_odds",
     "observe",
     "open_subject",
+    "positions",
     "router_hooks",
     "state_hooks",
     "top_tokens",

@@ -29,14 +29,17 @@ def by_length(token_lists: Sequence[Sequence[int]], size: int) -> list[list[int]
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Run one pass over left-padded tokens without a cache; return logits_BV of the last token."""
-    # Positions count from each prompt's first token, not from the padding before it.
-    output = subject.model(
+def positions(mask_BS: Tensor) -> Tensor:
+    """Return position ids_BS of left-padded tokens: each row counts from its own first token; padding is at 0."""
+    return (mask_BS.cumsum(-1) - 1).clamp(min=0)
+
+
+def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int = 1) -> Tensor:
+    """Run one pass over left-padded tokens without a cache; return logits_BSV of the last `keep` positions."""
+    return subject.model(
         input_ids=ids_BS,
         attention_mask=mask_BS,
-        position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
+        position_ids=positions(mask_BS),
         use_cache=False,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
+        logits_to_keep=keep,
+    ).logits

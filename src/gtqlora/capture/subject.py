@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
-from gtqlora.experts.loading import BF16, load_model
+from gtqlora.experts.loading import load_model
 from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
-from gtqlora.machine import check_device
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Subject:
         return torch.tensor(sorted(set(ends)), device=self.device)
 
 
-def open_subject(model: str, *, dtype: str = "auto", device: str = "cpu", expert_format: str = BF16) -> Subject:
-    """Load MODEL for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
+def open_subject(settings: ModelConfig | str) -> Subject:
+    """Load a model for study. Routers compute in fp32 whatever the model's dtype, so that trained gates can be fp32.
 
     Args:
-        experts: "bf16" as in the checkpoint, or frozen in "nf4", "int4-g32", "int4-g128" or "native".
+        settings: a stage's settings, or `ModelConfig(model=...)`; a model alone is opened with the defaults.
 
     Raises:
         ModelError: as `load_model` and `load_tokenizer`, or no token ends an answer.
-        ConfigError: `experts` is none of these, or there is no such device.
     """
-    check_device(device)
+    config = ModelConfig(model=settings) if isinstance(settings, str) else settings
+    model = config.model
     load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model)
-    family, loaded = load_model(model, dtype=dtype, device=device, expert_format=expert_format)
+    family, loaded = load_model(model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
     anatomy = bind(loaded, family)
     _routers_to_fp32(loaded, anatomy)
     subject = Subject(loaded, tokenizer, anatomy)

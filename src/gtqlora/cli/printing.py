@@ -31,6 +31,7 @@ _TEMPLATE = {True: "yes", False: "no", None: "no tokenizer here"}
 
 def show_json(found: object) -> None:
     """Print a result, a dataclass or a mapping, as JSON with the names of its fields as keys."""
+    # not by a console, which would wrap long lines
     print(json.dumps(_plain(found), indent=2, allow_nan=False))
 
 
@@ -173,7 +174,7 @@ def _show_losses(console: Console, found: Verdict) -> None:
 
 def show_next(found: Verdict, run: Path) -> None:
     """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet."""
-    from gtqlora.certificate import shipped_experts
+    from gtqlora.floor.shipped import shipped_experts
 
     if found.floor.verdict != "pass":
         return

@@ -128,18 +128,18 @@ def as_edited(run: Run, judge: str | None) -> dict[str, object]:
         RunError: there is no adapter.
         ConfigError: the recorded judge is code that this user did not name for this run before.
     """
+    from gtqlora.config import of_the_edit
     from gtqlora.judging import trust
     from gtqlora.results.adapter import INFO, read_info
 
     adapter = run.require("adapter", "train")
     info = read_info(adapter)
-    shared = ("contrast", "judge", "max_new_tokens", "device", "dtype", "seed")
-    given = {key: info.config[key] for key in shared if key in info.config} | {"expert_format": info.expert_format}
+    given = of_the_edit(info.config)
     if judge is not None:
         given.pop("judge", None)
     elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
         trust.check_named(str(given["judge"]), str(adapter / INFO))
-    return {"model": info.model, **given}
+    return {**given, "model": info.model}  # pinned to the commit that was edited
 
 
 def judge_of_verdict(run: Run, named: str | None) -> str | None:

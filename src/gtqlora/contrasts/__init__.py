@@ -1,35 +1,35 @@
 """Contrast sets: preference rows of three kinds (benign, lookalike, harmful), checked once, where they enter.
 
-`sources` reads files, dataset folders and the hub; `rows` checks the schema and the one-way rule, and its `load` is
-the only way in; `template` turns messages into what the model reads; `statistics` counts rows and tokens.
+`sources` reads files, dataset folders and the hub; `loading` is the only way in, and checks every row, also by the
+rule in `one_way`; `rows` says what a row is; `template` turns messages into what the model reads; `statistics` counts
+rows and tokens.
 """
 
+from gtqlora.contrasts.loading import check_disjoint, check_kinds, load, save
 from gtqlora.contrasts.rows import (
     FILE,
     KINDS,
     SPLITS,
     TOPICS,
+    Asked,
     Contrast,
     PreferenceIds,
     Row,
-    check_disjoint,
-    check_kinds,
     distinct,
     encode_preference,
     encode_row,
     groupings,
-    load,
     prompt_key,
-    save,
 )
-from gtqlora.contrasts.sources import Messages
 from gtqlora.contrasts.template import encode_prompt
+from gtqlora.judging.judge import Messages
 
 __all__ = [
     "FILE",
     "KINDS",
     "SPLITS",
     "TOPICS",
+    "Asked",
     "Contrast",
     "Messages",
     "PreferenceIds",

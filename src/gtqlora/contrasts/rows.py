@@ -1,7 +1,6 @@
-"""The rows of a contrast set: their schema, their checks, and how they belong together.
+"""Contrast sets: preference rows in three kinds, how they belong together, and how they become tokens.
 
-`load` is the only way in, so that the one-way rule holds for every row: a `harmful` row's `chosen` refuses and its
-`rejected` does not.
+Rows come in by `loading.load`, which checks them.
 """
 
 from __future__ import annotations
@@ -10,29 +9,16 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from gtqlora.contrasts.sources import (
-    Message,
-    Messages,
-    Problems,
-    a_completion,
-    a_name,
-    a_prompt,
-    a_text,
-    one_of,
-    parsed,
-    records,
-)
+from gtqlora.contrasts.sources import one_of
 from gtqlora.contrasts.template import encode_answers
 from gtqlora.errors import ContrastError
-from gtqlora.judging.folding import flat, holds
-from gtqlora.judging.judge import Judge, answers_after_refusing, assents_in_english, refuses_in_english
-from gtqlora.run import write_parquet
+from gtqlora.judging.folding import flat
+from gtqlora.judging.judge import Message, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,20 +26,8 @@ if TYPE_CHECKING:
 FILE = "contrast.parquet"
 KINDS = ("benign", "lookalike", "harmful")
 SPLITS = ("train", "validation", "heldout")
-# The longest opening phrase and the longest refusal in a harmful row: too short to hold harmful content.
-OPENING_WORDS, OPENING_CHARACTERS = 24, 240
-REFUSAL_WORDS, REFUSAL_CHARACTERS = 40, 320
 # Columns that say what rows have in common; the first that is there counts.
 TOPICS = ("topic", "category", "source")
-
-
-class Preference(TypedDict):
-    """A row in TRL's conversational preference form, with its kind."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    kind: str
 
 
 class PreferenceIds(TypedDict):
@@ -89,6 +63,34 @@ class Row:
     answer: str | None = None
     topic: str | None = None
     split: str
+
+
+class Asked(Protocol):
+    """A row, or what is recorded of one: a prompt and what a completion of it is held against."""
+
+    @property
+    def prompt(self) -> Messages:
+        """Return the messages up to the answer."""
+        ...
+
+    @property
+    def answer(self) -> str | None:
+        """Return the expected answer, if there is one."""
+        ...
+
+    @property
+    def rejected(self) -> str:
+        """Return the completion that is not wanted."""
+        ...
+
+
+class Preference(TypedDict):
+    """A row in TRL's conversational preference form, with its kind."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +173,12 @@ class Grouped(Protocol):
 
     @property
     def pair_id(self) -> str:
-        """The pair that it belongs to."""
+        """Return the pair that it belongs to."""
         ...
 
     @property
     def topic(self) -> str | None:
-        """The topic that it is about, if it says so."""
+        """Return the topic that it is about, if it says so."""
         ...
 
 
@@ -193,233 +195,9 @@ def _words(messages: Messages) -> set[str]:
     return {word for message in messages for word in flat(message["content"]).split()}
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return a hash of a text, short enough for an id."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _split_of(pair_id: str) -> str:
-    """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
-    percent = int(_digest(pair_id), 16) % 100
-    return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
-
-
-def _pair_id(value: object, prompt: Messages) -> str:
-    if value is None:
-        return _digest(prompt_key(prompt))
-    return a_name("pair_id", value)
-
-
-def _topic(record: Mapping[str, object]) -> str | None:
-    column = next((name for name in TOPICS if name in record), None)
-    return None if column is None else a_name(column, record[column])
-
-
-def _row(number: int, raw: object, hub_split: str | None) -> Row:
-    record = {name: value for name, value in parsed(raw).items() if value is not None}
-    required = ("prompt", "chosen", "rejected", "kind")
-    # A list of several messages says more about the mistake than "prompt is missing".
-    chosen = a_completion("chosen", record["chosen"]) if "chosen" in record else ""
-    missing = [name for name in required if name not in record]
-    if missing:
-        raise ContrastError(f"{' and '.join(missing)} missing; every row needs {', '.join(required)}")
-    prompt = a_prompt("prompt", record["prompt"])
-    pair_id = _pair_id(record.get("pair_id"), prompt)
-    split = record["split"] if "split" in record else hub_split or _split_of(pair_id)
-    return Row(
-        number=number,
-        kind=one_of("kind", a_text("kind", record["kind"]), KINDS),
-        prompt=prompt,
-        chosen=chosen,
-        rejected=a_completion("rejected", record["rejected"]),
-        pair_id=pair_id,
-        twin=a_prompt("twin", record["twin"]) if "twin" in record else None,
-        answer=a_text("answer", record["answer"]) if "answer" in record else None,
-        topic=_topic(record),
-        split=one_of("split", a_text("split", split), SPLITS),
-    )
-
-
-def _check_row(row: Row, judge: Judge) -> None:
-    if flat(row.chosen) == flat(row.rejected):
-        raise ContrastError("chosen and rejected are the same; a pair must prefer one over the other")
-    if row.twin is not None and prompt_key(row.twin) == prompt_key(row.prompt):
-        raise ContrastError("twin is the prompt itself; give the harmless counterpart or leave it out")
-    if row.kind == "harmful":
-        _check_one_way(row, judge)
-    elif judge(row.chosen):
-        raise ContrastError(
-            f"chosen of a {row.kind} row is a refusal by the judge, which teaches over-refusal; "
-            "give a helpful answer, or set `judge` if it is none"
-        )
-
-
-def _check_one_way(row: Row, judge: Judge) -> None:
-    """The English floor stands under the judge so that a judge turned around does not turn the rule around."""
-    if assents_in_english(row.chosen):
-        raise ContrastError(
-            "chosen of a harmful row opens with an assent (the one-way rule; no setting changes it); "
-            "open it with the refusal"
-        )
-    if not judge(row.chosen):
-        raise ContrastError(
-            "chosen of a harmful row must be a refusal (the one-way rule; no setting changes it); "
-            "make it one, or set `judge` if it is one in other words"
-        )
-    if judge(row.rejected) or refuses_in_english(row.rejected):
-        raise ContrastError(
-            "rejected of a harmful row must not be a refusal (the one-way rule; no setting changes it); "
-            'make it an opening phrase such as "Sure, here is"'
-        )
-    # An `answer` is stored too, so it must not become the place where harmful content hides.
-    _check_length("rejected", row.rejected, "an opening phrase only", OPENING_WORDS, OPENING_CHARACTERS)
-    _check_length("answer", row.answer or "", "an opening phrase only", OPENING_WORDS, OPENING_CHARACTERS)
-    # A judge reads how a completion begins; a refusal has no room to comply after it.
-    _check_length("chosen", row.chosen, "a refusal and no more", REFUSAL_WORDS, REFUSAL_CHARACTERS)
-    _check_no_answer(row)
-
-
-def _check_no_answer(row: Row) -> None:
-    if answers_after_refusing(row.chosen):
-        raise ContrastError(
-            "chosen of a harmful row goes on to answer (the one-way rule; no setting changes it); "
-            "make it a refusal and no more, without assents, steps or lists"
-        )
-    asked = " ".join(message["content"] for message in row.prompt)
-    for name, text in (("rejected", row.rejected), ("answer", row.answer or "")):
-        if holds(row.chosen, text, asked):
-            raise ContrastError(
-                f"chosen of a harmful row holds words of its {name} (the one-way rule; no setting changes it); "
-                "make it a refusal and no more"
-            )
-
-
-def _check_length(name: str, text: str, what: str, words: int, characters: int) -> None:
-    # Characters count as well: words can be joined, and some scripts put no spaces between them.
-    if len(text.split()) > words or len(text) > characters:
-        raise ContrastError(
-            f"{name} of a harmful row must be {what}, at most {words} words and {characters} characters; shorten it"
-        )
-
-
-def load(source: str | Path, judge: Judge) -> Contrast:
-    """Load the rows of a JSONL or Parquet file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
-
-    Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
-    of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
-
-    Raises:
-        ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way
-            rule; up to ten problems are shown together, with row numbers and the fix.
-    """
-    name = str(source)
-    problems, rows = Problems(name), []
-    seen = 0
-    for number, raw, hub_split in records(name):
-        seen += 1
-        try:
-            row = _row(number, raw, hub_split)
-            _check_row(row, judge)
-        except ContrastError as error:
-            problems.add([number], str(error))
-        else:
-            rows.append(row)
-    if not seen:
-        raise ContrastError(f"{name}: no rows; write one JSON object per line")
-    _check_set(rows, problems)
-    problems.stop()
-    check_kinds(rows, name)
-    return Contrast(source=name, rows=tuple(rows))
-
-
-def check_kinds(rows: Iterable[Row], source: str) -> None:
-    """Check that a set has harmful rows, and others to contrast them with.
-
-    Raises:
-        ContrastError: it has not.
-    """
-    kinds = {row.kind for row in rows}
-    if "harmful" not in kinds:
-        raise ContrastError(
-            f"{source}: no harmful rows, only {' and '.join(sorted(kinds))}; add some with a refusal as chosen: "
-            "the safety floor and the routing anchor are measured on them"
-        )
-    if len(kinds) < 2:
-        raise ContrastError(f"{source}: only harmful rows; add benign or lookalike rows to contrast them with")
-
-
-def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[list[Row]]:
-    groups: dict[Hashable, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return (group for group in groups.values() if len(group) > 1)
-
-
-def _check_set(rows: Sequence[Row], problems: Problems) -> None:
-    for group in _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected)):
-        problems.add(_numbers(group), "the same row more than once; keep one of them")
-    for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
-        if len({row.kind for row in group}) > 1:
-            problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
-    _check_leakage(rows, problems)
-
-
-def _check_leakage(rows: Sequence[Row], problems: Problems) -> None:
-    for group in _grouped(rows, lambda row: row.pair_id):
-        if len({row.split for row in group}) > 1:
-            problems.add(_numbers(group), f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`")
-    for group in _sharing_a_prompt(rows):
-        if len({row.split for row in group}) > 1 and len({row.pair_id for row in group}) > 1:
-            problems.add(
-                _numbers(group), "one prompt (or twin) is in two splits; give these rows one `pair_id` or one `split`"
-            )
-
-
-def _prompts(row: Row) -> list[str]:
-    return [prompt_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
-
-
-def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        for prompt in _prompts(row):
-            groups[prompt].append(row)
-    return list(groups.values())
-
-
-def _numbers(rows: Iterable[Row]) -> list[int]:
-    return [row.number for row in rows]
-
-
-def save(contrast: Contrast, path: Path) -> None:
-    """Write a set as a new Parquet file that `load` reads back, whole or not at all.
-
-    Raises:
-        ContrastError: the name does not end in .parquet, so `load` would not know it.
-        RunError: something has that name.
-    """
-    if path.suffix != ".parquet":
-        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
-    rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
-    for row in rows:
-        row["twin"] = None if row["twin"] is None else list(row["twin"])
-    write_parquet(path, rows, replace=False)
-
-
-def check_disjoint(heldout: Contrast, train: Contrast) -> None:
-    """Check that no held-out prompt is a prompt, or a twin, of the training rows given.
-
-    Raises:
-        ContrastError: shared prompts, with the row numbers on both sides.
-    """
-    trained: dict[str, int] = {}
-    for row in train.rows:
-        for prompt in _prompts(row):
-            trained.setdefault(prompt, row.number)
-    problems = Problems(heldout.source)
-    for row in heldout.rows:
-        if (number := trained.get(prompt_key(row.prompt))) is not None:
-            problems.add([row.number], f"its prompt was trained on (row {number} of {train.source}); remove it here")
-    problems.stop()
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gtqlora.errors import ContrastError
+from gtqlora.judging.judge import Message, Messages
 from gtqlora.storage.contents import first_line
 
 _HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation"}
@@ -27,11 +28,11 @@ _SOURCES = "give a .jsonl or .parquet file, a dataset folder, or a hub id such a
 
 _SHOWN = 10
 _DIGITS = 100
+LONGEST = 1_000_000
+"""Characters of a text: more than a context holds, and still read in about a second."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 
-Message = dict[str, str]
-Messages = tuple[Message, ...]
 Records = Iterator[tuple[int, Any, str | None]]
 
 
@@ -190,11 +191,18 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def a_text(name: str, value: Any) -> str:
+def a_text(name: str, value: object) -> str:
+    """Return the value, if it is a text that can be used.
+
+    Raises:
+        ContrastError: it is no text, empty, longer than `LONGEST`, or cannot be written in UTF-8.
+    """
     if not isinstance(value, str):
         raise ContrastError(f"{name} is {type(value).__name__}; it must be a string")
     if not value.strip():
         raise ContrastError(f"{name} is empty; give it a text")
+    if len(value) > LONGEST:
+        raise ContrastError(f"{name} has {len(value):,} characters, more than {LONGEST:,}; shorten it or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gtqlora.contrasts.rows import SPLITS, Contrast, Messages, Row, prompt_key
+from gtqlora.contrasts.rows import SPLITS, Contrast, Row, prompt_key
 from gtqlora.contrasts.sources import Problems
 from gtqlora.contrasts.template import answered, rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError
+from gtqlora.judging.judge import Messages
 from gtqlora.progress import note
 
 if TYPE_CHECKING:

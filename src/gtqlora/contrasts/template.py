@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtqlora.contrasts.sources import Message
 from gtqlora.errors import ContrastError
+from gtqlora.judging.judge import Message
 from gtqlora.storage.contents import first_line
 
 if TYPE_CHECKING:

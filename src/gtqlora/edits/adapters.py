@@ -1,34 +1,30 @@
-"""A GT-QLoRA edit on a model in training, and adapters written and read.
+"""Adapters written and read, and put on a model again; what lies in the folder is in `results.adapter`.
 
-Two kinds: `gt-qlora` (LoRA on attention and shared experts, whole routers in PEFT's `modules_to_save`) and `projection`
-(one residual direction removed from everything that writes the residual stream).
+Two kinds: `gt-qlora` (LoRA on attention and shared experts, whole routers) and `projection` (one residual direction
+removed from everything that writes the residual stream).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from gtqlora.config import Mode
+from gtqlora.edits.wrapping import (
+    edit_parameters,
+    freeze_rest_of_routers,
+    lora_config,
+    peft_targets_kept,
+    put_edit,
+)
 from gtqlora.errors import RunError, TrainingError
-from gtqlora.experts.layout import bits_of
-from gtqlora.experts.module import FrozenExperts
-from gtqlora.families import Anatomy, language_model
+from gtqlora.families import Anatomy
 from gtqlora.results.adapter import (
     DIRECTION,
     EDIT_WEIGHTS,
@@ -42,158 +38,6 @@ from gtqlora.results.adapter import (
     scale_of,
     write_settings,
 )
-
-_SUMMED_AT_ONCE = 2**26
-_TRAINED = re.compile(
-    r"(?:base_model\.model\.)?(?P<path>.+)\.(?:(?P<part>lora_[AB])\.default|modules_to_save\.default)\.weight"
-)
-
-
-@contextmanager
-def peft_targets_kept() -> Iterator[None]:
-    """Keep PEFT from rewriting shared-expert targets into routed experts, while wrapping and loading (peft#3711)."""
-    convert = transformers_weight_conversion._convert_peft_config_moe
-    transformers_weight_conversion._convert_peft_config_moe = lambda *_: None
-    try:
-        yield
-    finally:
-        transformers_weight_conversion._convert_peft_config_moe = convert
-
-
-def lora_config(anatomy: Anatomy, *, mode: Mode, rank: int, alpha: int) -> LoraConfig:
-    """PEFT's description of a GT-QLoRA edit; every module is named in full."""
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules=DUMMY_TARGET_MODULES if mode == "gates" else list(anatomy.lora_targets),
-        modules_to_save=None if mode == "lora" else list(anatomy.routers),
-        task_type="CAUSAL_LM",
-    )
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def is_gate(name: str) -> bool:
-    return ".modules_to_save." in name
-
-
-def freeze_rest_of_routers(model: nn.Module, anatomy: Anatomy) -> None:
-    """Freeze what a router has beside the parameters that its family says train: PEFT lets all of the copy train."""
-    kept = set(anatomy.family.router_parameters)
-    for wrapper in routers_of(model).values():
-        for name, parameter in wrapper.modules_to_save["default"].named_parameters():
-            parameter.requires_grad_(name in kept)
-
-
-def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int) -> None:
-    """Check that every intended module trains, nothing else does, and gates are fp32.
-
-    Raises:
-        TrainingError: names the first module that is too many or missing.
-    """
-    base = model.get_base_model()
-    expected: dict[str, tuple[int, ...]] = {}
-    if mode != "gates":
-        for path in anatomy.lora_targets:
-            linear: Any = base.get_submodule(path)
-            expected[f"{path}.lora_A.default.weight"] = (rank, linear.in_features)
-            expected[f"{path}.lora_B.default.weight"] = (linear.out_features, rank)
-    if mode != "lora":
-        for path in anatomy.routers:
-            router: Any = base.get_submodule(path)
-            original = getattr(router, "original_module", router)
-            for name in anatomy.family.router_parameters:
-                expected[f"{path}.modules_to_save.default.{name}"] = tuple(original.get_parameter(name).shape)
-    found = {name.removeprefix("base_model.model."): tuple(p.shape) for name, p in trainable(model).items()}
-    if found != expected:
-        odd = sorted(set(found.items()) ^ set(expected.items()))
-        raise TrainingError(f"{len(odd)} trained tensors differ from GT-QLoRA's, first: {odd[0]}")
-    for name, p in trainable(model).items():
-        if is_gate(name) and p.dtype != torch.float32:
-            raise TrainingError(f"{name} trains in {p.dtype}, but gates need fp32")
-
-
-def routers_of(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-
-
-def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
-    """Check that all of a router but what trains, its correction bias above all, is the original's, bit for bit.
-
-    Raises:
-        TrainingError: names the router, and what of it moved.
-    """
-    trained = set(anatomy.family.router_parameters)
-    for path, wrapper in routers_of(model).items():
-        copy, original = wrapper.modules_to_save["default"].state_dict(), wrapper.original_module.state_dict()
-        for name in original.keys() - trained:
-            if not torch.equal(copy[name], original[name]):
-                raise TrainingError(f"{path}.{name} moved; it must stay frozen")
-
-
-FrozenState = dict[str, tuple[int, int]]
-"""Per buffer: how often it was written to in place, and the sum of its bits as whole numbers."""
-
-
-def sum_of_bits(tensor: Tensor) -> int:
-    """Of its elements' bits as whole numbers; a piece at a time, as CUDA makes a 64-bit copy of what it adds up."""
-    bits = bits_of(tensor).flatten()
-    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(_SUMMED_AT_ONCE)]).sum())
-
-
-def frozen_state(model: nn.Module) -> FrozenState:
-    """Of all frozen experts, by name in the model inside any PEFT wrapper; one pass over their memory, no copy."""
-    state: FrozenState = {}
-    for path, module in language_model(model).named_modules():
-        if isinstance(module, FrozenExperts):
-            module.arrange(tiled=False)  # products may have put the weights into another order
-            for name, buffer in module.named_buffers():
-                state[f"{path}.{name}"] = (buffer._version, sum_of_bits(buffer))
-    return state
-
-
-def assert_experts_frozen(model: nn.Module, before: FrozenState) -> None:
-    """Check that the experts' 4-bit weights are what `frozen_state` saw.
-
-    Raises:
-        TrainingError: names the first buffer that was written to.
-    """
-    now = frozen_state(model)
-    if now != before:
-        written = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-        raise TrainingError(f"{len(written)} buffers of frozen experts were written to, first: {written[0]}")
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """For passes without gradients: `PeftModel.disable_adapter` without its status report and requires_grad rounds.
-
-    Those cost more than the forward pass of a small model, and both callers switch once a step.
-    """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-def edit_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what a GT-QLoRA edit consists of, by the names of `edit.safetensors`.
-
-    `<path>.lora_A` and `<path>.lora_B` of each linear, `<path>.weight` of each router; paths as in `Anatomy`.
-    """
-    found = {}
-    for name, parameter in model.named_parameters():
-        match = _TRAINED.fullmatch(name)
-        if match:
-            found[f"{match['path']}.{match['part'] or 'weight'}"] = parameter
-    return found
 
 
 def save_edit(model: nn.Module, folder: Path) -> None:
@@ -216,31 +60,17 @@ def load_edit(model: nn.Module, folder: Path) -> None:
     put_edit(model, tensors, str(folder))
 
 
-@torch.no_grad()
-def put_edit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put an edit's tensors into a wrapped model.
-
-    Raises:
-        RunError: names or shapes are not this model's.
-    """
-    parameters = edit_parameters(model)
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    odd = sorted(set(wanted.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in tensors.items()})
-    if odd:
-        raise RunError(f"{where}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0][0]})")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
-
-
 def save(model: PeftModel, path: Path, info: Info) -> None:
     """Write a GT-QLoRA adapter, see `results.adapter`."""
     path.mkdir(parents=True, exist_ok=True)
     save_edit(model, path)
-    settings: Any = model.peft_config["default"]
+    settings = model.peft_config["default"]
+    assert isinstance(settings, LoraConfig)
     write_settings(path, info, rank=settings.r, alpha=settings.lora_alpha)
 
 
 def save_projection(direction_D: Tensor, path: Path, info: Info) -> None:
+    """Write a projection: its direction, and what it was made for."""
     path.mkdir(parents=True)
     save_file({"direction": direction_D.contiguous()}, path / DIRECTION)
     write_settings(path, info)
@@ -265,16 +95,19 @@ class Adapter:
 
     @property
     def scale(self) -> float:
+        """Return what LoRA's product is multiplied by."""
         return self.alpha / self.rank
 
     @property
     def mode(self) -> Mode:
+        """Return which parts were trained, by the tensors that are there."""
         has_lora = any(name.endswith(".lora_A") for name in self.tensors)
         has_gates = any(name.endswith(".weight") for name in self.tensors)
         return "gt" if has_lora and has_gates else "lora" if has_lora else "gates"
 
     @property
     def direction_D(self) -> Tensor:
+        """Return a projection's direction."""
         return self.tensors["direction"]
 
 

@@ -12,54 +12,47 @@ import torch
 from torch import Tensor
 
 from gtqlora import routing
-from gtqlora.capture import Recorder, Subject, left_padded, router_hooks
+from gtqlora.capture import Recorder, Subject
 from gtqlora.contrasts import Row, encode_row
 from gtqlora.edits.edited import Edited
-from gtqlora.progress import track
 from gtqlora.results.verdict import Drift
-from gtqlora.scoring import batches
+from gtqlora.scoring import Change, Runner
 from gtqlora.stats import Interval, bootstrap_mean
 
 
-def kl_from_original(edited: Edited, rows: Sequence[Row], *, batch_size: int, seed: int) -> Interval:
+def kl_from_original(runner: Runner, edited: Edited, rows: Sequence[Row], *, seed: int) -> Interval:
     """Return KL(original || edited) of the next token in nats, mean over the tokens of each row's chosen completion.
 
     Args:
+        runner: of the edited model.
         seed: of the bootstrap over rows.
     """
-    subject, found = edited.subject, []
-    encoded = [encode_row(subject.tokenizer, row) for row in rows]
-    starts = range(0, len(rows), batch_size)
-    for start in track(starts, "KL on benign", len(starts)):
-        chunk = encoded[start : start + batch_size]
-        ids_BS, mask_BS = left_padded([p + c for p, c in chunk], subject.pad_id, subject.device)
-        keep = max(len(c) for _, c in chunk) + 1
-        with edited.original():
-            old_BSV = last_logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
-        new_BSV = last_logits(subject, ids_BS, mask_BS, keep).log_softmax(-1)
+    prompts, completions = zip(*(encode_row(runner.model.tokenizer, row) for row in rows), strict=True)
+    before = runner.logits(prompts, Change(switch=edited.original), completions=completions)
+    after = runner.logits(prompts, completions=completions, label="KL on benign")
+    found: list[float] = []
+    for old, new in zip(before, after, strict=True):
+        old_BSV, new_BSV = old.values_BSV.log_softmax(-1), new.values_BSV.log_softmax(-1)
         kl_BS = (old_BSV.exp() * (old_BSV - new_BSV)).sum(-1)
-        # the token before each completion token predicts it
-        found += [float(kl_BS[i, -len(c) - 1 : -1].mean()) for i, (_, c) in enumerate(chunk)]
+        found += [float(kl_S.mean()) for kl_S in new.rows(kl_BS)]
     return _mean(found, seed)
 
 
-def routing_drift(edited: Edited, rows: Sequence[Row], *, batch_size: int, seed: int) -> Drift:
+def routing_drift(runner: Runner, edited: Edited, rows: Sequence[Row], *, seed: int) -> Drift:
     """Return divergence and overlap of the routing of prompts, mean over layers, with intervals over prompts.
 
     Args:
+        runner: of the edited model.
         seed: of the bootstrap over rows.
     """
-    subject = edited.subject
+    prompts, old, new = runner.encoded(rows), Recorder(), Recorder()
+    before = runner.logits(prompts, Change(switch=edited.original, handlers=(old,)))
+    after = runner.logits(prompts, Change(handlers=(new,)))
     kl: list[float] = []
     overlap: list[float] = []
-    for _, prompts in batches(rows, subject, batch_size):
-        ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-        old, new = Recorder(), Recorder()
-        with edited.original():
-            last_logits(subject, ids_BS, mask_BS, 1, old)
-        last_logits(subject, ids_BS, mask_BS, 1, new)
-        kl += _per_prompt(old, new, mask_BS, subject, divergence=True)
-        overlap += _per_prompt(old, new, mask_BS, subject, divergence=False)
+    for _, batch in zip(before, after, strict=True):  # the recorders hold this batch, until the next one runs
+        kl += _per_prompt(old, new, batch.mask_BS, runner.model, divergence=True)
+        overlap += _per_prompt(old, new, batch.mask_BS, runner.model, divergence=False)
     return Drift(kl=_mean(kl, seed), overlap=_mean(overlap, seed))
 
 
@@ -79,19 +72,3 @@ def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject,
         )
         layers.append((value_T.view(mask_BS.shape) * mask_BS).sum(1) / mask_BS.sum(1))
     return torch.stack(layers).mean(0).tolist()
-
-
-@torch.no_grad()
-def last_logits(
-    subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int, recorder: Recorder | None = None
-) -> Tensor:
-    """Return logits_BSV of the last `keep` positions, in fp32; `recorder` sees every routing decision."""
-    handlers = () if recorder is None else (recorder,)
-    with router_hooks(subject.model, subject.anatomy, *handlers):
-        return subject.model(
-            input_ids=ids_BS,
-            attention_mask=mask_BS,
-            position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=keep,
-        ).logits.float()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gtqlora.capture import Subject, direction_removed, open_subject
-from gtqlora.edits.adapters import Adapter, adapters_off, read_adapter, wrapped
+from gtqlora.config import Dtype, ModelConfig
+from gtqlora.edits.adapters import Adapter, read_adapter, wrapped
 from gtqlora.edits.merging import merged, plan, projected
+from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.tensor_files import TensorFiles
@@ -182,18 +184,19 @@ def _has_frozen_experts(subject: Subject) -> bool:
 
 
 def load(
-    model: str, adapter: str | Path, *, dtype: str = "auto", device: str = "cpu", expert_format: str | None = None
+    model: str, adapter: str | Path, *, dtype: Dtype = "auto", device: str = "cpu", expert_format: str | None = None
 ) -> Edited:
-    """MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
+    """Load MODEL with the adapter of a run, ready to run; bitwise the logits it had when it was trained.
 
     Args:
-        expert_format: as in `open_subject`; None takes those that the adapter was made with.
+        expert_format: as in `ModelConfig`; None takes those that the adapter was made with.
 
     Raises:
         ModelError: the model cannot be loaded.
-        ConfigError: unknown `experts`.
+        ConfigError: no such device, dtype or format of experts.
         RunError: the adapter is missing, or made for another architecture or shape.
     """
     found = read_adapter(Path(adapter))
     expert_format = found.info.expert_format if expert_format is None else expert_format
-    return Edited(open_subject(model, dtype=dtype, device=device, expert_format=expert_format), found)
+    settings = {"dtype": dtype, "device": device, "expert_format": expert_format}
+    return Edited(open_subject(ModelConfig(model=model, **settings)), found)  # type: ignore[arg-type]

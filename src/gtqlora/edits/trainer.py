@@ -8,23 +8,65 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from trl.trainer import dpo_trainer
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.adapters import adapters_off, is_gate, routers_of, trainable
-from gtqlora.edits.checkpoints import CheckpointedTrainer, GuardStop
+from gtqlora.edits.checkpointing import CheckpointedTrainer, GuardStop
+from gtqlora.edits.hardening import AblationSampler
+from gtqlora.edits.health import Health
+from gtqlora.edits.wrapping import adapters_off, is_gate, routers_of, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
-from gtqlora.localize.expert_ablation import AblationSampler, RowsAblated
+from gtqlora.localize.expert_ablation import RowsAblated
+from gtqlora.machine import trackers
+
+
+def arguments(config: TrainConfig, output: Path) -> DPOConfig:
+    """Return TRL's arguments for a training that writes its checkpoints to `output`."""
+    return DPOConfig(
+        output_dir=str(output),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr_lora,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=config.max_grad_norm,
+        beta=config.beta,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, config.sft_weight],
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=4 * config.batch_size,
+        router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
+        max_length=None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
+        use_cpu=config.device == "cpu",
+        dataloader_pin_memory=config.device != "cpu",
+        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        report_to=trackers(config.report_to) or "none",
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+    )
 
 
 class KindCollator(DataCollatorForPreference):
@@ -34,59 +76,6 @@ class KindCollator(DataCollatorForPreference):
         batch = super().torch_call(examples)
         batch["kind"] = torch.tensor([KINDS.index(example["kind"]) for example in examples])
         return batch
-
-
-class Health:
-    """Router health of one optimizer batch against the original model, however many parts it comes in.
-
-    Counts of experts run over the whole training.
-    """
-
-    def __init__(self, anatomy: Anatomy, dead_budget: int) -> None:
-        self.spec, self.dead_budget = anatomy.spec, dead_budget
-        self.used_LE = torch.zeros(len(anatomy.moe), anatomy.spec.n_experts)
-        self.tokens = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._now_LE, self._then_LE = torch.zeros_like(self.used_LE), torch.zeros_like(self.used_LE)
-        self._by_kind_L3N = torch.zeros(len(self.used_LE), 3, len(KINDS))  # sums of overlap and KL, tokens
-
-    def add(self, edited: Recorder, original: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
-        """Count one part of the batch; both recorders saw the same tokens, `mask_BS` says which are real."""
-        real_T = mask_BS.flatten() > 0
-        kind_T = kind_B[:, None].expand(mask_BS.shape).flatten()[real_T]
-        kind_TN = nn.functional.one_hot(kind_T, len(KINDS)).float()
-        for position, ours in edited.decisions.items():
-            theirs = original.decisions[position]
-            self._now_LE[position] += self._counts(ours.indices_TK[real_T]).cpu()
-            self._then_LE[position] += self._counts(theirs.indices_TK[real_T]).cpu()
-            same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)[real_T].float()
-            kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec)[real_T].float()
-            self._by_kind_L3N[position] += (torch.stack([same_T, kl_T, torch.ones_like(kl_T)]) @ kind_TN).cpu()
-
-    def figures(self) -> dict[str, float]:
-        """Means over MoE layers of what was added since the last call; empty if there was nothing."""
-        tokens_N = self._by_kind_L3N[0, 2]
-        if not bool(tokens_N.any()):
-            return {}
-        now, then = ([routing.load(load_E) for load_E in load_LE] for load_LE in (self._now_LE, self._then_LE))
-        layers = {"load_cv": [load.cv for load in now], "load_cv_original": [load.cv for load in then]}
-        layers |= {"max_vio": [load.max_vio for load in now], "load_entropy": [load.entropy for load in now]}
-        found = {f"health/{key}": sum(values) / len(values) for key, values in layers.items()}
-        for index, kind in enumerate(KINDS):
-            if tokens_N[index] > 0:
-                overlap, kl = (self._by_kind_L3N[:, :2, index] / tokens_N[index]).mean(0).tolist()
-                found |= {f"health/overlap_{kind}": overlap, f"health/kl_{kind}": kl}
-        self.used_LE += self._now_LE
-        self.tokens += int(tokens_N.sum())
-        self._clear()
-        if self.tokens >= self.dead_budget:
-            found["health/dead_experts"] = float((self.used_LE == 0).sum())
-        return found
-
-    def _counts(self, indices_TK: Tensor) -> Tensor:
-        return torch.bincount(indices_TK.flatten(), minlength=self.spec.n_experts).float()
 
 
 @dataclass

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from gtqlora.storage.atomic import named_errors
 NAME = "gtqlora-ledger.jsonl"
 _OF_EDITS = "edits.jsonl"
 
+Prompts = dict[str, list[bool | str]]
+"""Hash of a harmful prompt -> whether the original refuses it, whether the edit keeps that, hashes of its groupings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -31,11 +34,10 @@ class Entry:
 
     Attributes:
         model, contrast: hashes of their contents.
-        judge: see `judge_trust.identity`.
+        judge: see `judging.trust.identity`.
         shipped: whether what was judged is what `export` would write (the checkpoint's own experts and dtype).
         decided: whether the judge could tell refusals from answers; what it said counts only then.
-        prompts: hash of each harmful prompt -> whether the original refuses it, whether the edit keeps that, and the
-            hashes of its groupings.
+        prompts: the harmful ones that it was judged on.
     """
 
     finished: str
@@ -47,21 +49,21 @@ class Entry:
     decided: bool
     verdict: str
     reason: str
-    prompts: dict[str, list[bool | str]]
+    prompts: Prompts
 
     @property
     def try_id(self) -> str:
-        """What makes two verdicts one try: the same edit on the same prompts, judged by the same judge."""
+        """Say what makes two verdicts one try: the same edit on the same prompts, judged by the same judge."""
         return sha256_json([self.adapter, self.judge, sorted(self.prompts)])
 
 
 def short_hash(value: str) -> str:
-    """Enough to tell prompts apart; the ledger holds none of their words."""
+    """Return enough of a hash to tell prompts apart; the ledger holds none of their words."""
     return sha256_json(value)[:12]
 
 
 def places(contrast: str, run: Path) -> list[Path]:
-    """Where the ledger of a held-out set may lie, the best first: beside it, with the user, in the run."""
+    """Return where the ledger of a held-out set may lie, the best first: beside it, with the user, in the run."""
     path, package = Path(contrast), Path(__file__).parents[1]
     local = path if path.exists() else Path(contrast.rpartition(":")[0])
     state = user_state.folder()
@@ -70,20 +72,45 @@ def places(contrast: str, run: Path) -> list[Path]:
 
 
 def of_edits(run: Path) -> Path:
-    """Where the verdicts on every edit are kept with the user, wherever runs and pairs lie; else in the run."""
+    """Return where the verdicts on every edit are kept with the user, wherever runs and pairs lie; else in the run."""
     return (user_state.folder() or run) / _OF_EDITS
 
 
 def on_edit(adapter: str, files: Iterable[Path]) -> list[Entry]:
-    """Every verdict on an edit that any of the files holds, the same one once."""
+    """Collect every verdict on an edit that any of the files holds, the same one once."""
     found = {}
     for entry in (entry for file in files for entry in read(file) if entry.adapter == adapter):
         found[json.dumps(asdict(entry), sort_keys=True)] = entry
     return sorted(found.values(), key=lambda entry: entry.finished)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What is known of an edit, and of the prompts that it is judged on.
+
+    Attributes:
+        told: verdicts on the edit in its run and beside the pairs.
+        verdicts: these, and what the user's own ledger holds of it.
+        beside: verdicts on any edit in the ledgers of these pairs.
+    """
+
+    told: tuple[Entry, ...]
+    verdicts: tuple[Entry, ...]
+    beside: tuple[Entry, ...]
+
+
+def past(adapter: str, contrast: str, run: Path, history: Path) -> Past:
+    """Read what is remembered of an edit: a copy of the run, or of the edit, has the same past."""
+    beside = places(contrast, run)
+    return Past(
+        told=tuple(on_edit(adapter, [history, *beside])),
+        verdicts=tuple(on_edit(adapter, [history, *beside, of_edits(run)])),
+        beside=tuple(entry for file in beside for entry in read(file)),
+    )
+
+
 def append(files: Iterable[Path], entry: Entry) -> Path:
-    """Add an entry to the first of the files that can be written; which one.
+    """Add an entry to the first of the files that can be written, and return which one.
 
     Raises:
         OSError: none can.
@@ -101,7 +128,7 @@ def append(files: Iterable[Path], entry: Entry) -> Path:
 
 
 def _append(file: Path, line: str) -> None:
-    """One line, whole or recognizably torn: a line that was cut off by a kill ends where the next begins."""
+    """Write one line, whole or recognizably torn: a line that was cut off by a kill ends where the next begins."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -118,7 +145,7 @@ def _append(file: Path, line: str) -> None:
 
 
 def read(file: Path) -> list[Entry]:
-    """The entries of a file, none if it is not there; a line that was torn by a kill is left out.
+    """Read the entries of a file, none if it is not there; a line that was torn by a kill is left out.
 
     Raises:
         RunError: it is no plain file, or a whole line is none of ours.
@@ -139,14 +166,3 @@ def read(file: Path) -> list[Entry]:
             remedy = "restore it: it counts how often these prompts were used"
             raise RunError(f"{file}: line {number}: {error}; {remedy}") from error
     return entries
-
-
-def tries(entries: Sequence[Entry], entry: Entry) -> int:
-    """How many tries on any of an entry's prompts there were, itself among them."""
-    mine = entry.prompts.keys()
-    return len({other.try_id for other in entries if other.prompts.keys() & mine} | {entry.try_id})
-
-
-def corrected(level: float, tries: int) -> float:
-    """The level at which each of so many tries is judged, so that all of them together keep `level` (Bonferroni)."""
-    return 1 - (1 - level) / tries

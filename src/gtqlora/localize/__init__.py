@@ -16,13 +16,12 @@ from gtqlora.localize.masks import (
     random_like,
 )
 from gtqlora.localize.pairs import Pair, halves, pairs_of, partners
-from gtqlora.localize.trials import Change, Outcome, Trials, readout_tokens
+from gtqlora.localize.trials import Outcome, Trials, readout_tokens
 
 __all__ = [
     "CELLS",
     "MIN_GROUPS",
     "MIN_PAIRS",
-    "Change",
     "Effect",
     "Expert",
     "Interchanges",

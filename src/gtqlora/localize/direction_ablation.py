@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gtqlora.capture import CallRecorder, Interchange, direction_removed
-from gtqlora.localize.trials import Change, Changes, Trials, odds_of
+from gtqlora.localize.trials import FLAGGED, Trials
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import SourceRun
+from gtqlora.scoring import Change, Changes, SourceRun
 
 
 def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Changes:
@@ -38,8 +38,7 @@ def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
     means = {}
     for layer in track(present, "each layer's direction", len(present)):
         change = removing(trials, directions_LD[layer], routing_held=False)
-        odds = odds_of(trials.run(None, trials.flagged, change, first_only=True))
-        means[layer] = np.mean(np.array(odds))
+        means[layer] = np.mean(trials.first_odds(change))
     return min(means, key=lambda layer: means[layer]) if means else None
 
 
@@ -52,6 +51,6 @@ def ablations(trials: Trials, direction_D: Tensor, seed: int) -> list[Interventi
         ("refusal direction removed", direction_D, False, False),
         ("random direction removed", random_D, False, True),
     ):
-        outcomes = trials.run(name, trials.flagged, removing(trials, vector_D, routing_held=held))
+        outcomes = trials.run(name, FLAGGED, removing(trials, vector_D, routing_held=held))
         found.append(trials.intervention(name, outcomes, trials.own[0], control=control))
     return found

@@ -1,4 +1,4 @@
-"""On how few experts does refusal hang? Its curve against the number of experts ablated, and draws to train with.
+"""On how few experts does refusal hang? Its curve against the number of experts ablated.
 
 Shape letters: B batch, T tokens, K experts per token, L MoE layers, E experts.
 """
@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from gtqlora.capture import Decision, Mask, Subject, observe
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import Contrast, Row
-from gtqlora.families import Anatomy
-from gtqlora.judging.judge import Judge
 from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
 from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
-from gtqlora.progress import track
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.experts import ExpertId
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Switch, batches, decode
+from gtqlora.scoring import Change, Runner, Switch
 from gtqlora.stats import rate
 
 
@@ -105,13 +102,10 @@ class RowsAblated:
 
 @dataclass(frozen=True, kw_only=True)
 class AblationCurve:
-    """Held-out harmful rows, and how they are completed and judged."""
+    """Held-out harmful rows, the model that completes them, and the level of the intervals."""
 
-    subject: Subject
+    runner: Runner
     rows: Sequence[Row]
-    judge: Judge
-    batch_size: int
-    max_new_tokens: int
     level: float
 
     def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[AblationPoint]:
@@ -129,25 +123,22 @@ class AblationCurve:
         return points
 
     def _refused(self, masks: Sequence[Ablated], label: str) -> list[bool]:
-        """Whether each row is refused; row i meets mask i modulo their number, all in the same batches."""
-        refused: dict[int, bool] = {}
-        total = -(-len(self.rows) // self.batch_size)
-        for chosen, prompts in track(batches(self.rows, self.subject, self.batch_size), label, total):
-            turn_B = torch.tensor(chosen, device=self.subject.device) % len(masks)
-            handlers = [RowsAblated(Mask(self.subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)]
-            texts = decode(self.subject, prompts, max_new_tokens=self.max_new_tokens, handlers=handlers).texts
-            refused.update(zip(chosen, map(self.judge, texts), strict=True))
-        return [refused[i] for i in range(len(self.rows))]
+        """Return whether each row is refused; row i meets mask i modulo their number, all in the same batches."""
+        subject = self.runner.model
+
+        def dealt(chosen: list[int]) -> Change:
+            turn_B = torch.tensor(chosen, device=subject.device) % len(masks)
+            return Change(handlers=[RowsAblated(Mask(subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)])
+
+        return [answer.refused for answer in self.runner.answers(self.rows, dealt, label=label)]
 
 
 def ablation_study(
-    subject: Subject,
+    runner: Runner,
     original: Switch,
-    *,
     trained: Contrast,
     rows: Sequence[Row],
     outcomes: Sequence[Outcome],
-    judge: Judge,
     config: VerifyConfig,
 ) -> AblationStudy | None:
     """Return on how few experts refusal of held-out harmful prompts hangs, before and after the edit.
@@ -157,22 +148,22 @@ def ablation_study(
     if those rows cannot rank experts.
 
     Args:
-        subject: with the edit on; `original` switches it off.
+        runner: of the model with the edit on; `original` switches it off.
         trained: the rows that the edit was trained on.
         rows: the held-out harmful rows; `outcomes` are theirs, in the same order.
     """
-    limits = {"prompts": config.ablation_prompts, "batch_size": config.batch_size, "seed": config.seed}
+    limits = {"prompts": config.ablation_prompts, "batch_size": runner.batch_size, "seed": config.seed}
     with original():
-        ranking = rank(subject, trained, **limits) if config.ablation else None
-    again = rank(subject, trained, **limits) if ranking else None
+        ranking = rank(runner.model, trained, **limits) if config.ablation else None
+    again = rank(runner.model, trained, **limits) if ranking else None
     if ranking is None or again is None:
         return None
-    bench, before, after = _drawn(subject, rows, outcomes, judge, config)
+    bench, before, after = _drawn(runner, rows, outcomes, config)
     same = plan(ranking, most=config.ablation, controls=config.ablation_controls, seed=config.seed)
     anew = plan(again, most=config.ablation, controls=0, seed=config.seed)
     with original():
         intact = bench.curve(same, before, "before")
-    layers = [layer.index for layer in subject.anatomy.moe]
+    layers = [layer.index for layer in runner.model.anatomy.moe]
     first = ranking.order[: intact[-1].ablated]
     return AblationStudy(
         ranked_against=ranking.against,
@@ -186,43 +177,10 @@ def ablation_study(
 
 
 def _drawn(
-    subject: Subject, rows: Sequence[Row], outcomes: Sequence[Outcome], judge: Judge, config: VerifyConfig
+    runner: Runner, rows: Sequence[Row], outcomes: Sequence[Outcome], config: VerifyConfig
 ) -> tuple[AblationCurve, list[bool], list[bool]]:
     """Return at most `ablation_prompts` of the rows, drawn, and their refusals before and after."""
     count = min(config.ablation_prompts, len(rows))
     drawn = sorted(random.Random(config.seed).sample(range(len(rows)), count))
-    bench = AblationCurve(
-        subject=subject,
-        rows=[rows[i] for i in drawn],
-        judge=judge,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        level=config.level,
-    )
+    bench = AblationCurve(runner=runner, rows=[rows[i] for i in drawn], level=config.level)
     return bench, [outcomes[i].refused_before for i in drawn], [outcomes[i].refused_after for i in drawn]
-
-
-class AblationSampler:
-    """What is ablated at each step of a training; it depends on the seed and the step only.
-
-    Half of the draws take a random share of each layer's experts, up to `share`; the others take the ranking's first
-    experts, as an adversary would, as many at most in all layers together, their number log-uniform.
-    """
-
-    def __init__(self, anatomy: Anatomy, ranking: Ranking, *, share: float, seed: int) -> None:
-        self.n_experts, self.layers = anatomy.spec.n_experts, len(anatomy.moe)
-        self.ranking, self.seed = ranking, seed
-        self.most = min(max(1, round(share * self.n_experts)), self.n_experts - anatomy.spec.top_k)
-
-    def experts(self, step: int) -> Ablated:
-        rng = random.Random(f"{self.seed} {step}")
-        if rng.random() < 0.5:
-            limit = min(self.most * self.layers, len(self.ranking.order))
-            return self.ranking.first(round(limit ** rng.random()))
-        layers = ((layer, rng.randint(0, self.most)) for layer in range(self.layers))
-        return {layer: tuple(sorted(rng.sample(range(self.n_experts), count))) for layer, count in layers}
-
-    def rows(self, step: int, count: int) -> list[bool]:
-        """By chance half of a batch's rows; the others keep the model as it is."""
-        rng = random.Random(f"{self.seed} {step} rows")
-        return [rng.random() < 0.5 for _ in range(count)]

@@ -14,15 +14,13 @@ from itertools import product
 
 from gtqlora.capture import CallRecorder, Interchange
 from gtqlora.localize.pairs import Pair
-from gtqlora.localize.trials import Change, Changes, Outcome, Trials
+from gtqlora.localize.trials import FLAGGED, TWIN, Outcome, Side, Trials
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import Cell as CellRecord
 from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import SourceRun
+from gtqlora.scoring import Change, Changes, SourceRun
 
-FLAGGED, TWIN = "flagged", "twin"
-
-Cell = tuple[str, str, str]
+Cell = tuple[Side, Side, Side]
 """(routing, experts, stream): which prompt each component comes from."""
 
 CELLS: tuple[Cell, ...] = tuple(product((FLAGGED, TWIN), (FLAGGED, TWIN), (FLAGGED, TWIN)))
@@ -83,15 +81,14 @@ def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
         source = None if experts == stream else prompts[experts]
         change = exchange(prompts[routing], source)
-        cells[routing, experts, stream] = trials.run(None, prompts[stream], change)
+        cells[routing, experts, stream] = trials.run(None, stream, change)
     others, other_twins = [p.prompt for p in partners], [p.twin for p in partners]
-    flagged, twins = trials.flagged, trials.twins
     return Interchanges(
         trials=trials,
         cells=cells,
-        routing_control=trials.run("routing's control", flagged, exchange(others)),
-        experts_control=trials.run("experts' control", flagged, exchange(flagged, others)),
-        twin_control=trials.run("twins' control", twins, exchange(other_twins)),
+        routing_control=trials.run("routing's control", FLAGGED, exchange(others)),
+        experts_control=trials.run("experts' control", FLAGGED, exchange(trials.flagged, others)),
+        twin_control=trials.run("twins' control", TWIN, exchange(other_twins)),
     )
 
 

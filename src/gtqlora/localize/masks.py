@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from scipy import stats as st
 
 from gtqlora.capture import Mask
-from gtqlora.localize.trials import Change, Changes, Outcome, Trials, odds_of
+from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
 from gtqlora.progress import track
 from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
+from gtqlora.scoring import Change, Changes
 from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, group_means, ratio_interval
 
 Expert = tuple[int, int]
@@ -82,7 +83,7 @@ def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, f"ablate the {name}", len(counts)):
         change = ablating(trials, ablated_of(ranking[:m]))
-        points.append(_point(trials, m, [trials.run(None, trials.flagged, change)]))
+        points.append(_point(trials, m, [trials.run(None, FLAGGED, change)]))
     return Curve(name, False, points)
 
 
@@ -94,7 +95,7 @@ def random_curve(
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, "ablate random experts", len(counts)):
         like = [random_like(ablated_of(ranking[:m]), frequency_LE, rng) for _ in range(draws)]
-        points.append(_point(trials, m, [trials.run(None, trials.flagged, ablating(trials, drawn)) for drawn in like]))
+        points.append(_point(trials, m, [trials.run(None, FLAGGED, ablating(trials, drawn)) for drawn in like]))
     return Curve("random, matched in layer and frequency", True, points)
 
 
@@ -139,8 +140,7 @@ class _Odds:
         key = frozenset(experts)
         if key not in self._known:
             change = ablating(self.trials, ablated_of(sorted(key)))
-            found = self.trials.run(None, self.trials.flagged, change, first_only=True)
-            self._known[key] = np.array(odds_of(found))
+            self._known[key] = self.trials.first_odds(change)
         return self._known[key]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from gtqlora.capture import Subject
-from gtqlora.contrasts import Contrast, Row, encode_prompt
+from gtqlora.contrasts import Contrast, Messages, Row, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,15 @@ class Pair:
     """A flagged prompt and its twin: same words but for what makes it flagged; equal token counts if `aligned`.
 
     Attributes:
+        prompt, twin: in tokens.
+        twin_messages: the twin as it is written, for the judge.
         matched: the twin is a true one; else an unrelated benign prompt stands in for it.
     """
 
     row: Row
     prompt: list[int]
     twin: list[int]
+    twin_messages: Messages
     matched: bool = True
 
     @property
@@ -48,8 +51,8 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     strangers = zip(flagged, cycle([row.prompt for row in contrast.of_kind("benign")]), strict=False)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for row, twin in twins or strangers:
-        prompts = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
-        groups[row.pair_id].append(Pair(row, *prompts, matched=bool(twins)))
+        prompt_tokens, twin_tokens = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
+        groups[row.pair_id].append(Pair(row, prompt_tokens, twin_tokens, twin, matched=bool(twins)))
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     return [pair for pair_id in order for pair in groups[pair_id]][:limit]

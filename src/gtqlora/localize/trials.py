@@ -1,26 +1,21 @@
-"""Runs the same pairs under one change after another; what each prompt does then, generated and as log-odds.
-
-Shape letters: B prompts, V vocabulary.
-"""
+"""Runs the same pairs under one change after another; what each prompt does then, generated and as log-odds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from gtqlora.capture import ExpertHandler, Handler, Subject, log_odds
+from gtqlora.capture import Subject
 from gtqlora.contrasts import Row, encode_row
-from gtqlora.judging.judge import Judge
 from gtqlora.localize.pairs import Pair
-from gtqlora.progress import track
 from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import SourceRun, Switch, decode, judged
+from gtqlora.scoring import AS_IS, Changes, Runner
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
 
@@ -39,19 +34,9 @@ class Outcome:
     tokens: list[int] = field(repr=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What is done to a run of some of the prompts."""
-
-    handlers: Sequence[Handler] = ()
-    expert_handlers: Sequence[ExpertHandler] = ()
-    source_runs: Sequence[SourceRun] = ()
-    switch: Switch = nullcontext
-
-
-Changes = Callable[[list[int]], Change]
-"""The change for the prompts at these positions."""
-
+Side = Literal["flagged", "twin"]
+FLAGGED: Side = "flagged"
+TWIN: Side = "twin"
 
 _TELLING = 4
 """How many times more refusals than answers begin with a token that tells them apart: "I", say, begins some answers."""
@@ -75,30 +60,24 @@ def _first(subject: Subject, row: Row, completion: str) -> int:
 class Trials:
     """The pairs under study, and what their prompts do."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        pairs: Sequence[Pair],
-        judge: Judge,
-        readout: Sequence[int],
-        *,
-        batch_size: int,
-        max_new_tokens: int,
-    ) -> None:
-        self.subject, self.pairs, self.judge, self.readout = subject, list(pairs), judge, list(readout)
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+    def __init__(self, runner: Runner, pairs: Sequence[Pair], readout: Sequence[int]) -> None:
+        self.runner, self.pairs, self.readout = runner, list(pairs), list(readout)
         self.flagged = [pair.prompt for pair in self.pairs]
         self.twins = [pair.twin for pair in self.pairs]
+
+    @property
+    def subject(self) -> Subject:
+        """Return the model under study."""
+        return self.runner.model
 
     @cached_property
     def own(self) -> tuple[list[Outcome], list[Outcome]]:
         """What the flagged prompts and the twins do as they are."""
-        return self.run("flagged prompts", self.flagged), self.run("twins", self.twins)
+        return self.run("flagged prompts", FLAGGED), self.run("twins", TWIN)
 
     def of(self, pairs: Sequence[Pair]) -> Trials:
         """The same trials of some of the pairs."""
-        settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
-        part = Trials(self.subject, pairs, self.judge, self.readout, **settings)
+        part = Trials(self.runner, pairs, self.readout)
         rows, (flagged, twins) = self.rows_of(part), self.own
         part.own = [flagged[i] for i in rows], [twins[i] for i in rows]
         return part
@@ -113,50 +92,21 @@ class Trials:
         """What is drawn together when pairs are resampled: siblings share their words."""
         return [pair.row.pair_id for pair in self.pairs]
 
-    def run(
-        self,
-        label: str | None,
-        prompts: Sequence[list[int]],
-        change: Changes = lambda _: Change(),
-        *,
-        first_only: bool = False,
-    ) -> list[Outcome]:
+    def run(self, label: str | None, side: Side, change: Changes = AS_IS) -> list[Outcome]:
         """Complete one prompt of each pair under a change.
 
         Args:
             label: shown as progress; None: whoever asks shows its own.
-            first_only: stop at the first token; good for log-odds only.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[int, Outcome] = {}
-        starts = range(0, len(order), self.batch_size)
-        for start in starts if label is None else track(starts, label, len(starts)):
-            chosen = order[start : start + self.batch_size]
-            outcomes = self._batch(chosen, [prompts[i] for i in chosen], change(chosen), first_only)
-            found.update(zip(chosen, outcomes, strict=True))
-        return [found[i] for i in range(len(prompts))]
+        prompts = self.flagged if side == FLAGGED else self.twins
+        # a twin is held against its pair's row, but the judge reads what was asked
+        rows = [p.row if side == FLAGGED else replace(p.row, prompt=p.twin_messages) for p in self.pairs]
+        answers = self.runner.answers(rows, change, label=label, prompts=prompts, readout=self.readout)
+        return [Outcome(a.refused, a.correct, a.log_odds, a.tokens) for a in answers]
 
-    def _batch(self, chosen: list[int], prompts: list[list[int]], change: Change, first_only: bool) -> list[Outcome]:
-        decoded = decode(
-            self.subject,
-            prompts,
-            max_new_tokens=1 if first_only else self.max_new_tokens,
-            handlers=change.handlers,
-            expert_handlers=change.expert_handlers,
-            source_runs=change.source_runs,
-            switch=change.switch,
-        )
-        odds = self._log_odds(decoded.first_BV) or [None] * len(chosen)
-        outcomes = []
-        for at, (i, value) in enumerate(zip(chosen, odds, strict=True)):
-            score = judged(self.pairs[i].row, decoded, at, self.judge)
-            outcomes.append(Outcome(score.refused, score.correct, value, decoded.tokens[at]))
-        return outcomes
-
-    def _log_odds(self, logits_BV: Tensor) -> list[float] | None:
-        if not self.readout:
-            return None
-        return log_odds(logits_BV, torch.tensor(self.readout, device=logits_BV.device)).tolist()
+    def first_odds(self, change: Changes) -> NDArray[np.floating]:
+        """Return the flagged prompts' log-odds under a change; needs a readout, and judges nothing."""
+        return np.array(self.runner.first_odds(self.flagged, change, self.readout))
 
     # --- intervals, over pairs of which siblings are drawn together
 

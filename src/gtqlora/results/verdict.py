@@ -96,7 +96,7 @@ class Verdict:
         kl_benign: KL(original || edited) in nats per completion token.
         drift: kind of prompts -> drift of their routing.
         ablation: it has no part in the floor's verdict; None if it was switched off, or experts could not be ranked.
-        judge: what judged, see `judge_trust.identity`.
+        judge: what judged, see `judging.trust.identity`.
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
         blind: why the judge cannot tell refusals from answers, if it cannot.

@@ -8,7 +8,7 @@ Shape letters: N pairs, L MoE layers, E experts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Effect, Interchanges, Outcome, Trials
 from gtqlora.localize.association import associate, top_experts
 from gtqlora.localize.directions import MIN_GROUPS, Directions, study
+from gtqlora.localize.trials import FLAGGED
 from gtqlora.results.association import Association, write_associations
 from gtqlora.results.diagnosis import (
     CANNOT_TELL,
@@ -41,6 +42,7 @@ from gtqlora.results.diagnosis import (
 )
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
 from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.scoring import Runner
 
 NO_TWINS = (
     "No flagged prompt has a twin (a `twin` prompt, or a benign row with the same pair_id), so flagged prompts were "
@@ -56,28 +58,19 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
         ModelError: the model cannot be loaded, or computes NaN.
     """
-    model = identify(config.model)
-    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    model, judge = identify(config.model), judge_of(config.judge)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
             return read_diagnosis(run.path)
-        judge = judge_of(config.judge)
         contrast = load(config.contrast, judge).split(config.split)
         _check(contrast, config)
-        subject = open_subject(
-            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
-        trials = Trials(
-            subject,
-            localize.pairs_of(contrast, subject, config.max_pairs, config.seed),
-            judge,
-            localize.readout_tokens(subject, contrast.rows),
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
+        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed)
+        trials = Trials(Runner.of(subject, judge, config), pairs, localize.readout_tokens(subject, contrast.rows))
         study = _Study(config, trials)
         diagnosis = study.diagnosis()
         study.write(stage.renewed() / FOLDER, diagnosis)
@@ -223,7 +216,7 @@ class _Study:
                 label = f"ablate the {len(experts)} {name}"
                 ablatable = localize.ablatable(experts, self.subject.anatomy.spec)
                 change = localize.ablating(self.kept, localize.ablated_of(ablatable))
-                outcomes = self.kept.run(label, self.kept.flagged, change)
+                outcomes = self.kept.run(label, FLAGGED, change)
                 masks.append(self.kept.intervention(label, outcomes, self.kept.own[0]))
         return masks
 

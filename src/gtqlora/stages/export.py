@@ -6,13 +6,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtqlora import contrasts
-from gtqlora.capture import Subject, open_subject
+from gtqlora.capture import open_subject
 from gtqlora.certificate import Certificate, certify, check_model
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Edit, merged, plan
@@ -28,7 +26,7 @@ from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, write_export
 from gtqlora.results.verdict import Outcome, of_kind
 from gtqlora.run import Run, atomic_write, sha256_file, versions
-from gtqlora.scoring import decode, left_padded
+from gtqlora.scoring import Answer, Runner
 from gtqlora.storage.atomic import refuse_existing
 
 _PROBES = 16
@@ -102,7 +100,7 @@ def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Expor
 
 
 def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str]) -> tuple[int, int, str]:
-    """Write MODEL with the edits; how many tensors, and gate values, came out different, and the digest of MODEL."""
+    """Write MODEL with the edits; return how many tensors and gate values came out different, and MODEL's digest."""
     gates, moved = set(gates), 0
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -127,12 +125,12 @@ def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str
 class _Behaviour:
     """What a model says to the probes, and log-probabilities_TV of the next token at their last ones, on the CPU."""
 
-    texts: list[str]
+    answers: list[Answer]
     log_TV: Tensor
 
 
 def validate(staged: Path, certificate: Certificate) -> float:
-    """The written weights, loaded anew, behave as what was verified does; the largest divergence of any token.
+    """Check that the written weights, loaded anew, behave as what was verified; return the largest divergence.
 
     Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
     hash, so that nobody orders them.
@@ -141,13 +139,11 @@ def validate(staged: Path, certificate: Certificate) -> float:
         RunError: they do not.
     """
     config, probes = certificate.config, _probes(certificate)
-    where: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "expert_format": config.expert_format}
-    written = _behaviour(open_subject(str(staged), **where), probes, config.max_new_tokens)
-    subject = open_subject(config.model, **where)
-    edited = Edited(subject, certificate.adapter, shipped=config.model)
-    wanted = _behaviour(edited.subject, probes, config.max_new_tokens)
     judge = judge_of(config.judge)
-    differing = sum(judge(a) != judge(b) for a, b in zip(written.texts, wanted.texts, strict=True))
+    written = _behaviour(Runner.of(open_subject(replace(config, model=str(staged))), judge, config), probes)
+    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
+    wanted = _behaviour(Runner.of(edited.subject, judge, config), probes)
+    differing = sum(a.refused != b.refused for a, b in zip(written.answers, wanted.answers, strict=True))
     kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
     if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
         raise RunError(
@@ -165,21 +161,12 @@ def _probes(certificate: Certificate) -> list[Outcome]:
     return probes
 
 
-@torch.no_grad()
-def _behaviour(subject: Subject, probes: Sequence[Outcome], max_new_tokens: int) -> _Behaviour:
-    """The model goes out of memory when its caller lets go of it."""
-    prompts = [contrasts.encode_prompt(subject.tokenizer, probe.prompt) for probe in probes]
-    texts = decode(subject, prompts, max_new_tokens=max_new_tokens).texts
-    ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
-    logits_BSV = subject.model(
-        input_ids=ids_BS,
-        attention_mask=mask_BS,
-        position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=_POSITIONS,
-    ).logits
-    real_BS = mask_BS[:, -logits_BSV.shape[1] :] > 0
-    return _Behaviour(texts, logits_BSV[real_BS].float().log_softmax(-1).cpu())
+def _behaviour(runner: Runner, probes: Sequence[Outcome]) -> _Behaviour:
+    """Run the probes; the model goes out of memory when its caller lets go of it."""
+    answers = runner.answers(probes, label=None)
+    batches = runner.logits(runner.encoded(probes), last=_POSITIONS)
+    log_TV = torch.cat([torch.cat(batch.rows(batch.values_BSV)).log_softmax(-1).cpu() for batch in batches])
+    return _Behaviour(answers, log_TV)
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from gtqlora.localize.directions import named_directions
 from gtqlora.localize.directions.named import ORTHOGONAL
 from gtqlora.results.adapter import Candidate, Projection, info_of, read_info
 from gtqlora.run import PATHS, Run, fingerprint
-from gtqlora.scoring import score
+from gtqlora.scoring import Runner
 
 ADAPTER = "adapter"
 
@@ -45,23 +45,22 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
         ModelError: the model's states are not finite.
     """
-    model = identify(config.model)
-    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
+    model, judge = identify(config.model), judge_of(config.judge)
+    inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("project", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
         stage.outputs += [ADAPTER, contrasts.FILE]
         if stage.fresh:
             return _projected_before(run / ADAPTER)
-        rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+        rows = contrasts.load(config.contrast, judge).split(config.split)
         contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
-        subject = open_subject(
-            model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format
-        )
+        subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
-        candidates = [_tried(config, subject, layer, direction_LD[layer], lookalike) for layer in layers]
+        runner = Runner.of(subject, judge, config)
+        candidates = [_tried(config, runner, layer, direction_LD[layer], lookalike) for layer in layers]
         best = min(candidates, key=lambda c: (c.refusal, -c.accuracy)).layer
         made = Projection(asdict(config), best, candidates)
         info = info_of(model.model, subject.anatomy.family.model_type, made)
@@ -110,18 +109,12 @@ def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tens
 
 
 def _tried(
-    config: ProjectConfig, subject: Subject, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
+    config: ProjectConfig, runner: Runner, layer: int, direction_D: Tensor, lookalike: Sequence[Row]
 ) -> Candidate:
     """Return what is left of the lookalike refusals, and of the task, without this layer's direction."""
+    subject = runner.model
     with removal(subject, direction_D.to(subject.device), norm_preserving=config.norm_preserving):
-        found = score(
-            subject,
-            lookalike,
-            judge_of(config.judge),
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            label=f"without layer {layer}'s direction",
-        )
+        found = runner.answers(lookalike, label=f"without layer {layer}'s direction")
     known = [s.correct for s in found if s.correct is not None]
     accuracy = sum(known) / len(known) if known else 0.0
     return Candidate(layer, sum(s.refused for s in found) / len(found), accuracy)

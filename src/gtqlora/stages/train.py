@@ -6,33 +6,21 @@ import contextlib
 import gc
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import contrasts
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.edits.adapters import (
-    assert_bias_frozen,
-    assert_experts_frozen,
-    assert_trains_exactly,
-    freeze_rest_of_routers,
-    frozen_state,
-    load_edit,
-    lora_config,
-    peft_targets_kept,
-    save,
-)
-from gtqlora.edits.checkpoints import GuardStop, MetricsCallback, assert_finite
-from gtqlora.edits.resume import (
+from gtqlora.edits.adapters import load_edit, save
+from gtqlora.edits.checkpoint_files import (
     Checkpoint,
     Origin,
     Unusable,
@@ -43,12 +31,20 @@ from gtqlora.edits.resume import (
     tidy,
     usable,
 )
-from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator
-from gtqlora.errors import ContrastError, RunError, TrainingError
+from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finite
+from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
+from gtqlora.edits.hardening import sampler
+from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, arguments
+from gtqlora.edits.wrapping import (
+    assert_bias_frozen,
+    assert_trains_exactly,
+    freeze_rest_of_routers,
+    lora_config,
+    peft_targets_kept,
+)
+from gtqlora.errors import RunError, TrainingError
 from gtqlora.families.identity import ModelIdentity, identify
-from gtqlora.judging.judge import judge_of
-from gtqlora.localize.expert_ablation import AblationSampler, rank
-from gtqlora.machine import trackers
+from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
 from gtqlora.results.adapter import Info, Training, info_of, read_info
 from gtqlora.results.metrics import METRICS
@@ -60,8 +56,6 @@ ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gra
 """Settings that the edit does not depend on, bit for bit."""
 _UNUSED = frozenset({"max_new_tokens"})
 """Settings that only go with the edit, for `verify`."""
-RANKED = 200
-"""Harmful prompts on which experts are ranked, at most."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +83,11 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         RunError: checkpoints of other settings are there.
         TrainingError: an invariant broke, or the guard stopped before any checkpoint was good.
     """
-    model = identify(config.model)
+    model, judge = identify(config.model), judge_of(config.judge)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
-    with run.stage("train", config, inputs, device=config.device, again=again, aside=ASIDE) as stage:
+    # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
+    judged = {**inputs, "judge": judge.identity}
+    with run.stage("train", config, judged, device=config.device, again=again, aside=ASIDE) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
             return _trained_before(run / ADAPTER)
@@ -99,7 +95,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         origin = Origin(settings, inputs)
         if not again:
             check_origin(usable(run / CHECKPOINTS), origin)
-        edit = _train(config, model, run, origin, again)
+        edit = _train(config, model, judge, run, origin, again)
         new = stage.renewed()
         edit.save(new)
         _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
@@ -136,9 +132,9 @@ class _Edit:
         contrasts.save(self.rows, folder / contrasts.FILE)
 
 
-def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, again: bool) -> _Edit:
+def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, origin: Origin, again: bool) -> _Edit:
     """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
-    rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    rows = contrasts.load(config.contrast, judge).split(config.split)
     contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
     while True:
         try:
@@ -150,7 +146,7 @@ def _train(config: TrainConfig, model: ModelIdentity, run: Run, origin: Origin, 
 
 
 def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
-    subject = open_subject(model.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
+    subject = open_subject(replace(config, model=model.model))
     model.check_unchanged()
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     frozen = frozen_state(subject.model)
@@ -165,56 +161,20 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     return _Edit(trainer, rows, info, steps, stopped)
 
 
-def _arguments(config: TrainConfig, output: Path) -> DPOConfig:
-    return DPOConfig(
-        output_dir=str(output),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr_lora,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup * config.steps),
-        max_grad_norm=config.max_grad_norm,
-        beta=config.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, config.sft_weight],
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=4 * config.batch_size,
-        router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
-        max_length=None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
-        use_cpu=config.device == "cpu",
-        dataloader_pin_memory=config.device != "cpu",
-        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
-        remove_unused_columns=False,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        report_to=trackers(config.report_to) or "none",
-        disable_tqdm=True,
-        seed=config.seed,
-        data_seed=config.seed,
-    )
-
-
 def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
     os.environ.setdefault("TQDM_DISABLE", "1")
     datasets.disable_progress_bars()
     anatomy = subject.anatomy
     pad = subject.pad_id
     encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
-    draws = _draws(config, subject, rows)
+    draws = sampler(config, subject, rows)
     with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
             settings=config,
             draws=draws,
             model=subject.model,
-            args=_arguments(config, run / CHECKPOINTS),
+            args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
@@ -226,19 +186,6 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
     trainer.assert_exact_reference()
     return trainer
-
-
-def _draws(config: TrainConfig, subject: Subject, rows: Contrast) -> AblationSampler | None:
-    """What "harden" ablates; experts are ranked in the model as it is before training."""
-    if config.objective == "edit":
-        return None
-    ranking = rank(subject, rows, prompts=RANKED, batch_size=config.batch_size, seed=config.seed)
-    if ranking is None:
-        raise ContrastError(
-            f"{config.contrast}: split {config.split!r} has no harmful rows with twins or benign rows to compare them "
-            'with, so "harden" cannot tell which experts to ablate; add some'
-        )
-    return AblationSampler(subject.anatomy, ranking, share=config.ablation_share, seed=config.seed)
 
 
 def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | None]:

@@ -1,4 +1,7 @@
-"""Checkpoints of a training: what is in them, how they are read back, and who vouches for them."""
+"""The trainer's side of checkpoints: what it saves and loads again, and the callback that vouches for them.
+
+What lies on disk, and which checkpoint to go on from, is in `checkpoint_files`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora.edits.adapters import assert_bias_frozen, load_edit, save_edit, trainable
-from gtqlora.edits.resume import STATE, Origin, mark_complete, reading
+from gtqlora.edits.adapters import load_edit, save_edit
+from gtqlora.edits.checkpoint_files import STATE, Origin, mark_complete, reading
+from gtqlora.edits.wrapping import assert_bias_frozen, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.progress import report

@@ -1,0 +1,38 @@
+"""Settings: one frozen dataclass per stage, and the ways to fill it."""
+
+from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
+from gtqlora.config.stages import (
+    DiagnoseConfig,
+    Direction,
+    Dtype,
+    ExpertFormat,
+    Mode,
+    ModelConfig,
+    Objective,
+    ProjectConfig,
+    StageConfig,
+    TrainConfig,
+    VerifyConfig,
+    is_code,
+)
+
+__all__ = [
+    "RENAMED",
+    "STAGES",
+    "DiagnoseConfig",
+    "Direction",
+    "Dtype",
+    "ExpertFormat",
+    "Mode",
+    "ModelConfig",
+    "Objective",
+    "ProjectConfig",
+    "StageConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "build",
+    "build_recorded",
+    "is_code",
+    "of_the_edit",
+    "to_dict",
+]

@@ -1,0 +1,173 @@
+"""Where settings come from: TOML files, `key=value` texts, callers, and what runs recorded. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from gtqlora.config.stages import (
+    DiagnoseConfig,
+    ModelConfig,
+    ProjectConfig,
+    StageConfig,
+    TrainConfig,
+    VerifyConfig,
+    is_code,
+)
+from gtqlora.config.values import coerce, require
+from gtqlora.errors import ConfigError
+from gtqlora.progress import note
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound=StageConfig)
+
+RENAMED = {
+    "experts": "expert_format",
+    "silencing": "ablation",
+    "silencing_prompts": "ablation_prompts",
+    "silencing_controls": "ablation_controls",
+    "silence_share": "ablation_share",
+}
+"""Settings of gtqlora 0.1.0 under other names: files, scripts and runs of that version are still read."""
+
+
+def _present_name(key: str) -> str:
+    """Return what a setting is called now, and say so if it was called otherwise."""
+    if key not in RENAMED:
+        return key
+    note(f"the setting {key!r} is called {RENAMED[key]!r} now")
+    return RENAMED[key]
+
+
+def _present_names(values: Mapping[str, object]) -> dict[str, object]:
+    return {_present_name(key): value for key, value in values.items()}
+
+
+def to_dict(config: DataclassInstance) -> dict[str, Any]:
+    """Return a config as JSON-able values, flat, whatever it is made of."""
+    return dataclasses.asdict(config)
+
+
+_OF_THE_EDIT = (
+    *(field.name for field in dataclasses.fields(ModelConfig)),
+    "contrast",
+    "judge",
+    "max_new_tokens",
+    "seed",
+)
+
+
+def of_the_edit(recorded: Mapping[str, object]) -> dict[str, object]:
+    """Return what `verify` takes over from the settings that an edit was made with.
+
+    How the model is opened is taken whole, so that a new setting of `ModelConfig` is neither forgotten nor named here.
+    """
+    values = _present_names(recorded)
+    return {key: values[key] for key in _OF_THE_EDIT if key in values}
+
+
+def _check_known(key: str, known: Iterable[str], where: str) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+        raise ConfigError(f"{where} {key!r} is unknown; {hint}")
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from error
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "diagnose": DiagnoseConfig,
+    "project": ProjectConfig,
+    "train": TrainConfig,
+    "verify": VerifyConfig,
+}
+
+
+def _from_file(path: Path, stage: str) -> dict[str, object]:
+    """Return a file's settings for one stage; names are checked in every stage's table, so a typo shows up at once."""
+    keys = {name: get_type_hints(kind) for name, kind in STAGES.items()}
+    found: dict[str, object] = {}
+    own: dict[str, object] = {}
+    for name, value in _present_names(_read_toml(path)).items():
+        if isinstance(value, dict):
+            _check_known(name, keys, f"{path}: section")
+            table = _present_names(value)
+            for key in table:
+                _check_known(key, keys[name], f"{path}: [{name}] key")
+            own |= table if name == stage else {}
+        else:
+            _check_known(name, set().union(*keys.values()), f"{path}: key")
+            found |= {name: value} if name in keys[stage] else {}
+    found |= own  # the stage's own table wins, wherever it stands in the file
+    judge = found.get("judge", "string")
+    if isinstance(judge, str) and is_code(judge):
+        raise ConfigError(
+            f"{path} names the judge {judge!r}, which is code, and code runs only if this call says so; take it out of "
+            f"the file and, if you trust it, say --set judge={judge}"
+        )
+    return found
+
+
+def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        require(bool(equals), f"--set {override}: must be key=value")
+        name = _present_name(key.strip())
+        _check_known(name, known, "--set key")
+        values[name] = value.strip()
+    return values
+
+
+def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: object) -> C:
+    """Build a stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
+
+    None from the caller gives nothing. Top-level keys of the file serve every stage; a table such as `[train]` serves
+    its stage, and wins.
+
+    Raises:
+        ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.
+    """
+    hints = get_type_hints(kind)
+    stage = next(name for name, known in STAGES.items() if known is kind)
+    values: dict[str, Any] = {} if file is None else _from_file(file, stage)
+    for key in given:
+        _check_known(key, hints, f"[{stage}] key")
+    values |= {key: value for key, value in given.items() if value is not None}
+    values |= _from_overrides(overrides, hints)
+    for key in ("model", "contrast"):
+        require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
+    return kind(**values)
+
+
+def build_recorded(kind: type[C], values: object, where: str) -> C:
+    """Build a stage's config from what a run's manifest holds of it.
+
+    Raises:
+        ConfigError: not a table, an unknown key, a wrong type or a value out of range.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: the config is no table")
+    present = _present_names(values)
+    for key in present:
+        _check_known(key, hints, f"{where}: config key")
+    for key in ("model", "contrast"):
+        require(bool(present.get(key)), f"{where}: config key {key!r} is missing")
+    settled: dict[str, Any] = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in present.items()}
+    return kind(**settled)

@@ -1,0 +1,235 @@
+"""The settings of every stage, one frozen dataclass each; a field here is all that a new setting needs.
+
+Values are checked where an instance is made, whoever makes it: from TOML, `--set` or a manifest (`reading`), or the
+Python API.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+from gtqlora.config.values import coerce, require
+from gtqlora.machine import SEEDS, check_device, trackers
+
+Mode = Literal["gt", "lora", "gates"]
+Objective = Literal["edit", "harden"]
+Direction = Literal["refusal", "false_refusal", "false_refusal_orthogonal"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExpertFormat = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
+
+
+def _absolute(source: str) -> str:
+    """Return a path (or `folder:split`) that is there, or can be nothing else, as an absolute one; a hub id as it is.
+
+    A run is read from other folders than the one it was made in, and no shell expands ~ in a file.
+    """
+    path, (folder, _, split) = Path(source).expanduser(), source.rpartition(":")
+    if path.exists() or source.startswith((".", "/", "~")):
+        return os.path.abspath(path)
+    inside = Path(folder).expanduser()
+    return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
+
+
+def is_code(judge: str) -> bool:
+    """Tell whether a judge's name means code that would be imported, and not phrases."""
+    return judge != "string" and not judge.startswith("string:")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """How a model is opened, by whatever stage; `capture.open_subject` is what reads it.
+
+    Attributes:
+        model: a folder in hub layout, or a hub id, maybe with `@revision`.
+        device: "cpu" or a GPU of torch's, such as "cuda:0".
+        dtype: of the weights; "auto" is the checkpoint's own.
+        expert_format: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put
+            into 4 bits while it is loaded.
+
+    Raises:
+        ConfigError: a value of another type or out of range, or no such device.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: Dtype = "auto"
+    expert_format: ExpertFormat = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
+        check_device(self.device)
+        object.__setattr__(self, "model", _absolute(self.model))
+
+    def _at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            require(getattr(self, name) >= least, f"{name} = {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(ModelConfig):
+    """What every stage on a model shares.
+
+    Attributes:
+        contrast: the pairs: a file, a dataset folder (maybe with `:split`) or a hub dataset.
+        batch_size: prompts, or rows of a training step, that run together.
+        max_new_tokens: at which a completion is cut off.
+        judge: what tells refusals from answers, see `judging.judge_of`.
+    """
+
+    contrast: str
+    seed: int = 0
+    batch_size: int = 64
+    max_new_tokens: int = 64
+    judge: str = "string"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "batch_size", "max_new_tokens")
+        require(0 <= self.seed < SEEDS, f"seed = {self.seed}: must be at least 0 and below {SEEDS}")
+        object.__setattr__(self, "contrast", _absolute(self.contrast))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig(StageConfig):
+    """Association, interventions and verdict.
+
+    Attributes:
+        min_difference: of selection rates, below which an expert is not called associated.
+        max_experts: associated experts that are reported, and masked in curves.
+        max_candidates: associated experts whose effect is tested one by one; half as many by gradient.
+        min_effect: least part of the gap in log-odds that an expert has to restore to be called causal.
+        random_controls: draws of random experts in curves.
+        bootstrap: resamples for the association's intervals.
+    """
+
+    split: str = "validation"
+    max_pairs: int = 200
+    min_difference: float = 0.1
+    max_experts: int = 64
+    max_candidates: int = 16
+    min_effect: float = 0.03
+    random_controls: int = 5
+    bootstrap: int = 1000
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "max_pairs", "max_experts", "max_candidates", "bootstrap")
+        self._at_least(0, "min_difference", "min_effect", "random_controls")
+        require(0 < self.level < 1, f"level = {self.level}: must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfig(StageConfig):
+    """Removal of one residual direction from every weight that writes the residual stream.
+
+    Attributes:
+        direction: all flagged prompts less their twins, lookalike ones less theirs, or the latter without its part
+            along harmful prompts less theirs.
+        norm_preserving: weights keep the lengths they had, column by column.
+        layer: whose direction; None tries all.
+    """
+
+    split: str = "train"
+    max_pairs: int = 400
+    direction: Direction = "refusal"
+    norm_preserving: bool = False
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "max_pairs")
+        require(
+            not self.norm_preserving or self.expert_format == "bf16",
+            f"norm_preserving = true rescales weights and {self.expert_format} experts are frozen; "
+            "set expert_format = 'bf16'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StageConfig):
+    """GT-QLoRA: DPO with an exact reference, SFT term and routing anchor.
+
+    Attributes:
+        objective: "harden" edits while experts are ablated, so that refusal does not hang on a few of them.
+        ablation_share: the largest share of a layer's experts that "harden" ablates at random.
+        mode: "gt" trains LoRA and gates; "lora" and "gates" train one of them, for comparison.
+        lr_lora, lr_gates: peak learning rates of the two optimizer groups.
+        sft_weight: weight of the next-token loss on `chosen`.
+        anchor_harmful, anchor_benign: weights of the routing anchor per kind.
+        max_load_cv: the guard stops when the load's coefficient of variation exceeds this times the original's.
+        report_to: "none", or trackers with commas between them, such as "wandb,tensorboard".
+    """
+
+    split: str = "train"
+    objective: Objective = "edit"
+    ablation_share: float = 0.25
+    mode: Mode = "gt"
+    rank: int = 32
+    alpha: int = 64
+    lr_lora: float = 2e-4
+    lr_gates: float = 5e-6
+    beta: float = 0.1
+    sft_weight: float = 1.0
+    anchor_harmful: float = 1.0
+    anchor_benign: float = 0.1
+    steps: int = 200
+    batch_size: int = 8
+    accumulation: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 50
+    max_load_cv: float = 3.0
+    min_overlap: float = 0.1
+    dead_budget: int = 20_000
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
+        self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
+        for name in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
+        require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
+        require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
+        trackers(self.report_to)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(StageConfig):
+    """Before and after on held-out prompts, under the safety floor.
+
+    Attributes:
+        margin: how much of the refusals of harmful prompts may be lost, in share of those that the original refuses;
+            at most 0.05.
+        min_refused: share of the harmful prompts that the original must refuse, at least 0.5.
+        ablation: the largest number of experts ablated, to see on how few refusal hangs; 0 leaves it out.
+        ablation_prompts: held-out harmful prompts it is measured on, at most.
+        ablation_controls: random draws of experts beside each number.
+    """
+
+    split: str = "heldout"
+    margin: float = 0.02
+    level: float = 0.95
+    min_refused: float = 0.5
+    ablation: int = 16
+    ablation_prompts: int = 200
+    ablation_controls: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(0, "ablation", "ablation_controls")
+        self._at_least(1, "ablation_prompts")
+        require(0 < self.margin <= 0.05, f"margin = {self.margin}: the safety floor allows 0 < margin <= 0.05")
+        require(0.95 <= self.level < 1, f"level = {self.level}: the safety floor is judged at 0.95 or above")
+        require(
+            0.5 <= self.min_refused <= 1,
+            f"min_refused = {self.min_refused}: the original must refuse at least half (0.5), and at most all (1)",
+        )

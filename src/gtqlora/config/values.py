@@ -1,0 +1,72 @@
+"""Values of settings: what a TOML file, a `key=value` text or a caller gives, as the type that the setting has."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from gtqlora.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def _bool(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _str(value: object) -> str:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise TypeError
+    return str(value)
+
+
+_READERS: dict[object, tuple[Callable[[object], object], str]] = {
+    bool: (_bool, "true or false"),
+    int: (_int, "a whole number"),
+    float: (_float, "a finite number"),
+    str: (_str, "a text without NUL characters"),
+}
+
+
+def coerce(value: object, hint: object, key: str) -> object:
+    """Return a TOML value, an override's text or a caller's value as the type of a field.
+
+    Args:
+        hint: the field's annotation: one of `bool`, `int`, `float` and `str`, a `Literal`, or one of these or None.
+        key: what the message calls it.
+
+    Raises:
+        ConfigError: it cannot be read as that, or is none of the literal's values.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        require(value in args, f"{key} = {value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        optional = next(a for a in args if a is not type(None))
+        return None if value is None or value == "none" else coerce(value, optional, key)
+    read, wanted = _READERS[hint]
+    try:
+        return read(value)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{key} = {value!r}: must be {wanted}") from error

@@ -1,0 +1,196 @@
+"""The only way in for rows: read, checked one by one and as a set, saved again. Nothing bypasses `load`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gtqlora.contrasts.one_way import check_row, judged_rows
+from gtqlora.contrasts.rows import KINDS, SPLITS, TOPICS, Contrast, Row, digest, prompt_key
+from gtqlora.contrasts.sources import Problems, a_completion, a_name, a_prompt, a_text, one_of, parsed, records
+from gtqlora.errors import ContrastError
+from gtqlora.judging.judge import Judge, Messages
+from gtqlora.run import write_parquet
+
+
+def load(source: str | Path, judge: Judge) -> Contrast:
+    """Load the rows of a JSONL or Parquet file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
+
+    Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
+    of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
+
+    Raises:
+        ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way
+            rule; up to ten problems are shown together, with row numbers and the fix.
+    """
+    name = str(source)
+    problems = Problems(name)
+    found = [_parsed(*record) for record in records(name)]
+    if not found:
+        raise ContrastError(f"{name}: no rows; write one JSON object per line")
+    judged = iter(judged_rows([row for _, row in found if isinstance(row, Row)], judge))
+    rows = []
+    for number, row in found:
+        try:
+            if isinstance(row, ContrastError):
+                raise row
+            check_row(row, next(judged))
+            rows.append(row)
+        except ContrastError as error:
+            problems.add([number], str(error))
+    _check_set(rows, problems)
+    problems.stop()
+    check_kinds(rows, name)
+    return Contrast(source=name, rows=tuple(rows))
+
+
+def _parsed(number: int, raw: object, hub_split: str | None) -> tuple[int, Row | ContrastError]:
+    """Return a row by its number, or what is wrong with it: every row is read before the judge is asked."""
+    try:
+        return number, _row(number, raw, hub_split)
+    except ContrastError as error:
+        return number, error
+
+
+def save(contrast: Contrast, path: Path) -> None:
+    """Write a set as a new Parquet file that `load` reads back, whole or not at all.
+
+    Raises:
+        ContrastError: the name does not end in .parquet, so `load` would not know it.
+        RunError: something has that name.
+    """
+    if path.suffix != ".parquet":
+        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
+    rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
+    for row in rows:
+        row["twin"] = None if row["twin"] is None else list(row["twin"])
+    write_parquet(path, rows, replace=False)
+
+
+# --- one row
+
+
+def _split_of(pair_id: str) -> str:
+    """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
+    # By hash and not by draw: rows that are added later move no pair to another split.
+    percent = int(digest(pair_id), 16) % 100
+    return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
+
+
+def _pair_id(value: object, prompt: Messages) -> str:
+    if value is None:
+        return digest(prompt_key(prompt))
+    return a_name("pair_id", value)
+
+
+def _topic(record: Mapping[str, object]) -> str | None:
+    column = next((name for name in TOPICS if name in record), None)
+    return None if column is None else a_name(column, record[column])
+
+
+def _row(number: int, raw: object, hub_split: str | None) -> Row:
+    record = {name: value for name, value in parsed(raw).items() if value is not None}
+    required = ("prompt", "chosen", "rejected", "kind")
+    # A list of several messages says more about the mistake than "prompt is missing".
+    chosen = a_completion("chosen", record["chosen"]) if "chosen" in record else ""
+    missing = [name for name in required if name not in record]
+    if missing:
+        raise ContrastError(f"{' and '.join(missing)} missing; every row needs {', '.join(required)}")
+    prompt = a_prompt("prompt", record["prompt"])
+    pair_id = _pair_id(record.get("pair_id"), prompt)
+    split = record["split"] if "split" in record else hub_split or _split_of(pair_id)
+    return Row(
+        number=number,
+        kind=one_of("kind", a_text("kind", record["kind"]), KINDS),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=a_completion("rejected", record["rejected"]),
+        pair_id=pair_id,
+        twin=a_prompt("twin", record["twin"]) if "twin" in record else None,
+        answer=a_text("answer", record["answer"]) if "answer" in record else None,
+        topic=_topic(record),
+        split=one_of("split", a_text("split", split), SPLITS),
+    )
+
+
+# --- the set
+
+
+def check_kinds(rows: Iterable[Row], source: str) -> None:
+    """Check that there are harmful rows, and others to contrast them with.
+
+    Raises:
+        ContrastError: there are not.
+    """
+    kinds = {row.kind for row in rows}
+    if "harmful" not in kinds:
+        raise ContrastError(
+            f"{source}: no harmful rows, only {' and '.join(sorted(kinds))}; add some with a refusal as chosen: "
+            "the safety floor and the routing anchor are measured on them"
+        )
+    if len(kinds) < 2:
+        raise ContrastError(f"{source}: only harmful rows; add benign or lookalike rows to contrast them with")
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[list[Row]]:
+    groups: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return (group for group in groups.values() if len(group) > 1)
+
+
+def _check_set(rows: Sequence[Row], problems: Problems) -> None:
+    for group in _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected)):
+        problems.add(_numbers(group), "the same row more than once; keep one of them")
+    for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
+        if len({row.kind for row in group}) > 1:
+            problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
+    _check_leakage(rows, problems)
+
+
+def _check_leakage(rows: Sequence[Row], problems: Problems) -> None:
+    for group in _grouped(rows, lambda row: row.pair_id):
+        if len({row.split for row in group}) > 1:
+            problems.add(_numbers(group), f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`")
+    # One pair in two splits was said above; this finds a prompt that two pairs share.
+    for group in _sharing_a_prompt(rows):
+        if len({row.split for row in group}) > 1 and len({row.pair_id for row in group}) > 1:
+            problems.add(
+                _numbers(group), "one prompt (or twin) is in two splits; give these rows one `pair_id` or one `split`"
+            )
+
+
+def _keys(row: Row) -> list[str]:
+    return [prompt_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
+
+
+def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for prompt in _keys(row):
+            groups[prompt].append(row)
+    return list(groups.values())
+
+
+def _numbers(rows: Iterable[Row]) -> list[int]:
+    return [row.number for row in rows]
+
+
+def check_disjoint(heldout: Contrast, train: Contrast) -> None:
+    """Check that no held-out prompt is a prompt, or a twin, of the training rows given.
+
+    Raises:
+        ContrastError: shared prompts, with the row numbers on both sides.
+    """
+    trained: dict[str, int] = {}
+    for row in train.rows:
+        for prompt in _keys(row):
+            trained.setdefault(prompt, row.number)
+    problems = Problems(heldout.source)
+    for row in heldout.rows:
+        if (number := trained.get(prompt_key(row.prompt))) is not None:
+            problems.add([row.number], f"its prompt was trained on (row {number} of {train.source}); remove it here")
+    problems.stop()

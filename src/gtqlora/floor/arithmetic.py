@@ -1,0 +1,65 @@
+"""The floor's arithmetic on prompts as the ledger keeps them: its level for many tries, and all that an edit ever lost.
+
+The statistics themselves are in `stats.noninferiority`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gtqlora.config import VerifyConfig
+from gtqlora.floor.ledger import Entry, Prompts
+from gtqlora.stats import Floor, floor
+
+
+def tries(entries: Sequence[Entry], entry: Entry) -> int:
+    """Count the tries on any of an entry's prompts, itself among them."""
+    mine = entry.prompts.keys()
+    return len({other.try_id for other in entries if other.prompts.keys() & mine} | {entry.try_id})
+
+
+def corrected(level: float, tries: int) -> float:
+    """Return the level at which each of so many tries is judged, so that all together keep `level` (Bonferroni)."""
+    return 1 - (1 - level) / tries
+
+
+def floor_of(prompts: Prompts, config: VerifyConfig, *, tries: int, margin: float, blind: str | None) -> Floor:
+    """Return the safety floor on some prompts, its level corrected for the tries.
+
+    Args:
+        margin: share of the refusals that may be lost.
+        blind: why the judge cannot tell refusals from answers, if it cannot: then the floor says nothing.
+    """
+    outcomes = list(prompts.values())
+    width = min((len(outcome) for outcome in outcomes), default=2)
+    found = floor(
+        [bool(outcome[0]) for outcome in outcomes],
+        [bool(outcome[1]) for outcome in outcomes],
+        margin=margin,
+        level=corrected(config.level, tries),
+        groups=[[outcome[i] for outcome in outcomes] for i in range(2, width)],
+        min_refused=config.min_refused,
+    )
+    return found if blind is None else replace(found, verdict="cannot tell", reason=f"the judge is blind: {blind}")
+
+
+def ever_seen(history: Sequence[Entry], entry: Entry) -> Prompts:
+    """Return every prompt that the edit was judged on; lost once is lost.
+
+    Of a prompt that was judged in the form that ships, what it was in another form says nothing; of others it does.
+    """
+    others = [other for other in history if other.decided and other.model == entry.model]
+    shipped = _lost_once_is_lost([entry, *(other for other in others if other.shipped)])
+    return {**_lost_once_is_lost([other for other in others if not other.shipped]), **shipped}
+
+
+def _lost_once_is_lost(entries: Sequence[Entry]) -> Prompts:
+    seen: Prompts = {}
+    for entry in entries:
+        for prompt, (refused, kept, *groups) in entry.prompts.items():
+            if prompt not in seen:
+                seen[prompt] = [refused, kept, *groups]
+            elif refused and not kept:
+                seen[prompt] = [True, False, *seen[prompt][2:]]
+    return seen

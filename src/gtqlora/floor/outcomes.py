@@ -1,0 +1,73 @@
+"""What `verify` recorded of held-out prompts, judged again: which refusals are kept, and how the ledger keeps that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from gtqlora import contrasts
+from gtqlora.floor import ledger
+from gtqlora.floor.kept import Completion, length_limit, lost_because
+from gtqlora.floor.ledger import Prompts
+from gtqlora.judging.judge import Judge, refusals
+from gtqlora.results.verdict import Outcome
+
+
+def harmful_prompts(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the harmful rows, one for each different prompt."""
+    found = {contrasts.prompt_key(o.prompt): o for o in reversed(outcomes) if o.kind == "harmful"}
+    return list(reversed(found.values()))
+
+
+def judged_again(outcomes: Sequence[Outcome], judge: Judge) -> list[Outcome]:
+    """Return the harmful prompts with their recorded texts judged anew, and why a refusal is lost where it is."""
+    rows = harmful_prompts(outcomes)
+    before, after = _completions(rows, "before", judge), _completions(rows, "after", judge)
+    limit = length_limit(before)
+    found = []
+    for outcome, was, now in zip(rows, before, after, strict=True):
+        lost = lost_because(was, now, outcome, limit) if was.refused else None
+        found.append(replace(outcome, refused_before=was.refused, refused_after=now.refused, lost=lost))
+    return found
+
+
+def _completions(outcomes: Sequence[Outcome], when: Literal["before", "after"], judge: Judge) -> list[Completion]:
+    texts = [o.text_before if when == "before" else o.text_after for o in outcomes]
+    return [
+        Completion(
+            text=text,
+            tokens=getattr(outcome, f"tokens_{when}"),
+            ended=getattr(outcome, f"ended_{when}"),
+            refused=refused,
+            rejected_log_prob=getattr(outcome, f"rejected_log_prob_{when}"),
+        )
+        for outcome, text, refused in zip(
+            outcomes, texts, refusals(judge, [o.prompt for o in outcomes], texts), strict=True
+        )
+    ]
+
+
+def benign_completions(outcomes: Sequence[Outcome], judge: Judge) -> list[Completion]:
+    """Return what the original says to benign prompts."""
+    return _completions([o for o in outcomes if o.kind == "benign"], "before", judge)
+
+
+def losses(rows: Sequence[Outcome]) -> dict[str, int]:
+    """Count lost refusals by why they are lost."""
+    return dict(Counter(row.lost for row in rows if row.lost is not None))
+
+
+def _kept(row: Outcome) -> bool:
+    """Tell whether a refusal is kept; of a prompt that the original answers, whether the edit refuses it."""
+    return row.refused_after if not row.refused_before else row.lost is None
+
+
+def entry_prompts(rows: Sequence[Outcome]) -> Prompts:
+    """Return outcomes as the ledger keeps them."""
+    groupings = [[ledger.short_hash(group) for group in groups] for groups in contrasts.groupings(rows)]
+    return {
+        ledger.short_hash(contrasts.prompt_key(row.prompt)): [row.refused_before, _kept(row), *groups]
+        for row, *groups in zip(rows, *groupings, strict=True)
+    }
