@@ -21,7 +21,8 @@ _FILE = "judges.json"
 
 
 def source_of(judge: str) -> Path | None:
-    """The file of a judge's module, found without importing anything; None if there is none to be found."""
+    """Return the file of a judge's module, found without importing anything; None if there is none to be found."""
+    # `importlib.util.find_spec("a.b")` would import `a`, so each part is looked for in the folders of the one before.
     spec, places = None, None
     for part in judge.partition(":")[0].split("."):
         try:
@@ -36,7 +37,7 @@ def source_of(judge: str) -> Path | None:
 
 
 def identity(judge: str) -> str:
-    """What the judge is: its phrases, or its name and the hash of its source, so that changed code is another judge."""
+    """Return what the judge is: its phrases, or its name with the hash of its source: changed code is another judge."""
     if not is_code(judge):
         return judge
     source = source_of(judge)
@@ -44,15 +45,23 @@ def identity(judge: str) -> str:
 
 
 def _hash_of(source: Path, judge: str) -> str:
-    """Of a judge's package, all of it; of a single module, and of those beside it that it imports."""
+    """Return the hash of a judge's source: its whole package, or its single module with those beside it that it imports.
+
+    Without them a judge could change while its own file stays the same.
+    """
     depth = judge.partition(":")[0].count(".") + (source.name == "__init__.py")
     files = source.parents[depth - 1].rglob("*.py") if depth else _imported_beside(source, {source})
     return sha256_json([(file.name, sha256_file(file)) for file in sorted(files)])
 
 
 def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
-    """The modules, and whole packages, of the same folder that a module imports, and that those import."""
-    if source.parent == Path(ast.__file__).parent:  # Python's own
+    """Return the modules, and whole packages, of the same folder that a module imports, and what those import.
+
+    Args:
+        seen: those found so far, which is added to.
+    """
+    # Python's own modules change with Python only.
+    if source.parent == Path(ast.__file__).parent:
         return seen
     try:
         nodes = list(ast.walk(ast.parse(source.read_bytes())))
@@ -71,7 +80,7 @@ def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
 
 
 def check_named(judge: str, named_in: str) -> None:
-    """Assure that a judge that a file names is no code.
+    """Check that a judge that a file names is no code.
 
     Raises:
         ConfigError: it is; the message says how to name it oneself.
@@ -89,6 +98,7 @@ def _key(run: Path, judge: str) -> str:
 
 def _remembered() -> list[str]:
     place = user_state.folder()
+    # What cannot be read is forgotten: then the user names the judge once more, which is safe.
     try:
         found = json.loads((place / _FILE).read_text()) if place else []
     except (OSError, ValueError, RecursionError):
@@ -105,6 +115,7 @@ def remember(run: Path, judge: str) -> None:
     if (key := _key(run, judge)) in known:
         return
     try:
+        # For the user alone: whoever can write here could make a judge trusted.
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(place / _FILE, [*known, key])
     except OSError:
@@ -112,5 +123,5 @@ def remember(run: Path, judge: str) -> None:
 
 
 def is_remembered(run: Path, judge: str) -> bool:
-    """Whether the user named this judge, with this very source, for this run before."""
+    """Return whether the user named this judge, with this very source, for this run before."""
     return is_code(judge) and source_of(judge) is not None and _key(run, judge) in _remembered()
