@@ -117,8 +117,8 @@ def _label_numbers(value: object) -> bool:
 
 _LABEL = re.compile(r"-?\d{1,18}")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-# Keys that say nothing of the architecture, and are not passed on, but that transformers checks when it reads the file
-# by itself: a model that is accepted here must not be one that other programs cannot open.
+# Types of keys that say nothing of the architecture. gtqlora uses none of these values, but other programs read them
+# from the same file: a model that is accepted here must not be one that they cannot open.
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "architectures": (lambda value: value is None or _texts(value), "a list of class names"),
     "auto_map": (lambda value: isinstance(value, dict), "an object"),

@@ -95,7 +95,7 @@ class TensorNames:
 
     def twice(self) -> list[tuple[str, str]]:
         """Return pairs of names on disk that make the same parameter, or the same part of one."""
-        # The parts of a quantized matrix count as one name here, which is not there twice.
+        # The parts of a quantized matrix share one name here, so that they do not count as two tensors of one place.
         every = (sorted(set(names), key=len) for names in self._found.values())
         return [(names[-1], names[0]) for names in every if len(names) > 1]
 

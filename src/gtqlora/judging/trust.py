@@ -45,7 +45,7 @@ def identity(judge: str) -> str:
 
 
 def _hash_of(source: Path, judge: str) -> str:
-    """Return the hash of a judge's source: its whole package, or its single module with those beside it that it imports.
+    """Return the hash of a judge's source: its whole package, or its module with those beside it that it imports.
 
     Without them a judge could change while its own file stays the same.
     """
