@@ -164,6 +164,7 @@ def build_recorded(kind: type[C], values: object, where: str) -> C:
     Raises:
         ConfigError: not a table, an unknown key, a wrong type or a value out of range.
     """
+    # Checked as strictly as a user's file: a run directory may have been edited, or be a stranger's.
     hints = get_type_hints(kind)
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: the config is no table")

@@ -32,8 +32,8 @@ class Place:
 
     Attributes:
         name: the parameter or buffer in memory.
-        expert: if that fuses a layer's experts, and the tensor is one expert's matrix: which expert.
-        part: which of the matrices of an expert that the parameter holds below each other (gate 0, up 1).
+        expert: the expert's number, if the tensor is one expert's matrix and the parameter fuses those of a layer.
+        part: which matrix of that expert, where the parameter holds several below each other (gate 0, up 1).
     """
 
     name: str

@@ -269,6 +269,7 @@ def round_to_bf16(model: nn.Module) -> None:
 
 
 def _truth(piece: OrganismInTraining, kind: Kind, seed: int, attempt: int) -> Truth:
+    # As decoder layers, which users count; inside of a model, experts go by position among the MoE layers.
     planted = [(piece.anatomy.moe[p].index, e) for p, experts in piece.planted.items() for e in experts]
     return Truth(
         kind=kind,
