@@ -91,8 +91,8 @@ def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
         found = diagnose(build(DiagnoseConfig, file=embedded.recipe(), **settings), run)
     rows = read_parquet(out / FOLDER / "association.parquet")
     experts = {
-        "causal": [[e["layer"], e["expert"]] for e in found.causal_experts],
-        "frequency": [[e["layer"], e["expert"]] for e in found.top_experts],
+        "causal": [[e.layer, e.expert] for e in found.causal_experts],
+        "frequency": [[e.layer, e.expert] for e in found.top_experts],
         "stability": [[row["layer"], row["expert"]] for row in rows if row["stability"] >= STABLE and row["low"] > 0],
     }
     return {

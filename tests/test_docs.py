@@ -58,7 +58,7 @@ def test_verbs_and_flags_exist(page: str, command: str) -> None:
     app.parse_args(shlex.split(command, comments=True), print_error=False, exit_on_error=False)
 
 
-@pytest.mark.parametrize("command", ["verify runs/mine --experts nf4", "silence runs/mine", "train MODEL"])
+@pytest.mark.parametrize("command", ["verify runs/mine --silencing 8", "silence runs/mine", "train MODEL"])
 def test_a_command_that_does_not_exist_does_not_parse(command: str) -> None:
     """So the test above can fail."""
     with pytest.raises(CycloptsError):
@@ -96,8 +96,13 @@ _OLD = re.compile(
     re.IGNORECASE,
 )
 """What is called otherwise now, see the glossary, and spellings that are not ours."""
-_KEPT = {"docs/claims.md": 1, "src/gtqlora/config/reading.py": len(RENAMED) - 1}
-"""Where old words must stand: beside the new ones."""
+_KEPT = {
+    "docs/claims.md": 1,
+    "src/gtqlora/config/reading.py": len(RENAMED) - 1,
+    "src/gtqlora/cli/settings.py": 1,
+    "src/gtqlora/judging/english.py": 1,  # what a refusal may say of itself
+}
+"""How many lines still name old words, beside the new ones."""
 TEXTS = [*PAGES, *(file for kind in ("py", "j2", "js", "css", "cu") for file in sorted(SOURCE.rglob(f"*.{kind}")))]
 
 

@@ -101,6 +101,17 @@ def test_inspect_kimi_from_its_config(say: Say) -> None:
         assert number in out
 
 
+def test_inspect_imports_no_library_that_only_other_verbs_need() -> None:
+    code = f"""
+import sys
+from gtqlora.cli import main
+assert main(["inspect", {str(KIMI)!r}]) == 0
+assert not {{"peft", "trl", "datasets", "bitsandbytes", "plotly"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_contrast_check_counts(say: Say, tmp_path: Path) -> None:
     code, out, _ = say("contrast", "check", "organism", "--model", "organism:routed", "--out", tmp_path / "c.parquet")
     assert code == 0

@@ -193,7 +193,11 @@ def encoded_by_trl(tokenizer: Any, contrast: Contrast) -> list[dict[str, Any]]:
         dataset_num_proc, max_length, truncation_mode = None, None, "keep_start"
 
     found = DPOTrainer._prepare_dataset(
-        trainer, Dataset.from_list(contrast.to_preference()), tokenizer, cast(Any, Arguments()), "train"
+        trainer,
+        Dataset.from_list(cast("list[dict[str, Any]]", contrast.to_preference())),
+        tokenizer,
+        cast(Any, Arguments()),
+        "train",
     )
     return list(found)
 

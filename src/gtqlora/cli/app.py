@@ -81,6 +81,7 @@ def _called(arguments: Sequence[str] | None) -> int | None:
     Raises:
         ConfigError: the parser does not understand them.
     """
+    # the parser's own way of telling is a panel of several lines
     try:
         return app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as error:

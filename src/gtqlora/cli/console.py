@@ -45,6 +45,7 @@ def quieten() -> None:
 
 def show_anything() -> None:
     """Replace characters that a console or its encoding does not have, instead of ending the command."""
+    # a name in another alphabet must not end hours of training with a UnicodeEncodeError
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -54,6 +55,7 @@ def _to_nowhere(stream: TextIO | None) -> None:
     """Let what is still to be written go nowhere: whoever read has left, or there is no room."""
     if stream is None:
         return
+    # the descriptor is exchanged, not the object: Python flushes the latter when it ends, and would fail once more
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -202,6 +204,7 @@ def _bars() -> Iterator[Progress]:
 @contextmanager
 def stage_progress() -> Iterator[None]:
     """Show one bar per thing that a stage reports; whatever libraries print meanwhile goes to stderr, too."""
+    # bars first: they put their own streams in the place of stdout and stderr, which print above them
     with _bars() as bars, redirect_stdout(sys.stderr):
         tasks: dict[str, TaskID] = {}
 

@@ -16,6 +16,10 @@ _WHOLE = re.compile(r"\[[^\[\]]*\]|\d[\d.,]* (?:[kMGT]?B|[MT])(?!\w)|\S+")
 """What a line never breaks inside at a space: an interval's brackets, a number and its unit, a word."""
 
 
+# rich has tables, too, but those put an ellipsis into a number that is wider than its column, and break others at the
+# column's edge; they cannot leave out a column either.
+
+
 @dataclass(frozen=True)
 class Cell:
     """One field of a table; `style` is rich's, such as "bold green"."""

@@ -31,6 +31,7 @@ _TEMPLATE = {True: "yes", False: "no", None: "no tokenizer here"}
 
 def show_json(found: object) -> None:
     """Print a result, a dataclass or a mapping, as JSON with the names of its fields as keys."""
+    # not by a console, which would wrap long lines
     print(json.dumps(_plain(found), indent=2, allow_nan=False))
 
 
@@ -217,6 +218,7 @@ def _show_outcome(console: Console, name: str, outcome: Outcome) -> None:
     if numbers.planted_recall is not None:
         found = f"precision {share(numbers.planted_precision)}, recall {share(numbers.planted_recall)}"
         say(console, f"planted experts found: {found}", indent=2)
+    console.print()
     draw(console, tables.edits(numbers))
     for what, path in (("weights", outcome.exported), ("report", outcome.report)):
         say_whole(console, f"  {what}: {path}")

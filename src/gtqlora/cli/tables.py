@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
 
+# In the order of `contrasts.KINDS`, which is not imported here because that loads numpy, and `--help` must be quick.
 KINDS = {"benign": "benign", "lookalike": "lookalike (over-refusal)", "harmful": "harmful"}
 COMPONENTS = {
     "routing": "routing",

@@ -96,6 +96,7 @@ def check(
         settings = load_config(path)[1]
         tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
     found = statistics(rows, tokenizer, limit, vocabulary)
+    # last of all checks come lengths, so nothing is written of a set that fails one
     if out:
         contrasts.save(rows, out)
     if as_json:
@@ -118,6 +119,7 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
     from gtqlora.judging import trust
 
     with _opened(path) as run:
+        # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
         trust.remember(path, config.judge)
         return stage(config, run, again=again)
 

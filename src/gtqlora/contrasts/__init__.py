@@ -1,7 +1,8 @@
 """Contrast sets: preference rows of three kinds (benign, lookalike, harmful), checked once, where they enter.
 
-`sources` reads files, dataset folders and the hub; `rows` checks the schema and the one-way rule, and its `load` is
-the only way in; `template` turns messages into what the model reads; `statistics` counts rows and tokens.
+`sources` reads files, dataset folders and the hub; `loading` is the only way in, and checks every row, also by the
+rule in `one_way`; `rows` says what a row is; `template` turns messages into what the model reads; `statistics` counts
+rows and tokens.
 """
 
 from gtqlora.contrasts.loading import check_disjoint, check_kinds, load, save

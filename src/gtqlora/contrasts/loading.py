@@ -75,6 +75,7 @@ def save(contrast: Contrast, path: Path) -> None:
 
 def _split_of(pair_id: str) -> str:
     """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
+    # By hash and not by draw: rows that are added later move no pair to another split.
     percent = int(digest(pair_id), 16) % 100
     return "train" if percent < 80 else "validation" if percent < 90 else "heldout"
 
@@ -154,6 +155,7 @@ def _check_leakage(rows: Sequence[Row], problems: Problems) -> None:
     for group in _grouped(rows, lambda row: row.pair_id):
         if len({row.split for row in group}) > 1:
             problems.add(_numbers(group), f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`")
+    # One pair in two splits was said above; this finds a prompt that two pairs share.
     for group in _sharing_a_prompt(rows):
         if len({row.split for row in group}) > 1 and len({row.pair_id for row in group}) > 1:
             problems.add(

@@ -173,12 +173,12 @@ class Grouped(Protocol):
 
     @property
     def pair_id(self) -> str:
-        """The pair that it belongs to."""
+        """Return the pair that it belongs to."""
         ...
 
     @property
     def topic(self) -> str | None:
-        """The topic that it is about, if it says so."""
+        """Return the topic that it is about, if it says so."""
         ...
 
 

@@ -44,7 +44,7 @@ class OrganismInTraining:
 
     @property
     def device(self) -> torch.device:
-        """The device that the model is on."""
+        """Return the device that the model is on."""
         return self.model.device
 
     def others(self, position: int) -> list[int]:

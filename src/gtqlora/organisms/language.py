@@ -137,7 +137,7 @@ class Language:
 
     @property
     def vocabulary(self) -> list[str]:
-        """All words, in the order of their token ids."""
+        """Return all words, in the order of their token ids."""
         special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *REFUSAL.split(), COMMAND, *self.lexicon.tasks]
         topics = [word for domain in self.topics for word in domain]
         return special + topics + self.markers["harmless"] + self.markers["intent"] + self.fillers + self.items

@@ -249,13 +249,13 @@ class Question:
         return max(round(alike), math.ceil(without_loss - 1e-9))
 
     def passes(self, factor: float = 1) -> bool:
-        """Whether both upper bounds are within the margin, on enough prompts."""
+        """Tell whether both upper bounds are within the margin, on enough prompts."""
         if self.samples[0].refused * factor < self.fewest() - 1e-9:
             return False
         return self.losses(factor).high <= self.margin and self.drop(factor).high <= self.margin
 
     def fails(self, factor: float = 1) -> bool:
-        """Whether a lower bound is beyond the margin."""
+        """Tell whether a lower bound is beyond the margin."""
         return max(self.losses(factor).low, self.drop(factor).low) > self.margin
 
     def needed(self) -> int | None:
