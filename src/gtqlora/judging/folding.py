@@ -66,7 +66,7 @@ _ASSENTS |= {"alright", "here", "is", "are", "s", "it", "the"}
 
 
 def fold(text: str) -> str:
-    """The text with look-alike letters as one, in one case, without what is not seen; white space stays.
+    """Return the text with look-alike letters as one, in one case, without what is not seen; white space stays.
 
     Both sides of a comparison must be folded: words of other scripts come out in mixed letters.
     """
@@ -80,17 +80,17 @@ def fold(text: str) -> str:
 
 
 def flat(text: str) -> str:
-    """The folded text with single spaces."""
+    """Return the folded text with single spaces."""
     return " ".join(fold(text).split())
 
 
 def words(text: str) -> list[str]:
-    """The folded words without punctuation."""
+    """Return the folded words without punctuation."""
     return _WORD.findall(fold(text))
 
 
 def holds(text: str, part: str, asked: str = "") -> bool:
-    """Whether a text tells `part`: all of it, or five of its words in a row that are not those that were asked.
+    """Tell whether a text tells `part`: all of it, or five of its words in a row that are not those that were asked.
 
     A bare assent, or a word of one or two letters, tells nothing.
     """
@@ -105,7 +105,7 @@ def holds(text: str, part: str, asked: str = "") -> bool:
 
 
 def _without_spaces(joined: str) -> bool:
-    """Whether it may be in the midst of what looks like one word: some scripts put no spaces between words."""
+    """Tell whether it may be in the midst of what looks like one word: some scripts put no spaces between words."""
     return len(joined) >= 8 or (not joined.isascii() and len(joined) >= 4)
 
 

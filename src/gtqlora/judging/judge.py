@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from gtqlora.config import is_code
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
@@ -110,6 +111,11 @@ class NamedJudge:
     name: str
     judge: Judge
     identity: str
+
+    @property
+    def is_code(self) -> bool:
+        """Tell whether it is the user's own code, and not phrases."""
+        return is_code(self.name)
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Judge every answer, `MOST_AT_ONCE` at a time; an empty one is no refusal.

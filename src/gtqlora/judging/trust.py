@@ -21,7 +21,7 @@ _FILE = "judges.json"
 
 
 def source_of(judge: str) -> Path | None:
-    """The file of a judge's module, found without importing anything; None if there is none to be found."""
+    """Find the file of a judge's module without importing anything; None if there is none to be found."""
     spec, places = None, None
     for part in judge.partition(":")[0].split("."):
         try:
@@ -36,7 +36,10 @@ def source_of(judge: str) -> Path | None:
 
 
 def identity(judge: str) -> str:
-    """What the judge is: its phrases, or its name and the hash of its source, so that changed code is another judge."""
+    """Return what a judge is: its phrases, or its name and the hash of its source.
+
+    Changed code is another judge. Nothing is imported; what a judge says of its weights comes behind it, in `judge_of`.
+    """
     if not is_code(judge):
         return judge
     source = source_of(judge)
@@ -44,14 +47,14 @@ def identity(judge: str) -> str:
 
 
 def _hash_of(source: Path, judge: str) -> str:
-    """Of a judge's package, all of it; of a single module, and of those beside it that it imports."""
+    """Hash a judge's package, all of it; of a single module, and of those beside it that it imports."""
     depth = judge.partition(":")[0].count(".") + (source.name == "__init__.py")
     files = source.parents[depth - 1].rglob("*.py") if depth else _imported_beside(source, {source})
     return sha256_json([(file.name, sha256_file(file)) for file in sorted(files)])
 
 
 def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
-    """The modules, and whole packages, of the same folder that a module imports, and that those import."""
+    """Collect the modules, and whole packages, of the same folder that a module imports, and that those import."""
     if source.parent == Path(ast.__file__).parent:  # Python's own
         return seen
     try:
@@ -71,7 +74,7 @@ def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
 
 
 def check_named(judge: str, named_in: str) -> None:
-    """Assure that a judge that a file names is no code.
+    """Check that a judge that a file names is no code.
 
     Raises:
         ConfigError: it is; the message says how to name it oneself.
@@ -112,5 +115,5 @@ def remember(run: Path, judge: str) -> None:
 
 
 def is_remembered(run: Path, judge: str) -> bool:
-    """Whether the user named this judge, with this very source, for this run before."""
+    """Tell whether the user named this judge, with this very source, for this run before."""
     return is_code(judge) and source_of(judge) is not None and _key(run, judge) in _remembered()

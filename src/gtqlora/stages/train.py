@@ -87,7 +87,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
     judged = {**inputs, "judge": judge.identity}
-    with run.stage("train", config, judged, device=config.device, again=again, aside=ASIDE) as stage:
+    with run.stage("train", config, judged, again=again, aside=ASIDE) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
             return _trained_before(run / ADAPTER)
