@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -69,7 +69,7 @@ class TrainResult:
     adapter: Path
     steps: int
     stopped: str | None
-    fresh: bool = False
+    fresh: bool = field(default=False, compare=False)
 
 
 def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
