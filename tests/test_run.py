@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gtqlora.errors import RunError
+from gtqlora.results.files import read_record
 from gtqlora.run import (
     MANIFEST,
     Run,
@@ -568,26 +569,33 @@ def test_a_manifest_that_is_no_text_is_named(run: Run) -> None:
 # --- reading artefacts
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """A record that stands for any artefact's."""
+
+    a: list[int]
+
+
 def test_a_missing_artefact_names_the_command_that_makes_it(run: Run) -> None:
     with pytest.raises(RunError, match=r"no verdict\.json here; run `gtqlora verify` first"):
-        run.read_json("verdict.json", "verify")
+        read_record(Numbers, run.path, "verdict.json", "verify")
     with pytest.raises(RunError, match="no adapter here; run `gtqlora train` first"):
         run.require("adapter", "train")
 
 
 def test_artefacts_are_read(run: Run) -> None:
     write_json(run / "verdict.json", {"a": [1]})
-    assert run.read_json("verdict.json", "verify") == {"a": [1]}
+    assert read_record(Numbers, run.path, "verdict.json", "verify") == Numbers([1])
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null", '"a"', "7", '{"a": 1, "a": 2}', '{"a": Infinity}', "[" * 100_000])
 def test_a_spoilt_artefact_names_file_and_verb(run: Run, text: str) -> None:
     (run / "verdict.json").write_text(text)
     with pytest.raises(RunError, match=rf"{run / 'verdict.json'}: not valid JSON .*; run `gtqlora verify` again"):
-        run.read_json("verdict.json", "verify")
+        read_record(Numbers, run.path, "verdict.json", "verify")
 
 
 def test_an_artefact_that_is_no_file_is_not_waited_for(run: Run) -> None:
     os.mkfifo(run / "verdict.json")
     with pytest.raises(RunError, match=r"verdict\.json: not a plain file; run `gtqlora verify` again"):
-        run.read_json("verdict.json", "verify")
+        read_record(Numbers, run.path, "verdict.json", "verify")

@@ -94,8 +94,10 @@ def demo(out: Path, on_event: Callable[[Event], None]) -> tuple[dict[str, Outcom
         GtqloraError: a stage failed; whatever was finished stays in `out`.
     """
     started = time.monotonic()
-    context = multiprocessing.get_context("spawn")  # the threads of a torch in use do not survive a fork
+    # spawn, as torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
     events: Queue[Message] = context.Queue()
+    # the organisms run side by side and must not take each other's cores
     threads = max(1, (os.cpu_count() or 2) // len(ORGANISMS))
     workers = {name: context.Process(target=_work, args=(name, out / name, threads, events)) for name in ORGANISMS}
     for worker in workers.values():
@@ -120,6 +122,7 @@ def _collect(
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(workers):
         try:
+            # a process that died without a word sends no message, so look after it now and then
             message = events.get(timeout=1)
         except queue.Empty:
             dead = [name for name, worker in workers.items() if name not in outcomes and not worker.is_alive()]
@@ -173,6 +176,7 @@ def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outco
     on_stage("export and report")
     with Run(out / "gt") as run:
         exported = out / "exported"
+        # the demo may be run again in one folder; what was exported is never overwritten
         if not exported.exists():
             export(run, exported)
         page = report(run, compare=[out / edit for edit in EDITS if edit != "gt"])

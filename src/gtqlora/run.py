@@ -260,14 +260,6 @@ class Run:
         self.check_held()
         return read_manifest(self.path)
 
-    def read_json(self, name: str, made_by: str) -> dict[str, Any]:
-        """Read an artefact of an earlier stage.
-
-        Raises:
-            RunError: it is not there, or not a JSON object; the message names the command that makes it.
-        """
-        return read_json(self.require(name, made_by), f"run `gtqlora {made_by}` again")
-
     def require(self, name: str, made_by: str) -> Path:
         """Return an artefact's path, see `require`."""
         return require(self.path, name, made_by)

@@ -246,7 +246,7 @@ def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Modu
 @either
 @BOTH
 def test_a_real_model_s_activation_takes_the_fused_gate(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers has a class of its own for SiLU; taken for another activation it would run in torch, which is slow."""
+    """transformers has a class of its own for SiLU; taken for another activation it would run in torch, slowly."""
     act_fn = models.tiny_model("qwen3_moe").get_submodule("model.layers.1.mlp.experts.act_fn")
     frozen, batch, ran = _frozen("int4-g32", act_fn=act_fn), _batch(4), []
     for name in ("gated", "gated_backward"):

@@ -181,7 +181,7 @@ def test_clamped_experts_of_a_real_family_are_refused() -> None:
     """DeepSeek-V4's have an act_fn like all others; what they compute with it differs."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     config = transformers.DeepseekV4Config(hidden_size=16, moe_intermediate_size=8, n_routed_experts=2)
-    with pytest.raises(ModelError, match="DeepseekV4Experts computes .*_apply_gate"):
+    with pytest.raises(ModelError, match=r"DeepseekV4Experts computes .*_apply_gate"):
         activation_of(v4.DeepseekV4Experts(config), "model.layers.3.mlp.experts")
 
 

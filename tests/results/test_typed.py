@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from gtqlora.errors import RunError
+from gtqlora.families.files import PROVENANCE
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.association import read_associations
 from gtqlora.results.diagnosis import read_diagnosis
 from gtqlora.results.experts import ExpertId
-from gtqlora.results.export import ExportRecord, VerdictOnEdit, public_name, read_export, write_export
+from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, read_export, write_export
 from gtqlora.results.metrics import read_metrics
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, Verdict, read_outcomes, read_verdict, write_verdict
@@ -67,6 +68,7 @@ def test_what_has_a_default_may_be_left_out() -> None:
     [
         ({"number": True}, "'number' is true or false, not number"),
         ({"number": float("nan")}, "'number' is nan, not number"),
+        ({"number": 10**400}, "'number' is whole number, not number"),
         ({"number": "0.5"}, "'number' is text, not number"),
         ({"whole": 1.0}, "'whole' is number, not whole number"),
         ({"whole": True}, "'whole' is true or false, not whole number"),
@@ -81,7 +83,7 @@ def test_what_has_a_default_may_be_left_out() -> None:
         ({"named": {"a": [{"layer": 1, "expert": 2, "x": 3}]}}, "named.a[0] has 'x', which this version does not know"),
         ({"silencing": {}}, "has 'silencing', which this version does not know"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(Mismatch) as error:
@@ -163,4 +165,5 @@ def test_what_is_said_beside_exported_weights(tmp_path: Path) -> None:
     write_json(tmp_path / "export.json", {**to_json(record), "spent": "little"})
     with pytest.raises(RunError, match=r"'spent' is text, not number \(written by gtqlora 9\.9\.9\).*gtqlora export"):
         read_export(tmp_path)
+    assert FILE == PROVENANCE  # so that a model's own record is among the files that are read of it
     assert [public_name(name) for name in ("/home/me/pairs.jsonl", "owner/name")] == ["pairs.jsonl", "owner/name"]

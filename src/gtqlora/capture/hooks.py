@@ -76,7 +76,7 @@ class Recorder:
         self.decisions[position] = decision
 
     def rows(self, rows: Tensor, batch: int) -> Recorder:
-        """The decisions of some rows only, of a batch of `batch` sequences."""
+        """Return the decisions of some rows only, of a batch of `batch` sequences."""
 
         def pick(tokens: Tensor) -> Tensor:
             return tokens.view(batch, -1, tokens.shape[-1])[rows].flatten(0, 1)

@@ -218,6 +218,7 @@ def _show_outcome(console: Console, name: str, outcome: Outcome) -> None:
     if numbers.planted_recall is not None:
         found = f"precision {share(numbers.planted_precision)}, recall {share(numbers.planted_recall)}"
         say(console, f"planted experts found: {found}", indent=2)
+    console.print()
     draw(console, tables.edits(numbers))
     for what, path in (("weights", outcome.exported), ("report", outcome.report)):
         say_whole(console, f"  {what}: {path}")

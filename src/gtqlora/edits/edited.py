@@ -60,7 +60,7 @@ class WeightsReplaced:
 
 
 def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> WeightsReplaced:
-    """Every writer of the residual stream projected.
+    """Return the change that projects every writer of the residual stream.
 
     Raises:
         RunError: the routed experts are frozen.
@@ -85,7 +85,7 @@ def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving:
 
 @torch.no_grad()
 def _projected(weights_EDI: Tensor, r_D: Tensor, norm_preserving: bool) -> Tensor:
-    """One matrix at a time, as fp32 copies of a layer's experts are large."""
+    """Return projected weights, made one matrix at a time: fp32 copies of a layer's experts are large."""
     out = torch.empty_like(weights_EDI)
     for mine, weight_DI in zip(out, weights_EDI, strict=True):
         mine.copy_(projected(weight_DI, r_D, norm_preserving=norm_preserving))
@@ -114,7 +114,7 @@ def _direction(subject: Subject, adapter: Adapter) -> Tensor:
 
 
 def _weights_merged(subject: Subject, model: str, adapter: Adapter) -> WeightsReplaced:
-    """The checkpoint's own tensors with the edit, rounded as they would be written, then cast as they are loaded."""
+    """Return the checkpoint's tensors with the edit, rounded as they would be written, then cast as they are loaded."""
     base, anatomy = language_model(subject.model), subject.anatomy
     folder, shards = weight_files(model)
     others = []

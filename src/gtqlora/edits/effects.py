@@ -48,6 +48,7 @@ def _accuracy(correct: Sequence[bool | None], groups: Sequence[str], level: floa
 def mediation(outcomes: Sequence[Outcome], level: float) -> Mediation:
     """Return how many repaired lookalike prompts (refused before, answered after) are refused under the old routing."""
     repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and not o.refused_after]
+    # in every lookalike row; None stands in rows of other kinds only
     back = [bool(o.refused_replayed) for o in repaired]
     found = rate(back, level, groupings(repaired)[-1] if repaired else None)
     return Mediation(value=found.value if back else None, low=found.low, high=found.high, n=found.n)

@@ -21,12 +21,12 @@ Edit = Callable[[Tensor], Tensor]
 
 
 def merged(tensor: Tensor, edit: Edit) -> Tensor:
-    """A checkpoint's tensor with its edit, rounded to the dtype it has there: what ships."""
+    """Return a checkpoint's tensor with its edit, rounded to the dtype it has there: what ships."""
     return edit(tensor.float()).to(tensor.dtype)
 
 
 def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool = False) -> Tensor:
-    """(I - r r^T) W for outputs D and inputs I, r of unit length; in fp32.
+    """Return (I - r r^T) W for outputs D and inputs I, r of unit length; in fp32.
 
     Args:
         norm_preserving: give every column, what one input writes, its length back. It stays orthogonal to r.
@@ -41,7 +41,7 @@ def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool =
 
 
 def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Edit]:
-    """What the merge does to each tensor, by its name on disk; every adapter tensor is used exactly once.
+    """Return what the merge does to each tensor, by its name on disk; every adapter tensor is used exactly once.
 
     Raises:
         RunError: the adapter lacks tensors, or holds some that belong nowhere in this architecture.
@@ -65,7 +65,7 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
 
 
 def _wanted(adapter: Adapter, anatomy: Anatomy) -> set[str]:
-    """Names of an adapter's tensors: all LoRA pairs, all routers, or both."""
+    """Return names of an adapter's tensors: all LoRA pairs, all routers, or both."""
     lora = [f"{path}.{part}" for path in anatomy.lora_targets for part in ("lora_A", "lora_B")]
     gates = [f"{path}.weight" for path in anatomy.routers]
     return set({"gt": lora + gates, "lora": lora, "gates": gates}[adapter.mode])

@@ -16,7 +16,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(name: str) -> Format:
-    """The format of that name.
+    """Return the format of that name.
 
     Raises:
         ModelError: there is none; the message lists those that are.

@@ -24,13 +24,13 @@ _ZERO_GROUP_SCALE = torch.finfo(torch.bfloat16).eps
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes [..., K] in 0..15 (uint8) to int32 [..., K/8], the first in the lowest bits."""
+    """Pack codes [..., K] in 0..15 (uint8) into int32 [..., K/8], the first in the lowest bits."""
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return (low | high << 4).contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`."""
+    """Return the inverse of `pack`."""
     pairs = packed.contiguous().view(torch.uint8)
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
@@ -38,12 +38,12 @@ def unpack(packed: Tensor) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def _values(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The two integers [256, 2] that each byte holds, the low nibble's first."""
+    """Return the two integers [256, 2] that each byte holds, the low nibble's first."""
     return unpack(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1)).to(dtype) - _OFFSET
 
 
 def _codes(groups: Tensor, scales: Tensor) -> Tensor:
-    """Codes (uint8) of weights; both fp32."""
+    """Return codes (uint8) of weights; both fp32."""
     return ((groups / scales).round_().clamp_(_LOWEST, _HIGHEST) + _OFFSET).to(torch.uint8)
 
 

@@ -29,7 +29,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The same memory as whole numbers, one for each element."""
+    """Return the same memory as whole numbers, one for each element."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
@@ -43,7 +43,7 @@ def pieces(groups: Tensor) -> Iterator[Tensor]:
 
 
 def scaled_pieces(groups: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same with their scales, given as [..., B], in fp32 [b, 1]."""
+    """Yield the same with their scales, given as [..., B], in fp32 [b, 1]."""
     some = scales.flatten().unsqueeze(-1).split(_groups_at_once(groups))
     yield from ((piece, scale.float()) for piece, scale in zip(pieces(groups), some, strict=True))
 
@@ -66,7 +66,7 @@ class Format(ABC):
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
-        """Whether such a matrix can be held.
+        """Check that such a matrix can be held.
 
         Raises:
             ModelError: its sizes do not divide into groups.
@@ -74,19 +74,19 @@ class Format(ABC):
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
-        """The parts of one [N, K] matrix that `check` accepts."""
+        """Return the parts of one [N, K] matrix that `check` accepts."""
 
     @abstractmethod
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        """The codes [..., N, K], 0..15 in uint8, of a `packed` part."""
+        """Return the codes [..., N, K], 0..15 in uint8, of a `packed` part."""
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Tensor:
-        """The inverse of `unpack`."""
+        """Return the inverse of `unpack`."""
 
     @abstractmethod
     def _quantize(self, matrices_LNK: Tensor) -> Parts:
-        """Parts, with leading L, of matrices of accepted sizes.
+        """Return parts, with leading L, of matrices of accepted sizes.
 
         Raises:
             ModelError: NaN or infinity in them.
@@ -94,7 +94,7 @@ class Format(ABC):
 
     @abstractmethod
     def _dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Weights [..., N, K] of parts that have the right shapes."""
+        """Return weights [..., N, K] of parts that have the right shapes."""
 
     def empty(self, lead: tuple[int, ...], rows: int, columns: int, device: Any = None) -> Parts:
         """Uninitialized parts of matrices [*lead, N, K], also on "meta".
@@ -110,7 +110,7 @@ class Format(ABC):
 
     @torch.no_grad()
     def quantize(self, matrix: Tensor) -> Parts:
-        """Parts of matrices [..., N, K] in any float dtype; takes a few tens of MB besides, however large they are.
+        """Return parts of matrices [..., N, K] in any float dtype; takes a few tens of MB besides, whatever their size.
 
         Raises:
             ModelError: NaN or infinity, or as `check`.
@@ -121,7 +121,7 @@ class Format(ABC):
         return {name: part.reshape((*lead, *part.shape[1:])) for name, part in parts.items()}
 
     def _largest(self, groups: Tensor, rows: int, columns: int) -> Tensor:
-        """The largest magnitude, fp32, of every group [..., B, W].
+        """Return the largest magnitude, fp32, of every group [..., B, W].
 
         Raises:
             ModelError: NaN or infinity in a group.
@@ -132,7 +132,7 @@ class Format(ABC):
         return largest
 
     def dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Weights [..., N, K].
+        """Return weights [..., N, K].
 
         Raises:
             ModelError: the parts are not those of such matrices.
@@ -141,7 +141,7 @@ class Format(ABC):
         return self._dequantize(parts, rows, columns, dtype)
 
     def check_parts(self, parts: Parts, rows: int, columns: int) -> tuple[int, ...]:
-        """The leading dimensions of the parts of [..., N, K] matrices.
+        """Return the leading dimensions of the parts of [..., N, K] matrices.
 
         Raises:
             ModelError: a part is missing, unknown, or of another shape or dtype; or as `check`.

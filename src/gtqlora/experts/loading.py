@@ -17,7 +17,7 @@ BF16 = "bf16"
 
 
 def format_on_disk(model: str) -> Format | None:
-    """The 4-bit format in which MODEL's checkpoint holds its routed experts, None if it does not.
+    """Return the 4-bit format in which MODEL's checkpoint holds its routed experts, None if it does not.
 
     Raises:
         ModelError: no such model, unreadable config.json, or quantized in a way that is not read.
@@ -33,7 +33,7 @@ def format_on_disk(model: str) -> Format | None:
 def load_model(
     model: str, *, dtype: str = "auto", device: str = "cpu", expert_format: str = BF16, dense: str = KEEP, **more: Any
 ) -> tuple[Family, PreTrainedModel]:
-    """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+    """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         expert_format: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.

@@ -27,27 +27,27 @@ LEVELS = (
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes [..., n] in 0..15 (uint8) to bytes [..., n/2], the first in the high nibble."""
+    """Pack codes [..., n] in 0..15 (uint8) into bytes [..., n/2], the first in the high nibble."""
     high, low = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return high << 4 | low
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`."""
+    """Return the inverse of `pack`."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)
 
 
 @cache
 @torch.inference_mode(False)
 def levels(device: torch.device) -> Tensor:
-    """The value [16] of each 4-bit code, fp32."""
+    """Return the value [16] of each 4-bit code, fp32."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
 @cache
 @torch.inference_mode(False)
 def nested_levels(device: torch.device) -> Tensor:
-    """The value [256] of each byte of `absmax`, fp32: the signed dynamic map of arXiv 1511.04561 with 7 exponents."""
+    """Return the value [256] of each byte of `absmax`, fp32: signed dynamic map of arXiv 1511.04561, 7 exponents."""
     positive = []
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
@@ -59,14 +59,14 @@ def nested_levels(device: torch.device) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def _pairs(device: torch.device) -> Tensor:
-    """The two values [256, 2] that each byte of `packed` holds, fp32."""
+    """Return the two values [256, 2] that each byte of `packed` holds, fp32."""
     return levels(device)[unpack(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1)).int()]
 
 
 @cache
 @torch.inference_mode(False)
 def _nested_codes(device: torch.device) -> Tensor:
-    """The byte [65536] for each of equally wide bins of [-1, 1]; bitsandbytes' CPU code rounds to bins first."""
+    """Return the byte [65536] for each of equally wide bins of [-1, 1]; bitsandbytes' CPU code rounds to bins first."""
     bins = -1.0 + 2.0 * torch.arange(_BINS, dtype=torch.float32, device="cpu") / (_BINS - 1)
     return torch.bucketize(bins, _midpoints(nested_levels(torch.device("cpu")))).to(torch.uint8).to(device)
 
@@ -76,7 +76,7 @@ def _midpoints(values: Tensor) -> Tensor:
 
 
 def _codes(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """The nearest level's code, uint8, of every weight in blocks; both fp32."""
+    """Return the nearest level's code, uint8, of every weight in blocks; both fp32."""
     unit = blocks * (1.0 / absmax.clamp(min=_SMALLEST))
     return torch.bucketize(unit.clamp_(-1, 1), _midpoints(levels(unit.device)), out_int32=True).to(torch.uint8)
 
@@ -141,7 +141,7 @@ class Nf4(Format):
         return blocks.flatten(-2).unflatten(-1, (rows, columns)).to(dtype)
 
     def absmax(self, parts: Parts) -> Tensor:
-        """The scale [..., B] of every block, fp32."""
+        """Return the scale [..., B] of every block, fp32."""
         nested = embedding(parts["absmax"].int(), nested_levels(parts["absmax"].device).unsqueeze(-1)).squeeze(-1)
         scale = parts["absmax_scale"].repeat_interleave(_NESTED, dim=-1)[..., : nested.shape[-1]]
         return nested * scale + parts["absmax_offset"].unsqueeze(-1)

@@ -84,7 +84,7 @@ def _naming(folder: Path) -> Iterator[None]:
 def _source(
     checkpoint: _Checkpoint, wanted: str, matrices: tuple[sources.Matrix, ...], files: TensorFiles
 ) -> sources.Source:
-    """How the experts lie in the checkpoint, if that goes with the format that is wanted.
+    """Return how the experts lie in the checkpoint, if that goes with the format that is wanted.
 
     Raises:
         ModelError: it does not, or the checkpoint is quantized in a way that is not read.
@@ -113,7 +113,7 @@ def _unquantized(format: Format, matrices: tuple[sources.Matrix, ...], files: Te
 
 
 def experts_of(model: nn.Module, family: Family) -> dict[int, FrozenExperts]:
-    """The frozen experts of a language model, by layer."""
+    """Return the frozen experts of a language model, by layer."""
     config: Any = model.config
     found = {i: model.get_submodule(family.experts_of(i)) for i in family.moe_layers(config)}
     return {layer: module for layer, module in found.items() if isinstance(module, FrozenExperts)}
@@ -163,7 +163,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         return model
 
     def _settle(self, checkpoint: _Checkpoint, names: TensorNames) -> None:
-        """Settings that follow from the checkpoint."""
+        """Take over the settings that follow from the checkpoint."""
         config, ours = self.quantization_config, checkpoint.ours
         if ours is not None:
             config.format = ours.format
@@ -191,7 +191,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self._dense._process_model_before_weight_loading(model, device_map=None)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """All conversions but those that would merge experts."""
+        """Return all conversions but those that would merge experts."""
         assert self._checkpoint is not None
         kept = [entry for entry in weight_conversions if not _merges(entry, self._checkpoint.family)]
         return kept + (self._dense.get_weight_conversions() if self._dense else [])
@@ -230,7 +230,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
     # --- saving
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: experts under the names from which they are read, the rest as it is.
+        """Return what `save_pretrained` writes: experts under the names from which they are read, the rest as it is.
 
         Raises:
             ModelError: the model holds part of the experts only, or no single config.json would describe it.
@@ -258,7 +258,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Through the experts, not the experts themselves."""
+        """Return whether gradients pass: through the experts, not into them."""
         return True
 
 
@@ -305,6 +305,6 @@ def _check_placed(experts: dict[int, FrozenExperts]) -> None:
 
 
 def _named_in_memory(settings: dict[str, Any], names: TensorNames) -> dict[str, Any]:
-    """Settings that go with the names of a saved language model, which stands alone; patterns stay as they are."""
+    """Return settings that go with the names of a saved language model, which stands alone; patterns stay."""
     ignore = [entry if entry.startswith("re:") else names.module(entry) for entry in settings.get("ignore") or ()]
     return {**settings, "ignore": ignore}

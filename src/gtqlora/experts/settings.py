@@ -61,7 +61,7 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         return super().from_dict(settings, return_unused_kwargs, **kwargs)
 
     def held(self, n_experts: int) -> tuple[int, int]:
-        """The first expert held and how many there are.
+        """Return the first expert held and how many there are.
 
         Raises:
             ConfigError: there are more ranks than experts.
@@ -93,7 +93,7 @@ def _checked_range(value: Any) -> tuple[int, int] | None:
 
 
 def saved_settings(settings: dict[str, Any]) -> FrozenExpertsConfig:
-    """The settings of a checkpoint that gtqlora saved, from its config.json.
+    """Return the settings of a checkpoint that gtqlora saved, from its config.json.
 
     Raises:
         ModelError: they are none.

@@ -92,7 +92,7 @@ class Source(ABC):
 
     @abstractmethod
     def wanted(self, matrix: Matrix) -> Wanted:
-        """The tensors that make a matrix."""
+        """Return the tensors that make a matrix."""
 
     @abstractmethod
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
@@ -181,7 +181,7 @@ class PackedSource(PartsSource):
         super().fill(experts, matrix, files)
 
     def shape_dtype(self, matrix: Matrix, files: TensorFiles) -> torch.dtype:
-        """The integers that `weight_shape` is stored in."""
+        """Return the integers that `weight_shape` is stored in."""
         return _DTYPES[files.header(f"{matrix.stem}.{PACKED_SHAPE}")[1]]
 
 
@@ -237,7 +237,7 @@ def _holds(experts: FrozenExperts, expert: int) -> bool:
 def saved(
     source: PartsSource, wanted: Iterable[Matrix], experts: dict[int, FrozenExperts], shape_dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, of memory the experts own, under which `source` finds them again."""
+    """Yield names and tensors, of memory the experts own, under which `source` finds them again."""
     for matrix in wanted:
         module = experts[matrix.layer]
         local = slice(matrix.expert - module.first, matrix.expert - module.first + 1)
@@ -249,5 +249,5 @@ def saved(
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: transformers would copy all views of a storage before it saves any."""
+    """Return the same memory as a tensor of its own: transformers copies all views of a storage before it saves any."""
     return torch.from_dlpack(tensor.detach())

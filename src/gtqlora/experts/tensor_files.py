@@ -43,7 +43,7 @@ class TensorFiles:
         self._open.clear()
 
     def _file(self, path: Path) -> Any:
-        """The file, opened; it closes once nothing refers to it any more."""
+        """Return the file, opened; it closes once nothing refers to it any more."""
         if path not in self._open:
             while len(self._open) >= _OPEN:
                 del self._open[next(iter(self._open))]
@@ -57,9 +57,9 @@ class TensorFiles:
         return self._headers[name]
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU."""
+        """Return a whole tensor, on the CPU."""
         return self._file(self.where[name]).get_tensor(name)
 
     def part(self, name: str, index: int, rows: slice) -> Tensor:
-        """Some rows of one matrix of a tensor [E, N, K]; nothing else is read."""
+        """Return some rows of one matrix of a tensor [E, N, K]; nothing else is read."""
         return self._file(self.where[name]).get_slice(name)[index : index + 1, rows].squeeze(0)

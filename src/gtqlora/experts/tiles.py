@@ -24,7 +24,7 @@ _SCALES = ("scale", "absmax")
 
 
 def tiled(format: Format, parts: Parts, rows: int, columns: int) -> Parts:
-    """Parts, leading [M], of M matrices below each other, in the order of the tiles."""
+    """Return parts, leading [M], of M matrices below each other, in the order of the tiles."""
     codes = format.unpack(parts["packed"], rows, columns).reshape(1, -1, columns)
     found = {"packed": tile_codes(codes).view(parts["packed"].dtype).view_as(parts["packed"])}
     for name in parts.keys() & _SCALES:
@@ -34,7 +34,7 @@ def tiled(format: Format, parts: Parts, rows: int, columns: int) -> Parts:
 
 
 def untiled(format: Format, parts: Parts, rows: int, columns: int) -> Parts:
-    """The inverse of `tiled`."""
+    """Return the inverse of `tiled`."""
     packed = parts["packed"].contiguous()
     matrices = len(packed)
     codes = untile_codes(packed.view(torch.uint8).view(1, -1), matrices * rows, columns)
@@ -47,14 +47,14 @@ def untiled(format: Format, parts: Parts, rows: int, columns: int) -> Parts:
 
 
 def tile_codes(codes_LNK: Tensor) -> Tensor:
-    """Codes in 0..15 (uint8) to bytes_LP, P = N*K/2, tile after tile along the inputs."""
+    """Pack codes in 0..15 (uint8) into bytes_LP, P = N*K/2, tile after tile along the inputs."""
     blocks = codes_LNK.unflatten(2, _CODES).unflatten(1, _CODES).permute(_TO_TILES)
     low, high = blocks.unbind(-1)
     return (low | high << 4).flatten(1)
 
 
 def untile_codes(bytes_LP: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `tile_codes`."""
+    """Return the inverse of `tile_codes`."""
     codes = torch.stack((bytes_LP & 15, bytes_LP >> 4), dim=-1)
     blocks = codes.reshape(-1, rows // TILE, columns // TILE, 4, 4, 8, 8, 2, 2)
     return blocks.permute(_FROM_TILES).reshape(-1, rows, columns)
@@ -73,7 +73,7 @@ def tile_scales(scales_LNG: Tensor, columns: int) -> Tensor:
 
 
 def untile_scales(scales_LP: Tensor, rows: int, columns: int, groups: int) -> Tensor:
-    """The inverse of `tile_scales`."""
+    """Return the inverse of `tile_scales`."""
     per_tile = _per_tile(columns, groups)
     blocks = scales_LP.reshape(-1, rows // TILE, groups // per_tile, per_tile, 4, 4, 2, 2)
     return blocks.permute(0, 1, 4, 6, 5, 7, 2, 3).reshape(-1, rows, groups)

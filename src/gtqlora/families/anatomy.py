@@ -85,8 +85,8 @@ def check_projectable(anatomy: Anatomy) -> None:
     """
     for path in anatomy.post_norms:
         raise ModelError(
-            f"{anatomy.family.model_type}: {path} normalizes what a block writes before it reaches the residual stream, "
-            "so that a direction removed from the block stays in the stream; projection is not for this architecture"
+            f"{anatomy.family.model_type}: {path} normalizes what a block writes before the residual stream, so that a "
+            "direction removed from the block stays in the stream; projection is not for this architecture"
         )
 
 
@@ -189,7 +189,7 @@ def _check_layer(
 def _expert_shapes(
     experts: nn.Module, n_experts: int, hidden: int, inner: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sizes of a layer's experts, found and wanted."""
+    """Return the sizes of a layer's experts, found and wanted."""
     if is_frozen(experts):
         found = {"experts": experts.n_experts, "hidden": experts.hidden_size, "inner": experts.intermediate_size}
         return found, {"experts": n_experts, "hidden": hidden, "inner": inner}

@@ -95,7 +95,7 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _whole_window(values: Mapping[str, Any]) -> bool:
-    """Whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
+    """Return whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
     return values.get("use_sliding_window") is False
 
 
@@ -106,8 +106,8 @@ def _check_layer_lists(where: str, values: Mapping[str, Any]) -> None:
     known = isinstance(types, list | tuple) and all(isinstance(kind, str) and kind in _MLPS for kind in types)
     if types is not None and not (known and len(types) >= values.get("num_hidden_layers", 0)):
         raise ModelError(
-            f"{where}: mlp_layer_types = {_shown(types)} in config.json; must be a list of {' and '.join(sorted(_MLPS))}, "
-            "one for each layer"
+            f"{where}: mlp_layer_types = {_shown(types)} in config.json; must be a list of "
+            f"{' and '.join(sorted(_MLPS))}, one for each layer"
         )
 
 
@@ -161,8 +161,8 @@ def _check_mrope(where: str, key: str, value: Any) -> None:
         or not all(_is_int(n) and 0 <= n <= _HEADS.most for n in value)
     ):
         raise ModelError(
-            f"{where}: {key} = {_shown(value)} in config.json; must be three whole numbers: frequencies for time, height "
-            "and width"
+            f"{where}: {key} = {_shown(value)} in config.json; must be three whole numbers, of frequencies for time, "
+            "height and width"
         )
 
 
@@ -218,7 +218,7 @@ def check_total(where: str, parameters: int) -> None:
 
 
 def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> None:
-    """Special tokens are rows of the embedding.
+    """Check that special tokens are rows of the embedding.
 
     Raises:
         ModelError: one is no token id, or beyond the embedding; the message names the key.
@@ -236,7 +236,7 @@ def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> N
 
 
 def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that would change training or decoding behind our back; the user is told once.
+    """Return the settings without those that would change training or decoding behind our back; the user is told once.
 
     Dropout and jitter make the reference and the routing anchor inexact, and the others change what a model returns.
 

@@ -22,7 +22,7 @@ MoeLayers = Literal["all", "after_dense", "sparse_step", "by_type"]
 Normalize = Literal["key", "always", "never"]
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-"""The parameters in which transformers fuses the routed experts of a layer: [E, 2I, D], gate's rows first, [E, D, I]."""
+"""Parameters into which transformers fuses a layer's routed experts: [E, 2I, D], gate's rows first, and [E, D, I]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ _SWIGLU = ("gate_proj", "up_proj", "down_proj")
 _GQA = _paths("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
 _MLA = _paths("self_attn", "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
-# DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): sigmoid scores, a bias that steers selection, groups, a factor.
+# The router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores, a bias for selection, groups, a factor.
 _DEEPSEEK_ROUTER: dict[str, Any] = {
     "score": "sigmoid",
     "scale_key": "routed_scaling_factor",

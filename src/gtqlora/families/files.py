@@ -55,18 +55,18 @@ def local_path(model: str) -> Path:
 
 
 def is_local(model: str) -> bool:
-    """Whether MODEL means a path; what looks like `owner/name` or `owner/name@revision` and is no path is a hub id."""
+    """Return whether MODEL means a path; what looks like `owner/name` or `owner/name@revision` is a hub id."""
     return local_path(model).exists() or model.startswith((".", "/", "~")) or model.partition("@")[0].count("/") != 1
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of an upstream error, for a message: short, and without characters that steer a screen."""
+    """Return the first line of an upstream error, for a message: short, and without characters that steer a screen."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN]
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 def checked_file(folder: Path, name: str) -> Path:
-    """An ordinary file of a model folder; everything that is opened there, or copied from there, is asked for here.
+    """Return an ordinary file of a model folder; everything that is opened or copied there is asked for here.
 
     Raises:
         ModelError: it is missing, its name or a link leads out of the folder, or it is a pipe, a device or a folder.
@@ -89,14 +89,14 @@ def checked_file(folder: Path, name: str) -> Path:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a relative name has parts that lead out of its folder, on any system."""
+    """Return whether a relative name has parts that lead out of its folder, on any system."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     outside = ".." in (*posix.parts, *windows.parts) or posix.is_absolute() or bool(windows.drive or windows.root)
     return outside or "\\" in name or not posix.parts
 
 
 def _check_link(folder: Path, file: Path) -> None:
-    """A link may lead to another place in the folder, or, in the hub's cache, to the blobs of the same model."""
+    """Check that a link leads to another place in the folder or, in the hub's cache, to blobs of the same model."""
     try:
         root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
     except (OSError, ValueError) as error:
@@ -110,12 +110,12 @@ def _check_link(folder: Path, file: Path) -> None:
 
 
 def has(folder: Path, name: str) -> bool:
-    """Whether a folder holds a file of that name, in order or not; `checked_file` says which."""
+    """Return whether a folder holds a file of that name, in order or not; `checked_file` says which."""
     return os.path.lexists(folder / name)
 
 
 def read_text(file: Path) -> str:
-    """A text file of a model folder.
+    """Return a text file of a model folder.
 
     Raises:
         ModelError: as `checked_file`, or it is too large or not UTF-8.
@@ -133,7 +133,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, *, empty: bool = False) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Return a JSON object from a file of a model folder.
 
     Args:
         empty: whether there may be nothing in it.
@@ -168,7 +168,7 @@ def _from_hub(model: str, patterns: Iterable[str]) -> Path:
 
 
 def config_file(model: str) -> Path:
-    """Where MODEL's config.json is: in a folder, the file itself, or fetched from the hub.
+    """Return where MODEL's config.json is: in a folder, the file itself, or fetched from the hub.
 
     Raises:
         ModelError: there is no such folder or hub model.
@@ -182,7 +182,7 @@ def config_file(model: str) -> Path:
 
 
 def small_files(model: str) -> Path:
-    """The folder of MODEL with config, index and tokenizer, fetched from the hub if need be; weights may be absent.
+    """Return the folder of MODEL with config, index and tokenizer, from the hub if need be; weights may be absent.
 
     Raises:
         ModelError: there is no such folder or hub model, or files that are read or copied are links that lead out.
@@ -205,14 +205,14 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def small_names(folder: Path) -> tuple[str, ...]:
-    """Names of what is read of a model folder beside the weights."""
+    """Return names of what is read of a model folder beside the weights."""
     found = {path.relative_to(folder).as_posix() for pattern in SMALL_FILES for path in folder.glob(pattern)}
     links = {name for name in SMALL_FILES if "*" not in name and has(folder, name)}  # glob leaves broken ones out
     return tuple(sorted(found | links))
 
 
 def _safe_shard(index: Path, name: Any) -> str:
-    """A shard name that stays inside the folder and is no pickle."""
+    """Return a shard name that stays inside the folder and is no pickle."""
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         raise ModelError(f"{index}: shard {name!r} is not a .safetensors file")
     if leads_out(name):
@@ -247,7 +247,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _shards(folder: Path) -> tuple[str, ...]:
-    """Names of the weight files, from the index when there is one."""
+    """Return names of the weight files, from the index when there is one."""
     mapped = weight_map(folder)
     if mapped is not None:
         return tuple(dict.fromkeys(mapped.values()))
@@ -255,7 +255,7 @@ def _shards(folder: Path) -> tuple[str, ...]:
 
 
 def weight_files(model: str) -> tuple[Path, tuple[str, ...]]:
-    """The folder of MODEL and its safetensors files, fetched from the hub if need be.
+    """Return the folder of MODEL and its safetensors files, fetched from the hub if need be.
 
     Raises:
         ModelError: no safetensors, an index that names other places, a shard that is not there, or an adapter.

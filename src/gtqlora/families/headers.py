@@ -28,7 +28,7 @@ class Header:
 
 
 def opened(path: Path) -> Any:
-    """A safetensors file, open for reading.
+    """Return a safetensors file, open for reading.
 
     Raises:
         ModelError: it is corrupt or cut short.
@@ -41,7 +41,7 @@ def opened(path: Path) -> Any:
 
 
 def read_headers(folder: Path, names: Iterable[str], mapped: Mapping[str, str] | None = None) -> dict[str, Header]:
-    """Every tensor in the files, by name; reading a header also checks that its file is whole.
+    """Return every tensor in the files, by name; reading a header also checks that its file is whole.
 
     Args:
         mapped: tensor -> file, as the index has it.

@@ -38,7 +38,7 @@ class ModelIdentity:
 
     @cached_property
     def digest(self) -> str:
-        """One hash of names and contents: the same for the same bytes anywhere."""
+        """Return one hash of names and contents: the same for the same bytes anywhere."""
         return sha256_json(self.files)
 
     def check_unchanged(self) -> None:
@@ -53,7 +53,7 @@ class ModelIdentity:
 
 
 def state_of(file: Path) -> tuple[int, ...]:
-    """What of a file changes when its contents do; its ctime cannot be set back.
+    """Return what of a file changes when its contents do; its ctime cannot be set back.
 
     Raises:
         ModelError: it is gone.
@@ -81,7 +81,7 @@ def pinned(model: str) -> str:
 
 
 def read_files(model: str) -> tuple[Path, tuple[str, ...]]:
-    """The folder of MODEL and the names of exactly those files that any verb reads, fetched from the hub if need be.
+    """Return the folder of MODEL and the names of exactly those files that any verb reads, from the hub if need be.
 
     Raises:
         ModelError: as `files.weight_files`.

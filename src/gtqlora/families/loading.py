@@ -59,7 +59,7 @@ class _Source:
     text: dict[str, Any]
 
     def first(self, *keys: str) -> Any:
-        """The first value present, the language model's own before the whole model's."""
+        """Return the first value present, the language model's own before the whole model's."""
         return next((part[key] for part in (self.text, self.raw) for key in keys if part.get(key) is not None), None)
 
 
@@ -111,7 +111,7 @@ def _check_experts_total(source: _Source, config: Any) -> None:
 
 
 def load_config(model: str) -> tuple[Family, Any]:
-    """The family and the language model's transformers config of MODEL (folder, config.json, or hub id).
+    """Return the family and the language model's transformers config of MODEL (folder, config.json, or hub id).
 
     `config.dtype` is the checkpoint's, or None if config.json does not say. Quantized checkpoints are fine here.
 
@@ -123,7 +123,7 @@ def load_config(model: str) -> tuple[Family, Any]:
 
 
 def meta_model(family: Family, config: Any) -> PreTrainedModel:
-    """The model with shapes and no memory, for anatomy from a config alone; bf16 if the config names no dtype.
+    """Return the model with shapes and no memory, for anatomy from a config alone; bf16 if the config names no dtype.
 
     Raises:
         ModelError: the config's sizes make no model.
@@ -162,7 +162,7 @@ def names_on_disk(model: str) -> tuple[str, ...]:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of MODEL, left-padding, with a chat template, and no token of its own beyond the embedding.
+    """Return the tokenizer of MODEL, left-padding, with a chat template, and no token of its own beyond the embedding.
 
     Raises:
         ModelError: as `load_config`, or it cannot be loaded, has no chat template, or does not go with the model.
@@ -175,7 +175,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_model(
     model: str, *, dtype: str = "auto", device: str = "cpu", quantization_config: Any = None
 ) -> tuple[Family, PreTrainedModel]:
-    """The language model of MODEL, every tensor accounted for and finite; without its other towers, if it has any.
+    """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         quantization_config: a transformers quantization config, used instead of the checkpoint's own. Its quantizer
@@ -207,7 +207,7 @@ def load_model(
 
 
 def _indexed(device: str) -> torch.device:
-    """The device with its number: trainers compare devices, and `cuda` is not equal to `cuda:0`."""
+    """Return the device with its number: trainers compare devices, and `cuda` is not equal to `cuda:0`."""
     found = torch.device(device)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -215,7 +215,7 @@ def _indexed(device: str) -> torch.device:
 
 
 def quantization(model: str) -> str | None:
-    """How MODEL's checkpoint is quantized (its `quant_method`), or None if it is not.
+    """Return how MODEL's checkpoint is quantized (its `quant_method`), or None if it is not.
 
     Raises:
         ModelError: no such model, unreadable config.json, dense or unknown architecture.
@@ -225,7 +225,7 @@ def quantization(model: str) -> str | None:
 
 
 def quantization_settings(model: str) -> Any:
-    """What MODEL's config.json says of how its checkpoint is quantized, or None.
+    """Return what MODEL's config.json says of how its checkpoint is quantized, or None.
 
     Raises:
         ModelError: no such model, unreadable config.json, dense or unknown architecture.
@@ -312,7 +312,7 @@ def _check_finite(model: str, loaded: PreTrainedModel) -> None:
 
 
 def _bad_part(tensor: Tensor) -> str | None:
-    """Where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
+    """Return where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
     if not tensor.is_floating_point():
         return None
     if tensor.ndim < 3:

@@ -17,7 +17,7 @@ _NAMES = {"fp8": "FP8", "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandby
 
 
 def settings_of(raw: dict[str, Any], text_key: str | None, where: str) -> dict[str, Any] | None:
-    """The quantization settings of a config.json: the language model's own before the whole model's; None if none.
+    """Return the quantization settings of a config.json, the language model's own before the whole model's, or None.
 
     Raises:
         ModelError: they are no settings.
@@ -34,12 +34,12 @@ def settings_of(raw: dict[str, Any], text_key: str | None, where: str) -> dict[s
 
 
 def method_of(settings: dict[str, Any] | None) -> str:
-    """The `quant_method` of quantization settings."""
+    """Return the `quant_method` of quantization settings."""
     return (settings or {}).get("quant_method", "unnamed")
 
 
 def _section(holder: dict[str, Any], key: str) -> dict[str, Any]:
-    """A part of the settings that is an object, or may be left out.
+    """Return a part of the settings that is an object, or may be left out.
 
     Raises:
         ModelError: it is something else.
@@ -51,7 +51,7 @@ def _section(holder: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def is_packed_int4(settings: Any) -> bool:
-    """Whether these are settings that `packed_group` accepts."""
+    """Return whether these are settings that `packed_group` accepts."""
     return method_of(settings) == _COMPRESSED and not list(_objections(settings))
 
 
@@ -86,7 +86,7 @@ def _weights(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _objections(settings: dict[str, Any]) -> Iterator[str]:
-    """What keeps compressed-tensors settings from being plain INT4, in the order a reader would want to know."""
+    """Yield what keeps compressed-tensors settings from being plain INT4, in the order a reader would want to know."""
     groups = _groups(settings)
     if not groups:
         yield "no config_groups"

@@ -78,7 +78,7 @@ def correction_bias_values(model: nn.Module, anatomy: Anatomy) -> int:
 
 
 def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """The kind of each module that owns parameters, by path; the nearest of a parameter's owners counts."""
+    """Return the kind of each module that owns parameters, by path; the nearest of a parameter's owners counts."""
     family, moe = anatomy.family, {layer.index for layer in anatomy.moe}
     every = range(anatomy.n_layers)
     return {
@@ -95,13 +95,13 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
 
 
 def _in_order(family: Family) -> tuple[str, ...]:
-    """Every kind, experts and what trains first."""
+    """Return every kind, experts and what trains first."""
     others = (*family.frozen_kinds.values(), *((_SHARED_GATES,) if family.gates else ()))
     return (_ROUTED, GATES, _ATTENTION, _SHARED, *others, _DENSE, _EMBEDDINGS, _NORMS)
 
 
 def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Parameter]]]:
-    """Parameters by kind and owning module. Each parameter is visited once, so none can count twice."""
+    """Return parameters by kind and owning module. Each parameter is visited once, so none can count twice."""
     kinds = _kinds(model, anatomy)
     owned: dict[str, dict[str, list[nn.Parameter]]] = {kind: {} for kind in _in_order(anatomy.family)}
     for name, parameter in model.named_parameters():
@@ -141,7 +141,7 @@ def _group(
 
 
 def _trained(model: nn.Module, family: Family, kind: str, paths: Iterable[str], lora_rank: int) -> tuple[str, _Size]:
-    """What is done with a kind, and the size of what trains."""
+    """Return what is done with a kind, and the size of what trains."""
     if kind == GATES:
         routers = [model.get_submodule(path) for path in paths]
         count = sum(router.get_parameter(name).numel() for router in routers for name in family.router_parameters)
@@ -159,7 +159,7 @@ def _lora_size(model: nn.Module, path: str, rank: int) -> _Size:
 
 
 def _stored(parameter: nn.Parameter) -> _Size:
-    """The size of a parameter; bitsandbytes packs a matrix and keeps its statistics beside it."""
+    """Return the size of a parameter; bitsandbytes packs a matrix and keeps its statistics beside it."""
     state: Any = getattr(parameter, "quant_state", None)
     held = parameter.numel() * parameter.element_size()
     if state is None:

@@ -122,7 +122,7 @@ def warm_up() -> None:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
-    """What the tokenizer's chat template makes of the messages.
+    """Return what the tokenizer's chat template makes of the messages.
 
     Raises:
         ContrastError: it refuses these messages, e.g. a system role it does not know.

@@ -14,7 +14,7 @@ MAX_DEPTH = 64
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: not JSON, or a key twice in one object, a number that is none or too long, deep nesting, or half

@@ -50,7 +50,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str, vocabulary: 
 
 
 def read_tokenizer(model: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of MODEL, left-padding, with a chat template.
+    """Return the tokenizer of MODEL, left-padding, with a chat template.
 
     Raises:
         ModelError: it cannot be loaded, has no chat template, or does not go with a vocabulary of this size.
@@ -86,7 +86,7 @@ def _check_files(folder: Path) -> None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The template that every verb uses: `chat_template.jinja`, else the default one of the tokenizer's config.
+    """Return the template that every verb uses: `chat_template.jinja`, else the default one of the tokenizer's config.
 
     Raises:
         ModelError: there is something in its place that is no template.
@@ -104,7 +104,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def _default(found: Any) -> Any:
-    """The template named default where there are several; something else, which is refused, if there is none."""
+    """Return the template named default where there are several; something else, which is refused, if there is none."""
     if isinstance(found, list):
         names = [entry.get("name") for entry in found if isinstance(entry, dict)]
         return found[names.index("default")].get("template", 0) if "default" in names else 0

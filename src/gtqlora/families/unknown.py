@@ -38,8 +38,8 @@ def refusal(config: Mapping[str, Any], known: Sequence[str]) -> str:
     lacking += [] if router else ["a router class in transformers (a causal LM of this type that records its logits)"]
     given += [f"the router is {router}"] if router else []
     return (
-        f"unknown MoE family {model_type!r}; known: {families}. Add an entry to gtqlora/families/facts.py. Of the facts "
-        f"for it, config.json gives {'; '.join(given) or 'none'}, and lacks {'; '.join(lacking) or 'none'}"
+        f"unknown MoE family {model_type!r}; known: {families}. Add an entry to gtqlora/families/facts.py. Of the "
+        f"facts for it, config.json gives {'; '.join(given) or 'none'}, and lacks {'; '.join(lacking) or 'none'}"
     )
 
 
@@ -57,7 +57,7 @@ def _split(sections: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]
 
 
 def _router_class(sections: Sequence[Mapping[str, Any]]) -> str | None:
-    """The class whose logits transformers records for a model of one of these types, None if there is none."""
+    """Return the class whose logits transformers records for a model of one of these types, None if there is none."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

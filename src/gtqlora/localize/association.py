@@ -43,7 +43,7 @@ def associate(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> list[Association]:
-    """Every expert's association, by layer and expert.
+    """Return every expert's association, by layer and expert.
 
     Args:
         layers: decoder index of each MoE layer.
@@ -53,6 +53,7 @@ def associate(
         gradients: scores_NLE of the flagged prompts.
     """
     x_NLE, y_NLE = (o.prompt.rates_NLE.astype(np.float64) for o in (flagged, twins))
+    # the mean of paired differences is one side; two independent samples are two, of which one counts negative
     if matched:
         sides = [_Side(x_NLE - y_NLE, groups, seed)]
     else:
@@ -102,8 +103,9 @@ def _gradient_columns(
 
 
 def _interval(sides: Sequence[_Side], resamples: int, level: float) -> np.ndarray:
-    """Percentile edges_2LE of the sum of the sides' means, a layer at a time: all resamples would not fit."""
+    """Return percentile edges_2LE of the sum of the sides' means, a layer at a time: all resamples would not fit."""
     cut = edges(level, min(len(s.values) if s.groups is None else len(set(s.groups)) for s in sides))
+    # a layer at a time: the resamples of all experts at once would not fit into memory
     layers = [
         np.quantile(
             sum(bootstrap_means(s.values[:, i], seed=s.seed, resamples=resamples, groups=s.groups) for s in sides),
@@ -116,7 +118,7 @@ def _interval(sides: Sequence[_Side], resamples: int, level: float) -> np.ndarra
 
 
 def _p_values(sides: Sequence[_Side]) -> np.ndarray:
-    """Two-sided p_LE that the sides' means add up to 0: t-test over groups, Welch's if there are two sides.
+    """Return two-sided p_LE that the sides' means add up to 0: t-test over groups, Welch's if there are two sides.
 
     Where nothing varies, that of the exact sign test.
     """
@@ -130,18 +132,20 @@ def _p_values(sides: Sequence[_Side]) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         freedom_LE = error_LE**4 / np.sum([v**2 / (len(g) - 1) for v, g in zip(squares, groups, strict=True)], axis=0)
         p_LE = 2 * st.t.sf(np.abs(mean_LE) / error_LE, df=freedom_LE)
+    # where nothing varies the t statistic is infinite or 0/0; the sign test knows what n equal signs say
     exact_LE = np.where(np.abs(mean_LE) < 1e-9, 1.0, 2.0 ** (1 - min(fewest, 1000)))
     return np.where(error_LE < 1e-9, exact_LE, p_LE)
 
 
 def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
-    """Share_LE of half-samples in which an expert is among the first k by difference, and chosen more at all.
+    """Return the share_LE of half-samples in which an expert is among the first k by difference, and chosen more.
 
     Stability selection (Meinshausen & Buehlmann, JRSS-B 2010) over complementary halves (Shah & Samworth, JRSS-B
     2013); k is the number of significant ones on all prompts, at least 1 and at most a quarter of all experts.
     """
     halves_RLE = sum(half_sample_means(s.values, seed=s.seed, splits=HALVINGS, groups=s.groups) for s in sides)
     flat_RX = np.reshape(halves_RLE, (len(halves_RLE), -1))  # type: ignore[arg-type]
+    # at most a quarter, or being among the first would say nothing
     k = min(max(significant, 1), max(flat_RX.shape[1] // 4, 1))
     cut_R1 = np.partition(flat_RX, -k, axis=1)[:, -k, None]
     return ((flat_RX >= cut_R1) & (flat_RX > 0)).mean(0).reshape(sides[0].values.shape[1:])
@@ -150,7 +154,10 @@ def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
 def top_experts(
     associations: Sequence[Association], *, level: float, min_difference: float, limit: int
 ) -> list[Association]:
-    """Experts chosen clearly more on flagged prompts: significant, and surely by three quarters of the first's gap."""
+    """Return the experts chosen clearly more on flagged prompts, by difference.
+
+    Their difference is significant, and surely three quarters of the largest one.
+    """
     sure = [a for a in associations if a.q < 1 - level and a.low > 0]
     ranked = sorted(sure, key=lambda a: -a.difference)
     cut = max(min_difference, 0.75 * ranked[0].difference) if ranked else 0.0

@@ -38,6 +38,7 @@ Shares = dict[str, Interval]
 def conclude(interchanges: Interchanges | None) -> Localization:
     """Return where the behaviour sits, from pairs whose flagged prompt refuses and whose twin does not."""
     usable = [] if interchanges is None else _usable(interchanges)
+    # a share of few pairs has an interval that fits every answer
     if interchanges is None or len(usable) < MIN_PAIRS:
         reason = (
             f"only {len(usable)} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add pairs, with twins of "
@@ -72,6 +73,7 @@ def _usable(interchanges: Interchanges) -> list[int]:
 
 def _bounds(part: str) -> tuple[float, float]:
     """The ends of what one pair can contribute."""
+    # the interaction is a difference of two differences
     return (-2.0, 2.0) if part == "interaction" else (-1.0, 1.0)
 
 

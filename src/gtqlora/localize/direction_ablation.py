@@ -17,7 +17,7 @@ from gtqlora.scoring import Change, Changes, SourceRun
 
 
 def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Changes:
-    """The change that removes a direction from all that writes the residual stream."""
+    """Return the change that removes a direction from all that writes the residual stream."""
 
     def change(_chosen: list[int]) -> Change:
         held = CallRecorder()
@@ -31,9 +31,10 @@ def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Chan
 
 
 def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
-    """The state whose direction takes most off the log-odds when removed; None without a readout."""
+    """Return the state whose direction takes most off the log-odds when removed; None without a readout."""
     if not trials.readout:
         return None
+    # where the states do not differ there is no direction, and dividing by its length gives NaN
     present = [layer for layer, direction_D in enumerate(directions_LD) if direction_D.norm() > 0]
     means = {}
     for layer in track(present, "each layer's direction", len(present)):
@@ -43,7 +44,8 @@ def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
 
 
 def ablations(trials: Trials, direction_D: Tensor, seed: int) -> list[Intervention]:
-    """The direction removed with routing held and free, and a random direction as control."""
+    """Remove the direction with routing held and free, and a random direction as control."""
+    # of no length in particular: what is removed is the direction's line
     random_D = torch.randn(len(direction_D), generator=torch.Generator().manual_seed(seed))
     found = []
     for name, vector_D, held, control in (

@@ -1,4 +1,4 @@
-"""On how few experts does refusal hang? Its curve against the number of experts ablated.
+"""On how few experts refusal hangs: its curve against the number of experts ablated.
 
 Shape letters: B batch, T tokens, K experts per token, L MoE layers, E experts.
 """
@@ -42,6 +42,7 @@ class Ranking:
     prompts: int
 
     def first(self, count: int) -> Ablated:
+        """Return the ranking's first experts, by layer."""
         return ablated_of(self.order[:count])
 
 
@@ -50,6 +51,7 @@ def rank(subject: Subject, rows: Contrast, *, prompts: int, batch_size: int, see
 
     Without twins benign rows stand in for them; None if there are none either, or no harmful rows.
     """
+    # lookalike rows are left out: what tells them from their twins is what the edit is meant to change
     kept = (*rows.of_kind("harmful"), *rows.of_kind("benign"))
     pairs = pairs_of(replace(rows, rows=kept), subject, prompts, seed)
     if not pairs:
@@ -62,6 +64,7 @@ def rank(subject: Subject, rows: Contrast, *, prompts: int, batch_size: int, see
             ([pair.twin for pair in pairs], "routing of others"),
         )
     )
+    # stable, so that equal experts keep one order on every machine
     ranked = np.argsort(other_LE - harmful_LE, axis=None, kind="stable").tolist()
     order = ablatable([divmod(i, subject.anatomy.spec.n_experts) for i in ranked], subject.anatomy.spec)
     against = "twins" if pairs[0].matched else "benign rows"
@@ -78,7 +81,7 @@ class Plan:
 
 
 def plan(ranking: Ranking, *, most: int, controls: int, seed: int) -> Plan:
-    """1, 2, 4, ... experts, up to `most` or as many as can be ablatable; `controls` random draws beside each."""
+    """Plan to ablate 1, 2, 4, ... experts, up to `most` or as many as can be; `controls` random draws beside each."""
     rng = random.Random(seed)
     targeted = tuple(ranking.first(count) for count in counts_up_to(min(most, len(ranking.order))))
     drawn = tuple(tuple(random_like(t, ranking.frequency_LE, rng) for _ in range(controls)) for t in targeted)
@@ -86,18 +89,19 @@ def plan(ranking: Ranking, *, most: int, controls: int, seed: int) -> Plan:
 
 
 class RowsAblated:
-    """A mask for some rows of a batch only; no row's routing depends on another's."""
+    """A mask for some rows of a batch only, which works because no row's routing depends on another's."""
 
     def __init__(self, mask: Mask, rows_B: Tensor) -> None:
         self.mask, self.rows_B = mask, rows_B
 
     def __call__(self, position: int, module: nn.Module, decision: Decision) -> Decision | None:
-        masked = self.mask(position, module, decision)
-        if masked is None:
+        ablated = self.mask(position, module, decision)
+        if ablated is None:
             return None
+        # tokens lie row after row, as many in each, as rows are padded to one length
         on_T1 = self.rows_B.repeat_interleave(len(decision.indices_TK) // len(self.rows_B)).unsqueeze(-1)
-        weights_TK = torch.where(on_T1, masked.weights_TK, decision.weights_TK)
-        return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, masked.indices_TK, decision.indices_TK))
+        weights_TK = torch.where(on_T1, ablated.weights_TK, decision.weights_TK)
+        return Decision(decision.logits_TE, weights_TK, torch.where(on_T1, ablated.indices_TK, decision.indices_TK))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ class AblationCurve:
     level: float
 
     def curve(self, plan: Plan, intact: Sequence[bool], label: str) -> list[AblationPoint]:
-        """Refusal along a plan in the subject's present state; `intact` are its refusals with every expert there.
+        """Return refusal along a plan in the subject's present state; `intact` are its refusals with all experts.
 
         The prompts are dealt out to the random draws, so that their interval, too, is over prompts.
         """
@@ -127,6 +131,7 @@ class AblationCurve:
         subject = self.runner.model
 
         def dealt(chosen: list[int]) -> Change:
+            # by the row's own number, so that batches of like length do not sort the masks
             turn_B = torch.tensor(chosen, device=subject.device) % len(masks)
             return Change(handlers=[RowsAblated(Mask(subject.anatomy, m), turn_B == i) for i, m in enumerate(masks)])
 
@@ -159,6 +164,7 @@ def ablation_study(
     if ranking is None or again is None:
         return None
     bench, before, after = _drawn(runner, rows, outcomes, config)
+    # one plan for before and after: the same experts, the same random draws
     same = plan(ranking, most=config.ablation, controls=config.ablation_controls, seed=config.seed)
     anew = plan(again, most=config.ablation, controls=0, seed=config.seed)
     with original():

@@ -39,11 +39,13 @@ def exchange(routing: Sequence[list[int]], experts: Sequence[list[int]] | None =
         source_runs = [SourceRun(expert_handlers=(routed,), prompts=[routing[i] for i in chosen])]
         if experts is None:
             return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=None),))
+        # one run records both, as the experts' inputs come from the run whose routing is replayed
         if experts is routing:
             return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=routed),))
         inputs = CallRecorder()
-        taps = (Interchange(routing=routed, inputs=None), inputs)
-        source_runs.append(SourceRun(expert_handlers=taps, prompts=[experts[i] for i in chosen]))
+        handlers = (Interchange(routing=routed, inputs=None), inputs)
+        # recorded under the replayed routing, not under the prompt's own: only the inputs are the other prompt's
+        source_runs.append(SourceRun(expert_handlers=handlers, prompts=[experts[i] for i in chosen]))
         return Change(source_runs=source_runs, expert_handlers=(Interchange(routing=routed, inputs=inputs),))
 
     return change
@@ -67,18 +69,21 @@ class Interchanges:
 
     @property
     def flagged(self) -> list[Outcome]:
+        """Return what the flagged prompts do as they are."""
         return self.cells[CELLS[0]]
 
     @property
     def twins(self) -> list[Outcome]:
+        """Return what the twins do as they are."""
         return self.cells[CELLS[-1]]
 
 
 def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
-    """Every cell and control of aligned pairs; `partners` give the controls."""
+    """Run every cell and control of aligned pairs; `partners` give the controls."""
     prompts = {FLAGGED: trials.flagged, TWIN: trials.twins}
     cells = {CELLS[0]: trials.own[0], CELLS[-1]: trials.own[1]}
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
+        # experts that compute on their own stream need no other run
         source = None if experts == stream else prompts[experts]
         change = exchange(prompts[routing], source)
         cells[routing, experts, stream] = trials.run(None, stream, change)
@@ -108,7 +113,7 @@ def cells_of(interchanges: Interchanges) -> list[CellRecord]:
 
 
 def interventions_of(interchanges: Interchanges) -> list[Intervention]:
-    """The interchanges with their controls, each against the same prompts as they are."""
+    """Return the interchanges with their controls, each against the same prompts as they are."""
     cells, flagged, twins = interchanges.cells, interchanges.flagged, interchanges.twins
     listed = (
         ("flagged with its twin's routing", cells[TWIN, FLAGGED, FLAGGED], flagged, False),

@@ -1,4 +1,4 @@
-"""Masking experts: curves over how many, and what each candidate does by itself, against random ones as often chosen.
+"""Ablate experts: curves over how many, and what each candidate does by itself, against random ones as often chosen.
 
 Shape letters: L MoE layers, E experts, N pairs.
 """
@@ -34,7 +34,7 @@ MIN_GROUPS = 8
 
 
 def ablated_of(experts: Iterable[Expert]) -> Ablated:
-    """Experts by position, as `capture.Mask` takes them."""
+    """Return experts by position, as `capture.Mask` takes them."""
     found: dict[int, list[int]] = defaultdict(list)
     for position, expert in experts:
         found[position].append(expert)
@@ -42,7 +42,8 @@ def ablated_of(experts: Iterable[Expert]) -> Ablated:
 
 
 def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
-    """The experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
+    """Return the experts in order, without those whose ablating would leave a layer fewer than its routers choose."""
+    # a router that is left fewer experts than it chooses has no answer
     room = spec.n_experts - spec.top_k
     count: dict[int, int] = defaultdict(int)
     kept = []
@@ -53,13 +54,14 @@ def ablatable(experts: Sequence[Expert], spec: RouterSpec) -> list[Expert]:
     return kept
 
 
-def random_like(masked: Ablated, frequency_LE: NDArray[np.floating], rng: random.Random) -> Ablated:
-    """A control for a mask: in each layer as many other experts (or all there are), near in selection frequency."""
+def random_like(ablated: Ablated, frequency_LE: NDArray[np.floating], rng: random.Random) -> Ablated:
+    """Draw a control for ablated experts: in each layer as many others (or all there are), chosen about as often."""
     control = {}
-    for layer, experts in masked.items():
+    for layer, experts in ablated.items():
         others = [e for e in range(frequency_LE.shape[1]) if e not in experts]
         drawn: list[int] = []
         for expert in experts[: len(others)]:
+            # drawn among the near ones and not the nearest itself, so that draws differ
             near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
             drawn.append(rng.choice(near[: max(4, len(others) // 3)]))
             others.remove(drawn[-1])
@@ -67,18 +69,18 @@ def random_like(masked: Ablated, frequency_LE: NDArray[np.floating], rng: random
     return control
 
 
-def ablating(trials: Trials, masked: Ablated) -> Changes:
-    """The change that routes around these experts."""
-    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, masked),))
+def ablating(trials: Trials, ablated: Ablated) -> Changes:
+    """Return the change that routes around these experts."""
+    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, ablated),))
 
 
 def counts_up_to(most: int) -> list[int]:
-    """Numbers of experts to mask: doubling, and the last one."""
+    """Return the numbers of experts to ablate: doubling, and the last one."""
     return sorted({*(m for m in COUNTS if m < most), most}) if most else []
 
 
 def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
-    """Mask the first m of a ranking."""
+    """Ablate the first m of a ranking."""
     ranking = ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, f"ablate the {name}", len(counts)):
@@ -90,7 +92,7 @@ def curve(trials: Trials, name: str, ranking: Sequence[Expert]) -> Curve:
 def random_curve(
     trials: Trials, ranking: Sequence[Expert], frequency_LE: NDArray[np.floating], draws: int, seed: int
 ) -> Curve:
-    """Mask random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
+    """Ablate random experts, as many in each layer and chosen as often as the first m of a ranking; mean over draws."""
     rng, ranking = random.Random(seed), ablatable(ranking, trials.subject.anatomy.spec)
     points, counts = [_point(trials, 0, [trials.own[0]])], counts_up_to(len(ranking))
     for m in track(counts, "ablate random experts", len(counts)):
@@ -100,7 +102,8 @@ def random_curve(
 
 
 def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> CurvePoint:
-    """Over all draws; a pair's are one group with its siblings'."""
+    """Return the refusal over all draws; a pair's are one group with its siblings'."""
+    # the same pairs once for each draw, so that outcomes and groups stand side by side
     every = trials.of([pair for _ in draws for pair in trials.pairs])
     outcomes = [outcome for drawn in draws for outcome in drawn]
     return CurvePoint(m, every.refusal(outcomes), every.mean_odds(outcomes))
@@ -130,7 +133,7 @@ class Effect:
 
 
 class _Odds:
-    """Log-odds of the flagged prompts under masks, each computed once."""
+    """Log-odds of the flagged prompts with experts ablated, each set of experts computed once."""
 
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
@@ -156,7 +159,7 @@ def expert_effects(
     """Test each candidate, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are masked. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
+    while they are ablated. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
     than `MIN_GROUPS` pair_ids.
     """
     candidates = ablatable(candidates, trials.subject.anatomy.spec)
@@ -165,6 +168,7 @@ def expert_effects(
     odds = _Odds(trials)
     base_N = odds(())
     gap_N = base_N - np.array(odds_of(trials.own[1]))
+    # a part of a gap that may be 0 is no number
     if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
         return []
     rng = random.Random(seed)
@@ -172,8 +176,10 @@ def expert_effects(
     measured = []
     for candidate in track(candidates, "each expert", len(candidates)):
         control = _stand_in(candidate, all_of, frequency_LE, rng)
+        # the control must be one that can be ablated together with all candidates
         if control and control not in ablatable([*candidates, control], trials.subject.anatomy.spec):
             control = None
+        # ablated alone; and restored alone, among candidates that are all ablated
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
         measured.append((mask_N, back_N, max(like_N, key=np.mean)))
@@ -183,7 +189,7 @@ def expert_effects(
 def _stand_in(
     candidate: Expert, taken: set[Expert], frequency_LE: NDArray[np.floating], rng: random.Random
 ) -> Expert | None:
-    """A random expert of the same layer that is no candidate, near in frequency; None if all are candidates."""
+    """Draw a random expert of the same layer that is no candidate, near in frequency; None if all are candidates."""
     layer, expert = candidate
     others = [e for e in range(frequency_LE.shape[1]) if (layer, e) not in taken]
     near = sorted(others, key=lambda e: abs(frequency_LE[layer, e] - frequency_LE[layer, expert]))
@@ -202,6 +208,7 @@ def _judged(
     p = np.array([[_p_above(part - least_N, groups) for part in parts[:2]] for parts in measured])
     q = benjamini_hochberg(p)
     sure = q < 1 - level
+    # where some expert restores something by itself, only restoring counts: experts downstream are needed, too
     counted = 1 if sure[:, 1].any() else 0
     highest = max(float(like_N.mean()) for *_, like_N in measured)
     return [
@@ -219,8 +226,9 @@ def _judged(
 
 
 def _p_above(values_N: NDArray[np.floating], groups: Sequence[str]) -> float:
-    """One-sided t-test that the mean is above zero, on means over groups."""
+    """Return the p-value of a one-sided t-test that the mean is above zero, on means over groups."""
     means = group_means(values_N, groups)
+    # nothing varies, so nothing can be said
     if len(means) < 2 or means.std() < 1e-12:
         return 1.0
     return float(st.t.sf(means.mean() / (means.std(ddof=1) / np.sqrt(len(means))), df=len(means) - 1))

@@ -30,11 +30,12 @@ class Pair:
 
     @property
     def aligned(self) -> bool:
+        """Return whether the two can be interchanged token by token."""
         return self.matched and len(self.prompt) == len(self.twin)
 
     @property
     def common(self) -> int:
-        """Tokens before the two differ; a causal model computes the same on them."""
+        """Return the number of tokens before the two differ; a causal model computes the same on them."""
         return next(
             (i for i, (a, b) in enumerate(zip(self.prompt, self.twin, strict=False)) if a != b),
             min(len(self.prompt), len(self.twin)),
@@ -42,7 +43,7 @@ class Pair:
 
 
 def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> list[Pair]:
-    """Lookalike and harmful rows with their twins, at most `limit`, drawn reproducibly with their siblings.
+    """Return lookalike and harmful rows with their twins, at most `limit`, drawn reproducibly with their siblings.
 
     Rows without a twin are left out where others have one. Where none has, benign rows stand in, in turn.
     """
@@ -53,15 +54,17 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     for row, twin in twins or strangers:
         prompt_tokens, twin_tokens = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
         groups[row.pair_id].append(Pair(row, prompt_tokens, twin_tokens, twin, matched=bool(twins)))
+    # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     return [pair for pair_id in order for pair in groups[pair_id]][:limit]
 
 
 def partners(pairs: Sequence[Pair], seed: int) -> list[Pair | None]:
-    """For each pair another one of the same token count, whose prompts disturb as a swap does but change no flag.
+    """Draw for each pair another one of the same token count, as the control of an interchange.
 
-    The nearest is the sibling (same pair_id, so mostly the same words); else any; None where there is neither.
+    Its prompts disturb as much as those of the twin do, but carry the same flag. The nearest is the sibling (same
+    pair_id, so mostly the same words); else any; None where there is neither.
     """
     by_length: dict[int, list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -77,9 +80,10 @@ def partners(pairs: Sequence[Pair], seed: int) -> list[Pair | None]:
 
 
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to discover on and pairs to confirm on; siblings stay together."""
+    """Return the pairs to discover on and pairs to confirm on; siblings stay together."""
     number = {pair_id: i for i, pair_id in enumerate(dict.fromkeys(pair.row.pair_id for pair in pairs))}
     parts: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
+        # pair_ids in turn, and pairs were shuffled before: the halves are random
         parts[number[pair.row.pair_id] % 2].append(pair)
     return parts

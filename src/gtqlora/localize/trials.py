@@ -1,4 +1,4 @@
-"""Runs the same pairs under one change after another; what each prompt does then, generated and as log-odds."""
+"""Run the same pairs under one change after another; what each prompt does then, generated and as log-odds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TELLING = 4
 
 
 def readout_tokens(subject: Subject, rows: Sequence[Row]) -> list[int]:
-    """First tokens of the rows' refusals that tell them from their answers; none if all begin alike."""
+    """Return the first tokens of the rows' refusals that tell them from their answers; none if all begin alike."""
     refusals, answers = Counter[int](), Counter[int]()
     for row in rows:
         chosen, rejected = row.chosen, row.rejected
@@ -72,24 +72,25 @@ class Trials:
 
     @cached_property
     def own(self) -> tuple[list[Outcome], list[Outcome]]:
-        """What the flagged prompts and the twins do as they are."""
+        """Run the flagged prompts and the twins as they are, once."""
         return self.run("flagged prompts", FLAGGED), self.run("twins", TWIN)
 
     def of(self, pairs: Sequence[Pair]) -> Trials:
-        """The same trials of some of the pairs."""
+        """Return the same trials of some of the pairs."""
         part = Trials(self.runner, pairs, self.readout)
         rows, (flagged, twins) = self.rows_of(part), self.own
+        # taken over, not run again: what the prompts do as they are is known
         part.own = [flagged[i] for i in rows], [twins[i] for i in rows]
         return part
 
     def rows_of(self, part: Trials) -> list[int]:
-        """Where the pairs of a part stand among these."""
+        """Return where the pairs of a part stand among these."""
         place = {id(pair): i for i, pair in enumerate(self.pairs)}
         return [place[id(pair)] for pair in part.pairs]
 
     @property
     def groups(self) -> list[str]:
-        """What is drawn together when pairs are resampled: siblings share their words."""
+        """Return the pair_id of each pair: siblings share their words, so they are resampled together."""
         return [pair.row.pair_id for pair in self.pairs]
 
     def run(self, label: str | None, side: Side, change: Changes = AS_IS) -> list[Outcome]:
@@ -111,19 +112,20 @@ class Trials:
     # --- intervals, over pairs of which siblings are drawn together
 
     def refusal(self, outcomes: Sequence[Outcome]) -> Interval:
-        """Share of these pairs' prompts that refuse."""
+        """Return the share of these pairs' prompts that refuse."""
         return rate([o.refused for o in outcomes], groups=self.groups)
 
     def mean_odds(self, outcomes: Sequence[Outcome]) -> Interval | None:
-        """Mean log-odds; a prompt that was not seen may still jump from a twin's to a flagged prompt's."""
+        """Return the mean log-odds; a prompt that was not seen may still jump from a twin's to a flagged prompt's."""
         odds = odds_of(outcomes)
         return None if odds is None else mean_interval(odds, groups=self.groups, bounds=self._odds_range)
 
     def mean_change(self, before: Sequence[Outcome], after: Sequence[Outcome]) -> Interval | None:
-        """Mean of before - after in log-odds."""
+        """Return the mean of before - after in log-odds."""
         old, new = odds_of(before), odds_of(after)
         if old is None or new is None:
             return None
+        # one prompt's log-odds can change by no more than the whole range
         low, high = self._odds_range
         gone = [b - a for b, a in zip(old, new, strict=True)]
         return mean_interval(gone, groups=self.groups, bounds=(low - high, high - low))
@@ -150,6 +152,6 @@ class Trials:
 
 
 def odds_of(outcomes: Sequence[Outcome]) -> list[float] | None:
-    """Log-odds of all outcomes, or None without a readout."""
+    """Return the log-odds of all outcomes, or None without a readout."""
     values = [o.log_odds for o in outcomes]
     return None if not values or None in values else values  # type: ignore[return-value]

@@ -75,6 +75,7 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         )
     return Artefacts(
         path=path,
+        # the manifest was checked as it was read; the sections show of it what is there
         stages=run.manifest()["stages"],
         diagnosis=found,
         association=_associations(path) if found else [],
@@ -105,6 +106,7 @@ def _verdict(path: Path) -> Verdict | None:
 
 
 def _peers(path: Path, info: Info | None, verdict: Verdict | None, compare: Sequence[Path]) -> list[Peer]:
+    # each folder once, in the order given, and this run's own not again
     others = [other for other in dict.fromkeys(map(Path, compare)) if other.resolve() != path.resolve()]
     if not others:
         return []
@@ -126,6 +128,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     names = [path.resolve().name for path in paths]
     if len(set(names)) == len(names):
         return names
+    # the shortest names that still differ
     root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     return [str(path.resolve().relative_to(root)) for path in paths]
 

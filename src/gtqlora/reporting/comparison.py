@@ -12,6 +12,7 @@ from gtqlora.reporting.words import MANY, mode, returned, way
 def trade_off(peers: Sequence[Peer]) -> Plot:
     """Return each edit by its lookalike and harmful refusal; the aim is top left."""
     shares = [_share(peer) for peer in peers]
+    # drawn in this order, the largest mark first, so that no mark hides a smaller one
     order = sorted(range(len(peers)), key=lambda i: -shares[i])  # the larger below, so that each can be seen
     edits = _edits([peers[i] for i in order], [shares[i] for i in order])
     original = _original(peers[0])
@@ -51,6 +52,7 @@ def _edits(peers: Sequence[Peer], shares: Sequence[float]) -> Spec:
         "marker": {
             "size": [12 + 18 * share for share in shares],
             "color": list(shares),
+            # a fixed scale, or one edit alone would always have the strongest colour
             "cmin": 0,
             "cmax": 1,
             "colorscale": [[0, "var(--share-low)"], [1, "var(--share-high)"]],
@@ -84,6 +86,7 @@ def _names(points: Sequence[tuple[float, float, str]]) -> list[Spec]:
     """Return one label for all points that lie on one another, toward the middle of the plot."""
     groups: list[tuple[float, float, list[str]]] = []
     for x, y, name in points:
+        # 0.06 of the axis is about the height of a label: closer points would print over each other
         near = next((g for g in groups if abs(g[0] - x) < 0.06 and abs(g[1] - y) < 0.06), None)
         if near:
             near[2].append(name)
@@ -94,6 +97,7 @@ def _names(points: Sequence[tuple[float, float, str]]) -> list[Spec]:
             "x": x,
             "y": y,
             "text": "<br>".join(plain(name) for name in names),
+            # offsets of the label in pixels, toward the middle, where there is room
             "ax": 34 if x < 0.5 else 0,
             "ay": 20 + 12 * len(names) if y > 0.5 else -14 - 12 * len(names),
             "xanchor": "left" if x < 0.5 else "right",

@@ -50,8 +50,10 @@ def _counts(title: str, found: Iterable[int]) -> Spec:
 
 def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
     """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, in each order."""
+    # controls are grey, whatever their number; the orders are told apart by colour and dash
     orders = [curve for curve in curves if not curve.control]
     styles = dict(zip((curve.name for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
+    # one axis for both plots, with every number that any curve has
     axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
 
     def series(what: str) -> list[Series]:
@@ -160,6 +162,7 @@ def direction_plots(rows: Sequence[LayerDirections]) -> list[Plot]:
         line_plot(id, title, lines, x=_layers(rows, "after layer (0: embedding)"), y=y, what="layers", **more)
         for id, title, lines, y, more in found
     ]
+    # a drawing without a line is left out: nothing was measured there
     return [plot for plot in plots if plot.spec["data"]]
 
 

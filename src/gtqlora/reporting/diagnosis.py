@@ -24,6 +24,7 @@ LEVELS = {
 _SIDES = ("routing", "experts", "stream")
 Intervals = Mapping[str, Interval]
 """Component -> interval."""
+# more rows than this do not fit on a screen; the table below the drawing has all
 _MOST_DRAWN = 12
 _TEST = Style(tint="accent", meaning="test")
 _CONTROL = Style(tint="control", shape="square", meaning="control")
@@ -113,6 +114,7 @@ def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
 
 def shares(diagnosis: Diagnosis) -> list[Figure]:
     """Draw how the behaviour divides among the levels, and every combination of them that was run."""
+    # without a verdict there are no shares, and without shares nothing to draw
     if not diagnosis.shares:
         return []
     return [
@@ -129,7 +131,7 @@ def _shares(diagnosis: Diagnosis) -> Figure:
     }
     title = "How much of it sits where"
     caption = (
-        "Owen values: each level’s part of the refusals when levels are exchanged between a flagged prompt and its "
+        "Owen values: each level’s part of the refusals when levels are interchanged between a flagged prompt and its "
         "twin, averaged over orders. They sum to 1. Interaction above 0: levels only work together; below 0: each is "
         "sufficient alone. Thin bars are 95 % intervals."
     )
@@ -150,6 +152,7 @@ def _necessary(diagnosis: Diagnosis) -> Figure:
 
 
 def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals], names: Mapping[str, str]) -> Figure:
+    # log-odds are missing where refusals and answers begin alike
     measured = {style: values for style, values in found.items() if values}
     columns = {words.capital(style.meaning): values for style, values in measured.items()}
     scale = holding(interval for values in measured.values() for interval in values.values())
@@ -168,6 +171,7 @@ def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals],
 
 
 def _cells(diagnosis: Diagnosis) -> Figure:
+    # most components from the flagged prompt first, so that refusal falls down the drawing
     found = sorted(diagnosis.cells, key=lambda cell: -sum(side == "flagged" for side in _sides(cell).values()))
     lines = [
         Line(
@@ -201,6 +205,7 @@ def _real(interval: Interval | None) -> tuple[str, str]:
 def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
     if not diagnosis.experts:
         return None
+    # those that were shown to carry it come first; sorted is stable, so the ranking stays within
     found = sorted(diagnosis.experts, key=lambda e: not words.cause(e))[:_MOST_DRAWN]
     scale = holding(interval for e in found for interval, _ in _parts(e))
     lines = [

@@ -17,6 +17,7 @@ Spec = dict[str, Any]
 """A part of a plotly figure: its keys are plotly's own, and what they hold is written as JSON."""
 Place = int | float | str
 """Where a value stands along the horizontal axis: a number, or a category's name."""
+# more points than pixels only make the page larger
 MAX_POINTS = 400
 _BORDER = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
 _SIGN = {"circle": "●", "diamond": "◆", "square-open": "□", "triangle-up": "▲", "circle-open": "○"}
@@ -89,6 +90,7 @@ def thinned(rows: Sequence[Metrics], most: int) -> list[Metrics]:
     """Return at most so many rows, evenly, the last one among them."""
     if len(rows) <= most:
         return list(rows)
+    # unique, as rounding may name a row twice
     kept = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
     return [rows[i] for i in kept]
 
@@ -112,6 +114,7 @@ def layout_of(**extra: object) -> Spec:
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "var(--ink-soft)"},
         "margin": {"l": 52, "r": 12, "t": 12, "b": 44},
         "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
+        # a page is scrolled by dragging; a drawing must not catch that
         "dragmode": False,
         "showlegend": False,
         **extra,
@@ -125,6 +128,7 @@ def axis_of(title: str = "", **extra: object) -> Spec:
         "gridcolor": "var(--grid)",
         "zerolinecolor": "var(--line)",
         "linecolor": "var(--line)",
+        # no zooming: all of it fits
         "fixedrange": True,
         "automargin": True,
         **extra,
@@ -134,6 +138,7 @@ def axis_of(title: str = "", **extra: object) -> Spec:
 def line_plot(id: str, title: str, series: Sequence[Series], *, x: Spec, y: Spec, what: str, **layout: object) -> Plot:
     """Return lines with bands over `what`; empty lines are left out."""
     drawn = [line for line in series if any(value is not None for value in line.y)]
+    # bands first: what is drawn later lies on top
     data = [*(_band(line) for line in drawn if line.bounds), *(_line(line, y.get("tickformat", "")) for line in drawn)]
     spec = {"data": data, "layout": layout_of(xaxis=axis_of(**x), yaxis=axis_of(**y), **layout)}
     key = tuple((line.name, line.style) for line in drawn) if len(drawn) > 1 else ()
@@ -145,6 +150,7 @@ def _line(line: Series, form: str) -> Spec:
     ends = value.replace("y", "customdata[0]") + " to " + value.replace("y", "customdata[1]")
     return {
         "type": "scatter",
+        # markers would merge into a thick line
         "mode": "lines+markers" if len(line.x) <= 100 else "lines",
         "name": plain(line.name),
         "x": list(line.x),
@@ -163,6 +169,7 @@ def _band(line: Series) -> Spec:
     return {
         "type": "scatter",
         "mode": "lines",
+        # there along the upper ends and back along the lower ones
         "x": [x for x, _, _ in held] + [x for x, _, _ in reversed(held)],
         "y": [rounded(high) for _, _, high in held] + [rounded(low) for _, low, _ in reversed(held)],
         "fill": "toself",

@@ -19,6 +19,7 @@ class Scale:
 
     def at(self, value: float) -> float:
         """Return the place on the track in per cent of its width, within it."""
+        # clipped: an interval that leaves the track ends at its edge
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
     @property
@@ -31,6 +32,7 @@ def holding(intervals: Iterable[Interval | None]) -> Scale:
     """Return a scale from 0 to 1, or as far as an interval reaches, in steps of a quarter."""
     ends = [end for interval in intervals if interval for end in (interval.low, interval.high)]
     low, high = min([0.0, *ends]), max([1.0, *ends])
+    # quarters, so that the ends of the scale are round numbers
     return Scale(low=math.floor(low * 4) / 4, high=math.ceil(high * 4) / 4)
 
 

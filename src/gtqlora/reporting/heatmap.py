@@ -21,6 +21,7 @@ MEASURES = tuple(f.name for f in fields(Association) if f.name not in ("layer", 
 
 def packed(text: str) -> str:
     """Return a text as base64 of gzip, which the browser unpacks: a large model's numbers, plotly's own script."""
+    # mtime=0: the same text gives the same bytes, whenever it is packed
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
@@ -64,6 +65,7 @@ def heat_map(diagnosis: Diagnosis, association: Sequence[Association], twin: str
         "views": [asdict(view) for view in views],
         "twin": twin,
     }
+    # two pixels a cell at least, or single experts could not be seen
     width = 0 if len(experts) <= 32 else 90 + 2 * len(experts)
     plot = _plot(diagnosis, layers, experts)
     return HeatMap(plot=plot, width=width, views=views, grid=packed(json.dumps(grid)))
@@ -129,10 +131,12 @@ def _marks(experts: Sequence[ExpertId], symbol: str, size: int) -> Spec:
 
 def _plot(diagnosis: Diagnosis, layers: Sequence[int], experts: Sequence[int]) -> Plot:
     top, causal = diagnosis.top_experts, diagnosis.causal_experts
+    # the cells themselves are filled in by the page's script, from the packed numbers
     heat = {
         "type": "heatmap",
         "x": [str(e) for e in experts],
         "y": [str(layer) for layer in layers],
+        # gaps would be wider than the cells
         "xgap": 1 if len(experts) <= 128 else 0,
         "ygap": 1 if len(layers) <= 64 else 0,
         "showscale": False,

@@ -74,6 +74,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
 
 def _how_it_was_judged(record: ExportRecord) -> list[str]:
     floor, prompts, asked = record.floor, record.prompts, len(record.verdicts)
+    # that an edit was judged before and did not pass is part of what a reader must know
     failed = sorted({given.verdict for given in record.verdicts} - {"pass"})
     return [
         f"- Judge: {inline(record.judge)}",
@@ -99,6 +100,7 @@ def _metadata(base: Base) -> Metadata:
 
 def kept_metadata(card: str) -> Metadata:
     """Return what of the base's own card is carried over; nothing if that cannot be read."""
+    # front matter of a hub card: YAML between two lines of dashes at the very beginning
     head = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     try:
         found = yaml.safe_load(head[1]) if head else {}
@@ -109,6 +111,7 @@ def kept_metadata(card: str) -> Metadata:
 
 def inline(text: str) -> str:
     """Return somebody else's text for a line of Markdown: one line, no markup."""
+    # control characters too: a terminal or a browser might obey them
     plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", plain)
 

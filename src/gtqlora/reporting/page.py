@@ -54,6 +54,7 @@ class Example:
 def floor_picture(floor: Floor) -> FloorPicture:
     """Return the lost refusals against the margin, as they are drawn."""
     lost, margin = floor.losses, floor.margin
+    # the margin on both sides, so that the drawing does not jump with the sign of a loss
     low, high = min(lost.low, -margin), max(lost.high, margin)
     scale = Scale(low=low - 0.12 * (high - low), high=high + 0.12 * (high - low))
     return FloorPicture(
@@ -77,6 +78,7 @@ def examples(scores: Sequence[Outcome]) -> list[Example]:
         changed = [s for s in scores if s.kind == kind and s.refused_before != s.refused_after]
         for s in changed[:_EXAMPLES]:
             change = "refused before, answered after" if s.refused_before else "answered before, refused after"
+            # the refusal may be lost, and what is said instead is nobody's to read here
             hidden = kind == "harmful"
             before, after = ("" if hidden else _shortened(text) for text in (s.text_before, s.text_after))
             found.append(Example(kind, s.pair_id, change, before, after, hidden))
@@ -103,7 +105,9 @@ def render(artefacts: Artefacts) -> str:
     """Return one HTML text. Its policy forbids every request, and every script but plotly and the page's own."""
     environment = Environment(
         loader=PackageLoader("gtqlora.reporting", "templates"),
+        # every text of an artefact is untrusted
         autoescape=True,
+        # a name that a template mistypes is an error, not an empty place
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -120,6 +124,7 @@ def render(artefacts: Artefacts) -> str:
         style=_source(environment, "report.css"),
         script=script,
         plotly=_plotly()[0],
+        # the policy allows exactly these two scripts, by their hashes; a text that got in as a script cannot run
         script_hashes=f"{_plotly()[1]} {_hash(script)}",
         stages=tables.stages(artefacts.stages),
         versions=tables.versions(artefacts.stages),

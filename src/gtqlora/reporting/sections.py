@@ -85,6 +85,7 @@ def mediation(verdict: Verdict) -> Figure:
         "After the edit": row.refusal_after,
         "After, original routing replayed": row.refusal_replayed,
     }
+    # nothing is replayed where no lookalike prompt is there
     lines = [line(label, [(interval, style)], Scale()) for label, interval in found.items() if interval]
     forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
     return Figure(
@@ -151,6 +152,7 @@ def making(artefacts: Artefacts) -> list[Figure]:
         table = tables.health(artefacts.metrics)
         found.append(Figure(id="health", title="Router health", caption=caption, tables=[table], plots=health))
     made = artefacts.info.details if artefacts.info else None
+    # only a projection tries layers
     if isinstance(made, Projection) and made.candidates:
         table = tables.candidates(made.candidates, made.layer)
         caption = "Each layer’s direction was removed in turn; the one that leaves the fewest refusals was taken."

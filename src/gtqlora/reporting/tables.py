@@ -71,6 +71,7 @@ def associations(association: Sequence[Association], diagnosis: Diagnosis, twin:
     """Return the experts, those that stand out first, then by difference; `twin` heads the column of the twins."""
     marks = {_key(e): "★ " for e in diagnosis.top_experts}
     marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis.causal_experts}
+    # marked ones first, wherever they stand by difference: they are what the text speaks of
     ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r.difference)))
     rows = [
         [
@@ -293,6 +294,7 @@ _HEALTH = (
 
 
 def _metrics(caption: str, metrics: Sequence[Metrics], keys: Sequence[str]) -> Table:
+    # health is logged on some lines only, and the anchor only where there is one
     known = [key for key in keys if any(key in row for row in metrics)]
     shown = thinned(metrics, MOST_ROWS)
     rows = [[str(row["step"]), *(number(row.get(key)) for key in known)] for row in shown]
@@ -347,6 +349,7 @@ def versions(found: Stages) -> Table:
     """Return package by stage; one column where all stages agree."""
     per_stage = {name: cast("dict[str, str]", stage.get("versions", {})) for name, stage in found.items()}
     packages = sorted({package for known in per_stage.values() for package in known})
+    # mostly all stages ran in one environment; then a column says it all
     same = all(version == next(iter(per_stage.values())) for version in per_stage.values())
     columns = ["all stages"] if same and per_stage else list(per_stage)
     sources = list(per_stage.values())[: len(columns)]

@@ -17,6 +17,7 @@ from gtqlora.stats import Interval
 Estimate = Interval | Mediation
 """A value, which may not be known, with the ends of its interval."""
 
+# thin spaces, dashes and minus signs as they are printed, not as they are typed
 NARROW = "\u202f"
 DASH = "–"
 NONE = "—"
@@ -52,6 +53,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return NONE
     if value == 0:
         return "0"
+    # Python writes 1e-07; 1e−7 is what people write
     text = f"{value:.{digits}g}"
     if "e" in text:
         mantissa, exponent = text.split("e")
@@ -70,6 +72,7 @@ def percent(value: float | None, signed: bool = False) -> str:
         return NONE
     sign = "−" if value < 0 else "+" if signed and value > 0 else ""
     size = abs(value) * 100
+    # what only rounds to 0 or 100 % must not look certain
     if 0 < size < 0.05:
         return f"{f'>{NARROW}−' if value < 0 else f'{sign}<{NARROW}'}0.1{NARROW}%"
     if 99.95 <= size < 100:
@@ -92,6 +95,7 @@ def span(interval: Estimate | None, digits: int | None = None) -> str:
         return NONE
     if digits is not None:
         return f"{number(interval.low, digits)} to {number(interval.high, digits)}"
+    # a dash before a minus sign cannot be read
     joint = " to " if interval.low < 0 else DASH
     return f"{_bare(interval.low)}{joint}{_bare(interval.high)}{NARROW}%"
 
@@ -148,6 +152,7 @@ def way(interval: Mediation) -> str:
     """Return by which way the edit works, from the share of repaired refusals that return: a short label."""
     if interval.n < MANY:
         return "too few to say"
+    # a side is named only if the interval leaves the middle third
     if interval.low > 2 / 3:
         return "through the routing"
     if interval.high < 1 / 3:
@@ -256,6 +261,7 @@ def headline(artefacts: Artefacts) -> Headline:
     diagnosis, verdict = artefacts.diagnosis, artefacts.verdict
     found = diagnosis.sentence if diagnosis else ""
     if verdict:
+        # a loss among harmless prompts is told first: nobody looks for it
         if verdict.table["benign"].drop.high < 0:
             found = f"{_moved(verdict.table['benign'], 'Refusals of plainly harmless prompts')}. {found}"
         if (expert_format := verdict.expert_format) not in ("bf16", "native"):

@@ -31,6 +31,7 @@ EDIT_WEIGHTS, DIRECTION = "edit.safetensors", "direction.safetensors"
 GT_QLORA, PROJECTION = "gt-qlora", "projection"
 _PEFT_TYPE = "GTQLORA"
 """None of PEFT's: it refuses to load a folder that says so."""
+# nothing else may lie in an adapter's folder: what is not hashed could be loaded by somebody
 _FILES = {GT_QLORA: {INFO, PEFT_SETTINGS, EDIT_WEIGHTS}, PROJECTION: {INFO, DIRECTION}}
 _BF16 = "bf16"
 
@@ -106,6 +107,7 @@ class Info:
 def info_of(model: str, family: str, details: Training | Projection) -> Info:
     """Return the `Info` of an edit of a pinned model, `owner/name@commit` or a path."""
     base, at, revision = model.rpartition("@")
+    # a folder's name may hold an @, too
     pinned = bool(at) and not Path(model).exists()
     kind = PROJECTION if isinstance(details, Projection) else GT_QLORA
     return Info(kind, base if pinned else model, family, details, revision if pinned else None)
@@ -137,6 +139,7 @@ def read_files(path: Path) -> dict[str, bytes]:
         raise RunError(f"{path}: not a gtqlora adapter (no readable {INFO}); run `gtqlora train` first")
     found: dict[str, bytes] = {}
     for file in sorted(path.iterdir()):
+        # lstat, so that a link is seen and not followed
         if not stat.S_ISREG(file.lstat().st_mode):
             raise RunError(f"{file}: a link or no plain file, which no adapter of ours holds; run `gtqlora train`")
         found[file.name] = file.read_bytes()
@@ -162,6 +165,7 @@ def info_from(path: Path, data: bytes) -> Info:
         info = from_json(Info, value)
         if info.kind not in _FILES:
             raise Mismatch(f"'kind' is {info.kind!a}, not one of {', '.join(_FILES)}")
+        # once more by the kind: without settings of its own, `details` fits either record
         details = Projection if info.kind == PROJECTION else Training
         return replace(info, details=from_json(details, cast("dict[str, object]", value)["details"]))
     except Mismatch as error:
@@ -200,6 +204,7 @@ def scale_of(path: Path, info: Info, data: bytes) -> tuple[int, int]:
         if key not in wanted or key not in found or found[key] != wanted[key]:
             raise RunError(f"{file}: {key!r} is not what `gtqlora train` wrote; run it again")
     rank, alpha = found["r"], found["lora_alpha"]
+    # compared with themselves above, they may still be of any type; True is an int
     if type(rank) is not int or type(alpha) is not int or rank < 1 or alpha < 1:
         raise RunError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r} must be positive whole numbers")
     return rank, alpha

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gtqlora.stats import Interval
 
 
+# in order, so that lists of experts can be sorted and compared
 @dataclass(frozen=True, order=True)
 class ExpertId:
     """A routed expert: the index of its decoder layer, and its number in that layer."""

@@ -81,6 +81,7 @@ def read_export(folder: Path) -> ExportRecord:
     Raises:
         RunError: it is not there, or not what this version writes; the message names the version that did.
     """
+    # there is no manifest beside exported weights; the record itself says which version wrote it
     file, remedy = folder / FILE, "run `gtqlora export` again"
     value = read_json(file, remedy)
     try:

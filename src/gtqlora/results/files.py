@@ -65,6 +65,7 @@ def _writer(run: Path, verb: str) -> str:
     """Return the version that the manifest records for a verb's results."""
     try:
         version: object = read_manifest(run)["stages"][verb]["versions"]["gtqlora"]
+    # a damaged manifest, or one that records no versions: who wrote the file is not worth a second error
     except (KeyError, RunError):
         version = None
     return f"gtqlora {version}" if version else "another version of gtqlora"

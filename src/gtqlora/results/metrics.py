@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import cast
 
 from gtqlora.errors import RunError
+from gtqlora.results.typed import is_number
 from gtqlora.storage.contents import first_line, json_object
 
 METRICS = "metrics.jsonl"
@@ -27,11 +27,13 @@ def read_metrics(file: Path) -> list[Metrics]:
         return lines
     if not file.is_file():
         raise RunError(f"{file}: not a plain file; move it away and run `gtqlora train` again")
+    # a kill may cut the last line within a character, hence `replace`: such a line is dropped below
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, 1):
         try:
             line = json_object(text)
         except (ValueError, RecursionError) as error:
+            # only the last line can be torn; any other was whole once, and was edited
             if number == len(texts):
                 break
             raise _not_ours(file, number, first_line(error)) from error
@@ -40,15 +42,12 @@ def read_metrics(file: Path) -> list[Metrics]:
 
 
 def _checked(file: Path, number: int, line: dict[str, object]) -> Metrics:
+    # not `isinstance`: True is an int
     if type(line.get("step")) is not int:
         raise _not_ours(file, number, "it has no step")
-    if odd := [key for key, value in line.items() if not _is_number(value)]:
+    if odd := [key for key, value in line.items() if not is_number(value)]:
         raise _not_ours(file, number, f"{odd[0]!a} is no number")
     return cast("Metrics", line)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _not_ours(file: Path, number: int, what: str) -> RunError:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-_WORDS = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
+_WORDS: dict[object, str] = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 class Mismatch(ValueError):
@@ -39,9 +39,10 @@ def from_json(kind: type[T], value: object) -> T:
     return cast(T, _record(value, kind, ""))
 
 
-def _read(value: object, hint: Any, place: str) -> object:
+def _read(value: object, hint: object, place: str) -> object:
     """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
     origin = get_origin(hint)
+    # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
     if origin in (UnionType, Union):
         return _one_of(value, get_args(hint), place)
     if origin in _CONTAINERS:
@@ -58,17 +59,26 @@ def _is_plain(value: object, hint: object) -> bool:
     if hint is object:
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        return is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    # text, flag, None, and nothing else: a hint that is no plain type fits no value
     return isinstance(hint, type) and isinstance(value, hint)
+
+
+def is_number(value: object) -> bool:
+    """Return whether it is a finite number that a float can hold; a flag is none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # JSON sets whole numbers no limit
+        return False
 
 
 def _told(value: object) -> str:
     """Return what kind of value it is, in the words of JSON; what is no finite number by itself."""
     if isinstance(value, float) and not isfinite(value):
         return str(value)
-    words: dict[object, str] = {dict: "an object", list: "a list", **_WORDS}
+    words = {dict: "an object", list: "a list", **_WORDS}
     return words.get(type(value), type(value).__name__)
 
 
@@ -77,6 +87,7 @@ def _record(value: object, kind: type[DataclassInstance], place: str) -> Datacla
         raise Mismatch(f"{place!r} is {_told(value)}, not an object" if place else f"holds {_told(value)}, no object")
     found, hints = cast("Mapping[str, object]", value), _hints(kind)
     at = f"{place} has" if place else "has"
+    # unknown keys first: they tell an older version's file better than what is missing for them
     for key in found:
         if key not in hints:
             raise Mismatch(f"{at} {key!a}, which this version does not know")
@@ -86,8 +97,9 @@ def _record(value: object, kind: type[DataclassInstance], place: str) -> Datacla
     return kind(**{key: _read(entry, hints[key], f"{place}.{key}" if place else key) for key, entry in found.items()})
 
 
-def _one_of(value: object, hints: tuple[Any, ...], place: str) -> object:
+def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
     """Return a value as the first of a union's types that it fits; else what is wrong with it as the likeliest one."""
+    # before the others, so that what is wrong is told of the type that a value is meant to have
     if value is None and NoneType in hints:
         return None
     wrong: Mismatch | None = None
@@ -99,29 +111,34 @@ def _one_of(value: object, hints: tuple[Any, ...], place: str) -> object:
     raise wrong or Mismatch(f"{place!r} is {_told(value)}, not null")
 
 
-def _list(value: object, hints: tuple[Any, ...], place: str) -> list[object]:
+def _list(value: object, hints: tuple[object, ...], place: str) -> list[object]:
     if not isinstance(value, list | tuple):
         raise Mismatch(f"{place!r} is {_told(value)}, not a list")
     entries = cast("Sequence[object]", value)
     return [_read(entry, hints[0], f"{place}[{i}]") for i, entry in enumerate(entries)]
 
 
-def _tuple(value: object, hints: tuple[Any, ...], place: str) -> tuple[object, ...]:
+def _tuple(value: object, hints: tuple[object, ...], place: str) -> tuple[object, ...]:
     return tuple(_list(value, hints, place))
 
 
-def _dict(value: object, hints: tuple[Any, ...], place: str) -> dict[str, object]:
+def _dict(value: object, hints: tuple[object, ...], place: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise Mismatch(f"{place!r} is {_told(value)}, not an object")
     entries = cast("dict[str, object]", value)
     return {key: _read(entry, hints[1], f"{place}.{key}") for key, entry in entries.items()}
 
 
-_CONTAINERS: dict[Any, Callable[[object, tuple[Any, ...], str], object]] = {list: _list, tuple: _tuple, dict: _dict}
+_Reader = Callable[[object, tuple[object, ...], str], object]
+_CONTAINERS: dict[object, _Reader] = {
+    list: _list,
+    tuple: _tuple,
+    dict: _dict,
+}
 
 
 @functools.cache
-def _hints(kind: type[DataclassInstance]) -> dict[str, Any]:
+def _hints(kind: type[DataclassInstance]) -> dict[str, object]:
     """Return field -> type; worked out once, since there may be a row for every prompt or expert."""
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}

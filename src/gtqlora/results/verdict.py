@@ -166,6 +166,7 @@ def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
 
 def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome]) -> None:
     """Write the outcomes and, once they are there, the verdict on them."""
+    # the verdict last: where there is one, the outcomes that it stands on are there
     write_rows(run / SCORES, outcomes)
     write_json(run / VERDICT, to_json(verdict))
 
@@ -177,6 +178,7 @@ def read_verdict(run: Path) -> Verdict:
         RunError: there is none, or it is not what this version writes.
     """
     found = read_record(Verdict, run, VERDICT, "verify")
+    # readers index by kind, so a kind that is missing must be an error here, where the file can be named
     for key, kinds in (("table", found.table), ("drift", found.drift)):
         if missing := [kind for kind in KINDS if kind not in kinds]:
             raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")

@@ -58,9 +58,11 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
         direction_LD = _directions(config, rows, subject)
         layers = _layers(config, direction_LD)
+        # every layer is tried on them, so a quarter must do
         lookalike = rows.of_kind("lookalike")[: max(1, config.max_pairs // 4)]
         runner = Runner.of(subject, judge, config)
         candidates = [_tried(config, runner, layer, direction_LD[layer], lookalike) for layer in layers]
+        # fewest refusals first, then most accuracy; of equals the earliest layer
         best = min(candidates, key=lambda c: (c.refusal, -c.accuracy)).layer
         made = Projection(asdict(config), best, candidates)
         info = info_of(model.model, subject.anatomy.family.model_type, made)
@@ -100,6 +102,7 @@ def _directions(config: ProjectConfig, rows: Contrast, subject: Subject) -> Tens
         )
 
     def states_NLD(prompts: list[list[int]], label: str) -> Tensor:
+        # all positions: only the states at the last token are used
         since = [0] * len(prompts)
         return observe(subject, prompts, since=since, batch_size=config.batch_size, label=label).states_NSD
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,10 +19,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return the four numbers under their names."""
-        return asdict(self)
 
 
 Groups = Sequence[Hashable] | None

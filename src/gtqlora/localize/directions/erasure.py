@@ -72,6 +72,7 @@ def leace(flagged_NR: Array, twins_NR: Array, hidden: int) -> Eraser:
     """
     states_NR = np.concatenate([flagged_NR, twins_NR])
     mean_R, difference_R = states_NR.mean(0), flagged_NR.mean(0) - twins_NR.mean(0)
+    # the means are equal already; a would divide by 0
     if np.linalg.norm(difference_R) < 1e-9:
         return lambda states: states
     a_R = np.linalg.solve(_shrunk_covariance(states_NR - mean_R, hidden), difference_R)
@@ -89,6 +90,7 @@ def _shrunk_covariance(centred_NR: Array, hidden: int) -> Array:
     covariance_RR = centred_NR.T @ centred_NR / n
     trace, of_square = np.trace(covariance_RR), (covariance_RR**2).sum()
     rho = ((1 - 2 / hidden) * of_square + trace**2) / ((n + 1 - 2 / hidden) * (of_square - trace**2 / hidden))
+    # never quite 0, so that the covariance can be inverted
     rho = np.clip(rho, 1e-9, 1.0)
     return (1 - rho) * covariance_RR + rho * trace / hidden * np.eye(r)
 
@@ -112,6 +114,7 @@ def probe(flagged_NR: Array, twins_NR: Array, hidden: int) -> Array:
     root_RR = np.linalg.cholesky(_shrunk_covariance(centred_NR, hidden))
     signed_NR = linalg.solve_triangular(root_RR, centred_NR.T, lower=True).T
     # With the twins' signs turned, every row wants a positive margin, and one formula serves both classes.
+    # with signs turned both classes have one loss, log(1 + exp(-margin))
     signed_NR[len(flagged_NR) :] *= -1
 
     def loss(weights_R: Array) -> tuple[float, Array]:

@@ -80,6 +80,7 @@ def study(
     layers: list[LayerDirections] = []
     tensors: list[dict[str, Array]] = []
     for layer in range(states_MLD.shape[1]):
+        # a layer at a time, in fp64: covariances of fp32 states lose what separates them
         states_MD = states_MLD[:, layer].double().numpy()
         named = named_at(weights, states_MD)
         norms = {name: float(np.linalg.norm(vector)) for name, vector in named.items()}
@@ -112,6 +113,7 @@ def coordinates(states_MD: Array) -> Array:
     if spread <= ROUNDING * np.linalg.norm(states_MD, axis=1).max():
         return np.zeros((len(states_MD), 1))
     # R of a QR decomposition of the transpose holds the states in a basis of the space that they span.
+    # with fewer states than dimensions a QR keeps all angles and lengths in far fewer coordinates
     few = len(about_MD) < about_MD.shape[1]
     return (np.asarray(np.linalg.qr(about_MD.T, mode="r")).T if few else about_MD) / spread
 
