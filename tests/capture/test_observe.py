@@ -236,7 +236,7 @@ def _readout(subject: Subject) -> list[int]:
 @torch.no_grad()
 def _log_odds(subject: Subject, prompts: list[list[int]], *handlers: Any) -> Tensor:
     with router_hooks(subject.model, subject.anatomy, *handlers):
-        logits = forward(subject, *left_padded(prompts, subject.pad_id, subject.device))
+        logits = forward(subject, *left_padded(prompts, subject.pad_id, subject.device))[:, -1]
     return log_odds(logits, torch.tensor(_readout(subject)))
 
 
