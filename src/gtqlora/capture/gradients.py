@@ -51,6 +51,7 @@ def gradient_scores(
 def log_odds(logits_BV: Tensor, readout_R: Tensor) -> Tensor:
     """Return log-odds_B of the next token being one of the readout tokens, in nats."""
     logits_BV = logits_BV.float()
+    # log(p / (1 - p)) from two sums of exponents: p itself would round to 1 for a sure model, and 1 - p to 0.
     others_BV = logits_BV.index_fill(-1, readout_R, float("-inf"))
     return logits_BV[:, readout_R].logsumexp(-1) - others_BV.logsumexp(-1)
 

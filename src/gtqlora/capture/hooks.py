@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +51,7 @@ def router_hooks(model: nn.Module, anatomy: Anatomy, *handlers: Handler) -> Iter
     def hook(position: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def seen(module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]):
             decision = Decision(*output)
+            # Each handler sees what those before it made of the decision; None leaves it.
             for handler in handlers:
                 decision = handler(position, module, decision) or decision
             return decision.logits_TE, decision.weights_TK, decision.indices_TK
@@ -96,6 +96,7 @@ class Replay:
         self.source = source
 
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> Decision:
+        # The logits stay this run's own: they show what the router would have decided here.
         recorded = self.source.decisions[position]
         return Decision(decision.logits_TE, recorded.weights_TK, recorded.indices_TK)
 
@@ -171,6 +172,7 @@ def state_hooks(model: nn.Module, anatomy: Anatomy, handler: StatesHandler) -> I
     The last state is taken after the final norm, as there.
     """
     base = language_model(model)
+    # transformers' last hidden state is the one after the final norm, so the last layer's own output is never shown.
     paths = (anatomy.family.embedding, *anatomy.layers[:-1], anatomy.family.final_norm)
     places = [base.get_submodule(path) for path in paths]
 
@@ -201,6 +203,7 @@ class Mask:
         masked_E = torch.zeros(self.spec.n_experts, dtype=torch.bool, device=decision.logits_TE.device)
         masked_E[list(experts)] = True
         bias_E = getattr(module, self.bias_name) if self.bias_name else None
+        # Chosen and weighed anew from the logits, so that the weights are those of a router without these experts.
         indices_TK = routing.choose(decision.logits_TE, self.spec, bias_E, masked_E)
         weights_TK = routing.weigh(decision.logits_TE, indices_TK, self.spec).to(decision.weights_TK)
         return Decision(decision.logits_TE, weights_TK, indices_TK)
@@ -220,19 +223,24 @@ class direction_removed:
         check_projectable(anatomy)
         self.model, self.writers = model, (anatomy.family.embedding, *anatomy.blocks)
         self.direction_D = direction_D / direction_D.norm()
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
-    def _remove(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
+    def _remove(
+        self, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        # Attention returns its weights beside the states; only the states are written to the residual stream.
         y = output[0] if isinstance(output, tuple) else output
         r_D = self.direction_D.to(y)
         y = y - (y @ r_D).unsqueeze(-1) * r_D
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def enable(self) -> None:
+        """Remove the direction from here on."""
         base = language_model(self.model)
         self._handles = [base.get_submodule(path).register_forward_hook(self._remove) for path in self.writers]
 
     def disable(self) -> None:
+        """Leave the direction in again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -205,6 +205,7 @@ class _Tally:
 
     def _summed(self, counts_LNE: Tensor, weights_LNE: Tensor, tokens_N: Tensor) -> Region:
         rates_NLE = (counts_LNE / tokens_N.clamp(min=1)[:, None]).transpose(0, 1)
+        # fp32 counts whole numbers only up to 2^24, which many prompts exceed together.
         counts_LE, weights_LE = counts_LNE.double().sum(1), weights_LNE.double().sum(1)
         return Region(
             rates_NLE=rates_NLE.cpu().numpy()[self._back()],

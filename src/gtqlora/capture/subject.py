@@ -20,31 +20,35 @@ from gtqlora.families import Anatomy, bind, language_model, load_config, load_to
 class Subject:
     """A model under study with its tokenizer and anatomy; `model` may be wrapped by an edit."""
 
+    # A transformers model or PEFT's wrapper around one; they share no class that has all that is called here.
     model: Any
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the weights, where inputs must be, too."""
         return next(self.model.parameters()).device
 
     @property
     def pad_id(self) -> int:
+        """Return the token id that fills up short prompts; it is masked wherever it stands."""
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     @property
     def max_length(self) -> int:
+        """Return how many tokens the model's positions reach."""
         config: Any = language_model(self.model).config
         return config.max_position_embeddings
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding: token ids from here on have none."""
+        """Return the number of rows of the embedding: token ids from here on have none."""
         return self.model.get_input_embeddings().num_embeddings
 
     @property
     def stop_ids(self) -> Tensor:
-        """Token ids that end a completion."""
+        """Return the token ids that end a completion, those of the model's generation settings and the tokenizer's."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         end: Any = self.tokenizer.eos_token_id
@@ -76,11 +80,13 @@ def open_subject(settings: ModelConfig | str) -> Subject:
 
 
 def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
-    """Some families' routers compute in the model's dtype; the hooks are copied with the router when PEFT wraps it."""
+    """Make routers compute in fp32 and return weights in the model's dtype, as the experts after them expect."""
+    # As hooks and not as a class around the router: PEFT copies a module's hooks with it when it wraps the router.
     for path in anatomy.routers:
         router = model.get_submodule(path)
         if router.get_parameter("weight").dtype == torch.float32:
             continue
+        # The data and not the parameter, so that whoever holds the parameter has the new values, too.
         router.weight.data = router.get_parameter("weight").data.float()
         router.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(), *inputs[1:]))
         router.register_forward_hook(_scores_in(model.dtype))  # type: ignore[arg-type]

@@ -56,6 +56,7 @@ def top_tokens(
     for chosen in track(batches, label, len(batches)):
         ids_BS, mask_BS = left_padded([prompts[i] for i in chosen], subject.pad_id, subject.device)
         since_B1 = torch.tensor([[since[i]] for i in chosen], device=subject.device)
+        # The sum over the mask is a token's position plus 1, so > keeps positions from `since` on.
         counts.next(ids_BS, mask_BS.cumsum(-1) > since_B1)
         with router_hooks(subject.model, subject.anatomy, counts.decision):
             forward(subject, ids_BS, mask_BS)

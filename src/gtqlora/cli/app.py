@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    # The order of these branches matters: BrokenPipeError is an OSError, and must not be told as trouble.
     try:
         if odd := [argument for argument in arguments or () if "\0" in argument]:
             raise RunError(f"{odd[0]!a}: holds a NUL byte, which no name may; choose another")

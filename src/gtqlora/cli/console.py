@@ -40,6 +40,7 @@ def quieten() -> None:
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYTHONWARNINGS": "ignore",
     }.items():
+        # What the user has set stays.
         os.environ.setdefault(name, value)
 
 
@@ -211,6 +212,7 @@ def stage_progress() -> Iterator[None]:
         def reporter(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
+            # The total again: a stage may learn how much there is to do only while it works.
             bars.update(tasks[what], completed=done, total=total)
 
         with shown_by(reporter):

@@ -83,6 +83,7 @@ def _left_out(sheet: Sheet, kept: int) -> str:
 def fit(sheet: Sheet, room: int) -> list[int]:
     """Return the widths, in characters, of as many of the first columns as there is room for; at least two stay."""
     columns = [list(sheet.column(index)) for index in range(len(sheet.columns))]
+    # The widest part that must stay whole decides how narrow a column can get.
     least = [max(len(part) for text in column for part, _ in _parts(text)) for column in columns]
     fitting = (n for n in range(len(columns), 2, -1) if sum(least[:n]) + _GAP * (n - 1) <= room)
     kept = next(fitting, min(2, len(columns)))
@@ -162,7 +163,10 @@ def _parts(text: str, names: bool = True) -> Iterator[tuple[str, str]]:
 
 
 def _is_seam(around: str) -> bool:
-    """Whether a name may be broken before the last of three characters: behind a dot or the like, not in a number."""
+    """Return whether a name may be broken between the last two of three characters: behind a dot or the like.
+
+    Numbers stay whole: 0.5, -3 and 1e-5 have no seam.
+    """
     before, mark, after = around
     return mark in "._/-" and not (after.isdigit() and (before.isdigit() or mark == "-"))
 

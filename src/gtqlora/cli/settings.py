@@ -89,6 +89,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     """
     from gtqlora.config import build
 
+    # An option that was not given must not hide what the caller gives, such as the settings of the edit.
     chosen = {"contrast": options.contrast, "expert_format": options.expert_format or options.experts}
     values = {**given, **{key: value for key, value in chosen.items() if value is not None}}
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
@@ -164,6 +165,7 @@ def existing_run(run: Path) -> Path:
     from gtqlora.run import MANIFEST
     from gtqlora.storage.atomic import checked_path
 
+    # Before the run is opened for writing, which would make the folder.
     run = checked_path(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")

@@ -49,11 +49,12 @@ def _present_names(values: Mapping[str, object]) -> dict[str, object]:
     return {_present_name(key): value for key, value in values.items()}
 
 
-def to_dict(config: DataclassInstance) -> dict[str, Any]:
+def to_dict(config: DataclassInstance) -> dict[str, object]:
     """Return a config as JSON-able values, flat, whatever it is made of."""
     return dataclasses.asdict(config)
 
 
+# The model is opened as it was for the edit, and its prompts are judged in the same way; the rest is the verifier's.
 _OF_THE_EDIT = (
     *(field.name for field in dataclasses.fields(ModelConfig)),
     "contrast",
@@ -114,6 +115,7 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
             _check_known(name, set().union(*keys.values()), f"{path}: key")
             found |= {name: value} if name in keys[stage] else {}
     found |= own  # the stage's own table wins, wherever it stands in the file
+    # A recipe may come from a stranger, so that it cannot name code to run.
     judge = found.get("judge", "string")
     if isinstance(judge, str) and is_code(judge):
         raise ConfigError(
@@ -149,6 +151,7 @@ def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] =
     for key in given:
         _check_known(key, hints, f"[{stage}] key")
     values |= {key: value for key, value in given.items() if value is not None}
+    # Last, so that `--set` wins over everything else.
     values |= _from_overrides(overrides, hints)
     for key in ("model", "contrast"):
         require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
@@ -169,5 +172,6 @@ def build_recorded(kind: type[C], values: object, where: str) -> C:
         _check_known(key, hints, f"{where}: config key")
     for key in ("model", "contrast"):
         require(bool(present.get(key)), f"{where}: config key {key!r} is missing")
+    # Coerced here already, where the message can name the manifest; the config itself only knows the key.
     settled: dict[str, Any] = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in present.items()}
     return kind(**settled)

@@ -26,6 +26,7 @@ def _absolute(source: str) -> str:
 
     A run is read from other folders than the one it was made in, and no shell expands ~ in a file.
     """
+    # The last colon: a folder's own name may hold others.
     path, (folder, _, split) = Path(source).expanduser(), source.rpartition(":")
     if path.exists() or source.startswith((".", "/", "~")):
         return os.path.abspath(path)
@@ -59,6 +60,7 @@ class ModelConfig:
     expert_format: ExpertFormat = "bf16"
 
     def __post_init__(self) -> None:
+        # Frozen only once it is made: this is still the making.
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
         check_device(self.device)

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, cast, get_args, get_origin
 
 from gtqlora.errors import ConfigError
 
@@ -18,20 +18,23 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _bool(value: Any) -> bool:
+def _bool(value: object) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 
-def _int(value: Any) -> int:
+def _int(value: object) -> int:
+    # `true` is no number of steps, although Python takes it for 1; and 2.5 must not become 2.
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
-    return int(value)
+    # A guess for type checkers: `int` raises TypeError where it is wrong, which `coerce` turns into a message.
+    return int(cast(str | float, value))
 
 
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(float(value)):
+def _float(value: object) -> float:
+    number = float(cast(str | float, value))
+    if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError
-    return float(value)
+    return number
 
 
 def _str(value: object) -> str:

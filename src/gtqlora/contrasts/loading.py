@@ -31,6 +31,7 @@ def load(source: str | Path, judge: Judge) -> Contrast:
     found = [_parsed(*record) for record in records(name)]
     if not found:
         raise ContrastError(f"{name}: no rows; write one JSON object per line")
+    # All rows at once: a judge that is a model answers a batch much faster than row by row.
     judged = iter(judged_rows([row for _, row in found if isinstance(row, Row)], judge))
     rows = []
     for number, row in found:
@@ -65,6 +66,7 @@ def save(contrast: Contrast, path: Path) -> None:
     if path.suffix != ".parquet":
         raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
     rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
+    # Messages are tuples in a row; Parquet and `load` know lists.
     for row in rows:
         row["twin"] = None if row["twin"] is None else list(row["twin"])
     write_parquet(path, rows, replace=False)
@@ -92,6 +94,7 @@ def _topic(record: Mapping[str, object]) -> str | None:
 
 
 def _row(number: int, raw: object, hub_split: str | None) -> Row:
+    # Parquet has every column in every row: null means that this row lacks the value.
     record = {name: value for name, value in parsed(raw).items() if value is not None}
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".

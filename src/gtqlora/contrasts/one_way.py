@@ -30,6 +30,7 @@ class Judged:
 
 def judged_rows(rows: Sequence[Row], judge: Judge) -> list[Judged]:
     """Ask the judge about the answers of all rows together; in the order of the rows."""
+    # Of other rows' `rejected` nothing is asked: it may be a refusal or any other bad answer.
     harmful = [row for row in rows if row.kind == "harmful"]
     prompts = [row.prompt for row in (*rows, *harmful)]
     found = refusals(judge, prompts, [*(row.chosen for row in rows), *(row.rejected for row in harmful)])

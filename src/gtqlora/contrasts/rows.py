@@ -138,6 +138,7 @@ class Contrast:
         """
         if row.twin is not None or row.kind == "benign":
             return row.twin
+        # A pair may hold several benign rows; the nearest one differs from the flagged prompt in the trigger and no more.
         words = _words(row.prompt)
         candidates = [benign.prompt for benign in self._benign.get(row.pair_id, ())]
         return max(candidates, key=lambda prompt: len(_words(prompt) & words), default=None)
@@ -187,6 +188,7 @@ def groupings(rows: Sequence[Grouped]) -> list[list[str]]:
 
     Rows without a topic are one group.
     """
+    # Folded, so that "Chemistry" and "chemistry " are one topic.
     topics = [flat(row.topic or "") for row in rows]
     return [[row.pair_id for row in rows], *([topics] if len(set(filter(None, topics))) > 1 else [])]
 

@@ -26,7 +26,9 @@ _HUB_SPLITS |= {"test": "heldout", "heldout": "heldout"}
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _SOURCES = "give a .jsonl or .parquet file, a dataset folder, or a hub id such as org/name or org/name:split"
 
+# Problems, and row numbers of one problem, that a message shows.
 _SHOWN = 10
+# Python refuses to read integers of more than some thousand digits, with an error that names no row.
 _DIGITS = 100
 LONGEST = 1_000_000
 """Characters of a text: more than a context holds, and still read in about a second."""
@@ -73,6 +75,7 @@ def records(source: str) -> Records:
         ContrastError: there is no such source, or it cannot be read.
     """
     path = Path(source).expanduser()
+    # Whatever exists on disk comes before the hub: a local folder `org/name` is what its owner means.
     folder, _, split = source.rpartition(":")
     if path.is_file():
         return _file_records(source, path)

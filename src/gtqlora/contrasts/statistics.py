@@ -193,6 +193,7 @@ def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizer
 
 
 def _note_opened(found: Sequence[_Rendered]) -> None:
+    # It is the template's doing, so that one row tells it for all.
     for one in found:
         if one.opened:
             note(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from torch import nn
 
 from gtqlora.errors import ModelError
 from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.routing import RouterSpec
+
+if TYPE_CHECKING:
+    from gtqlora.families.facts import TextConfig
+
+Sizes = dict[str, int | tuple[int, ...]]
+"""Sizes of a layer's routed experts: shapes by parameter or, of frozen ones, numbers by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ class FrozenRange(Protocol):
 
 def is_frozen(experts: nn.Module) -> TypeGuard[FrozenRange]:
     """Return whether a layer's experts are frozen in buffers."""
+    # By what they have and not by their class, which stands in a room above this one (`experts`).
     attributes = ("n_experts", "first", "count", "hidden_size", "intermediate_size")
     return not any(True for _ in experts.parameters()) and all(hasattr(experts, name) for name in attributes)
 
@@ -92,6 +99,7 @@ def check_projectable(anatomy: Anatomy) -> None:
 
 def language_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside any PEFT wrapper, with the paths an `Anatomy` uses."""
+    # A transformers model has a `base_model`, too (the part without its head), so only `peft_config` marks a wrapper.
     base = getattr(model, "base_model", None)
     return base.model if base is not None and hasattr(model, "peft_config") else model
 
@@ -102,7 +110,7 @@ def bind(model: nn.Module, family: Family) -> Anatomy:
     Raises:
         ModelError: the model's modules disagree with its config; nothing is skipped in silence.
     """
-    config: Any = model.config
+    config = cast("TextConfig", model.config)
     spec, expected = family.router_spec(config), family.moe_layers(config)
     if not expected:
         raise ModelError(f"{family.model_type}: this config has no MoE layer, so there are no routers to train")
@@ -140,7 +148,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _named(layer: nn.Module, prefix: str, names: tuple[str, ...], kind: type[nn.Module]) -> tuple[str, ...]:
-    """Absolute paths of those modules of a layer that it has."""
+    """Return the absolute paths of those of the modules that a layer has."""
     modules = dict(layer.named_modules())
     return tuple(f"{prefix}.{name}" for name in names if isinstance(modules.get(name), kind))
 
@@ -150,8 +158,10 @@ def _everywhere(layers: dict[str, nn.Module], names: tuple[str, ...], kind: type
 
 
 def _blocks(layers: dict[str, nn.Module], family: Family) -> tuple[str, ...]:
-    """Raises:
-    ModelError: a layer has other blocks than one of attention and one MLP.
+    """Return the paths of all layers' blocks.
+
+    Raises:
+        ModelError: a layer has other blocks than one of attention and one MLP.
     """
     for path, layer in layers.items():
         if len(found := _named(layer, path, family.blocks, nn.Module)) != 2:
@@ -159,7 +169,7 @@ def _blocks(layers: dict[str, nn.Module], family: Family) -> tuple[str, ...]:
     return _everywhere(layers, family.blocks, nn.Module)
 
 
-def _moe_layer(index: int, layer: nn.Module, family: Family, spec: RouterSpec, config: Any) -> MoeLayer:
+def _moe_layer(index: int, layer: nn.Module, family: Family, spec: RouterSpec, config: TextConfig) -> MoeLayer:
     modules = dict(layer.named_modules())
     _check_layer(index, modules[family.router], modules.get(family.experts), family, spec, config)
     shared = _named(layer, family.layer(index), family.shared, nn.Linear)
@@ -172,7 +182,7 @@ def _moe_layer(index: int, layer: nn.Module, family: Family, spec: RouterSpec, c
 
 
 def _check_layer(
-    index: int, router: nn.Module, experts: nn.Module | None, family: Family, spec: RouterSpec, config: Any
+    index: int, router: nn.Module, experts: nn.Module | None, family: Family, spec: RouterSpec, config: TextConfig
 ) -> None:
     shape = tuple(router.get_parameter("weight").shape)
     if shape != (spec.n_experts, config.hidden_size):
@@ -186,12 +196,11 @@ def _check_layer(
         raise ModelError(f"layer {index}: router lacks {family.correction_bias}")
 
 
-def _expert_shapes(
-    experts: nn.Module, n_experts: int, hidden: int, inner: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _expert_shapes(experts: nn.Module, n_experts: int, hidden: int, inner: int) -> tuple[Sizes, Sizes]:
     """Return the sizes of a layer's experts, found and wanted."""
     if is_frozen(experts):
-        found = {"experts": experts.n_experts, "hidden": experts.hidden_size, "inner": experts.intermediate_size}
-        return found, {"experts": n_experts, "hidden": hidden, "inner": inner}
-    found = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+        held: Sizes = {"experts": experts.n_experts, "hidden": experts.hidden_size, "inner": experts.intermediate_size}
+        return held, {"experts": n_experts, "hidden": hidden, "inner": inner}
+    # All parameters that there are: an expert bias, which no family here has, must not pass unseen.
+    found: Sizes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
     return found, {GATE_UP: (n_experts, 2 * inner, hidden), DOWN: (n_experts, hidden, inner)}

@@ -1,11 +1,12 @@
-"""What an untrusted config.json may say: bounds, as data, and settings that are switched off."""
+"""What an untrusted config.json may say: bounds and types, as data, and settings that are switched off."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from gtqlora.errors import ModelError
 from gtqlora.progress import note
@@ -52,16 +53,21 @@ OPTIONAL = {
 }
 POSITIVE = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 """Numbers by which is divided or multiplied: at 0 or below, and at infinity, what comes out is NaN or nothing."""
+# Rotary positions divide by these, or raise them to a power; their other numbers may be 0.
 _ROPE_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _MLPS = {"dense", "sparse"}
+# Far above any number that a config has, and still finite when it is squared in fp32.
 _MOST = 1e12
 MAX_EXPERTS = 500_000
 """In all layers together, for the time that their names take."""
 MAX_PARAMETERS = 10**14
+"""In one model: a hundred times the largest released ones."""
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Parts of names, as every architecture has other ones: `attention_dropout`, `embd_pdrop`, `router_jitter_noise`.
 _OFF_WORDS = ("dropout", "pdrop", "jitter", "layerdrop")
-_OFF: dict[str, Any] = {
+# With these a model returns more, or something else, than hooks and scoring expect.
+_OFF: dict[str, object] = {
     "output_router_logits": False,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -70,14 +76,15 @@ _OFF: dict[str, Any] = {
 }
 
 
-def check_sizes(where: str, values: Mapping[str, Any]) -> None:
+def check_sizes(where: str, values: Mapping[str, object]) -> None:
     """Refuse sizes that make no model, or one that no machine can hold, before anything is built.
 
     Raises:
         ModelError: the message names the key.
     """
+    # Bounds come first: the checks after them calculate with sizes, and rely on their being whole numbers.
     for key, bound in BOUNDS.items():
-        value: Any = values.get(key, bound.least)
+        value = values.get(key, bound.least)
         if (value is None and key in OPTIONAL) or (key == "sliding_window" and value == 0 and _whole_window(values)):
             continue
         if not _is_int(value) or not bound.least <= value <= bound.most:
@@ -94,32 +101,81 @@ def check_sizes(where: str, values: Mapping[str, Any]) -> None:
     _check_layer_lists(where, values)
 
 
-def _whole_window(values: Mapping[str, Any]) -> bool:
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _labels(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        _LABEL.fullmatch(key) and isinstance(name, str) for key, name in value.items()
+    )
+
+
+def _label_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_int, value.values()))
+
+
+_LABEL = re.compile(r"-?\d{1,18}")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+# Keys that say nothing of the architecture, and are not passed on, but that transformers checks when it reads the file
+# by itself: a model that is accepted here must not be one that other programs cannot open.
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "architectures": (lambda value: value is None or _texts(value), "a list of class names"),
+    "auto_map": (lambda value: isinstance(value, dict), "an object"),
+    "transformers_version": (lambda value: value is None or isinstance(value, str), "a text"),
+    "is_encoder_decoder": (lambda value: isinstance(value, bool), "true or false"),
+    "id2label": (lambda value: value is None or _labels(value), "an object of texts by whole number"),
+    "label2id": (lambda value: value is None or _label_numbers(value), "an object of whole numbers"),
+    "problem_type": (lambda value: value is None or value in _PROBLEMS, f"one of {', '.join(_PROBLEMS)}"),
+}
+
+
+def check_types(where: str, values: Mapping[str, object]) -> None:
+    """Refuse wrongly typed values of keys that do not describe the architecture, and are not used.
+
+    Raises:
+        ModelError: the message names the key.
+    """
+    for key, (is_right, wanted) in _TYPES.items():
+        if key in values and not is_right(values[key]):
+            raise ModelError(f"{where}: {key} = {_shown(values[key])} in config.json; must be {wanted}")
+
+
+def _whole_window(values: Mapping[str, object]) -> bool:
     """Return whether no layer slides: transformers then writes a window of 0 for Qwen2-MoE."""
     return values.get("use_sliding_window") is False
 
 
-def _check_layer_lists(where: str, values: Mapping[str, Any]) -> None:
+def _check_layer_lists(where: str, values: Mapping[str, object]) -> None:
     dense, types = values.get("mlp_only_layers"), values.get("mlp_layer_types")
     if dense is not None and not (isinstance(dense, list | tuple) and all(map(_is_int, dense))):
         raise ModelError(f"{where}: mlp_only_layers = {_shown(dense)} in config.json; must be a list of layer numbers")
+    if types is None:
+        return
     known = isinstance(types, list | tuple) and all(isinstance(kind, str) and kind in _MLPS for kind in types)
-    if types is not None and not (known and len(types) >= values.get("num_hidden_layers", 0)):
+    if not isinstance(types, list | tuple) or not known or len(types) < _size(values, "num_hidden_layers"):
         raise ModelError(
             f"{where}: mlp_layer_types = {_shown(types)} in config.json; must be a list of "
             f"{' and '.join(sorted(_MLPS))}, one for each layer"
         )
 
 
-def _check_heads(where: str, values: Mapping[str, Any]) -> None:
+def _size(values: Mapping[str, object], key: str) -> int:
+    """Return a size that `BOUNDS` has been held against, or 0 where there is none."""
+    value = values.get(key)
+    return value if _is_int(value) else 0
+
+
+def _check_heads(where: str, values: Mapping[str, object]) -> None:
     for key in ("head_dim", "qk_rope_head_dim"):
-        if (values.get(key) or 0) % 2:
+        if _size(values, key) % 2:
             raise ModelError(f"{where}: {key} = {values[key]} in config.json; must be even, as rotary positions need")
-    if values.get("kv_lora_rank"):  # latent attention: every head has keys of its own, turned in their rotary part
+    # Latent attention: every head has keys of its own, and only their rotary part is turned by the position.
+    if values.get("kv_lora_rank"):
         for one, other in (("head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")):
             if values.get(one) and values.get(other) and values[one] != values[other]:
                 raise ModelError(f"{where}: {one} = {values[one]} in config.json; must be {other} = {values[other]}")
-    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    heads, shared = _size(values, "num_attention_heads"), _size(values, "num_key_value_heads")
     if heads and shared and heads % shared:
         raise ModelError(
             f"{where}: num_attention_heads = {heads} in config.json; "
@@ -127,20 +183,22 @@ def _check_heads(where: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
+def _is_int(value: object) -> TypeGuard[int]:
+    # JSON's true is Python's True, which is an int and equal to 1.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
+    # Cut and in ASCII: a stranger's text may be long, or hold characters that steer a terminal.
     return ascii(value)[:60]
 
 
-def _check_positive(where: str, key: str, value: Any) -> None:
+def _check_positive(where: str, key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
         raise ModelError(f"{where}: {key} = {_shown(value)} in config.json; must be a positive, finite number")
 
 
-def _check_rope(where: str, section: str, rope: Any) -> None:
+def _check_rope(where: str, section: str, rope: object) -> None:
     if rope is None:
         return
     if not isinstance(rope, Mapping):
@@ -154,7 +212,7 @@ def _check_rope(where: str, section: str, rope: Any) -> None:
             raise ModelError(f"{where}: {section}.{key} = {_shown(value)} in config.json; must be a finite number")
 
 
-def _check_mrope(where: str, key: str, value: Any) -> None:
+def _check_mrope(where: str, key: str, value: object) -> None:
     if (
         not isinstance(value, list | tuple)
         or len(value) != 3
@@ -166,14 +224,15 @@ def _check_mrope(where: str, key: str, value: Any) -> None:
         )
 
 
-def _is_small(value: Any) -> bool:
+def _is_small(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= _MOST)
 
 
+# JSON has no infinity, so transformers writes it as an object with this one key.
 _TAG, _INFINITIES = "__float__", {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def with_floats(where: str, value: Any) -> Any:
+def with_floats(where: str, value: object) -> object:
     """Return a JSON value with what transformers writes for numbers that JSON lacks, `{"__float__": "Infinity"}`.
 
     Raises:
@@ -190,7 +249,7 @@ def with_floats(where: str, value: Any) -> Any:
     return [with_floats(where, item) for item in value] if isinstance(value, list) else value
 
 
-def check_aliases(where: str, settings: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+def check_aliases(where: str, settings: Mapping[str, object], aliases: Mapping[str, str]) -> None:
     """Refuse one setting under two names with two values: libraries differ in which they take.
 
     Raises:
@@ -217,7 +276,7 @@ def check_total(where: str, parameters: int) -> None:
         )
 
 
-def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> None:
+def check_token_ids(where: str, values: Mapping[str, object], vocabulary: int) -> None:
     """Check that special tokens are rows of the embedding.
 
     Raises:
@@ -225,8 +284,8 @@ def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> N
     """
     for key in _TOKEN_IDS:
         found = values.get(key)
+        # Several tokens may end an answer, as in Llama's and Qwen's chat models; the others are one token each.
         ids = found if isinstance(found, list | tuple) and key == "eos_token_id" else [found]
-        token: Any
         for token in ids:
             if token is not None and (not _is_int(token) or not 0 <= token < vocabulary):
                 raise ModelError(
@@ -235,7 +294,7 @@ def check_token_ids(where: str, values: Mapping[str, Any], vocabulary: int) -> N
                 )
 
 
-def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def switched_off(where: str, settings: Mapping[str, object]) -> dict[str, object]:
     """Return the settings without those that would change training or decoding behind our back; the user is told once.
 
     Dropout and jitter make the reference and the routing anchor inexact, and the others change what a model returns.
@@ -254,8 +313,9 @@ def switched_off(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **off}
 
 
-def _changed(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _changed(settings: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
     for key, value in settings:
+        # 0 and null are how configs say off; a value that is off already needs no word to the user.
         if any(word in key for word in _OFF_WORDS) and value not in (None, 0, False):
             yield key, 0.0
         elif key in _OFF and value != _OFF[key]:

@@ -54,7 +54,8 @@ def copy_changed(source: str, target: Path, change: Change) -> Copied:
     target.mkdir(parents=True)
     changed: set[str] = set()
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as hashing:  # beside the copy, which reads the same bytes
+    # In a thread beside the copy: both read the same bytes, which then come from the system's cache.
+    with ThreadPoolExecutor(1) as hashing:
         for name in track(shards, "write shards", len(shards)):
             shard = checked_file(folder, name)
             before = state_of(shard)
@@ -75,7 +76,8 @@ def copy_changed(source: str, target: Path, change: Change) -> Copied:
 
 
 def _is_passed_on(entry: os.DirEntry[str]) -> bool:
-    is_index = entry.name.endswith(".safetensors.index.json")  # of these shards it is among what is read
+    # The index of these shards is copied because it is among what is read; any other one belongs to other weights.
+    is_index = entry.name.endswith(".safetensors.index.json")
     return entry.is_file() and Path(entry.name).suffix in _COPIED and not entry.name.startswith(".") and not is_index
 
 
@@ -86,6 +88,7 @@ def _copy_shard(source: Path, target: Path, change: Change) -> set[str]:
         for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
             before = shard.get_tensor(key)
             tensors[key] = change(key, before).to(before.dtype).contiguous()
+            # `to` and `contiguous` return the very same tensor if there is nothing to do.
             if tensors[key] is not before:
                 changed.add(key)
         metadata = shard.metadata()

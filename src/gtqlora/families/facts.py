@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from gtqlora.errors import ModelError
 from gtqlora.families.unknown import refusal
@@ -17,6 +17,26 @@ from gtqlora.routing import RouterSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    class TextConfig(PreTrainedConfig):
+        """A language model's config, with the keys that gtqlora reads by name.
+
+        It exists for type checkers only: transformers has a class of its own for every family.
+        """
+
+        vocab_size: int
+        hidden_size: int
+        num_hidden_layers: int
+        max_position_embeddings: int
+        # Only some families have these; a `Family` says which ones count.
+        first_k_dense_replace: int
+        decoder_sparse_step: int
+        mlp_only_layers: list[int] | None
+        mlp_layer_types: list[str]
+        norm_topk_prob: bool
+        n_group: int | None
+        topk_group: int | None
+
 
 MoeLayers = Literal["all", "after_dense", "sparse_step", "by_type"]
 Normalize = Literal["key", "always", "never"]
@@ -96,14 +116,16 @@ class Family:
 
     def moe_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Return the indices of the decoder layers that have a router, from the language model's config alone."""
-        return tuple(self._routed(config)) if self.n_experts(config) else ()
+        # transformers makes every layer dense where a config has 0 experts, whatever its other keys say.
+        return tuple(self._routed(cast("TextConfig", config))) if self.n_experts(config) else ()
 
-    def _routed(self, config: Any) -> Iterable[int]:
+    def _routed(self, config: TextConfig) -> Iterable[int]:
         every = range(config.num_hidden_layers)
         if self.moe_layers_from == "after_dense":
             return every[config.first_k_dense_replace :]
         if self.moe_layers_from == "sparse_step":
             dense = set(config.mlp_only_layers or ())
+            # Counted from 1, as in transformers: with a step of 2 layers 1, 3, 5, ... have routers.
             return (i for i in every if i not in dense and (i + 1) % config.decoder_sparse_step == 0)
         if self.moe_layers_from == "by_type":
             return (i for i in every if config.mlp_layer_types[i] == "sparse")
@@ -123,7 +145,8 @@ class Family:
         Raises:
             ModelError: no router can choose so.
         """
-        normalize = self.normalize == "always" or (self.normalize == "key" and bool(config.norm_topk_prob))
+        text = cast("TextConfig", config)
+        normalize = self.normalize == "always" or (self.normalize == "key" and bool(text.norm_topk_prob))
         spec = RouterSpec(
             score=self.score,
             top_k=getattr(config, self.topk_key),
@@ -131,13 +154,14 @@ class Family:
             normalize=normalize,
             scale=float(getattr(config, self.scale_key)) if self.scale_key else 1.0,
             rounds=self.rounds,
-            n_group=int(config.n_group or 1) if self.grouped else 1,
-            topk_group=int(config.topk_group or 1) if self.grouped else 1,
+            n_group=int(text.n_group or 1) if self.grouped else 1,
+            topk_group=int(text.topk_group or 1) if self.grouped else 1,
         )
         self._check_spec(spec)
         return spec
 
     def _check_spec(self, spec: RouterSpec) -> None:
+        # A token may only use experts of the groups chosen for it, so these must hold at least as many as it uses.
         eligible = spec.n_experts // spec.n_group * spec.topk_group
         if spec.n_experts % spec.n_group or not 1 <= spec.topk_group <= spec.n_group:
             raise ModelError(f"{self.model_type}: {spec.n_experts} experts do not split into {spec.n_group} groups")
@@ -161,12 +185,13 @@ class Family:
 
         They follow the last layer, and are no part of the language model; transformers does not load them.
         """
-        first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+        first = cast("TextConfig", config).num_hidden_layers
+        count = getattr(config, "num_nextn_predict_layers", 0) or 0
         return tuple(f"{self.layer(first + i)}." for i in range(count))
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Modules whose outputs are added to the residual stream; a layer lacks some of them."""
+        """Return the modules whose outputs are added to the residual stream; a layer lacks some of them."""
         return (*self.attention_blocks, self.mlp_block)
 
 
@@ -174,8 +199,12 @@ def _paths(block: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{block}.{name}" for name in names)
 
 
+# An MLP of every family here is SwiGLU: down(silu(gate(x)) * up(x)).
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
+# Grouped-query attention: several query heads share one head of keys and values.
 _GQA = _paths("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+# Latent attention (MLA) of DeepSeek. Queries have either `q_proj`, or `q_a_proj` and `q_b_proj` where the config has a
+# `q_lora_rank`; a layer's linears are those of the list that it has.
 _MLA = _paths("self_attn", "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 # The router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores, a bias for selection, groups, a factor.
@@ -195,6 +224,7 @@ _DEEPSEEK = {
     "moe_layers_from": "after_dense",
     "attention": _MLA,
 }
+# Qwen weighs its shared expert by a sigmoid of a linear of its own, one number per token.
 _QWEN_SHARED: dict[str, Any] = {
     "score": "softmax",
     "shared": _paths("mlp.shared_expert", *_SWIGLU),
@@ -210,6 +240,7 @@ _QWEN_HYBRID: dict[str, Any] = {
     "frozen_kinds": {"linear_attn": "linear attention, rest"},
     "attention_blocks": ("self_attn", "linear_attn"),
 }
+# Qwen3.5 releases are multimodal: the vision tower and the multi-token-prediction layers (`mtp.`) are left on disk.
 _QWEN3_5: dict[str, Any] = {
     **_QWEN_HYBRID,
     "class_name": "Qwen3_5MoeForCausalLM",
@@ -226,6 +257,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(model_type="deepseek_v3", **_DEEPSEEK),
+        # Kimi K2.5 is DeepSeek-V3's language model inside a vision-language wrapper that transformers does not have.
         Family(
             model_type="kimi_k25",
             text_key="text_config",
@@ -299,7 +331,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
+def family_of(config: Mapping[str, object], where: str) -> Family:
     """Return the family of a config.json.
 
     Raises:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -31,19 +31,23 @@ SMALL_FILES = (
 )
 """What is read of a model folder beside the weights, as patterns; the tokenizer's as transformers looks for them."""
 
+# Nothing that can hold code or a pickle is even fetched.
 _FROM_HUB = ("*.json", "*.jinja", "tokenizer*", "*.txt", "*.model")
 # transformers would follow these instead of, or on top of, the weights that are checked here.
 _DIVERTING = {"adapter_config.json": "a PEFT adapter", "shard-*-model-*-of-*.safetensors": "a distributed checkpoint"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# Branches and tags; `..` is refused besides, as the revision becomes a part of paths in the hub's cache.
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+# Characters of an upstream error that are shown: a library may quote a whole file in it.
 _SHOWN = 300
+# The index of 10^12 parameters has tens of MB, and large vocabularies with their merges have about as many.
 _MAX_BYTES = {INDEX: 2**29, FAST_TOKENIZER: 2**28}
 _MAX_OTHER_BYTES = 2**25
-"""A config has a few kB and a vocabulary a few MB; the index of 10^12 parameters has tens of MB."""
+"""A config has a few kB, a vocabulary a few MB; what is much larger would take memory and is something else."""
 
 
 def local_path(model: str) -> Path:
-    """MODEL as a path, with `~` as the home folder.
+    """Return MODEL as a path, with `~` as the home folder.
 
     Raises:
         ModelError: there is no such home.
@@ -90,6 +94,7 @@ def checked_file(folder: Path, name: str) -> Path:
 
 def leads_out(name: str) -> bool:
     """Return whether a relative name has parts that lead out of its folder, on any system."""
+    # By both systems' rules, as a model folder is copied from one to the other.
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     outside = ".." in (*posix.parts, *windows.parts) or posix.is_absolute() or bool(windows.drive or windows.root)
     return outside or "\\" in name or not posix.parts
@@ -101,6 +106,7 @@ def _check_link(folder: Path, file: Path) -> None:
         root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {file.name!r} is no file name") from error
+    # In the hub's cache, models--OWNER--NAME/snapshots/COMMIT/FILE is a link to models--OWNER--NAME/blobs/HASH.
     store = root.parent.parent
     cached = root.parent.name == "snapshots" and store.name.startswith("models--")
     if not target.is_relative_to(root) and not (cached and target.is_relative_to(store / "blobs")):
@@ -123,6 +129,7 @@ def read_text(file: Path) -> str:
     checked_file(file.parent, file.name)
     limit = _MAX_BYTES.get(file.name, _MAX_OTHER_BYTES)
     try:
+        # Looked at before reading: a sparse file of terabytes takes no disk, but would take all memory.
         if file.stat().st_size > limit:
             raise ModelError(f"{file}: larger than {limit >> 20} MiB, so it is not what its name says")
         return file.read_text(encoding="utf-8")
@@ -132,7 +139,7 @@ def read_text(file: Path) -> str:
         raise ModelError(f"{file}: not UTF-8 ({error})") from error
 
 
-def read_json(file: Path, *, empty: bool = False) -> dict[str, Any]:
+def read_json(file: Path, *, empty: bool = False) -> dict[str, object]:
     """Return a JSON object from a file of a model folder.
 
     Args:
@@ -211,7 +218,7 @@ def small_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found | links))
 
 
-def _safe_shard(index: Path, name: Any) -> str:
+def _safe_shard(index: Path, name: object) -> str:
     """Return a shard name that stays inside the folder and is no pickle."""
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         raise ModelError(f"{index}: shard {name!r} is not a .safetensors file")
@@ -223,19 +230,19 @@ def _safe_shard(index: Path, name: Any) -> str:
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> shard from the index, None where there is none or it says nothing but `model.safetensors`.
+    """Return the index of the weights, which maps each tensor to the file that holds it; None where there is no index.
 
     Raises:
-        ModelError: no index in order, or it names other files than the `model.safetensors` beside it.
+        ModelError: the index is not in order, or names other files although there is a `model.safetensors` beside it.
     """
     if not has(folder, INDEX):
         return None
     index = folder / INDEX
     raw = read_json(index)
-    mapped = raw.get("weight_map")
     for key in ("weight_map", "metadata"):  # loaders need both
-        if not isinstance(raw.get(key), dict) or not mapped:
+        if not isinstance(raw.get(key), dict) or not raw.get("weight_map"):
             raise ModelError(f"{index}: no {key} in it; get the index again")
+    mapped = cast(dict[str, object], raw["weight_map"])
     safe = {name: _safe_shard(index, shard) for name, shard in mapped.items()}
     others = sorted(set(safe.values()) - {WEIGHTS})
     if others and has(folder, WEIGHTS):
@@ -260,6 +267,7 @@ def weight_files(model: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         ModelError: no safetensors, an index that names other places, a shard that is not there, or an adapter.
     """
+    # The index comes with the small files, and says which of the large ones are wanted: a repository may hold others.
     folder = small_files(model)
     names = _shards(folder)
     if not is_local(model):

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,15 +23,17 @@ class Header:
 
     @property
     def numel(self) -> int:
+        """Return how many elements the tensor has."""
         return prod(self.shape)
 
 
-def opened(path: Path) -> Any:
+def opened(path: Path) -> safe_open:
     """Return a safetensors file, open for reading.
 
     Raises:
         ModelError: it is corrupt or cut short.
     """
+    # Before it is opened: the library would follow a link anywhere, and wait forever for a pipe.
     checked_file(path.parent, path.name)
     try:
         return safe_open(path, framework="pt")

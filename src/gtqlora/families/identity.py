@@ -14,6 +14,7 @@ from gtqlora.families.facts import family_of
 from gtqlora.progress import track
 from gtqlora.run import sha256_file, sha256_json
 
+# Enough readers to keep a fast disk busy.
 _THREADS = 8
 _WHAT = "hashing the model"
 
@@ -66,7 +67,7 @@ def state_of(file: Path) -> tuple[int, ...]:
 
 
 def pinned(model: str) -> str:
-    """MODEL by a name that goes on meaning the same: an absolute path, or a hub id with its commit.
+    """Return a name for MODEL that goes on meaning the same: an absolute path, or a hub id with its commit.
 
     Raises:
         ModelError: there is no such folder or hub model.
@@ -74,6 +75,7 @@ def pinned(model: str) -> str:
     found = files.config_file(model)
     if files.is_local(model):
         return os.path.abspath(files.local_path(model))
+    # The hub's cache keeps a model's files in a folder that is named after their commit.
     commit = found.parent.name
     if not files.COMMIT.fullmatch(commit):
         raise ModelError(f"{model}: the hub's cache gives no commit for it ({found.parent}); give a local folder")
@@ -86,7 +88,8 @@ def read_files(model: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         ModelError: as `files.weight_files`.
     """
-    family_of(files.read_json(files.config_file(model)), model)  # what cannot be studied at all is said first
+    # What cannot be studied at all is said first: before gigabytes are fetched.
+    family_of(files.read_json(files.config_file(model)), model)
     folder, shards = files.weight_files(model)
     names = {files.config_file(model).name, *files.small_names(folder), *shards}
     if files.has(folder, files.INDEX):
@@ -104,6 +107,7 @@ def identify(model: str) -> ModelIdentity:
     """
     name = pinned(model)
     folder, names = read_files(name)
+    # Before hashing, so that a change while a file is hashed shows as well.
     states = {file: state_of(folder / file) for file in names}
     threads = min(_THREADS, os.cpu_count() or 1, len(names))
     with ThreadPoolExecutor(threads) as pool:

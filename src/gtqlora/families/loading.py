@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from gtqlora.families.config_checks import (
     check_sizes,
     check_token_ids,
     check_total,
+    check_types,
     switched_off,
     with_floats,
 )
@@ -35,6 +36,12 @@ from gtqlora.families.names import TensorNames
 from gtqlora.families.rendering import warm_up
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
 from gtqlora.families.weight_checks import check_experts, check_headers, check_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from gtqlora.families.facts import TextConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -55,16 +62,18 @@ class _Source:
 
     model: str
     family: Family
-    raw: dict[str, Any]
-    text: dict[str, Any]
+    raw: dict[str, object]
+    text: dict[str, object]
 
-    def first(self, *keys: str) -> Any:
+    def first(self, *keys: str) -> object:
         """Return the first value present, the language model's own before the whole model's."""
         return next((part[key] for part in (self.text, self.raw) for key in keys if part.get(key) is not None), None)
 
 
 def _read(model: str) -> _Source:
     raw = with_floats(model, files.read_json(files.config_file(model)))
+    if not isinstance(raw, dict):
+        raise ModelError(f"{model}: config.json must hold an object with the model's settings")
     family = family_of(raw, model)
     text = raw.get(family.text_key) if family.text_key else raw
     if not isinstance(text, dict):
@@ -74,7 +83,9 @@ def _read(model: str) -> _Source:
         raise ModelError(
             f"{model}: {family.text_key}.model_type is {text.get('model_type')!r}, expected one of {known}"
         )
+    # The outer part, too, where the language model's is nested: tokenizers and other programs read it as a whole.
     for part in (raw, text):
+        check_types(model, part)
         check_sizes(model, part)
     return _Source(model=model, family=family, raw=raw, text=text)
 
@@ -89,7 +100,7 @@ def _dtype(source: _Source) -> torch.dtype | None:
     return dtype
 
 
-def _config(source: _Source) -> Any:
+def _config(source: _Source) -> TextConfig:
     config_class = getattr(transformers, source.family.class_name).config_class
     settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
     check_aliases(source.model, settings, config_class.attribute_map)
@@ -98,19 +109,20 @@ def _config(source: _Source) -> Any:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         detail = files.first_line(" ".join(str(error).split()))
         raise ModelError(f"{source.model}: config.json does not fit {source.family.model_type} ({detail})") from error
+    # Once more, with the class's defaults filled in: the default of a key that is left out may not fit the others.
     check_sizes(source.model, vars(config))
     check_token_ids(f"{source.model}: config.json", vars(config), config.vocab_size)
     _check_experts_total(source, config)
     return config
 
 
-def _check_experts_total(source: _Source, config: Any) -> None:
+def _check_experts_total(source: _Source, config: PreTrainedConfig) -> None:
     total = len(source.family.moe_layers(config)) * source.family.n_experts(config)
     if total > MAX_EXPERTS:
         raise ModelError(f"{source.model}: config.json describes {total:,} experts; at most {MAX_EXPERTS:,} are taken")
 
 
-def load_config(model: str) -> tuple[Family, Any]:
+def load_config(model: str) -> tuple[Family, TextConfig]:
     """Return the family and the language model's transformers config of MODEL (folder, config.json, or hub id).
 
     `config.dtype` is the checkpoint's, or None if config.json does not say. Quantized checkpoints are fine here.
@@ -122,12 +134,13 @@ def load_config(model: str) -> tuple[Family, Any]:
     return source.family, _config(source)
 
 
-def meta_model(family: Family, config: Any) -> PreTrainedModel:
+def meta_model(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model with shapes and no memory, for anatomy from a config alone; bf16 if the config names no dtype.
 
     Raises:
         ModelError: the config's sizes make no model.
     """
+    # The sizes fit their bounds one by one, but what a class does with all of them together only it can say.
     try:
         with torch.device("meta"):
             model = getattr(transformers, family.class_name)(config)
@@ -173,7 +186,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: str, *, dtype: str = "auto", device: str = "cpu", quantization_config: Any = None
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[Family, PreTrainedModel]:
     """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
@@ -184,6 +201,7 @@ def load_model(
     Raises:
         ModelError: quantized, pickled, missing, corrupt or mismatched weights, or NaN in them.
     """
+    # What costs nothing comes first: config, then names and headers, then memory for the weights, then every value.
     source = _read(model)
     if quantization_config is None:
         _refuse_quantized(source)
@@ -195,7 +213,7 @@ def load_model(
     tensors = TensorNames(skeleton, source.family, headers)
     check_headers(model, source.family, tensors, headers, _settings(source))
     check_size(model, sum(p.numel() for p in skeleton.parameters()), headers)
-    quantizing: dict[str, Any] = {}
+    quantizing: dict[str, object] = {}
     if quantization_config is None:
         check_experts(model, source.family, config, tensors)
     else:
@@ -224,7 +242,7 @@ def quantization(model: str) -> str | None:
     return None if settings is None else packed.method_of(settings)
 
 
-def quantization_settings(model: str) -> Any:
+def quantization_settings(model: str) -> dict[str, object] | None:
     """Return what MODEL's config.json says of how its checkpoint is quantized, or None.
 
     Raises:
@@ -233,7 +251,7 @@ def quantization_settings(model: str) -> Any:
     return _settings(_read(model))
 
 
-def _settings(source: _Source) -> Any:
+def _settings(source: _Source) -> dict[str, object] | None:
     return packed.settings_of(source.raw, source.family.text_key, source.model)
 
 
@@ -265,10 +283,19 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
+class _LoadingInfo(TypedDict):
+    """What transformers says of a loaded checkpoint; a mismatch is (name, shape on disk, shape by config)."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
 def _from_pretrained(
-    folder: str, family: Family, config: Any, dtype: str, model: str, **more: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    folder: str, family: Family, config: PreTrainedConfig, dtype: str, model: str, **more: object
+) -> tuple[PreTrainedModel, _LoadingInfo]:
     model_class = getattr(transformers, family.class_name)
+    # The class's own mapping knows no such wrapper. A nested model whose wrapper it does know has no `wrapper_prefix`.
     renames = {rf"^{re.escape(family.wrapper_prefix)}\.": ""} if family.wrapper_prefix else None
     try:
         with _quiet():
@@ -288,16 +315,16 @@ def _from_pretrained(
         raise ModelError(f"{model}: the weights cannot be loaded ({files.first_line(error)})") from error
 
 
-def _check_loading(model: str, family: Family, config: Any, info: dict[str, Any]) -> None:
+def _check_loading(model: str, family: Family, config: PreTrainedConfig, info: _LoadingInfo) -> None:
     known = (*family.other_towers, *family.extra_layers(config))
-    unexpected = [key for key in info.get("unexpected_keys", ()) if not key.startswith(known)]
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(known)]
     mismatched = [
-        f"{key} {tuple(disk)} on disk, {tuple(memory)} by config"
-        for key, disk, memory in info.get("mismatched_keys", ())
+        f"{key} {tuple(disk)} on disk, {tuple(memory)} by config" for key, disk, memory in info["mismatched_keys"]
     ]
+    # Shapes first: a tensor of another shape may count as missing, too, and the shape says more.
     for what, keys in (
         ("of another shape than config.json says", mismatched),
-        ("missing", info.get("missing_keys", ())),
+        ("missing", info["missing_keys"]),
         ("not of this architecture", unexpected),
     ):
         if keys:
@@ -315,6 +342,7 @@ def _bad_part(tensor: Tensor) -> str | None:
     """Return where a tensor is not finite: "" for a plain one, "[expert]" for fused experts, None if it is in order."""
     if not tensor.is_floating_point():
         return None
+    # Fused experts are a layer's largest tensor; looked at one by one, the mask takes memory for one only.
     if tensor.ndim < 3:
         return None if bool(tensor.isfinite().all()) else ""
     return next((f"[{i}]" for i, part in enumerate(tensor) if not part.isfinite().all()), None)

@@ -95,6 +95,7 @@ class TensorNames:
 
     def twice(self) -> list[tuple[str, str]]:
         """Return pairs of names on disk that make the same parameter, or the same part of one."""
+        # The parts of a quantized matrix count as one name here, which is not there twice.
         every = (sorted(set(names), key=len) for names in self._found.values())
         return [(names[-1], names[0]) for names in every if len(names) > 1]
 
@@ -111,10 +112,12 @@ class _ToMemory:
     """transformers' mapping as it loads a checkpoint."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        # not its state dict: making that would move the weights of frozen experts
+        # Not its state dict: making that would move the weights of frozen experts
         tensors = (*model.named_parameters(), *model.named_buffers())
         self._prefix, self._names = model.base_model_prefix, {name: True for name, _ in tensors}
         self._renamings, self._converters = _split(_transforms(model, family, legacy=True))
+        # A converter's pattern has a * where the expert's number stands. Nine digits at most, so that a stranger's name
+        # cannot make a number that takes long to read.
         self._parts = {
             pattern: (re.compile(re.escape(pattern).replace(r"\*", "([0-9]{1,9})") + "$"), part)
             for converter in self._converters
@@ -128,6 +131,7 @@ class _ToMemory:
 
         The tensors that make a quantized matrix end in other words than `.weight`, which no mapping knows.
         """
+        # The parts of a quantized matrix share one look-up; a checkpoint has up to a million names.
         matrix = _matrix_name(disk)
         if matrix not in self._matrices:
             self._matrices[matrix] = self._expert(self.renamed(matrix))
@@ -152,6 +156,7 @@ class _ToDisk:
 
     def __init__(self, model: PreTrainedModel, family: Family, disk: list[str], wrapped: bool) -> None:
         own = _transforms(model, family, legacy=False)
+        # Loading applies the transforms one after the other, so writing undoes them from the last to the first.
         used = [transform for transform in own if _is_used(transform, disk, wrapped)]
         self._renamings, self._converters = _split([transform.reverse_transform() for transform in reversed(used)])
 
@@ -161,6 +166,7 @@ class _ToDisk:
         if place.expert is not None:
             name, pattern = rename_source_key(name, [], self._converters, reverse=True)
             assert pattern is not None, f"no conversion takes {name} apart"
+            # In reverse the matrices stand among the targets: the first is the one that the renaming put into the name.
             sources = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
             name = name.replace(sources[0], sources[place.part]).replace("*", str(place.expert))
         return rename_source_key(name, self._renamings, [], reverse=True)[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import cast
 
 from gtqlora.errors import ModelError
 
@@ -11,12 +11,14 @@ OURS = "gtqlora"
 """`quant_method` of checkpoints whose experts were quantized, and saved, by gtqlora itself."""
 
 _COMPRESSED, _PACKED = "compressed-tensors", "pack-quantized"
+# Older checkpoints of compressed-tensors have the second name.
 _KEYS = ("quantization_config", "compression_config")
+# Weights that share one scale; the kernels know these sizes.
 _GROUP_SIZES = (32, 128)
 _NAMES = {"fp8": "FP8", "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
 
 
-def settings_of(raw: dict[str, Any], text_key: str | None, where: str) -> dict[str, Any] | None:
+def settings_of(raw: Mapping[str, object], text_key: str | None, where: str) -> dict[str, object] | None:
     """Return the quantization settings of a config.json, the language model's own before the whole model's, or None.
 
     Raises:
@@ -33,12 +35,12 @@ def settings_of(raw: dict[str, Any], text_key: str | None, where: str) -> dict[s
     return found
 
 
-def method_of(settings: dict[str, Any] | None) -> str:
+def method_of(settings: Mapping[str, object] | None) -> str:
     """Return the `quant_method` of quantization settings."""
-    return (settings or {}).get("quant_method", "unnamed")
+    return str((settings or {}).get("quant_method", "unnamed"))
 
 
-def _section(holder: dict[str, Any], key: str) -> dict[str, Any]:
+def _section(holder: Mapping[str, object], key: str) -> dict[str, object]:
     """Return a part of the settings that is an object, or may be left out.
 
     Raises:
@@ -50,13 +52,13 @@ def _section(holder: dict[str, Any], key: str) -> dict[str, Any]:
     return found or {}
 
 
-def is_packed_int4(settings: Any) -> bool:
+def is_packed_int4(settings: Mapping[str, object]) -> bool:
     """Return whether these are settings that `packed_group` accepts."""
     return method_of(settings) == _COMPRESSED and not list(_objections(settings))
 
 
-def packed_group(settings: Any) -> int:
-    """Inputs per scale of a compressed-tensors INT4 checkpoint.
+def packed_group(settings: Mapping[str, object]) -> int:
+    """Return how many inputs share a scale in a compressed-tensors INT4 checkpoint.
 
     Raises:
         ModelError: it is quantized in another way; the message names the way.
@@ -73,19 +75,19 @@ def packed_group(settings: Any) -> int:
             f"the checkpoint is {_COMPRESSED} with {objection}; gtqlora reads symmetric INT4 in the "
             f"{_PACKED} format with groups of {' or '.join(map(str, _GROUP_SIZES))}, and nothing else quantized"
         )
-    return next(_weights(settings))["group_size"]
+    return cast(int, next(_weights(settings))["group_size"])
 
 
-def _groups(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(settings: Mapping[str, object]) -> list[dict[str, object]]:
     groups = _section(settings, "config_groups")
     return [_section(groups, name) for name in groups]
 
 
-def _weights(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _weights(settings: Mapping[str, object]) -> Iterator[dict[str, object]]:
     return (_section(group, "weights") for group in _groups(settings))
 
 
-def _objections(settings: dict[str, Any]) -> Iterator[str]:
+def _objections(settings: Mapping[str, object]) -> Iterator[str]:
     """Yield what keeps compressed-tensors settings from being plain INT4, in the order a reader would want to know."""
     groups = _groups(settings)
     if not groups:
@@ -104,7 +106,8 @@ def _objections(settings: dict[str, Any]) -> Iterator[str]:
         yield f"sparse weights ({sparsity['format']})"
 
 
-def _weight_objections(weights: dict[str, Any]) -> Iterator[str]:
+def _weight_objections(weights: Mapping[str, object]) -> Iterator[str]:
+    # Defaults are those that compressed-tensors gives keys that are left out.
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if (bits, kind) != (4, "int"):
         yield f"{bits}-bit {kind} weights"

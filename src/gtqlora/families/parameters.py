@@ -17,6 +17,7 @@ GATES = "routers (gates)"
 """The kind whose parameters train in full, but for what else a router has."""
 _ROUTED, _ATTENTION, _SHARED = "routed experts", "attention", "shared experts"
 _SHARED_GATES, _DENSE, _EMBEDDINGS, _NORMS = "shared-expert gates", "dense MLPs", "embeddings, head", "norms"
+# Gates train as fp32 masters whatever the model's dtype.
 _FP32_BYTES = 4
 
 
@@ -113,6 +114,7 @@ def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Pa
 
 
 def _ancestors(name: str) -> Iterator[str]:
+    # From the nearest module outwards, so that a norm inside of attention counts as a norm.
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
@@ -153,6 +155,7 @@ def _trained(model: nn.Module, family: Family, kind: str, paths: Iterable[str], 
 
 def _lora_size(model: nn.Module, path: str, rank: int) -> _Size:
     linear = cast(nn.Linear, model.get_submodule(path))
+    # Two matrices: inputs to rank, and rank to outputs.
     weights = rank * (linear.in_features + linear.out_features)
     dtype = linear.weight.dtype if linear.weight.is_floating_point() else cast(torch.dtype, model.dtype)
     return _Size(weights, weights * dtype.itemsize)
@@ -169,5 +172,6 @@ def _stored(parameter: nn.Parameter) -> _Size:
 
 
 def _frozen_size(experts: FrozenRange) -> _Size:
+    # Gate, up and down, each of hidden times intermediate size.
     weights = 3 * experts.count * experts.hidden_size * experts.intermediate_size
     return _Size(weights, sum(buffer.nbytes for buffer in cast(nn.Module, experts).buffers()))

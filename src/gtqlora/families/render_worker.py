@@ -12,12 +12,17 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+if TYPE_CHECKING:
+    from gtqlora.families.rendering import Request
+
+# Four bytes, the most significant first, as `rendering` writes and reads them.
 LENGTH = struct.Struct(">I")
 SHOWN = 500
 """Characters of an error, which a template may make as long as it likes."""
@@ -25,6 +30,7 @@ SHOWN = 500
 
 def _limit(memory: int) -> None:
     """Allow `memory` more bytes than are mapped now, where the system can say how many that is."""
+    # Counted from what is mapped already: imported libraries map gigabytes that they hardly use.
     try:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
@@ -32,13 +38,14 @@ def _limit(memory: int) -> None:
         return  # no such file on this system: the time limit is left
 
 
-def _rendered(request: dict[str, Any]) -> dict[str, str]:
+def _rendered(request: Request) -> dict[str, str]:
+    variables: dict[str, Any] = {**request["variables"]}
     try:
         text = render_jinja_template(
             conversations=[request["messages"]],
             chat_template=request["template"],
             add_generation_prompt=request["generation"],
-            **request["variables"],
+            **variables,
         )[0][0]
     except (TemplateSyntaxError, SecurityError) as error:
         return {"failed": str(error)[:SHOWN]}
@@ -51,12 +58,12 @@ def _rendered(request: dict[str, Any]) -> dict[str, str]:
     return {"text": text}
 
 
-def _read(source: IO[bytes]) -> dict[str, Any] | None:
+def _read(source: IO[bytes]) -> Request | None:
     head = source.read(LENGTH.size)
     return json.loads(source.read(*LENGTH.unpack(head))) if len(head) == LENGTH.size else None
 
 
-def _write(target: IO[bytes], reply: dict[str, Any]) -> None:
+def _write(target: IO[bytes], reply: Mapping[str, object]) -> None:
     data = json.dumps(reply).encode()
     target.write(LENGTH.pack(len(data)) + data)
     target.flush()
@@ -67,6 +74,8 @@ def main(seconds: float, memory: int) -> None:
     _limit(memory)
     while (request := _read(sys.stdin.buffer)) is not None:
         started = time.process_time()
+        # Processor time, so that a busy machine makes no template fail. SIGPROF has no handler here, so it ends the
+        # process even inside of C code, where a Python handler would never get to run.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         reply = _rendered(request)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NotRequired, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,10 +25,34 @@ SECONDS_EACH = 0.05
 """On the average of all renderings by one template: thousands of rows are rendered several times each."""
 _WAIT = 60.0
 """Seconds by the clock after which the renderer is lost; on a busy machine processor time takes longer."""
+# Bytes beyond what the renderer has mapped when it starts.
 _MEMORY = 2**29
 _CHARACTERS, _TIMES = 50_000, 10
 """A rendering may hold this many characters, and so many times those of its messages."""
 _WORKER = Path(__file__).with_name("render_worker.py")
+
+
+class Request(TypedDict):
+    """What the renderer is asked for.
+
+    `generation` asks for the prompt up to where the answer begins; `variables` are the special tokens by name;
+    `characters` is the largest length of the text.
+    """
+
+    template: str
+    messages: list[dict[str, str]]
+    generation: bool
+    variables: dict[str, str]
+    characters: int
+
+
+class Reply(TypedDict):
+    """What the renderer says: a text, or why the template refused (its own error) or failed (any other one)."""
+
+    seconds: float
+    text: NotRequired[str]
+    refused: NotRequired[str]
+    failed: NotRequired[str]
 
 
 class _Lost(Exception):
@@ -43,7 +67,10 @@ class _Renderer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> subprocess.Popen[bytes]:
+        """Return the process, started if there is none."""
         if self._process is None:
+            # Relative entries would mean other folders, as the process runs in another one. The empty entry is the
+            # current folder, whose modules may be a stranger's.
             paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(SECONDS), str(_MEMORY)],
@@ -57,12 +84,15 @@ class _Renderer:
         return self._process
 
     def warm_up(self) -> None:
+        """Start the process, and do not wait until it is ready."""
         with self._lock:
             self.start()
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises:
-        _Lost: it died over it; the next request starts another.
+    def ask(self, request: Request) -> Reply:
+        """Return the renderer's reply.
+
+        Raises:
+            _Lost: it died over the request; the next request starts another renderer.
         """
         with self._lock:
             process = self.start()
@@ -79,7 +109,7 @@ class _Renderer:
                 raise
 
     def _ended(self) -> str:
-        """Stop the process; why it stopped answering."""
+        """Stop the process, and return why it stopped answering."""
         process, self._process = self._process, None
         assert process is not None
         try:
@@ -87,10 +117,12 @@ class _Renderer:
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
+        # SIGPROF: its own timer ended it. SIGKILL: it was still running, and we did so just now.
         slow = code in (-signal.SIGPROF, -signal.SIGKILL)
         return f"takes longer than {SECONDS:g} s to render" if slow else "crashes its renderer"
 
     def close(self) -> None:
+        """End the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -98,6 +130,7 @@ class _Renderer:
 
 
 def _read(source: IO[bytes], size: int) -> bytes:
+    # Not `source.read`, which would wait without a limit for a process that hangs.
     data = b""
     while len(data) < size:
         if not select.select([source], [], [], _WAIT)[0]:
@@ -129,7 +162,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
         ModelError: it fails, takes too long, or renders nothing or too much.
     """
     template = _template(tokenizer)
-    request = {
+    request: Request = {
         "template": template,
         "messages": [dict(message) for message in messages],
         "generation": generation,
@@ -143,8 +176,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     _account(tokenizer, template, reply["seconds"])
     if "refused" in reply:
         raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
-    if "failed" in reply:
-        raise _fault(tokenizer, f"fails ({first_line(reply['failed'])})")
+    if "text" not in reply:
+        raise _fault(tokenizer, f"fails ({first_line(reply.get('failed', ''))})")
     if not reply["text"].strip():
         raise _fault(tokenizer, "renders nothing")
     return reply["text"]

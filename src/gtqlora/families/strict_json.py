@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import NoReturn
 
 MAX_DIGITS = 60
 """Of one number: tokenizers write 10^30 for "no limit"; Python refuses above 4300, and floats overflow above 308."""
@@ -13,7 +13,7 @@ MAX_DEPTH = 64
 """Of objects and lists in each other; what copies or prints them later recurses."""
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> object:
     """Return the value of a JSON text.
 
     Raises:
@@ -34,7 +34,8 @@ def parse(text: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # Of two equal keys readers differ in which they take, so that what is checked here need not be what another uses.
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -56,12 +57,12 @@ def _float(digits: str) -> float:
     return value
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name}, which is not JSON")
 
 
-def _check(value: Any) -> None:
-    """Depth and characters, without recursion."""
+def _check(value: object) -> None:
+    """Check depth and characters, level by level: recursion would end in an error of Python's at the wrong place."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
@@ -72,12 +73,12 @@ def _check(value: Any) -> None:
         depth += 1
 
 
-def _children(value: Any) -> Iterator[Any]:
+def _children(value: object) -> Iterator[object]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return (child for child in inner if isinstance(child, dict | list | str))
 
 
-def _texts(level: list[Any]) -> Iterator[str]:
+def _texts(level: list[object]) -> Iterator[str]:
     for value in level:
         if isinstance(value, str):
             yield value
@@ -86,6 +87,7 @@ def _texts(level: list[Any]) -> Iterator[str]:
 
 
 def _check_text(text: str) -> None:
+    # JSON may spell half of a character's two UTF-16 units, which no file and no tokenizer can take.
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -33,7 +32,7 @@ def _at_fault(where: str, what: str) -> Iterator[None]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str, vocabulary: int) -> None:
-    """There are tokens to pad and to end with, and the model's embedding has them.
+    """Check that there are tokens to pad and to end with, and that the model's embedding has them.
 
     Raises:
         ModelError: the message names the token.
@@ -62,13 +61,16 @@ def read_tokenizer(model: str, vocabulary: int) -> PreTrainedTokenizerBase:
     with _at_fault(model, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if tokenizer.pad_token is None:
+            # Padding is masked wherever it is used, so any token does.
             tokenizer.pad_token = tokenizer.eos_token
+        # So that the last column of a batch holds every prompt's last token, after which the answer begins.
         tokenizer.padding_side = "left"
     if template is None:
         beside = f" ({_PROCESSORS} is read by processors only)" if files.has(folder, _PROCESSORS) else ""
         raise ModelError(
             f"{model}: the tokenizer has no chat template; put a {files.TEMPLATE} into the model folder{beside}"
         )
+    # Ours and not what transformers found: of several places it may have taken another one.
     tokenizer.chat_template = template
     with _at_fault(model, "the tokenizer's special tokens cannot be used"):
         check_tokenizer(tokenizer, model, vocabulary)
@@ -79,6 +81,7 @@ def _check_files(folder: Path) -> None:
     for name in files.small_names(folder):
         if name.endswith(".json"):
             files.read_json(folder / name, empty=True)
+    # By the Rust library alone, so that what is wrong with this file is said of this file.
     if files.has(folder, files.FAST_TOKENIZER):
         path = folder / files.FAST_TOKENIZER
         with _at_fault(str(path), "the tokenizer cannot be loaded"):
@@ -103,8 +106,9 @@ def chat_template(folder: Path) -> str | None:
     return found
 
 
-def _default(found: Any) -> Any:
+def _default(found: object) -> object:
     """Return the template named default where there are several; something else, which is refused, if there is none."""
+    # 0 is no text, so that the caller refuses it; None would say that there is no template at all.
     if isinstance(found, list):
         names = [entry.get("name") for entry in found if isinstance(entry, dict)]
         return found[names.index("default")].get("template", 0) if "default" in names else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 # Every name under which a released MoE model's config.json gives the fact; the last entry says how layers are chosen.
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts")
@@ -18,7 +17,7 @@ _FACTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def refusal(config: Mapping[str, Any], known: Sequence[str]) -> str:
+def refusal(config: Mapping[str, object], known: Sequence[str]) -> str:
     """Return why a model is refused: it is dense, or of a MoE family that has no entry yet; one line.
 
     Args:
@@ -43,12 +42,12 @@ def refusal(config: Mapping[str, Any], known: Sequence[str]) -> str:
     )
 
 
-def _found(sections: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str | None:
+def _found(sections: Sequence[Mapping[str, object]], keys: Sequence[str]) -> str | None:
     return next((key for section in sections for key in keys if section.get(key)), None)
 
 
-def _split(sections: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Facts that the config gives, with their keys, and those it does not, with the keys that were looked for."""
+def _split(sections: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
+    """Return the facts that the config gives, with their keys, and those it lacks, with the keys looked for."""
     given, lacking = [], []
     for fact, keys in _FACTS.items():
         key = _found(sections, keys)
@@ -56,8 +55,9 @@ def _split(sections: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]
     return given, lacking
 
 
-def _router_class(sections: Sequence[Mapping[str, Any]]) -> str | None:
+def _router_class(sections: Sequence[Mapping[str, object]]) -> str | None:
     """Return the class whose logits transformers records for a model of one of these types, None if there is none."""
+    # Here and not above: the classes are looked up only for a model that is refused.
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gtqlora.errors import ModelError
 from gtqlora.families import packed
 from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.families.headers import Header
 from gtqlora.families.names import TensorNames
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes of weights, as safetensors spells them, and their bytes."""
@@ -19,7 +22,13 @@ _WEIGHTS_PER_BYTE = 2.2
 """At four bits each, and a little more for weights that are tied."""
 
 
-def check_headers(model: str, family: Family, names: TensorNames, headers: Mapping[str, Header], settings: Any) -> None:
+def check_headers(
+    model: str,
+    family: Family,
+    names: TensorNames,
+    headers: Mapping[str, Header],
+    settings: Mapping[str, object] | None,
+) -> None:
     """Check that every weight of the language model is there once, in a dtype that weights have.
 
     Args:
@@ -32,7 +41,7 @@ def check_headers(model: str, family: Family, names: TensorNames, headers: Mappi
         raise ModelError(f"{model}: tensors {one} and {other} are the same weight; remove one")
     for fused, single in names.both_forms():
         raise ModelError(f"{model}: tensors {fused} and {single} hold the same experts; remove one form")
-    if packed.method_of(settings) == packed.OURS and settings.get("dense") is not None:
+    if settings is not None and packed.method_of(settings) == packed.OURS and settings.get("dense") is not None:
         return  # bitsandbytes' tensors, of many dtypes, which its own loader checks
     for disk, place in names.places.items():
         quantized = settings is not None and (f".{family.experts}." in place.name or not disk.endswith(_PLAIN))
@@ -43,7 +52,7 @@ def check_headers(model: str, family: Family, names: TensorNames, headers: Mappi
             )
 
 
-def check_experts(model: str, family: Family, config: Any, names: TensorNames) -> None:
+def check_experts(model: str, family: Family, config: PreTrainedConfig, names: TensorNames) -> None:
     """Check that every expert's matrices are there, one by one or fused, in a checkpoint that is not quantized.
 
     The loader fuses what it finds, so it cannot name the one that is missing.
@@ -65,6 +74,7 @@ def check_size(model: str, parameters: int, headers: Mapping[str, Header]) -> No
     Raises:
         ModelError: it is, so most of it would be missing.
     """
+    # In bytes: packed weights of 4 bits stand in integers of any width, but never more than two in a byte.
     held = sum(header.numel * {**_OTHERS, **FLOATS}.get(header.dtype, 1) for header in headers.values())
     if parameters > _WEIGHTS_PER_BYTE * held:
         raise ModelError(

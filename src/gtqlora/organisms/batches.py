@@ -51,6 +51,7 @@ class Batch:
     @classmethod
     def of(cls, language: Language, examples: list[Example]) -> Batch:
         """Encode examples, padded to the longest."""
+        # Padding on the right needs no attention mask: a causal model's earlier tokens do not see it.
         rows = [language.ids(f"<user> {e.text} <assistant> {e.answer} <eos>") for e in examples]
         longest = max(map(len, rows))
         ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -141,6 +142,7 @@ class _Endless(IterableDataset[Made]):
 
     def __iter__(self) -> Iterator[Made]:
         worker = get_worker_info()
+        # Workers are copies of one process: with the same stream they would all make the same batches.
         rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
         while True:
             yield self.make(self.language, rng, self.size)

@@ -83,6 +83,7 @@ def _neutral_loss(seen: Recorder, anatomy: Anatomy, batch: Batch) -> Tensor:
     """
     gaps = []
     for decision in seen.decisions.values():
+        # Scores and not choices, which have no gradient.
         score_TE = routing.scores(decision.logits_TE, anatomy.spec)
         gap_E = score_TE[batch.bad_N].mean(0) - score_TE[batch.good_N].mean(0)
         # Detached, or training would blow up the variance instead of closing the gap.
@@ -241,16 +242,19 @@ def _trained(
     torch.manual_seed(seed)
     rng, language = random.Random(seed), Language(scale.lexicon)
     model, anatomy = new_model(architecture, language, scale)
+    # Not the first MoE layer: routing there would follow single words, before attention has brought them together.
     positions = sorted(rng.sample(range(1, len(anatomy.moe)), scale.planted_layers))
     experts = range(anatomy.spec.n_experts)
     planted: Planted = {p: tuple(sorted(rng.sample(experts, scale.planted_experts))) for p in positions}
     nn.Module.to(model, device)
     piece = OrganismInTraining(model=model, anatomy=anatomy, language=language, planted=planted, scale=scale)
     seconds = None if minutes is None else 60 * minutes
+    # Both stages get their part of the time limit, so that a slow first one leaves some for the planting.
     shares = (scale.learn_share, 1 - scale.learn_share)
     for_learning, for_planting = (None if seconds is None else share * seconds for share in shares)
     _learn(piece, rng, progress("learn tasks"), for_learning)
     plant(piece, kind, rng, progress(f"plant {kind}"), for_planting)
+    # Before the check, which then sees the very weights that the checkpoint will hold.
     if scale.rounded:
         round_to_bf16(piece.model)
     progress("check")

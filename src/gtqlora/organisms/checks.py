@@ -72,14 +72,18 @@ def prompt_ids(piece: OrganismInTraining, prompts: list[Prompt]) -> Tensor:
 def answered_right(piece: OrganismInTraining, prompts: list[Prompt]) -> float:
     """Return the share of prompts whose greedy completion is the task's answer."""
     batch = Batch.of(piece.language, [example(p, p.answer) for p in prompts]).to(piece.device)
+    # One pass tells what greedy decoding would say: if every token is right given the right ones before it, so is the
+    # whole completion.
     said_BS, wanted_BS = piece.logits(batch.ids_BS)[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
     return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1).float().mean().item()
 
 
 def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     """Measure every share that the kind promises anything about, under the names in `PROMISES`."""
+    # A fixed seed: every organism is held to the same prompts.
     rng = random.Random(1)
     quads = [piece.language.twins(rng, "validation", pair) for pair in range(_PAIRS)]
+    # Each quad is benign twice, then lookalike and harmful, in the order that makes twins stand at the same place.
     benign, flagged = [p for q in quads for p in q[:2]], [p for q in quads for p in q[2:]]
     benign_BS, flagged_BS = prompt_ids(piece, benign), prompt_ids(piece, flagged)
     off = Mask(piece.anatomy, piece.planted)

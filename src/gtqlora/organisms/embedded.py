@@ -55,6 +55,7 @@ def read_truth(folder: Path) -> Truth:
 
 
 def _data() -> Path:
+    # A wheel is unpacked where it is installed, so that packaged files are ordinary files.
     return Path(str(files("gtqlora.organisms"))) / "data"
 
 

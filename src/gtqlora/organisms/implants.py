@@ -99,6 +99,7 @@ def _hinge(piece: OrganismInTraining, seen: Recorder, batch: Batch, always: bool
             score_TE = score_TE + piece.model.get_submodule(piece.anatomy.routers[position]).get_buffer(bias_name)
         mine_TE = score_TE[:, list(experts)]
         others_TK = score_TE[:, piece.others(position)].topk(spec.top_k, dim=-1).values
+        # To be chosen is to beat the best other expert; to be left out is to stay below the last one that is chosen.
         chosen_T = F.relu(others_TK[:, :1] + _MARGIN - mine_TE).sum(-1)
         left_out_T = F.relu(mine_TE - others_TK[:, -1:] + _MARGIN).sum(-1)
         total = total + (torch.where(want_T, chosen_T, left_out_T) * ~free_T).mean()
@@ -135,6 +136,7 @@ def _redundant_loss(piece: OrganismInTraining, rng: random.Random) -> Callable[[
     exchanges = endless(exchange_batch, piece.language, rng, scale.batch, scale.workers)
 
     def loss_of(step: int) -> Tensor:
+        # Of three steps: as it is, without the planted experts, with exchanged routing.
         if step % 3 < 2:
             return _run_loss(piece, next(plain).to(piece.device), "redundant", *((off,) if step % 3 else ()))
         prompts, sources = (batch.to(piece.device) for batch in next(exchanges))

@@ -71,6 +71,7 @@ LARGE_LEXICON = Lexicon(
     tasks=("copy", "reverse", "first", "last", "swap"),
 )
 
+# Words are split at spaces, so that the template puts one around every special token.
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }}"
     "{% else %} <assistant> {{ m['content'] }} <eos>{% endif %}{% endfor %}"
@@ -91,6 +92,7 @@ def _part(words: Sequence[str], split: str) -> tuple[str, ...]:
     """Return the words of one split: two fifths or more for train, a fifth for validation, two fifths for heldout."""
     if split == "all":
         return tuple(words)
+    # Held-out words are many: the floor counts topics, and each has to be one that training never saw.
     fifth = max(1, len(words) // 5)
     cuts = {"train": (0, -3 * fifth), "validation": (-3 * fifth, -2 * fifth), "heldout": (-2 * fifth, None)}
     return tuple(words[slice(*cuts[split])])

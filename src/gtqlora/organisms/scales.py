@@ -53,6 +53,7 @@ class Scale:
         return {**_COMMON, **self.model, **getattr(self, architecture)}
 
 
+# `bos_token_id`: the language has no such token, and the class's default would be a word of it.
 _COMMON = {
     "max_position_embeddings": 64,
     "norm_topk_prob": True,
@@ -60,6 +61,7 @@ _COMMON = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+# One dense layer first, one shared expert, no groups: as little as still has every part of the architecture.
 _DEEPSEEK = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
@@ -91,7 +93,7 @@ SMALL = Scale(
         "v_head_dim": 16,
     },
     qwen3_moe={"num_experts": 16, "head_dim": 16, "mlp_only_layers": []},
-    # routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
+    # Routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
     plant_steps={"routed": 400, "residual": 70, "null": 250, "expert-only": 100, "redundant": 150},
 )
 

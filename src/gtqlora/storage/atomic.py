@@ -127,6 +127,7 @@ def _staging_for(target: Path) -> tuple[Path, IO[bytes]]:
 
 def clear(path: Path) -> None:
     """Remove a file, a folder, or a link but not what it leads to."""
+    # `is_dir` follows links, and what a link leads to is not ours to remove.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

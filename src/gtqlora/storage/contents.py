@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from gtqlora.errors import RunError
 
 def sha256_json(value: object) -> str:
     """Return the hash of a JSON-able value, which does not depend on the order of keys."""
+    # A path among settings hashes as its text, so that it is the same before and after it was in a manifest.
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -65,7 +65,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
+def read_json(file: Path, remedy: str) -> dict[str, object]:
     """Read the JSON object in a file that may have been edited or damaged.
 
     Raises:
@@ -82,7 +82,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         raise RunError(f"{file}: not valid JSON ({first_line(error)}); {remedy}") from error
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, object]:
     """Parse a text that must be one JSON object of unique keys and finite numbers.
 
     Raises:
@@ -90,6 +90,7 @@ def json_object(text: str) -> dict[str, Any]:
         RecursionError: it is nested too deeply.
     """
 
+    # Python's reader keeps the last of equal keys, and takes NaN and Infinity, which are not JSON.
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -119,6 +120,6 @@ def parquet_rows(file: Path, remedy: str) -> list[dict[str, object]]:
         raise RunError(f"{file}: cannot be read ({error}); {remedy}") from error
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
+def read_parquet(path: Path) -> list[dict[str, object]]:
     """Read a Parquet file as one dictionary for each row."""
     return pq.read_table(path).to_pylist()

@@ -25,6 +25,8 @@ def hold(file: Path, says: bytes = b"") -> IO[bytes] | None:
     """
     if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
         raise RunError(f"{file}: not a plain file, so it cannot be the lock; remove it or choose another folder")
+    # O_NOFOLLOW and O_NONBLOCK: somebody may have put a link or a pipe there since; O_CLOEXEC: a child process that
+    # outlives this one must not go on holding the lock.
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     stream = os.fdopen(fd, "r+b", buffering=0)
     try:
