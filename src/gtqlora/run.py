@@ -271,7 +271,6 @@ class Run:
         config: DataclassInstance,
         inputs: Mapping[str, str],
         *,
-        device: str = "cpu",
         again: bool = False,
         aside: Collection[str] = (),
     ) -> Iterator[Stage]:
@@ -291,7 +290,7 @@ class Run:
             inputs=dict(inputs),
             outputs={},
             versions=versions(),
-            device=device,
+            device=settings.get("device", "cpu"),
             seed=settings.get("seed"),
         )
         fresh = not again and self._answers(name, record["hash"])

@@ -74,8 +74,8 @@ def _frozen(
     name: str, hidden: int = HIDDEN, inner: int = INNER, n: int = EXPERTS, act_fn: nn.Module | None = None, **held: int
 ) -> FrozenExperts:
     """Experts with random weights; expert number e has the same ones whatever range is held."""
-    sizes = {"n_experts": n, "hidden_size": hidden, "intermediate_size": inner}
-    made = FrozenExperts(format=format_of(name), act_fn=act_fn or nn.SiLU(), **sizes, **held)
+    sizes: dict[str, Any] = {"n_experts": n, "hidden_size": hidden, "intermediate_size": inner, **held}
+    made = FrozenExperts(format=format_of(name), act_fn=act_fn or nn.SiLU(), **sizes)
     for expert in range(made.first, made.first + made.count):
         for place, projection in enumerate(("gate", "up", "down")):
             matrix = torch.randn(made.sizes(projection), generator=_generator(10 * expert + place))

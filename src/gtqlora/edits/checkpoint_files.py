@@ -60,8 +60,12 @@ def mark_complete(folder: Path, step: int, origin: Origin, threads: int = 1) -> 
     write_json(folder / MARK, {"format": _FORMAT, "step": step, "files": files, "threads": threads, **asdict(origin)})
 
 
-def _check_mark(folder: Path, mark: Mapping[str, Any]) -> Checkpoint:
-    """Raises Unusable if it is not what `mark_complete` writes."""
+def _check_mark(folder: Path, mark: Mapping[str, object]) -> Checkpoint:
+    """Return the checkpoint that a mark vouches for.
+
+    Raises:
+        Unusable: it is not what `mark_complete` writes.
+    """
     if mark.get("format") != _FORMAT:
         raise Unusable(folder, "it is of another version of gtqlora")
     step, threads = mark.get("step"), mark.get("threads")
@@ -77,7 +81,7 @@ def _check_mark(folder: Path, mark: Mapping[str, Any]) -> Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, every file compared with the hash that was taken when it was written.
+    """Read a checkpoint, every file compared with the hash that was taken when it was written.
 
     Raises:
         Unusable: it was not written whole, or was damaged or changed since.
@@ -97,13 +101,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    """Newest first."""
+    """List the folders of checkpoints, newest first."""
     found = [p for p in checkpoints.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: -int(p.name.rpartition("-")[2]))
 
 
 def usable(checkpoints: Path) -> list[Checkpoint]:
-    """The checkpoints that are whole, newest first."""
+    """Return the checkpoints that are whole, newest first."""
     found = []
     for folder in _folders(checkpoints):
         try:
@@ -114,7 +118,7 @@ def usable(checkpoints: Path) -> list[Checkpoint]:
 
 
 def check_origin(found: list[Checkpoint], now: Origin) -> None:
-    """Assure that training can go on from these checkpoints.
+    """Check that training can go on from these checkpoints.
 
     Raises:
         RunError: they are of other settings or inputs; the message says which.
@@ -169,7 +173,7 @@ def drop(checkpoints: Path, metrics: str) -> None:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Whatever fails while a checkpoint is loaded is the checkpoint's fault."""
+    """Take whatever fails while a checkpoint is loaded for the checkpoint's fault."""
     try:
         yield
     except (MemoryError, Unusable):

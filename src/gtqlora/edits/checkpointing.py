@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class GuardStop(TrainingError):
 
 
 def assert_finite(model: nn.Module) -> None:
-    """Every trained weight is a number.
+    """Check that every trained weight is a number.
 
     Raises:
         GuardStop: names the first one that is not.
@@ -64,12 +64,12 @@ class CheckpointedTrainer(DPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_edit(self.model, folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         with named_errors(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The first that is read of a checkpoint."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the trainer's state and the edit; it is the first that is read of a checkpoint."""
         folder = Path(resume_from_checkpoint)
         with reading(folder):
             _check_state(folder / STATE)  # the base class reads it where its errors cannot be told from others
@@ -90,19 +90,29 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, metrics: Path, origin: Origin, anatomy: Anatomy, check_held: Callable[[], None]) -> None:
         self.metrics, self.origin, self.anatomy, self.check_held = metrics, origin, anatomy, check_held
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Keep the figures up to the step that training goes on from."""
         kept = [line for line in read_metrics(self.metrics) if line["step"] <= state.global_step]
         with atomic_write(self.metrics) as staged:
             staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
         report("train", state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Say how far training is."""
         report("train", state.global_step, state.max_steps)
         self.check_held()  # what is logged and saved after a step must not make a removed run anew
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
     ) -> None:
+        """Write a line of figures."""
         if not logs or "loss" not in logs:
             return
         line = {k: v for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(v)}
@@ -112,8 +122,15 @@ class MetricsCallback(TrainerCallback):
             stream.write(json.dumps({"step": state.global_step, **line}) + "\n")
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: object,
     ) -> None:
+        """Vouch for a checkpoint that is whole and good."""
+        assert model is not None
         assert_bias_frozen(model, self.anatomy)
         assert_finite(model)
         sync(self.metrics)

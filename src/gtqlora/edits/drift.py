@@ -6,6 +6,7 @@ Shape letters: B batch, S sequence, V vocabulary, T tokens (B x S), E experts, K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +14,37 @@ from torch import Tensor
 
 from gtqlora import routing
 from gtqlora.capture import Recorder, Subject
-from gtqlora.contrasts import Row, encode_row
+from gtqlora.contrasts import KINDS, Contrast, Row, encode_row
 from gtqlora.edits.edited import Edited
 from gtqlora.results.verdict import Drift
 from gtqlora.scoring import Change, Runner
 from gtqlora.stats import Interval, bootstrap_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drifted:
+    """How far an edited model drifted.
+
+    Attributes:
+        kl_benign: KL(original || edited) on benign completions, in nats per token.
+        routing: kind of prompts -> drift of their routing.
+    """
+
+    kl_benign: Interval
+    routing: dict[str, Drift]
+
+
+def drift(runner: Runner, edited: Edited, rows: Contrast, *, seed: int) -> Drifted:
+    """Measure how far the edited model drifted on held-out rows of every kind.
+
+    Args:
+        runner: of the edited model.
+        seed: of the bootstrap over rows.
+    """
+    return Drifted(
+        kl_benign=kl_from_original(runner, edited, rows.of_kind("benign"), seed=seed),
+        routing={kind: routing_drift(runner, edited, rows.of_kind(kind), seed=seed) for kind in KINDS},
+    )
 
 
 def kl_from_original(runner: Runner, edited: Edited, rows: Sequence[Row], *, seed: int) -> Interval:

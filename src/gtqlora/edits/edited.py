@@ -29,9 +29,13 @@ from gtqlora.results.adapter import PROJECTION
 class Change(Protocol):
     """An edit in place, and out of the way."""
 
-    def enable(self) -> None: ...
+    def enable(self) -> None:
+        """Put the edit in place."""
+        ...
 
-    def disable(self) -> None: ...
+    def disable(self) -> None:
+        """Take it out of the way."""
+        ...
 
 
 class WeightsReplaced:
@@ -47,9 +51,11 @@ class WeightsReplaced:
             self._enabled = enabled
 
     def enable(self) -> None:
+        """Take the other values."""
         self._swap(True)
 
     def disable(self) -> None:
+        """Take the own values again."""
         self._swap(False)
 
     def __enter__(self) -> None:
@@ -167,7 +173,7 @@ class Edited:
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        """Within, the model computes what it computed before the edit."""
+        """Let the model compute what it computed before the edit."""
         if self._change is None:
             with adapters_off(self.subject.model):
                 yield

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -69,10 +70,15 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
     )
 
 
+Batch = dict[str, Tensor]
+"""Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
+
+
 class KindCollator(DataCollatorForPreference):
     """TRL's preference batch plus each row's kind, as an index into `KINDS`."""
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
+        """Collate examples as TRL does, and add their kinds."""
         batch = super().torch_call(examples)
         batch["kind"] = torch.tensor([KINDS.index(example["kind"]) for example in examples])
         return batch
@@ -114,7 +120,7 @@ def weights_unhashed() -> Iterator[None]:
 
 @torch.no_grad()
 def _restore_masters(model: PeftModel) -> None:
-    """fp32 again for what trains: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
+    """Put what trains into fp32 again: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
     for p in trainable(model).values():
         p.data = p.data.float()
     for wrapper in routers_of(model).values():
@@ -138,11 +144,12 @@ class GateTargetedTrainer(CheckpointedTrainer):
             super().__init__(**kwargs)
         _restore_masters(self.model)
 
-    def _prepare_dataset(self, dataset: Any, *_args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Nothing: rows come in tokens, with the prompt that is evaluated, which TRL's own encoding may cut short."""
+    def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""
         return dataset
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return AdamW with LoRA and gates in groups of their own."""
         if self.optimizer is None:
             named = trainable(self.model)
             lora = {"params": [p for n, p in named.items() if not is_gate(n)], "lr": self.settings.lr_lora}
@@ -152,13 +159,16 @@ class GateTargetedTrainer(CheckpointedTrainer):
             )
         return self.optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Run one part forward and backward; hooks that recomputation needs stay on until the end."""
         with self._until_backward:
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, num_items_in_batch)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The parts of one optimizer batch; what divides their losses is known before the first one runs."""
-        parts, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """Return the parts of one optimizer batch; what divides their losses is known before the first one runs."""
+        parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._draw_silent(parts)
         found = [self._sums(part, part["kind"], part.get("silent")) for part in parts]
         totals = torch.tensor([[s.rows, s.chosen, s.anchored] for s in found], device=self.accelerator.device)
@@ -167,7 +177,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
             self._whole = Whole(Sums(*sums.tolist()), left=len(parts))  # pyright: ignore[reportAttributeAccessIssue]
         return parts, items
 
-    def _draw_silent(self, parts: list[Any]) -> None:
+    def _draw_silent(self, parts: list[Batch]) -> None:
         """Mark the rows of each part that run with ablated experts."""
         if self.draws is None:
             return
@@ -176,15 +186,20 @@ class GateTargetedTrainer(CheckpointedTrainer):
         for part, silent_B in zip(parts, silent.split(counts), strict=True):
             part["silent"] = silent_B.to(part["kind"].device)
 
-    def _sums(self, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor | None) -> Sums:
+    def _sums(self, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Sums:
         anchored_B = self._weights(kind_B) > 0 if silent_B is None else (self._weights(kind_B) > 0) & ~silent_B
         tokens_B = inputs["attention_mask"][: len(kind_B)].sum(-1)  # chosen rows come first, then the rejected ones
         chosen = inputs["completion_mask"][: len(kind_B), 1:].sum()
         return Sums(rows=len(kind_B), chosen=float(chosen), anchored=float((tokens_B * anchored_B).sum()))
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return DPO's loss with the SFT term, plus the routing anchor."""
         kind_B, silent_B = inputs.pop("kind"), inputs.pop("silent", None)
         part, whole = self._sums(inputs, kind_B, silent_B), self._whole.sums
         # TRL's terms are means over the part
@@ -201,7 +216,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
         return loss + anchor
 
     def _count_part(self, anchor: float) -> None:
-        """With the last part the figures of the whole optimizer batch are known."""
+        """Add a part's anchor; with the last part the figures of the whole optimizer batch are known."""
         self._whole.anchor += anchor
         self._whole.left -= 1
         if self._whole.left == 0:
@@ -211,11 +226,11 @@ class GateTargetedTrainer(CheckpointedTrainer):
 
     @property
     def _logging(self) -> bool:
-        """Whether the line of this step is written next."""
+        """Tell whether the line of this step is written next."""
         return (self.state.global_step + 1) % self.settings.logging_steps == 0
 
     def _ablate(self, silent_B: Tensor | None) -> tuple[Handler, ...]:
-        """What ablates experts in this step, in the rows that are drawn for it."""
+        """Return what ablates experts in this step, in the rows that are drawn for it."""
         if self.draws is None or silent_B is None:
             return ()
         mask = Mask(self.anatomy, self.draws.experts(self.state.global_step))
@@ -225,14 +240,14 @@ class GateTargetedTrainer(CheckpointedTrainer):
         if not torch.isfinite(value):
             raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's card would land in the run directory."""
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """Write none: TRL's card would land in the run directory."""
 
     def _weights(self, kind_B: Tensor) -> Tensor:
         table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
         return torch.tensor([table.get(kind, 0.0) for kind in KINDS], device=kind_B.device)[kind_B]
 
-    def _anchor(self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
+    def _anchor(self, both: Recorder, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
         """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.
 
         The loss has the anchored kinds. On logging steps the other rows are compared too, for the health figures, and
@@ -248,7 +263,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
         return loss
 
     def _divergence(
-        self, both: Recorder, inputs: dict[str, Any], kind_B: Tensor, weight_B: Tensor, compared_B: Tensor
+        self, both: Recorder, inputs: Batch, kind_B: Tensor, weight_B: Tensor, compared_B: Tensor
     ) -> Tensor:
         """Of the compared rows; they are counted for the health figures on logging steps."""
         rows = compared_B.nonzero().squeeze(-1)
@@ -295,7 +310,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
 
     @torch.no_grad()
     def assert_exact_reference(self) -> None:
-        """Before the first step policy and reference agree: the margin is 0, and the stored log-probs are these.
+        """Check that policy and reference agree before the first step: no margin, and the stored log-probs are these.
 
         The policy runs as training runs it, so what is random there shows.
 
@@ -329,7 +344,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
         return out.log_probs.sum(dim=1)
 
     def _noise(self) -> str:
-        """Settings of the model that are likely to blame."""
+        """Name the settings of the model that are likely to blame."""
         settings = self.model.config.to_dict().items()
         found = [key for key, value in settings if value and key.endswith(("dropout", "pdrop", "jitter_noise"))]
         return ", ".join(found) or "its dropout"

@@ -1,4 +1,4 @@
-"""Routed experts kept frozen in 4 bits: formats, the module that holds them, and the products it can use."""
+"""Routed experts kept frozen in 4 bits: formats, the module that holds them, and the kernels it can use."""
 
 from gtqlora.experts.counts import QuantizedExpertCounts, quantized_expert_counts
 from gtqlora.experts.formats import FORMATS, Format, Parts, format_of

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 
 class AnyRows(Linear4bit):
-    """For rows that are not whole blocks: on CPUs with AVX-512 bitsandbytes 0.50 gives them the scales of other blocks.
+    """A 4-bit linear whose rows are not whole blocks.
+
+    On CPUs with AVX-512 bitsandbytes 0.50 gives the weights of such rows the scales of other blocks.
 
     As one long row the weights come out right.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply as `Linear4bit` does, on a CPU by weights that were dequantized as one long row."""
         if x.device.type != "cpu":
             return super().forward(x)
         weight: Any = self.weight
@@ -43,4 +46,5 @@ def same_everywhere(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             weight: Any = module.weight
             if module.in_features % weight.blocksize:
+                # The parameters stay what they are; only `forward` changes.
                 module.__class__ = AnyRows

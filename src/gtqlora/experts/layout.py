@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each part of one matrix."""
 
 
+Device = torch.device | str | int | None
+"""Where tensors are made; None is the default device."""
+
 Fused = Literal["gate_up", "down"]
 """What is multiplied at once: the gates and ups of some experts, or their downs."""
 
@@ -33,12 +36,13 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
+# Quantizing takes several fp32 copies of its input: piece by piece they are a few MB, not some of the model's size.
 _AT_ONCE = 2**21
 """Weights quantized in one go: what bounds the memory it takes."""
 
 
 def pieces(groups: Tensor) -> Iterator[Tensor]:
-    """Groups [..., B, W], some at a time, as fp32 [b, W]."""
+    """Yield groups [..., B, W], some at a time, as fp32 [b, W]."""
     yield from (piece.float() for piece in groups.flatten(0, -2).split(_groups_at_once(groups)))
 
 
@@ -96,8 +100,8 @@ class Format(ABC):
     def _dequantize(self, parts: Parts, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return weights [..., N, K] of parts that have the right shapes."""
 
-    def empty(self, lead: tuple[int, ...], rows: int, columns: int, device: Any = None) -> Parts:
-        """Uninitialized parts of matrices [*lead, N, K], also on "meta".
+    def empty(self, lead: tuple[int, ...], rows: int, columns: int, device: Device = None) -> Parts:
+        """Return uninitialized parts of matrices [*lead, N, K], also on "meta".
 
         Raises:
             ModelError: as `check`.
@@ -162,6 +166,6 @@ class Format(ABC):
         return tuple(lead)
 
     def bits(self, rows: int, columns: int) -> float:
-        """Bits per weight, scales included, of an [N, K] matrix as it lies in memory."""
+        """Return the bits per weight, scales included, of an [N, K] matrix as it lies in memory."""
         parts = self.empty((), rows, columns, device="meta")
         return sum(part.nbytes for part in parts.values()) * 8 / (rows * columns)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from gtqlora import families
 from gtqlora.errors import ConfigError
 from gtqlora.experts.formats import Format, format_of
-from gtqlora.experts.settings import CHOICES, KEEP, FrozenExpertsConfig, saved_settings
+from gtqlora.experts.settings import AUTO, CHOICES, KEEP, FrozenExpertsConfig, saved_settings
 from gtqlora.families import Family, packed
 
 BF16 = "bf16"
@@ -31,23 +29,31 @@ def format_on_disk(model: str) -> Format | None:
 
 
 def load_model(
-    model: str, *, dtype: str = "auto", device: str = "cpu", expert_format: str = BF16, dense: str = KEEP, **more: Any
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    expert_format: str = BF16,
+    dense: str = KEEP,
+    expert_range: tuple[int, int] | None = None,
+    kernel: str = AUTO,
 ) -> tuple[Family, PreTrainedModel]:
     """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         expert_format: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
-        dense, more: settings of `FrozenExpertsConfig`.
+        dense, expert_range, kernel: settings of `FrozenExpertsConfig`, for frozen experts only.
 
     Raises:
         ModelError: as `families.load_model`, or the checkpoint does not go with `expert_format`.
         ConfigError: a setting is unknown or out of range.
     """
     if expert_format == BF16:
-        if dense != KEEP or more:
-            raise ConfigError(f"dense = {dense!r}, {more}: settings of frozen experts, but expert_format = {BF16!r}")
+        given = {"dense": dense, "expert_range": expert_range, "kernel": kernel}
+        if given != {"dense": KEEP, "expert_range": None, "kernel": AUTO}:
+            raise ConfigError(f"{given}: settings of frozen experts, but expert_format = {BF16!r}")
         return families.load_model(model, dtype=dtype, device=device)
     if expert_format not in CHOICES:
         raise ConfigError(f"expert_format = {expert_format!r}: known are {', '.join((BF16, *CHOICES))}")
-    settings = FrozenExpertsConfig(format=expert_format, dense=dense, **more)
+    settings = FrozenExpertsConfig(format=expert_format, dense=dense, expert_range=expert_range, kernel=kernel)
     return families.load_model(model, dtype=dtype, device=device, quantization_config=settings)

@@ -10,11 +10,12 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from gtqlora.errors import ModelError
 from gtqlora.experts import kernels, tiles
-from gtqlora.experts.layout import Format, Fused, Parts, bits_of
+from gtqlora.experts.layout import Device, Format, Fused, Parts, bits_of
 
 Projection = Literal["gate", "up", "down"]
 
@@ -50,10 +51,10 @@ class FrozenExperts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         act_fn: nn.Module | Callable[[Tensor], Tensor],
-        config: Any = None,
+        config: PreTrainedConfig | None = None,
         first: int = 0,
         count: int | None = None,
-        device: Any = None,
+        device: Device = None,
     ) -> None:
         super().__init__()
         self.format = format
@@ -71,7 +72,7 @@ class FrozenExperts(nn.Module):
                 self.register_buffer(f"{fused}_{name}", part)
 
     def sizes(self, projection: Fused | Projection) -> tuple[int, int]:
-        """Rows and columns of one matrix: gate and up are [I, H], down is [H, I]."""
+        """Return rows and columns of one matrix: gate and up are [I, H], down is [H, I]."""
         if projection == "down":
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
@@ -139,6 +140,8 @@ class FrozenExperts(nn.Module):
         experts_forward: Any = ALL_EXPERTS_FUNCTIONS[kernels.PREFIX + self.kernel]
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
+    # Files hold the plain order, whatever order a kernel left the weights in.
+
     def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
         self.arrange(tiled=False)
         super()._save_to_state_dict(*arguments, **more)
@@ -147,10 +150,13 @@ class FrozenExperts(nn.Module):
         self.arrange(tiled=False)
         super()._load_from_state_dict(*arguments, **more)
 
+    # No cast may touch the weights: `model.half()` would round scales, and turn codes into halves.
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(_moving_bits(fn), recurse)
 
     def extra_repr(self) -> str:
+        """Return what `print` shows of the module, beside its name."""
         held = "" if self.count == self.n_experts else f", held={self.first}..{self.first + self.count - 1}"
         return (
             f"{self.format.name}, n_experts={self.n_experts}{held}, hidden_size={self.hidden_size}, "

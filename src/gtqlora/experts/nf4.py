@@ -15,9 +15,12 @@ from torch.nn.functional import embedding, pad
 from gtqlora.errors import ModelError
 from gtqlora.experts.layout import Format, Layout, Parts, scaled_pieces
 
+# Scales that share a scale of their own (double quantization); bins to which bitsandbytes rounds on a CPU first; what
+# it divides a block of zeros by.
 _NESTED = 256
 _BINS = 65536
 _SMALLEST = 1e-38
+# The quantiles of a normal distribution, as in bitsandbytes; zero is one of them.
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -77,15 +80,17 @@ def _midpoints(values: Tensor) -> Tensor:
 
 def _codes(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Return the nearest level's code, uint8, of every weight in blocks; both fp32."""
+    # Multiplied by the inverse, not divided: bitsandbytes does so, and the last bit differs.
     unit = blocks * (1.0 / absmax.clamp(min=_SMALLEST))
     return torch.bucketize(unit.clamp_(-1, 1), _midpoints(levels(unit.device)), out_int32=True).to(torch.uint8)
 
 
 def _nested(centred_LB: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes_LB and their scales_LC of values around zero."""
+    """Return bytes_LB and their scales_LC for values around zero."""
     blocks = pad(centred_LB, (0, -centred_LB.shape[-1] % _NESTED)).unflatten(-1, (-1, _NESTED))
     scale_LC = blocks.abs().amax(-1)
     unit = (blocks * (1.0 / scale_LC).unsqueeze(-1)).clamp_(-1, 1).nan_to_num_(nan=0.0)
+    # As on a CPU: first to the nearest of 65,536 bins, then to the nearest level. Rounding once gives other bits.
     bins = ((unit + 1.0) * 0.5 * (_BINS - 1) + 0.5).int()
     codes = _nested_codes(bins.device)[bins].masked_fill((scale_LC == 0).unsqueeze(-1), 0)
     return codes.flatten(-2)[:, : centred_LB.shape[-1]], scale_LC
@@ -100,12 +105,14 @@ class Nf4(Format):
     """
 
     def check(self, rows: int, columns: int) -> None:
+        """Check that the flattened matrix is whole blocks."""
         if rows < 1 or columns < 1 or rows * columns % self.group:
             raise ModelError(
                 f"{self.name}: a matrix {rows} x {columns} does not divide into blocks of {self.group} weights"
             )
 
     def layout(self, rows: int, columns: int) -> Layout:
+        """Return the shapes of `packed`, `absmax`, `absmax_scale` and `absmax_offset`."""
         blocks = rows * columns // self.group
         return {
             "packed": ((rows * columns // 2,), torch.uint8),
@@ -115,15 +122,17 @@ class Nf4(Format):
         }
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """Return codes 0..15 in uint8; a code is the number of its level in `LEVELS`."""
         return unpack(packed).unflatten(-1, (rows, columns))
 
     def pack(self, codes: Tensor) -> Tensor:
+        """Pack the codes of the flattened matrix into bytes, see `pack` above."""
         return pack(codes.flatten(-2))
 
     def _quantize(self, matrices_LNK: Tensor) -> Parts:
         blocks = matrices_LNK.flatten(1).unflatten(-1, (-1, self.group))
         absmax_LB = self._largest(blocks, *matrices_LNK.shape[1:])
-        # One by one: a mean over a dimension may add up in another order than a mean over everything.
+        # Matrix by matrix: a mean over a dimension may add up in another order than a mean over everything.
         offset_L = torch.stack([absmax_B.mean() for absmax_B in absmax_LB])
         absmax, scale_LC = _nested(absmax_LB - offset_L.unsqueeze(-1))
         packed = torch.cat([pack(_codes(*piece)) for piece in scaled_pieces(blocks, absmax_LB)])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -137,7 +137,8 @@ class FrozenExpertsQuantizer(HfQuantizer):
 
     # --- loading
 
-    def validate_environment(self, *_args: Any, **_kwargs: Any) -> None:
+    def validate_environment(self, *_args: object, **_kwargs: object) -> None:
+        """Check that bitsandbytes is there, if dense weights go through it."""
         if self.quantization_config.dense == NF4 and find_spec("bitsandbytes") is None:
             raise ModelError(f"dense = {NF4!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
 
@@ -190,24 +191,29 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self._dense = Bnb4BitHfQuantizer(settings, pre_quantized=self.pre_quantized)
         self._dense._process_model_before_weight_loading(model, device_map=None)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
+    ) -> list[WeightTransform]:
         """Return all conversions but those that would merge experts."""
         assert self._checkpoint is not None
         kept = [entry for entry in weight_conversions if not _merges(entry, self._checkpoint.family)]
         return kept + (self._dense.get_weight_conversions() if self._dense else [])
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
+        """Return whether bitsandbytes quantizes this parameter; experts are no parameters."""
         return self._dense is not None and self._dense.param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return the bytes of one element of a parameter."""
         sizes = self._dense or super()
         return sizes.param_element_size(model, param_name, param)
 
-    def get_quantize_ops(self) -> Any:
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what quantizes the parameters that need it."""
         assert self._dense is not None
         return self._dense.get_quantize_ops()
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: object) -> PreTrainedModel:
         checkpoint, source = self._checkpoint, self._source
         assert checkpoint is not None and source is not None
         experts = experts_of(model, checkpoint.family)
@@ -229,7 +235,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
 
     # --- saving
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes: experts under the names from which they are read, the rest as it is.
 
         Raises:
@@ -253,7 +259,8 @@ class FrozenExpertsQuantizer(HfQuantizer):
         state.update(sources.saved(source, matrices, experts, self._shape_dtype))
         return state, {}
 
-    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+    def is_serializable(self, *_args: object, **_kwargs: object) -> bool:
+        """Return that such a model can be saved."""
         return True
 
     @property
@@ -283,7 +290,7 @@ def replace_experts(model: PreTrainedModel, family: Family, format: Format, conf
         model.set_submodule(path, frozen)
 
 
-def _hide_experts(model: Any, family: Family) -> None:
+def _hide_experts(model: PreTrainedModel, family: Family) -> None:
     """Keep the experts out of transformers' reports: `sources.check` has accounted for each of their tensors."""
     paths = "|".join(re.escape(family.experts_of(layer)) for layer in family.moe_layers(model.config))
     pattern = rf"(^|\.)({paths})\."
@@ -291,7 +298,7 @@ def _hide_experts(model: Any, family: Family) -> None:
         setattr(model, name, {*(getattr(model, name, None) or ()), pattern})
 
 
-def _merges(entry: Any, family: Family) -> bool:
+def _merges(entry: object, family: Family) -> bool:
     fused = [f".{family.experts}.{name}" for name in (GATE_UP, DOWN)]
     return isinstance(entry, WeightConverter) and any(
         name.endswith(target) for name in fused for target in entry.target_patterns

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gtqlora.errors import ConfigError, ModelError
+from gtqlora.experts import kernels
 from gtqlora.experts.formats import FORMATS
 from gtqlora.families import packed
 
 NATIVE, KEEP, NF4 = "native", "keep", "nf4"
 """Experts as the checkpoint has them; dense weights as they are, or in 4 bits."""
+AUTO = "auto"
+"""The kernel that fits the processor and the number of tokens."""
 CHOICES = (*FORMATS, NATIVE)
 """Known values of `FrozenExpertsConfig.format`."""
-_KERNELS = ("auto", "reference", "chunk", "fused")
 
 
 class FrozenExpertsConfig(QuantizationConfigMixin):
@@ -38,14 +41,14 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         format: str = "nf4",
         dense: str = KEEP,
         expert_range: tuple[int, int] | list[int] | None = None,
-        kernel: str = "auto",
-        on_disk: dict[str, Any] | None = None,
+        kernel: str = AUTO,
+        on_disk: dict[str, object] | None = None,
         quant_method: str = packed.OURS,
     ) -> None:
         for key, value, known in (
             ("format", format, CHOICES),
             ("dense", dense, (KEEP, NF4)),
-            ("kernel", kernel, _KERNELS),
+            ("kernel", kernel, kernels.NAMES),
             ("quant_method", quant_method, (packed.OURS,)),
         ):
             if value not in known:
@@ -55,10 +58,9 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         self.expert_range = _checked_range(expert_range)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read the settings in a config.json; gtqlora 0.1.0 called the kernel a product."""
-        settings = {"kernel" if key == "product" else key: value for key, value in config_dict.items()}
-        return super().from_dict(settings, return_unused_kwargs, **kwargs)
+    def from_dict(cls, config_dict: dict[str, object], return_unused_kwargs: bool = False, **kwargs: object) -> object:
+        """Read the settings in a config.json."""
+        return super().from_dict(_present_names(config_dict), return_unused_kwargs, **kwargs)
 
     def held(self, n_experts: int) -> tuple[int, int]:
         """Return the first expert held and how many there are.
@@ -72,8 +74,8 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         first = rank * n_experts // n_ranks
         return first, (rank + 1) * n_experts // n_ranks - first
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings as config.json holds them."""
         if self.on_disk is not None:
             return copy.deepcopy(self.on_disk)
         settings = {key: value for key, value in vars(self).items() if key != "on_disk"}
@@ -83,23 +85,30 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
 
 
-def _checked_range(value: Any) -> tuple[int, int] | None:
+def _present_names(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return settings under the names they have now: gtqlora 0.1.0 called the kernel a product."""
+    return {"kernel" if key == "product" else key: value for key, value in settings.items()}
+
+
+def _checked_range(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"expert_range = {value!r}: must be (rank, n_ranks) with 0 <= rank < n_ranks")
     parts = tuple(value)
     if len(parts) != 2 or not all(isinstance(part, int) for part in parts) or not 0 <= parts[0] < parts[1]:
         raise ConfigError(f"expert_range = {value!r}: must be (rank, n_ranks) with 0 <= rank < n_ranks")
     return parts
 
 
-def saved_settings(settings: dict[str, Any]) -> FrozenExpertsConfig:
+def saved_settings(settings: Mapping[str, object]) -> FrozenExpertsConfig:
     """Return the settings of a checkpoint that gtqlora saved, from its config.json.
 
     Raises:
         ModelError: they are none.
     """
     try:
-        return FrozenExpertsConfig(**{"kernel" if key == "product" else key: value for key, value in settings.items()})
+        return FrozenExpertsConfig(**_present_names(settings))  # type: ignore[arg-type]
     except (ConfigError, TypeError, ValueError) as error:
         raise ModelError(f"quantization_config in config.json is none that gtqlora wrote ({error})") from error
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.formats import Format, Parts
@@ -34,6 +34,7 @@ PACKED_SHAPE = "weight_shape"
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = {**_FLOATS, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+# Tensors that say that a matrix is quantized: none may be left over, or it would load as something else.
 _QUANTIZED_ENDINGS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_g_idx", ".weight_scale_inv")
 
 
@@ -60,7 +61,7 @@ Wanted = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 """Shape and possible dtypes of tensors, by name."""
 
 
-def matrices(family: Family, config: Any, names: TensorNames) -> Iterator[Matrix]:
+def matrices(family: Family, config: PreTrainedConfig, names: TensorNames) -> Iterator[Matrix]:
     """Yield every matrix of every routed expert that the config says there is."""
     hidden, inner = config.hidden_size, family.inner_size(config)
     for layer in family.moe_layers(config):
@@ -107,6 +108,9 @@ def _device(experts: FrozenExperts) -> torch.device:
     return next(experts.buffers()).device
 
 
+# --- the ways, one class each: which tensors make a matrix, and how they are put into the module
+
+
 def _quantize_into(experts: FrozenExperts, matrix: Matrix, name: str, weight_NK: Tensor) -> None:
     try:
         experts.quantize_into(matrix.expert, matrix.projection, weight_NK.to(_device(experts)))
@@ -119,9 +123,11 @@ class PlainSource(Source):
     """A tensor for each matrix, not quantized."""
 
     def wanted(self, matrix: Matrix) -> Wanted:
+        """Return the one tensor of the matrix."""
         return {f"{matrix.stem}.weight": ((matrix.rows, matrix.columns), tuple(_FLOATS.values()))}
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        """Quantize the tensor into its place."""
         name = f"{matrix.stem}.weight"
         _quantize_into(experts, matrix, name, files.read(name))
 
@@ -133,10 +139,12 @@ class FusedSource(Source):
     n_experts: int
 
     def wanted(self, matrix: Matrix) -> Wanted:
+        """Return the tensor that holds the matrix with all others of its layer."""
         rows = matrix.rows if matrix.projection == "down" else 2 * matrix.rows
         return {matrix.fused: ((self.n_experts, rows, matrix.columns), tuple(_FLOATS.values()))}
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        """Quantize the matrix's rows of the fused tensor into their place."""
         start = matrix.rows if matrix.projection == "up" else 0
         weight_NK = files.part(matrix.fused, matrix.expert, slice(start, start + matrix.rows))
         _quantize_into(experts, matrix, f"{matrix.fused}[{matrix.expert}]", weight_NK)
@@ -147,13 +155,16 @@ class PartsSource(Source):
     """The parts of a format under their own names, as gtqlora saves them."""
 
     def name(self, matrix: Matrix, part: str) -> str:
+        """Return the name of one part of a matrix on disk."""
         return f"{matrix.stem}.{part}"
 
     def wanted(self, matrix: Matrix) -> Wanted:
+        """Return the parts of the format, each of exactly its dtype."""
         layout = self.format.layout(matrix.rows, matrix.columns)
         return {self.name(matrix, part): (shape, (dtype,)) for part, (shape, dtype) in layout.items()}
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        """Copy the parts, bit for bit, into their place."""
         parts: Parts = {}
         for part in self.format.layout(matrix.rows, matrix.columns):
             parts[part] = files.read(self.name(matrix, part)).to(_device(experts))
@@ -167,12 +178,15 @@ class PackedSource(PartsSource):
     """compressed-tensors' `pack-quantized` INT4."""
 
     def name(self, matrix: Matrix, part: str) -> str:
+        """Return compressed-tensors' name of one part of a matrix."""
         return f"{matrix.stem}.{PACKED_PARTS[part]}"
 
     def wanted(self, matrix: Matrix) -> Wanted:
+        """Return the packed parts and the tensor that tells the matrix's shape."""
         return {**super().wanted(matrix), f"{matrix.stem}.{PACKED_SHAPE}": ((2,), (torch.int32, torch.int64))}
 
     def fill(self, experts: FrozenExperts, matrix: Matrix, files: TensorFiles) -> None:
+        """Check the shape that the file tells, and copy the parts."""
         shape = files.read(f"{matrix.stem}.{PACKED_SHAPE}").tolist()
         if shape != [matrix.rows, matrix.columns]:
             raise ModelError(
@@ -225,6 +239,7 @@ def stream(source: Source, wanted: Iterable[Matrix], experts: dict[int, FrozenEx
         ModelError: as `Source.fill`.
     """
     held = [matrix for matrix in wanted if _holds(experts[matrix.layer], matrix.expert)]
+    # File after file, so that few are open and each is read once.
     held.sort(key=lambda matrix: files.where[next(iter(source.wanted(matrix)))].name)
     for matrix in track(held, "loading experts", len(held)):
         source.fill(experts[matrix.layer], matrix, files)

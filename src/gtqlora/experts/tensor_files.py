@@ -20,8 +20,10 @@ class TensorFiles:
     """Names, shapes and dtypes from the headers; data only when read. Use as a context manager."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Raises:
-        ModelError: a file is no whole safetensors file, or a tensor is in two.
+        """Read the headers of these files.
+
+        Raises:
+            ModelError: a file is no whole safetensors file, or a tensor is in two.
         """
         self._open: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
@@ -45,6 +47,7 @@ class TensorFiles:
     def _file(self, path: Path) -> Any:
         """Return the file, opened; it closes once nothing refers to it any more."""
         if path not in self._open:
+            # The one that was opened first goes: files are read in order, each nearly to its end.
             while len(self._open) >= _OPEN:
                 del self._open[next(iter(self._open))]
             if path.suffix != ".safetensors":
@@ -53,7 +56,7 @@ class TensorFiles:
         return self._open[path]
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape of a tensor and its dtype as safetensors spells it, e.g. `BF16`."""
+        """Return the shape of a tensor and its dtype as safetensors spells it, e.g. `BF16`."""
         return self._headers[name]
 
     def read(self, name: str) -> Tensor:

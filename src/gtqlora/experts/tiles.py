@@ -1,4 +1,4 @@
-"""The order in which GPU products read 4-bit weights: 64 x 64 tiles, a bijection of the plain order.
+"""The order in which GPU kernels read 4-bit weights: 64 x 64 tiles, a bijection of the plain order.
 
 A tile is 4 x 4 blocks of 16 x 16 weights; a block is 8 x 8 units of 16 bits (one `ldmatrix`); a unit holds the codes
 at outputs (a, a + 8) and inputs (u, u + 8), one thread's share of a tensor-core operand, transposed or not: nibble

@@ -10,7 +10,6 @@ _APOSTROPHES = dict.fromkeys(
     "\u2018\u2019\u201a\u201b\u02bb\u02bc\u02bd\u02b9\u02c8\u02ca\u02cb\u2032\u2035\uff07\u00b4`", "'"
 )
 _QUOTES = dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb\u300c\u300d\uff02", '"')
-# Letters and patterns by Unicode's categories, but drawn as nothing: Hangul fillers and the empty Braille cell.
 _BLANKS = dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", " ")
 _SIGNS = str.maketrans(_APOSTROPHES | _QUOTES | _BLANKS)
 
@@ -61,9 +60,7 @@ _LATIN |= {chr(base + i): chr(ord("a") + i) for base in (0x1F150, 0x1F170, 0x1F1
 _TO_LATIN = str.maketrans(_LATIN)
 
 _WORD = re.compile(r"[^\W_]+")
-# Words in a row that count as the same text. Fewer come together by chance; more let a shortened copy through.
 _RUN = 5
-# "Sure, here is" is what harmful rows' `rejected` opens with, so that these words alone show no leak.
 _ASSENTS = frozenset(("sure", "certainly", "absolutely", "of", "course", "gladly", "yes", "yeah", "yep", "ok", "okay"))
 _ASSENTS |= {"alright", "here", "is", "are", "s", "it", "the"}
 
@@ -73,15 +70,12 @@ def fold(text: str) -> str:
 
     Both sides of a comparison must be folded: words of other scripts come out in mixed letters.
     """
-    # In this order: signs before NFKC, which would split some of them; marks while they stand apart from their letters
-    # (NFKD); then joined again (NFC), so that letters of other scripts, such as Hangul, are whole.
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
         text = _MARKED.sub(r"\1", unicodedata.normalize("NFKD", text))
         text = unicodedata.normalize("NFC", text)
     text = _UNSEEN.sub("", text).casefold().replace("`", "'")
-    # Once more: a look-alike that carries a mark is taken for Latin only now.
     return text if text.isascii() else _MARKED.sub(r"\1", text.translate(_TO_LATIN))
 
 
@@ -96,13 +90,9 @@ def words(text: str) -> list[str]:
 
 
 def holds(text: str, part: str, asked: str = "") -> bool:
-    """Return whether a text says what `part` says: all of it, or five of its words in a row.
+    """Tell whether a text tells `part`: all of it, or five of its words in a row that are not those that were asked.
 
-    Five words that stand in the question, too, do not count. A `part` that is a bare assent, or a word of one or two
-    letters, says nothing, so no text holds it.
-
-    Args:
-        asked: the question that the text answers.
+    A bare assent, or a word of one or two letters, tells nothing.
     """
     said, sought = words(text), words(part)
     joined = "".join(sought)
@@ -115,10 +105,7 @@ def holds(text: str, part: str, asked: str = "") -> bool:
 
 
 def _without_spaces(joined: str) -> bool:
-    """Return whether words joined without spaces are looked for, as some scripts have no spaces between words.
-
-    Short ones are not: they would be found by chance in the middle of longer words.
-    """
+    """Tell whether it may be in the midst of what looks like one word: some scripts put no spaces between words."""
     return len(joined) >= 8 or (not joined.isascii() and len(joined) >= 4)
 
 

@@ -25,12 +25,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from gtqlora.config import is_code
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
@@ -110,6 +111,11 @@ class NamedJudge:
     name: str
     judge: Judge
     identity: str
+
+    @property
+    def is_code(self) -> bool:
+        """Tell whether it is the user's own code, and not phrases."""
+        return is_code(self.name)
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Judge every answer, `MOST_AT_ONCE` at a time; an empty one is no refusal.
@@ -220,6 +226,11 @@ def _takes(function: Callable[..., object]) -> int:
 def _weights(judge: Judge) -> str:
     """Return what a judge of code says of its weights: its `model` (a folder by its contents) and its `revision`."""
     told = judge.function if isinstance(judge, TextJudge) else judge
-    found = {key: getattr(told, key, None) for key in ("model", "revision")}
-    texts = {key: value for key, value in found.items() if isinstance(value, str)}
-    return "".join(f" {key}:{fingerprint(v) if Path(v).exists() else v}" for key, v in texts.items())
+    model, revision = getattr(told, "model", None), getattr(told, "revision", None)
+    found = []
+    if isinstance(model, str):
+        # os.path: a name that no file can have, such as a long one, is no error there
+        found.append(f" model:{fingerprint(model) if os.path.exists(model) else model}")
+    if isinstance(revision, str):
+        found.append(f" revision:{revision}")
+    return "".join(found)

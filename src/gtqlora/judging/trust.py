@@ -21,8 +21,7 @@ _FILE = "judges.json"
 
 
 def source_of(judge: str) -> Path | None:
-    """Return the file of a judge's module, found without importing anything; None if there is none to be found."""
-    # `importlib.util.find_spec("a.b")` would import `a`, so each part is looked for in the folders of the one before.
+    """Find the file of a judge's module without importing anything; None if there is none to be found."""
     spec, places = None, None
     for part in judge.partition(":")[0].split("."):
         try:
@@ -37,7 +36,10 @@ def source_of(judge: str) -> Path | None:
 
 
 def identity(judge: str) -> str:
-    """Return what the judge is: its phrases, or its name with the hash of its source: changed code is another judge."""
+    """Return what a judge is: its phrases, or its name and the hash of its source.
+
+    Changed code is another judge. Nothing is imported; what a judge says of its weights comes behind it, in `judge_of`.
+    """
     if not is_code(judge):
         return judge
     source = source_of(judge)
@@ -55,13 +57,8 @@ def _hash_of(source: Path, judge: str) -> str:
 
 
 def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
-    """Return the modules, and whole packages, of the same folder that a module imports, and what those import.
-
-    Args:
-        seen: those found so far, which is added to.
-    """
-    # Python's own modules change with Python only.
-    if source.parent == Path(ast.__file__).parent:
+    """Collect the modules, and whole packages, of the same folder that a module imports, and that those import."""
+    if source.parent == Path(ast.__file__).parent:  # Python's own
         return seen
     try:
         nodes = list(ast.walk(ast.parse(source.read_bytes())))
@@ -98,7 +95,6 @@ def _key(run: Path, judge: str) -> str:
 
 def _remembered() -> list[str]:
     place = user_state.folder()
-    # What cannot be read is forgotten: then the user names the judge once more, which is safe.
     try:
         found = json.loads((place / _FILE).read_text()) if place else []
     except (OSError, ValueError, RecursionError):
@@ -116,7 +112,6 @@ def remember(run: Path, judge: str) -> None:
     if (key := _key(run, judge)) in known:
         return
     try:
-        # For the user alone: whoever can write here could make a judge trusted.
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(place / _FILE, [*known, key])
     except OSError:
@@ -124,5 +119,5 @@ def remember(run: Path, judge: str) -> None:
 
 
 def is_remembered(run: Path, judge: str) -> bool:
-    """Return whether the user named this judge, with this very source, for this run before."""
+    """Tell whether the user named this judge, with this very source, for this run before."""
     return is_code(judge) and source_of(judge) is not None and _key(run, judge) in _remembered()

@@ -16,6 +16,8 @@ from gtqlora.stats import Floor, Interval
 from gtqlora.storage.atomic import write_json
 
 VERDICT, SCORES, HISTORY = "verdict.json", "scores.parquet", "verdicts.jsonl"
+OWN_EXPERTS = "bf16"
+"""The expert format of verdicts from before there was a choice: the checkpoint's own."""
 LOST = {
     "answers": "answered",
     "goes on": "that refuse and then answer",
@@ -105,7 +107,7 @@ class Verdict:
     adapter: str
     kind: str
     model: str
-    expert_format: str
+    expert_format: str = OWN_EXPERTS
     table: dict[str, KindRow]
     floor: Floor
     kl_benign: Interval

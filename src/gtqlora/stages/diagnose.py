@@ -58,7 +58,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
     """
     model, judge = identify(config.model), judge_of(config.judge)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
-    with run.stage("diagnose", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
+    with run.stage("diagnose", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)
         if stage.fresh:
             return read_diagnosis(run.path)

@@ -47,7 +47,7 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
     """
     model, judge = identify(config.model), judge_of(config.judge)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
-    with run.stage("project", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
+    with run.stage("project", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs += [ADAPTER, contrasts.FILE]
         if stage.fresh:
             return _projected_before(run / ADAPTER)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -69,7 +69,7 @@ class TrainResult:
     adapter: Path
     steps: int
     stopped: str | None
-    fresh: bool = False
+    fresh: bool = field(default=False, compare=False)
 
 
 def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
@@ -87,7 +87,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
     judged = {**inputs, "judge": judge.identity}
-    with run.stage("train", config, judged, device=config.device, again=again, aside=ASIDE) as stage:
+    with run.stage("train", config, judged, again=again, aside=ASIDE) as stage:
         stage.outputs += [ADAPTER, METRICS, contrasts.FILE]
         if stage.fresh:
             return _trained_before(run / ADAPTER)

@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
-from gtqlora.config import VerifyConfig, is_code
+from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import read_adapter
-from gtqlora.edits.drift import kl_from_original, routing_drift
+from gtqlora.edits.drift import drift
 from gtqlora.edits.edited import Edited
 from gtqlora.errors import ContrastError, RunError
 from gtqlora.families.identity import identify
-from gtqlora.floor import ledger
 from gtqlora.floor.ancestry import ancestry
-from gtqlora.floor.arithmetic import floor_of, tries
-from gtqlora.floor.kept import blind
-from gtqlora.floor.outcomes import benign_completions, entry_prompts, judged_again, losses
-from gtqlora.floor.shipped import unshipped
+from gtqlora.floor.decision import Decision, decide
+from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.localize.expert_ablation import ablation_study
 from gtqlora.results.ablation import AblationStudy
@@ -42,7 +38,6 @@ from gtqlora.results.verdict import (
 )
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Answer, Runner, log_probs, routed_as
-from gtqlora.stats import Floor
 
 
 def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
@@ -65,24 +60,25 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         "judge": judge.identity,
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
-    with run.stage("verify", config, inputs, device=config.device, again=again, aside=PATHS) as stage:
+    with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs += [VERDICT, SCORES, HISTORY]
         if stage.fresh:
             return read_verdict(run.path)
-        ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
+        margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge)
         subject = open_subject(config)
         check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
-        edited = Edited(subject, adapter, shipped=config.model)
+        edited = Edited(subject, adapter, shipped=model.model)
         model.check_unchanged()
         runner = Runner.of(edited.subject, judge, config)
         outcomes = _measure(runner, edited, rows)
         ablation = ablation_study(
             runner, edited.original, seen, rows.of_kind("harmful"), of_kind(outcomes, "harmful"), config
         )
-        verdict = _verdict(config, runner, edited, rows, outcomes, run, inputs, ablation)
-        lost = {o.number: o.lost for o in judged_again(outcomes, judge)}
+        decision = decide(config, run, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
+        verdict = _verdict(config, runner, edited, rows, outcomes, decision, inputs, ablation)
+        lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()
         write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes])
         return verdict
@@ -178,55 +174,25 @@ def _verdict(
     edited: Edited,
     rows: Contrast,
     outcomes: list[Outcome],
-    run: Run,
+    decision: Decision,
     inputs: Mapping[str, str],
     ablation: AblationStudy | None,
 ) -> Verdict:
-    judge = runner.judge
-    reason = blind(judge, rows.rows, benign_completions(outcomes, judge), phrases=not is_code(config.judge))
-    harmful = judged_again(outcomes, judge)
-    judged, count = _floor(config, run, inputs, harmful, reason)
+    drifted = drift(runner, edited, rows, seed=config.seed)
     return Verdict(
         adapter=inputs["adapter"],
         kind=edited.info.kind,
         model=config.model,
         table=effects.table(outcomes, config.level),
-        floor=judged,
-        kl_benign=kl_from_original(runner, edited, rows.of_kind("benign"), seed=config.seed),
-        drift={kind: routing_drift(runner, edited, rows.of_kind(kind), seed=config.seed) for kind in KINDS},
+        floor=decision.floor,
+        kl_benign=drifted.kl_benign,
+        drift=drifted.routing,
         mediation=effects.mediation(outcomes, config.level),
         expert_format=config.expert_format,
         ablation=ablation,
         judge=inputs["judge"],
         prompts=HeldOut(source=config.contrast, fingerprint=inputs["contrast"], split=config.split),
-        lost=losses(harmful),
-        tries=count,
-        blind=reason,
+        lost=losses(decision.harmful),
+        tries=decision.tries,
+        blind=decision.blind,
     )
-
-
-def _floor(
-    config: VerifyConfig, run: Run, inputs: Mapping[str, str], harmful: list[Outcome], reason: str | None
-) -> tuple[Floor, int]:
-    """Return the floor at the level for as many tries as the ledger knows, and their number; enter it there."""
-    entry = ledger.Entry(
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        adapter=inputs["adapter"],
-        model=inputs["model"],
-        contrast=inputs["contrast"],
-        judge=inputs["judge"],
-        shipped=unshipped(config) is None,
-        decided=reason is None,
-        verdict="",
-        reason="",
-        prompts=entry_prompts(harmful),
-    )
-    files = ledger.places(config.contrast, run.path)
-    known = [e for file in (*files, run / HISTORY) for e in ledger.read(file)]
-    count = tries(known, entry)
-    margin = ancestry(config.model).margin(config.margin)
-    found = floor_of(entry.prompts, config, tries=count, margin=margin, blind=reason)
-    entry = replace(entry, verdict=found.verdict, reason=found.reason)
-    for places in (files, [ledger.of_edits(run.path), run / ledger.NAME], [run / HISTORY]):
-        ledger.append(places, entry)
-    return found, count
