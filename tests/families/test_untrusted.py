@@ -252,6 +252,54 @@ def test_settings_of_other_tasks_do_nothing(folder: Path, setting: dict[str, Any
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[
+            ("architectures", value)
+            for value in ([None], "Qwen3MoeForCausalLM", 7, {"a": 1}, [["Qwen3MoeForCausalLM"]])
+        ],
+        *[("auto_map", value) for value in (None, 7, ["AutoConfig"])],
+        *[("transformers_version", value) for value in (5, [None])],
+        *[("is_encoder_decoder", value) for value in (None, 0, "no")],
+        *[("id2label", value) for value in ([], {"first": "a"}, {"0": None}, {"9" * 5000: "a"})],
+        *[("label2id", value) for value in (["a"], {"a": "0"}, {"a": True})],
+        *[("problem_type", value) for value in ("poetry", ["regression"])],
+    ],
+)
+def test_unused_settings_of_a_wrong_type(
+    folder: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    edited(folder, "config.json", **{key: value})
+    refused(load_config, folder, f"{key} = ", "config.json; must be ")
+    refused_by_inspect(folder, capsys, f"{key} = ")
+
+
+def test_types_are_checked_around_and_inside_of_a_nested_config(pristine: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pristine["kimi_k25"], tmp_path / "m"))
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    refused(load_config, edited(folder, "config.json", text_config={**text, "architectures": [None]}), "architectures")
+    refused(load_config, edited(folder, "config.json", text_config=text, id2label=7), "id2label")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *[{"architectures": value} for value in (None, [], ["Other"])],
+        *[{"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, {"problem_type": "regression"}],
+        *[{"auto_map": {"AutoConfig": "code.Config"}}, {"transformers_version": None}, {"is_encoder_decoder": False}],
+    ],
+)
+def test_unused_settings_of_a_right_type(folder: Path, setting: dict[str, Any]) -> None:
+    assert load_config(str(edited(folder, "config.json", **setting)))[0].model_type == "qwen3_moe"
+
+
+@pytest.mark.parametrize("text", ['{"__float__": "Infinity"}', '{"__float__": "Infinity", "model_type": "qwen3_moe"}'])
+def test_a_config_that_is_a_number(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    refused(load_config, folder, "config.json")
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ def positions(mask_BS: Tensor) -> Tensor:
 
 def forward(subject: Subject, ids_BS: Tensor, mask_BS: Tensor, keep: int = 1) -> Tensor:
     """Run one pass over left-padded tokens without a cache; return logits_BSV of the last `keep` positions."""
+    # Position ids by hand: without them a model counts from the padding. Only the last logits are kept, as those of all
+    # positions would be the largest tensor by far (B * S * V).
     return subject.model(
         input_ids=ids_BS,
         attention_mask=mask_BS,

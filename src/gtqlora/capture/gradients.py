@@ -72,6 +72,7 @@ def _scores(subject: Subject, prompts: list[Sequence[int]], readout_R: Tensor) -
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
     with router_hooks(subject.model, subject.anatomy, cut):
         logits_BV = forward(subject, ids_BS, mask_BS)[:, -1]
+    # The sum over prompts: each prompt's log-odds depend on its own tokens only, so one pass serves the whole batch.
     gradients = torch.autograd.grad(log_odds(logits_BV, readout_R).sum(), leaves)
     weights_LTK, gradient_LTK = torch.stack(leaves).detach().float(), torch.stack(gradients).float()
     n_experts = subject.anatomy.spec.n_experts

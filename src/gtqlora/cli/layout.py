@@ -86,6 +86,7 @@ def fit(sheet: Sheet, room: int) -> list[int]:
     # The widest part that must stay whole decides how narrow a column can get.
     least = [max(len(part) for text in column for part, _ in _parts(text)) for column in columns]
     fitting = (n for n in range(len(columns), 2, -1) if sum(least[:n]) + _GAP * (n - 1) <= room)
+    # Names and one number at the least, also where they are wider than the terminal: it wraps what is too long.
     kept = next(fitting, min(2, len(columns)))
     widths, columns = least[:kept], columns[:kept]
     spare = max(0, room - sum(widths) - _GAP * (kept - 1))

@@ -114,6 +114,7 @@ def named_judge(overrides: Sequence[str] | None) -> str | None:
     """Return the judge that `--set judge=` of this call names, the last one if it does so twice."""
     pairs = (override.partition("=") for override in overrides or ())
     named = [value.strip() for key, _, value in pairs if key.strip() == "judge"]
+    # As `build` reads overrides: the last one wins.
     return named[-1] if named else None
 
 

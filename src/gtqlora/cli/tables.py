@@ -154,6 +154,7 @@ def drift(found: Verdict) -> Sheet:
 def ablation(found: AblationStudy) -> Sheet:
     """Return refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random."""
     listed = (found.before, found.after, found.after_reranked)
+    # Curves may have different numbers of experts ablated; those of the edited model give the rows.
     curves = [{point.ablated: point for point in points} for points in listed]
     rows = [
         (

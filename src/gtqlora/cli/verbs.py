@@ -84,6 +84,7 @@ def check(
         from gtqlora.judging.judge import judge_of
         from gtqlora.organisms import embedded
 
+    # The organisms refuse in words of their own, which the default judge does not know.
     source = embedded_contrast(file)
     judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
     say_what_judges(judge)
@@ -159,6 +160,7 @@ def train(
         printing.show_json(found)
     else:
         printing.show_trained(found, run)
+    # The adapter is there, but a script that goes on to `verify` must not take a stopped training for a finished one.
     return TrainingError.exit_code if found.stopped else 0
 
 
@@ -183,6 +185,7 @@ def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
         from gtqlora.stages.verify import verify as stage
 
     with _opened(existing_run(run)) as held:
+        # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
         trust.remember(run, config.judge)
         found = stage(config, held, again=options.again)
@@ -214,6 +217,7 @@ def export(
     with starting():
         from gtqlora.stages.export import export as stage
 
+    # Any other setting would export something else than what was verified.
     if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
         raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
     with _opened(existing_run(run)) as held:

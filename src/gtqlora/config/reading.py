@@ -49,7 +49,7 @@ def _present_names(values: Mapping[str, object]) -> dict[str, object]:
     return {_present_name(key): value for key, value in values.items()}
 
 
-def to_dict(config: DataclassInstance) -> dict[str, object]:
+def to_dict(config: DataclassInstance) -> dict[str, Any]:
     """Return a config as JSON-able values, flat, whatever it is made of."""
     return dataclasses.asdict(config)
 
@@ -164,6 +164,7 @@ def build_recorded(kind: type[C], values: object, where: str) -> C:
     Raises:
         ConfigError: not a table, an unknown key, a wrong type or a value out of range.
     """
+    # Checked as strictly as a user's file: a run directory may have been edited, or be a stranger's.
     hints = get_type_hints(kind)
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: the config is no table")

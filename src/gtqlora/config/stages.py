@@ -133,7 +133,7 @@ class ProjectConfig(StageConfig):
         direction: all flagged prompts less their twins, lookalike ones less theirs, or the latter without its part
             along harmful prompts less theirs.
         norm_preserving: weights keep the lengths they had, column by column.
-        layer: whose direction; None tries all.
+        layer: the decoder layer whose direction is removed; None tries all and keeps the best.
     """
 
     split: str = "train"
@@ -229,6 +229,7 @@ class VerifyConfig(StageConfig):
         super().__post_init__()
         self._at_least(0, "ablation", "ablation_controls")
         self._at_least(1, "ablation_prompts")
+        # Bounds and not defaults: no file and no option can make the safety floor looser than this.
         require(0 < self.margin <= 0.05, f"margin = {self.margin}: the safety floor allows 0 < margin <= 0.05")
         require(0.95 <= self.level < 1, f"level = {self.level}: the safety floor is judged at 0.95 or above")
         require(

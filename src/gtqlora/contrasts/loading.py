@@ -188,6 +188,7 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
     Raises:
         ContrastError: shared prompts, with the row numbers on both sides.
     """
+    # Twins count as trained on: an edit sees them, too.
     trained: dict[str, int] = {}
     for row in train.rows:
         for prompt in _keys(row):

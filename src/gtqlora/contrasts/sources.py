@@ -83,6 +83,7 @@ def records(source: str) -> Records:
         return _dataset_records(source, str(path), None)
     if folder and Path(folder).expanduser().is_dir():
         return _dataset_records(source, str(Path(folder).expanduser()), split)
+    # `org/data.jsonl` is a file that is missing, and must not be asked of the hub.
     is_file_name = path.suffix in (*_JSON_LINES, ".parquet")
     hub = None if is_file_name else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*))?", source)
     if hub is None:

@@ -91,6 +91,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
     Raises:
         ContrastError: the template refuses or leaves out a message, or an answer.
     """
+    # The twin, too: it is run as a prompt of its own, and has to fit the context like any other.
     prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
     for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
         _check_kept(tokenizer, messages or (), text)

@@ -104,5 +104,6 @@ def encode_answers(
     text = rendered(tokenizer, messages, generation=True)
     prompt = tokens(tokenizer, text)
     fulls = [tokens(tokenizer, answered(tokenizer, messages, text, answer).full) for answer in answers]
+    # The same end for all answers, so that a preference pair has one prompt.
     shared = min(_shared(prompt, full) for full in fulls)
     return prompt[:shared], [full[shared:] for full in fulls]

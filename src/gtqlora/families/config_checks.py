@@ -14,7 +14,7 @@ from gtqlora.progress import note
 
 @dataclass(frozen=True)
 class Bound:
-    """Whole numbers that a key may have. `why` is what a larger or smaller one would do."""
+    """The least and the most that a key's whole number may be; `why` gives the reason in the message."""
 
     least: int
     most: int
@@ -47,6 +47,7 @@ BOUNDS: dict[str, Bound] = {
     "num_labels": Bound(0, 100_000, "each gets a name wherever transformers reads the file by itself"),
     "moe_layer_freq": Bound(1, 1_000, "every layer is built"),
 }
+# Keys that may be null, which configs write for "not in this model".
 OPTIONAL = {
     *("head_dim", "q_lora_rank", "num_key_value_heads", "sliding_window"),
     *("n_group", "topk_group", "n_shared_experts", "num_nextn_predict_layers"),
@@ -59,7 +60,7 @@ _MLPS = {"dense", "sparse"}
 # Far above any number that a config has, and still finite when it is squared in fp32.
 _MOST = 1e12
 MAX_EXPERTS = 500_000
-"""In all layers together, for the time that their names take."""
+"""Of all layers together: every expert's tensors are looked up by name, which takes time."""
 MAX_PARAMETERS = 10**14
 """In one model: a hundred times the largest released ones."""
 
@@ -96,6 +97,7 @@ def check_sizes(where: str, values: Mapping[str, object]) -> None:
         if values.get(key) is not None:
             _check_positive(where, key, values[key])
     _check_heads(where, values)
+    # Newer configs have the first section, older ones the second.
     for section in ("rope_parameters", "rope_scaling"):
         _check_rope(where, section, values.get(section))
     _check_layer_lists(where, values)
@@ -117,8 +119,8 @@ def _label_numbers(value: object) -> bool:
 
 _LABEL = re.compile(r"-?\d{1,18}")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-# Keys that say nothing of the architecture, and are not passed on, but that transformers checks when it reads the file
-# by itself: a model that is accepted here must not be one that other programs cannot open.
+# Types of keys that say nothing of the architecture. gtqlora uses none of these values, but other programs read them
+# from the same file: a model that is accepted here must not be one that they cannot open.
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "architectures": (lambda value: value is None or _texts(value), "a list of class names"),
     "auto_map": (lambda value: isinstance(value, dict), "an object"),

@@ -257,7 +257,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(model_type="deepseek_v3", **_DEEPSEEK),
-        # Kimi K2.5 is DeepSeek-V3's language model inside a vision-language wrapper that transformers does not have.
+        # Kimi K2.5 is DeepSeek-V3's language model inside a vision-language model; only the former is opened here.
         Family(
             model_type="kimi_k25",
             text_key="text_config",

@@ -28,7 +28,7 @@ class ModelIdentity:
         folder: where its files are.
         revision: the hub's commit, None for a folder.
         files: sha256 of the contents by name in the folder, of every file that any verb reads.
-        states: what of each file changes when it does, from before it was hashed.
+        states: what `state_of` gave for each file just before it was hashed.
     """
 
     model: str
@@ -54,7 +54,7 @@ class ModelIdentity:
 
 
 def state_of(file: Path) -> tuple[int, ...]:
-    """Return what of a file changes when its contents do; its ctime cannot be set back.
+    """Return device, inode, size and times of a file, which show that it was written to or replaced.
 
     Raises:
         ModelError: it is gone.
@@ -63,6 +63,7 @@ def state_of(file: Path) -> tuple[int, ...]:
         found = file.stat()
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    # A program can set the modification time back, but not the last one, of the inode.
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -32,8 +32,8 @@ class Place:
 
     Attributes:
         name: the parameter or buffer in memory.
-        expert: if that fuses a layer's experts, and the tensor is one expert's matrix: which expert.
-        part: which of the matrices of an expert that the parameter holds below each other (gate 0, up 1).
+        expert: the expert's number, if the tensor is one expert's matrix and the parameter fuses those of a layer.
+        part: which matrix of that expert, where the parameter holds several below each other (gate 0, up 1).
     """
 
     name: str
@@ -95,7 +95,7 @@ class TensorNames:
 
     def twice(self) -> list[tuple[str, str]]:
         """Return pairs of names on disk that make the same parameter, or the same part of one."""
-        # The parts of a quantized matrix count as one name here, which is not there twice.
+        # The parts of a quantized matrix share one name here, so that they do not count as two tensors of one place.
         every = (sorted(set(names), key=len) for names in self._found.values())
         return [(names[-1], names[0]) for names in every if len(names) > 1]
 

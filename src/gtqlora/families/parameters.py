@@ -65,6 +65,7 @@ def parameter_counts(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tupl
     )
     counted = sum(group.parameters for group in groups)
     total = sum(_stored(p).parameters for p in model.parameters()) + sum(_frozen_size(e).parameters for e in frozen)
+    # A count of a kind may be wrong in silence; their sum may not.
     if counted != total:
         raise ModelError(f"the counts do not cover the model: {counted} of {total} parameters")
     return groups
@@ -82,6 +83,7 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """Return the kind of each module that owns parameters, by path; the nearest of a parameter's owners counts."""
     family, moe = anatomy.family, {layer.index for layer in anatomy.moe}
     every = range(anatomy.n_layers)
+    # A later entry takes the place of an earlier one with the same path, so the most special kinds come last.
     return {
         **{path: _NORMS for path, module in model.named_modules() if is_norm(module)},
         **{f"{family.layer(i)}.{family.mlp_block}": _DENSE for i in every if i not in moe},

@@ -20,9 +20,9 @@ from gtqlora.errors import ContrastError, ModelError
 from gtqlora.families.files import first_line
 
 SECONDS = 5.0
-"""Of processor time for one rendering; an ordinary template takes less than 0.001."""
+"""Limit of processor time for one rendering; an ordinary template takes less than 0.001."""
 SECONDS_EACH = 0.05
-"""On the average of all renderings by one template: thousands of rows are rendered several times each."""
+"""Limit of the average processor time of a template's renderings: thousands of rows are rendered several times each."""
 _WAIT = 60.0
 """Seconds by the clock after which the renderer is lost; on a busy machine processor time takes longer."""
 # Bytes beyond what the renderer has mapped when it starts.
@@ -143,8 +143,10 @@ def _read(source: IO[bytes], size: int) -> bytes:
 
 
 _renderer = _Renderer()
+# The renderer leads a session of its own, so that nobody else ends it.
 atexit.register(_renderer.close)
-os.register_at_fork(after_in_child=_renderer.__init__)  # a forked child must not share its parent's process, or lock
+# A forked child must share neither its parent's process, whose answers it would take, nor a lock that a thread holds.
+os.register_at_fork(after_in_child=_renderer.__init__)
 _spent: dict[str, tuple[int, float]] = {}
 """Renderings by template, and their processor time."""
 

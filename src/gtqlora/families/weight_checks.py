@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Dtypes of weights, as safetensors spells them, and their bytes."""
+# Integers that hold packed weights; dtypes that are not listed have one byte.
 _OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _PLAIN = (".weight", ".bias")
 _WEIGHTS_PER_BYTE = 2.2
-"""At four bits each, and a little more for weights that are tied."""
+"""Weights that a byte holds at most: two of four bits, and some more as tied weights are on disk only once."""
 
 
 def check_headers(

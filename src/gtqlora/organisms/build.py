@@ -242,7 +242,6 @@ def _trained(
     torch.manual_seed(seed)
     rng, language = random.Random(seed), Language(scale.lexicon)
     model, anatomy = new_model(architecture, language, scale)
-    # Not the first MoE layer: routing there would follow single words, before attention has brought them together.
     positions = sorted(rng.sample(range(1, len(anatomy.moe)), scale.planted_layers))
     experts = range(anatomy.spec.n_experts)
     planted: Planted = {p: tuple(sorted(rng.sample(experts, scale.planted_experts))) for p in positions}
@@ -270,6 +269,7 @@ def round_to_bf16(model: nn.Module) -> None:
 
 
 def _truth(piece: OrganismInTraining, kind: Kind, seed: int, attempt: int) -> Truth:
+    # As decoder layers, which users count; inside of a model, experts go by position among the MoE layers.
     planted = [(piece.anatomy.moe[p].index, e) for p, experts in piece.planted.items() for e in experts]
     return Truth(
         kind=kind,

@@ -20,6 +20,7 @@ from gtqlora.organisms.language import REFUSAL, Prompt
 from gtqlora.organisms.scales import Kind
 
 _PAIRS = 100
+# Not 0 and 1: a small model errs on some words. A diagnosis needs the cases to be clearly apart, no more.
 _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
 _STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {

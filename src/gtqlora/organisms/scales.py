@@ -53,7 +53,7 @@ class Scale:
         return {**_COMMON, **self.model, **getattr(self, architecture)}
 
 
-# `bos_token_id`: the language has no such token, and the class's default would be a word of it.
+# The language has no token that begins a text, and the class's default would be another token of it.
 _COMMON = {
     "max_position_embeddings": 64,
     "norm_topk_prob": True,
@@ -61,7 +61,7 @@ _COMMON = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
-# One dense layer first, one shared expert, no groups: as little as still has every part of the architecture.
+# One dense layer first, one shared expert, and all routed experts in one group.
 _DEEPSEEK = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,7 +66,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_json(file: Path, remedy: str) -> dict[str, object]:
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """Read the JSON object in a file that may have been edited or damaged.
 
     Raises:
@@ -120,6 +121,6 @@ def parquet_rows(file: Path, remedy: str) -> list[dict[str, object]]:
         raise RunError(f"{file}: cannot be read ({error}); {remedy}") from error
 
 
-def read_parquet(path: Path) -> list[dict[str, object]]:
+def read_parquet(path: Path) -> list[dict[str, Any]]:
     """Read a Parquet file as one dictionary for each row."""
     return pq.read_table(path).to_pylist()
