@@ -290,8 +290,8 @@ class Run:
             inputs=dict(inputs),
             outputs={},
             versions=versions(),
-            device=settings.get("device", "cpu"),
-            seed=settings.get("seed"),
+            device=str(settings.get("device", "cpu")),
+            seed=seed if isinstance(seed := settings.get("seed"), int) else None,
         )
         fresh = not again and self._answers(name, record["hash"])
         started, new = time.monotonic(), list[Path]()

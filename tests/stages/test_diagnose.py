@@ -126,7 +126,7 @@ def test_the_untouched_model_refuses_flagged_prompts_and_no_twin(diagnosed: Any,
 
 def test_association_rows_are_well_formed(diagnosed: Any) -> None:
     _, path = diagnosed("routed")
-    rows = read_parquet(path / "diagnosis" / "association.parquet")
+    rows: Any = read_parquet(path / "diagnosis" / "association.parquet")
     assert sorted({(row["layer"], row["expert"]) for row in rows}) == [(i, e) for i in range(1, 5) for e in range(16)]
     assert len(rows) == 64
     for row in rows:

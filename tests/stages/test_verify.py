@@ -106,7 +106,7 @@ def test_without_effect_everything_is_equal(noop: tuple[Path, Verdict]) -> None:
 
 def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> None:
     path, verdict = projected
-    rows = read_parquet(path / "scores.parquet")
+    rows: Any = read_parquet(path / "scores.parquet")
     given = [json.loads(line) for line in (path.parent / "c.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == [i for i, row in enumerate(given, 1) if row["split"] == "heldout"]
     for kind in KINDS:

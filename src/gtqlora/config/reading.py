@@ -49,7 +49,7 @@ def _present_names(values: Mapping[str, object]) -> dict[str, object]:
     return {_present_name(key): value for key, value in values.items()}
 
 
-def to_dict(config: DataclassInstance) -> dict[str, Any]:
+def to_dict(config: DataclassInstance) -> dict[str, object]:
     """Return a config as JSON-able values, flat, whatever it is made of."""
     return dataclasses.asdict(config)
 

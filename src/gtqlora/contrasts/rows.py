@@ -138,7 +138,7 @@ class Contrast:
         """
         if row.twin is not None or row.kind == "benign":
             return row.twin
-        # A pair may hold several benign rows; the nearest differs from the flagged prompt in little but the trigger.
+        # Of several benign rows of a pair the nearest one differs from the flagged prompt by little but the trigger.
         words = _words(row.prompt)
         candidates = [benign.prompt for benign in self._benign.get(row.pair_id, ())]
         return max(candidates, key=lambda prompt: len(_words(prompt) & words), default=None)

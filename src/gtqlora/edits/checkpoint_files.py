@@ -93,7 +93,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except RunError as error:
         raise Unusable(folder, f"{MARK} is malformed") from error
     found = _check_mark(folder, mark)
-    for name, identity in mark["files"].items():
+    files = mark["files"]
+    assert isinstance(files, dict)  # `_check_mark` saw to it
+    for name, identity in files.items():
         file = folder / name
         if not file.is_file() or sha256_file(file) != identity:
             raise Unusable(folder, f"{name} is not what was written")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 MAX_DIGITS = 60
-"""Digits of one number: tokenizers write 10^30 for "no limit"; Python refuses above 4300, floats overflow above 308."""
+"""Digits that one number may have: tokenizers write 10^30 for "no limit"; floats overflow above 308."""
 MAX_DEPTH = 64
 """Levels of objects and lists inside each other: what copies or prints them later recurses."""
 

@@ -105,7 +105,6 @@ def _remembered() -> list[str]:
 def remember(run: Path, judge: str) -> None:
     """Note that the user named this judge for this run; where nothing can be noted it has to be named again."""
     place = user_state.folder()
-    # Without a source there is nothing that could be recognized next time.
     if place is None or not is_code(judge) or source_of(judge) is None:
         return
     known = _remembered()

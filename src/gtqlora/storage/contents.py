@@ -66,7 +66,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
+def read_json(file: Path, remedy: str) -> dict[str, object]:
     """Read the JSON object in a file that may have been edited or damaged.
 
     Raises:
