@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_settings_exist(page: Path) -> None:
     text = page.read_text()
     named = re.findall(r"--set (\w+)", text) + re.findall(r"`(\w+) = [^`]+`", text)
     assert not set(named) - SETTINGS
+
+
+def test_the_page_of_settings_is_what_the_dataclasses_say() -> None:
+    written = (DOCS / "settings.md").read_text()
+    page = runpy.run_path(str(ROOT / "bench" / "settings.py"))["page"]()
+    assert written == page, "docs/settings.md is out of date: run python bench/settings.py > docs/settings.md"
+
+
+def test_the_page_of_settings_has_every_default_of_every_stage() -> None:
+    shared, *stages = re.split(r"^## ", (DOCS / "settings.md").read_text().partition("## ")[2], flags=re.MULTILINE)
+    for (stage, config), text in zip(STAGES.items(), stages, strict=True):
+        assert text.startswith(f"{stage}\n")
+        rows = dict(re.findall(r"^\| `(\w+)` \| `?(.+?)`? \| .+ \| .+ \|$", shared + text, re.MULTILINE))
+        for field in fields(config):
+            expected = "(must be given)" if field.default is MISSING else str(field.default)
+            assert rows[field.name].lower() == expected.lower(), (stage, field.name)
 
 
 @pages()
