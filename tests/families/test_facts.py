@@ -54,6 +54,28 @@ def test_a_router_without_a_known_key_is_no_dense_model(tmp_path: Path) -> None:
     assert "is a dense model" not in said and "the number of routed experts (none of num_experts, " in said
 
 
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"model_type": "madeup_moe", "n_experts": 4}, "model_type 'madeup_moe', the key n_experts looks like"),
+        ({"model_type": "madeup_moe"}, "model_type 'madeup_moe' looks like"),
+        ({"model_type": "madeup", "text_config": {"moe_layers_count": 2}}, "the key moe_layers_count looks like"),
+    ],
+)
+def test_what_looks_like_experts_is_not_called_dense(tmp_path: Path, config: dict[str, object], hint: str) -> None:
+    said = refusal(tmp_path, config)
+    assert f"unknown model_type {config['model_type']!r}, and no number of experts under any known key" in said
+    assert "dense" not in said and hint in said and "num_local_experts" in said
+    assert all(family in said for family in FAMILIES)
+
+
+@pytest.mark.parametrize("more", [{"num_experts": 0}, {"moe_layers": None}, {"moebius": 3}])
+def test_a_key_without_a_value_or_of_another_word_is_no_sign_of_experts(
+    tmp_path: Path, more: dict[str, object]
+) -> None:
+    assert "'llama' is a dense model" in refusal(tmp_path, {"model_type": "llama", **more})
+
+
 def test_a_dense_model_is_told_which_keys_were_looked_for(tmp_path: Path) -> None:
     assert "'llama' is a dense model" in (said := refusal(tmp_path, {"model_type": "llama"}))
     assert "num_local_experts" in said

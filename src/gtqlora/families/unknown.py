@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 # Every name under which a released MoE model's config.json gives the fact; the last entry says how layers are chosen.
@@ -17,6 +18,10 @@ _FACTS: dict[str, tuple[str, ...]] = {
 }
 
 
+# A part of a name of its own, so that "smoe" or "moebius" is none; "n_experts" and "moe_topk" are.
+_MOE = re.compile(r"expert|(?<![a-z])moe(?![a-z])", re.IGNORECASE)
+
+
 def refusal(config: Mapping[str, object], known: Sequence[str]) -> str:
     """Return why a model is refused: it is dense, or of a MoE family that has no entry yet; one line.
 
@@ -28,6 +33,12 @@ def refusal(config: Mapping[str, object], known: Sequence[str]) -> str:
     sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     router = _router_class(sections)
     if router is None and not _found(sections, _EXPERTS):
+        if hints := _hints(sections):
+            return (
+                f"unknown model_type {model_type!r}, and no number of experts under any known key "
+                f"({', '.join(_EXPERTS)}), although {', '.join(hints)} looks like a Mixture-of-Experts model. Known "
+                f"families: {families}"
+            )
         return (
             f"model_type {model_type!r} is a dense model: it has no routers, so only Level 1 (the residual stream) "
             "applies to it, and there is nothing for gtqlora to tell apart or to train (no key for the number of "
@@ -40,6 +51,14 @@ def refusal(config: Mapping[str, object], known: Sequence[str]) -> str:
         f"unknown MoE family {model_type!r}; known: {families}. Add an entry to gtqlora/families/facts.py. Of the "
         f"facts for it, config.json gives {'; '.join(given) or 'none'}, and lacks {'; '.join(lacking) or 'none'}"
     )
+
+
+def _hints(sections: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return what looks like experts although nothing known is there: a model_type, or keys that hold a value."""
+    types = [value for section in sections if isinstance(value := section.get("model_type"), str)]
+    keys = [key for section in sections for key, value in section.items() if value]
+    named = [f"model_type {name!r}" for name in types if _MOE.search(name)]
+    return list(dict.fromkeys([*named, *(f"the key {key}" for key in keys if _MOE.search(key))]))
 
 
 def _found(sections: Sequence[Mapping[str, object]], keys: Sequence[str]) -> str | None:
