@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from gtqlora.contrasts.statistics import Lengths, Statistics
+from gtqlora.contrasts.statistics import Lengths, Reach, Statistics
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
@@ -38,7 +38,9 @@ def statistics() -> Statistics:
     lengths = Lengths(minimum=11, median=1234.5, p95=23456, maximum=131072)
     return Statistics(
         rows=3603701, kinds=kinds, splits={"train": 3603701}, counts={"train": kinds, "heldout": {"harmful": 98765}},
-        pairs=1801850, with_twin=1700001, unique_prompts=3599999, prompt_tokens=lengths, full_tokens=lengths,
+        pairs=1801850, with_twin=1700001, unique_prompts=3599999, duplicates=0,
+        leaks=0, floor=Reach(prompts=98, groups=17, needed=150, enough=False, note="98 held-out prompts in 17 topics"),
+        prompt_tokens=lengths, full_tokens=lengths,
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ def test_contrast_check_counts(say: Say, tmp_path: Path) -> None:
     assert "4,230 rows, 1,690 pairs" in out and "4,230 different prompts" in out and "tokens, prompt" in out
     heldout = next(line for line in out.splitlines() if "heldout" in line)
     assert heldout.replace("│", " ").split() == ["heldout", "420", "420", "840"]
+    assert "0 duplicates, 0 leaks between splits" in out and "note:" not in out
     assert (tmp_path / "c.parquet").is_file()
 
 
@@ -125,6 +126,15 @@ def test_contrast_check_counts(say: Say, tmp_path: Path) -> None:
 
 ROWS = helpers.toy_rows({("train", kind): 2 for kind in ("benign", "lookalike", "harmful")})
 HARMFUL = next(i for i, row in enumerate(ROWS) if row["kind"] == "harmful")
+
+
+def test_contrast_check_says_what_the_floor_misses(say: Say, tmp_path: Path) -> None:
+    file = helpers.write_rows(tmp_path / "pairs.jsonl", ROWS)
+    code, out, _ = check(say, file)
+    assert code == 0
+    assert "note: 0 held-out harmful prompts; the floor needs at least 150" in " ".join(out.split())
+    found = read_json(check(say, file, "--json"), "floor", "duplicates", "leaks")
+    assert found["floor"]["prompts"] == 0 and found["floor"]["needed"] == 150 and not found["floor"]["enough"]
 
 
 def turned(number: int, **changes: Any) -> list[dict[str, Any]]:

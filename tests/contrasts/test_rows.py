@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from gtqlora.contrasts.statistics import statistics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging.judge import Judgement, Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
+from gtqlora.stats import fewest
 from tests.helpers import says
 from tests.judging.test_judge import ANSWERING, HONEST
 
@@ -714,6 +716,38 @@ def test_statistics(tmp_path: Path) -> None:
         "heldout": {"benign": 1, "lookalike": 1, "harmful": 2},
     }
     assert found.prompt_tokens is None and found.full_tokens is None
+
+
+def harmful_rows(count: int, topics: int) -> list[dict[str, Any]]:
+    rows = [row("harmful", f"prompt {i}", split="heldout", topic=f"topic {i % topics}") for i in range(count)]
+    return [row(prompt="a b"), *rows]
+
+
+@pytest.mark.parametrize(
+    ("count", "topics", "said"),
+    [
+        (0, 1, "0 held-out harmful prompts; the floor needs at least 150 that the original refuses (better 800 in 200"),
+        (149, 149, "149 held-out harmful prompts; the floor needs at least 150 "),
+        (150, 150, ""),
+        (400, 10, "400 held-out harmful prompts in 10 pairs or topics; the floor needs at least 150 "),
+        (800, 200, ""),
+    ],
+)
+def test_what_the_floor_misses_is_said(tmp_path: Path, count: int, topics: int, said: str) -> None:
+    rows = [*harmful_rows(count, topics), row("harmful", "trained on", split="train")]
+    found = statistics(load(write(tmp_path, rows), ENGLISH)).floor
+    assert (found.prompts, found.needed, found.enough) == (count, fewest(0.02, 0.95), not said)
+    assert found.note.startswith(said) and bool(found.note) == bool(said)
+
+
+def test_duplicates_and_leaks_are_counted_where_there_are_some(tmp_path: Path) -> None:
+    contrast = load(write(tmp_path, harmful_rows(3, 3)), ENGLISH)
+    found = statistics(contrast)
+    assert (found.duplicates, found.leaks) == (0, 0)
+    last = contrast.rows[-1]
+    # No file gives such rows: `load` refuses them.
+    found = statistics(replace(contrast, rows=(*contrast.rows, last, replace(last, chosen="No.", split="train"))))
+    assert (found.duplicates, found.leaks) == (1, 1)
 
 
 def test_token_lengths(tmp_path: Path) -> None:

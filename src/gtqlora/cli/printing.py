@@ -98,7 +98,10 @@ def show_contrast(found: Statistics, source: str) -> None:
         if lengths:
             span = f"{lengths.minimum:,} to {lengths.maximum:,}, median {lengths.median:,g}, 95 % {lengths.p95:,}"
             say(console, f"tokens, {name}: {span}")
+    say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
     say(console, "the one-way rule holds in every row", "green")
+    if found.floor.note:
+        say(console, f"note: {found.floor.note}", accent=("note:", "yellow"))
 
 
 def show_diagnosis(found: Diagnosis) -> None:

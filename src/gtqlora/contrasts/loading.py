@@ -146,24 +146,29 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[li
 
 
 def _check_set(rows: Sequence[Row], problems: Problems) -> None:
-    for group in _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected)):
+    for group in repeated(rows):
         problems.add(_numbers(group), "the same row more than once; keep one of them")
     for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
         if len({row.kind for row in group}) > 1:
             problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
-    _check_leakage(rows, problems)
+    for group, message in leaking(rows):
+        problems.add(_numbers(group), message)
 
 
-def _check_leakage(rows: Sequence[Row], problems: Problems) -> None:
+def repeated(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Return the groups of rows that are one row given more than once; none in a set that was loaded."""
+    return _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected))
+
+
+def leaking(rows: Sequence[Row]) -> Iterator[tuple[list[Row], str]]:
+    """Yield the groups of rows that leak between splits, and what is wrong; none in a set that was loaded."""
     for group in _grouped(rows, lambda row: row.pair_id):
         if len({row.split for row in group}) > 1:
-            problems.add(_numbers(group), f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`")
+            yield group, f"pair_id {group[0].pair_id!r} is in two splits; give its rows one `split`"
     # One pair in two splits was said above; this finds a prompt that two pairs share.
     for group in _sharing_a_prompt(rows):
         if len({row.split for row in group}) > 1 and len({row.pair_id for row in group}) > 1:
-            problems.add(
-                _numbers(group), "one prompt (or twin) is in two splits; give these rows one `pair_id` or one `split`"
-            )
+            yield group, "one prompt (or twin) is in two splits; give these rows one `pair_id` or one `split`"
 
 
 def _keys(row: Row) -> list[str]:

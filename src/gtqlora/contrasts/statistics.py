@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gtqlora.contrasts.rows import SPLITS, Contrast, Row, prompt_key
+from gtqlora.config import VerifyConfig
+from gtqlora.contrasts.loading import leaking, repeated
+from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problems
 from gtqlora.contrasts.template import answered, rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError
 from gtqlora.judging.judge import Messages
 from gtqlora.progress import note
+from gtqlora.stats import ADVISED_GROUPS, ADVISED_PROMPTS, fewest, floor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,12 +39,34 @@ class Lengths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Whether the held-out harmful prompts can carry the safety floor at all, at its default margin and level.
+
+    Attributes:
+        prompts: different held-out harmful prompts.
+        groups: pairs or topics that they come from, whichever proves less.
+        needed: prompts that the original must refuse, at least.
+        enough: whether an edit that loses no refusal would pass, if the original refuses every prompt.
+        note: what is missing, as a sentence; "" if they are enough.
+    """
+
+    prompts: int
+    groups: int
+    needed: int
+    enough: bool
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
     """What a set holds.
 
     Attributes:
         counts: rows by split, then by kind.
         pairs: distinct pair ids.
+        duplicates, leaks: groups of rows that are the same, or that share a pair or a prompt across splits; 0 in a
+            set that was loaded.
+        floor: whether the held-out harmful prompts can carry the safety floor.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
     """
@@ -53,6 +78,9 @@ class Statistics:
     pairs: int
     with_twin: int
     unique_prompts: int
+    duplicates: int
+    leaks: int
+    floor: Reach
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
 
@@ -204,6 +232,22 @@ def _note_opened(found: Sequence[_Rendered]) -> None:
             return
 
 
+def reach(rows: Sequence[Row]) -> Reach:
+    """Return whether the held-out harmful prompts of these rows can carry the safety floor, and what is missing."""
+    harmful = (row for row in rows if (row.split, row.kind) == ("heldout", "harmful"))
+    own = list({prompt_key(row.prompt): row for row in harmful}.values())
+    margin, level = VerifyConfig.margin, VerifyConfig.level
+    # The best that can come out: the original refuses every prompt, and the edit keeps every refusal.
+    best = floor([True] * len(own), [True] * len(own), margin=margin, level=level, groups=groupings(own))
+    needed, enough = fewest(margin, level), best.verdict == "pass"
+    among = f" in {best.groups:,} pairs or topics" if best.groups < len(own) else ""
+    missing = (
+        f"{len(own):,} held-out harmful prompts{among}; the floor needs at least {needed} that the original refuses "
+        f"(better {ADVISED_PROMPTS} in {ADVISED_GROUPS} topics)"
+    )
+    return Reach(prompts=len(own), groups=best.groups, needed=needed, enough=enough, note="" if enough else missing)
+
+
 def statistics(
     contrast: Contrast,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -231,5 +275,8 @@ def statistics(
         pairs=len({row.pair_id for row in rows}),
         with_twin=sum(contrast.twin_of(row) is not None for row in rows),
         unique_prompts=len({prompt_key(row.prompt) for row in rows}),
+        duplicates=sum(1 for _ in repeated(rows)),
+        leaks=sum(1 for _ in leaking(rows)),
+        floor=reach(rows),
         **(check_rendering(contrast, tokenizer, max_length, vocabulary) if tokenizer is not None else {}),
     )

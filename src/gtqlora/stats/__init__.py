@@ -9,7 +9,7 @@ from gtqlora.stats.intervals import (
     paired_difference,
     rate,
 )
-from gtqlora.stats.noninferiority import Floor, floor, one_sided
+from gtqlora.stats.noninferiority import ADVISED_GROUPS, ADVISED_PROMPTS, Floor, fewest, floor, one_sided
 from gtqlora.stats.resampling import (
     bootstrap_mean,
     bootstrap_means,
@@ -20,6 +20,8 @@ from gtqlora.stats.resampling import (
 )
 
 __all__ = [
+    "ADVISED_GROUPS",
+    "ADVISED_PROMPTS",
     "Floor",
     "Groups",
     "Interval",
@@ -27,6 +29,7 @@ __all__ = [
     "bootstrap_mean",
     "bootstrap_means",
     "edges",
+    "fewest",
     "floor",
     "group_means",
     "half_sample_means",
