@@ -55,6 +55,11 @@ def test_what_has_changed_says_who_wrote_it(older: Path, read: Callable[[Path], 
         read(older)
 
 
+def test_a_report_names_every_stage_to_run_again(older: Path) -> None:
+    with Run(older) as run, pytest.raises(RunError, match=r"(?s)gtqlora diagnose.*; .*gtqlora verify"):
+        report(run)
+
+
 def test_its_edit_can_be_verified_and_then_reported(toy: helpers.Toy, older: Path, tmp_path: Path) -> None:
     """Training is dear: an adapter of 0.1.0 is as good as one of today."""
     model, adapter = toy.model("qwen3_moe"), adapter_hash(older / "adapter")

@@ -67,8 +67,9 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         RunError: there is nothing to report, a run to compare with has no verdict, or an artefact cannot be read.
     """
     path = run.path
+    _check_readable(path)
     found = _diagnosis(path)
-    info, verdict, metrics = _info(path), _verdict(path), read_metrics(path / METRICS)
+    info, verdict, metrics = _info(path), _verdict(path), _metrics(path)
     if found is None and info is None and verdict is None and not metrics:
         raise RunError(
             f"{path}: nothing to report yet; run `gtqlora diagnose`, or `gtqlora train` and `gtqlora verify`, first"
@@ -86,6 +87,26 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         scores=read_outcomes(path) if verdict and (path / SCORES).exists() else [],
         peers=_peers(path, info, verdict, compare),
     )
+
+
+def _check_readable(path: Path) -> None:
+    """Check every record, so that one message names all stages that have to be run again.
+
+    Raises:
+        RunError: some cannot be read.
+    """
+    problems: list[str] = []
+    for read in (_diagnosis, _info, _verdict, _metrics):
+        try:
+            read(path)
+        except RunError as error:
+            problems.append(str(error))
+    if problems:
+        raise RunError("; ".join(problems))
+
+
+def _metrics(path: Path) -> list[Metrics]:
+    return read_metrics(path / METRICS)
 
 
 def _diagnosis(path: Path) -> Diagnosis | None:

@@ -1,4 +1,4 @@
-"""Where the behaviour sits: shares, needed and enough, experts, effect curves, directions, load."""
+"""Where the behaviour sits: shares, what is necessary and sufficient, experts, effect curves, directions, load."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
 
 
 def shares(diagnosis: Diagnosis) -> list[Figure]:
-    """Draw how the behaviour divides among the levels, and every combination of them that was run."""
+    """Draw how the behaviour divides among the components, and every combination of them that was run."""
     # without a verdict there are no shares, and without shares nothing to draw
     if not diagnosis.shares:
         return []
@@ -131,9 +131,9 @@ def _shares(diagnosis: Diagnosis) -> Figure:
     }
     title = "How much of it sits where"
     caption = (
-        "Owen values: each level’s part of the refusals when levels are interchanged between a flagged prompt and its "
-        "twin, averaged over orders. They sum to 1. Interaction above 0: levels only work together; below 0: each is "
-        "sufficient alone. Thin bars are 95 % intervals."
+        "Owen values: each component’s part of the refusals when components are interchanged between a flagged prompt "
+        "and its twin, averaged over orders. They sum to 1. Interaction above 0: routing and residual stream only work "
+        "together; below 0: each is sufficient alone. Thin bars are 95 % intervals."
     )
     return _levels("shares", title, caption, columns, LEVELS)
 
@@ -144,8 +144,8 @@ def _necessary(diagnosis: Diagnosis) -> Figure:
         Style(tint="second", shape="diamond", meaning="sufficient"): diagnosis.sufficient,
     }
     caption = (
-        "Necessary: the part of the refusals that goes when only this level is the twin’s. "
-        "Sufficient: the part that comes when only this level is the flagged prompt’s."
+        "Necessary: the part of the refusals that goes when only this component is the twin’s. "
+        "Sufficient: the part that comes when only this component is the flagged prompt’s."
     )
     names = {key: name for key, name in LEVELS.items() if key in diagnosis.necessary}
     return _levels("necessary", "What is necessary, and what is sufficient", caption, columns, names)
@@ -183,7 +183,7 @@ def _cells(diagnosis: Diagnosis) -> Figure:
     ]
     return Figure(
         id="cells",
-        title="Every combination of levels",
+        title="Every combination of components",
         caption="■ from the flagged prompt, □ from its twin: which experts are chosen (routing), what they are given "
         "(experts), and the rest of the residual stream.",
         tables=[tables.cells(found, _SIDES)],

@@ -125,7 +125,7 @@ def tokens(found: Sequence[TokenChoice]) -> Table:
 
 
 def levels(caption: str, columns: Mapping[str, Mapping[str, Interval]], names: Mapping[str, str]) -> Table:
-    """Return an interval of each column for each level."""
+    """Return an interval of each column for each component."""
     rows = [[name, *(share(found.get(key)) for found in columns.values())] for key, name in names.items()]
     return Table(caption, ["Level", *columns], rows)
 
@@ -134,7 +134,7 @@ def cells(found: Sequence[Cell], sides: Sequence[str]) -> Table:
     """Return refusal with each component (a side) taken from the flagged prompt or from its twin."""
     rows = [[*(getattr(cell, side) for side in sides), share(cell.refusal), real(cell.log_odds)] for cell in found]
     columns = [*(capital(side) for side in sides), "Refused", "Log-odds"]
-    return Table("Every combination of levels", columns, rows, texts=len(sides))
+    return Table("Every combination of components", columns, rows, texts=len(sides))
 
 
 def interventions(found: Sequence[Intervention]) -> Table:
