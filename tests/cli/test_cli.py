@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gtqlora.cli import main
+from gtqlora.progress import note
 from gtqlora.run import Run
 from tests import helpers, models
 
@@ -268,10 +269,26 @@ def test_errors_stay_one_line_and_keep_standard_output_empty(say: Say, tmp_path:
         assert error_of(done, 2, "--help") and not done[1]
 
 
-def test_the_old_name_of_the_expert_format_is_still_taken(say: Say) -> None:
+def test_the_old_name_of_the_expert_format_is_still_taken(say: Say, caplog: pytest.LogCaptureFixture) -> None:
+    note.cache_clear()
     for flag in ("--expert-format", "--experts"):
+        assert not caplog.messages
         found = read_json(say("inspect", "organism:routed", flag, "nf4", "--json"), "groups", "names")
         assert found["expert_format"] == "nf4"
+    assert caplog.messages == ["the option --experts is called --expert-format now"]
+
+
+@pytest.mark.parametrize("key", ["ablation", "silencing"])
+def test_a_setting_of_another_stage(
+    say: Say, toy: helpers.Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    note.cache_clear()
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"[diagnose]\n{key} = 0\n")
+    for more in (("--set", f"{key}=0"), ("--config", file)):
+        done = say("diagnose", "organism:routed", "--contrast", toy.contrast, "--run", tmp_path / "run", *more)
+        error_of(done, 2, f"key {key!r} is unknown; it is a setting of verify")
+    assert not caplog.messages
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
 from gtqlora.errors import RunError
+from gtqlora.progress import note
 
 if TYPE_CHECKING:
     from gtqlora.config import StageConfig
@@ -53,6 +54,13 @@ class StageOptions:
     as_json: Json = False
 
 
+def asked_format(given: str | None, old: str | None) -> str | None:
+    """Return the expert format that the options name; a note says so if it came by its old name."""
+    if old is not None:
+        note("the option --experts is called --expert-format now")
+    return given or old
+
+
 def embedded_model(name: str) -> str:
     """Return a model as a path or hub id, with `organism:NAME` as the folder of that embedded organism.
 
@@ -90,7 +98,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     from gtqlora.config import build
 
     # An option that was not given must not hide what the caller gives, such as the settings of the edit.
-    chosen = {"contrast": options.contrast, "expert_format": options.expert_format or options.experts}
+    chosen = {"contrast": options.contrast, "expert_format": asked_format(options.expert_format, options.experts)}
     values = {**given, **{key: value for key, value in chosen.items() if value is not None}}
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:

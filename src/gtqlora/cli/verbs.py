@@ -21,6 +21,7 @@ from gtqlora.cli.settings import (
     RunDir,
     StageOptions,
     as_edited,
+    asked_format,
     configured,
     embedded_contrast,
     embedded_model,
@@ -58,7 +59,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's parts and what GT-QLoRA would train, from its config alone."""
-    asked = expert_format or experts
+    asked = asked_format(expert_format, experts)
     with starting():  # transformers imports a model's class only when it is asked for
         from gtqlora.stages.inspect import inspect as look
 
