@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -302,7 +303,11 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     diagnose = ("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
     code, text, _ = say(*diagnose)
     assert code == 0 and "What the prompts do under interventions" in text
-    assert read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
+    *_, sentence, following = text.splitlines()
+    words = f"train {model} --contrast {toy.contrast} --run {run} --set judge={helpers.JUDGE}".split()
+    assert following.startswith("next: gtqlora train ") and sorted(shlex.split(following)[2:]) == sorted(words)
+    found = read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
+    assert f"\nverdict: {found['verdict']}\n" in text and found["sentence"].endswith(sentence)
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text
     error_of(say("export", run, out), 2, "no verdict.json", "gtqlora verify")

@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from gtqlora.cli import printing, tables
 from gtqlora.cli.figures import count, interval, size
 from gtqlora.cli.layout import Sheet, draw, fit, wrap
+from gtqlora.contrasts import KINDS
 from gtqlora.stages.inspect import Inspection, inspect
 from gtqlora.stats import Interval
 from tests.cli import found
@@ -52,6 +54,20 @@ def sheets(kimi: Inspection) -> list[Sheet]:
         tables.ablation(verdict.ablation),
         *(tables.edits(outcome.numbers) for outcome in found.outcomes().values()),
     ]
+
+
+def test_kinds_stand_in_one_order_whatever_a_file_has() -> None:
+    assert tuple(tables.KINDS) == KINDS
+    verdict = found.verdict()
+    sorted_by_name = replace(
+        verdict, **{key: dict(sorted(getattr(verdict, key).items())) for key in ("table", "drift")}
+    )
+    for sheet in (tables.held_out(sorted_by_name), tables.drift(sorted_by_name)):
+        assert list(sheet.column(0))[1:] == list(tables.KINDS.values())
+
+
+def test_an_expert_that_does_not_carry_it_says_so() -> None:
+    assert list(tables.experts(found.diagnosis()).column(3))[1:] == ["computes it", "no", "yes"]
 
 
 def test_no_table_is_left_out_of_these_tests(sheets: list[Sheet]) -> None:

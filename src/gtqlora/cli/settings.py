@@ -126,6 +126,17 @@ def named_judge(overrides: Sequence[str] | None) -> str | None:
     return named[-1] if named else None
 
 
+def same_prompts(options: StageOptions) -> list[str]:
+    """Return the words with which another stage has the same prompts, judge and experts as one with these options."""
+    given = {
+        "--contrast": options.contrast,
+        "--config": options.config,
+        "--expert-format": options.expert_format or options.experts,
+        "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
+    }
+    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+
+
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:
     """Return what `verify` takes over from the settings that made the adapter.
 

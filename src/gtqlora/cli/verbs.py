@@ -28,6 +28,7 @@ from gtqlora.cli.settings import (
     existing_run,
     judge_of_verdict,
     named_judge,
+    same_prompts,
     say_what_judges,
 )
 from gtqlora.errors import ConfigError, FloorError, TrainingError
@@ -137,6 +138,7 @@ def diagnose(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> 
         printing.show_json(found)
     else:
         printing.show_diagnosis(found)
+        printing.show_next_train(model, *same_prompts(options), "--run", run)
 
 
 def train(
