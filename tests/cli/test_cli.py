@@ -292,6 +292,23 @@ def test_a_setting_of_another_stage(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("inspect", "MODEL is missing. See gtqlora inspect --help"),
+        ("train m", "--run is missing. See gtqlora train --help"),
+        ("contrast check", "FILE is missing. See gtqlora contrast check --help"),
+        ("export r", "OUT is missing. See gtqlora export --help"),
+        ("inspect m --rank", "--rank"),
+        ("inspect organism:routed --rank 0", "--rank 0: must be at least 1"),
+        ("inspect organism:routed --expert-format nf5", "expert_format = 'nf5': must be one of bf16, nf4,"),
+    ],
+)
+def test_errors_name_what_was_typed(say: Say, typed: str, said: str) -> None:
+    line = error_of(say(*typed.split()), 2, said)
+    assert "lora_rank" not in line and ("is missing" in line) == ("is missing" in said)
+
+
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "Routed experts: bf16 (as an ordinary checkpoint has them), nf4, int4-g32 or int4-g128 (frozen in 4 bits), or "
-    "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts). "
-    "`verify` takes what the edit was trained with."
+    "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts)."
 )
+Model = Annotated[str, Parameter(help="Local folder, hub id, or organism:NAME.")]
+MadeRun = Annotated[Path, Parameter(help="Run directory that an earlier verb made.")]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
 ExpertFormat = Annotated[str | None, Parameter(name="--expert-format", help=FORMATS)]

@@ -52,7 +52,7 @@ def _known_name(key: str, known: Iterable[str], where: str) -> str:
         ConfigError: it is not known here, under its present name either.
     """
     # checked first: a key that is refused needs no word about its name
-    if RENAMED.get(key) not in known:
+    if RENAMED.get(key, key) not in known:
         _check_known(key, known, where)
     return _present_name(key)
 
