@@ -81,12 +81,12 @@ def test_every_number_of_a_column_that_is_shown_is_whole(sheets: list[Sheet], wi
         console = Console(width=width, record=True, file=io.StringIO())
         draw(console, sheet)
         text = console.export_text()
-        kept = len(fit(sheet, width - 2))
-        shown = [field for index in range(kept) for field in sheet.column(index)]
+        kept = fit(sheet, width - 2)
+        shown = [field for index in kept for field in sheet.column(index)]
         assert numbers(text) == numbers("\n".join([sheet.title, *shown, sheet.gloss])), sheet.title
         assert "…" not in text
         assert width < 60 or max(map(len, text.splitlines())) <= width
-        left_out = sheet.columns[kept:]
+        left_out = [name for index, name in enumerate(sheet.columns) if index not in kept]
         assert (f"left out for want of room: {', '.join(left_out)};" in " ".join(text.split())) == bool(left_out)
 
 
@@ -95,6 +95,14 @@ def test_wide_terminals_show_every_column_and_narrow_ones_most(sheets: list[Shee
         assert len(fit(sheet, 198)) == len(sheet.columns)
         assert len(fit(sheet, 78)) >= len(sheet.columns) - 2, sheet.title
         assert len(fit(sheet, 58)) >= 3
+
+
+def test_accuracy_before_goes_before_accuracy_after() -> None:
+    sheet = tables.held_out(found.verdict())
+    kept = [tuple(sheet.columns[index] for index in fit(sheet, width)) for width in range(20, 200)]
+    after = ("kind", "refused before", "refused after", "accuracy after")
+    assert after in kept and sheet.columns in kept
+    assert all("accuracy after" in names for names in kept if "accuracy before" in names)
 
 
 SHOWN: dict[str, Callable[[], None]] = {

@@ -140,6 +140,7 @@ def held_out(found: Verdict) -> Sheet:
         title="Held-out prompts",
         columns=("kind", "refused before", "refused after", "accuracy before", "accuracy after", "n", "q"),
         rows=rows,
+        spared="accuracy after",
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
     )
 
