@@ -28,7 +28,8 @@ MadeRun = Annotated[Path, Parameter(help="Run directory that an earlier verb mad
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
 ExpertFormat = Annotated[str | None, Parameter(name="--expert-format", help=FORMATS)]
-OldExpertFormat = Annotated[str | None, Parameter(name="--experts", show=False)]
+_OLD_FLAG = "--experts"
+OldExpertFormat = Annotated[str | None, Parameter(name=_OLD_FLAG, show=False)]
 """What 0.1.0 called `--expert-format`; scripts that say so still run."""
 
 
@@ -58,7 +59,7 @@ class StageOptions:
 def asked_format(given: str | None, old: str | None) -> str | None:
     """Return the expert format that the options name; a note says so if it came by its old name."""
     if old is not None:
-        note("the option --experts is called --expert-format now")
+        note(f"the option {_OLD_FLAG} is called --expert-format now")
     return given or old
 
 
