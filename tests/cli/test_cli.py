@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from gtqlora.cli import main
+from gtqlora.progress import note
 from gtqlora.run import Run
 from tests import helpers, models
 
@@ -278,10 +280,43 @@ def test_errors_stay_one_line_and_keep_standard_output_empty(say: Say, tmp_path:
         assert error_of(done, 2, "--help") and not done[1]
 
 
-def test_the_old_name_of_the_expert_format_is_still_taken(say: Say) -> None:
+def test_the_old_name_of_the_expert_format_is_still_taken(say: Say, caplog: pytest.LogCaptureFixture) -> None:
+    note.cache_clear()
     for flag in ("--expert-format", "--experts"):
+        assert not caplog.messages
         found = read_json(say("inspect", "organism:routed", flag, "nf4", "--json"), "groups", "names")
         assert found["expert_format"] == "nf4"
+    assert caplog.messages == ["the option --experts is called --expert-format now"]
+
+
+@pytest.mark.parametrize("key", ["ablation", "silencing"])
+def test_a_setting_of_another_stage(
+    say: Say, toy: helpers.Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    note.cache_clear()
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"[diagnose]\n{key} = 0\n")
+    for more in (("--set", f"{key}=0"), ("--config", file)):
+        done = say("diagnose", "organism:routed", "--contrast", toy.contrast, "--run", tmp_path / "run", *more)
+        error_of(done, 2, f"key {key!r} is unknown; it is a setting of verify")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("inspect", "MODEL is missing. See gtqlora inspect --help"),
+        ("train m", "--run is missing. See gtqlora train --help"),
+        ("contrast check", "FILE is missing. See gtqlora contrast check --help"),
+        ("export r", "OUT is missing. See gtqlora export --help"),
+        ("inspect m --rank", "--rank"),
+        ("inspect organism:routed --rank 0", "--rank 0: must be at least 1"),
+        ("inspect organism:routed --expert-format nf5", "expert_format = 'nf5': must be one of bf16, nf4,"),
+    ],
+)
+def test_errors_name_what_was_typed(say: Say, typed: str, said: str) -> None:
+    line = error_of(say(*typed.split()), 2, said)
+    assert "lora_rank" not in line and ("is missing" in line) == ("is missing" in said)
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
@@ -295,7 +330,11 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     diagnose = ("diagnose", model, "--contrast", toy.contrast, "--run", run, *judge, *few)
     code, text, _ = say(*diagnose)
     assert code == 0 and "What the prompts do under interventions" in text
-    assert read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
+    *_, sentence, following = text.splitlines()
+    words = f"train {model} --contrast {toy.contrast} --run {run} --set judge={helpers.JUDGE}".split()
+    assert following.startswith("next: gtqlora train ") and sorted(shlex.split(following)[2:]) == sorted(words)
+    found = read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
+    assert f"\nverdict: {found['verdict']}\n" in text and found["sentence"].endswith(sentence)
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text
     error_of(say("export", run, out), 2, "no verdict.json", "gtqlora verify")

@@ -193,6 +193,19 @@ def on_a_terminal(code: str, width: int) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
+def test_progress_that_nobody_reports_leaves_no_empty_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.stage_progress():
+        pass
+    with console.demo_progress():
+        pass
+    assert capsys.readouterr() == ("", "")
+    with console.stage_progress():
+        assert list(track([1], "train", 1)) == [1]
+        sys.stdout.write("a library's own words\n")
+    out, err = capsys.readouterr()
+    assert not out and "train" in err and "a library's own words" in err
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_garbage_collector_rests_only_while_libraries_are_imported(fails: bool) -> None:
     with suppress(ValueError), console.starting():

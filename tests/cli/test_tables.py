@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from gtqlora.cli import printing, tables
 from gtqlora.cli.figures import count, interval, size
 from gtqlora.cli.layout import Sheet, draw, fit, wrap
+from gtqlora.contrasts import KINDS
 from gtqlora.stages.inspect import Inspection, inspect
 from gtqlora.stats import Interval
 from tests.cli import found
@@ -54,6 +56,20 @@ def sheets(kimi: Inspection) -> list[Sheet]:
     ]
 
 
+def test_kinds_stand_in_one_order_whatever_a_file_has() -> None:
+    assert tuple(tables.KINDS) == KINDS
+    verdict = found.verdict()
+    sorted_by_name = replace(
+        verdict, **{key: dict(sorted(getattr(verdict, key).items())) for key in ("table", "drift")}
+    )
+    for sheet in (tables.held_out(sorted_by_name), tables.drift(sorted_by_name)):
+        assert list(sheet.column(0))[1:] == list(tables.KINDS.values())
+
+
+def test_an_expert_that_does_not_carry_it_says_so() -> None:
+    assert list(tables.experts(found.diagnosis()).column(3))[1:] == ["computes it", "no", "yes"]
+
+
 def test_no_table_is_left_out_of_these_tests(sheets: list[Sheet]) -> None:
     makers = {name for name in tables.__all__ if name != "floor_style"}
     assert len(makers) == len(sheets) - 1  # the demo's table is here twice
@@ -65,12 +81,12 @@ def test_every_number_of_a_column_that_is_shown_is_whole(sheets: list[Sheet], wi
         console = Console(width=width, record=True, file=io.StringIO())
         draw(console, sheet)
         text = console.export_text()
-        kept = len(fit(sheet, width - 2))
-        shown = [field for index in range(kept) for field in sheet.column(index)]
+        kept = fit(sheet, width - 2)
+        shown = [field for index in kept for field in sheet.column(index)]
         assert numbers(text) == numbers("\n".join([sheet.title, *shown, sheet.gloss])), sheet.title
         assert "…" not in text
         assert width < 60 or max(map(len, text.splitlines())) <= width
-        left_out = sheet.columns[kept:]
+        left_out = [name for index, name in enumerate(sheet.columns) if index not in kept]
         assert (f"left out for want of room: {', '.join(left_out)};" in " ".join(text.split())) == bool(left_out)
 
 
@@ -79,6 +95,14 @@ def test_wide_terminals_show_every_column_and_narrow_ones_most(sheets: list[Shee
         assert len(fit(sheet, 198)) == len(sheet.columns)
         assert len(fit(sheet, 78)) >= len(sheet.columns) - 2, sheet.title
         assert len(fit(sheet, 58)) >= 3
+
+
+def test_accuracy_before_goes_before_accuracy_after() -> None:
+    sheet = tables.held_out(found.verdict())
+    kept = [tuple(sheet.columns[index] for index in fit(sheet, width)) for width in range(20, 200)]
+    after = ("kind", "refused before", "refused after", "accuracy after")
+    assert after in kept and sheet.columns in kept
+    assert all("accuracy after" in names for names in kept if "accuracy before" in names)
 
 
 SHOWN: dict[str, Callable[[], None]] = {

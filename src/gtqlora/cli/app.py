@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 from gtqlora.cli import verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
@@ -86,4 +86,15 @@ def _called(arguments: Sequence[str] | None) -> int | None:
     try:
         return app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        raise ConfigError(f"{' '.join(str(error).split())} See gtqlora --help") from error
+        verb = " ".join(("gtqlora", *(error.command_chain or ())))
+        raise ConfigError(f"{_missing(error) or ' '.join(str(error).split())} See {verb} --help") from error
+
+
+def _missing(error: CycloptsError) -> str:
+    """Return the sentence that names what was left out, as it is typed; nothing if something else is wrong."""
+    if not isinstance(error, MissingArgumentError) or error.argument is None or error.argument.tokens:
+        return ""
+    if error.keyword is not None:  # it was named, and only its value is missing
+        return ""
+    name = error.argument.name
+    return f"{name.lstrip('-').upper() if error.argument.field_info.is_positional else name} is missing."

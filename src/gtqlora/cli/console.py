@@ -198,20 +198,30 @@ def _bars() -> Iterator[Progress]:
             first, *more = wrap(task.description, room - 2, names=False)
             return Text(f"{first} …" if more else first)
 
-    with Progress(Description(""), *columns, console=console) as bars:
+    bars = Progress(Description(""), *columns, console=console)
+    try:
         yield bars
+    finally:
+        if bars.tasks:  # the end of bars that were never shown would be an empty line
+            bars.stop()
+
+
+def _new_bar(bars: Progress, what: str, total: int = 100) -> TaskID:
+    """Add a bar; the first one starts the display."""
+    bars.start()
+    return bars.add_task(what, total=total)
 
 
 @contextmanager
 def stage_progress() -> Iterator[None]:
     """Show one bar per thing that a stage reports; whatever libraries print meanwhile goes to stderr, too."""
-    # bars first: they put their own streams in the place of stdout and stderr, which print above them
-    with _bars() as bars, redirect_stdout(sys.stderr):
+    # redirected first: the bars start later, put streams that print above them in the place of both, and end before
+    with redirect_stdout(sys.stderr), _bars() as bars:
         tasks: dict[str, TaskID] = {}
 
         def reporter(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = _new_bar(bars, what, total)
             # The total again: a stage may learn how much there is to do only while it works.
             bars.update(tasks[what], completed=done, total=total)
 
@@ -228,7 +238,7 @@ def demo_progress() -> Iterator[Callable[[tuple[str, str, int, int]], None]]:
         def on_event(event: tuple[str, str, int, int]) -> None:
             organism, what, done, total = event
             if organism not in tasks:
-                tasks[organism] = bars.add_task(organism)
+                tasks[organism] = _new_bar(bars, organism)
             bars.update(tasks[organism], description=f"{organism}: {what}", completed=done, total=total)
 
         yield on_event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ class Sheet:
 
     Attributes:
         columns: the headers; the first column is aligned to the left, the others to the right.
+        spared: the header of a column that stays longer than the one to its left.
         total: a last row, set apart from the others.
         gloss: what is to be said under the table.
     """
@@ -44,6 +45,7 @@ class Sheet:
     title: str
     columns: tuple[str, ...]
     rows: Sequence[Row] = field(default_factory=list[Row])
+    spared: str = ""
     total: Row | None = None
     gloss: str = ""
 
@@ -52,37 +54,50 @@ class Sheet:
         yield self.columns[index]
         yield from (_cell(row[index]).text for row in (*self.rows, *([self.total] if self.total else [])))
 
+    def order(self) -> list[int]:
+        """Return the columns' indices, those that go first last."""
+        indices = list(range(len(self.columns)))
+        if self.spared:
+            at = self.columns.index(self.spared)
+            indices[at - 1 : at + 1] = [at, at - 1]
+        return indices
+
 
 def draw(console: Console, sheet: Sheet) -> None:
     """Print a table, the names of the columns for which there is no room, and the gloss."""
     from rich.text import Text
 
-    widths = fit(sheet, console.width - _INDENT)
+    fitted = fit(sheet, console.width - _INDENT)
+    widths = list(fitted.values())
     rule = "-" if console.options.ascii_only else "─"
     lines = [Text(sheet.title, "bold")] if sheet.title else []
-    lines += _row([Cell(name) for name in sheet.columns], widths)
+    lines += _row(sheet.columns, fitted)
     lines.append(Text(" " * _INDENT + rule * (sum(widths) + _GAP * (len(widths) - 1)), "dim"))
     for row in sheet.rows:
-        lines += _row([_cell(entry) for entry in row], widths)
+        lines += _row(row, fitted)
     if sheet.total:
-        lines += [Text(""), *_row([_cell(entry) for entry in sheet.total], widths)]
+        lines += [Text(""), *_row(sheet.total, fitted)]
     for line in lines:
         # a line that is too long for the narrowest of consoles is the terminal's to wrap; rich would cut it
         console.print(line, soft_wrap=True, highlight=False)
-    for text in (_left_out(sheet, len(widths)), sheet.gloss):
+    for text in (_left_out(sheet, fitted), sheet.gloss):
         for line in wrap(text, console.width - _INDENT, names=False) if text else ():
             console.print(Text(" " * _INDENT + line, "dim"), soft_wrap=True, highlight=False)
     console.print()
 
 
-def _left_out(sheet: Sheet, kept: int) -> str:
-    names = ", ".join(sheet.columns[kept:])
+def _left_out(sheet: Sheet, kept: Collection[int]) -> str:
+    names = ", ".join(name for index, name in enumerate(sheet.columns) if index not in kept)
     return f"left out for want of room: {names}; a wider terminal shows all, and so does --json" if names else ""
 
 
-def fit(sheet: Sheet, room: int) -> list[int]:
-    """Return the widths, in characters, of as many of the first columns as there is room for; at least two stay."""
-    columns = [list(sheet.column(index)) for index in range(len(sheet.columns))]
+def fit(sheet: Sheet, room: int) -> dict[int, int]:
+    """Return the columns for which there is room, at least two, by index from left to right, and their widths.
+
+    Widths are in characters.
+    """
+    order = sheet.order()
+    columns = [list(sheet.column(index)) for index in order]
     # The widest part that must stay whole decides how narrow a column can get.
     least = [max(len(part) for text in column for part, _ in _parts(text)) for column in columns]
     fitting = (n for n in range(len(columns), 2, -1) if sum(least[:n]) + _GAP * (n - 1) <= room)
@@ -95,7 +110,8 @@ def fit(sheet: Sheet, room: int) -> list[int]:
     spare = _widen(widths, [max(map(len, header.split()), default=0) for header, *_ in columns], spare)
     _spread(widths, [max(map(len, column)) for column in columns], spare)
     used = zip(columns, widths, strict=True)
-    return [max(len(line) for text in column for line in wrap(text, width)) for column, width in used]
+    fitted = [max(len(line) for text in column for line in wrap(text, width)) for column, width in used]
+    return dict(sorted(zip(order, fitted, strict=False)))
 
 
 def _widen(widths: list[int], wanted: Sequence[int], spare: int) -> int:
@@ -118,11 +134,12 @@ def _spread(widths: list[int], wanted: Sequence[int], spare: int) -> None:
             widths[missing.index(max(missing))] += 1
 
 
-def _row(cells: Sequence[Cell], widths: Sequence[int]) -> list[Text]:
-    """Return the lines of one row."""
+def _row(row: Row, fitted: Mapping[int, int]) -> list[Text]:
+    """Return the lines of one row, of the columns that are kept, by index, in their widths."""
     from rich.text import Text
 
-    wrapped = [wrap(cell.text, width) for cell, width in zip(cells, widths, strict=False)]
+    cells, widths = [_cell(row[index]) for index in fitted], list(fitted.values())
+    wrapped = [wrap(cell.text, width) for cell, width in zip(cells, widths, strict=True)]
     lines: list[Text] = []
     for index in range(max(map(len, wrapped))):
         line = Text(" " * _INDENT)

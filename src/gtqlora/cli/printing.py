@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def show_contrast(found: Statistics, source: str) -> None:
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Print what was measured, and last the verdict's sentence."""
+    """Print what was measured, and last the verdict and its sentence."""
     console = open_console()
     draw(console, tables.interventions(found))
     if found.shares:
@@ -116,7 +117,13 @@ def show_diagnosis(found: Diagnosis) -> None:
     say(console, f"experts chosen clearly more on flagged prompts (association only): {associated}")
     for warning in found.warnings:
         say(console, f"note: {warning}", accent=("note:", "yellow"))
+    say(console, f"verdict: {found.verdict}", accent=(found.verdict, "bold"))
     say(console, found.sentence, "bold")
+
+
+def show_next_train(*words: str | Path) -> None:
+    """Print the command that edits what was diagnosed, from the words after its verb."""
+    say_whole(open_console(), f"next: gtqlora train {shlex.join(map(str, words))}")
 
 
 def show_trained(found: TrainResult, run: Path) -> None:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
 from gtqlora.errors import RunError
+from gtqlora.progress import note
 
 if TYPE_CHECKING:
     from gtqlora.config import StageConfig
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "Routed experts: bf16 (as an ordinary checkpoint has them), nf4, int4-g32 or int4-g128 (frozen in 4 bits), or "
-    "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts). "
-    "`verify` takes what the edit was trained with."
+    "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts)."
 )
+Model = Annotated[str, Parameter(help="Local folder, hub id, or organism:NAME.")]
+MadeRun = Annotated[Path, Parameter(help="Run directory that an earlier verb made.")]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
 ExpertFormat = Annotated[str | None, Parameter(name="--expert-format", help=FORMATS)]
-OldExpertFormat = Annotated[str | None, Parameter(name="--experts", show=False)]
+_OLD_FLAG = "--experts"
+OldExpertFormat = Annotated[str | None, Parameter(name=_OLD_FLAG, show=False)]
 """What 0.1.0 called `--expert-format`; scripts that say so still run."""
 
 
@@ -51,6 +54,13 @@ class StageOptions:
         bool, Parameter(name="--again", negative="", show_default=False, help="Do it again even if nothing changed.")
     ] = False
     as_json: Json = False
+
+
+def asked_format(given: str | None, old: str | None) -> str | None:
+    """Return the expert format that the options name; a note says so if it came by its old name."""
+    if old is not None:
+        note(f"the option {_OLD_FLAG} is called --expert-format now")
+    return given or old
 
 
 def embedded_model(name: str) -> str:
@@ -90,7 +100,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     from gtqlora.config import build
 
     # An option that was not given must not hide what the caller gives, such as the settings of the edit.
-    chosen = {"contrast": options.contrast, "expert_format": options.expert_format or options.experts}
+    chosen = {"contrast": options.contrast, "expert_format": asked_format(options.expert_format, options.experts)}
     values = {**given, **{key: value for key, value in chosen.items() if value is not None}}
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:
@@ -116,6 +126,17 @@ def named_judge(overrides: Sequence[str] | None) -> str | None:
     named = [value.strip() for key, _, value in pairs if key.strip() == "judge"]
     # As `build` reads overrides: the last one wins.
     return named[-1] if named else None
+
+
+def same_prompts(options: StageOptions) -> list[str]:
+    """Return the words with which another stage has the same prompts, judge and experts as one with these options."""
+    given = {
+        "--contrast": options.contrast,
+        "--config": options.config,
+        "--expert-format": options.expert_format or options.experts,
+        "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
+    }
+    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

@@ -104,7 +104,7 @@ def experts(found: Diagnosis) -> Sheet:
             f"{e.layer}/{e.expert}",
             interval(e.ablate),
             interval(e.restore),
-            "yes" if e.causal else "computes it" if e.computes else "",
+            "yes" if e.causal else "computes it" if e.computes else "no",
         )
         for e in found.experts
     ]
@@ -134,19 +134,21 @@ def held_out(found: Verdict) -> Sheet:
             f"{row.refusal_before.n:,}",
             f"{row.q:.2g}",
         )
-        for kind, row in found.table.items()
+        for kind, row in ((kind, found.table[kind]) for kind in KINDS)
     ]
     return Sheet(
         title="Held-out prompts",
         columns=("kind", "refused before", "refused after", "accuracy before", "accuracy after", "n", "q"),
         rows=rows,
+        spared="accuracy after",
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
     )
 
 
 def drift(found: Verdict) -> Sheet:
     """Return how far the routing of prompts left the original's."""
-    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in found.drift.items()]
+    moved = {kind: found.drift[kind] for kind in KINDS}
+    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in moved.items()]
     columns = ("kind", "KL (nats per token)", "top-k overlap")
     return Sheet(title="Routing drift on prompts", columns=columns, rows=rows)
 

@@ -17,16 +17,20 @@ from gtqlora.cli.console import demo_progress, stage_progress, starting
 from gtqlora.cli.settings import (
     ExpertFormat,
     Json,
+    MadeRun,
+    Model,
     OldExpertFormat,
     RunDir,
     StageOptions,
     as_edited,
+    asked_format,
     configured,
     embedded_contrast,
     embedded_model,
     existing_run,
     judge_of_verdict,
     named_judge,
+    same_prompts,
     say_what_judges,
 )
 from gtqlora.errors import ConfigError, FloorError, TrainingError
@@ -50,7 +54,7 @@ NO_OPTIONS = StageOptions()
 
 
 def inspect(
-    model: str,
+    model: Model,
     *,
     rank: Annotated[int, Parameter(help="LoRA rank to count with.")] = 32,
     expert_format: ExpertFormat = None,
@@ -58,10 +62,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's parts and what GT-QLoRA would train, from its config alone."""
-    asked = expert_format or experts
+    asked = asked_format(expert_format, experts)
     with starting():  # transformers imports a model's class only when it is asked for
+        from gtqlora.config import ExpertFormat as Formats
+        from gtqlora.config.values import coerce, require
         from gtqlora.stages.inspect import inspect as look
 
+        require(rank >= 1, f"--rank {rank}: must be at least 1")
+        if asked is not None:
+            coerce(asked, Formats, "expert_format")
         found = look(embedded_model(model), lora_rank=rank, expert_format=asked)
     if as_json:
         printing.show_json(found)
@@ -70,7 +79,7 @@ def inspect(
 
 
 def check(
-    file: str,
+    file: Annotated[str, Parameter(help="JSONL, Parquet, or hub dataset with the pairs; or organism.")],
     *,
     model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
     judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
@@ -125,7 +134,7 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
         return stage(config, run, again=again)
 
 
-def diagnose(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
+def diagnose(model: Model, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
     """Find the behaviour: association, interventions with controls, directions, a verdict."""
     with starting():
         from gtqlora.config import DiagnoseConfig
@@ -136,16 +145,19 @@ def diagnose(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> 
         printing.show_json(found)
     else:
         printing.show_diagnosis(found)
+        printing.show_next_train(model, *same_prompts(options), "--run", run)
 
 
 def train(
-    model: str,
+    model: Model,
     *,
     run: RunDir,
     mode: Annotated[str | None, Parameter(help="gt (LoRA and gates), lora, or gates.")] = None,
     objective: Annotated[
         str | None,
-        Parameter(help="edit, or harden: edit while experts are ablated, so that refusal hangs on no few of them."),
+        Parameter(
+            help="edit, or harden: edit while experts are ablated, so that refusal does not depend on a few of them."
+        ),
     ] = None,
     options: StageOptions = NO_OPTIONS,
 ) -> int:
@@ -164,7 +176,7 @@ def train(
     return TrainingError.exit_code if found.stopped else 0
 
 
-def project(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
+def project(model: Model, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> None:
     """Edit by projection, for comparison: remove the refusal direction from the residual stream."""
     with starting():
         from gtqlora.config import ProjectConfig
@@ -177,8 +189,11 @@ def project(model: str, *, run: RunDir, options: StageOptions = NO_OPTIONS) -> N
         printing.show_projected(found)
 
 
-def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
-    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation."""
+def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
+    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation.
+
+    Pairs, judge and expert format are those that the edit was trained with, unless an option names others.
+    """
     with starting():
         from gtqlora.config import VerifyConfig
         from gtqlora.judging import trust
@@ -198,8 +213,8 @@ def verify(run: Path, *, options: StageOptions = NO_OPTIONS) -> int:
 
 
 def export(
-    run: Path,
-    out: Path,
+    run: MadeRun,
+    out: Annotated[Path, Parameter(help="New folder for the weights.")],
     *,
     to: Annotated[str, Parameter(help="Format of the weights.")] = "safetensors",
     settings: Annotated[
@@ -229,7 +244,7 @@ def export(
 
 
 def report(
-    run: Path,
+    run: MadeRun,
     *,
     compare: Annotated[list[Path] | None, Parameter(help="Other runs for the side by side.", negative=())] = None,
     as_json: Json = False,

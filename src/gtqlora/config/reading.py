@@ -45,8 +45,16 @@ def _present_name(key: str) -> str:
     return RENAMED[key]
 
 
-def _present_names(values: Mapping[str, object]) -> dict[str, object]:
-    return {_present_name(key): value for key, value in values.items()}
+def _known_name(key: str, known: Iterable[str], where: str) -> str:
+    """Return what a known setting is called now.
+
+    Raises:
+        ConfigError: it is not known here, under its present name either.
+    """
+    # checked first: a key that is refused needs no word about its name
+    if RENAMED.get(key, key) not in known:
+        _check_known(key, known, where)
+    return _present_name(key)
 
 
 def to_dict(config: DataclassInstance) -> dict[str, object]:
@@ -69,12 +77,14 @@ def of_the_edit(recorded: Mapping[str, object]) -> dict[str, object]:
 
     How the model is opened is taken whole, so that a new setting of `ModelConfig` is neither forgotten nor named here.
     """
-    values = _present_names(recorded)
+    values = {_present_name(key): value for key, value in recorded.items()}
     return {key: values[key] for key in _OF_THE_EDIT if key in values}
 
 
 def _check_known(key: str, known: Iterable[str], where: str) -> None:
     if key not in known:
+        if having := [stage for stage, kind in STAGES.items() if RENAMED.get(key, key) in get_type_hints(kind)]:
+            raise ConfigError(f"{where} {key!r} is unknown; it is a setting of {', '.join(having)}")
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
         raise ConfigError(f"{where} {key!r} is unknown; {hint}")
@@ -104,16 +114,14 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
     keys = {name: get_type_hints(kind) for name, kind in STAGES.items()}
     found: dict[str, object] = {}
     own: dict[str, object] = {}
-    for name, value in _present_names(_read_toml(path)).items():
+    for name, value in _read_toml(path).items():
         if isinstance(value, dict):
             _check_known(name, keys, f"{path}: section")
-            table = _present_names(value)
-            for key in table:
-                _check_known(key, keys[name], f"{path}: [{name}] key")
+            table = {_known_name(key, keys[name], f"{path}: [{name}] key"): entry for key, entry in value.items()}
             own |= table if name == stage else {}
         else:
-            _check_known(name, set().union(*keys.values()), f"{path}: key")
-            found |= {name: value} if name in keys[stage] else {}
+            present = _known_name(name, set().union(*keys.values()), f"{path}: key")
+            found |= {present: value} if present in keys[stage] else {}
     found |= own  # the stage's own table wins, wherever it stands in the file
     # A recipe may come from a stranger, so that it cannot name code to run.
     judge = found.get("judge", "string")
@@ -130,9 +138,7 @@ def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str,
     for override in overrides:
         key, equals, value = override.partition("=")
         require(bool(equals), f"--set {override}: must be key=value")
-        name = _present_name(key.strip())
-        _check_known(name, known, "--set key")
-        values[name] = value.strip()
+        values[_known_name(key.strip(), known, "--set key")] = value.strip()
     return values
 
 
@@ -168,9 +174,7 @@ def build_recorded(kind: type[C], values: object, where: str) -> C:
     hints = get_type_hints(kind)
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: the config is no table")
-    present = _present_names(values)
-    for key in present:
-        _check_known(key, hints, f"{where}: config key")
+    present = {_known_name(key, hints, f"{where}: config key"): value for key, value in values.items()}
     for key in ("model", "contrast"):
         require(bool(present.get(key)), f"{where}: config key {key!r} is missing")
     # Coerced here already, where the message can name the manifest; the config itself only knows the key.
