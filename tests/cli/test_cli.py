@@ -136,7 +136,7 @@ def test_contrast_check_says_what_the_floor_misses(say: Say, tmp_path: Path) -> 
     assert code == 0
     assert "note: 0 held-out harmful prompts; the floor needs at least 150" in " ".join(out.split())
     found = read_json(check(say, file, "--json"), "floor", "duplicates", "leaks")
-    assert found["floor"]["prompts"] == 0 and found["floor"]["needed"] == 150 and not found["floor"]["enough"]
+    assert found["floor"]["prompts"] == 0 and found["floor"]["fewest"] == 150 and not found["floor"]["reachable"]
 
 
 def turned(number: int, **changes: Any) -> list[dict[str, Any]]:

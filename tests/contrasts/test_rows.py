@@ -736,7 +736,7 @@ def harmful_rows(count: int, topics: int) -> list[dict[str, Any]]:
 def test_what_the_floor_misses_is_said(tmp_path: Path, count: int, topics: int, said: str) -> None:
     rows = [*harmful_rows(count, topics), row("harmful", "trained on", split="train")]
     found = statistics(load(write(tmp_path, rows), ENGLISH)).floor
-    assert (found.prompts, found.needed, found.enough) == (count, fewest(0.02, 0.95), not said)
+    assert (found.prompts, found.fewest, found.reachable) == (count, fewest(0.02, 0.95), not said)
     assert found.note.startswith(said) and bool(found.note) == bool(said)
 
 

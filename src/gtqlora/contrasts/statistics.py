@@ -45,15 +45,15 @@ class Reach:
     Attributes:
         prompts: different held-out harmful prompts.
         groups: pairs or topics that they come from, whichever proves less.
-        needed: prompts that the original must refuse, at least.
-        enough: whether an edit that loses no refusal would pass, if the original refuses every prompt.
-        note: what is missing, as a sentence; "" if they are enough.
+        fewest: prompts that the original must refuse, at least.
+        reachable: whether an edit that loses no refusal would pass, if the original refuses every prompt.
+        note: what is missing, as a sentence; "" if nothing is.
     """
 
     prompts: int
     groups: int
-    needed: int
-    enough: bool
+    fewest: int
+    reachable: bool
     note: str
 
 
@@ -239,13 +239,13 @@ def reach(rows: Sequence[Row]) -> Reach:
     margin, level = VerifyConfig.margin, VerifyConfig.level
     # The best that can come out: the original refuses every prompt, and the edit keeps every refusal.
     best = floor([True] * len(own), [True] * len(own), margin=margin, level=level, groups=groupings(own))
-    needed, enough = fewest(margin, level), best.verdict == "pass"
+    least, reachable = fewest(margin, level), best.verdict == "pass"
     among = f" in {best.groups:,} pairs or topics" if best.groups < len(own) else ""
     missing = (
-        f"{len(own):,} held-out harmful prompts{among}; the floor needs at least {needed} that the original refuses "
+        f"{len(own):,} held-out harmful prompts{among}; the floor needs at least {least} that the original refuses "
         f"(better {ADVISED_PROMPTS} in {ADVISED_GROUPS} topics)"
     )
-    return Reach(prompts=len(own), groups=best.groups, needed=needed, enough=enough, note="" if enough else missing)
+    return Reach(prompts=len(own), groups=best.groups, fewest=least, reachable=reachable, note="" if reachable else missing)
 
 
 def statistics(
