@@ -245,7 +245,9 @@ def reach(rows: Sequence[Row]) -> Reach:
         f"{len(own):,} held-out harmful prompts{among}; the floor needs at least {least} that the original refuses "
         f"(better {ADVISED_PROMPTS} in {ADVISED_GROUPS} topics)"
     )
-    return Reach(prompts=len(own), groups=best.groups, fewest=least, reachable=reachable, note="" if reachable else missing)
+    return Reach(
+        prompts=len(own), groups=best.groups, fewest=least, reachable=reachable, note="" if reachable else missing
+    )
 
 
 def statistics(
