@@ -39,7 +39,7 @@ def statistics() -> Statistics:
     return Statistics(
         rows=3603701, kinds=kinds, splits={"train": 3603701}, counts={"train": kinds, "heldout": {"harmful": 98765}},
         pairs=1801850, with_twin=1700001, unique_prompts=3599999, duplicates=0,
-        leaks=0, floor=Reach(prompts=98, groups=17, fewest=150, reachable=False, note="98 held-out prompts in 17 topics"),
+        leaks=0, floor=Reach(prompts=98, groups=17, fewest=150, reachable=False, note="98 prompts in 17 topics"),
         prompt_tokens=lengths, full_tokens=lengths,
     )  # fmt: skip
 
