@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-import gtqlora
 from gtqlora.cli.app import app
 from gtqlora.config import RENAMED, STAGES
 from gtqlora.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-SOURCE = Path(gtqlora.__file__).parent
+SOURCE = ROOT / "src" / "gtqlora"  # and not what is installed: pages and sources of one tree belong together
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 ARCHITECTURE = (DOCS / "architecture.md").read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -77,9 +78,10 @@ def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, ran
     expected: dict[str, tuple[int, ...]] = {}
     if mode != "gates":
         for path in anatomy.lora_targets:
-            out_features, in_features = base.get_submodule(path).get_parameter("weight").shape
-            expected[f"{path}.lora_A.default.weight"] = (rank, in_features)
-            expected[f"{path}.lora_B.default.weight"] = (out_features, rank)
+            # The sizes, and not the weight's shape: a weight in 4 bits has that of its packed bytes.
+            linear = cast(nn.Linear, base.get_submodule(path))
+            expected[f"{path}.lora_A.default.weight"] = (rank, linear.in_features)
+            expected[f"{path}.lora_B.default.weight"] = (linear.out_features, rank)
     if mode != "lora":
         for path in anatomy.routers:
             router = base.get_submodule(path)
