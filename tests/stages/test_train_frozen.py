@@ -191,12 +191,14 @@ def test_accumulation_is_a_larger_batch(toy: helpers.Toy, tmp_path: Path) -> Non
     assert close(whole, parts)
 
 
-def test_dense_weights_in_four_bits_leave_fp32_masters(toy: helpers.Toy, tmp_path: Path) -> None:
+# MLA, a gated shared expert, and linear attention: each has linears of its own whose weights are packed.
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "qwen3_next"])
+def test_dense_weights_in_four_bits_leave_fp32_masters(toy: helpers.Toy, tmp_path: Path, family: str) -> None:
     """TRL casts what trains to bf16 for such models; gates trained in bf16 would not move at their rates."""
     pytest.importorskip("bitsandbytes")
-    model = toy.model("deepseek_v3", torch.bfloat16, **INNER)
-    family, loaded = load_model(str(model), expert_format="int4-g32", dense="nf4")
-    anatomy = bind(loaded, family)
+    model = toy.model(family, torch.bfloat16, **INNER)
+    known, loaded = load_model(str(model), expert_format="int4-g32", dense="nf4")
+    anatomy = bind(loaded, known)
     _routers_to_fp32(loaded, anatomy)
     subject = Subject(loaded, load_tokenizer(str(model)), anatomy)
     config = toy.train_config(model)

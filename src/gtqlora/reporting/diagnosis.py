@@ -157,7 +157,7 @@ def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals],
     columns = {words.capital(style.meaning): values for style, values in measured.items()}
     scale = holding(interval for values in measured.values() for interval in values.values())
     forest = Forest(
-        heading="Level",
+        heading="Component",
         measure="part of the refusals",
         columns=tuple(columns),
         lines=[

@@ -127,7 +127,7 @@ def tokens(found: Sequence[TokenChoice]) -> Table:
 def levels(caption: str, columns: Mapping[str, Mapping[str, Interval]], names: Mapping[str, str]) -> Table:
     """Return an interval of each column for each component."""
     rows = [[name, *(share(found.get(key)) for found in columns.values())] for key, name in names.items()]
-    return Table(caption, ["Level", *columns], rows)
+    return Table(caption, ["Component", *columns], rows)
 
 
 def cells(found: Sequence[Cell], sides: Sequence[str]) -> Table:
