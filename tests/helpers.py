@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
-from gtqlora.config import ProjectConfig, TrainConfig, VerifyConfig
+from gtqlora.config import ExportConfig, ProjectConfig, TrainConfig, VerifyConfig
 from gtqlora.edits import adapters, wrapping
 from gtqlora.edits.checkpoint_files import Origin
 from gtqlora.edits.trainer import GateTargetedTrainer
@@ -114,11 +114,11 @@ def verified_run(toy: Toy, model: Path, kind: str, path: Path) -> Path:
     raise AssertionError(f"no layer's projection passes the floor on {model}")
 
 
-def exported(path: Path, out: Path, **more: Any) -> Exported:
-    """The export stage, which is told the judge that verify used."""
+def exported(path: Path, out: Path, *, judge: str | None = None, **settings: Any) -> Exported:
+    """The export stage with these settings, which is told the judge that verify used."""
     with Run(path) as run:
         verified = run.manifest()["stages"].get("verify", {"config": {"judge": "string"}})
-        return export(run, out, **{"judge": verified["config"]["judge"], **more})
+        return export(run, out, ExportConfig(**settings), judge=judge or verified["config"]["judge"])
 
 
 def noop_adapter(model: Path, contrast: Path, judge: str, path: Path, *, break_it: bool = False) -> None:

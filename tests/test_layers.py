@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "localize",
         "edits",
         "certificate",  # the only way to weights
+        "exports",  # a certified edit in the forms that other programs load
         "reporting",  # reads artefacts only, see below
         "stages",
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little

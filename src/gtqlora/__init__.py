@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig
+    from gtqlora.config import DiagnoseConfig, ExportConfig, ProjectConfig, TrainConfig, VerifyConfig
     from gtqlora.edits.edited import Edited, load
     from gtqlora.errors import GtqloraError
     from gtqlora.run import Run
@@ -29,6 +29,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _HOME = {
     "DiagnoseConfig": "config",
     "Edited": "edits.edited",
+    "ExportConfig": "config",
     "GtqloraError": "errors",
     "ProjectConfig": "config",
     "Run": "run",
@@ -47,6 +48,7 @@ _HOME = {
 __all__ = [
     "DiagnoseConfig",
     "Edited",
+    "ExportConfig",
     "GtqloraError",
     "ProjectConfig",
     "Run",

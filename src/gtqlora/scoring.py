@@ -287,7 +287,7 @@ class Runner:
         refused = refusals(self.judge, [row.prompt for row in rows], decoded.texts)
         odds = _odds(decoded.first_BV, readout) if readout else [None] * len(rows)
         return [
-            Answer(text=text, refused=no, correct=_correct(row, text), tokens=tokens, ended=ended, log_odds=value)
+            Answer(text=text, refused=no, correct=is_correct(row, text), tokens=tokens, ended=ended, log_odds=value)
             for row, text, no, tokens, ended, value in zip(
                 rows, decoded.texts, refused, decoded.tokens, decoded.ended, odds, strict=True
             )
@@ -354,7 +354,8 @@ def _odds(first_BV: Tensor, readout: Sequence[int]) -> list[float]:
     return log_odds(first_BV, torch.tensor(readout, device=first_BV.device)).tolist()
 
 
-def _correct(row: Asked, text: str) -> bool | None:
+def is_correct(row: Asked, text: str) -> bool | None:
+    """Tell whether a text is the answer that a row expects, but for white space; None where it expects none."""
     return None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split())
 
 

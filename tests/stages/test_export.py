@@ -21,13 +21,14 @@ from gtqlora.certificate import certify
 from gtqlora.config import ProjectConfig, VerifyConfig
 from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
-from gtqlora.errors import FloorError, ModelError, RunError
+from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
+from gtqlora.exports.merged import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, adapter_hash
 from gtqlora.run import Run, read_parquet, sha256_file, write_parquet
-from gtqlora.stages.export import Exported, validate
+from gtqlora.stages.export import Exported
 from gtqlora.stages.project import project
 from gtqlora.stages.train import train
 from gtqlora.stages.verify import verify
@@ -272,7 +273,7 @@ def test_a_retrained_adapter(passed: Path, toy: helpers.Toy, tmp_path: Path) -> 
 
 
 def test_unknown_format_and_existing_folder(passed: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="unknown format"):
+    with pytest.raises(ConfigError, match="pickle"):
         exported(passed, tmp_path / "out", to="pickle")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")

@@ -198,14 +198,15 @@ def show_next(found: Verdict, run: Path) -> None:
 
 
 def show_exported(found: Exported) -> None:
-    """Print where the weights are and how far they are from the edited model."""
+    """Print where the files are, and how far they are from the edited model."""
     console = open_console()
-    say_whole(console, f"{found.folder}: the edited model, in hub layout")
-    say(
-        console,
-        f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values; largest divergence "
-        f"from the edited model {found.divergence:.2g} nats",
-    )
+    say_whole(console, f"{found.folder}: the edited model")
+    far = "" if found.divergence is None else f"; largest divergence from the edited model {found.divergence:.2g} nats"
+    say(console, f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values{far}")
+    if found.form is not None:
+        say(console, f"{found.form.name}: safety floor {found.form.floor.verdict} ({found.form.floor.reason})")
+    for note in found.notes:
+        say(console, note)
 
 
 def show_path(path: Path) -> None:

@@ -214,9 +214,28 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
 
 def export(
     run: MadeRun,
-    out: Annotated[Path, Parameter(help="New folder for the weights.")],
+    out: Annotated[Path, Parameter(help="New folder for the files.")],
     *,
-    to: Annotated[str, Parameter(help="Format of the weights.")] = "safetensors",
+    to: Annotated[str, Parameter(help="safetensors (merged), peft, gguf (merged), or gguf-adapter.")] = "safetensors",
+    target: Annotated[
+        str | None, Parameter(name="--for", help="With --to peft: the program that loads it: peft, vllm or sglang.")
+    ] = None,
+    onto: Annotated[
+        Path | None,
+        Parameter(help="With --to gguf: your own GGUF of the base; only changed tensors are rewritten."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, Parameter(help="With --to gguf: a GGUF of the same model to take the tokenizer from.")
+    ] = None,
+    base: Annotated[
+        Path | None, Parameter(help="With --to gguf-adapter: your own GGUF that it will be loaded on.")
+    ] = None,
+    overlay: Annotated[
+        bool, Parameter(negative="", help="One more file with the changed tensors, and links to the base's files.")
+    ] = False,
+    link: Annotated[
+        bool, Parameter(negative="", help="Share unchanged bytes with the base's files where the disk can.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         Parameter(
@@ -228,15 +247,19 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ship it: write merged weights, only after a passed safety floor."""
+    """Ship it: write the edit in the form that a program loads, only after a passed safety floor."""
     with starting():
+        from gtqlora.config import ExportConfig
         from gtqlora.stages.export import export as stage
 
     # Any other setting would export something else than what was verified.
     if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
         raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
+    paths = {"onto": onto, "tokenizer": tokenizer, "base": base}
+    given = {name: None if path is None else str(path) for name, path in paths.items()}
+    config = ExportConfig(to=to, target=target, overlay=overlay, link=link, **given)  # type: ignore[arg-type]
     with _opened(existing_run(run)) as held:
-        found = stage(held, out, to=to, judge=judge_of_verdict(held, named_judge(settings)))
+        found = stage(held, out, config, judge=judge_of_verdict(held, named_judge(settings)))
     if as_json:
         printing.show_json(found)
     else:

@@ -1,5 +1,6 @@
 """Settings: one frozen dataclass per stage, and the ways to fill it."""
 
+from gtqlora.config.export import FORMATS, ExportConfig, Format
 from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
 from gtqlora.config.stages import (
     DiagnoseConfig,
@@ -17,12 +18,15 @@ from gtqlora.config.stages import (
 )
 
 __all__ = [
+    "FORMATS",
     "RENAMED",
     "STAGES",
     "DiagnoseConfig",
     "Direction",
     "Dtype",
     "ExpertFormat",
+    "ExportConfig",
+    "Format",
     "Mode",
     "ModelConfig",
     "Objective",

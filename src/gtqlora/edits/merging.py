@@ -5,7 +5,8 @@ Shape letters: D hidden (what a matrix writes), I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +17,70 @@ from gtqlora.families import Anatomy, TensorNames, check_projectable
 from gtqlora.families.facts import DOWN
 from gtqlora.results.adapter import PROJECTION
 
-Edit = Callable[[Tensor], Tensor]
-"""A tensor of the checkpoint in fp32 -> the edited one."""
+
+class Edit(Protocol):
+    """What happens to one tensor: a tensor of the checkpoint in fp32 -> the edited one."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the edited tensor.
+
+        Raises:
+            RunError: the tensor has another shape than the edit is for.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Adds b_DR a_RI to a matrix; LoRA's scale is in `b_DR` already."""
+
+    a_RI: Tensor
+    b_DR: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the matrix with the product added."""
+        _check_shape(weight, (self.b_DR.shape[0], self.a_RI.shape[1]))
+        return weight + self.b_DR.float() @ self.a_RI.float()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Puts another tensor in the place of the one that is there."""
+
+    value: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the other tensor."""
+        _check_shape(weight, tuple(self.value.shape))
+        return self.value.float()
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Takes a direction out of what a matrix [D, I], or each of a stack [E, D, I], writes.
+
+    Attributes:
+        direction_D: of unit length.
+        rows: the rows of the matrix are what it writes, as an embedding's are.
+    """
+
+    direction_D: Tensor
+    norm_preserving: bool
+    rows: bool = False
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the matrix, or the stack of them, without the direction."""
+        if weight.ndim == 3:  # all experts of a layer in one tensor
+            return torch.stack([self(matrix) for matrix in weight])
+        if self.rows:
+            return projected(weight.mT, self.direction_D, norm_preserving=self.norm_preserving).mT
+        return projected(weight, self.direction_D, norm_preserving=self.norm_preserving)
+
+
+def _check_shape(weight: Tensor, found: tuple[int, ...]) -> None:
+    wanted = tuple(weight.shape)
+    if wanted != found:
+        raise RunError(f"the adapter does not fit the model (a tensor of {wanted} there, {found} in the adapter)")
 
 
 def merged(tensor: Tensor, edit: Edit) -> Tensor:
@@ -55,12 +118,11 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
     edits: dict[str, Edit] = {}
     for path in anatomy.lora_targets:
         if f"{path}.lora_A" in tensors:
-            edits[names.whole(f"{path}.weight")] = _add(
-                tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], adapter.scale
-            )
+            scaled_DR = adapter.scale * tensors[f"{path}.lora_B"].float()
+            edits[names.whole(f"{path}.weight")] = LowRank(tensors[f"{path}.lora_A"], scaled_DR)
     for path in anatomy.routers:
         if f"{path}.weight" in tensors:
-            edits[names.whole(f"{path}.weight")] = _put(tensors[f"{path}.weight"])
+            edits[names.whole(f"{path}.weight")] = Whole(tensors[f"{path}.weight"])
     return edits
 
 
@@ -71,28 +133,6 @@ def _wanted(adapter: Adapter, anatomy: Anatomy) -> set[str]:
     return set({"gt": lora + gates, "lora": lora, "gates": gates}[adapter.mode])
 
 
-def _add(a: Tensor, b: Tensor, scale: float) -> Edit:
-    def edit(weight: Tensor) -> Tensor:
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-            raise _shape_error(tuple(weight.shape), (b.shape[0], a.shape[1]))
-        return weight + scale * (b.float() @ a.float())
-
-    return edit
-
-
-def _put(value: Tensor) -> Edit:
-    def edit(weight: Tensor) -> Tensor:
-        if value.shape != weight.shape:
-            raise _shape_error(tuple(weight.shape), tuple(value.shape))
-        return value.float()
-
-    return edit
-
-
-def _shape_error(wanted: tuple[int, ...], found: tuple[int, ...]) -> RunError:
-    return RunError(f"the adapter does not fit the model (a tensor of {wanted} there, {found} in the adapter)")
-
-
 def _plan_projection(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Edit]:
     """W <- (I - r r^T) W for every writer of the residual stream, its columns' lengths kept if told to."""
     check_projectable(anatomy)
@@ -101,12 +141,6 @@ def _plan_projection(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> 
     writers = [names.whole(f"{path}.weight") for path in anatomy.residual_writers]
     writers += [name for layer in anatomy.moe for name in names.makers(f"{layer.experts}.{DOWN}", experts)]
 
-    def edit(weight: Tensor) -> Tensor:
-        if weight.ndim == 3:  # all experts of a layer in one tensor
-            return torch.stack([edit(matrix) for matrix in weight])
-        return projected(weight, r_D, norm_preserving=keep)
-
-    edits: dict[str, Edit] = dict.fromkeys(writers, edit)
-    # rows of the embedding are what it writes
-    edits[names.whole(f"{anatomy.family.embedding}.weight")] = lambda weight: edit(weight.mT).mT
+    edits: dict[str, Edit] = dict.fromkeys(writers, Projected(r_D, keep))
+    edits[names.whole(f"{anatomy.family.embedding}.weight")] = Projected(r_D, keep, rows=True)
     return edits

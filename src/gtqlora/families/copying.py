@@ -51,7 +51,7 @@ def copy_changed(source: str, target: Path, change: Change) -> Copied:
     """
     folder, shards = weight_files(source)
     _, read = read_files(source)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     changed: set[str] = set()
     digests: dict[str, str] = {}
     # In a thread beside the copy: both read the same bytes, which then come from the system's cache.

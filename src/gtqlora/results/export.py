@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
-from gtqlora.results.verdict import HeldOut
+from gtqlora.results.verdict import HeldOut, KindRow
 from gtqlora.stats import Floor
 from gtqlora.storage.atomic import write_json
 from gtqlora.storage.contents import read_json
@@ -28,6 +28,22 @@ class VerdictOnEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormVerdict:
+    """What was measured of an edit in the form that ships, against the base in the same form.
+
+    Attributes:
+        name: of the form, e.g. "GGUF Q4_K in llama.cpp".
+        lost: why refusals count as lost -> how many.
+        table: kind of prompts -> their rates before and after.
+    """
+
+    name: str
+    floor: Floor
+    lost: dict[str, int]
+    table: dict[str, KindRow]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportRecord:
     """What `export.json` holds.
 
@@ -41,7 +57,11 @@ class ExportRecord:
         lost: why refusals count as lost -> how many.
         tries: edits judged on these prompts.
         verdicts: every verdict on this edit.
-        divergence: largest KL(edited || written) of any probed token, in nats.
+        divergence: largest KL(edited || written) of any probed token, in nats; None where `form` was judged instead.
+        format: what the edit was written as, and `target` for which program, where it is for one.
+        kept: by name of a changed tensor, the share of its change that survives rounding to its type.
+        form: the verdict in the form that ships; None where that is what `verify` judged.
+        notes: what a user of the files should know, a sentence each.
         versions: package -> version.
         files: every written file -> sha256.
     """
@@ -60,7 +80,12 @@ class ExportRecord:
     verdicts: list[VerdictOnEdit]
     tensors_changed: int
     gate_values_changed: int
-    divergence: float
+    divergence: float | None
+    format: str = "safetensors"
+    target: str | None = None
+    kept: dict[str, float] = field(default_factory=dict[str, float])
+    form: FormVerdict | None = None
+    notes: list[str] = field(default_factory=list[str])
     versions: dict[str, str]
     files: dict[str, str]
 

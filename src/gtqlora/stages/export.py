@@ -1,191 +1,116 @@
-"""The `export` stage: plan -> write beside -> validate -> publish, only for a certified edit."""
+"""The `export` stage: plan -> write beside -> judge or validate -> publish, only for a certified edit."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import cast
 
-import torch
-from torch import Tensor
-
-from gtqlora.capture import open_subject
 from gtqlora.certificate import Certificate, certify, check_model
-from gtqlora.edits.edited import Edited
-from gtqlora.edits.merging import Edit, merged, plan
+from gtqlora.config import ExportConfig, Format
 from gtqlora.errors import RunError
-from gtqlora.experts.loading import BF16
-from gtqlora.families import bind, load_config, meta_model, quantization, tensor_names
-from gtqlora.families.copying import copy_changed
+from gtqlora.exports.forms import judge_form
+from gtqlora.exports.job import Job, Writer, Written
+from gtqlora.families import quantization
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
-from gtqlora.judging.judge import judge_of
 from gtqlora.reporting.model_card import Base, kept_metadata, model_card
-from gtqlora.results.adapter import PROJECTION
-from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, write_export
-from gtqlora.results.verdict import Outcome, of_kind
+from gtqlora.results.export import FILE, ExportRecord, FormVerdict, VerdictOnEdit, public_name, write_export
 from gtqlora.run import Run, atomic_write, sha256_file, versions
-from gtqlora.scoring import Answer, Runner
 from gtqlora.storage.atomic import refuse_existing
 
-_PROBES = 16
-"""Held-out prompts of a kind on which the written weights are compared with the edited model."""
-_POSITIONS = 16
-"""Last tokens of each of these prompts at which their distributions are compared."""
 _LONGEST_CARD = 2**20
 """Characters of the base's model card that are read."""
-_KL_ALLOWED = 1e-3
-"""Nats per token. The weights are the same, bit for bit; kernels may add up in another order."""
+_WRITERS: dict[Format, str] = {
+    "safetensors": "merged",
+}
+"""Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the weights are, how many tensors changed, and the largest divergence from the edited model.
+    """Where the weights are, and what was written.
 
     Attributes:
-        divergence: largest KL(edited || written) of any probed token, in nats.
+        divergence: largest KL(edited || written) of any probed token, in nats; None where `form` was judged instead.
+        kept: by name of a changed tensor, the share of its change that survives rounding to its type.
+        form: the verdict in the form that ships; None where that is what `verify` judged.
+        notes: what a user of the files should know, a sentence each.
     """
 
     folder: Path
     tensors_changed: int
     gate_values_changed: int
-    divergence: float
+    divergence: float | None
+    kept: dict[str, float]
+    form: FormVerdict | None
+    notes: list[str]
 
 
-def export(run: Run, out: Path, *, to: str = "safetensors", judge: str | None = None) -> Exported:
-    """Write the certified edit as plain merged weights in hub layout; routed experts stay as the checkpoint has them.
+def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: str | None = None) -> Exported:
+    """Write the certified edit into a new folder; routed experts stay as the checkpoint has them.
 
     Args:
+        config: the format; by default merged weights in hub layout.
         judge: the judge that `verify` used, where it is code: it is imported only if this call names it.
 
     Raises:
-        FloorError: no certificate for this very adapter and model, as `certificate.certify`.
-        RunError: unknown format, OUT exists or lies in the run's own folders, a projection of packed experts, or the
-            written weights do not compute what the edited model does.
+        FloorError: no certificate for this very adapter and model, as `certificate.certify`, or the form that would
+            ship does not keep the floor.
+        RunError: OUT exists or lies in the run's own folders, or as the format's `write`.
     """
-    if to != "safetensors":
-        raise RunError(f"--to {to}: unknown format; known: safetensors")
+    config = config or ExportConfig()
     certificate = certify(run, judge)
-    verdict = certificate.verdict
     refuse_existing(out)
     if run.owns(out):
         raise RunError(f"{out}: lies where the run keeps its own files, and would go with them; choose another folder")
-    if verdict.kind == PROJECTION and verdict.expert_format != BF16:
-        raise RunError(
-            f"{run.path}: a projection changes the routed experts, which {verdict.model} holds in 4 bits; export it "
-            "from the bf16, fp16 or fp32 checkpoint"
-        )
     with atomic_write(out, replace=False) as staged:
-        result = _write(certificate, run, staged, out)
+        staged.mkdir()
+        written = _writer(config.to)(Job.of(certificate, config), staged)
+        check_model(run, certificate, written.digest)
+        form = None if written.form is None else judge_form(written.form, certificate)
+        _describe(staged, certificate, config, written, form)
         # whatever was swapped meanwhile: the same question again, just before the weights appear
         again = certify(run, judge)
         if again.adapter.digest != certificate.adapter.digest or again.floor != certificate.floor:
             raise RunError(f"{run.path}: was changed while it was exported; nothing was written")
-    return result
+    return Exported(
+        folder=out,
+        tensors_changed=len(written.changed),
+        gate_values_changed=written.gate_values_changed,
+        divergence=written.divergence,
+        kept=dict(written.kept),
+        form=form,
+        notes=list(written.notes),
+    )
 
 
-def _write(certificate: Certificate, run: Run, staged: Path, out: Path) -> Exported:
-    family, config = load_config(certificate.verdict.model)
-    skeleton = meta_model(family, config)
-    anatomy, names = bind(skeleton, family), tensor_names(certificate.verdict.model, family, skeleton)
-    edits = plan(certificate.adapter, anatomy, names)
-    gates = [names.whole(f"{path}.weight") for path in anatomy.routers]
-    changed, moved, digest = _merge(certificate.verdict.model, staged, edits, gates)
-    check_model(run, certificate, digest)
-    divergence = validate(staged, certificate)
-    result = Exported(out, changed, moved, divergence)
-    _describe(staged, certificate, result)
-    return result
-
-
-def _merge(model: str, staged: Path, edits: dict[str, Edit], gates: Iterable[str]) -> tuple[int, int, str]:
-    """Write MODEL with the edits; return how many tensors and gate values came out different, and MODEL's digest."""
-    gates, moved = set(gates), 0
-
-    def change(name: str, tensor: Tensor) -> Tensor:
-        nonlocal moved
-        if name not in edits:
-            return tensor
-        edited = merged(tensor, edits[name])
-        if name in gates:
-            moved += int((edited != tensor).sum())
-        return edited
-
-    copied = copy_changed(model, staged, change)
-    if absent := sorted(set(edits) - copied.changed):
-        raise RunError(f"{len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
-    return len(copied.changed), moved, copied.digest
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Behaviour:
-    """What a model says to the probes, and log-probabilities_TV of the next token at their last ones, on the CPU."""
-
-    answers: list[Answer]
-    log_TV: Tensor
-
-
-def validate(staged: Path, certificate: Certificate) -> float:
-    """Check that the written weights, loaded anew, behave as what was verified; return the largest divergence.
-
-    Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
-    hash, so that nobody orders them.
-
-    Raises:
-        RunError: they do not.
-    """
-    config, probes = certificate.config, _probes(certificate)
-    judge = judge_of(config.judge)
-    written = _behaviour(Runner.of(open_subject(replace(config, model=str(staged))), judge, config), probes)
-    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
-    wanted = _behaviour(Runner.of(edited.subject, judge, config), probes)
-    differing = sum(a.refused != b.refused for a, b in zip(written.answers, wanted.answers, strict=True))
-    kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
-    if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
-        raise RunError(
-            f"the written weights do not behave as the edit that was verified: {differing} of {len(probes)} refusals "
-            f"differ, and a token's distribution by {float(kl_T.max()):.3g} nats; nothing was written"
-        )
-    return max(float(kl_T.max()), 0.0)
-
-
-def _probes(certificate: Certificate) -> list[Outcome]:
-    draw, probes = random.Random(certificate.adapter.digest), []
-    for kind in ("harmful", "benign"):
-        rows = of_kind(certificate.outcomes, kind)
-        probes += draw.sample(rows, min(_PROBES, len(rows)))
-    return probes
-
-
-def _behaviour(runner: Runner, probes: Sequence[Outcome]) -> _Behaviour:
-    """Run the probes; the model goes out of memory when its caller lets go of it."""
-    answers = runner.answers(probes, label=None)
-    batches = runner.logits(runner.encoded(probes), last=_POSITIONS)
-    log_TV = torch.cat([torch.cat(batch.rows(batch.values_BSV)).log_softmax(-1).cpu() for batch in batches])
-    return _Behaviour(answers, log_TV)
+def _writer(to: Format) -> Writer:
+    return cast(Writer, import_module(f"gtqlora.exports.{_WRITERS[to]}").write)
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def _describe(staged: Path, certificate: Certificate, result: Exported) -> None:
+def _describe(
+    staged: Path, certificate: Certificate, config: ExportConfig, written: Written, form: FormVerdict | None
+) -> None:
     """Write `export.json` and the model card."""
-    record = _record(staged, certificate, result)
+    record = _record(staged, certificate, config, written, form)
     write_export(staged, record)
     card = model_card(certificate.verdict, record, _base(certificate))
     (staged / "README.md").write_text(card, encoding="utf-8")
 
 
-def _record(staged: Path, certificate: Certificate, result: Exported) -> ExportRecord:
+def _record(
+    staged: Path, certificate: Certificate, config: ExportConfig, written: Written, form: FormVerdict | None
+) -> ExportRecord:
     verdict = certificate.verdict
     files = {
         path.relative_to(staged).as_posix(): sha256_file(path)
         for path in sorted(staged.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != FILE
+        if path.suffix in (".safetensors", ".json", ".gguf") and path.name != FILE
     }
     return ExportRecord(
         base=public_name(verdict.model),
@@ -203,9 +128,14 @@ def _record(staged: Path, certificate: Certificate, result: Exported) -> ExportR
             VerdictOnEdit(finished=e.finished, verdict=e.verdict, reason=e.reason, judge=e.judge, shipped=e.shipped)
             for e in certificate.history
         ],
-        tensors_changed=result.tensors_changed,
-        gate_values_changed=result.gate_values_changed,
-        divergence=result.divergence,
+        tensors_changed=len(written.changed),
+        gate_values_changed=written.gate_values_changed,
+        divergence=written.divergence,
+        format=config.to,
+        target=config.target,
+        kept=dict(written.kept),
+        form=form,
+        notes=list(written.notes),
         versions=versions(),
         files=files,
     )

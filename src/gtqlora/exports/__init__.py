@@ -1,0 +1,1 @@
+"""A certified edit in the forms that other programs load: each format plans, writes, and says how it is run."""

@@ -1,0 +1,124 @@
+"""What every format of export works from, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from gtqlora.certificate import Certificate
+from gtqlora.config import ExportConfig
+from gtqlora.edits.merging import Edit, plan
+from gtqlora.families import Anatomy, TensorNames, bind, load_config, meta_model, tensor_names
+from gtqlora.results.verdict import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One certified edit, and what is to be made of it.
+
+    Attributes:
+        edits: what happens to each tensor of the checkpoint, by its name on disk.
+        gates: the names on disk of the routers' weights.
+    """
+
+    certificate: Certificate
+    config: ExportConfig
+    anatomy: Anatomy
+    names: TensorNames
+    edits: Mapping[str, Edit]
+    gates: frozenset[str]
+
+    @property
+    def model(self) -> str:
+        """Return the model that was edited: a folder, or a hub id pinned to its commit."""
+        return self.certificate.verdict.model
+
+    @staticmethod
+    def of(certificate: Certificate, config: ExportConfig) -> Job:
+        """Return the job; nothing is read but the model's headers.
+
+        Raises:
+            ModelError: the model's files are not in order.
+            RunError: the adapter does not fit the model.
+        """
+        model = certificate.verdict.model
+        family, settings = load_config(model)
+        skeleton = meta_model(family, settings)
+        anatomy, names = bind(skeleton, family), tensor_names(model, family, skeleton)
+        return Job(
+            certificate=certificate,
+            config=config,
+            anatomy=anatomy,
+            names=names,
+            edits=plan(certificate.adapter, anatomy, names),
+            gates=frozenset(names.whole(f"{path}.weight") for path in anatomy.routers),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a model said to one prompt in some form.
+
+    Attributes:
+        tokens: how many, without the stop.
+        ended: by itself, and not at the limit of tokens.
+        rejected_log_prob: total log-probability, in nats, of the row's `rejected` as the completion.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    rejected_log_prob: float | None
+
+
+class Form(Protocol):
+    """The model as the program runs it that the files are for, with the edit and without."""
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in messages, e.g. "GGUF Q4_K in llama.cpp"."""
+        ...
+
+    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+        """Return what it says to these rows' prompts, greedily."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a format wrote.
+
+    Attributes:
+        changed: names of the tensors that came out different.
+        gate_values_changed: values of the routers' weights among them.
+        digest: identity of the model as it was read, see `families.identity`.
+        kept: by name of a changed tensor, the share of the change's energy that survives rounding to its type.
+        form: how the files are run, where `verify` did not judge just these weights.
+        divergence: largest KL(edited || written) of any probed token, in nats; None where the form itself is judged.
+        notes: what the user should know of it, a sentence each.
+    """
+
+    changed: Sequence[str]
+    gate_values_changed: int
+    digest: str
+    kept: Mapping[str, float] = field(default_factory=dict)
+    form: Form | None = None
+    divergence: float | None = None
+    notes: Sequence[str] = ()
+
+
+Writer = Callable[[Job, Path], Written]
+"""Writes a job into a new folder; it checks everything that can be checked before the first byte."""
+
+
+def kept_share(before: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> float:
+    """Return how much of a tensor's change survives rounding: 1 - |written - wanted|^2 / |wanted - before|^2, all fp32.
+
+    1 where nothing was to change. It is negative where rounding is larger than the change.
+    """
+    change = float((wanted - before).double().square().sum())
+    return 1.0 if change == 0 else 1 - float((written - wanted).double().square().sum()) / change
