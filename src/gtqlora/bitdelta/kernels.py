@@ -29,8 +29,8 @@ except ImportError as missing:
 _WORDS = 16
 """Words of a row that are read at a time: 256 signs."""
 _SIGNS = 16 * _WORDS
-_FEW, _MANY = 8, 64
-"""Rows of a group: in decoding, and where some variant has more than `_FEW` rows."""
+_ROWS = (8, 16, 64)
+"""Rows of a group: the fewest that hold a variant's, and of the largest as many groups as it takes."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -52,7 +52,8 @@ class Groups:
         rows: dict[int, list[int]] = {}
         for row, variant in enumerate(variants):
             rows.setdefault(variant, []).append(row)
-        most = _FEW if max(map(len, rows.values())) <= _FEW else _MANY
+        longest = max(map(len, rows.values()))
+        most = next((size for size in _ROWS if longest <= size), _ROWS[-1])
         parts = [(v, mine[i : i + most]) for v, mine in rows.items() for i in range(0, len(mine), most)]
         return Groups(
             torch.tensor([v for v, _ in parts], dtype=torch.int32, device=device),
