@@ -72,7 +72,7 @@ def test_kv_b_is_lost_in_vllm_and_not_in_sglang() -> None:
     anatomy = anatomy_of("deepseek_v3")
     kv_b = [path for path in anatomy.lora_targets if path.endswith("kv_b_proj")]
     check_covered(anatomy.family, "sglang", kv_b, gates=False)
-    with pytest.raises(RunError, match="vllm applies no adapter to self_attn.kv_b_proj of deepseek_v3"):
+    with pytest.raises(RunError, match=r"vllm applies no adapter to self_attn\.kv_b_proj of deepseek_v3"):
         check_covered(anatomy.family, "vllm", kv_b, gates=True)
 
 
@@ -86,7 +86,7 @@ def test_a_program_without_adapters_for_a_family_is_not_offered_for_training() -
 @pytest.mark.parametrize(("family", "target"), [("qwen3_moe", "sglang"), ("glm4_moe", "vllm")])
 def test_gates_alone_for_a_program_that_ignores_them(family: str, target: Target) -> None:
     check_trains(FAMILIES[family], "gt", target)
-    with pytest.raises(ConfigError, match="no changed routers.*nothing else"):
+    with pytest.raises(ConfigError, match=r"no changed routers.*nothing else"):
         check_trains(FAMILIES[family], "gates", target)
 
 
