@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Dtype, ModelConfig
 from gtqlora.edits.adapters import Adapter, read_adapter, wrapped
-from gtqlora.edits.merging import merged, plan, projected
+from gtqlora.edits.merging import Projected, merged, plan
 from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
@@ -80,22 +80,10 @@ def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving:
     embedding = base.get_submodule(anatomy.family.embedding).get_parameter("weight")
     linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
     experts = [bank.get_parameter(DOWN) for bank in banks]
-    return WeightsReplaced(
-        [
-            (embedding, _projected(embedding.mT[None], r_D, norm_preserving)[0].mT),
-            *((weight, _projected(weight[None], r_D, norm_preserving)[0]) for weight in linears),
-            *((weight, _projected(weight, r_D, norm_preserving)) for weight in experts),
-        ]
-    )
-
-
-@torch.no_grad()
-def _projected(weights_EDI: Tensor, r_D: Tensor, norm_preserving: bool) -> Tensor:
-    """Return projected weights, made one matrix at a time: fp32 copies of a layer's experts are large."""
-    out = torch.empty_like(weights_EDI)
-    for mine, weight_DI in zip(out, weights_EDI, strict=True):
-        mine.copy_(projected(weight_DI, r_D, norm_preserving=norm_preserving))
-    return out
+    written, embedded = Projected(r_D, norm_preserving), Projected(r_D, norm_preserving, rows=True)
+    with torch.no_grad():
+        others = [(weight, merged(weight, written)) for weight in (*linears, *experts)]
+        return WeightsReplaced([(embedding, merged(embedding, embedded)), *others])
 
 
 def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsReplaced:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from gtqlora.capture import open_subject
 from gtqlora.certificate import Certificate
 from gtqlora.edits.edited import Edited
-from gtqlora.edits.merging import merged
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
 from gtqlora.exports.job import Job, Written
-from gtqlora.families.copying import copy_changed
+from gtqlora.families.copying import Copied, copy_changed
 from gtqlora.judging.judge import judge_of
 from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.verdict import Outcome, of_kind
 from gtqlora.scoring import Answer, Runner
 
+_KEPT_LEAST = 0.9
+"""Share of a change that has to survive rounding, or its user is told."""
 _PROBES = 16
 """Held-out prompts of a kind on which the written weights are compared with the edited model."""
 _POSITIONS = 16
@@ -48,21 +49,41 @@ def write(job: Job, staged: Path) -> Written:
 
 
 def _merge(job: Job, staged: Path) -> Written:
-    moved = 0
+    config = job.config
+    share = config.link or config.overlay
+    copied = copy_changed(job.model, staged, job.edits, share=share, overlay=config.overlay)
+    kept = {name: tally.kept for name, tally in sorted(copied.changed.items())}
+    return Written(
+        changed=sorted(copied.changed),
+        gate_values_changed=sum(tally.values for name, tally in copied.changed.items() if name in job.gates),
+        digest=copied.digest,
+        hashes=copied.hashes,
+        kept=kept,
+        notes=[*_lossy(kept), *_shared(copied)],
+    )
 
-    def change(name: str, tensor: Tensor) -> Tensor:
-        nonlocal moved
-        if name not in job.edits:
-            return tensor
-        edited = merged(tensor, job.edits[name])
-        if name in job.gates:
-            moved += int((edited != tensor).sum())
-        return edited
 
-    copied = copy_changed(job.model, staged, change)
-    if absent := sorted(set(job.edits) - copied.changed):
-        raise RunError(f"{len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
-    return Written(changed=sorted(copied.changed), gate_values_changed=moved, digest=copied.digest)
+def _lossy(kept: Mapping[str, float]) -> Iterator[str]:
+    """Warn of changes that rounding took too much of."""
+    low = [name for name, share in kept.items() if share < _KEPT_LEAST]
+    if low:
+        worst = min(low, key=kept.__getitem__)
+        yield (
+            f"Of {len(low)} of {len(kept)} changed tensors less than {_KEPT_LEAST:.0%} of the change survives rounding "
+            f"to the checkpoint's type, least of {worst} ({kept[worst]:.0%}); the adapter is the lossless form "
+            "(--to peft)."
+        )
+
+
+def _shared(copied: Copied) -> Iterator[str]:
+    """Say which weight files hold bytes that are the base's as well."""
+    ways = list(copied.moved.values())
+    if links := ways.count("hard link"):
+        yield (
+            f"{links} weight files are hard links to the base's: the same files, so writing into one writes into both."
+        )
+    if clones := ways.count("reflink"):
+        yield f"{clones} weight files share disk blocks with the base's; writing into one leaves the other as it is."
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
