@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from gtqlora.capture import open_subject
 from gtqlora.certificate import certify
-from gtqlora.config import ProjectConfig, VerifyConfig
+from gtqlora.config import ExportConfig, ProjectConfig, VerifyConfig
 from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
-from gtqlora.exports.merged import validate
+from gtqlora.exports.job import Job
+from gtqlora.exports.layerwise import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.organisms import embedded
@@ -299,7 +300,7 @@ def test_weights_that_do_not_compute_the_edit_are_caught(
     name = "model.layers.1.self_attn.o_proj.weight"
     copy_changed(str(model), tmp_path / "wrong", {name: Whole(tensors_of(model)[name] * wrong)})
     with Run(verified(model)) as run, pytest.raises(RunError, match="nothing was written"):
-        validate(tmp_path / "wrong", certify(run, helpers.JUDGE))
+        validate(tmp_path / "wrong", Job.of(certify(run, helpers.JUDGE), ExportConfig()))
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
