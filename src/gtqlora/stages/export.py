@@ -109,7 +109,7 @@ def _record(
 ) -> ExportRecord:
     verdict = certificate.verdict
     files = {
-        path.relative_to(staged).as_posix(): sha256_file(path)
+        path.relative_to(staged).as_posix(): _hash_of(path, staged, written)
         for path in sorted(staged.rglob("*"))
         if path.suffix in (".safetensors", ".json", ".gguf") and path.name != FILE
     }
@@ -140,6 +140,10 @@ def _record(
         versions=versions(),
         files=files,
     )
+
+
+def _hash_of(path: Path, staged: Path, written: Written) -> str:
+    return written.hashes.get(path.relative_to(staged).as_posix()) or sha256_file(path)
 
 
 def _base(certificate: Certificate) -> Base:
