@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gtqlora.edits.adapters import Adapter
+from gtqlora.edits.wrapping import Parts
 from gtqlora.errors import RunError
 from gtqlora.families import Anatomy, TensorNames, check_projectable
 from gtqlora.families.facts import DOWN
@@ -144,10 +145,10 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
 
 
 def _wanted(adapter: Adapter, anatomy: Anatomy) -> set[str]:
-    """Return names of an adapter's tensors: all LoRA pairs, all routers, or both."""
-    lora = [f"{path}.{part}" for path in anatomy.lora_targets for part in ("lora_A", "lora_B")]
-    gates = [f"{path}.weight" for path in anatomy.routers]
-    return set({"gt": lora + gates, "lora": lora, "gates": gates}[adapter.mode])
+    """Return names of an adapter's tensors: all LoRA pairs, all routers, or both, of what it was trained for."""
+    parts = Parts.of(anatomy, adapter.info.mode, adapter.info.target)
+    lora = {f"{path}.{part}" for path in parts.lora for part in ("lora_A", "lora_B")}
+    return lora | {f"{path}.weight" for path in parts.gates}
 
 
 def _plan_projection(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Edit]:
