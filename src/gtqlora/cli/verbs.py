@@ -163,6 +163,13 @@ def train(
             help="edit, or harden: edit while experts are ablated, so that refusal does not depend on a few of them."
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        Parameter(
+            name="--for",
+            help="Train only what a program applies of an adapter: peft, llama.cpp, vllm or sglang.",
+        ),
+    ] = None,
     options: StageOptions = NO_OPTIONS,
 ) -> int:
     """Edit the behaviour with GT-QLoRA; resumes from the last checkpoint if it was interrupted."""
@@ -170,7 +177,8 @@ def train(
         from gtqlora.config import TrainConfig
         from gtqlora.stages.train import train as stage
 
-    config = configured(TrainConfig, options, {"model": model, "mode": mode, "objective": objective})
+    given = {"model": model, "mode": mode, "objective": objective, "target": target}
+    config = configured(TrainConfig, options, given)
     found = _staged(stage, config, run, again=options.again)
     if options.as_json:
         printing.show_json(found)

@@ -35,6 +35,7 @@ _LONGEST_CARD = 2**20
 """Characters of the base's model card that are read."""
 _WRITERS: dict[Format, str] = {
     "safetensors": "merged",
+    "gguf": "gguf",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 
@@ -150,16 +151,17 @@ def _record(
         trained_on=made[0]["inputs"].get("contrast") if made else None,
         recipe=_recipe(info.config),
         versions=versions(),
-        files=_files(staged),
+        files=_files(staged, written),
     )
 
 
-def _files(staged: Path) -> dict[str, str]:
+def _files(staged: Path, written: Written) -> dict[str, str]:
     """Return the hash of every file, but the card's: on the hub it is there to be edited."""
     names = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
     for name in (CARD, FILE):
         names.pop(name, None)
-    return {name: sha256_file(path) for name, path in track(names.items(), "hash files", len(names))}
+    shown = track(names.items(), "hash files", len(names))
+    return {name: written.hashes.get(name) or sha256_file(path) for name, path in shown}
 
 
 def _recipe(settings: Mapping[str, object]) -> dict[str, object]:
