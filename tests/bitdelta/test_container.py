@@ -28,7 +28,14 @@ def record(files: dict[str, str], **changes: Any) -> Record:
     passed = FormVerdict(name="one bit", floor=floor([True] * 200, [True] * 200, margin=0.05), lost={}, table={})
     settings: dict[str, Any] = {
         **{"format": 1, "name": "polite", "base": "base", "base_fingerprint": "b", "tuned": "tuned"},
-        **{"tuned_fingerprint": "t", "ancestors": ["base"], "spent": 0.01, "judge": "string", "tries": 1},
+        **{
+            "tuned_fingerprint": "t",
+            "ancestors": ["base"],
+            "spent": 0.01,
+            "finished": "2026-11-25",
+            "judge": "string",
+            "tries": 1,
+        },
         **{"prompts": HeldOut(source="c.jsonl", fingerprint="f", split="heldout"), "distilled": False},
         **{"against_tuned": passed, "against_base": passed, "energy_lost": 0.2, "lost": {LINEAR: 0.2}},
         **{"size": Size(one_bit=1, covered=16, dense=2), "versions": {}, "files": files},

@@ -7,7 +7,7 @@ What a folder holds is untrusted: nothing in it is code, and what does not fit i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gtqlora.bitdelta.onebit import OneBit
-from gtqlora.edits.merging import LowRank
-from gtqlora.errors import ModelError
+from gtqlora.bitdelta.onebit import OneBit, decode
+from gtqlora.edits.merging import Edit, LowRank, Whole
+from gtqlora.errors import ModelError, RunError
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families.files import checked_file, read_json
 from gtqlora.results.export import FormVerdict
@@ -28,9 +28,12 @@ from gtqlora.run import sha256_file, sha256_json
 from gtqlora.storage.atomic import write_json
 
 RECORD = "bitdelta.json"
+OWN = "own"
+"""Folder of the fine-tune's tokenizer, chat template and generation settings, where they are not the base's."""
 FORMAT = 1
 _PARTS = ("signs", "row", "column")
 _WHOLE = "whole"
+_SUFFIX = ".safetensors"
 _SHARD = 2**30
 """Bytes of tensors that are gathered before they are written: a variant of any size takes this much memory."""
 _DTYPES = {"signs": ("U8",), "row": ("BF16",), "column": ("BF16",), _WHOLE: ("BF16", "F16", "F32")}
@@ -61,13 +64,14 @@ class Record:
         base, tuned: public names of the models; the fingerprints are the digests of their files.
         ancestors: models that were edited one upon another, the first one first, and `base` last.
         spent: share of the first original's refusals that may be lost by now, by the bounds.
+        finished: when it was judged, in UTC.
         tries: variants and edits judged on these prompts.
         against_tuned: what was measured of the variant, against the fine-tune itself.
         against_base: the same against the base; its floor must pass where the base refuses enough.
         distilled: whether scales were fitted to what layers compute, and not to the weights alone.
         lost: by name of a one-bit tensor, the share of its difference's energy that is lost; `energy_lost` is over all.
         versions: package -> version.
-        files: every file of tensors -> sha256.
+        files: every file of tensors, and of the fine-tune's own tokenizer, -> sha256.
     """
 
     format: int
@@ -78,6 +82,7 @@ class Record:
     tuned_fingerprint: str
     ancestors: list[str]
     spent: float
+    finished: str
     judge: str
     prompts: HeldOut
     tries: int
@@ -91,9 +96,26 @@ class Record:
     files: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Added:
+    """Adds a one-bit difference to a tensor."""
+
+    delta: OneBit
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the tensor with the difference.
+
+        Raises:
+            RunError: it has another shape.
+        """
+        if tuple(weight.shape) != self.delta.shape:
+            raise RunError(f"a variant's tensor of {self.delta.shape} does not fit the base's {tuple(weight.shape)}")
+        return weight + decode(self.delta).to(weight.device)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A fine-tune as its differences from a base. Tensors are read when they are asked for.
+class Tensors:
+    """What a variant changes of its base. Values are read when they are asked for.
 
     Attributes:
         bits: by name in the base's checkpoint, what is added to the tensor there.
@@ -101,11 +123,28 @@ class Variant:
         lora: products that are added; none in this format.
     """
 
-    folder: Path
-    record: Record
     bits: Mapping[str, OneBit]
     dense: Mapping[str, Tensor]
     lora: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Return the names of the tensors that change."""
+        return (*self.bits, *self.dense, *self.lora)
+
+    def edit(self, name: str) -> Edit | None:
+        """Return what happens to a tensor of the base, None if it stays as it is."""
+        if name in self.bits:
+            return Added(self.bits[name])
+        return Whole(self.dense[name]) if name in self.dense else self.lora.get(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Tensors):
+    """A fine-tune as its differences from a base, with what was measured of it."""
+
+    folder: Path
+    record: Record
 
     @property
     def name(self) -> str:
@@ -116,6 +155,11 @@ class Variant:
     def base_fingerprint(self) -> str:
         """Return the digest of the files of the only model that it fits, see `families.identity`."""
         return self.record.base_fingerprint
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Return the folder with its own tokenizer, template and generation settings; None: the base's hold."""
+        return self.folder / OWN if any(name.startswith(f"{OWN}/") for name in self.record.files) else None
 
     @property
     def digest(self) -> str:
@@ -156,14 +200,14 @@ class Shards:
         """Write what is held; the last call makes the last file."""
         if not self._held:
             return
-        file = self._folder / f"deltas-{len(self.files) + 1:05}.safetensors"
+        file = self._folder / f"deltas-{len(self.files) + 1:05}{_SUFFIX}"
         save_file(self._held, file, metadata={"format": "pt"})
         self.files[file.name] = sha256_file(file)
         self._held, self._bytes = {}, 0
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write `bitdelta.json` beside the tensors."""
+    """Write `bitdelta.json` beside the tensors; it comes last, as it has their hashes."""
     write_json(folder / RECORD, to_json(record))
 
 
@@ -200,11 +244,20 @@ def read_variant(folder: Path) -> Variant:
     for name, digest in record.files.items():
         if sha256_file(checked_file(folder, name)) != digest:
             raise ModelError(f"{folder / name}: was changed since it was written; compress the fine-tune again")
-    files = TensorFiles(folder / name for name in record.files)
+    tensors = read_tensors(folder, record.files)
+    return Variant(folder=folder, record=record, bits=tensors.bits, dense=tensors.dense)
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> Tensors:
+    """Return the tensors in a variant's files, each read when it is asked for.
+
+    Raises:
+        ModelError: a file is corrupt, or tensors are not of this format or do not fit together; one with a value that
+            is not finite is found when it is read.
+    """
+    files = TensorFiles(folder / name for name in names if name.endswith(_SUFFIX))
     wholes, bits = _names(folder, files)
-    return Variant(
-        folder=folder,
-        record=record,
+    return Tensors(
         bits=_Lazy(bits, lambda name: _bits(folder, files, name)),
         dense=_Lazy(wholes, lambda name: _finite(folder, files, f"{name}:{_WHOLE}")),
     )
