@@ -38,8 +38,8 @@ class Served:
 
     def alone(self, prompt: list[int], variant: int, tokens: int = 8) -> str:
         settings: Any = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        out = self.models[variant].generate(torch.tensor([prompt]), **settings)[0, len(prompt) :]
-        return self.text(out.tolist())
+        model: Any = self.models[variant]
+        return self.text(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
 
     def text(self, ids: list[int]) -> str:
         return str(self.engine.model.subject.tokenizer.decode(ids, skip_special_tokens=True))
