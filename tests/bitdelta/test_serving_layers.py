@@ -17,6 +17,7 @@ from gtqlora.bitdelta.onebit import OneBit, decode, encode
 from gtqlora.bitdelta.resident import install
 from gtqlora.bitdelta.variants import Variant
 from gtqlora.capture import Subject, open_subject
+from gtqlora.config import ModelConfig
 from gtqlora.edits.merging import LowRank
 from gtqlora.errors import ModelError
 from gtqlora.families.anatomy import is_norm
@@ -112,6 +113,22 @@ def test_a_mixed_batch(toy: Toy, family: str, biased: bool) -> None:
         batch.begin([variant])
         assert (subject.model(ids[row : row + 1]).logits[0] - alone).abs().max() <= most * size, (row, variant)
         assert row == 1 or (alone - base(ids[row : row + 1]).logits[0]).abs().max() > 1e-2 * size
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_mixed_batch_on_a_gpu(toy: Toy) -> None:
+    """By the kernels what merged weights give on the CPU."""
+    subject = _subject(toy, "deepseek_v3")
+    variants = [lora_variant(subject, "edit"), bits_variant(subject, "tuned")]
+    wanted = [subject.model, *(merged(subject.model, variant) for variant in variants)]
+    there = open_subject(ModelConfig(model=str(toy.model("deepseek_v3")), device="cuda"))
+    order, ids = [2, 0, 1, 2], models.some_tokens()
+    install(there, variants).begin(order)
+    found = there.model(ids.cuda()).logits.cpu()
+    for row, variant in enumerate(order):
+        alone = wanted[variant](ids[row : row + 1]).logits[0]
+        assert (found[row] - alone).abs().max() <= 1e-4 * alone.abs().max(), (row, variant)
 
 
 @torch.no_grad()

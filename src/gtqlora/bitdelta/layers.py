@@ -31,10 +31,16 @@ Rows = Tensor | slice
 
 
 class Batch:
-    """Which variant each sequence of the running batch is of; all layers of a model share one."""
+    """Which variant each sequence of the running batch is of; all layers of a model share one.
 
-    def __init__(self, device: torch.device, variants: int) -> None:
+    Args:
+        variants: how many there are, the base among them.
+        kernels: whether layers multiply by Triton's kernels; by default on GPUs.
+    """
+
+    def __init__(self, device: torch.device, variants: int, *, kernels: bool | None = None) -> None:
         self.device, self.n_variants = device, variants
+        self.kernels = device.type == "cuda" if kernels is None else kernels
         self.begin([0])
 
     def begin(self, variants: Sequence[int]) -> None:
@@ -204,7 +210,7 @@ class KernelLowRanks:
 
 def one_bits(deltas: Mapping[int, OneBit], tiles: Tiles, batch: Batch) -> Part:
     """Return these differences as the device multiplies them; scales in the model's dtype."""
-    if batch.device.type != "cuda":
+    if not batch.kernels:
         return OneBits(deltas, tiles)
     from gtqlora.bitdelta.kernels import signs_of
 
@@ -213,7 +219,7 @@ def one_bits(deltas: Mapping[int, OneBit], tiles: Tiles, batch: Batch) -> Part:
 
 def low_ranks(products: Mapping[int, LowRank], batch: Batch) -> Part:
     """Return these products as the device multiplies them."""
-    if batch.device.type != "cuda":
+    if not batch.kernels:
         return LowRanks(products)
     from gtqlora.bitdelta.kernels import Matrices, slots
 
@@ -238,7 +244,7 @@ class VariantLinear(nn.Module):
         super().__init__()
         self.base, self._batch, self._tiles = base, batch, tiles
         # what the kernel has in an order of its own is not kept a second time
-        self._bits = bits if batch.device.type != "cuda" else {}
+        self._bits = {} if batch.kernels else bits
         self._owners, self._lora = frozenset(bits) | frozenset(lora), frozenset(lora)
         self._parts: list[Part] = [one_bits(bits, tiles, batch)] if bits else []
         self._parts += [low_ranks(lora, batch)] if lora else []

@@ -38,7 +38,7 @@ class VariantRouter(nn.Module):
         identity_EE = torch.eye(len(weight_ED), dtype=weight_ED.dtype, device=batch.device)
         # in a tuple, so that it is no part of the model
         self._choice = (twin(base, {"weight": identity_EE}, hidden_dim=len(weight_ED)),)
-        self._stacked = self._for_kernel(weight_ED) if batch.device.type == "cuda" else None
+        self._stacked = self._for_kernel(weight_ED) if batch.kernels else None
 
     def _for_kernel(self, weight_ED: Tensor) -> Matrices:
         from gtqlora.bitdelta.kernels import Matrices
