@@ -41,10 +41,11 @@ def meanings(kind: type[ModelConfig]) -> dict[str, str]:
 def allowed(kind: type[StageConfig], name: str) -> str:
     """Return the values that a setting takes: its literal's, or its type with the range that its config refuses by."""
     hint = get_type_hints(kind)[name]
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    plain = next((part for part in get_args(hint) if part is not type(None)), hint)
-    parts = [_WORDS[plain] + (", or `none`" if plain is not hint else "")]
+    plain = hint if get_origin(hint) is Literal else next((p for p in get_args(hint) if p is not type(None)), hint)
+    optional = ", or `none`" if plain is not hint else ""
+    if get_origin(plain) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(plain)) + optional
+    parts = [_WORDS[plain] + optional]
     return ": ".join(parts + ([bounds] if plain in (int, float) and (bounds := _bounds(kind, name)) else []))
 
 

@@ -19,11 +19,12 @@ from gtqlora.capture.hooks import (
     StatesHandler,
     direction_removed,
     expert_hooks,
+    input_hooks,
     router_hooks,
     state_hooks,
 )
 from gtqlora.capture.observe import Observation, Region, observe
-from gtqlora.capture.subject import Subject, open_subject
+from gtqlora.capture.subject import Subject, open_layer, open_subject
 from gtqlora.capture.tokens import TokenRate, top_tokens
 
 __all__ = [
@@ -46,9 +47,11 @@ __all__ = [
     "expert_hooks",
     "forward",
     "gradient_scores",
+    "input_hooks",
     "left_padded",
     "log_odds",
     "observe",
+    "open_layer",
     "open_subject",
     "positions",
     "router_hooks",

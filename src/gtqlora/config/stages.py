@@ -18,6 +18,7 @@ Mode = Literal["gt", "lora", "gates"]
 Objective = Literal["edit", "harden"]
 Direction = Literal["refusal", "false_refusal", "false_refusal_orthogonal"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Target = Literal["transformers", "peft", "llama.cpp", "vllm", "sglang"]
 ExpertFormat = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
 
 
@@ -170,6 +171,7 @@ class TrainConfig(StageConfig):
         objective: "harden" edits while experts are ablated, so that refusal does not hang on a few of them.
         ablation_share: the largest share of a layer's experts that "harden" ablates at random.
         mode: "gt" trains LoRA and gates; "lora" and "gates" train one of them, for comparison.
+        target: a program that has to apply the edit as an adapter: only what it applies trains; without one all does.
         rank: rank of the LoRA matrices; raised, the edit can change more and takes more memory.
         alpha: numerator of LoRA's factor, alpha / rank; raised, the same matrices change more.
         lr_lora, lr_gates: peak learning rate of that optimizer group; raised, it moves faster and may diverge.
@@ -197,6 +199,7 @@ class TrainConfig(StageConfig):
     objective: Objective = "edit"
     ablation_share: float = 0.25
     mode: Mode = "gt"
+    target: Target | None = None
     rank: int = 32
     alpha: int = 64
     lr_lora: float = 2e-4

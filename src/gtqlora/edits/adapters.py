@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from gtqlora.config import Mode
 from gtqlora.edits.wrapping import (
     edit_parameters,
     freeze_rest_of_routers,
@@ -99,13 +98,6 @@ class Adapter:
         return self.alpha / self.rank
 
     @property
-    def mode(self) -> Mode:
-        """Return which parts were trained, by the tensors that are there."""
-        has_lora = any(name.endswith(".lora_A") for name in self.tensors)
-        has_gates = any(name.endswith(".weight") for name in self.tensors)
-        return "gt" if has_lora and has_gates else "lora" if has_lora else "gates"
-
-    @property
     def direction_D(self) -> Tensor:
         """Return a projection's direction."""
         return self.tensors["direction"]
@@ -142,7 +134,9 @@ def wrapped(model: nn.Module, anatomy: Anatomy, adapter: Adapter) -> PeftModel:
         RunError: the adapter does not fit the model.
         TrainingError: PEFT scales LoRA otherwise than the merge does.
     """
-    settings = lora_config(anatomy, mode=adapter.mode, rank=adapter.rank, alpha=adapter.alpha)
+    settings = lora_config(
+        anatomy, mode=adapter.info.mode, rank=adapter.rank, alpha=adapter.alpha, target=adapter.info.target
+    )
     with peft_targets_kept():
         found = get_peft_model(model, settings)  # type: ignore[arg-type]
     freeze_rest_of_routers(found, anatomy)

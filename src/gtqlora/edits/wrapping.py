@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,9 +19,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from gtqlora.config import Mode
-from gtqlora.errors import RunError, TrainingError
-from gtqlora.families import Anatomy
+from gtqlora.config import Mode, Target
+from gtqlora.errors import ConfigError, RunError, TrainingError
+from gtqlora.families import Anatomy, Family
+from gtqlora.families.coverage import covered, in_layer
 
 _TRAINED = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.(?:(?P<part>lora_[AB])\.default|modules_to_save\.default)\.weight"
@@ -38,14 +40,48 @@ def peft_targets_kept() -> Iterator[None]:
         transformers_weight_conversion._convert_peft_config_moe = convert
 
 
-def lora_config(anatomy: Anatomy, *, mode: Mode, rank: int, alpha: int) -> LoraConfig:
+@dataclass(frozen=True)
+class Parts:
+    """What of a model an edit changes, by path: linears that carry LoRA, and whole routers."""
+
+    lora: tuple[str, ...]
+    gates: tuple[str, ...]
+
+    @staticmethod
+    def of(anatomy: Anatomy, mode: Mode, target: Target | None = None) -> Parts:
+        """Return the parts of a mode; of those, where the edit is for a program, the ones that it applies."""
+        lora = () if mode == "gates" else anatomy.lora_targets
+        gates = () if mode == "lora" else anatomy.routers
+        if target is None:
+            return Parts(lora, gates)
+        applied = covered(anatomy.family, target)
+        kept = tuple(path for path in lora if in_layer(anatomy.family, path) in applied.lora)
+        return Parts(kept, gates if applied.gates else ())
+
+
+def check_trains(family: Family, mode: Mode, target: Target | None) -> None:
+    """Check that something is left to train where an edit is for a program.
+
+    Raises:
+        ConfigError: the program applies nothing of what the mode trains.
+    """
+    if target is None:
+        return
+    applied = covered(family, target)
+    if not (applied.lora and mode != "gates") and not (applied.gates and mode != "lora"):
+        what = "adapters" if not applied.lora else "changed routers, and mode = 'gates' trains nothing else"
+        raise ConfigError(f"target = {target!r}: it applies no {what} of {family.model_type} ({applied.source})")
+
+
+def lora_config(anatomy: Anatomy, *, mode: Mode, rank: int, alpha: int, target: Target | None = None) -> LoraConfig:
     """Return PEFT's description of a GT-QLoRA edit; every module is named in full."""
+    parts = Parts.of(anatomy, mode, target)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=DUMMY_TARGET_MODULES if mode == "gates" else list(anatomy.lora_targets),
-        modules_to_save=None if mode == "lora" else list(anatomy.routers),
+        target_modules=list(parts.lora) or DUMMY_TARGET_MODULES,
+        modules_to_save=list(parts.gates) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -68,26 +104,15 @@ def freeze_rest_of_routers(model: nn.Module, anatomy: Anatomy) -> None:
             parameter.requires_grad_(name in kept)
 
 
-def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int) -> None:
+def assert_trains_exactly(
+    model: PeftModel, anatomy: Anatomy, *, mode: Mode, rank: int, target: Target | None = None
+) -> None:
     """Check that every intended module trains, nothing else does, gates are fp32.
 
     Raises:
         TrainingError: names the first module that is too many or missing.
     """
-    base = model.get_base_model()
-    expected: dict[str, tuple[int, ...]] = {}
-    if mode != "gates":
-        for path in anatomy.lora_targets:
-            # The sizes, and not the weight's shape: a weight in 4 bits has that of its packed bytes.
-            linear = cast(nn.Linear, base.get_submodule(path))
-            expected[f"{path}.lora_A.default.weight"] = (rank, linear.in_features)
-            expected[f"{path}.lora_B.default.weight"] = (linear.out_features, rank)
-    if mode != "lora":
-        for path in anatomy.routers:
-            router = base.get_submodule(path)
-            original = router.original_module if isinstance(router, ModulesToSaveWrapper) else router
-            for name in anatomy.family.router_parameters:
-                expected[f"{path}.modules_to_save.default.{name}"] = tuple(original.get_parameter(name).shape)
+    expected = _expected(model.get_base_model(), anatomy.family, Parts.of(anatomy, mode, target), rank)
     found = {name.removeprefix("base_model.model."): tuple(p.shape) for name, p in trainable(model).items()}
     if found != expected:
         odd = sorted(set(found.items()) ^ set(expected.items()))
@@ -95,6 +120,22 @@ def assert_trains_exactly(model: PeftModel, anatomy: Anatomy, *, mode: Mode, ran
     for name, p in trainable(model).items():
         if is_gate(name) and p.dtype != torch.float32:
             raise TrainingError(f"{name} trains in {p.dtype}, but gates need fp32")
+
+
+def _expected(base: nn.Module, family: Family, parts: Parts, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what should train, by name."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path in parts.lora:
+        # The sizes, and not the weight's shape: a weight in 4 bits has that of its packed bytes.
+        linear = cast(nn.Linear, base.get_submodule(path))
+        expected[f"{path}.lora_A.default.weight"] = (rank, linear.in_features)
+        expected[f"{path}.lora_B.default.weight"] = (linear.out_features, rank)
+    for path in parts.gates:
+        router = base.get_submodule(path)
+        original = router.original_module if isinstance(router, ModulesToSaveWrapper) else router
+        for name in family.router_parameters:
+            expected[f"{path}.modules_to_save.default.{name}"] = tuple(original.get_parameter(name).shape)
+    return expected
 
 
 def routers_of(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:

@@ -145,7 +145,8 @@ def mode(info: Info | None) -> str:
         kept = ", norms kept" if info.norm_preserving else ""
         return f"{info.kind} ({str(config.get('direction')).replace('_', ' ')}{kept})"
     hardened = ", hardened" if config.get("objective") == "harden" else ""
-    return MODES.get(str(config.get("mode")), info.kind) + hardened
+    served = f", for {config['target']}" if config.get("target") else ""
+    return MODES.get(str(config.get("mode")), info.kind) + hardened + served
 
 
 def way(interval: Mediation) -> str:

@@ -19,9 +19,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
-from gtqlora.config import RENAMED
+from gtqlora.config import RENAMED, Mode, Target
 from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.run import sha256_bytes, sha256_json
@@ -92,6 +92,29 @@ class Info:
     def expert_format(self) -> str:
         """Return the format of the routed experts it was made with; before there was a choice, the checkpoint's own."""
         return str(self.config.get("expert_format", _BF16))
+
+    @property
+    def target(self) -> Target | None:
+        """Return the program that has to apply the edit as an adapter, where it was trained for one.
+
+        Raises:
+            RunError: it is none that is known here.
+        """
+        return cast("Target | None", self._one_of("target", (None, *get_args(Target))))
+
+    @property
+    def mode(self) -> Mode:
+        """Return which parts of a gt-qlora adapter were trained.
+
+        Raises:
+            RunError: as `target`.
+        """
+        return cast(Mode, self._one_of("mode", get_args(Mode)))
+
+    def _one_of(self, key: str, values: tuple[object, ...]) -> object:
+        if (found := self.config.get(key)) not in values:
+            raise RunError(f"{INFO}: {key} = {found!r} is not one of {values}; run `gtqlora train` again")
+        return found
 
     @property
     def norm_preserving(self) -> bool:

@@ -38,11 +38,13 @@ from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, arguments
 from gtqlora.edits.wrapping import (
     assert_bias_frozen,
     assert_trains_exactly,
+    check_trains,
     freeze_rest_of_routers,
     lora_config,
     peft_targets_kept,
 )
 from gtqlora.errors import RunError, TrainingError
+from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
@@ -82,7 +84,9 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         ContrastError, ModelError: bad pairs or a bad model.
         RunError: checkpoints of other settings are there.
         TrainingError: an invariant broke, or the guard stopped before any checkpoint was good.
+        ConfigError: the program that the edit is for applies nothing of it.
     """
+    check_trains(load_config(config.model)[0], config.mode, config.target)
     model, judge = identify(config.model), judge_of(config.judge)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
@@ -178,12 +182,14 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
             data_collator=KindCollator(pad_token_id=pad),
-            peft_config=lora_config(anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha),
+            peft_config=lora_config(
+                anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
+            ),
         )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsCallback(run / CHECKPOINTS / METRICS, origin, anatomy, run.check_held))
     freeze_rest_of_routers(trainer.model, anatomy)
-    assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank)
+    assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank, target=config.target)
     trainer.assert_exact_reference()
     return trainer
 
