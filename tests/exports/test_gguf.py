@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from gtqlora.capture import open_subject
-from gtqlora.edits.merging import Projected, merged
+from gtqlora.edits.merging import Projected
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import read_gguf
 from gtqlora.exports.gguf.types import BY_NAME
+from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Plan
 from gtqlora.exports.job import Job
 from gtqlora.exports.llama_cpp import logprobs
@@ -120,7 +121,7 @@ def wide(toy: helpers.Toy, run: Path, tmp_path_factory: pytest.TempPathFactory) 
     job = job_on(toy.model("deepseek_v3", **WIDE), run, edited=True)
     plan = Plan.of(job)
     plan.write(folder / "base.gguf", None)
-    plan.write(folder / "merged.gguf", merged)
+    plan.write(folder / "merged.gguf", rounded)
     return job, folder
 
 
@@ -197,7 +198,7 @@ def _fused(raw: dict[str, ggml.Raw], names: list[str], name: str, dim: int) -> d
 def test_files_of_other_converters_have_fused_tensors(toy: helpers.Toy, run: Path, tmp_path: Path, family: str) -> None:
     plan = Plan.of(job_on(toy.model(family, **MODELS[family]), run, edited=True))
     made = {}
-    for name, change in (("base", None), ("merged", merged)):
+    for name, change in (("base", None), ("merged", rounded)):
         plan.write(tmp_path / "plain.gguf", change)
         given = read_gguf(tmp_path / "plain.gguf")
         raw = ggml.tensors_of(given)
@@ -249,7 +250,7 @@ def test_projection_of_fused_experts_is_the_same_in_both(toy: helpers.Toy, run: 
     job = replace(job, edits=dict.fromkeys([*writers, *stacks], away))
     plan = Plan.of(job)
     plan.write(tmp_path / "base.gguf", None)
-    plan.write(tmp_path / "merged.gguf", merged)
+    plan.write(tmp_path / "merged.gguf", rounded)
     for name in ("base", "merged"):
         ggml.quantize(tmp_path / f"{name}.gguf", tmp_path / f"{name}-q.gguf", lambda _: "Q8_0")
     (tmp_path / "out").mkdir()

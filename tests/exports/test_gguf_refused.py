@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from gtqlora.config import ExportConfig
-from gtqlora.edits.merging import merged
 from gtqlora.errors import GtqloraError, ModelError, RunError
 from gtqlora.exports.gguf.header import header
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import BOOL, STRING, UINT32, Value, read_gguf
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType
+from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Plan
 from gtqlora.exports.job import Job
 from tests import helpers, models
@@ -185,7 +185,7 @@ def test_a_file_of_another_model_is_refused(job: Job, base: Path, tmp_path: Path
 
 @pytest.mark.parametrize("imatrix", [False, True])
 def test_a_file_that_was_edited_already_is_refused(job: Job, base: Path, tmp_path: Path, imatrix: bool) -> None:
-    Plan.of(job).write(tmp_path / "merged.gguf", merged)
+    Plan.of(job).write(tmp_path / "merged.gguf", rounded)
     for kind in ("F32", "Q8_0"):
         edited = ggml.quantize(
             tmp_path / "merged.gguf", tmp_path / f"{kind}.gguf", lambda _, k=kind: k, imatrix=imatrix
