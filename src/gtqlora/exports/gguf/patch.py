@@ -6,6 +6,7 @@ Shape letters: N rows, K columns.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -92,6 +93,26 @@ class Patch:
                 raise ModelError(f"{file}: was changed while it was read; nothing was written")
         return kept
 
+    @property
+    def most(self) -> str:
+        """Return the type that most of the file's bytes have."""
+        sizes = Counter[str]()
+        for info in self.source.tensors.values():
+            sizes[info.kind.name] += info.n_bytes
+        return sizes.most_common(1)[0][0]
+
+    def notes(self, kept: Mapping[str, float]) -> list[str]:
+        """Return what a user of the edited file should know."""
+        said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types"]
+        if not self.exact:
+            said.append(
+                "the base was quantized with an importance matrix, which is not in the file: changed tensors are "
+                "quantized without one"
+            )
+        if noisy := sum(share < 0 for share in kept.values()):
+            said.append(f"in {noisy} changed tensors the noise of quantization is larger than the change")
+        return said
+
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
         info, account, at = self.source.tensors[name], _Kept(), 0
         ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, merged))
@@ -123,20 +144,6 @@ class _Kept:
     @property
     def share(self) -> float:
         return 1.0 if self.change == 0 else 1 - self.lost / self.change
-
-
-def notes(patch: Patch, kept: Mapping[str, float]) -> list[str]:
-    """Return what a user of the patched file should know."""
-    said = [f"rewritten are {len(patch.changed)} of {len(patch.source.tensors)} tensors, in their own types"]
-    if not patch.exact:
-        said.append(
-            "the base was quantized with an importance matrix, which is not in the file: changed tensors are quantized "
-            "without one"
-        )
-    small = sum(share < 0 for share in kept.values())
-    if small:
-        said.append(f"in {small} changed tensors the noise of quantization is larger than the change")
-    return said
 
 
 # --- is it a GGUF of this base? --------------------------------------------------------------------------------------

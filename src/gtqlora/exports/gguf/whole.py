@@ -17,6 +17,7 @@ from gtqlora.exports.gguf.tokenizer import tokenizer
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
 from gtqlora.exports.gguf.values import Change, Checkpoint, unrounded
 from gtqlora.exports.job import Form, Job, Said, kept_share
+from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.progress import track
 from gtqlora.results.verdict import Outcome
 
@@ -86,15 +87,14 @@ class Converted(Form):
     @property
     def name(self) -> str:
         """Return what it is called in messages."""
-        return f"GGUF {self.plan.dtype} in llama.cpp"
+        return f"GGUF ({self.plan.dtype}) in llama.cpp"
 
     def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
         """Return what it says to these rows' prompts."""
-        from gtqlora.exports.llama_cpp import LlamaCpp
-
         job = self.plan.checkpoint.job
         if edited:
             return LlamaCpp(job, base=self.edited).said(rows, edited=False)
+        # beside the other, so that it goes with it if this process is killed
         base = self.edited.with_name("base.gguf")
         self.plan.write(base, None)
         try:
