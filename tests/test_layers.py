@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "certificate",  # the only way to weights
         "exports",  # a certified edit in the forms that other programs load
         "reporting",  # reads artefacts only, see below
+        "bitdelta",  # a fine-tune as one bit a weight
         "stages",
         "organisms",  # `build` makes models by the same means; `embedded` and `language` need little
         "demo",

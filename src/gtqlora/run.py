@@ -38,7 +38,7 @@ _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "s
 _CHECKPOINTS = "checkpoints"
 _ARTEFACTS = {
     *("adapter", "diagnosis", _CHECKPOINTS, "contrast.parquet", "metrics.jsonl", "scores.parquet", "verdict.json"),
-    *("report.html", MANIFEST),
+    *("report.html", "exports.jsonl", MANIFEST),
 }
 
 

@@ -6,7 +6,6 @@ doors need: what is tried is whether the floor can be gone round, not how a real
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from gtqlora import contrasts
 from gtqlora.cli import main
 from gtqlora.errors import ContrastError, GtqloraError
+from gtqlora.exports import merged
 from gtqlora.floor.ancestry import BUDGET
 from gtqlora.floor.outcomes import judged_again
 from gtqlora.judging.judge import judge_of
@@ -392,14 +392,13 @@ def test_d10_an_export_of_an_export_adds_up(passed: Path, toy: helpers.Toy, tmp_
 
 def _while_copying(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Do something after the certificate was read, before the weights appear."""
-    stage = importlib.import_module("gtqlora.stages.export")  # the package has a function of this name
-    copy = stage.copy_changed
+    copy = merged.copy_changed
 
-    def copy_and_act(*arguments: Any) -> Any:
+    def copy_and_act(*arguments: Any, **options: Any) -> Any:
         act()
-        return copy(*arguments)
+        return copy(*arguments, **options)
 
-    monkeypatch.setattr(stage, "copy_changed", copy_and_act)
+    monkeypatch.setattr(merged, "copy_changed", copy_and_act)
 
 
 def test_d11_an_adapter_swapped_between_check_and_use(

@@ -27,7 +27,7 @@ from gtqlora.organisms import build, checks, embedded, implants
 from gtqlora.organisms.batches import Batch, endless, exchange_batch, refusal_batch, task_batch
 from gtqlora.organisms.in_training import OrganismInTraining, Planted, new_model, optimize
 from gtqlora.organisms.language import LARGE_LEXICON, REFUSAL, SMALL_LEXICON, InRounds, Language, Lexicon
-from gtqlora.organisms.scales import LARGE, SMALL, Architecture, Kind, Scale
+from gtqlora.organisms.scales import LARGE, SMALL, WIDE, Architecture, Kind, Scale
 from tests.helpers import says
 
 NAMES = ("expert-only", "null", "redundant", "residual", "routed", "routed-qwen3")
@@ -190,6 +190,13 @@ def test_contrast_rows_are_the_seed_s() -> None:
 def test_the_small_language_is_the_one_of_the_embedded_organisms() -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded.organism("routed"))
     assert tokenizer.get_vocab() == {word: i for i, word in enumerate(Language().vocabulary)}
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_matrices_of_a_wide_organism_are_of_whole_k_blocks(architecture: Architecture) -> None:
+    model, _ = new_model(architecture, Language(SMALL_LEXICON), WIDE)
+    widths = {name: p.shape[-1] for name, p in model.named_parameters() if p.ndim > 1}
+    assert len(widths) > 20 and not {name: width for name, width in widths.items() if width % 256}
 
 
 def test_the_large_language() -> None:

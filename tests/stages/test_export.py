@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from gtqlora.capture import open_subject
 from gtqlora.certificate import certify
-from gtqlora.config import ProjectConfig, VerifyConfig
+from gtqlora.config import ExportConfig, ProjectConfig, VerifyConfig
 from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
+from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
-from gtqlora.exports.merged import validate
+from gtqlora.exports.job import Job
+from gtqlora.exports.layerwise import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.organisms import embedded
@@ -148,8 +150,9 @@ def test_projection_is_the_model_with_its_hooks(toy: helpers.Toy, verified: Veri
 
 def test_single_file_checkpoint_keeps_its_header(toy: helpers.Toy, tmp_path: Path) -> None:
     model = toy.model("deepseek_v3")
-    copied = copy_changed(str(model), tmp_path / "out", lambda name, t: t + 1 if name == "lm_head.weight" else t)
-    assert copied.changed == {"lm_head.weight"} and copied.digest == identify(str(model)).digest
+    head = Whole(tensors_of(model)["lm_head.weight"] + 1)
+    copied = copy_changed(str(model), tmp_path / "out", {"lm_head.weight": head})
+    assert copied.changed.keys() == {"lm_head.weight"} and copied.digest == identify(str(model)).digest
     old, new = model / "model.safetensors", tmp_path / "out" / "model.safetensors"
     with safe_open(old, "pt") as a, safe_open(new, "pt") as b:
         assert a.metadata() == b.metadata()
@@ -283,7 +286,7 @@ def test_unknown_format_and_existing_folder(passed: Path, tmp_path: Path) -> Non
 
 def test_a_shard_that_vanishes(toy: helpers.Toy, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model folder"):
-        copy_changed(str(tmp_path / "gone"), tmp_path / "out", lambda _name, tensor: tensor)
+        copy_changed(str(tmp_path / "gone"), tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
 
 
@@ -294,9 +297,10 @@ def test_weights_that_do_not_compute_the_edit_are_caught(
     """The last check before publishing, given the original's weights with one projection scaled."""
     model = source(toy, "qwen3_moe", dtype)
     wrong = 1.05 if dtype == torch.float32 else -1
-    copy_changed(str(model), tmp_path / "wrong", lambda name, t: t * wrong if "1.self_attn.o_proj" in name else t)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    copy_changed(str(model), tmp_path / "wrong", {name: Whole(tensors_of(model)[name] * wrong)})
     with Run(verified(model)) as run, pytest.raises(RunError, match="nothing was written"):
-        validate(tmp_path / "wrong", certify(run, helpers.JUDGE))
+        validate(tmp_path / "wrong", Job.of(certify(run, helpers.JUDGE), ExportConfig()))
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from gtqlora.capture.hooks import (
     state_hooks,
 )
 from gtqlora.capture.observe import Observation, Region, observe
-from gtqlora.capture.subject import Subject, open_subject
+from gtqlora.capture.subject import Subject, open_layer, open_subject
 from gtqlora.capture.tokens import TokenRate, top_tokens
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "left_padded",
     "log_odds",
     "observe",
+    "open_layer",
     "open_subject",
     "positions",
     "router_hooks",

@@ -79,6 +79,19 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     return subject
 
 
+def open_layer(config: ModelConfig, whole: Anatomy, tokenizer: PreTrainedTokenizerBase, index: int) -> Subject:
+    """Load one decoder layer of a model as `open_subject` loads it whole, see `families.layers.with_layer`.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    settings = {"dtype": config.dtype, "device": config.device, "expert_format": config.expert_format}
+    _, loaded = load_model(config.model, layer=index, **settings)
+    anatomy = whole.part(index)
+    _routers_to_fp32(loaded, anatomy)
+    return Subject(loaded, tokenizer, anatomy)
+
+
 def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:
     """Make routers compute in fp32 and return weights in the model's dtype, as the experts after them expect."""
     # As hooks and not as a class around the router: PEFT copies a module's hooks with it when it wraps the router.

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Outcome
+    from gtqlora.exports.provenance import Provenance
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
+    from gtqlora.stages.publish import Published
     from gtqlora.stages.train import TrainResult
 
 _TEMPLATE = {True: "yes", False: "no", None: "no tokenizer here"}
@@ -207,6 +209,34 @@ def show_exported(found: Exported) -> None:
         say(console, f"{found.form.name}: safety floor {found.form.floor.verdict} ({found.form.floor.reason})")
     for note in found.notes:
         say(console, note)
+
+
+def show_published(found: Published) -> None:
+    """Print what went, or would go, to the hub."""
+    console = open_console()
+    who = "private" if found.private else "public"
+    draw(console, tables.sent(found))
+    if found.commit is None:
+        say_whole(console, f"would go to {found.repo} ({who}); nothing was sent")
+    else:
+        say_whole(console, f"{found.repo} ({who}) at commit {found.commit}")
+
+
+def show_provenance(found: Provenance) -> None:
+    """Print each file against the record, what the record claims, and last whether it is what was certified."""
+    console, record = open_console(), found.record
+    draw(console, tables.provenance(found))
+    what = f"{record.format} of {record.base}, by gtqlora {record.versions.get('gtqlora', 'unknown')}"
+    say(console, f"record: {what}; edit {record.adapter[:12]}, base {record.base_fingerprint[:12]}")
+    for name, floor in [
+        ("as verified", record.floor),
+        *([(record.form.name, record.form.floor)] if record.form else []),
+    ]:
+        say(console, f"safety floor, {name}: {floor.verdict} ({floor.reason})")
+    for problem in found.problems:
+        say(console, f"not certified: {problem}", accent=("not certified:", "bold red"))
+    if found.certified:
+        say(console, "what was certified: every hash is as recorded, and the record agrees with itself", "bold green")
 
 
 def show_path(path: Path) -> None:

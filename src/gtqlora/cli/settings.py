@@ -56,6 +56,67 @@ class StageOptions:
     as_json: Json = False
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions:
+    """Hold the options of `export` that say what is written."""
+
+    to: Annotated[
+        str,
+        Parameter(
+            help="safetensors (merged), peft, gguf (merged), gguf-adapter; or hub: publish OUT, which is there already."
+        ),
+    ] = "safetensors"
+    target: Annotated[
+        str | None, Parameter(name="--for", help="With --to peft: the program that loads it: peft, vllm or sglang.")
+    ] = None
+    onto: Annotated[
+        Path | None,
+        Parameter(name="--onto", help="With --to gguf: your own GGUF of the base; only changed tensors are rewritten."),
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Parameter(name="--tokenizer", help="With --to gguf: a GGUF of the same model to take the tokenizer from."),
+    ] = None
+    base: Annotated[
+        Path | None,
+        Parameter(name="--base", help="With --to gguf-adapter: your own GGUF that it will be loaded on."),
+    ] = None
+    overlay: Annotated[
+        bool,
+        Parameter(
+            name="--overlay",
+            negative="",
+            help="One more file with the changed tensors, and links to the base's files.",
+        ),
+    ] = False
+    link: Annotated[
+        bool,
+        Parameter(name="--link", negative="", help="Share unchanged bytes with the base's files where the disk can."),
+    ] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Hold the options of `export --to hub`."""
+
+    repo: Annotated[str | None, Parameter(name="--repo", help="With --to hub: OWNER/NAME there.")] = None
+    private: Annotated[
+        bool,
+        Parameter(name="--private", negative="--public", help="With --to hub: whether only you and yours may see it."),
+    ] = True
+    dry_run: Annotated[
+        bool,
+        Parameter(
+            name="--dry-run",
+            negative="",
+            show_default=False,
+            help="With --to hub: show what would go where; send nothing.",
+        ),
+    ] = False
+
+
 def asked_format(given: str | None, old: str | None) -> str | None:
     """Return the expert format that the options name; a note says so if it came by its old name."""
     if old is not None:

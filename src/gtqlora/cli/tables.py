@@ -10,11 +10,13 @@ from gtqlora.cli.layout import Cell, Sheet
 if TYPE_CHECKING:
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Numbers
+    from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
+    from gtqlora.stages.publish import Published
 
 # In the order of `contrasts.KINDS`, which is not imported here because that loads numpy, and `--help` must be quick.
 KINDS = {"benign": "benign", "lookalike": "lookalike (over-refusal)", "harmful": "harmful"}
@@ -209,3 +211,22 @@ __all__ = [
     "rows_by_split",
     "shares",
 ]
+
+
+def sent(found: Published) -> Sheet:
+    """Return the files that go to the hub, and their sizes."""
+    rows = [(file.name, size(file.size)) for file in found.files]
+    return Sheet(
+        title="Files", columns=("file", "size"), rows=rows, total=("in all", size(sum(f.size for f in found.files)))
+    )
+
+
+def provenance(found: Provenance) -> Sheet:
+    """Return what each file is to the record."""
+    rows = [(file.shown, _against(file)) for file in found.files]
+    return Sheet(title=str(found.place), columns=("file", "against the record"), rows=rows)
+
+
+def _against(file: Checked) -> Cell:
+    colour = {"as recorded": "green", "renamed": "yellow", "free to edit": ""}.get(file.state, "bold red")
+    return Cell(file.state if file.certified_as is None else f"certified as {file.certified_as}", colour)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
@@ -16,6 +17,8 @@ from gtqlora.cli import printing
 from gtqlora.cli.console import demo_progress, stage_progress, starting
 from gtqlora.cli.settings import (
     ExpertFormat,
+    FormatOptions,
+    HubOptions,
     Json,
     MadeRun,
     Model,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 
 NO_OPTIONS = StageOptions()
+NO_FORMAT, NO_HUB = FormatOptions(), HubOptions()
 
 
 def inspect(
@@ -221,29 +225,15 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
 
 
 def export(
-    run: MadeRun,
-    out: Annotated[Path, Parameter(help="New folder for the files.")],
+    run: MadeRun | None = None,
+    out: Annotated[Path | None, Parameter(help="New folder for the files.")] = None,
     *,
-    to: Annotated[str, Parameter(help="safetensors (merged), peft, gguf (merged), or gguf-adapter.")] = "safetensors",
-    target: Annotated[
-        str | None, Parameter(name="--for", help="With --to peft: the program that loads it: peft, vllm or sglang.")
-    ] = None,
-    onto: Annotated[
+    check: Annotated[
         Path | None,
-        Parameter(help="With --to gguf: your own GGUF of the base; only changed tensors are rewritten."),
+        Parameter(name="--check", help="Write nothing: is this folder, or file of one, what was certified?"),
     ] = None,
-    tokenizer: Annotated[
-        Path | None, Parameter(help="With --to gguf: a GGUF of the same model to take the tokenizer from.")
-    ] = None,
-    base: Annotated[
-        Path | None, Parameter(help="With --to gguf-adapter: your own GGUF that it will be loaded on.")
-    ] = None,
-    overlay: Annotated[
-        bool, Parameter(negative="", help="One more file with the changed tensors, and links to the base's files.")
-    ] = False,
-    link: Annotated[
-        bool, Parameter(negative="", help="Share unchanged bytes with the base's files where the disk can.")
-    ] = False,
+    options: FormatOptions = NO_FORMAT,
+    hub: HubOptions = NO_HUB,
     settings: Annotated[
         list[str] | None,
         Parameter(
@@ -254,24 +244,85 @@ def export(
         ),
     ] = None,
     as_json: Json = False,
-) -> None:
-    """Ship it: write the edit in the form that a program loads, only after a passed safety floor."""
+) -> int:
+    """Ship it: write the edit in the form that a program loads, only after a passed safety floor.
+
+    `export --check OUT` says whether files are what was certified; with RUN before it, whether RUN still says so.
+    """
+    # Any other setting would export something else than what was verified.
+    if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
+        raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
+    _refuse_stray(options, hub, check)
+    judge = named_judge(settings)
+    if check is not None:
+        return _check(check, run, judge, as_json=as_json)
+    if run is None or out is None:
+        raise ConfigError(f"{'RUN' if run is None else 'OUT'} is missing. See gtqlora export --help")
+    if options.to == "hub":
+        _publish(run, out, hub, judge, as_json=as_json)
+    else:
+        _export(run, out, options, judge, as_json=as_json)
+    return 0
+
+
+def _refuse_stray(options: FormatOptions, hub: HubOptions, check: Path | None) -> None:
+    """Check that nothing is asked for that would be left undone without a word."""
+    if check is not None and (options, hub) != (NO_FORMAT, NO_HUB):
+        raise ConfigError("--check writes nothing, so it goes with RUN, --set judge= and --json only")
+    if options.to == "hub" and options != replace(NO_FORMAT, to="hub"):
+        raise ConfigError("--to hub publishes OUT as it is; give the format's options to the export that writes it")
+    if options.to != "hub" and hub != NO_HUB:
+        raise ConfigError("--repo, --public and --dry-run are for --to hub only")
+
+
+def _export(run: Path, out: Path, options: FormatOptions, judge: str | None, *, as_json: bool) -> None:
     with starting():
         from gtqlora.config import ExportConfig
         from gtqlora.stages.export import export as stage
 
-    # Any other setting would export something else than what was verified.
-    if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
-        raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
-    paths = {"onto": onto, "tokenizer": tokenizer, "base": base}
-    given = {name: None if path is None else str(path) for name, path in paths.items()}
-    config = ExportConfig(to=to, target=target, overlay=overlay, link=link, **given)  # type: ignore[arg-type]
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    config = ExportConfig(**given)  # type: ignore[arg-type]
     with _opened(existing_run(run)) as held:
-        found = stage(held, out, config, judge=judge_of_verdict(held, named_judge(settings)))
+        found = stage(held, out, config, judge=judge_of_verdict(held, judge))
     if as_json:
         printing.show_json(found)
     else:
         printing.show_exported(found)
+
+
+def _publish(run: Path, out: Path, hub: HubOptions, judge: str | None, *, as_json: bool) -> None:
+    with starting():
+        from gtqlora.stages.publish import publish as stage
+
+    if hub.repo is None:
+        raise ConfigError("--repo is missing: --to hub needs OWNER/NAME. See gtqlora export --help")
+    with _opened(existing_run(run)) as held:
+        named = judge_of_verdict(held, judge)
+        found = stage(held, out, hub.repo, private=hub.private, dry_run=hub.dry_run, judge=named)
+    if as_json:
+        printing.show_json(found)
+    else:
+        printing.show_published(found)
+
+
+def _check(place: Path, run: Path | None, judge: str | None, *, as_json: bool) -> int:
+    """Check files against their record alone, which needs no large library, or against the run as well."""
+    if run is None:
+        from gtqlora.exports.provenance import check
+
+        with stage_progress():
+            found = check(place)
+    else:
+        with starting():
+            from gtqlora.stages.publish import provenance
+
+        with _opened(existing_run(run)) as held:
+            found = provenance(held, place, judge=judge_of_verdict(held, judge))
+    if as_json:
+        printing.show_json({"certified": found.certified, **vars(found)})
+    else:
+        printing.show_provenance(found)
+    return 0 if found.certified else 1
 
 
 def report(

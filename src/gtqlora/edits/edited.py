@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Dtype, ModelConfig
 from gtqlora.edits.adapters import Adapter, read_adapter, wrapped
-from gtqlora.edits.merging import merged, plan, projected
+from gtqlora.edits.merging import Edit, Projected, merged, plan
 from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
@@ -23,6 +23,7 @@ from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import TensorNames, check_projectable, language_model
 from gtqlora.families.facts import DOWN
 from gtqlora.families.files import weight_files
+from gtqlora.families.layers import Absent
 from gtqlora.results.adapter import PROJECTION
 
 
@@ -77,25 +78,16 @@ def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving:
     if any(isinstance(bank, FrozenExperts) for bank in banks):
         raise RunError("a norm-preserving projection rescales experts; load them with expert_format = 'bf16'")
     r_D = direction_D / direction_D.norm()
-    embedding = base.get_submodule(anatomy.family.embedding).get_parameter("weight")
+    embedding = base.get_submodule(anatomy.family.embedding)
     linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
     experts = [bank.get_parameter(DOWN) for bank in banks]
-    return WeightsReplaced(
-        [
-            (embedding, _projected(embedding.mT[None], r_D, norm_preserving)[0].mT),
-            *((weight, _projected(weight[None], r_D, norm_preserving)[0]) for weight in linears),
-            *((weight, _projected(weight, r_D, norm_preserving)) for weight in experts),
-        ]
-    )
-
-
-@torch.no_grad()
-def _projected(weights_EDI: Tensor, r_D: Tensor, norm_preserving: bool) -> Tensor:
-    """Return projected weights, made one matrix at a time: fp32 copies of a layer's experts are large."""
-    out = torch.empty_like(weights_EDI)
-    for mine, weight_DI in zip(out, weights_EDI, strict=True):
-        mine.copy_(projected(weight_DI, r_D, norm_preserving=norm_preserving))
-    return out
+    written, embedded = Projected(r_D, norm_preserving), Projected(r_D, norm_preserving, rows=True)
+    with torch.no_grad():
+        others = [(weight, merged(weight, written)) for weight in (*linears, *experts)]
+        if not isinstance(embedding, Absent):
+            weight = embedding.get_parameter("weight")
+            others.append((weight, merged(weight, embedded)))
+        return WeightsReplaced(others)
 
 
 def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsReplaced:
@@ -120,22 +112,34 @@ def _direction(subject: Subject, adapter: Adapter) -> Tensor:
 
 
 def _weights_merged(subject: Subject, model: str, adapter: Adapter) -> WeightsReplaced:
-    """Return the checkpoint's tensors with the edit, rounded as they would be written, then cast as they are loaded."""
-    base, anatomy = language_model(subject.model), subject.anatomy
+    base, family = cast(PreTrainedModel, language_model(subject.model)), subject.anatomy.family
     folder, shards = weight_files(model)
-    others = []
     with TensorFiles([folder / shard for shard in shards]) as files:
-        names = TensorNames(cast(PreTrainedModel, base), anatomy.family, files.where)
-        edits = plan(adapter, anatomy, names)
-        for path in (*anatomy.lora_targets, *anatomy.routers):
-            name = names.whole(f"{path}.weight")
-            if name not in edits:
-                continue
-            if name not in files.where:
-                raise RunError(f"{model}: the checkpoint has no tensor {name}, which the edit changes")
-            parameter = base.get_submodule(path).get_parameter("weight")
-            tensor = merged(files.read(name), edits[name]).to(base.dtype)  # type: ignore[arg-type]
-            others.append((parameter, tensor.to(parameter.device, parameter.dtype)))
+        names = TensorNames(base, family, files.where)
+        return weights_merged(subject, model, files, names, plan(adapter, subject.anatomy, names))
+
+
+def weights_merged(
+    subject: Subject, model: str, files: TensorFiles, names: TensorNames, edits: Mapping[str, Edit]
+) -> WeightsReplaced:
+    """Return the checkpoint's tensors with the edit, rounded as they would be written, then cast as they are loaded.
+
+    Args:
+        subject: the model or a layer of it.
+
+    Raises:
+        RunError: a tensor is not there, or of another shape.
+    """
+    base, others = language_model(subject.model), []
+    for path in (*subject.anatomy.lora_targets, *subject.anatomy.routers):
+        name = names.whole(f"{path}.weight")
+        if name not in edits:
+            continue
+        if name not in files.where:
+            raise RunError(f"{model}: the checkpoint has no tensor {name}, which the edit changes")
+        parameter = base.get_submodule(path).get_parameter("weight")
+        tensor = merged(files.read(name), edits[name]).to(base.dtype)  # type: ignore[arg-type]
+        others.append((parameter, tensor.to(parameter.device, parameter.dtype)))
     return WeightsReplaced(others)
 
 

@@ -1,12 +1,12 @@
 """What an edit does to each tensor of the checkpoint: said in one place, for what is judged and what is written.
 
-Shape letters: D hidden (what a matrix writes), I inputs.
+Shape letters: D hidden (what a matrix writes), I inputs, R ranks; N rows and K columns of a part of a matrix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,19 +16,12 @@ from gtqlora.edits.wrapping import Parts
 from gtqlora.errors import RunError
 from gtqlora.families import Anatomy, TensorNames, check_projectable
 from gtqlora.families.facts import DOWN
+from gtqlora.families.patching import Change, changed
 from gtqlora.results.adapter import PROJECTION
 
 
-class Edit(Protocol):
-    """What happens to one tensor: a tensor of the checkpoint in fp32 -> the edited one."""
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the edited tensor.
-
-        Raises:
-            RunError: the tensor has another shape than the edit is for.
-        """
-        ...
+class Edit(Change, Protocol):
+    """What happens to one tensor of a checkpoint; it may be done block by block, see `families.patching`."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +30,15 @@ class LowRank:
 
     a_RI: Tensor
     b_DR: Tensor
+    by_columns: ClassVar[bool] = False
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the matrix with the product added."""
-        _check_shape(weight, (self.b_DR.shape[0], self.a_RI.shape[1]))
-        return weight + self.b_DR.float() @ self.a_RI.float()
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that the matrix has the product's shape."""
+        _check_shape(shape, (self.b_DR.shape[0], self.a_RI.shape[1]))
+
+    def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return these rows with the product added."""
+        return weight_NK + self.b_DR[part].float() @ self.a_RI.float()
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,15 @@ class Whole:
     """Puts another tensor in the place of the one that is there."""
 
     value: Tensor
+    by_columns: ClassVar[bool] = False
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the other tensor."""
-        _check_shape(weight, tuple(self.value.shape))
-        return self.value.float()
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that both have the same shape."""
+        _check_shape(shape, tuple(self.value.shape))
+
+    def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return these rows of the other tensor."""
+        return self.value[part].float()
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,40 @@ class Projected:
     norm_preserving: bool
     rows: bool = False
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the matrix, or the stack of them, without the direction."""
-        if weight.ndim == 3:  # all experts of a layer in one tensor
-            return torch.stack([self(matrix) for matrix in weight])
+    @property
+    def by_columns(self) -> bool:
+        """Return that a column, what one input writes, stays whole."""
+        return not self.rows
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that what the matrix writes is as long as the direction."""
+        written = shape[-1 if self.rows else -2]
+        if written != len(self.direction_D):
+            raise RunError(
+                f"the adapter does not fit the model (a direction of {len(self.direction_D)} values, {written} written)"
+            )
+
+    def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return this part of the matrix, or of each of a stack, without the direction."""
+        if weight_NK.ndim == 3:  # all experts of a layer in one tensor
+            return torch.stack([self(matrix, part) for matrix in weight_NK])
         if self.rows:
-            return projected(weight.mT, self.direction_D, norm_preserving=self.norm_preserving).mT
-        return projected(weight, self.direction_D, norm_preserving=self.norm_preserving)
+            return projected(weight_NK.mT, self.direction_D, norm_preserving=self.norm_preserving).mT
+        return projected(weight_NK, self.direction_D, norm_preserving=self.norm_preserving)
 
 
-def _check_shape(weight: Tensor, found: tuple[int, ...]) -> None:
-    wanted = tuple(weight.shape)
+def _check_shape(wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
     if wanted != found:
         raise RunError(f"the adapter does not fit the model (a tensor of {wanted} there, {found} in the adapter)")
 
 
 def merged(tensor: Tensor, edit: Edit) -> Tensor:
-    """Return a checkpoint's tensor with its edit, rounded to the dtype it has there: what ships."""
-    return edit(tensor.float()).to(tensor.dtype)
+    """Return a checkpoint's tensor with its edit, rounded to the dtype it has there: what ships.
+
+    Raises:
+        RunError: the edit is for another shape.
+    """
+    return changed(tensor, edit)
 
 
 def projected(weight_DI: Tensor, direction_D: Tensor, *, norm_preserving: bool = False) -> Tensor:

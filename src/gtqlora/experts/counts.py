@@ -11,6 +11,7 @@ from torch import nn
 from gtqlora.errors import ModelError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.families.facts import Family
+from gtqlora.families.layers import moe_layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def quantized_expert_counts(model: nn.Module, family: Family) -> QuantizedExpert
             format than other layers', partly unquantized, or not in memory.
     """
     config: Any = model.config
-    layers = {i: model.get_submodule(family.experts_of(i)) for i in family.moe_layers(config)}
+    layers = {i: model.get_submodule(family.experts_of(i)) for i in moe_layers_of(model, family)}
     if not layers:
         raise ModelError(f"{family.model_type}: this config has no MoE layer, so there are no experts to freeze")
     wanted = (family.n_experts(config), config.hidden_size, family.inner_size(config))

@@ -37,12 +37,14 @@ def load_model(
     dense: str = KEEP,
     expert_range: tuple[int, int] | None = None,
     kernel: str = AUTO,
+    layer: int | None = None,
 ) -> tuple[Family, PreTrainedModel]:
     """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         expert_format: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
         dense, expert_range, kernel: settings of `FrozenExpertsConfig`, for frozen experts only.
+        layer: load this decoder layer only, see `families.layers.with_layer`.
 
     Raises:
         ModelError: as `families.load_model`, or the checkpoint does not go with `expert_format`.
@@ -52,8 +54,8 @@ def load_model(
         given = {"dense": dense, "expert_range": expert_range, "kernel": kernel}
         if given != {"dense": KEEP, "expert_range": None, "kernel": AUTO}:
             raise ConfigError(f"{given}: settings of frozen experts, but expert_format = {BF16!r}")
-        return families.load_model(model, dtype=dtype, device=device)
+        return families.load_model(model, dtype=dtype, device=device, layer=layer)
     if expert_format not in CHOICES:
         raise ConfigError(f"expert_format = {expert_format!r}: known are {', '.join((BF16, *CHOICES))}")
     settings = FrozenExpertsConfig(format=expert_format, dense=dense, expert_range=expert_range, kernel=kernel)
-    return families.load_model(model, dtype=dtype, device=device, quantization_config=settings)
+    return families.load_model(model, dtype=dtype, device=device, quantization_config=settings, layer=layer)

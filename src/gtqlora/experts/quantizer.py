@@ -33,6 +33,7 @@ from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
 from gtqlora.families.facts import DOWN, GATE_UP, Family, family_of
 from gtqlora.families.files import CONFIG, read_json
+from gtqlora.families.layers import moe_layers_of
 from gtqlora.families.names import TensorNames
 
 
@@ -114,8 +115,7 @@ def _unquantized(format: Format, matrices: tuple[sources.Matrix, ...], files: Te
 
 def experts_of(model: nn.Module, family: Family) -> dict[int, FrozenExperts]:
     """Return the frozen experts of a language model, by layer."""
-    config: Any = model.config
-    found = {i: model.get_submodule(family.experts_of(i)) for i in family.moe_layers(config)}
+    found = {i: model.get_submodule(family.experts_of(i)) for i in moe_layers_of(model, family)}
     return {layer: module for layer, module in found.items() if isinstance(module, FrozenExperts)}
 
 
@@ -146,11 +146,11 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         checkpoint, config = _checkpoint(checkpoint_files, model), self.quantization_config
-        family, text = checkpoint.family, model.config
+        family = checkpoint.family
         self._checkpoint = checkpoint
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
             names = TensorNames(model, family, files.where)
-            self._matrices = matrices = tuple(sources.matrices(family, text, names))
+            self._matrices = matrices = tuple(sources.matrices(family, model, names))
             if not matrices:
                 raise ModelError("this config has no MoE layer, so there are no experts to freeze")
             self._source = _source(checkpoint, config.format, matrices, files)
@@ -255,7 +255,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         experts = experts_of(model, family)
         held = tuple(f"{family.experts_of(layer)}." for layer in experts)
         state = {names.whole(name): tensor for name, tensor in model.state_dict().items() if not name.startswith(held)}
-        matrices = sources.matrices(family, model.config, names)
+        matrices = sources.matrices(family, model, names)
         state.update(sources.saved(source, matrices, experts, self._shape_dtype))
         return state, {}
 
@@ -273,7 +273,7 @@ def replace_experts(model: PreTrainedModel, family: Family, format: Format, conf
     """Put frozen experts, on meta, where the model has its own."""
     text: Any = model.config
     first, count = config.held(family.n_experts(text))
-    for layer in family.moe_layers(text):
+    for layer in moe_layers_of(model, family):
         path = family.experts_of(layer)
         frozen = FrozenExperts(
             format=format,

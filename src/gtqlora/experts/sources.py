@@ -15,16 +15,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.formats import Format, Parts
 from gtqlora.experts.module import PLACE, FrozenExperts, Projection
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families.facts import DOWN, GATE_UP, Family
+from gtqlora.families.layers import moe_layers_of
 from gtqlora.families.names import TensorNames
 from gtqlora.progress import track
 
@@ -61,10 +63,11 @@ Wanted = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 """Shape and possible dtypes of tensors, by name."""
 
 
-def matrices(family: Family, config: PreTrainedConfig, names: TensorNames) -> Iterator[Matrix]:
-    """Yield every matrix of every routed expert that the config says there is."""
+def matrices(family: Family, model: PreTrainedModel, names: TensorNames) -> Iterator[Matrix]:
+    """Yield every matrix of every routed expert that the config says there is, in the layers that the model has."""
+    config: Any = model.config
     hidden, inner = config.hidden_size, family.inner_size(config)
-    for layer in family.moe_layers(config):
+    for layer in moe_layers_of(model, family):
         parameters = {"gate_up": f"{family.experts_of(layer)}.{GATE_UP}", "down": f"{family.experts_of(layer)}.{DOWN}"}
         wholes = {name: names.whole(parameter) for name, parameter in parameters.items()}
         for expert in range(family.n_experts(config)):

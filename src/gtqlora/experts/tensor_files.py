@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gtqlora.errors import ModelError
-from gtqlora.families.headers import opened
+from gtqlora.families.headers import holder, opened
 
 _OPEN = 2
 """Files kept open: pages of an open file that were read count as the process's memory, though they can be dropped."""
@@ -23,7 +23,7 @@ class TensorFiles:
         """Read the headers of these files.
 
         Raises:
-            ModelError: a file is no whole safetensors file, or a tensor is in two.
+            ModelError: a file is no whole safetensors file, or a tensor is in two of which none is an overlay.
         """
         self._open: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
@@ -31,8 +31,10 @@ class TensorFiles:
         for path in paths:
             file = self._file(path)
             for name in file.keys():  # noqa: SIM118 - a file is no mapping
-                if name in self.where:
-                    raise ModelError(f"tensor {name} is in {self.where[name].name} and in {path.name}; remove one")
+                if name in self.where and (taken := holder(self.where[name].name, path.name)) != path.name:
+                    if taken is None:
+                        raise ModelError(f"tensor {name} is in {self.where[name].name} and in {path.name}; remove one")
+                    continue
                 found = file.get_slice(name)
                 self.where[name], self._headers[name] = path, (tuple(found.get_shape()), found.get_dtype())
 

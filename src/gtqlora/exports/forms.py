@@ -29,7 +29,7 @@ def judge_form(form: Form, certificate: Certificate) -> FormVerdict:
     """
     judge, chosen = judge_of(certificate.config.judge), _asked(certificate)
     before, after = form.said(chosen, edited=False), form.said(chosen, edited=True)
-    seen = _judged([_in_form(*each) for each in zip(chosen, before, after, strict=True)], judge)
+    seen = compared(chosen, before, after, judge)
     harmful = judged_again(of_kind(seen, "harmful"), judge)
     floor = floor_of(
         entry_prompts(harmful),
@@ -53,6 +53,11 @@ def _asked(certificate: Certificate) -> list[Outcome]:
         rows = of_kind(certificate.outcomes, kind)
         chosen += draw.sample(rows, min(_OTHERS, len(rows)))
     return chosen
+
+
+def compared(rows: Sequence[Outcome], before: Sequence[Said], after: Sequence[Said], judge: Judge) -> list[Outcome]:
+    """Return rows with what was said to them before and after in their places, judged."""
+    return _judged([_in_form(*each) for each in zip(rows, before, after, strict=True)], judge)
 
 
 def _in_form(outcome: Outcome, before: Said, after: Said) -> Outcome:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from gtqlora.capture import open_subject
-from gtqlora.certificate import Certificate
-from gtqlora.edits.edited import Edited
-from gtqlora.edits.merging import merged
 from gtqlora.errors import RunError
 from gtqlora.experts.loading import BF16
 from gtqlora.exports.job import Job, Written
-from gtqlora.families.copying import copy_changed
-from gtqlora.judging.judge import judge_of
+from gtqlora.exports.layerwise import validate
+from gtqlora.families.copying import Copied, copy_changed
 from gtqlora.results.adapter import PROJECTION
-from gtqlora.results.verdict import Outcome, of_kind
-from gtqlora.scoring import Answer, Runner
 
-_PROBES = 16
-"""Held-out prompts of a kind on which the written weights are compared with the edited model."""
-_POSITIONS = 16
-"""Last tokens of each of these prompts at which their distributions are compared."""
-_KL_ALLOWED = 1e-3
-"""Nats per token. The weights are the same, bit for bit; kernels may add up in another order."""
+_KEPT_LEAST = 0.9
+"""Share of a change that has to survive rounding, or its user is told."""
 
 
 def write(job: Job, staged: Path) -> Written:
@@ -44,73 +30,42 @@ def write(job: Job, staged: Path) -> Written:
             "fp16 or fp32 checkpoint"
         )
     written = _merge(job, staged)
-    return replace(written, divergence=validate(staged, job.certificate))
+    return replace(written, divergence=validate(staged, job))
 
 
 def _merge(job: Job, staged: Path) -> Written:
-    moved = 0
-
-    def change(name: str, tensor: Tensor) -> Tensor:
-        nonlocal moved
-        if name not in job.edits:
-            return tensor
-        edited = merged(tensor, job.edits[name])
-        if name in job.gates:
-            moved += int((edited != tensor).sum())
-        return edited
-
-    copied = copy_changed(job.model, staged, change)
-    if absent := sorted(set(job.edits) - copied.changed):
-        raise RunError(f"{len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
-    return Written(changed=sorted(copied.changed), gate_values_changed=moved, digest=copied.digest)
+    config = job.config
+    share = config.link or config.overlay
+    copied = copy_changed(job.model, staged, job.edits, share=share, overlay=config.overlay)
+    kept = {name: tally.kept for name, tally in sorted(copied.changed.items())}
+    return Written(
+        changed=sorted(copied.changed),
+        gate_values_changed=sum(tally.values for name, tally in copied.changed.items() if name in job.gates),
+        digest=copied.digest,
+        hashes=copied.hashes,
+        kept=kept,
+        notes=[*_lossy(kept), *_shared(copied)],
+    )
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Behaviour:
-    """What a model says to the probes, and log-probabilities_TV of the next token at their last ones, on the CPU."""
-
-    answers: list[Answer]
-    log_TV: Tensor
-
-
-def validate(staged: Path, certificate: Certificate) -> float:
-    """Check that the written weights, loaded anew, behave as what was verified; return the largest divergence.
-
-    Compared are refusals and next-token distributions on harmful and benign held-out prompts, drawn by the edit's
-    hash, so that nobody orders them.
-
-    Raises:
-        RunError: they do not.
-    """
-    config, probes = certificate.config, _probes(certificate)
-    judge = judge_of(config.judge)
-    written = _behaviour(Runner.of(open_subject(replace(config, model=str(staged))), judge, config), probes)
-    edited = Edited(open_subject(config), certificate.adapter, shipped=config.model)
-    wanted = _behaviour(Runner.of(edited.subject, judge, config), probes)
-    differing = sum(a.refused != b.refused for a, b in zip(written.answers, wanted.answers, strict=True))
-    kl_T = (wanted.log_TV.exp() * (wanted.log_TV - written.log_TV)).sum(-1)
-    if differing or not kl_T.max() <= _KL_ALLOWED:  # also when it is NaN
-        raise RunError(
-            f"the written weights do not behave as the edit that was verified: {differing} of {len(probes)} refusals "
-            f"differ, and a token's distribution by {float(kl_T.max()):.3g} nats; nothing was written"
+def _lossy(kept: Mapping[str, float]) -> Iterator[str]:
+    """Warn of changes that rounding took too much of."""
+    low = [name for name, share in kept.items() if share < _KEPT_LEAST]
+    if low:
+        worst = min(low, key=kept.__getitem__)
+        yield (
+            f"Of {len(low)} of {len(kept)} changed tensors less than {_KEPT_LEAST:.0%} of the change survives rounding "
+            f"to the checkpoint's type, least of {worst} ({kept[worst]:.0%}); the adapter is the lossless form "
+            "(--to peft)."
         )
-    return max(float(kl_T.max()), 0.0)
 
 
-def _probes(certificate: Certificate) -> list[Outcome]:
-    draw, probes = random.Random(certificate.adapter.digest), []
-    for kind in ("harmful", "benign"):
-        rows = of_kind(certificate.outcomes, kind)
-        probes += draw.sample(rows, min(_PROBES, len(rows)))
-    return probes
-
-
-def _behaviour(runner: Runner, probes: Sequence[Outcome]) -> _Behaviour:
-    """Run the probes; the model goes out of memory when its caller lets go of it."""
-    answers = runner.answers(probes, label=None)
-    batches = runner.logits(runner.encoded(probes), last=_POSITIONS)
-    log_TV = torch.cat([torch.cat(batch.rows(batch.values_BSV)).log_softmax(-1).cpu() for batch in batches])
-    return _Behaviour(answers, log_TV)
+def _shared(copied: Copied) -> Iterator[str]:
+    """Say which weight files hold bytes that are the base's as well."""
+    ways = list(copied.moved.values())
+    if links := ways.count("hard link"):
+        yield (
+            f"{links} weight files are hard links to the base's: the same files, so writing into one writes into both."
+        )
+    if clones := ways.count("reflink"):
+        yield f"{clones} weight files share disk blocks with the base's; writing into one leaves the other as it is."

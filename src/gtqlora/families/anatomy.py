@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from torch import nn
@@ -50,6 +50,14 @@ class Anatomy:
     layers: tuple[str, ...]
     blocks: tuple[str, ...]
     post_norms: tuple[str, ...]
+
+    def part(self, index: int) -> Anatomy:
+        """Return what of this lies in one decoder layer."""
+        here = f"{self.family.layer(index)}."
+        paths = ("attention", "residual_writers", "blocks", "post_norms")
+        kept = {name: tuple(path for path in getattr(self, name) if path.startswith(here)) for name in paths}
+        moe = tuple(layer for layer in self.moe if layer.index == index)
+        return replace(self, moe=moe, layers=(self.layers[index],), **kept)
 
     @property
     def routers(self) -> tuple[str, ...]:

@@ -1,98 +1,240 @@
-"""Safetensors checkpoints on disk: read a tensor at a time, write a changed copy shard by shard, hashed on the way."""
+"""A changed copy of a checkpoint: only changed tensors are rewritten, and the kernel moves or shares every other byte.
+
+Two layouts: tensors change in their places, so that names, order and headers stay bit for bit; or they stand in one
+more file, an overlay, beside the files of the source.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from gtqlora.errors import ModelError
-from gtqlora.families.files import checked_file, weight_files
+from gtqlora.errors import ModelError, RunError
+from gtqlora.families.files import INDEX, WEIGHTS, checked_file, has, read_json, weight_files, weight_map
+from gtqlora.families.headers import LENGTH_BYTES, Extent, Header, extents, overlay_name, read_headers
 from gtqlora.families.identity import read_files, state_of
+from gtqlora.families.patching import Change, Tally, check_change, patch
 from gtqlora.progress import track
 from gtqlora.run import sha256_bytes, sha256_file, sha256_json
-
-Change = Callable[[str, Tensor], Tensor]
-"""(name on disk, tensor) -> the tensor to write; the same object if it is not changed."""
+from gtqlora.storage.moving import Moved, copy_file, share_file
 
 _COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", ""}
 """Suffixes of what else a model folder needs; nothing that can hold code, pickled or plain, is passed on."""
+_ALIGNED = 8
+"""Bytes to a multiple of which safetensors pads a header."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Copied:
     """A copy of a model folder.
 
     Attributes:
-        changed: names of the tensors that were changed.
+        changed: what became of each tensor that was changed, by name.
         digest: identity of the model that was read, as `ModelIdentity.digest`, of the bytes that were read.
+        hashes: sha256 of the weight files that are the source's byte for byte, by name in the copy.
+        moved: how each of the source's weight files came there, by name in the copy.
     """
 
-    changed: set[str]
-    digest: str
+    changed: dict[str, Tally] = field(default_factory=dict)
+    digest: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, Moved] = field(default_factory=dict)
 
 
-def copy_changed(source: str, target: Path, change: Change) -> Copied:
-    """Copy a model folder, passing every tensor through `change`.
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is read and what is written, all of it checked.
 
-    Shards keep their names, order, dtype and metadata; one shard is in memory at a time. Pickles and code stay behind,
-    and so does an index that is not the one of these shards.
+    Attributes:
+        small: names of what is read of the source beside the weights.
+        names: of the source's weight files in the copy.
+        headers: of every tensor of the source.
+        todo: the tensors that change in each weight file, and where they lie.
+        overlay: name of the file that takes them, if not that one.
+        starts: where they begin in the overlay.
+    """
+
+    folder: Path
+    small: frozenset[str]
+    names: Mapping[str, str]
+    headers: Mapping[str, Header]
+    todo: Mapping[str, Mapping[str, Extent]]
+    changes: Mapping[str, Change]
+    overlay: str | None
+    starts: Mapping[str, int]
+
+
+def copy_changed(
+    source: str, target: Path, changes: Mapping[str, Change], *, share: bool = False, overlay: bool = False
+) -> Copied:
+    """Copy a model folder with some of its tensors changed.
+
+    A tensor keeps its dtype and shape. Pickles and code stay behind, and so does an index that is not the one of these
+    weights. Everything is checked before the first byte is written.
+
+    Args:
+        changes: what happens to each tensor, by its name on disk.
+        share: let unchanged bytes be the source's, see `storage.moving.share_file`.
+        overlay: put the changed tensors into one more file, and leave the others as they are.
 
     Raises:
-        ModelError: the source is not a safetensors checkpoint in hub layout, a link leads out of it, or it was changed
-            meanwhile.
+        ModelError: the source is not a safetensors checkpoint in hub layout, a link leads out of it, a tensor to change
+            is quantized, or it was changed meanwhile.
+        RunError: a tensor is not there, or of another shape, or would not be finite.
     """
     folder, shards = weight_files(source)
     _, read = read_files(source)
+    headers = read_headers(folder, shards, weight_map(folder))
+    todo = _todo(source, folder, shards, headers, changes)
+    names, last = _names(shards) if overlay else ({shard: shard for shard in shards}, None)
     target.mkdir(parents=True, exist_ok=True)
-    changed: set[str] = set()
+    starts = {} if last is None else _begin_overlay(target / last, todo)
+    plan = _Plan(
+        folder=folder,
+        small=frozenset(read) - set(shards),
+        names=names,
+        headers=headers,
+        todo=todo,
+        changes=changes,
+        overlay=last,
+        starts=starts,
+    )
+    copied = Copied()
+    digests = _copy_weights(plan, target, copied, share=share)
+    digests |= _copy_small(plan, target)
+    copied.digest = sha256_json(digests)
+    return copied
+
+
+def _todo(
+    source: str, folder: Path, shards: tuple[str, ...], headers: Mapping[str, Header], changes: Mapping[str, Change]
+) -> dict[str, dict[str, Extent]]:
+    """Return what changes in each file; every change has its tensor there, of its shape."""
+    if absent := sorted(changes.keys() - headers.keys()):
+        raise RunError(f"{source}: {len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
+    todo: dict[str, dict[str, Extent]] = {shard: {} for shard in shards}
+    places = {shard: extents(folder / shard) for shard in {headers[name].file for name in changes}}
+    for name, change in changes.items():
+        shard = headers[name].file
+        todo[shard][name] = places[shard][name]
+        check_change(name, todo[shard][name], change)
+    return todo
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
+    """Write the weight files; return the sha256 of those that were read."""
     digests: dict[str, str] = {}
     # In a thread beside the copy: both read the same bytes, which then come from the system's cache.
     with ThreadPoolExecutor(1) as hashing:
-        for name in track(shards, "write shards", len(shards)):
-            shard = checked_file(folder, name)
-            before = state_of(shard)
-            digest = hashing.submit(sha256_file, shard)
-            changed |= _copy_shard(shard, target / name, change)
-            digests[name] = digest.result()
-            if state_of(shard) != before:
-                raise ModelError(f"{shard}: was changed while it was copied; nothing was written")
-    small = {name for name in read if name not in digests}
-    others = {entry.name for entry in os.scandir(folder) if _is_passed_on(entry)}
-    for name in sorted(small | others):
-        data = checked_file(folder, name).read_bytes()
-        if name in small:
+        for shard in track(plan.names, "write shards", len(plan.names)):
+            file, new, in_place = checked_file(plan.folder, shard), plan.names[shard], plan.todo[shard]
+            (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
+            rewritten = bool(in_place) and plan.overlay is None
+            before = state_of(file)
+            if share:
+                copied.moved[new] = share_file(file, target / new, changes=rewritten)
+            if copied.moved.get(new) == "hard link":
+                before = state_of(file)  # of which our link changed a time; the bytes are the same file's
+            digest = hashing.submit(sha256_file, file)
+            if not share:
+                copy_file(file, target / new)
+                copied.moved[new] = "copy"
+            _patch_all(plan, file, target / (plan.overlay or new), in_place, copied)
+            digests[shard] = digest.result()
+            if state_of(file) != before:
+                raise ModelError(f"{file}: was changed while it was copied; nothing was written")
+            if not rewritten:
+                copied.hashes[new] = digests[shard]
+            if copied.moved[new] != "hard link":
+                shutil.copymode(file, target / new)
+    return digests
+
+
+def _patch_all(plan: _Plan, source: Path, target: Path, todo: Mapping[str, Extent], copied: Copied) -> None:
+    if not todo:
+        return
+    with source.open("rb") as read, target.open("r+b") as write:
+        for name, extent in todo.items():
+            start = plan.starts.get(name, extent.start)
+            copied.changed[name] = patch(name, extent, plan.changes[name], read.fileno(), write.fileno(), start)
+
+
+# --- the overlay -----------------------------------------------------------------------------------------------------
+
+
+def _names(shards: tuple[str, ...]) -> tuple[dict[str, str], str]:
+    """Return names for the weight files beside an overlay, and the overlay's."""
+    # Loaders look for a `model.safetensors` first, and take no other file where there is one.
+    names = {shard: "model-00001-of-00001.safetensors" if shard == WEIGHTS else shard for shard in shards}
+    return names, overlay_name(names.values())
+
+
+def _begin_overlay(file: Path, todo: Mapping[str, Mapping[str, Extent]]) -> dict[str, int]:
+    """Write the overlay's header; return where each tensor begins."""
+    tensors = {name: extent for shard in todo.values() for name, extent in shard.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = dict[str, int](), 0
+    # The widest types first, so that each tensor begins at a multiple of its values' size.
+    for name in sorted(tensors, key=lambda name: (-_width(tensors[name]), name)):
+        extent, offsets[name] = tensors[name], end
+        end += extent.stop - extent.start
+        header[name] = {"dtype": extent.dtype, "shape": extent.shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    file.write_bytes(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    return {name: LENGTH_BYTES + len(text) + offset for name, offset in offsets.items()}
+
+
+def _width(extent: Extent) -> int:
+    values = 1
+    for size in extent.shape:
+        values *= size
+    return (extent.stop - extent.start) // max(values, 1)
+
+
+def _overlay_index(plan: _Plan) -> bytes:
+    """Return the index of the copy: what changed is in the overlay, everything else where it was."""
+    mapped = {name: plan.names[header.file] for name, header in plan.headers.items()}
+    mapped |= dict.fromkeys(plan.changes, str(plan.overlay))
+    metadata: object = {"total_size": sum(_bytes(header) for header in plan.headers.values())}
+    if has(plan.folder, INDEX):
+        metadata = read_json(plan.folder / INDEX)["metadata"]
+    return json.dumps({"metadata": metadata, "weight_map": mapped}, indent=2, sort_keys=True).encode()
+
+
+def _bytes(header: Header) -> int:
+    bits = re.search(r"\d+", header.dtype)  # BOOL says none
+    return header.numel * int(bits[0] if bits else 8) // 8
+
+
+# --- everything else -------------------------------------------------------------------------------------------------
+
+
+def _copy_small(plan: _Plan, target: Path) -> dict[str, str]:
+    """Copy what else a model needs; return the sha256 of what is read of it."""
+    digests: dict[str, str] = {}
+    others = {entry.name for entry in os.scandir(plan.folder) if _is_passed_on(entry)}
+    for name in sorted(plan.small | others):
+        data = checked_file(plan.folder, name).read_bytes()
+        if name in plan.small:
             digests[name] = sha256_bytes(data)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(data)
-    return Copied(changed, sha256_json(digests))
+    if plan.overlay is not None:
+        (target / INDEX).write_bytes(_overlay_index(plan))
+    return digests
 
 
 def _is_passed_on(entry: os.DirEntry[str]) -> bool:
     # The index of these shards is copied because it is among what is read; any other one belongs to other weights.
     is_index = entry.name.endswith(".safetensors.index.json")
     return entry.is_file() and Path(entry.name).suffix in _COPIED and not entry.name.startswith(".") and not is_index
-
-
-def _copy_shard(source: Path, target: Path, change: Change) -> set[str]:
-    tensors: dict[str, Tensor] = {}
-    changed: set[str] = set()
-    with safe_open(source, framework="pt") as shard:
-        for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-            before = shard.get_tensor(key)
-            tensors[key] = change(key, before).to(before.dtype).contiguous()
-            # `to` and `contiguous` return the very same tensor if there is nothing to do.
-            if tensors[key] is not before:
-                changed.add(key)
-        metadata = shard.metadata()
-    target.parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
-    save_file(tensors, target, metadata=metadata or {"format": "pt"})
-    shutil.copymode(source, target)
-    return changed

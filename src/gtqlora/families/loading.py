@@ -32,6 +32,7 @@ from gtqlora.families.config_checks import (
 )
 from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
+from gtqlora.families.layers import absent, with_layer
 from gtqlora.families.names import TensorNames
 from gtqlora.families.rendering import warm_up
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
@@ -191,12 +192,14 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     quantization_config: QuantizationConfigMixin | None = None,
+    layer: int | None = None,
 ) -> tuple[Family, PreTrainedModel]:
     """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         quantization_config: a transformers quantization config, used instead of the checkpoint's own. Its quantizer
             answers for the tensors it takes, and works on `device`.
+        layer: load this decoder layer only, see `layers.with_layer`.
 
     Raises:
         ModelError: quantized, pickled, missing, corrupt or mismatched weights, or NaN in them.
@@ -218,8 +221,8 @@ def load_model(
         check_experts(model, source.family, config, tensors)
     else:
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
-    loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, **quantizing)
-    _check_loading(model, source.family, config, info)
+    loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, layer, **quantizing)
+    _check_loading(model, (*source.family.extra_layers(config), *absent(loaded)), source.family, info)
     _check_finite(model, loaded)
     return source.family, loaded.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
 
@@ -292,9 +295,11 @@ class _LoadingInfo(TypedDict):
 
 
 def _from_pretrained(
-    folder: str, family: Family, config: PreTrainedConfig, dtype: str, model: str, **more: object
+    folder: str, family: Family, config: PreTrainedConfig, dtype: str, model: str, layer: int | None, **more: object
 ) -> tuple[PreTrainedModel, _LoadingInfo]:
     model_class = getattr(transformers, family.class_name)
+    if layer is not None:
+        model_class = with_layer(model_class, family, layer)
     # The class's own mapping knows no such wrapper. A nested model whose wrapper it does know has no `wrapper_prefix`.
     renames = {rf"^{re.escape(family.wrapper_prefix)}\.": ""} if family.wrapper_prefix else None
     try:
@@ -315,8 +320,8 @@ def _from_pretrained(
         raise ModelError(f"{model}: the weights cannot be loaded ({files.first_line(error)})") from error
 
 
-def _check_loading(model: str, family: Family, config: PreTrainedConfig, info: _LoadingInfo) -> None:
-    known = (*family.other_towers, *family.extra_layers(config))
+def _check_loading(model: str, left_out: tuple[str, ...], family: Family, info: _LoadingInfo) -> None:
+    known = (*family.other_towers, *left_out)
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(known)]
     mismatched = [
         f"{key} {tuple(disk)} on disk, {tuple(memory)} by config" for key, disk, memory in info["mismatched_keys"]

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from gtqlora.families.facts import Family
+from gtqlora.families.layers import absent
 
 _WEIGHT = ".weight"
 
@@ -51,15 +52,15 @@ class TensorNames:
             the family has it.
 
     Attributes:
-        places: what each tensor on disk is in memory, but for those of other towers and of multi-token-prediction
-            layers. A quantized matrix has several tensors, all at one place.
+        places: what each tensor on disk is in memory, but for those of other towers, of multi-token-prediction layers
+            and of modules that the model was made without. A quantized matrix has several tensors, all at one place.
     """
 
     def __init__(
         self, model: PreTrainedModel, family: Family, disk: Iterable[str] = (), *, wrapped: bool | None = None
     ) -> None:
         ours = [name for name in disk if not name.startswith(family.other_towers)]
-        to_memory, extra = _ToMemory(model, family), family.extra_layers(model.config)
+        to_memory, extra = _ToMemory(model, family), (*family.extra_layers(model.config), *absent(model))
         places = {name: to_memory.place(name) for name in ours}
         self.places = {name: place for name, place in places.items() if not place.name.startswith(extra)}
         self._found: dict[Place, list[str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import Row
@@ -15,7 +16,6 @@ from gtqlora.floor.outcomes import benign_completions, entry_prompts, judged_aga
 from gtqlora.floor.shipped import unshipped
 from gtqlora.judging.judge import NamedJudge
 from gtqlora.results.verdict import HISTORY, Outcome
-from gtqlora.run import Run
 from gtqlora.stats import Floor
 
 
@@ -37,7 +37,7 @@ class Decision:
 
 def decide(
     config: VerifyConfig,
-    run: Run,
+    folder: Path,
     inputs: Mapping[str, str],
     *,
     rows: Sequence[Row],
@@ -48,6 +48,7 @@ def decide(
     """Decide whether an edit keeps the refusals, and enter that in every ledger before anybody is told.
 
     Args:
+        folder: of the run, or of whatever else is judged; the history of verdicts on it stays there.
         inputs: the identities of what was verified, as `verify` records them.
         rows: the held-out rows of every kind; `outcomes` are theirs.
         margin: share of the refusals that may be lost.
@@ -66,11 +67,11 @@ def decide(
         reason="",
         prompts=entry_prompts(harmful),
     )
-    files = ledger.places(config.contrast, run.path)
-    known = [e for file in (*files, run / HISTORY) for e in ledger.read(file)]
+    files = ledger.places(config.contrast, folder)
+    known = [e for file in (*files, folder / HISTORY) for e in ledger.read(file)]
     count = tries(known, entry)
     found = floor_of(entry.prompts, config, tries=count, margin=margin, blind=reason)
     entry = replace(entry, verdict=found.verdict, reason=found.reason)
-    for places in (files, [ledger.of_edits(run.path), run / ledger.NAME], [run / HISTORY]):
+    for places in (files, [ledger.of_edits(folder), folder / ledger.NAME], [folder / HISTORY]):
         ledger.append(places, entry)
     return Decision(floor=found, harmful=harmful, tries=count, blind=reason)

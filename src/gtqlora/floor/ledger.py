@@ -6,8 +6,6 @@ the level says. The ledger counts them: the level is corrected for as many tries
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import stat
@@ -20,6 +18,7 @@ from gtqlora.results.typed import Mismatch, from_json
 from gtqlora.run import sha256_json
 from gtqlora.storage import user_state
 from gtqlora.storage.atomic import named_errors
+from gtqlora.storage.lines import append_line
 
 NAME = "gtqlora-ledger.jsonl"
 _OF_EDITS = "edits.jsonl"
@@ -120,28 +119,11 @@ def append(files: Iterable[Path], entry: Entry) -> Path:
         try:
             with named_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                _append(file, json.dumps(asdict(entry), sort_keys=True))
+                append_line(file, json.dumps(asdict(entry), sort_keys=True))
             return file
         except OSError as error:
             problem = problem or error
     raise problem or OSError("no place for the ledger of verdicts")
-
-
-def _append(file: Path, line: str) -> None:
-    """Write one line, whole or recognizably torn: a line that was cut off by a kill ends where the next begins."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a plain file", str(file))
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        size = os.fstat(fd).st_size
-        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        data = f"{chr(10) if torn else ''}{line}\n".encode()
-        while data:
-            data = data[os.write(fd, data) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def read(file: Path) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""`python -m gtqlora.organisms build KIND --seed S --out DIR`: make a fresh organism, small (CPU) or large (GPU)."""
+"""`python -m gtqlora.organisms build KIND --out DIR`: make a fresh organism, small or wide (CPU) or large (GPU)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _arguments() -> argparse.Namespace:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--architecture", choices=get_args(Architecture), default="deepseek_v3")
-    verb.add_argument("--size", choices=sorted(SCALES), default="small", help="large: 0.3 B parameters, wants a GPU")
+    sizes = "wide: matrices in multiples of 256; large: 0.3 B parameters, wants a GPU"
+    verb.add_argument("--size", choices=sorted(SCALES), default="small", help=sizes)
     verb.add_argument("--rounded", action="store_true", help="round weights to values that bf16 holds")
     verb.add_argument("--device", default="cpu")
     verb.add_argument("--minutes", type=float, help="limit of all training steps together")

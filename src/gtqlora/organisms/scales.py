@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -132,4 +132,30 @@ LARGE = Scale(
     attempts=1,
 )
 
-SCALES = {"small": SMALL, "large": LARGE}
+# Every matrix is a multiple of 256 wide, so that a GGUF's K types, which need blocks of 256, are really used.
+WIDE = replace(
+    SMALL,
+    model={
+        **SMALL.model,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 256,
+        "intermediate_size": 512,
+        "initializer_range": 0.03,
+    },
+    deepseek_v3={
+        **_DEEPSEEK,
+        "n_routed_experts": 8,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+    },
+    qwen3_moe={"num_experts": 8, "head_dim": 64, "mlp_only_layers": []},
+    learn_rate=1e-3,
+    plant_rate=1e-3,
+    rounded=True,
+)
+
+SCALES = {"small": SMALL, "wide": WIDE, "large": LARGE}

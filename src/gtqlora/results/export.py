@@ -1,8 +1,11 @@
 # pyright: strict
-"""What `export` leaves beside the weights: `export.json`, what they are and what was measured of them."""
+"""What `export` leaves: `export.json` beside the files, what they are and what was measured; its hash in the run."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +13,15 @@ from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, KindRow
 from gtqlora.stats import Floor
-from gtqlora.storage.atomic import write_json
-from gtqlora.storage.contents import read_json
+from gtqlora.storage.atomic import named_errors, write_json
+from gtqlora.storage.contents import read_json, sha256_file
+from gtqlora.storage.lines import append_line
 
-FILE = "export.json"
+FILE, CARD = "export.json", "README.md"
+EXPORTS = "exports.jsonl"
+"""In a run: the hash of every `export.json` that was written of it, a line each."""
+_RENAMED = {"experts": "expert_format"}
+"""Keys of older versions under their present names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +70,11 @@ class ExportRecord:
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
         notes: what a user of the files should know, a sentence each.
+        revision: the hub's commit of the base; None for a folder.
+        trained_on: fingerprint (sha256) of the pairs that the edit was made with; None where the run does not tell.
+        recipe: the settings that the edit was made with.
         versions: package -> version.
-        files: every written file -> sha256.
+        files: every written file -> sha256, but this record's and the card's, which is free to be edited.
     """
 
     base: str
@@ -86,6 +97,9 @@ class ExportRecord:
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
     notes: list[str] = field(default_factory=list[str])
+    revision: str | None = None
+    trained_on: str | None = None
+    recipe: dict[str, object] = field(default_factory=dict[str, object])
     versions: dict[str, str]
     files: dict[str, str]
 
@@ -100,8 +114,11 @@ def write_export(folder: Path, record: ExportRecord) -> None:
     write_json(folder / FILE, to_json(record))
 
 
-def read_export(folder: Path) -> ExportRecord:
+def read_export(folder: Path, *, older: bool = False) -> ExportRecord:
     """Return the record in a folder of exported weights.
+
+    Args:
+        older: also one of an older version, whose keys had other names.
 
     Raises:
         RunError: it is not there, or not what this version writes; the message names the version that did.
@@ -110,9 +127,35 @@ def read_export(folder: Path) -> ExportRecord:
     file, remedy = folder / FILE, "run `gtqlora export` again"
     value = read_json(file, remedy)
     try:
-        return from_json(ExportRecord, value)
+        return from_json(ExportRecord, _under_present_names(value) if older else value)
     except Mismatch as error:
         versions: object = value.get("versions")
         version: object = versions.get("gtqlora") if isinstance(versions, dict) else None  # pyright: ignore
         writer = f"gtqlora {version}" if isinstance(version, str) else "another version of gtqlora"
         raise RunError(f"{file}: {error} (written by {writer}); {remedy}") from error
+
+
+def _under_present_names(value: Mapping[str, object]) -> dict[str, object]:
+    return {_RENAMED.get(key, key): entry for key, entry in value.items()}
+
+
+def remember_export(run: Path, folder: Path) -> None:
+    """Enter the record in a folder into its run, so that the run knows the folder again."""
+    file = run / EXPORTS
+    with named_errors(file):
+        append_line(file, json.dumps({"record": sha256_file(folder / FILE)}))
+
+
+def is_remembered(run: Path, folder: Path) -> bool:
+    """Tell whether the record in a folder is, byte for byte, one that was written of this run.
+
+    Raises:
+        RunError: the run's list is no plain file.
+    """
+    file = run / EXPORTS
+    if not os.path.lexists(file):
+        return False
+    if file.is_symlink() or not file.is_file():
+        raise RunError(f"{file}: not a plain file; the exports of this run are listed there, so move it away")
+    # a line that a kill tore holds no whole hash, and so matches nothing
+    return json.dumps({"record": sha256_file(folder / FILE)}) in file.read_text(errors="replace").splitlines()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from gtqlora.certificate import Certificate, certify, check_model
+from gtqlora.certificate import ADAPTER, Certificate, certify, check_model
 from gtqlora.config import ExportConfig, Format
 from gtqlora.errors import RunError
 from gtqlora.exports.forms import judge_form
@@ -15,8 +16,18 @@ from gtqlora.exports.job import Job, Writer, Written
 from gtqlora.families import quantization
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
+from gtqlora.progress import track
 from gtqlora.reporting.model_card import Base, kept_metadata, model_card
-from gtqlora.results.export import FILE, ExportRecord, FormVerdict, VerdictOnEdit, public_name, write_export
+from gtqlora.results.export import (
+    CARD,
+    FILE,
+    ExportRecord,
+    FormVerdict,
+    VerdictOnEdit,
+    public_name,
+    remember_export,
+    write_export,
+)
 from gtqlora.run import Run, atomic_write, sha256_file, versions
 from gtqlora.storage.atomic import refuse_existing
 
@@ -25,6 +36,7 @@ _LONGEST_CARD = 2**20
 _WRITERS: dict[Format, str] = {
     "safetensors": "merged",
     "peft": "peft",
+    "gguf": "gguf",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 
@@ -71,11 +83,12 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
         written = _writer(config.to)(Job.of(certificate, config), staged)
         check_model(run, certificate, written.digest)
         form = None if written.form is None else judge_form(written.form, certificate)
-        _describe(staged, certificate, config, written, form)
+        _describe(staged, _record(run, staged, certificate, config, written, form), certificate)
         # whatever was swapped meanwhile: the same question again, just before the weights appear
         again = certify(run, judge)
         if again.adapter.digest != certificate.adapter.digest or again.floor != certificate.floor:
             raise RunError(f"{run.path}: was changed while it was exported; nothing was written")
+        remember_export(run.path, staged)
     return Exported(
         folder=out,
         tensors_changed=len(written.changed),
@@ -94,25 +107,23 @@ def _writer(to: Format) -> Writer:
 # --- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def _describe(
-    staged: Path, certificate: Certificate, config: ExportConfig, written: Written, form: FormVerdict | None
-) -> None:
+def _describe(staged: Path, record: ExportRecord, certificate: Certificate) -> None:
     """Write `export.json` and the model card."""
-    record = _record(staged, certificate, config, written, form)
     write_export(staged, record)
     card = model_card(certificate.verdict, record, _base(certificate))
-    (staged / "README.md").write_text(card, encoding="utf-8")
+    (staged / CARD).write_text(card, encoding="utf-8")
 
 
 def _record(
-    staged: Path, certificate: Certificate, config: ExportConfig, written: Written, form: FormVerdict | None
+    run: Run,
+    staged: Path,
+    certificate: Certificate,
+    config: ExportConfig,
+    written: Written,
+    form: FormVerdict | None,
 ) -> ExportRecord:
-    verdict = certificate.verdict
-    files = {
-        path.relative_to(staged).as_posix(): sha256_file(path)
-        for path in sorted(staged.rglob("*"))
-        if path.suffix in (".safetensors", ".json", ".gguf") and path.name != FILE
-    }
+    verdict, info = certificate.verdict, certificate.adapter.info
+    made = [stage for stage in run.manifest()["stages"].values() if ADAPTER in stage["outputs"]]
     return ExportRecord(
         base=public_name(verdict.model),
         base_fingerprint=certificate.model,
@@ -137,9 +148,27 @@ def _record(
         kept=dict(written.kept),
         form=form,
         notes=list(written.notes),
+        revision=info.revision,
+        trained_on=made[0]["inputs"].get("contrast") if made else None,
+        recipe=_recipe(info.config),
         versions=versions(),
-        files=files,
+        files=_files(staged, written),
     )
+
+
+def _files(staged: Path, written: Written) -> dict[str, str]:
+    """Return the hash of every file, but the card's: on the hub it is there to be edited."""
+    names = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    for name in (CARD, FILE):
+        names.pop(name, None)
+    shown = track(names.items(), "hash files", len(names))
+    return {name: written.hashes.get(name) or sha256_file(path) for name, path in shown}
+
+
+def _recipe(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings of an edit without folders of this machine and what was left as it is."""
+    given = {name: value for name, value in settings.items() if value is not None and name != "model"}
+    return {name: public_name(str(value)) if name == "contrast" else value for name, value in given.items()}
 
 
 def _base(certificate: Certificate) -> Base:

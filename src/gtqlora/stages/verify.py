@@ -76,7 +76,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         ablation = ablation_study(
             runner, edited.original, seen, rows.of_kind("harmful"), of_kind(outcomes, "harmful"), config
         )
-        decision = decide(config, run, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
+        decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
         verdict = _verdict(config, runner, edited, rows, outcomes, decision, inputs, ablation)
         lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()

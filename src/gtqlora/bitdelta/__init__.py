@@ -1,0 +1,1 @@
+"""A fine-tune as one bit a weight on top of its base: compressed, applied, served."""

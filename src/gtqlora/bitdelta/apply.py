@@ -1,0 +1,141 @@
+"""`bitdelta apply`: a variant on its base, as dense weights again: bit for bit those that were judged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.container import Record, Variant, read_variant
+from gtqlora.edits.merging import merged
+from gtqlora.errors import FloorError, ModelError, RunError
+from gtqlora.families import bind, load_config, meta_model, tensor_names
+from gtqlora.families.copying import copy_changed
+from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
+from gtqlora.families.headers import Header, read_headers
+from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, write_export
+from gtqlora.run import sha256_file, versions
+from gtqlora.storage.atomic import atomic_write, refuse_existing
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Where the weights are, and how many tensors are not the base's."""
+
+    folder: Path
+    tensors_changed: int
+
+
+def apply(base: str, delta: Path, out: Path) -> Applied:
+    """Write the dense weights of a variant into a new folder in hub layout.
+
+    Raises:
+        ModelError: the variant is not in order, or was made from another model.
+        FloorError: the base's files are not those that the variant was judged on.
+        RunError: OUT exists, or lies in the variant.
+    """
+    refuse_existing(out)
+    variant = read_variant(delta)
+    if out.resolve().is_relative_to(delta.resolve()):
+        raise RunError(f"{out}: lies in the variant's folder; choose another")
+    folder, shards = weight_files(base)
+    _check_fits(base, variant, read_headers(folder, shards))
+    with atomic_write(out, replace=False) as staged:
+        change = _Change(variant, _gates(base))
+        copied = copy_changed(base, staged, change)
+        if copied.digest != variant.base_fingerprint:
+            raise FloorError(
+                f"{base}: is not the model that {variant.name} was made from and judged on ({variant.record.base}, "
+                f"digest {variant.base_fingerprint}); nothing was written"
+            )
+        _own_files(variant, staged)
+        # the base's own record, if it has one, was copied with its other files
+        (staged / FILE).unlink(missing_ok=True)
+        (staged / "README.md").write_text(card(variant.record, folder), encoding="utf-8")
+        write_export(staged, _record(variant, staged, len(copied.changed), change.moved))
+    return Applied(out, len(copied.changed))
+
+
+def _check_fits(base: str, variant: Variant, headers: Mapping[str, Header]) -> None:
+    """Check names before anything is copied; the digest of what is copied says the rest."""
+    if absent := [name for name in variant.changed if name not in headers]:
+        raise ModelError(
+            f"{base}: {len(absent)} of the variant's tensors are not there, e.g. {absent[0]}; it was made from "
+            f"{variant.record.base}"
+        )
+
+
+def _gates(base: str) -> frozenset[str]:
+    """Return the names on disk of the routers' weights."""
+    family, config = load_config(base)
+    skeleton = meta_model(family, config)
+    names = tensor_names(base, family, skeleton)
+    return frozenset(names.whole(f"{path}.weight") for path in bind(skeleton, family).routers)
+
+
+class _Change:
+    """What happens to each tensor of the base; `moved` counts the values of gates that changed."""
+
+    def __init__(self, variant: Variant, gates: frozenset[str]) -> None:
+        self._variant, self._gates, self.moved = variant, gates, 0
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        edit = self._variant.edit(name)
+        edited = tensor if edit is None else merged(tensor, edit)
+        if name in self._gates:
+            self.moved += int((edited != tensor).sum())
+        return edited
+
+
+def _own_files(variant: Variant, staged: Path) -> None:
+    """Put the fine-tune's tokenizer, template and generation settings in the place of the base's."""
+    if variant.tokenizer is None:
+        return
+    for name in small_names(staged):
+        if name != CONFIG:
+            (staged / name).unlink()
+    for name in small_names(variant.tokenizer):
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checked_file(variant.tokenizer, name), staged / name)
+
+
+def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportRecord:
+    """Return the provenance in the form that every export has, so that a later edit counts what was spent here."""
+    record, floor = variant.record, variant.record.against_tuned.floor
+    files = (path for path in sorted(staged.rglob("*")) if path.suffix in (".safetensors", ".json"))
+    return ExportRecord(
+        base=record.base,
+        base_fingerprint=record.base_fingerprint,
+        ancestors=record.ancestors,
+        spent=record.spent,
+        adapter=variant.digest,
+        expert_format="bf16",
+        judge=record.judge,
+        prompts=record.prompts,
+        floor=floor,
+        lost=record.against_tuned.lost,
+        tries=record.tries,
+        verdicts=_verdicts(record),
+        tensors_changed=changed,
+        gate_values_changed=moved,
+        divergence=None,
+        format="bitdelta",
+        form=record.against_tuned,
+        notes=[f"one-bit differences of {record.tuned} from {record.base}, which lose {record.energy_lost:.1%}"],
+        versions=versions(),
+        files={path.relative_to(staged).as_posix(): sha256_file(path) for path in files},
+    )
+
+
+def _verdicts(record: Record) -> list[VerdictOnEdit]:
+    found = (record.against_tuned.floor, record.against_base.floor)
+    return [
+        VerdictOnEdit(
+            finished=record.finished, verdict=floor.verdict, reason=floor.reason, judge=record.judge, shipped=True
+        )
+        for floor in found
+    ]

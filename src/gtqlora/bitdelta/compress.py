@@ -1,0 +1,223 @@
+"""`bitdelta compress`: a fine-tune becomes one bit a weight on its base, and is written only if it keeps its refusals.
+
+One model is in memory at a time: the fine-tune, which is asked first; then the base, which is asked, given the
+variant's weights in place, and asked again. What is asked is, bit for bit, what `bitdelta apply` writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from gtqlora import contrasts
+from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.checkpoints import Checkpoints, checkpoints
+from gtqlora.bitdelta.container import (
+    FORMAT,
+    OWN,
+    Record,
+    Shards,
+    Size,
+    Tensors,
+    read_tensors,
+    write_record,
+)
+from gtqlora.bitdelta.lowrank import refuse_adapters
+from gtqlora.bitdelta.onebit import decode, encode
+from gtqlora.bitdelta.placing import place
+from gtqlora.bitdelta.verdict import Judged, Sayings, check_rows, judged, said
+from gtqlora.capture import open_subject
+from gtqlora.config import VerifyConfig
+from gtqlora.config.values import require
+from gtqlora.contrasts import Row
+from gtqlora.errors import ModelError
+from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
+from gtqlora.floor.ancestry import ancestry
+from gtqlora.judging.judge import NamedJudge, judge_of
+from gtqlora.progress import track
+from gtqlora.results.export import public_name
+from gtqlora.results.verdict import HeldOut
+from gtqlora.run import fingerprint, sha256_file, sha256_json, versions
+from gtqlora.scoring import Runner
+from gtqlora.storage.atomic import atomic_write, refuse_existing
+
+_NOT_OWN = (CONFIG, PROVENANCE)
+"""Of a model's small files: the base's config holds for its variants, and provenance is in the record."""
+_COVERED_BYTES = 2
+"""Of a weight in 16 bits, to which sizes are compared."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Where a variant is, and what was measured of it."""
+
+    folder: Path
+    record: Record
+
+
+def compress(base: str, out: Path, config: VerifyConfig, *, name: str | None = None) -> Compressed:
+    """Write a fine-tune as one bit a weight on top of its base.
+
+    Args:
+        config: its model is the fine-tune; `split` of its pairs is what the floor is judged on.
+        name: what the variant is called; by default as the fine-tune.
+
+    Raises:
+        ModelError: the two do not go together, or an adapter is the better form.
+        FloorError: the variant does not keep the fine-tune's refusals, or not the base's.
+        RunError: OUT exists.
+    """
+    require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
+    require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
+    refuse_existing(out)
+    both = checkpoints(base, config.model)
+    refuse_adapters(both)
+    judge = judge_of(config.judge)
+    rows = contrasts.load(config.contrast, judge).split(config.split)
+    check_rows(rows, config.split)
+    with atomic_write(out, replace=False) as staged:
+        staged.mkdir()
+        made = _written(both, staged)
+        sayings = _asked(both, made.tensors, rows.rows, judge, config)
+        inputs = {
+            "adapter": sha256_json(made.files),
+            "tuned": both.tuned.digest,
+            "base": both.base.digest,
+            "contrast": fingerprint(config.contrast),
+            "judge": judge.identity,
+        }
+        found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
+        record = _record(both, made, found, config, inputs, name)
+        write_record(staged, record)
+        (staged / "README.md").write_text(card(record, both.base.folder), encoding="utf-8")
+        for identity in (both.base, both.tuned):
+            identity.check_unchanged()
+    return Compressed(out, record)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A variant on disk that nobody has judged yet; see `Record` for what the attributes mean."""
+
+    tensors: Tensors
+    files: dict[str, str]
+    lost: dict[str, float]
+    energy_lost: float
+    size: Size
+
+
+def _written(both: Checkpoints, staged: Path) -> _Made:
+    """Write every tensor that differs; one of each checkpoint is in memory at a time.
+
+    Raises:
+        ModelError: none does.
+    """
+    shards, lost = Shards(staged), dict[str, float]()
+    whole = missed = 0.0
+    covered = 0
+    for change in track(both.changes, "one bit a weight", len(both.changes)):
+        before, after = change.before(), change.after()
+        if torch.equal(before, after):
+            continue
+        if not change.one_bit:
+            shards.add_dense(change.name, after)
+            continue
+        delta = change.delta()
+        one_bit = encode(delta)
+        shards.add_bits(change.name, one_bit)
+        energy = float(delta.double().square().sum())
+        missing = float((delta - decode(one_bit)).double().square().sum())
+        lost[change.name] = missing / energy
+        whole, missed, covered = whole + energy, missed + missing, covered + _COVERED_BYTES * delta.numel()
+    shards.flush()
+    if not shards.files:
+        raise ModelError(f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor")
+    return _Made(
+        tensors=read_tensors(staged, shards.files),
+        files={**shards.files, **_own_files(both, staged)},
+        lost=lost,
+        energy_lost=missed / whole if whole else 0.0,
+        size=Size(one_bit=shards.one_bit, covered=covered, dense=shards.dense),
+    )
+
+
+def _own_files(both: Checkpoints, staged: Path) -> dict[str, str]:
+    """Copy the fine-tune's tokenizer, template and generation settings, if any is not the base's; return hashes."""
+    mine, theirs = (_small(folder) for folder in (both.base.folder, both.tuned.folder))
+    if mine == theirs:
+        return {}
+    for name in theirs:
+        target = staged / OWN / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checked_file(both.tuned.folder, name), target)
+    return {f"{OWN}/{name}": sha256_file(staged / OWN / name) for name in theirs}
+
+
+def _small(folder: Path) -> dict[str, str]:
+    names = (name for name in small_names(folder) if name not in _NOT_OWN)
+    return {name: sha256_file(checked_file(folder, name)) for name in names}
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    both: Checkpoints, tensors: Tensors, rows: Sequence[Row], judge: NamedJudge, config: VerifyConfig
+) -> Sayings:
+    """Ask the fine-tune, the base and the variant the same rows."""
+    tuned = open_subject(config)
+    before = said(Runner.of(tuned, judge, config), rows, "the fine-tune")
+    tokenizer, generation = tuned.tokenizer, tuned.model.generation_config
+    del tuned
+    subject = open_subject(replace(config, model=both.base.model))
+    original = said(Runner.of(subject, judge, config), rows, "the base")
+    place(subject, both.names, both.base, tensors)
+    subject.model.generation_config = generation
+    variant = replace(subject, tokenizer=tokenizer)
+    after = said(Runner.of(variant, judge, config), rows, "the variant")
+    return Sayings(tuned=before, base=original, variant=after)
+
+
+# --- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def _record(
+    both: Checkpoints,
+    made: _Made,
+    found: Judged,
+    config: VerifyConfig,
+    inputs: dict[str, str],
+    name: str | None,
+) -> Record:
+    base, tuned = both.base.model, both.tuned.model
+    past = (*ancestry(base).names, public_name(base), *ancestry(tuned).names, public_name(tuned))
+    return Record(
+        format=FORMAT,
+        name=name or public_name(tuned),
+        base=public_name(base),
+        base_fingerprint=both.base.digest,
+        tuned=public_name(tuned),
+        tuned_fingerprint=both.tuned.digest,
+        ancestors=list(dict.fromkeys(past)),
+        spent=found.spent,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        judge=inputs["judge"],
+        prompts=HeldOut(source=public_name(config.contrast), fingerprint=inputs["contrast"], split=config.split),
+        tries=found.tries,
+        against_tuned=found.tuned,
+        against_base=found.base,
+        distilled=False,
+        energy_lost=made.energy_lost,
+        lost=made.lost,
+        size=made.size,
+        versions=versions(),
+        files=made.files,
+    )

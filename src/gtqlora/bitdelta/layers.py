@@ -1,0 +1,380 @@
+"""Layers of one resident base whose rows are of different variants: the base's product once, each row's own part added.
+
+Shape letters: B sequences of the batch, T rows (a sequence's tokens lie together), N outputs, K inputs, V variants,
+R rank, D hidden, S length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtqlora.bitdelta.onebit import OneBit
+from gtqlora.edits.merging import LowRank
+from gtqlora.experts.module import FrozenExperts
+from gtqlora.families.facts import DOWN, GATE_UP
+
+if TYPE_CHECKING:
+    from gtqlora.bitdelta.kernels import Groups, Matrices, Signs
+
+_TILE = 256
+"""Rows of a matrix that are unpacked at a time: they stay in a core's cache until they are multiplied."""
+_MERGED = 64
+"""Rows of one variant from which on its matrix is put together tile by tile: two products would take longer."""
+
+Rows = Tensor | slice
+"""Rows of one variant in a batch: their numbers, or all of them."""
+
+
+class Batch:
+    """Which variant each sequence of the running batch is of; all layers of a model share one."""
+
+    def __init__(self, device: torch.device, variants: int) -> None:
+        self.device, self.n_variants = device, variants
+        self.begin([0])
+
+    def begin(self, variants: Sequence[int]) -> None:
+        """Say of which variants the sequences are that the next forward pass has; 0 is the base."""
+        self._variants = tuple(variants)
+        self._groups: dict[int, list[tuple[int, Rows]]] = {}
+        self._kernel_groups: dict[int, Groups] = {}
+
+    def of_rows(self, rows: int) -> list[int]:
+        """Return the variant of every row of a tensor with this many."""
+        each = rows // len(self._variants)
+        return [variant for variant in self._variants for _ in range(each)]
+
+    def groups(self, rows: int) -> list[tuple[int, Rows]]:
+        """Return the variants in the batch, and the rows of each."""
+        if rows not in self._groups:
+            self._groups[rows] = grouped(self.of_rows(rows), self.device)
+        return self._groups[rows]
+
+    def kernel_groups(self, rows: int) -> Groups:
+        """Return the same for the kernels."""
+        from gtqlora.bitdelta.kernels import Groups
+
+        if rows not in self._kernel_groups:
+            self._kernel_groups[rows] = Groups.of(self.of_rows(rows), self.device)
+        return self._kernel_groups[rows]
+
+    def has_any(self, owners: Mapping[int, object]) -> bool:
+        """Return whether one of these variants is in the batch."""
+        return not owners.keys().isdisjoint(self._variants)
+
+
+def grouped(variants: Sequence[int], device: torch.device) -> list[tuple[int, Rows]]:
+    """Return the variants among rows of these variants, and the rows of each."""
+    rows: dict[int, list[int]] = {}
+    for row, variant in enumerate(variants):
+        rows.setdefault(variant, []).append(row)
+    if len(rows) == 1:
+        return [(variants[0], slice(None))]
+    return [(variant, torch.tensor(mine, device=device)) for variant, mine in rows.items()]
+
+
+# --- one-bit differences in plain torch ------------------------------------------------------------------------------
+
+
+class Tiles:
+    """Unpacks one-bit matrices a tile at a time, always into the same memory.
+
+    A table of 256 entries holds the eight signs of every byte. They are read as complex numbers, the largest type that
+    torch copies in one go: an unpacked matrix costs 0.1 ns a weight instead of 0.4.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        places = torch.arange(8, dtype=torch.uint8)
+        signs = ((torch.arange(256, dtype=torch.uint8)[:, None] >> places) & 1).float() * 2 - 1
+        # a number is 16 bytes: eight halves, or half of eight floats; torch is four times as fast along one dimension
+        table = signs.to(device, dtype).view(torch.complex128)
+        self._table = table.flatten() if table.shape[1] == 1 else table
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._scales: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, delta: OneBit) -> Iterator[tuple[slice, Tensor]]:
+        """Give rows of a matrix, and their signs in the dtype; the next tile takes their place."""
+        outputs, inputs = delta.shape
+        for first in range(0, outputs, _TILE):
+            bytes_NB = delta.signs_NB[first : first + _TILE]
+            yield slice(first, first + len(bytes_NB)), self.unpacked(bytes_NB)[:, :inputs]
+
+    def unpacked(self, bytes_NB: Tensor) -> Tensor:
+        """Return the signs of up to a tile's rows, all that their bytes have."""
+        count = bytes_NB.numel()
+        if count not in self._memory:
+            index = torch.empty(count, dtype=torch.int32, device=bytes_NB.device)
+            self._memory[count] = index, self._table.new_empty(count, *self._table.shape[1:])
+        index, out = self._memory[count]
+        index.copy_(bytes_NB.reshape(-1))
+        torch.index_select(self._table, 0, index, out=out)
+        return out.view(self.dtype).view(len(bytes_NB), -1)
+
+    def _scale(self, signs: Tensor) -> Tensor:
+        if signs.shape not in self._scales:
+            self._scales[signs.shape] = torch.empty_like(signs)
+        return self._scales[signs.shape]
+
+    def product(self, x_TK: Tensor, delta: OneBit) -> Tensor:
+        """Return what a one-bit matrix makes of rows."""
+        out_TN, scaled_TK = x_TK.new_empty(len(x_TK), delta.shape[0]), x_TK * delta.column_K
+        for rows, signs in self.of(delta):
+            torch.mul(F.linear(scaled_TK, signs), delta.row_N[rows], out=out_TN[:, rows])
+        return out_TN
+
+    def merged(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta: OneBit) -> Tensor:
+        """Return what a matrix with its one-bit difference makes of rows, never holding more of it than a tile."""
+        out_TN = x_TK.new_empty(len(x_TK), delta.shape[0])
+        for rows, signs in self.of(delta):
+            scale = torch.mul(delta.row_N[rows, None], delta.column_K, out=self._scale(signs))
+            out_TN[:, rows] = F.linear(x_TK, torch.addcmul(weight_NK[rows], signs, scale, out=signs))
+        return out_TN if bias_N is None else out_TN.add_(bias_N)
+
+
+# --- a linear and what variants add to it ----------------------------------------------------------------------------
+
+
+class Part(Protocol):
+    """What some variants add to a linear's output."""
+
+    def add(self, out_TN: Tensor, x_TK: Tensor, batch: Batch) -> None:
+        """Add each row's own, in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneBits:
+    """One-bit differences by variant, a tile at a time."""
+
+    deltas: Mapping[int, OneBit]
+    tiles: Tiles
+
+    def add(self, out_TN: Tensor, x_TK: Tensor, batch: Batch) -> None:
+        """Add each row's own, in place."""
+        for variant, rows in batch.groups(len(x_TK)):
+            if variant in self.deltas:
+                out_TN[rows] += self.tiles.product(x_TK[rows], self.deltas[variant])
+
+
+@dataclass(frozen=True)
+class LowRanks:
+    """Low-rank products by variant."""
+
+    products: Mapping[int, LowRank]
+
+    def add(self, out_TN: Tensor, x_TK: Tensor, batch: Batch) -> None:
+        """Add each row's own, in place."""
+        for variant, rows in batch.groups(len(x_TK)):
+            if variant in self.products:
+                own = self.products[variant]
+                out_TN[rows] += F.linear(F.linear(x_TK[rows], own.a_RI), own.b_DR)
+
+
+@dataclass(frozen=True)
+class KernelOneBits:
+    """One-bit differences in the kernel's order, for GPUs."""
+
+    signs: Signs
+
+    def add(self, out_TN: Tensor, x_TK: Tensor, batch: Batch) -> None:
+        """Add each row's own, in place."""
+        from gtqlora.bitdelta.kernels import add_one_bit
+
+        add_one_bit(out_TN, x_TK, self.signs, batch.kernel_groups(len(x_TK)))
+
+
+@dataclass(frozen=True)
+class KernelLowRanks:
+    """Low-rank products, stacked for the kernel, for GPUs."""
+
+    a_VRK: Matrices
+    b_VNR: Matrices
+
+    def add(self, out_TN: Tensor, x_TK: Tensor, batch: Batch) -> None:
+        """Add each row's own, in place."""
+        from gtqlora.bitdelta.kernels import add_low_rank
+
+        add_low_rank(out_TN, x_TK, self.a_VRK, self.b_VNR, batch.kernel_groups(len(x_TK)))
+
+
+def one_bits(deltas: Mapping[int, OneBit], tiles: Tiles, batch: Batch) -> Part:
+    """Return these differences as the device multiplies them; scales in the model's dtype."""
+    if batch.device.type != "cuda":
+        return OneBits(deltas, tiles)
+    from gtqlora.bitdelta.kernels import signs_of
+
+    return KernelOneBits(signs_of(deltas, batch.n_variants, tiles.dtype, batch.device))
+
+
+def low_ranks(products: Mapping[int, LowRank], batch: Batch) -> Part:
+    """Return these products as the device multiplies them."""
+    if batch.device.type != "cuda":
+        return LowRanks(products)
+    from gtqlora.bitdelta.kernels import Matrices, slots
+
+    rank = max(own.a_RI.shape[0] for own in products.values())
+    a_VRK = torch.stack([F.pad(own.a_RI, (0, 0, 0, rank - len(own.a_RI))) for own in products.values()])
+    b_VNR = torch.stack([F.pad(own.b_DR, (0, rank - own.b_DR.shape[1])) for own in products.values()])
+    slot_V = slots(list(products), batch.n_variants, batch.device)
+    return KernelLowRanks(Matrices(a_VRK, slot_V), Matrices(b_VNR, slot_V))
+
+
+class VariantLinear(nn.Module):
+    """A linear of the base to whose output each row's own variant is added.
+
+    Args:
+        base: a linear, or what stands in its place for variants with a bias or a weight of their own.
+        bits, lora: by variant; on the base's device and in its dtype.
+    """
+
+    def __init__(
+        self, base: nn.Module, batch: Batch, tiles: Tiles, bits: Mapping[int, OneBit], lora: Mapping[int, LowRank]
+    ) -> None:
+        super().__init__()
+        self.base, self._batch, self._tiles = base, batch, tiles
+        # what the kernel has in an order of its own is not kept a second time
+        self._bits = bits if batch.device.type != "cuda" else {}
+        self._owners = {**bits, **lora}
+        self._lora = frozenset(lora)
+        self._parts: list[Part] = [one_bits(bits, tiles, batch)] if bits else []
+        self._parts += [low_ranks(lora, batch)] if lora else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of every row's own variant."""
+        if not self._batch.has_any(self._owners):
+            return self.base(x)
+        x_TK = x.reshape(-1, x.shape[-1])
+        if (delta := self._alone(len(x_TK))) is not None:
+            base = cast(nn.Linear, self.base)
+            return self._tiles.merged(x_TK, base.weight, base.bias, delta).view(*x.shape[:-1], -1)
+        out = self.base(x)
+        out_TN = out.view(-1, out.shape[-1])
+        for part in self._parts:
+            part.add(out_TN, x_TK, self._batch)
+        return out
+
+    def _alone(self, rows: int) -> OneBit | None:
+        """Return the one-bit difference of the only variant in a batch of many rows, if it is all that it has."""
+        variant, *others = (variant for variant, _ in self._batch.groups(rows))
+        if rows < _MERGED or others or variant in self._lora or type(self.base) is not nn.Linear:
+            return None
+        return self._bits.get(variant)
+
+
+class VariantEmbedding(nn.Module):
+    """An embedding of the base to whose rows one-bit differences are added."""
+
+    def __init__(self, base: nn.Module, batch: Batch, tiles: Tiles, bits: Mapping[int, OneBit]) -> None:
+        super().__init__()
+        self.base, self._batch, self._tiles, self._bits = base, batch, tiles, bits
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Return the embeddings of every row's own variant."""
+        out = self.base(ids_BS)
+        out_TD, ids_T = out.view(-1, out.shape[-1]), ids_BS.reshape(-1)
+        for variant, rows in self._batch.groups(len(ids_T)):
+            if (delta := self._bits.get(variant)) is not None:
+                mine = ids_T[rows]
+                signs_TD = self._tiles.unpacked(delta.signs_NB[mine])[:, : out.shape[-1]]
+                out_TD[rows] += signs_TD * delta.row_N[mine, None] * delta.column_K
+        return out
+
+
+class Grouped(nn.Module):
+    """A module of which some variants have parameters of their own: each gets its own rows, and all else is shared.
+
+    Args:
+        base: a module whose inputs and outputs have rows in the order of the batch.
+        own: by variant, its parameters and buffers by name.
+    """
+
+    def __init__(self, base: nn.Module, batch: Batch, own: Mapping[int, Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        self.base, self._batch = base, batch
+        # not registered: a twin shares the base's modules, which must not be moved or counted twice
+        self._twins = {variant: _twin(base, tensors) for variant, tensors in own.items()}
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what every row's own module makes of it."""
+        if not self._batch.has_any(self._twins):
+            return self.base(*inputs)
+        groups = self._batch.groups(len(inputs[0]))
+        found = [self._twins.get(variant, self.base)(*(each[rows] for each in inputs)) for variant, rows in groups]
+        if len(groups) == 1:
+            return found[0]
+        if isinstance(found[0], Tensor):
+            return self._in_order(found)
+        return tuple(self._in_order(parts) for parts in zip(*found, strict=True))
+
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the groups' rows in the order of the batch; a router has flattened sequences, so that it has more."""
+        rows = torch.cat(list(parts))
+        order = torch.cat([cast(Tensor, mine) for _, mine in self._batch.groups(len(rows))])
+        return torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def _twin(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module like another one, which shares all but these tensors with it."""
+    twin = copy.copy(base)
+    twin._parameters, twin._buffers = dict(base._parameters), dict(base._buffers)
+    for name, tensor in tensors.items():
+        if name in twin._buffers:
+            twin._buffers[name] = tensor
+        else:
+            twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    return twin
+
+
+# --- routed experts --------------------------------------------------------------------------------------------------
+
+Piece = tuple[int, OneBit]
+"""A one-bit difference, and the first row of the parameter [N, K] that it is of: gate and up lie below each other."""
+
+
+class VariantExperts(nn.Module):
+    """Routed experts of the base with one-bit differences: (variant, expert) groups of rows.
+
+    Args:
+        pieces: by variant, and by parameter and expert, its differences.
+    """
+
+    def __init__(
+        self, base: nn.Module, batch: Batch, tiles: Tiles, pieces: Mapping[int, Mapping[tuple[str, int], list[Piece]]]
+    ) -> None:
+        super().__init__()
+        self.base, self._batch, self._tiles, self._pieces = base, batch, tiles, pieces
+
+    def forward(self, hidden_TD: Tensor, index_TC: Tensor, weights_TC: Tensor) -> Tensor:
+        """Return sums of the chosen experts' outputs (C choices), every row with its own variant's experts."""
+        if not self._batch.has_any(self._pieces):
+            return self.base(hidden_TD, index_TC, weights_TC)
+        out_TD, variants = torch.zeros_like(hidden_TD), self._batch.of_rows(len(hidden_TD))
+        for expert in index_TC.unique().tolist():
+            token, choice = torch.where(index_TC == expert)
+            groups = grouped([variants[row] for row in token.tolist()], hidden_TD.device)
+            gate, up = self._linear(GATE_UP, expert, hidden_TD[token], groups).chunk(2, dim=-1)
+            done = self._linear(DOWN, expert, cast(nn.Module, self.base.act_fn)(gate) * up, groups)
+            out_TD.index_add_(0, token, (done * weights_TC[token, choice, None]).to(out_TD.dtype))
+        return out_TD
+
+    def _linear(self, name: str, expert: int, x_TK: Tensor, groups: list[tuple[int, Rows]]) -> Tensor:
+        out_TN = F.linear(x_TK, self._weight(name, expert, x_TK.dtype))
+        for variant, rows in groups:
+            for first, delta in self._pieces.get(variant, {}).get((name, expert), ()):
+                mine_TN = out_TN[rows]
+                mine_TN[:, first : first + delta.shape[0]] += self._tiles.product(x_TK[rows], delta)
+                out_TN[rows] = mine_TN
+        return out_TN
+
+    def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.base, FrozenExperts):
+            here = slice(expert - self.base.first, expert - self.base.first + 1)
+            return self.base.weights("gate_up" if name == GATE_UP else "down", here, dtype)[0]
+        return self.base.get_parameter(name)[expert]

@@ -1,0 +1,60 @@
+"""Format `gguf`: the edit in the user's own GGUF, or the merged model as a new one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gtqlora.edits.merging import merged
+from gtqlora.errors import RunError
+from gtqlora.exports.gguf import patch
+from gtqlora.exports.gguf.patch import Patch
+from gtqlora.exports.gguf.whole import Converted, Plan
+from gtqlora.exports.job import Job, Written
+from gtqlora.families import identify
+
+FILE = "model.gguf"
+"""What a whole GGUF is called in the folder."""
+
+
+def write(job: Job, staged: Path) -> Written:
+    """Write the edited GGUF.
+
+    Raises:
+        ModelError: the model cannot be a GGUF, or the user's is none of this model.
+        RunError: a tensor's type cannot be written, or there is no tokenizer.
+    """
+    identity = identify(job.model)
+    written = _whole(job, staged) if job.config.onto is None else _onto(job, staged, Path(job.config.onto).expanduser())
+    identity.check_unchanged()
+    return replace(written, digest=identity.digest)
+
+
+def _onto(job: Job, staged: Path, source: Path) -> Written:
+    from gtqlora.exports.llama_cpp import LlamaCpp
+
+    if job.config.tokenizer is not None:
+        raise RunError("--tokenizer is for a GGUF that is written whole; the one of --onto keeps its own")
+    found = Patch.of(job, source)
+    kept = found.write(staged)
+    return Written(
+        changed=sorted(found.changed),
+        gate_values_changed=found.checkpoint.gate_values_changed(),
+        digest="",
+        kept=kept,
+        form=LlamaCpp(job, base=source, edited=staged / source.name),
+        notes=patch.notes(found, kept),
+    )
+
+
+def _whole(job: Job, staged: Path) -> Written:
+    plan = Plan.of(job)
+    plan.write(staged / FILE, merged)
+    kept = plan.kept()
+    return Written(
+        changed=sorted(kept),
+        gate_values_changed=plan.checkpoint.gate_values_changed(),
+        digest="",
+        kept=kept,
+        form=Converted(plan, staged / FILE),
+    )

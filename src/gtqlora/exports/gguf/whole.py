@@ -1,0 +1,103 @@
+"""Format `gguf`, whole: the merged model as a GGUF in the checkpoint's own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gtqlora.edits.merging import merged
+from gtqlora.exports.gguf.header import header, padded
+from gtqlora.exports.gguf.layout import Layout
+from gtqlora.exports.gguf.metadata import metadata
+from gtqlora.exports.gguf.reading import STRING, UINT32, Value
+from gtqlora.exports.gguf.tokenizer import tokenizer
+from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
+from gtqlora.exports.gguf.values import Change, Checkpoint, unrounded
+from gtqlora.exports.job import Form, Job, Said, kept_share
+from gtqlora.progress import track
+from gtqlora.results.verdict import Outcome
+
+_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GGUF that can be written: everything about it that could be refused has been looked at.
+
+    Attributes:
+        types: by name of a tensor.
+        dtype: of most of the weights.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    metadata: Mapping[str, Value]
+    types: Mapping[str, GgmlType]
+    dtype: str
+
+    @staticmethod
+    def of(job: Job) -> Plan:
+        """Return the plan of a job's GGUF.
+
+        Raises:
+            ModelError: the model is none that can be written as a GGUF.
+            RunError: it needs a tokenizer from elsewhere.
+        """
+        layout, checkpoint = Layout.of(job), Checkpoint.of(job)
+        found = {**metadata(job, layout), **tokenizer(job, layout, job.config.tokenizer)}
+        checkpoint.check(layout.made)
+        types = {name: BY_NAME["F32" if one.is_float else checkpoint.dtype(one)] for name, one in layout.made.items()}
+        largest = max(layout.made, key=lambda name: types[name].n_bytes(layout.made[name].shape))
+        dtype = types[largest].name
+        found["general.type"] = Value(STRING, "model")
+        found["general.file_type"] = Value(UINT32, _FILE_TYPES[dtype])
+        return Plan(checkpoint, layout, found, types, dtype)
+
+    def write(self, path: Path, change: Change | None) -> None:
+        """Write the GGUF, edited by this; one tensor of the checkpoint is in memory at a time."""
+        made = self.layout.made
+        with path.open("xb") as out:
+            out.write(header(self.metadata, {name: (self.types[name], one.shape) for name, one in made.items()}))
+            for name, one in track(made.items(), "write tensors", len(made)):
+                for values_NK in self.checkpoint.parts(one, change):
+                    out.write(quantized(values_NK, self.types[name]))
+                out.write(bytes(padded(out.tell()) - out.tell()))
+
+    def kept(self) -> dict[str, float]:
+        """Return by name how much of each changed tensor's change survives rounding to the checkpoint's dtype."""
+        checkpoint, found = self.checkpoint, {}
+        for name, one in self.layout.made.items():
+            if one.sources & checkpoint.job.edits.keys():
+                ways = (torch.cat(list(checkpoint.parts(one, change))) for change in (None, unrounded, merged))
+                found[name] = kept_share(*ways)
+        return found
+
+
+@dataclass(frozen=True)
+class Converted(Form):
+    """The whole GGUF in llama.cpp against one of the base, which is there only while it is asked."""
+
+    plan: Plan
+    edited: Path
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in messages."""
+        return f"GGUF {self.plan.dtype} in llama.cpp"
+
+    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+        """Return what it says to these rows' prompts."""
+        from gtqlora.exports.llama_cpp import LlamaCpp
+
+        job = self.plan.checkpoint.job
+        if edited:
+            return LlamaCpp(job, base=self.edited).said(rows, edited=False)
+        base = self.edited.with_name("base.gguf")
+        self.plan.write(base, None)
+        try:
+            return LlamaCpp(job, base=base).said(rows, edited=False)
+        finally:
+            base.unlink()

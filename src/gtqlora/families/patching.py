@@ -1,0 +1,179 @@
+"""A checkpoint's tensor changed block by block, from one file into another; never whole in memory.
+
+Shape letters: E matrices of a stack, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gtqlora.errors import ModelError, RunError
+from gtqlora.families.headers import Extent
+
+_BLOCK = 2**22
+"""Values that are changed at once: 16 MiB in fp32, and some more for what is computed from them."""
+_STEP = 128
+"""Rows or columns of a block are a multiple of this, but for the last ones."""
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+class Change(Protocol):
+    """What happens to a matrix, or to each of a stack of them, which may be cut: each part is changed by itself."""
+
+    @property
+    def by_columns(self) -> bool:
+        """Return whether a matrix is cut between columns, and not between rows."""
+        ...
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that the change is for a tensor of this shape.
+
+        Raises:
+            RunError: it is not.
+        """
+        ...
+
+    def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return the changed rows or columns `part` of a matrix, given these in fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows or columns of a matrix in a stack.
+
+    Attributes:
+        part: those of `rows` and `columns` that the matrix is cut into.
+    """
+
+    matrix: int
+    rows: slice
+    columns: slice
+    part: slice
+
+
+def blocks(shape: tuple[int, ...], *, by_columns: bool) -> Iterator[Block]:
+    """Yield the blocks of a tensor [N, K] or [E, N, K]; always the same ones for a shape.
+
+    What is judged and what is written are computed in the same blocks, as a product's rounding hangs on its shape.
+    """
+    *stack, rows, columns = shape
+    length, other = (columns, rows) if by_columns else (rows, columns)
+    step = max(_STEP, _BLOCK // max(other, 1) // _STEP * _STEP)
+    for matrix in range(math.prod(stack)):
+        for start in range(0, length, step):
+            part = slice(start, min(start + step, length))
+            cut = (slice(0, rows), part) if by_columns else (part, slice(0, columns))
+            yield Block(matrix, *cut, part)
+
+
+def changed(tensor: Tensor, change: Change) -> Tensor:
+    """Return a checkpoint's tensor as it is written: changed block by block and rounded to its own dtype.
+
+    Raises:
+        RunError: the change is for another shape.
+    """
+    change.check(tuple(tensor.shape))
+    out = torch.empty_like(tensor)
+    source_ENK, out_ENK = (whole.reshape(-1, *tensor.shape[-2:]) for whole in (tensor, out))
+    for block in blocks(tuple(tensor.shape), by_columns=change.by_columns):
+        place = (block.matrix, block.rows, block.columns)
+        out_ENK[place] = change(source_ENK[place].float(), block.part).to(tensor.dtype)
+    return out
+
+
+@dataclass
+class Tally:
+    """What became of a tensor.
+
+    Attributes:
+        values: that came out different.
+        wanted, lost: energy of the change, and of what rounding did to it.
+    """
+
+    values: int = 0
+    wanted: float = 0.0
+    lost: float = 0.0
+
+    def add(self, before: Tensor, wanted: Tensor, written: Tensor) -> None:
+        """Count a block: in the checkpoint, as it should be in fp32, and as it is written."""
+        exact = before.float()
+        self.values += int((before != written).sum())
+        self.lost += float((written.float() - wanted).double().square().sum())
+        self.wanted += float((wanted - exact).double().square().sum())
+
+    @property
+    def kept(self) -> float:
+        """Return the share of the change's energy that survives rounding; 1 where nothing was to change."""
+        return 1 - self.lost / self.wanted if self.wanted else 1.0
+
+
+def check_change(name: str, extent: Extent, change: Change) -> None:
+    """Check that a tensor of the checkpoint can be changed so.
+
+    Raises:
+        ModelError: it is quantized.
+        RunError: the change is for another shape.
+    """
+    if extent.dtype not in _DTYPES:
+        raise ModelError(
+            f"tensor {name} is {extent.dtype}, and only {', '.join(_DTYPES)} are changed where they stand; export the "
+            "edit as an adapter (--to peft), or train it on the unquantized checkpoint"
+        )
+    try:
+        change.check(extent.shape)
+    except RunError as error:
+        raise RunError(f"tensor {name}: {error}") from error
+
+
+def patch(name: str, extent: Extent, change: Change, source: int, target: int, start: int) -> Tally:
+    """Write a changed tensor into a file at `start`.
+
+    Args:
+        source, target: descriptors of files, open for reading and for writing.
+
+    Raises:
+        RunError: a value of the changed tensor is not finite.
+        OSError: the source is shorter than it was, or the target's disk is full.
+    """
+    tally, dtype = Tally(), _DTYPES[extent.dtype]
+    for block in blocks(extent.shape, by_columns=change.by_columns):
+        before = torch.empty(_size(block), dtype=dtype)
+        _move(source, extent, extent.start, block, before, write=False)
+        wanted = change(before.float(), block.part)
+        written = wanted.to(dtype).contiguous()
+        if not bool(written.isfinite().all()):
+            raise RunError(f"tensor {name} would hold NaN or infinity with the edit; nothing was written")
+        tally.add(before, wanted, written)
+        _move(target, extent, start, block, written, write=True)
+    return tally
+
+
+def _size(block: Block) -> tuple[int, int]:
+    return block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
+
+
+def _move(file: int, extent: Extent, start: int, block: Block, values_NK: Tensor, *, write: bool) -> None:
+    """Read a block from a file or write it, in as few runs of bytes as its place in the matrix allows."""
+    rows, columns = extent.shape[-2:]
+    wide, each = values_NK.shape[1], values_NK.element_size()
+    first = start + each * ((block.matrix * rows + block.rows.start) * columns + block.columns.start)
+    run = each * (values_NK.numel() if wide == columns else wide)
+    data = memoryview(values_NK.reshape(-1).view(torch.uint8).numpy())
+    for index, at in enumerate(range(0, len(data), run)):
+        _move_run(file, data[at : at + run], first + index * each * columns, write=write)
+
+
+def _move_run(file: int, data: memoryview, at: int, *, write: bool) -> None:
+    while data:
+        moved = os.pwrite(file, data, at) if write else os.preadv(file, [data], at)
+        if moved == 0:
+            raise OSError("a file of the checkpoint became shorter while it was read")
+        data, at = data[moved:], at + moved
