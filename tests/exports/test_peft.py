@@ -28,11 +28,15 @@ from gtqlora.exports.peft import WEIGHTS
 from gtqlora.exports.plain import plain_model
 from gtqlora.families import FAMILIES, Anatomy
 from gtqlora.families.coverage import covered, in_layer
+from gtqlora.judging.judge import judge_of
 from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.export import read_export
+from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
+from gtqlora.scoring import Runner
 from gtqlora.stages.verify import verify
 from tests import helpers, models
+from tests.families.test_packed import packed
 from tests.helpers import exported
 from tests.stages.test_export import source, tensors_of
 
@@ -76,11 +80,11 @@ def job(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempPathF
     with Run(verified(source(toy, "qwen3_moe"))) as run:
         passed = certify(run, helpers.JUDGE)
 
-    def of(model: Path, target: str = "peft") -> Job:
+    def of(model: Path, target: str = "peft", **opened: Any) -> Job:
         if model not in made:
             made[model] = root / model.name
-            helpers.trained(toy.train_config(model), made[model])
-        lent = {"verdict": replace(passed.verdict, model=str(model)), "config": toy.verify_config(model)}
+            helpers.trained(toy.train_config(model, **opened), made[model])
+        lent = {"verdict": replace(passed.verdict, model=str(model)), "config": toy.verify_config(model, **opened)}
         adapter = read_adapter(made[model] / "adapter")
         return Job.of(replace(passed, adapter=adapter, **lent), ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
 
@@ -252,6 +256,41 @@ def test_a_checkpoint_in_16_bits(toy: helpers.Toy, job: Make, tmp_path: Path) ->
     assert helpers.logits(adapted).isfinite().all()
     shares = [share for name, share in kept.items() if name.endswith("gate.weight")]
     assert len(shares) == 2 and all(0.5 < share < 1 for share in shares)
+
+
+# --- the form that is judged -----------------------------------------------------------------------------------------
+
+
+def test_the_form_is_base_and_adapter_in_plain_peft(toy: helpers.Toy, verified: Verified, tmp_path: Path) -> None:
+    """In fp32 they say what `verify` recorded of the base and of the merged weights."""
+    with Run(verified(source(toy, "qwen3_moe"))) as run:
+        passed = certify(run, helpers.JUDGE)
+    kinds = ("harmful", "lookalike", "benign")
+    rows = [outcome for kind in kinds for outcome in of_kind(passed.outcomes, kind)[:4]]
+    for target in ("peft", "vllm"):
+        config = ExportConfig(to="peft", target=target)  # type: ignore[arg-type]
+        form = written(Job.of(passed, config), tmp_path / target).form
+        assert form is not None
+        before, after = form.said(rows, edited=False), form.said(rows, edited=True)
+        for row, was, now in zip(rows, before, after, strict=True):
+            assert (was.text, now.text) == (row.text_before, row.text_after)
+            for said, recorded in ((was, row.rejected_log_prob_before), (now, row.rejected_log_prob_after)):
+                assert said.rejected_log_prob == (None if recorded is None else pytest.approx(recorded, abs=1e-3))
+        assert any(was.rejected_log_prob != now.rejected_log_prob for was, now in zip(before, after, strict=True))
+
+
+def test_experts_in_4_bits_are_run_by_us(toy: helpers.Toy, job: Make, tmp_path: Path) -> None:
+    """Plain transformers has nothing that reads them; the adapter on them is PEFT's all the same."""
+    model = packed(tmp_path / "model", "deepseek_v3", seed=1)
+    made = job(model, expert_format="native")
+    form, rows = written(made, tmp_path / "out").form, made.certificate.outcomes[:4]
+    assert form is not None
+    edited = Edited(open_subject(made.certificate.config), made.certificate.adapter)
+    runner = Runner.of(edited.subject, judge_of(helpers.JUDGE), made.certificate.config)
+    assert [said.text for said in form.said(rows, edited=True)] == [a.text for a in runner.answers(rows, label=None)]
+    with edited.original():
+        before = [answer.text for answer in runner.answers(rows, label=None)]
+    assert [said.text for said in form.said(rows, edited=False)] == before
 
 
 # --- servers ---------------------------------------------------------------------------------------------------------
