@@ -90,13 +90,14 @@ def write(job: Job, staged: Path) -> Written:
     target = job.config.target
     assert target is not None, "the settings say which program it is for"
     _check(job, target)
-    gates = _gates(job)
+    identity, gates = identify(job.model), _gates(job)
     adapter = _MAKERS[target](job, gates)
     adapter.write(staged)
+    identity.check_unchanged()
     return Written(
         changed=sorted(job.edits),
         gate_values_changed=sum(int((gate.before_ED != gate.after_ED.float()).sum()) for gate in gates),
-        digest=identify(job.model).digest,
+        digest=identity.digest,
         kept=dict.fromkeys(job.edits, 1.0) | ({} if target == "vllm" else _kept(job, gates)),
         form=PlainForm(job.certificate, lambda: nullcontext(staged) if target == "peft" else _in_peft(job, gates)),
         notes=adapter.notes,

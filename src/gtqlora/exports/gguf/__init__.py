@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gtqlora.edits.merging import merged
 from gtqlora.errors import RunError
-from gtqlora.exports.gguf import patch
 from gtqlora.exports.gguf.patch import Patch
+from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Converted, Plan
 from gtqlora.exports.job import Job, Written
+from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.families import identify
 
 FILE = "model.gguf"
@@ -31,25 +31,24 @@ def write(job: Job, staged: Path) -> Written:
 
 
 def _onto(job: Job, staged: Path, source: Path) -> Written:
-    from gtqlora.exports.llama_cpp import LlamaCpp
-
     if job.config.tokenizer is not None:
         raise RunError("--tokenizer is for a GGUF that is written whole; the one of --onto keeps its own")
     found = Patch.of(job, source)
     kept = found.write(staged)
+    form = LlamaCpp(job, base=source, edited=staged / source.name, label=f"GGUF ({found.most})")
     return Written(
         changed=sorted(found.changed),
         gate_values_changed=found.checkpoint.gate_values_changed(),
         digest="",
         kept=kept,
-        form=LlamaCpp(job, base=source, edited=staged / source.name),
-        notes=patch.notes(found, kept),
+        form=form,
+        notes=[*found.notes(kept), *form.notes()],
     )
 
 
 def _whole(job: Job, staged: Path) -> Written:
     plan = Plan.of(job)
-    plan.write(staged / FILE, merged)
+    plan.write(staged / FILE, rounded)
     kept = plan.kept()
     return Written(
         changed=sorted(kept),
@@ -57,4 +56,5 @@ def _whole(job: Job, staged: Path) -> Written:
         digest="",
         kept=kept,
         form=Converted(plan, staged / FILE),
+        notes=LlamaCpp(job, base=staged / FILE).notes(),
     )

@@ -5,7 +5,7 @@ Shape letters: N rows, K columns.
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gtqlora.edits.merging import merged
 from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.gguf.layout import Layout, Made
 from gtqlora.exports.gguf.reading import Gguf, TensorInfo, Value, raw_bytes, read_gguf
 from gtqlora.exports.gguf.types import dequantized, quantized, why_not
-from gtqlora.exports.gguf.values import Checkpoint, unrounded
+from gtqlora.exports.gguf.values import Checkpoint, rounded, unrounded
 from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
 from gtqlora.progress import track
+from gtqlora.storage.moving import copy_file
 
 Route = Callable[[Tensor], Tensor]
 """fp32 values -> what a GGUF in F16 or BF16, from which another is quantized, makes of them."""
@@ -53,8 +53,11 @@ class Patch:
     exact: bool
 
     @staticmethod
-    def of(job: Job, path: Path) -> Patch:
+    def of(job: Job, path: Path, *, rewritten: bool = True) -> Patch:
         """Return the patch for a GGUF.
+
+        Args:
+            rewritten: tensors are going to be written; otherwise only that they are the base's matters.
 
         Raises:
             ModelError: the file is malformed, or not of this base.
@@ -67,7 +70,8 @@ class Patch:
         _check_facts(source, layout, job)
         _check_tensors(source, made, layout)
         changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
-        _check_types(source, changed)
+        if rewritten:
+            _check_types(source, changed)
         looked_at = changed | {name: one for name, one in made.items() if len(one.shape) == 1}
         checkpoint.check(looked_at)
         route = _route(source, checkpoint, looked_at)
@@ -82,7 +86,7 @@ class Patch:
             ModelError: the GGUF was changed meanwhile.
         """
         for file in self.source.files:
-            _copy(file, folder / file.name)
+            copy_file(file, folder / file.name)
         kept = {
             name: self._rewrite(folder / self.source.tensors[name].file.name, name, one)
             for name, one in track(self.changed.items(), "write tensors", len(self.changed))
@@ -92,9 +96,29 @@ class Patch:
                 raise ModelError(f"{file}: was changed while it was read; nothing was written")
         return kept
 
+    @property
+    def most(self) -> str:
+        """Return the type that most of the file's bytes have."""
+        sizes = Counter[str]()
+        for info in self.source.tensors.values():
+            sizes[info.kind.name] += info.n_bytes
+        return sizes.most_common(1)[0][0]
+
+    def notes(self, kept: Mapping[str, float]) -> list[str]:
+        """Return what a user of the edited file should know."""
+        said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types"]
+        if not self.exact:
+            said.append(
+                "the base was quantized with an importance matrix, which is not in the file: changed tensors are "
+                "quantized without one"
+            )
+        if noisy := sum(share < 0 for share in kept.values()):
+            said.append(f"in {noisy} changed tensors the noise of quantization is larger than the change")
+        return said
+
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
         info, account, at = self.source.tensors[name], _Kept(), 0
-        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, merged))
+        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, rounded))
         with target.open("r+b") as out:
             for base_NK, wanted_NK, merged_NK in zip(*ways, strict=True):
                 raw = _encoded(merged_NK, info, self.route)
@@ -123,20 +147,6 @@ class _Kept:
     @property
     def share(self) -> float:
         return 1.0 if self.change == 0 else 1 - self.lost / self.change
-
-
-def notes(patch: Patch, kept: Mapping[str, float]) -> list[str]:
-    """Return what a user of the patched file should know."""
-    said = [f"rewritten are {len(patch.changed)} of {len(patch.source.tensors)} tensors, in their own types"]
-    if not patch.exact:
-        said.append(
-            "the base was quantized with an importance matrix, which is not in the file: changed tensors are quantized "
-            "without one"
-        )
-    small = sum(share < 0 for share in kept.values())
-    if small:
-        said.append(f"in {small} changed tensors the noise of quantization is larger than the change")
-    return said
 
 
 # --- is it a GGUF of this base? --------------------------------------------------------------------------------------
@@ -256,17 +266,3 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
 
 def _error(raw: bytes, info: TensorInfo, base_NK: Tensor) -> float:
     return float((dequantized(raw, info.kind, base_NK.shape[1]) - base_NK).double().square().sum())
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file inside the kernel, or through memory where it cannot."""
-    with source.open("rb") as a, target.open("xb") as b:
-        left = os.fstat(a.fileno()).st_size
-        while left:
-            try:
-                moved = os.copy_file_range(a.fileno(), b.fileno(), min(left, 2**30))
-            except OSError:
-                moved = os.sendfile(b.fileno(), a.fileno(), None, min(left, 2**30))  # pyright: ignore
-            if moved == 0:
-                raise ModelError(f"{source}: was cut short while it was copied; nothing was written")
-            left -= moved
