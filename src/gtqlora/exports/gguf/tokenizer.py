@@ -78,7 +78,7 @@ def _of_words(folder: Path, model: dict[str, object], layout: Layout) -> dict[st
         "tokenizer.ggml.add_space_prefix": Value(BOOL, True),
         "tokenizer.ggml.remove_extra_whitespaces": Value(BOOL, True),
     }
-    # Only the first of several ends goes into a GGUF; llama.cpp finds others by their text.
+    # A GGUF names one end of an answer.
     eos = layout.config.eos_token_id
     first = eos[0] if isinstance(eos, list | tuple) else eos
     numbers = {"eos": first, "padding": layout.config.pad_token_id, "unknown": unknown}
