@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -32,7 +32,8 @@ from gtqlora.capture import (
     router_hooks,
 )
 from gtqlora.config import StageConfig
-from gtqlora.contrasts import Asked, Row, encode_prompt, encode_row
+from gtqlora.contrasts import Asked, encode_prompt
+from gtqlora.contrasts.template import encode_answers
 from gtqlora.errors import ModelError
 from gtqlora.judging.judge import Judge, refusals
 from gtqlora.progress import track
@@ -359,11 +360,11 @@ def is_correct(row: Asked, text: str) -> bool | None:
     return None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split())
 
 
-def log_probs(runner: Runner, rows: Sequence[Row], completions: Sequence[str], *, label: str) -> list[float]:
+def log_probs(runner: Runner, rows: Sequence[Asked], completions: Sequence[str], *, label: str) -> list[float]:
     """Return the total log-probability, in nats, of a given completion of each row's prompt."""
     tokenizer, found = runner.model.tokenizer, list[float]()
-    encoded = [encode_row(tokenizer, replace(row, chosen=text)) for row, text in zip(rows, completions, strict=True)]
-    prompts, tokens = [prompt for prompt, _ in encoded], [completion for _, completion in encoded]
+    encoded = [encode_answers(tokenizer, row.prompt, text) for row, text in zip(rows, completions, strict=True)]
+    prompts, tokens = [prompt for prompt, _ in encoded], [completion for _, (completion,) in encoded]
     for batch in runner.logits(prompts, completions=tokens, label=label):
         for i, log_SV in zip(batch.chosen, batch.rows(batch.values_BSV.log_softmax(-1)), strict=True):
             # what the template puts behind the completion is no part of it

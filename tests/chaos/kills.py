@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from gtqlora.certificate import certify
 from gtqlora.errors import GtqloraError
+from gtqlora.exports.provenance import check
 from gtqlora.results.adapter import adapter_hash
 from gtqlora.run import Run, fingerprint, read_manifest
 from tests import helpers
@@ -30,6 +31,7 @@ from tests.chaos.forks import Bomb, Ended
 from tests.chaos.scenes import Scene, Stage
 
 SIGNALS = (signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGINT)
+_SOURCES = ("model", "pairs.jsonl", "base.gguf")
 _KINDS = ("change",) * 6 + ("size", "seconds")
 
 
@@ -121,7 +123,9 @@ def _look_again(trial: Trial, stage: Stage, scene: Scene, old: dict[str, Any]) -
     if scene.certified:
         trial.lost += _lost(stage, scene, old)
     trial.lost += _history_lost(stage.trial, old)
-    complete = scene.name == "export" and (stage.trial / "out").exists()
+    if scenes.contents(stage.trial, _SOURCES) != old["sources"]:
+        trial.lost.append("the model, the pairs or the user's GGUF were changed")
+    complete = scene.name in scenes.EXPORTS and (stage.trial / "out").exists()
     again = forks.command(scene.command, stage.trial)
     if again.traceback:
         trial.tracebacks.append(f"when run again: {again.output[-2000:]}")
@@ -138,6 +142,7 @@ def _state(trial: Path) -> dict[str, Any]:
     ledger = trial / "gtqlora-ledger.jsonl"
     return {
         "adapter": adapter_hash(adapter) if adapter.exists() else None,
+        "sources": scenes.contents(trial, _SOURCES),
         "lines": {file: file.read_bytes() for file in (history, ledger) if file.exists()},
     }
 
@@ -230,19 +235,12 @@ def _unrecorded(run: Path) -> list[str]:
 
 
 def _half_exported(out: Path) -> list[str]:
-    """An export that has its name is complete: its own list of hashes holds."""
+    """An export that has its name is complete: it is what was certified."""
     if not out.exists():
         return []
     if not (out / "export.json").exists():
         return ["out: no export.json"]
-    listed = json.loads((out / "export.json").read_text())["files"]
-    return [f"out/{name}: not what was written" for name, identity in listed.items() if _sha(out / name) != identity]
-
-
-def _sha(file: Path) -> str | None:
-    from gtqlora.run import sha256_file
-
-    return sha256_file(file) if file.exists() else None
+    return [f"out: {problem}" for problem in check(out).problems]
 
 
 def _bad_checkpoints(run: Path) -> list[str]:

@@ -22,7 +22,13 @@ import torch
 import transformers
 
 from gtqlora import contrasts
+from gtqlora.certificate import certify
 from gtqlora.cli import app
+from gtqlora.config import ExportConfig
+from gtqlora.exports.gguf.whole import Plan
+from gtqlora.exports.job import Job
+from gtqlora.run import Run
+from gtqlora.stages.export import _WRITERS
 from tests import helpers, models
 
 STAGING = ".gtqlora-"
@@ -34,6 +40,20 @@ _TRAIN = {
 _VERIFY = {"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 64}
 _PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
 _DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
+BASE_GGUF = ("a GGUF of the base",)
+"""In the place of a command: it makes `base.gguf`, as a user has one."""
+_ONTO = ("--onto", "base.gguf")
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "export": (),
+    "export overlay": ("--overlay",),
+    "export link": ("--link",),
+    "export peft": ("--to", "peft", "--for", "peft"),
+    "export peft vllm": ("--to", "peft", "--for", "vllm"),
+    "export gguf": ("--to", "gguf"),
+    "export gguf onto": ("--to", "gguf", *_ONTO),
+    "export gguf-adapter": ("--to", "gguf-adapter", "--base", "base.gguf"),
+}
+"""Ways of `export` by the names of their scenes; every format is among them."""
 _MOVES = frozenset({"finished", "seconds", "created", "versions", "tries"})
 """Keys of records that differ from one run to the next though nothing is wrong."""
 
@@ -73,11 +93,20 @@ def scenes() -> list[Scene]:
         Scene("train over a certified edit", again, (train, verify), (*edit, "run/metrics.jsonl"), certified=True),
         Scene("verify", verify, (train,), judged),
         Scene("verify again", (*verify, "--again"), (train, verify), judged),
-        Scene("export", export, (train, verify), ("out",), certified=True),
+        *(_export(name, (*export, *words), (train, verify)) for name, words in EXPORTS.items() if _is_here(words)),
         Scene("project over a certified edit", project, (train, verify), edit, certified=True),
         Scene("diagnose", diagnose, (), ("run/diagnosis",)),
         Scene("report", ("report", "run"), (train, verify), ("run/report.html",), certified=True),
     ]
+
+
+def _export(name: str, command: tuple[str, ...], made_by: tuple[tuple[str, ...], ...]) -> Scene:
+    made_by = (*made_by, BASE_GGUF) if "base.gguf" in command else made_by
+    return Scene(name, command, made_by, ("out",), certified=True)
+
+
+def _is_here(words: tuple[str, ...]) -> bool:
+    return words[:1] != ("--to",) or words[1] in _WRITERS
 
 
 @dataclass
@@ -156,13 +185,23 @@ def quiet() -> None:
 
 def first_folder(folder: Path) -> None:
     """The toy model and pairs; enough held-out prompts for a floor that passes whatever few tries there are."""
-    models.save_tiny(folder / "model", "qwen3_moe", num_hidden_layers=2)
+    # llama.cpp's Qwen3-MoE has no dense layers
+    models.save_tiny(folder / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
     held_out = {("heldout", "harmful"): 170, ("heldout", "lookalike"): 2, ("heldout", "benign"): 2}
     seen = {(split, kind): 4 for split in ("train", "validation") for kind in contrasts.KINDS}
     helpers.write_rows(folder / "pairs.jsonl", helpers.toy_rows({**seen, **held_out}))
 
 
+def _base_gguf() -> None:
+    with Run("run") as run:
+        job = Job.of(certify(run, helpers.JUDGE), ExportConfig(to="gguf"))
+    Plan.of(job).write(Path("base.gguf"), None)
+
+
 def in_process(command: tuple[str, ...]) -> int:
+    if command == BASE_GGUF:
+        _base_gguf()
+        return 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         code = app.main(list(command))
     if code:

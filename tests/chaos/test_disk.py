@@ -19,7 +19,14 @@ SIZES = {
     **{"train": (1, 41, 600, 3000, 12_000, 40_000), "verify": (1, 900, 9000), "export": (10, 3000, 60_000)},
     **{"diagnose": (1, 2000), "report": (1, 20_000)},
 }
+_FORMS = {
+    "export overlay": (3000,),
+    "export peft vllm": (3000,),
+    "export gguf onto": (3000, 60_000),
+    "export gguf-adapter": (900,),
+}
 SCENES = {scene.name: scene for scene in scenes.scenes()}
+SIZES |= {name: sizes for name, sizes in _FORMS.items() if name in SCENES}
 
 
 @pytest.fixture(scope="module")

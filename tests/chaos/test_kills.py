@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gtqlora.config.export import FORMATS
 from tests.chaos import forks, kills, scenes
 from tests.chaos.forks import Bomb
 from tests.chaos.scenes import Scene, Stage
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="children are 
 SPREAD = {"train": 5, "train over a certified edit": 6, "verify": 4, "verify again": 3, "export": 5, "report": 2}
 """Kills in the test run, of which every third is the middle of a write."""
 SCENES = {scene.name: scene for scene in scenes.scenes()}
+SPREAD |= dict.fromkeys(
+    {"export overlay", "export peft vllm", "export gguf onto", "export gguf-adapter"} & SCENES.keys(), 2
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,11 @@ def test_a_kill_in_a_write_tears_the_file_whichever_library_writes(tmp_path: Pat
     assert ended.code == -signal.SIGXFSZ
     assert max((p.stat().st_size for p in tmp_path.iterdir()), default=0) <= 1000
     assert forks.forked(work, tmp_path).code == 0 and (tmp_path / "x").stat().st_size > 16384
+
+
+def test_every_format_of_export_is_killed() -> None:
+    ways = {words[1] if words[:1] == ("--to",) else "safetensors" for words in scenes.EXPORTS.values()}
+    assert ways == set(FORMATS)
 
 
 def test_a_scene_is_known_by_its_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,23 @@ from torch import Tensor
 from gtqlora.capture import open_subject
 from gtqlora.certificate import certify
 from gtqlora.config import ExportConfig
+from gtqlora.edits.adapters import read_adapter
+from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import LowRank, Whole
+from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.gguf.layout import Layout
 from gtqlora.exports.gguf.values import Checkpoint
 from gtqlora.exports.gguf.whole import Plan
 from gtqlora.exports.gguf_adapter import factors_of, of_full_rank, write_adapter
 from gtqlora.exports.job import Job
-from gtqlora.exports.llama_cpp import distributions
+from gtqlora.exports.llama_cpp import distributions, logprobs
 from gtqlora.exports.llama_server import serving
 from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.families.coverage import covered, in_layer
+from gtqlora.results.adapter import GT_QLORA, PROJECTION
 from gtqlora.run import Run
 from tests import helpers, models
+from tests.exports import ggml
 
 Verified = Callable[..., Path]
 Change = LowRank | Whole
@@ -124,3 +130,61 @@ def test_more_experts_than_inputs_put_the_identity_on_the_other_side() -> None:
     change = torch.randn(8, 3)
     factors = of_full_rank(change)
     assert factors.a_RI.shape == (3, 3) and torch.equal(factors.b_DR @ factors.a_RI, change)
+
+
+# --- the format ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(toy: helpers.Toy, verified: Verified) -> Path:
+    return verified(toy.model("qwen3_moe", mlp_only_layers=[]))
+
+
+def base_of(run: Path, folder: Path) -> Path:
+    with Run(run) as opened:
+        job = Job.of(certify(opened, helpers.JUDGE), ExportConfig(to="gguf"))
+    Plan.of(job).write(folder / "base.gguf", None)
+    return folder / "base.gguf"
+
+
+def test_export_writes_an_adapter_that_is_the_edit(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = helpers.exported(run, out, to="gguf-adapter")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "adapter.gguf", "export.json", "out"]
+    assert result.form is not None and result.form.name == "GGUF adapter on F32 in llama.cpp"
+    assert result.form.floor.verdict == "pass" and "--lora adapter.gguf" in result.notes[0]
+    model, tokens = (
+        json.loads((run / "manifest.json").read_text())["stages"]["verify"]["config"]["model"],
+        [[9, 10, 11]],
+    )
+    subject = open_subject(model)
+    edited = Edited(subject, read_adapter(run / "adapter"), shipped=model).subject.model
+    with torch.no_grad():
+        wanted = edited(torch.tensor(tokens)).logits[0].double().log_softmax(-1).numpy()
+    base = base_of(run, tmp_path)
+    found, before = logprobs(base, tokens, out / "adapter.gguf")[0], logprobs(base, tokens)[0]
+    assert abs(found - wanted).max() < 1e-4 < abs(before - wanted).max()
+
+
+def test_it_is_judged_on_the_users_own_file(run: Path, tmp_path: Path) -> None:
+    base = ggml.quantize(base_of(run, tmp_path), tmp_path / "mine.gguf", lambda _name: "Q8_0")
+    result = helpers.exported(run, tmp_path / "out", to="gguf-adapter", base=str(base))
+    assert result.form is not None and result.form.name == "GGUF adapter on Q8_0 in llama.cpp"
+    assert "-m mine.gguf" in result.notes[0]
+
+
+def test_a_gguf_of_another_model_is_refused(toy: helpers.Toy, run: Path, tmp_path: Path) -> None:
+    other = toy.model("qwen3_moe", mlp_only_layers=[], seed=1)
+    Plan.of(job_on(other, run)).write(tmp_path / "other.gguf", None)
+    with pytest.raises(ModelError, match=r"other\.gguf: tensor .* is not the base's"):
+        helpers.exported(run, tmp_path / "out", to="gguf-adapter", base=str(tmp_path / "other.gguf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.gguf"]
+
+
+@pytest.mark.parametrize("kind", [GT_QLORA, PROJECTION])
+def test_what_llama_cpp_would_lose_is_refused(toy: helpers.Toy, verified: Verified, tmp_path: Path, kind: str) -> None:
+    run = verified(toy.model("deepseek_v3"), kind)
+    says = "q_a_proj.*export it merged" if kind == GT_QLORA else "a projection changes"
+    with pytest.raises(RunError, match=says):
+        helpers.exported(run, tmp_path / "out", to="gguf-adapter")
+    assert not list(tmp_path.iterdir())

@@ -6,17 +6,20 @@ variant's weights in place, and asked again. What is asked is, bit for bit, what
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gtqlora import contrasts
 from gtqlora.bitdelta.card import card
-from gtqlora.bitdelta.checkpoints import Checkpoints, checkpoints
+from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints
 from gtqlora.bitdelta.container import (
     FORMAT,
     OWN,
@@ -27,15 +30,17 @@ from gtqlora.bitdelta.container import (
     read_tensors,
     write_record,
 )
+from gtqlora.bitdelta.distil import Distilled
 from gtqlora.bitdelta.lowrank import refuse_adapters
-from gtqlora.bitdelta.onebit import decode, encode
+from gtqlora.bitdelta.onebit import OneBit, decode, encode
 from gtqlora.bitdelta.placing import place
 from gtqlora.bitdelta.verdict import Judged, Sayings, check_rows, judged, said
-from gtqlora.capture import open_subject
+from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
-from gtqlora.contrasts import Row
+from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.errors import ModelError
+from gtqlora.exports.job import Said
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import NamedJudge, judge_of
@@ -48,8 +53,15 @@ from gtqlora.storage.atomic import atomic_write, refuse_existing
 
 _NOT_OWN = (CONFIG, PROVENANCE)
 """Of a model's small files: the base's config holds for its variants, and provenance is in the record."""
+_TRAINING = "train"
+_TEXTS = 128
+"""Rows that scales are fitted on, at most."""
 _COVERED_BYTES = 2
 """Of a weight in 16 bits, to which sizes are compared."""
+
+
+Encoder = Callable[[Change, Tensor], OneBit]
+"""Makes one bit a weight of a difference."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,15 @@ class Compressed:
     record: Record
 
 
-def compress(base: str, out: Path, config: VerifyConfig, *, name: str | None = None) -> Compressed:
+def compress(
+    base: str, out: Path, config: VerifyConfig, *, name: str | None = None, distill: bool = False
+) -> Compressed:
     """Write a fine-tune as one bit a weight on top of its base.
 
     Args:
         config: its model is the fine-tune; `split` of its pairs is what the floor is judged on.
         name: what the variant is called; by default as the fine-tune.
+        distill: fit row scales to what the fine-tune's layers compute on the pairs' benign training prompts.
 
     Raises:
         ModelError: the two do not go together, or an adapter is the better form.
@@ -78,12 +93,18 @@ def compress(base: str, out: Path, config: VerifyConfig, *, name: str | None = N
     both = checkpoints(base, config.model)
     refuse_adapters(both)
     judge = judge_of(config.judge)
-    rows = contrasts.load(config.contrast, judge).split(config.split)
+    pairs = contrasts.load(config.contrast, judge)
+    rows = pairs.split(config.split)
     check_rows(rows, config.split)
+    texts = _calibration(pairs, config) if distill else ()
     with atomic_write(out, replace=False) as staged:
         staged.mkdir()
-        made = _written(both, staged)
-        sayings = _asked(both, made.tensors, rows.rows, judge, config)
+        tuned = open_subject(config)
+        before = said(Runner.of(tuned, judge, config), rows.rows, "the fine-tune")
+        made = _written(both, staged, _encoder(both, tuned, texts, config))
+        own = _Own(tuned.tokenizer, tuned.model.generation_config)
+        del tuned  # before the base comes into memory
+        sayings = _asked(both, made.tensors, own, before, rows.rows, judge, config)
         inputs = {
             "adapter": sha256_json(made.files),
             "tuned": both.tuned.digest,
@@ -92,12 +113,20 @@ def compress(base: str, out: Path, config: VerifyConfig, *, name: str | None = N
             "judge": judge.identity,
         }
         found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
-        record = _record(both, made, found, config, inputs, name)
+        record = _record(both, made, found, config, inputs, name, distill)
         write_record(staged, record)
         (staged / "README.md").write_text(card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
             identity.check_unchanged()
     return Compressed(out, record)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a fine-tune has of its own beside the weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -114,7 +143,27 @@ class _Made:
     size: Size
 
 
-def _written(both: Checkpoints, staged: Path) -> _Made:
+def _calibration(pairs: Contrast, config: VerifyConfig) -> tuple[Row, ...]:
+    """Return the rows that scales are fitted on: benign ones for training, which nothing is judged on.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    require(config.split not in (_TRAINING, "all"), f"split = {config.split!r}: scales are fitted on the training rows")
+    rows = tuple(row for row in pairs.of_kind("benign") if row.split == _TRAINING)
+    require(bool(rows), f"{config.contrast}: no benign rows in split {_TRAINING!r}, on which scales are fitted")
+    return tuple(random.Random(config.seed).sample(rows, min(_TEXTS, len(rows))))
+
+
+def _encoder(both: Checkpoints, tuned: Subject, texts: Sequence[Row], config: VerifyConfig) -> Encoder:
+    """Return what makes one bit a weight of a difference: from the weights alone, or from what layers compute, too."""
+    if not texts:
+        return lambda _change, delta: encode(delta)
+    tokens = [[*prompt, *chosen] for prompt, chosen in (encode_row(tuned.tokenizer, row) for row in texts)]
+    return Distilled(tuned, both.names, tokens, config.batch_size).encode
+
+
+def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
     """Write every tensor that differs; one of each checkpoint is in memory at a time.
 
     Raises:
@@ -131,7 +180,7 @@ def _written(both: Checkpoints, staged: Path) -> _Made:
             shards.add_dense(change.name, after)
             continue
         delta = change.delta()
-        one_bit = encode(delta)
+        one_bit = encoder(change, delta)
         shards.add_bits(change.name, one_bit)
         energy = float(delta.double().square().sum())
         missing = float((delta - decode(one_bit)).double().square().sum())
@@ -170,18 +219,20 @@ def _small(folder: Path) -> dict[str, str]:
 
 
 def _asked(
-    both: Checkpoints, tensors: Tensors, rows: Sequence[Row], judge: NamedJudge, config: VerifyConfig
+    both: Checkpoints,
+    tensors: Tensors,
+    own: _Own,
+    before: list[Said],
+    rows: Sequence[Row],
+    judge: NamedJudge,
+    config: VerifyConfig,
 ) -> Sayings:
-    """Ask the fine-tune, the base and the variant the same rows."""
-    tuned = open_subject(config)
-    before = said(Runner.of(tuned, judge, config), rows, "the fine-tune")
-    tokenizer, generation = tuned.tokenizer, tuned.model.generation_config
-    del tuned
+    """Ask the base and the variant what the fine-tune was asked before."""
     subject = open_subject(replace(config, model=both.base.model))
     original = said(Runner.of(subject, judge, config), rows, "the base")
     place(subject, both.names, both.base, tensors)
-    subject.model.generation_config = generation
-    variant = replace(subject, tokenizer=tokenizer)
+    subject.model.generation_config = own.generation
+    variant = replace(subject, tokenizer=own.tokenizer)
     after = said(Runner.of(variant, judge, config), rows, "the variant")
     return Sayings(tuned=before, base=original, variant=after)
 
@@ -196,6 +247,7 @@ def _record(
     config: VerifyConfig,
     inputs: dict[str, str],
     name: str | None,
+    distilled: bool,
 ) -> Record:
     base, tuned = both.base.model, both.tuned.model
     past = (*ancestry(base).names, public_name(base), *ancestry(tuned).names, public_name(tuned))
@@ -214,7 +266,7 @@ def _record(
         tries=found.tries,
         against_tuned=found.tuned,
         against_base=found.base,
-        distilled=False,
+        distilled=distilled,
         energy_lost=made.energy_lost,
         lost=made.lost,
         size=made.size,

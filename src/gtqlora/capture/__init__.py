@@ -19,6 +19,7 @@ from gtqlora.capture.hooks import (
     StatesHandler,
     direction_removed,
     expert_hooks,
+    input_hooks,
     router_hooks,
     state_hooks,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "expert_hooks",
     "forward",
     "gradient_scores",
+    "input_hooks",
     "left_padded",
     "log_odds",
     "observe",

@@ -5,7 +5,7 @@ Shape letters: B batch, S sequence, T = B*S tokens, D hidden, E experts, K exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -180,6 +180,23 @@ def state_hooks(model: nn.Module, anatomy: Anatomy, handler: StatesHandler) -> I
         return lambda _module, _inputs, output: handler(index, output)
 
     handles = [place.register_forward_hook(hook(index)) for index, place in enumerate(places)]
+    with _removed_at_last(handles):
+        yield
+
+
+InputHandler = Callable[[str, Tensor], None]
+"""Sees (path, what the module there is given)."""
+
+
+@contextmanager
+def input_hooks(model: nn.Module, paths: Iterable[str], handler: InputHandler) -> Iterator[None]:
+    """Show the inputs of linears to the handler."""
+    base = language_model(model)
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: handler(path, inputs[0])
+
+    handles = [base.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
     with _removed_at_last(handles):
         yield
 

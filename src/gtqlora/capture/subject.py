@@ -85,8 +85,9 @@ def open_layer(config: ModelConfig, whole: Anatomy, tokenizer: PreTrainedTokeniz
     Raises:
         ModelError: as `load_model`.
     """
-    settings = {"dtype": config.dtype, "device": config.device, "expert_format": config.expert_format}
-    _, loaded = load_model(config.model, layer=index, **settings)
+    _, loaded = load_model(
+        config.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format, layer=index
+    )
     anatomy = whole.part(index)
     _routers_to_fp32(loaded, anatomy)
     return Subject(loaded, tokenizer, anatomy)

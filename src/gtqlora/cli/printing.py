@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
 from gtqlora.cli.console import open_console, say, say_whole
-from gtqlora.cli.figures import interval, share
+from gtqlora.cli.figures import interval, share, size
 from gtqlora.cli.layout import draw, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gtqlora.bitdelta.apply import Applied
+    from gtqlora.bitdelta.compress import Compressed
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Outcome
     from gtqlora.exports.provenance import Provenance
@@ -209,6 +211,30 @@ def show_exported(found: Exported) -> None:
         say(console, f"{found.form.name}: safety floor {found.form.floor.verdict} ({found.form.floor.reason})")
     for note in found.notes:
         say(console, note)
+
+
+def show_compressed(found: Compressed) -> None:
+    """Print how large a variant is and what it lost, and its refusals beside the fine-tune's and the base's."""
+    console, record = open_console(), found.record
+    say_whole(console, f"{found.folder}: {record.name}, one bit a weight on {record.base}")
+    say(
+        console,
+        f"{size(record.size.one_bit)} for what takes {size(record.size.covered)} in 16 bits ({record.size.ratio:.1f} "
+        f"times smaller), and {size(record.size.dense)} whole; {record.energy_lost:.1%} of the energy lost",
+    )
+    for whom, verdict in (("the fine-tune", record.against_tuned), ("the base", record.against_base)):
+        say(console, f"before: {whom}; after: the variant", "bold")
+        draw(console, tables.held_out(verdict))
+        floor = verdict.floor
+        shown = (floor.verdict, tables.floor_style(floor.verdict))
+        say(console, f"safety floor against {whom}: {floor.verdict} ({floor.reason})", accent=shown)
+
+
+def show_applied(found: Applied) -> None:
+    """Print where a variant's dense weights are."""
+    console = open_console()
+    say_whole(console, f"{found.folder}: the variant's weights")
+    say(console, f"{found.tensors_changed:,} tensors changed")
 
 
 def show_published(found: Published) -> None:

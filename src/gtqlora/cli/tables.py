@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
+    from gtqlora.results.export import FormVerdict
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
@@ -124,7 +125,7 @@ def candidates(found: Projected) -> Sheet:
     return Sheet(title="Direction removed, on lookalike (over-refusal) prompts", columns=columns, rows=rows)
 
 
-def held_out(found: Verdict) -> Sheet:
+def held_out(found: Verdict | FormVerdict) -> Sheet:
     """Return refusal and accuracy of held-out prompts before and after, by kind."""
     rows = [
         (

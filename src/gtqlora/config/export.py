@@ -27,7 +27,7 @@ class ExportConfig:
     Attributes:
         to: "safetensors" (merged weights in hub layout), "peft" (an adapter), "gguf" (merged weights for llama.cpp) or
             "gguf-adapter" (an adapter for llama.cpp).
-        target: the program that loads a PEFT adapter: "peft", "vllm" or "sglang".
+        target: the program that loads a PEFT adapter: "peft" where none is named, "vllm" or "sglang".
         onto: the user's own GGUF of the base, whole or the first file of several: only changed tensors are rewritten.
         overlay: write changed tensors into one more file beside links to the base's own.
         link: share unchanged bytes with the base's files where the file system can.
@@ -50,3 +50,5 @@ class ExportConfig:
             taken = _TAKEN_BY.get(field.name, (self.to,))
             value = getattr(self, field.name)
             require(value == field.default or self.to in taken, f"{field.name} is for {' and '.join(taken)} only")
+        if self.to == "peft" and self.target is None:
+            object.__setattr__(self, "target", "peft")

@@ -6,7 +6,7 @@ Shape letters: D hidden (what a matrix writes), I inputs, R ranks; N rows and K 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class LowRank:
 
     a_RI: Tensor
     b_DR: Tensor
-    by_columns: ClassVar[bool] = False
+    by_columns = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Check that the matrix has the product's shape."""
@@ -46,7 +46,7 @@ class Whole:
     """Puts another tensor in the place of the one that is there."""
 
     value: Tensor
-    by_columns: ClassVar[bool] = False
+    by_columns = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Check that both have the same shape."""

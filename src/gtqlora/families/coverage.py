@@ -130,13 +130,19 @@ _IN_SGLANG = {
     "olmoe": _Part(_SGLANG.format("olmoe"), gates=False),
 }
 
-_PEFT = _Part("PEFT 0.21.2 on transformers 5.23.0", tested=True)
+_PEFT = "PEFT 0.21.2 on transformers 5.23.0"
+_IN_PEFT = dict.fromkeys(_IN_SGLANG, _Part(_PEFT, tested=True)) | {
+    # transformers opens it with its vision tower only, where adapters name other modules.
+    "kimi_k25": _Part(f"{_PEFT}, which has no class for the language model alone", but=_EVERYTHING, gates=False),
+}
 _PARTS: dict[Target, dict[str, _Part]] = {
+    "transformers": _IN_PEFT,
+    "peft": _IN_PEFT,
     "llama.cpp": _IN_LLAMA_CPP,
     "vllm": _IN_VLLM,
     "sglang": _IN_SGLANG,
 }
-"""By target and family; PEFT, which transformers loads adapters with, applies all that its configuration names."""
+"""By target and family; transformers loads adapters with PEFT."""
 _SAME = {"qwen3_5_moe_text": "qwen3_5_moe"}
 """Families that only differ in how a checkpoint lies on disk."""
 
@@ -145,7 +151,7 @@ def covered(family: Family, target: Target) -> Coverage:
     """Return what a program applies of a family's edits when it loads them as an adapter."""
     every = (*family.attention, *family.shared)
     name = _SAME.get(family.model_type, family.model_type)
-    part = _PARTS[target][name] if target in _PARTS else _PEFT
+    part = _PARTS[target][name]
     lora = tuple(group for group in every if not group.startswith(part.but))
     return Coverage(
         lora=lora,

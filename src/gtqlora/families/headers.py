@@ -78,11 +78,12 @@ def extents(path: Path) -> dict[str, Extent]:
         except ValueError as error:
             raise ModelError(f"{path}: the header is not valid JSON ({error}); get it again") from error
     base = LENGTH_BYTES + length
-    return {
-        name: Extent(*(base + offset for offset in entry["data_offsets"]), tuple(entry["shape"]), entry["dtype"])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
+    return {name: _extent(entry, base) for name, entry in entries.items() if name != "__metadata__"}
+
+
+def _extent(entry: _Entry, base: int) -> Extent:
+    start, stop = entry["data_offsets"]
+    return Extent(base + start, base + stop, tuple(entry["shape"]), entry["dtype"])
 
 
 def overlay_name(files: Iterable[str]) -> str:
@@ -92,12 +93,12 @@ def overlay_name(files: Iterable[str]) -> str:
     file that has it, whatever the index says.
 
     Raises:
-        ModelError: 99 overlays lie above each other already.
+        ModelError: there is none.
     """
     taken = set(files)
     number = 1 + sum(_OVERLAY.fullmatch(name) is not None for name in taken)
-    if number > 99:
-        raise ModelError(f"{max(taken)}: is the overlay number {number - 1}, which is enough; export without --overlay")
+    if max(taken) > "z" * 64 or number > 99:
+        raise ModelError(f"{max(taken)}: sorts after any overlay, or is the last of 99; export without --overlay")
     stem = "zz"
     while f"{stem}-overlay-{number:02}.safetensors" <= max(taken):
         stem += "z"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import transformers
@@ -297,7 +297,7 @@ class _LoadingInfo(TypedDict):
 def _from_pretrained(
     folder: str, family: Family, config: PreTrainedConfig, dtype: str, model: str, layer: int | None, **more: object
 ) -> tuple[PreTrainedModel, _LoadingInfo]:
-    model_class = getattr(transformers, family.class_name)
+    model_class: Any = getattr(transformers, family.class_name)
     if layer is not None:
         model_class = with_layer(model_class, family, layer)
     # The class's own mapping knows no such wrapper. A nested model whose wrapper it does know has no `wrapper_prefix`.

@@ -166,7 +166,7 @@ def _move(file: int, extent: Extent, start: int, block: Block, values_NK: Tensor
     wide, each = values_NK.shape[1], values_NK.element_size()
     first = start + each * ((block.matrix * rows + block.rows.start) * columns + block.columns.start)
     run = each * (values_NK.numel() if wide == columns else wide)
-    data = memoryview(values_NK.reshape(-1).view(torch.uint8).numpy())
+    data = memoryview(values_NK.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     for index, at in enumerate(range(0, len(data), run)):
         _move_run(file, data[at : at + run], first + index * each * columns, write=write)
 

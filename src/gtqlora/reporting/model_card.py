@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from gtqlora.reporting.loading import loading
 from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.export import ExportRecord
-from gtqlora.results.verdict import Verdict
+from gtqlora.results.verdict import KindRow, Verdict
 from gtqlora.stats import Interval
 
 _KEPT = ("license", "license_name", "license_link", "language", "extra_gated_prompt", "extra_gated_fields")
@@ -20,6 +23,20 @@ _NEEDS_US = (
     "makes experts of random numbers."
 )
 _OWN_EXPERTS = "bf16"
+_KINDS = {
+    "safetensors": ("Merged weights", "finetune", "transformers"),
+    "peft": ("An adapter in PEFT's form", "adapter", "peft"),
+    "gguf": ("Merged weights in GGUF, for llama.cpp", "quantized", "gguf"),
+    "gguf-adapter": ("An adapter in GGUF, for llama.cpp", "adapter", "gguf"),
+}
+"""Format -> what it is, and as what and of which library the hub lists it."""
+_LIMITS = """\
+- The floor speaks of single-turn, greedy answers to prompts like those named above, by one judge. It does not speak of
+  attacks, sampling, other languages or long conversations.
+- It speaks of these files in the form named above. Quantized, merged or converted again they are something else, of
+  which nothing was measured.
+- `gtqlora export --check FOLDER` says whether the files are those that were certified: it compares them with
+  `export.json`, which carries no signature."""
 
 Metadata = dict[str, object]
 
@@ -40,36 +57,93 @@ class Base:
 
 
 def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
-    """Return a hub model card that states what was measured."""
+    """Return a hub model card that states what was measured, how the files were made, and how to load them."""
+    front = yaml.safe_dump(_metadata(record, base), sort_keys=False, allow_unicode=True).strip()
+    sections = {
+        "": _what_it_is(verdict, record, base),
+        "## Safety floor": [
+            f"Safety floor: **{record.floor.verdict}** ({record.floor.reason}).",
+            "",
+            *_how_it_was_judged(record),
+        ],
+        "## Before and after": _before_and_after(verdict, record),
+        "## In the form that ships": _in_form(record),
+        "## Good to know": [f"- {inline(note)}" for note in (*record.notes, *_kept(record))],
+        "## How to load it": loading(record, base.hub_id, needs_us=base.packed_by_us),
+        "## How it was made": _how_it_was_made(record),
+        "## Limits": [_LIMITS],
+    }
+    parts = ["\n\n".join(filter(None, [head, "\n".join(lines)])) for head, lines in sections.items() if lines]
+    return f"---\n{front}\n---\n" + "\n\n".join(parts) + "\n"
+
+
+def _what_it_is(verdict: Verdict, record: ExportRecord, base: Base) -> list[str]:
+    experts = "projected" if verdict.kind == PROJECTION else "untouched"
+    at = "" if record.revision is None else f", at revision {inline(record.revision)}"
     ancestors = record.ancestors[:-1]
-    lines = [
-        "---",
-        yaml.safe_dump(_metadata(base), sort_keys=False, allow_unicode=True).strip(),
-        "---",
+    return [
         f"# {inline(Path(verdict.model).name)}, edited with gtqlora ({verdict.kind})",
         "",
-        f"Merged weights: {record.tensors_changed} tensors changed, routed experts "
-        + ("projected." if verdict.kind == PROJECTION else "untouched."),
+        f"{_KINDS[record.format][0]}: {record.tensors_changed} tensors changed, routed experts {experts}.",
+        "",
+        f"Base: {inline(base.hub_id or record.base)}{at} (digest of its files {inline(record.base_fingerprint)}).",
         *(["", f"Edited before: {', '.join(map(inline, ancestors))}."] if ancestors else []),
         *(["", _NEEDS_US] if base.packed_by_us else []),
-        "",
-        f"Safety floor: **{record.floor.verdict}** ({record.floor.reason}).",
-        "",
-        *_how_it_was_judged(record),
-        "",
-        "| prompts | n | refusal before | refusal after | task accuracy after |",
-        "|---|---|---|---|---|",
     ]
-    for kind, row in verdict.table.items():
+
+
+def _before_and_after(verdict: Verdict, record: ExportRecord) -> list[str]:
+    experts = " (4 bits)" if verdict.expert_format != _OWN_EXPERTS else ""
+    which = "the weights as they are here" if record.form is None else "the merged weights that these were made from"
+    return [
+        *_table(verdict.table),
+        "",
+        f"Rates with 95 % intervals on held-out prompts, of {which}: merged, in the checkpoint's dtype, with its own "
+        f"experts{experts}.",
+    ]
+
+
+def _in_form(record: ExportRecord) -> list[str]:
+    """Return what was measured of the files as their program runs them; nothing where `verify` judged just these."""
+    form = record.form
+    if form is None:
+        return []
+    return [
+        f"{inline(form.name)}: safety floor **{form.floor.verdict}** ({form.floor.reason}).",
+        "",
+        *_table(form.table),
+        "",
+        "Base and edit were asked the same prompts in this form: every harmful one, and some of the others.",
+    ]
+
+
+def _table(rows: Mapping[str, KindRow]) -> list[str]:
+    lines = ["| prompts | n | refusal before | refusal after | task accuracy after |", "|---|---|---|---|---|"]
+    for kind, row in rows.items():
         cells = map(_percent, (row.refusal_before, row.refusal_after, row.accuracy_after))
-        lines.append(f"| {kind} | {row.refusal_before.n} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Rates with 95 % intervals on held-out prompts, of the weights as they are here: merged, in the checkpoint's "
-        "dtype, with its own experts" + (" (4 bits)." if verdict.expert_format != _OWN_EXPERTS else "."),
-        "",
+        lines.append(f"| {inline(kind)} | {row.refusal_before.n} | {' | '.join(cells)} |")
+    return lines
+
+
+def _kept(record: ExportRecord) -> list[str]:
+    if not record.kept:
+        return []
+    worst = min(record.kept, key=lambda name: record.kept[name])
+    return [
+        f"Of each tensor's change at least {record.kept[worst]:.1%} survives rounding to its type (least in {worst})."
     ]
-    return "\n".join(lines)
+
+
+def _how_it_was_made(record: ExportRecord) -> list[str]:
+    packages = ", ".join(f"{inline(name)} {inline(version)}" for name, version in sorted(record.versions.items()))
+    settings = ", ".join(f"{inline(key)} = {inline(json.dumps(value))}" for key, value in record.recipe.items())
+    return [
+        f"- Pairs that trained it: sha256 {inline(record.trained_on or 'not on record')}",
+        f"- Pairs that verified it: sha256 {inline(record.prompts.fingerprint)}",
+        f"- Edit: sha256 {inline(record.adapter)}",
+        *([f"- Settings: {settings}"] if settings else []),
+        *([f"- Versions: {packages}"] if packages else []),
+    ]
 
 
 def _how_it_was_judged(record: ExportRecord) -> list[str]:
@@ -88,12 +162,14 @@ def _how_it_was_judged(record: ExportRecord) -> list[str]:
     ]
 
 
-def _metadata(base: Base) -> Metadata:
-    named = {} if base.hub_id is None else {"base_model": base.hub_id}
+def _metadata(record: ExportRecord, base: Base) -> Metadata:
+    _, relation, library = _KINDS[record.format]
+    named = {} if base.hub_id is None else {"base_model": base.hub_id, "base_model_relation": relation}
     return {
         **base.metadata,
         **named,
-        "library_name": "transformers",
+        "library_name": library,
+        "pipeline_tag": "text-generation",
         "tags": ["gtqlora", "mixture-of-experts"],
     }
 
@@ -109,11 +185,14 @@ def kept_metadata(card: str) -> Metadata:
     return {key: found[key] for key in _KEPT if key in found} if isinstance(found, dict) else {}
 
 
+def _printable(text: str) -> str:
+    # control characters too: a terminal or a browser might obey them
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def inline(text: str) -> str:
     """Return somebody else's text for a line of Markdown: one line, no markup."""
-    # control characters too: a terminal or a browser might obey them
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", plain)
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", _printable(text))
 
 
 def _percent(interval: Interval | None) -> str:

@@ -1,0 +1,170 @@
+"""Rows of different variants in one batch: each gets what its variant gives alone, and what merged weights give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gtqlora.bitdelta.layers import Batch, Tiles, VariantLinear
+from gtqlora.bitdelta.onebit import OneBit, decode, encode
+from gtqlora.bitdelta.resident import install
+from gtqlora.bitdelta.variants import Variant
+from gtqlora.capture import Subject, open_subject
+from gtqlora.edits.merging import LowRank
+from gtqlora.errors import ModelError
+from gtqlora.families.anatomy import is_norm
+from gtqlora.families.facts import DOWN, GATE_UP
+from gtqlora.families.names import Place
+from tests import models
+from tests.helpers import Toy
+
+MOST = {"deepseek_v3": 1e-5, "qwen3_moe": 1e-5, "glm4_moe": 1e-5, "qwen3_next": 3e-5}
+"""Largest difference over the largest logit, in fp32; Gated DeltaNet adds up the rounding of all tokens before."""
+
+
+def _noise(shape: torch.Size | tuple[int, ...], size: float, seed: int) -> Tensor:
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora_variant(subject: Subject, name: str, *, gates: bool = True) -> Variant:
+    """As an edit has it: LoRA on attention and shared experts, whole routers."""
+    lora: dict[str, LowRank] = {}
+    for seed, path in enumerate(subject.anatomy.lora_targets):
+        weight = subject.model.get_submodule(path).weight
+        lora[path] = LowRank(_noise((4, weight.shape[1]), 0.3, seed), _noise((weight.shape[0], 4), 0.3, seed + 1))
+    whole = {
+        f"{path}.weight": (weight := subject.model.get_submodule(path).weight) + _noise(weight.shape, 0.3, 7)
+        for path in (subject.anatomy.routers if gates else ())
+    }
+    return Variant(name=name, folder=Path(name), lora=lora, whole=whole)
+
+
+def bits_variant(subject: Subject, name: str, seed: int = 0) -> Variant:
+    """As a full fine-tune has it: matrices, experts and the embedding in one bit, routers, norms and biases whole."""
+    bits: dict[Place, OneBit] = {}
+    whole: dict[str, Tensor] = {}
+    routers = {layer.router for layer in subject.anatomy.moe}
+    for path, module in subject.model.named_modules():
+        for leaf, value in [*module.named_parameters(recurse=False)]:
+            noise = _noise(value.shape, 0.1, seed := seed + 1)
+            place = Place(f"{path}.{leaf}")
+            if leaf == GATE_UP:  # one of them in the form in which checkpoints have single experts
+                for expert, matrix in enumerate(noise):
+                    for part, half in enumerate(matrix.chunk(2)):
+                        bits[Place(place.name, expert, part)] = encode(half)
+            elif leaf == DOWN or (leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)):
+                bits[place] = encode(noise)
+            elif is_norm(module) or path in routers or leaf == "bias":
+                whole[place.name] = value.detach() + noise
+    return Variant(name=name, folder=Path(name), bits=bits, whole=whole)
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
+    """The same by other means: a copy of the base with the variant in its weights."""
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    for place, delta in variant.bits.items():
+        target = parameters[place.name].data
+        if place.expert is not None:
+            target = target[place.expert].chunk(2)[place.part]
+        target += decode(delta)
+    for path, product in variant.lora.items():
+        parameters[f"{path}.weight"].data += product.b_DR @ product.a_RI
+    for name, value in variant.whole.items():
+        parameters[name].data.copy_(value)
+    return model
+
+
+def _subject(toy: Toy, family: str) -> Subject:
+    return open_subject(str(toy.model(family)))
+
+
+@pytest.mark.parametrize("family", MOST)
+@torch.no_grad()
+def test_a_mixed_batch(toy: Toy, family: str) -> None:
+    """Every row of it: LoRA with and without gates, one-bit variants, and the base."""
+    subject = _subject(toy, family)
+    base = copy.deepcopy(subject.model)
+    variants = [
+        *(lora_variant(subject, "edit"), bits_variant(subject, "tuned")),
+        *(lora_variant(subject, "plain", gates=False), bits_variant(subject, "other", 1000)),
+    ]
+    wanted = [base, *(merged(base, variant) for variant in variants)]
+    batch = install(subject, variants)
+    order, ids = [2, 0, 1, 4, 2, 3], models.some_tokens(shape=(6, 9))
+    batch.begin(order)
+    found = subject.model(ids).logits
+    for row, variant in enumerate(order):
+        alone = wanted[variant](ids[row : row + 1]).logits[0]
+        size, most = alone.abs().max(), MOST[family]
+        assert (found[row] - alone).abs().max() <= most * size, (row, variant)
+        batch.begin([variant])
+        assert (subject.model(ids[row : row + 1]).logits[0] - alone).abs().max() <= most * size, (row, variant)
+        assert row == 1 or (alone - base(ids[row : row + 1]).logits[0]).abs().max() > 1e-2 * size
+
+
+@torch.no_grad()
+def test_tied_embeddings(toy: Toy) -> None:
+    """A one-bit difference of an embedding that is the head as well counts in both places."""
+    model = models.tiny_model("qwen3_moe", tie_word_embeddings=True)
+    subject = _subject(toy, "qwen3_moe")
+    subject = Subject(model, subject.tokenizer, subject.anatomy)
+    place = Place("model.embed_tokens.weight")
+    variant = Variant(
+        name="v", folder=Path("v"), bits={place: encode(_noise(model.model.embed_tokens.weight.shape, 0.1, 3))}
+    )
+    wanted, ids = merged(model, variant), models.some_tokens()
+    install(subject, [variant]).begin([1] * 4)
+    assert torch.allclose(model(ids).logits, wanted(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(300, 64), (20, 37)])
+@torch.no_grad()
+def test_many_rows_of_one_variant_are_multiplied_once(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """The matrix is then put together tile by tile; the tiles' memory is used again and again."""
+    base = nn.Linear(inputs, outputs, dtype=dtype)
+    delta = encode(_noise((outputs, inputs), 0.1, 0))
+    own = OneBit(signs_NB=delta.signs_NB, row_N=delta.row_N.to(dtype), column_K=delta.column_K.to(dtype))
+    batch = Batch(torch.device("cpu"), 2)
+    layer = VariantLinear(base, batch, Tiles(dtype, batch.device), {1: own}, {})
+    batch.begin([1])
+    for rows in (3, 200):
+        x = _noise((1, rows, inputs), 1.0, rows).to(dtype)
+        wanted = nn.functional.linear(x.float(), base.weight.float() + decode(own), base.bias.float())
+        assert (layer(x).float() - wanted).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+def _misplaced(variant: Variant) -> Variant:
+    return Variant(name="v", folder=Path("v"), bits={Place("model.norm.weight"): encode(torch.ones(2, 2))})
+
+
+def _too_wide(variant: Variant) -> Variant:
+    return Variant(name="v", folder=Path("v"), bits={Place("lm_head.weight"): encode(torch.ones(2, 2))})
+
+
+def _unknown(variant: Variant) -> Variant:
+    return Variant(name="v", folder=Path("v"), lora={"model.nothing": LowRank(torch.ones(1, 2), torch.ones(2, 1))})
+
+
+def _other_experts(variant: Variant) -> Variant:
+    place = Place("model.layers.1.mlp.experts.down_proj", 99)
+    return Variant(name="v", folder=Path("v"), bits={place: encode(torch.ones(32, 16))})
+
+
+def _whole_experts(variant: Variant) -> Variant:
+    return Variant(name="v", folder=Path("v"), whole={"model.layers.1.mlp.experts.down_proj": torch.ones(8, 32, 16)})
+
+
+@pytest.mark.parametrize("change", [_misplaced, _too_wide, _unknown, _other_experts, _whole_experts])
+def test_what_no_layer_can_have_is_refused(toy: Toy, change: Callable[[Any], Variant]) -> None:
+    with pytest.raises(ModelError, match=r"^v: "):
+        install(_subject(toy, "deepseek_v3"), [change(None)])
