@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from gtqlora.certificate import certify
-from gtqlora.config import ExportConfig
 from gtqlora.errors import RunError
 from gtqlora.exports import llama_server
 from gtqlora.exports.gguf.whole import Plan
@@ -20,16 +18,15 @@ from gtqlora.exports.job import Job
 from gtqlora.exports.llama_cpp import LlamaCpp, logprobs
 from gtqlora.exports.llama_server import serving
 from gtqlora.results.verdict import Outcome, of_kind
-from gtqlora.run import Run
 from tests import helpers
+from tests.exports.jobs import certified
 
 Verified = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def job(toy: helpers.Toy, verified: Verified) -> Job:
-    with Run(verified(toy.model("qwen3_moe", mlp_only_layers=[]))) as run:
-        return Job.of(certify(run, helpers.JUDGE), ExportConfig(to="gguf-adapter"))
+    return certified(verified(toy.model("glm4_moe")))
 
 
 @pytest.fixture(scope="module")
