@@ -212,7 +212,11 @@ def test_a_destination_that_is_there(trial: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_destination_that_cannot_be(trial: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for out, said in (("run/adapter/out", "choose another folder"), ("pairs.jsonl/out", "pairs.jsonl"), ("/proc/out", "out")):
+    for out, said in (
+        ("run/adapter/out", "choose another folder"),
+        ("pairs.jsonl/out", "pairs.jsonl"),
+        ("/proc/out", "out"),
+    ):
         refused(capsys, 2, said, out=out)
 
 
