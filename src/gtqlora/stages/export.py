@@ -35,9 +35,9 @@ _LONGEST_CARD = 2**20
 """Characters of the base's model card that are read."""
 _WRITERS: dict[Format, str] = {
     "safetensors": "merged",
-    "gguf-adapter": "gguf_adapter",
     "gguf": "gguf",
     "peft": "peft",
+    "gguf-adapter": "gguf_adapter",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 

@@ -5,7 +5,6 @@ Shape letters: N rows, K columns.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gtqlora.edits.merging import merged
 from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.gguf.layout import Layout, Made
 from gtqlora.exports.gguf.reading import Gguf, TensorInfo, Value, raw_bytes, read_gguf
 from gtqlora.exports.gguf.types import dequantized, quantized, why_not
-from gtqlora.exports.gguf.values import Checkpoint, unrounded
+from gtqlora.exports.gguf.values import Checkpoint, rounded, unrounded
 from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
 from gtqlora.progress import track
+from gtqlora.storage.moving import copy_file
 
 Route = Callable[[Tensor], Tensor]
 """fp32 values -> what a GGUF in F16 or BF16, from which another is quantized, makes of them."""
@@ -54,8 +53,11 @@ class Patch:
     exact: bool
 
     @staticmethod
-    def of(job: Job, path: Path) -> Patch:
+    def of(job: Job, path: Path, *, rewritten: bool = True) -> Patch:
         """Return the patch for a GGUF.
+
+        Args:
+            rewritten: tensors are going to be written; otherwise only that they are the base's matters.
 
         Raises:
             ModelError: the file is malformed, or not of this base.
@@ -68,7 +70,8 @@ class Patch:
         _check_facts(source, layout, job)
         _check_tensors(source, made, layout)
         changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
-        _check_types(source, changed)
+        if rewritten:
+            _check_types(source, changed)
         looked_at = changed | {name: one for name, one in made.items() if len(one.shape) == 1}
         checkpoint.check(looked_at)
         route = _route(source, checkpoint, looked_at)
@@ -83,7 +86,7 @@ class Patch:
             ModelError: the GGUF was changed meanwhile.
         """
         for file in self.source.files:
-            _copy(file, folder / file.name)
+            copy_file(file, folder / file.name)
         kept = {
             name: self._rewrite(folder / self.source.tensors[name].file.name, name, one)
             for name, one in track(self.changed.items(), "write tensors", len(self.changed))
@@ -115,7 +118,7 @@ class Patch:
 
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
         info, account, at = self.source.tensors[name], _Kept(), 0
-        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, merged))
+        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, rounded))
         with target.open("r+b") as out:
             for base_NK, wanted_NK, merged_NK in zip(*ways, strict=True):
                 raw = _encoded(merged_NK, info, self.route)
@@ -263,17 +266,3 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
 
 def _error(raw: bytes, info: TensorInfo, base_NK: Tensor) -> float:
     return float((dequantized(raw, info.kind, base_NK.shape[1]) - base_NK).double().square().sum())
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file inside the kernel, or through memory where it cannot."""
-    with source.open("rb") as a, target.open("xb") as b:
-        left = os.fstat(a.fileno()).st_size
-        while left:
-            try:
-                moved = os.copy_file_range(a.fileno(), b.fileno(), min(left, 2**30))
-            except OSError:
-                moved = os.sendfile(b.fileno(), a.fileno(), None, min(left, 2**30))  # pyright: ignore
-            if moved == 0:
-                raise ModelError(f"{source}: was cut short while it was copied; nothing was written")
-            left -= moved

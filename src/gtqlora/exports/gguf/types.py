@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtqlora.exports.gguf.packages import libgguf
 
-_BLOCK_BYTES = 2**22
+_BLOCK_BYTES = 2**20
 """Bytes of fp32 values that are quantized in one go."""
 _THREADS = min(16, os.cpu_count() or 1)
 

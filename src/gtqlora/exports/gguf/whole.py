@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from gtqlora.edits.merging import merged
 from gtqlora.exports.gguf.header import header, padded
-from gtqlora.exports.gguf.layout import Layout
+from gtqlora.exports.gguf.layout import Layout, Made
 from gtqlora.exports.gguf.metadata import metadata
 from gtqlora.exports.gguf.reading import STRING, UINT32, Value
 from gtqlora.exports.gguf.tokenizer import tokenizer
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
-from gtqlora.exports.gguf.values import Change, Checkpoint, unrounded
-from gtqlora.exports.job import Form, Job, Said, kept_share
+from gtqlora.exports.gguf.values import Change, Checkpoint, rounded, unrounded
+from gtqlora.exports.job import Form, Job, Said
 from gtqlora.exports.llama_cpp import LlamaCpp
+from gtqlora.families.patching import Tally
 from gtqlora.progress import track
 from gtqlora.results.verdict import Outcome
 
@@ -69,12 +67,16 @@ class Plan:
 
     def kept(self) -> dict[str, float]:
         """Return by name how much of each changed tensor's change survives rounding to the checkpoint's dtype."""
-        checkpoint, found = self.checkpoint, {}
-        for name, one in self.layout.made.items():
-            if one.sources & checkpoint.job.edits.keys():
-                ways = (torch.cat(list(checkpoint.parts(one, change))) for change in (None, unrounded, merged))
-                found[name] = kept_share(*ways)
-        return found
+        edited = {n: one for n, one in self.layout.made.items() if one.sources & self.checkpoint.job.edits.keys()}
+        return {name: self._kept(one) for name, one in edited.items()}
+
+    def _kept(self, one: Made) -> float:
+        tally = Tally()
+        for before, wanted, written in zip(
+            *(self.checkpoint.parts(one, change) for change in (None, unrounded, rounded)), strict=True
+        ):
+            tally.add(before, wanted, written)
+        return tally.kept
 
 
 @dataclass(frozen=True)
