@@ -5,6 +5,7 @@ Shape letters: E matrices of a stack, N rows, K columns.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -28,7 +29,11 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 
 class Change(Protocol):
-    """What happens to a matrix, or to each of a stack of them, which may be cut: each part is changed by itself."""
+    """What happens to a tensor, which may be cut: each part is changed by itself.
+
+    Cut between rows, a stack of matrices [E, N, K] is one of E N rows, and a vector is one row. Cut between columns,
+    each matrix of a stack is changed alike.
+    """
 
     @property
     def by_columns(self) -> bool:
@@ -62,6 +67,11 @@ class Block:
     part: slice
 
 
+def _as_cut(shape: tuple[int, ...], change: Change) -> tuple[int, ...]:
+    """Return the shape in which a change sees a tensor, see `Change`."""
+    return shape if change.by_columns else (math.prod(shape[:-1]), *shape[-1:])
+
+
 def blocks(shape: tuple[int, ...], *, by_columns: bool) -> Iterator[Block]:
     """Yield the blocks of a tensor [N, K] or [E, N, K]; always the same ones for a shape.
 
@@ -84,9 +94,9 @@ def changed(tensor: Tensor, change: Change) -> Tensor:
         RunError: the change is for another shape.
     """
     change.check(tuple(tensor.shape))
-    out = torch.empty_like(tensor)
-    source_ENK, out_ENK = (whole.reshape(-1, *tensor.shape[-2:]) for whole in (tensor, out))
-    for block in blocks(tuple(tensor.shape), by_columns=change.by_columns):
+    out, shape = torch.empty_like(tensor, memory_format=torch.contiguous_format), _as_cut(tuple(tensor.shape), change)
+    source_ENK, out_ENK = (whole.reshape(-1, *shape[-2:]) for whole in (tensor, out))
+    for block in blocks(shape, by_columns=change.by_columns):
         place = (block.matrix, block.rows, block.columns)
         out_ENK[place] = change(_exact(source_ENK[place]), block.part).to(tensor.dtype)
     return out
@@ -156,6 +166,7 @@ def patch(name: str, extent: Extent, change: Change, source: int, target: int, s
         RunError: a value of the changed tensor is not finite.
         OSError: the source is shorter than it was, or the target's disk is full.
     """
+    extent = dataclasses.replace(extent, shape=_as_cut(extent.shape, change))
     tally, dtype = Tally(), _DTYPES[extent.dtype]
     for piece, parts in _pieces(extent.shape, by_columns=change.by_columns):
         values_NK = torch.empty(_size(piece), dtype=dtype)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gtqlora.edits.merging import merged
 from gtqlora.errors import RunError
 from gtqlora.exports.gguf.patch import Patch
+from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Converted, Plan
 from gtqlora.exports.job import Job, Written
 from gtqlora.exports.llama_cpp import LlamaCpp
@@ -48,7 +48,7 @@ def _onto(job: Job, staged: Path, source: Path) -> Written:
 
 def _whole(job: Job, staged: Path) -> Written:
     plan = Plan.of(job)
-    plan.write(staged / FILE, merged)
+    plan.write(staged / FILE, rounded)
     kept = plan.kept()
     return Written(
         changed=sorted(kept),

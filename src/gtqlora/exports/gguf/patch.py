@@ -5,7 +5,6 @@ Shape letters: N rows, K columns.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gtqlora.edits.merging import merged
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.gguf.layout import Layout, Made
 from gtqlora.exports.gguf.reading import Gguf, TensorInfo, Value, raw_bytes, read_gguf
 from gtqlora.exports.gguf.types import dequantized, quantized, why_not
-from gtqlora.exports.gguf.values import Checkpoint, unrounded
+from gtqlora.exports.gguf.values import Checkpoint, rounded, unrounded
 from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
+from gtqlora.families.llama_cpp import Layout, Made
 from gtqlora.progress import track
+from gtqlora.storage.moving import copy_file
 
 Route = Callable[[Tensor], Tensor]
 """fp32 values -> what a GGUF in F16 or BF16, from which another is quantized, makes of them."""
@@ -54,8 +53,11 @@ class Patch:
     exact: bool
 
     @staticmethod
-    def of(job: Job, path: Path) -> Patch:
+    def of(job: Job, path: Path, *, rewritten: bool = True) -> Patch:
         """Return the patch for a GGUF.
+
+        Args:
+            rewritten: tensors are going to be written; otherwise only that they are the base's matters.
 
         Raises:
             ModelError: the file is malformed, or not of this base.
@@ -63,12 +65,14 @@ class Patch:
         """
         source = read_gguf(path)
         states = {file: state_of(file) for file in source.files}
-        layout, checkpoint = Layout.of(job), Checkpoint.of(job)
+        layout, checkpoint = Layout.of(job.model, job.names), Checkpoint.of(job)
         made = layout.fitting(source.tensors)
         _check_facts(source, layout, job)
         _check_tensors(source, made, layout)
         changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
-        _check_types(source, changed)
+        if rewritten:
+            _check_types(source, changed)
+        # Norms and biases are F32 in every file and cheap: another revision shows there as well.
         looked_at = changed | {name: one for name, one in made.items() if len(one.shape) == 1}
         checkpoint.check(looked_at)
         route = _route(source, checkpoint, looked_at)
@@ -82,8 +86,9 @@ class Patch:
         Raises:
             ModelError: the GGUF was changed meanwhile.
         """
+        # The whole files first, by the kernel: what does not change does not pass through this process.
         for file in self.source.files:
-            _copy(file, folder / file.name)
+            copy_file(file, folder / file.name)
         kept = {
             name: self._rewrite(folder / self.source.tensors[name].file.name, name, one)
             for name, one in track(self.changed.items(), "write tensors", len(self.changed))
@@ -115,7 +120,7 @@ class Patch:
 
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
         info, account, at = self.source.tensors[name], _Kept(), 0
-        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, merged))
+        ways = (self.checkpoint.parts(one, change) for change in (None, unrounded, rounded))
         with target.open("r+b") as out:
             for base_NK, wanted_NK, merged_NK in zip(*ways, strict=True):
                 raw = _encoded(merged_NK, info, self.route)
@@ -165,13 +170,14 @@ def _check_facts(source: Gguf, layout: Layout, job: Job) -> None:
     for key, value in zip(_SAME, wanted, strict=True):
         if (given := source.get(f"{found}.{key}")) != value:
             raise ModelError(f"{where}: {key} is {given}, the model that was edited has {value}; give a GGUF of it")
+    # Layers for multi-token prediction are counted among the blocks, and llama.cpp skips them in a normal run.
     blocks = source.get(f"{found}.block_count")
     extra = source.get(f"{found}.nextn_predict_layers") or 0
     if not isinstance(blocks, int) or not isinstance(extra, int) or blocks - extra != config.num_hidden_layers:
         raise ModelError(f"{where}: has {blocks} layers, the model that was edited {config.num_hidden_layers}")
     # without it llama.cpp takes softmax in silence
     gating = source.metadata.get(f"{found}.expert_gating_func", Value(4, 0)).value
-    if layout.architecture == "deepseek2" and job.anatomy.spec.score == "sigmoid" and gating != 2:
+    if layout.is_softmax_by_default and job.anatomy.spec.score == "sigmoid" and gating != 2:
         raise ModelError(
             f"{where}: does not say that its routers are sigmoid ones, and llama.cpp would run them as softmax; "
             "convert the model again, with scoring_func in its config.json"
@@ -184,8 +190,10 @@ def _check_tensors(source: Gguf, made: Mapping[str, Made], layout: Layout) -> No
         info = source.tensors.get(name)
         if info is None:
             raise ModelError(f"{where}: no tensor {name}; give a GGUF of the model that was edited")
+        # Some converters write MLA's heads below each other in a matrix, which are the same bytes.
         if prod(info.shape) != prod(one.shape) or info.shape[-1] != one.shape[-1]:
             raise ModelError(f"{where}: tensor {name} is {info.shape}, of the model that was edited {one.shape}")
+    # A tensor that nothing accounts for may be a scale of another one, or a fused form that is not known here.
     for name in sorted(source.tensors.keys() - made.keys() - set(_ELSEWHERE)):
         if not _is_extra_layer(name, n_layers):
             raise ModelError(f"{where}: tensor {name} is none of the model that was edited; give a GGUF of it")
@@ -214,6 +222,7 @@ def _route(source: Gguf, checkpoint: Checkpoint, made: Mapping[str, Made]) -> Ro
     if one is None:
         return _straight
     info, first_NK = source.tensors[one.name], next(checkpoint.parts(one))
+    # Reversed, so that the shortest way is kept where several give the same bytes.
     made_by = {_encoded(first_NK, info, route): route for route in reversed(routes)}
     return made_by.get(raw_bytes(info, 0, len(next(iter(made_by)))), _straight)
 
@@ -252,6 +261,7 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
             exact = False
             ours += _error(wanted, info, base_NK)
             theirs += _error(found, info, base_NK)
+    # Where a value has a float of its own no matrix has a say, so that a gate is always the base's or not.
     with_imatrix = any(key.startswith(_IMATRIX) for key in source.metadata) and not info.kind.is_plain
     if not exact and (not with_imatrix or not theirs <= _ERROR_ALLOWED * ours):  # also when it is NaN
         raise ModelError(
@@ -263,17 +273,3 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
 
 def _error(raw: bytes, info: TensorInfo, base_NK: Tensor) -> float:
     return float((dequantized(raw, info.kind, base_NK.shape[1]) - base_NK).double().square().sum())
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file inside the kernel, or through memory where it cannot."""
-    with source.open("rb") as a, target.open("xb") as b:
-        left = os.fstat(a.fileno()).st_size
-        while left:
-            try:
-                moved = os.copy_file_range(a.fileno(), b.fileno(), min(left, 2**30))
-            except OSError:
-                moved = os.sendfile(b.fileno(), a.fileno(), None, min(left, 2**30))  # pyright: ignore
-            if moved == 0:
-                raise ModelError(f"{source}: was cut short while it was copied; nothing was written")
-            left -= moved

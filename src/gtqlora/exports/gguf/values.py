@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from gtqlora.edits.merging import Edit, merged
-from gtqlora.errors import ModelError
-from gtqlora.exports.gguf.layout import Made, Part, as_is
+from gtqlora.edits.merging import Edit
+from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.job import Job
 from gtqlora.families.files import weight_files, weight_map
 from gtqlora.families.headers import Header, opened, read_headers
+from gtqlora.families.llama_cpp import Made, Part, as_is
+from gtqlora.families.patching import blocks
 
-Change = Callable[[Tensor, Edit], Tensor]
-"""(tensor on disk, its edit) -> the edited tensor: `merging.merged`, or `unrounded`."""
+Change = Callable[[Tensor, Edit, slice], Tensor]
+"""(rows or columns of a tensor on disk, its edit, which they are) -> these edited: `rounded` or `unrounded`."""
+
+
+class Stored(Protocol):
+    """A tensor in a safetensors file, of which a part is read."""
+
+    def __getitem__(self, index: slice | int) -> Tensor:
+        """Return the rows, or one matrix of a stack."""
+        ...
+
+
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -64,24 +77,51 @@ class Checkpoint:
         return found.pop() if len(found) == 1 else "F32"
 
     def parts(self, one: Made, change: Change | None = None) -> Iterator[Tensor]:
-        """Yield a tensor's fp32 rows [N, K], part after part, the edited ones changed by this."""
-        for part in one.parts:
-            tensor, edit = self._read(part), self.job.edits.get(part.disk)
-            changed = tensor if change is None or edit is None else change(tensor, edit)
-            yield part.take(changed.float()).reshape(-1, one.shape[-1])
+        """Yield a tensor's fp32 rows [N, K], a few after the other, the edited ones changed by this.
 
-    def _read(self, part: Part) -> Tensor:
-        with opened(self.folder / self.headers[part.disk].file) as file:
-            return file.get_tensor(part.disk) if part.expert is None else file.get_slice(part.disk)[part.expert]
+        Raises:
+            RunError: a changed value is not finite.
+        """
+        for part in one.parts:
+            with opened(self.folder / self.headers[part.disk].file) as file:
+                for values in self._changed(part, file.get_slice(part.disk), change):
+                    if change is not None and not bool(values.isfinite().all()):
+                        raise RunError(f"tensor {part.disk} would hold NaN or infinity with the edit")
+                    yield part.take(values).reshape(-1, one.shape[-1])
+
+    def _changed(self, part: Part, stored: Stored, change: Change | None) -> Iterator[Tensor]:
+        """Yield a part's values in fp32: rows of it where these are what is taken, in the blocks of a merge."""
+        shape, edit = self.headers[part.disk].shape, self.job.edits.get(part.disk)
+        if part.expert is None and part.take is as_is and len(shape) == 2 and not (edit and edit.by_columns):
+            # In just these blocks: the rounding of a product hangs on its shape, and `verify` judged these.
+            for block in blocks(shape, by_columns=False):
+                rows = stored[block.rows]
+                yield (rows if change is None or edit is None else change(rows, edit, block.part)).float()
+            return
+        whole = stored[:] if part.expert is None else stored[part.expert]
+        yield (whole if change is None or edit is None else _in_blocks(whole, edit, change)).float()
 
     def gate_values_changed(self) -> int:
         """Return how many values of the routers' weights a merge changes."""
-        gates = (
-            (self._read(Part(name, as_is)), self.job.edits[name]) for name in self.job.gates & self.job.edits.keys()
-        )
-        return sum(int((merged(gate, edit) != gate).sum()) for gate, edit in gates)
+        gates = [Made(name, self.headers[name].shape, (Part(name, as_is),)) for name in self.job.gates]
+        edited = (gate for gate in gates if gate.name in self.job.edits)
+        pairs = (zip(self.parts(gate), self.parts(gate, rounded), strict=True) for gate in edited)
+        return sum(int((before != after).sum()) for each in pairs for before, after in each)
 
 
-def unrounded(tensor: Tensor, edit: Edit) -> Tensor:
-    """Return the edited tensor in fp32, before it is rounded to its dtype on disk."""
-    return edit(tensor.float())
+def unrounded(weight: Tensor, edit: Edit, part: slice) -> Tensor:
+    """Return edited values in fp32."""
+    return edit(weight.float(), part)
+
+
+def rounded(weight: Tensor, edit: Edit, part: slice) -> Tensor:
+    """Return edited values in the dtype that they have on disk: as a merge writes them."""
+    return edit(weight.float(), part).to(weight.dtype)
+
+
+def _in_blocks(weight: Tensor, edit: Edit, change: Change) -> Tensor:
+    edit.check(tuple(weight.shape))
+    found = torch.empty(weight.shape)
+    for block in blocks(tuple(weight.shape), by_columns=edit.by_columns):
+        found[block.rows, block.columns] = change(weight[block.rows, block.columns], edit, block.part).float()
+    return found
