@@ -16,8 +16,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -113,20 +112,6 @@ def distilled(both: Checkpoints, tuned: Path, rows: contrasts.Contrast) -> Schem
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Approximate:
-    """A variant in memory, whatever its scheme."""
-
-    edits: Mapping[str, Edit]
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        return tuple(self.edits)
-
-    def edit(self, name: str) -> Edit | None:
-        return self.edits.get(name)
-
-
 def part(both: Checkpoints, change: Change) -> str:
     """Return what kind of matrix it is."""
     path = both.names.places[change.name].name
@@ -152,7 +137,7 @@ def measured(both: Checkpoints, base: Path, scheme: Scheme, asked: Callable[[Sub
         missed[kind] += float((delta - found).square().sum())
         held[0], held[1] = held[0] + nbytes, held[1] + 2 * delta.numel()
     subject = open_subject(str(base))
-    place(subject, both.names, both.base, Approximate(edits))  # type: ignore[arg-type]
+    place(subject, both.names, both.base, edits)
     return {
         "energy_lost": sum(missed.values()) / sum(energy.values()),
         "energy_lost_by_part": {kind: missed[kind] / energy[kind] for kind in energy},

@@ -253,7 +253,7 @@ def steps(device: str, context: int, rounds: int) -> dict[str, Any]:
                 out = layer(out)
 
         ways[name] = graphed(run)
-        kept.append(dict(batch._kernel_groups))
+        kept.append((layers, dict(batch._kernel_groups)))
 
     for kind in ("base", "one-bit", "LoRA", "half and half"):
         batch = Batch(torch.device(device), VARIANTS + 1)

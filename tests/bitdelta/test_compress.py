@@ -19,6 +19,7 @@ from gtqlora.bitdelta.container import read_variant
 from gtqlora.bitdelta.placing import place
 from gtqlora.capture import open_subject
 from gtqlora.config import VerifyConfig
+from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
@@ -29,18 +30,20 @@ from gtqlora.run import sha256_file
 from tests import helpers, models
 
 SHARD = "100KB"
+OTHER_TOWERS = ("vision_tower.", "mm_projector.", "model.visual.", "mtp.")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def fine_tune(base: Path, out: Path, size: float = 1e-2) -> Path:
     """A fine-tune of a base: every tensor changed a little, by values of full rank."""
     draw = torch.Generator().manual_seed(1)
 
-    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name.startswith(("vision_tower.", "mm_projector.", "model.visual.", "mtp.")):
-            return tensor
-        return (tensor + size * torch.randn(tensor.shape, generator=draw).to(tensor)).to(tensor.dtype)
-
-    copy_changed(str(base), out, change)
+    values = {name: tensor for name, tensor in tensors_of(base).items() if not name.startswith(OTHER_TOWERS)}
+    noise = {name: size * torch.randn(tensor.shape, generator=draw) for name, tensor in values.items()}
+    copy_changed(str(base), out, {name: Whole(tensor.float() + noise[name]) for name, tensor in values.items()})
     return out
 
 
@@ -66,11 +69,6 @@ def compressed(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 CASES = [(family, torch.float32) for family in (*models.CORE, "glm4_moe", "qwen3_next", "qwen3_5_moe")]
 CASES += [("deepseek_v3", torch.bfloat16)]
-OTHER_TOWERS = ("vision_tower.", "mm_projector.", "model.visual.", "mtp.")
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -79,13 +77,13 @@ def test_what_was_judged_is_what_apply_writes(
 ) -> None:
     base, tuned, delta = compressed(family, dtype)
     variant, both, judged = read_variant(delta), checkpoints(str(base), str(tuned)), open_subject(str(base))
-    place(judged, both.names, both.base, variant)
+    place(judged, both.names, both.base, variant.edits)
     result = apply(str(base), delta, tmp_path / "out")
     written = open_subject(str(tmp_path / "out"))
     assert helpers.same(judged.model.state_dict(), written.model.state_dict())
     assert torch.equal(helpers.logits(judged.model), helpers.logits(written.model))
     old, new, wanted = tensors_of(base), tensors_of(tmp_path / "out"), tensors_of(tuned)
-    assert result.tensors_changed == len(variant.changed) == sum(not torch.equal(old[n], new[n]) for n in old)
+    assert result.tensors_changed == len(variant.edits) == sum(not torch.equal(old[n], new[n]) for n in old)
     assert all(torch.equal(new[name], wanted[name]) for name in old.keys() - variant.bits.keys())
     # Gaussian noise has no structure: one bit with the best scale keeps 2 / pi of its energy
     for name in variant.bits:

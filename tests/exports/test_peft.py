@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ from gtqlora.exports.peft import WEIGHTS
 from gtqlora.exports.plain import plain_model
 from gtqlora.families import FAMILIES, Anatomy
 from gtqlora.families.coverage import covered, in_layer
+from gtqlora.judging.judge import judge_of
 from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.export import read_export
+from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
+from gtqlora.scoring import Runner
 from gtqlora.stages.verify import verify
 from tests import helpers, models
+from tests.families.test_packed import packed
 from tests.helpers import exported
 from tests.stages.test_export import source, tensors_of
 
@@ -61,10 +66,33 @@ for case in json.loads(sys.argv[1]):
 """
 
 
-def written(run: Path, out: Path, **settings: Any) -> Written:
+Make = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def job(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """(model, target) -> what is to be written of an edit of that model.
+
+    What is written depends on nothing of a certificate but the adapter and the model, so one verified run lends its
+    certificate to the edits of all.
+    """
+    root, made = tmp_path_factory.mktemp("trained"), dict[Path, Path]()
+    with Run(verified(source(toy, "qwen3_moe"))) as run:
+        passed = certify(run, helpers.JUDGE)
+
+    def of(model: Path, target: str = "peft", **opened: Any) -> Job:
+        if model not in made:
+            made[model] = root / model.name
+            helpers.trained(toy.train_config(model, **opened), made[model])
+        lent = {"verdict": replace(passed.verdict, model=str(model)), "config": toy.verify_config(model, **opened)}
+        adapter = read_adapter(made[model] / "adapter")
+        return Job.of(replace(passed, adapter=adapter, **lent), ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
+
+    return of
+
+
+def written(job: Job, out: Path) -> Written:
     """What `export` writes, before it is judged."""
-    with Run(run) as held:
-        job = Job.of(certify(held, helpers.JUDGE), ExportConfig(to="peft", **settings))
     out.mkdir()
     return peft.write(job, out)
 
@@ -74,14 +102,19 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family, the PEFT folder of a verified edit; all are loaded once, in one fresh process."""
+def folders(
+    toy: helpers.Toy, verified: Verified, job: Make, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """By family, the PEFT folder of an edit; all are loaded once, in one fresh process."""
     root = tmp_path_factory.mktemp("peft")
     save_file({"ids": models.some_tokens()}, root / "ids")
     cases = []
     for family in RUN_HERE:
-        run = verified(source(toy, family))
-        exported(run, root / family, to="peft") if family in JUDGED else written(run, root / family)
+        model = source(toy, family)
+        if family in JUDGED:
+            exported(verified(model), root / family, to="peft")
+        else:
+            written(job(model), root / family)
         paths = {"model": source(toy, family), "adapter": root / family}
         paths |= {"logits": root / f"{family}.logits", "said": root / f"{family}.said"}
         cases.append({name: str(path) for name, path in paths.items()})
@@ -92,10 +125,10 @@ def folders(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize("family", RUN_HERE)
 def test_plain_peft_computes_the_edit(
-    toy: helpers.Toy, verified: Verified, folders: dict[str, Path], family: str
+    toy: helpers.Toy, verified: Verified, job: Make, folders: dict[str, Path], family: str
 ) -> None:
     model, out = source(toy, family), folders[family]
-    adapter = read_adapter(verified(model) / "adapter")
+    adapter = read_adapter(verified(model) / "adapter") if family in JUDGED else job(model).certificate.adapter
     ours = helpers.logits(Edited(open_subject(str(model)), adapter).subject.model)
     theirs = load_file(f"{out}.logits")["logits"]
     base = helpers.logits(open_subject(str(model)).model)
@@ -212,10 +245,10 @@ def test_the_record_says_in_which_form_it_was_judged(folders: dict[str, Path]) -
     assert record.files.keys() >= {"adapter_config.json", WEIGHTS}
 
 
-def test_a_checkpoint_in_16_bits(toy: helpers.Toy, verified: Verified, tmp_path: Path) -> None:
+def test_a_checkpoint_in_16_bits(toy: helpers.Toy, job: Make, tmp_path: Path) -> None:
     """Routers are in its dtype, or plain transformers could not multiply by them; LoRA stays as it was trained."""
     model = source(toy, "qwen3_moe", torch.bfloat16)
-    kept = written(verified(model), tmp_path / "out").kept
+    kept = written(job(model), tmp_path / "out").kept
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert {t.dtype for name, t in tensors.items() if "lora_" in name} == {torch.float32}
     assert {t.dtype for name, t in tensors.items() if "lora_" not in name} == {torch.bfloat16}
@@ -225,18 +258,50 @@ def test_a_checkpoint_in_16_bits(toy: helpers.Toy, verified: Verified, tmp_path:
     assert len(shares) == 2 and all(0.5 < share < 1 for share in shares)
 
 
+# --- the form that is judged -----------------------------------------------------------------------------------------
+
+
+def test_the_form_is_base_and_adapter_in_plain_peft(toy: helpers.Toy, verified: Verified, tmp_path: Path) -> None:
+    """In fp32 they say what `verify` recorded of the base and of the merged weights."""
+    with Run(verified(source(toy, "qwen3_moe"))) as run:
+        passed = certify(run, helpers.JUDGE)
+    kinds = ("harmful", "lookalike", "benign")
+    rows = [outcome for kind in kinds for outcome in of_kind(passed.outcomes, kind)[:4]]
+    for target in ("peft", "vllm"):
+        config = ExportConfig(to="peft", target=target)  # type: ignore[arg-type]
+        form = written(Job.of(passed, config), tmp_path / target).form
+        assert form is not None
+        before, after = form.said(rows, edited=False), form.said(rows, edited=True)
+        for row, was, now in zip(rows, before, after, strict=True):
+            assert (was.text, now.text) == (row.text_before, row.text_after)
+            for said, recorded in ((was, row.rejected_log_prob_before), (now, row.rejected_log_prob_after)):
+                assert said.rejected_log_prob == (None if recorded is None else pytest.approx(recorded, abs=1e-3))
+        assert any(was.rejected_log_prob != now.rejected_log_prob for was, now in zip(before, after, strict=True))
+
+
+def test_experts_in_4_bits_are_run_by_us(toy: helpers.Toy, job: Make, tmp_path: Path) -> None:
+    """Plain transformers has nothing that reads them; the adapter on them is PEFT's all the same."""
+    model = packed(tmp_path / "model", "deepseek_v3", seed=1)
+    made = job(model, expert_format="native")
+    form, rows = written(made, tmp_path / "out").form, made.certificate.outcomes[:4]
+    assert form is not None
+    edited = Edited(open_subject(made.certificate.config), made.certificate.adapter)
+    runner = Runner.of(edited.subject, judge_of(helpers.JUDGE), made.certificate.config)
+    assert [said.text for said in form.said(rows, edited=True)] == [a.text for a in runner.answers(rows, label=None)]
+    with edited.original():
+        before = [answer.text for answer in runner.answers(rows, label=None)]
+    assert [said.text for said in form.said(rows, edited=False)] == before
+
+
 # --- servers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen3_5_moe", "qwen2_moe", "olmoe", "qwen3_next"])
-def test_vllm_gets_routers_as_lora_of_exact_rank(
-    toy: helpers.Toy, verified: Verified, tmp_path: Path, family: str
-) -> None:
+def test_vllm_gets_routers_as_lora_of_exact_rank(toy: helpers.Toy, job: Make, tmp_path: Path, family: str) -> None:
     model, out = source(toy, family), tmp_path / "out"
-    notes = " ".join(written(verified(model), out, target="vllm").notes)
+    notes = " ".join(written(job(model, "vllm"), out).notes)
     config, tensors, on_disk = adapter_config(out), load_file(out / WEIGHTS), tensors_of(model)
-    with Run(verified(model)) as run:
-        edits = dict(Job.of(certify(run, helpers.JUDGE), ExportConfig()).edits)
+    edits = dict(job(model).edits)
     scale = config["lora_alpha"] / config["r"]
     for name in {name.rpartition(".lora_")[0] for name in tensors}:
         weight = f"{name.removeprefix('base_model.model.')}.weight"
@@ -249,7 +314,7 @@ def test_vllm_gets_routers_as_lora_of_exact_rank(
     assert config.get("modules_to_save") is None and config.get("target_parameters") is None
     assert "gate" in config["target_modules"] and not [name for name in config["target_modules"] if "." in name]
     assert set(config["rank_pattern"].values()) == {8}
-    assert not edits and "vLLM needs --max-lora-rank 8:" in notes
+    assert not edits and "vLLM needs --max-lora-rank 8," in notes
 
 
 def test_what_vllm_never_applies_is_refused(toy: helpers.Toy, verified: Verified, tmp_path: Path) -> None:
@@ -282,17 +347,17 @@ def test_an_edit_trained_for_sglang(toy: helpers.Toy, tmp_path: Path) -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_projection_is_no_adapter(toy: helpers.Toy, verified: Verified, tmp_path: Path) -> None:
-    run = verified(source(toy, "qwen3_moe"), PROJECTION)
+def test_a_projection_is_no_adapter(toy: helpers.Toy, job: Make, tmp_path: Path) -> None:
+    found = job(source(toy, "qwen3_moe"))
+    info = replace(found.certificate.adapter.info, kind=PROJECTION)
+    adapter = replace(found.certificate.adapter, info=info)
     with pytest.raises(RunError, match="projection changes the embedding and every routed expert"):
-        exported(run, tmp_path / "out", to="peft")
+        written(replace(found, certificate=replace(found.certificate, adapter=adapter)), tmp_path / "out")
 
 
-def test_a_model_that_plain_transformers_does_not_open_alone(
-    toy: helpers.Toy, verified: Verified, tmp_path: Path
-) -> None:
+def test_a_model_that_plain_transformers_does_not_open_alone(toy: helpers.Toy, job: Make, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no class for the language model alone.*export it merged$"):
-        exported(verified(source(toy, "kimi_k25")), tmp_path / "out", to="peft")
+        written(job(source(toy, "kimi_k25")), tmp_path / "out")
 
 
 def test_another_program_than_the_known_ones() -> None:

@@ -68,12 +68,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [0, 2**20])
 def test_blocks_on_disk_are_those_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, at_once: int
 ) -> None:
     """Rows, columns and stacks of matrices cut into many blocks: the file is what is judged, and what was meant."""
     monkeypatch.setattr(patching, "_BLOCK", 200)
     monkeypatch.setattr(patching, "_STEP", 4)
+    monkeypatch.setattr(patching, "_MATRIX", at_once)
     weight, change, wanted = CHANGES[name]
     weight = weight.to(dtype)
     assert len(list(patching.blocks(tuple(weight.shape), by_columns=change.by_columns))) > 6

@@ -230,7 +230,7 @@ def _asked(
     """Ask the base and the variant what the fine-tune was asked before."""
     subject = open_subject(replace(config, model=both.base.model))
     original = said(Runner.of(subject, judge, config), rows, "the base")
-    place(subject, both.names, both.base, tensors)
+    place(subject, both.names, both.base, tensors.edits)
     subject.model.generation_config = own.generation
     variant = replace(subject, tokenizer=own.tokenizer)
     after = said(Runner.of(variant, judge, config), rows, "the variant")

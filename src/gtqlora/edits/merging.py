@@ -54,7 +54,7 @@ class Whole:
 
     def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
         """Return these rows of the other tensor."""
-        return self.value[part].float()
+        return self.value.reshape(-1, self.value.shape[-1])[part].float()
 
 
 @dataclass(frozen=True)

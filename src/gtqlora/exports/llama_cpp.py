@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts.template import encode_answers, rendered, tokens
 from gtqlora.exports.job import Job, Said
-from gtqlora.exports.llama_server import Reply, Request, serving
+from gtqlora.exports.llama_server import Reply, Request, Scale, Server, serving
 from gtqlora.families import load_config, load_tokenizer
 from gtqlora.families.files import GENERATION, has, small_files
 from gtqlora.results.verdict import Outcome
@@ -38,9 +38,19 @@ def logprobs(
     Raises:
         RunError: as `serving`.
     """
+    adapters = [] if adapter is None else [adapter]
+    with serving(model, adapters=adapters, context=max(map(len, token_lists)) + 1) as server:
+        return distributions(server, token_lists)
+
+
+def distributions(
+    server: Server, token_lists: Sequence[Sequence[int]], scales: Sequence[float] = ()
+) -> list[NDArray[np.float64]]:
+    """Return log-probabilities_TV as `logprobs`, with these scales of the server's adapters."""
+    lora: list[Scale] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     prefixes = [list(ids[:end]) for ids in token_lists for end in range(1, len(ids) + 1)]
-    with serving(model, adapter=adapter, context=max(map(len, prefixes)) + 1) as server:
-        replies = iter(server.complete([{"prompt": ids, "n_predict": 1, "n_probs": _EVERY} for ids in prefixes]))
+    asked: list[Request] = [{"prompt": ids, "n_predict": 1, "n_probs": _EVERY} for ids in prefixes]
+    replies = iter(server.complete([{**request, "lora": lora} for request in asked] if lora else asked))
     return [np.stack([_row(next(replies)) for _ in ids]) for ids in token_lists]
 
 
@@ -102,8 +112,8 @@ class LlamaCpp:
         harmful = [row for row in rows if row.kind == "harmful"]
         forced = [self._forced(row) for row in harmful]
         context = max(len(request["prompt"]) + request["n_predict"] for request in [*asked, *forced]) + 1
-        model, adapter = self._files(edited)
-        with serving(model, adapter=adapter, context=context) as server:
+        model, adapters = self._files(edited)
+        with serving(model, adapters=adapters, context=context) as server:
             when = "after" if edited else "before"
             answers = server.complete(asked, f"{when}, in llama.cpp")
             ready = map(_total, server.complete(forced, f"readiness to answer {when}, in llama.cpp"))
@@ -133,10 +143,10 @@ class LlamaCpp:
         same = [tokens(self._tokenizer, text) == ids for text, ids in zip(texts, found, strict=True)]
         return sum(same) / len(same)
 
-    def _files(self, edited: bool) -> tuple[Path, Path | None]:
+    def _files(self, edited: bool) -> tuple[Path, list[Path]]:
         if not edited:
-            return self.base, None
-        return (self.base, self.adapter) if self.edited is None else (self.edited, None)
+            return self.base, []
+        return (self.base if self.edited is None else self.edited), [] if self.adapter is None else [self.adapter]
 
     def _forced(self, row: Outcome) -> Request:
         """Return the request that makes llama.cpp say the row's `rejected`, and tell how likely it was."""

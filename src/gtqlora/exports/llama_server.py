@@ -42,23 +42,32 @@ class Settings(TypedDict):
     """What the worker is started with: paths, the key that clients must show, and how much runs at once."""
 
     model: str
-    adapter: str | None
+    adapters: list[str]
     key: str
     slots: int
     context: int
     threads: int
 
 
+class Scale(TypedDict):
+    """An adapter, by its number from 0, and how much of it is added."""
+
+    id: int
+    scale: float
+
+
 class Request(TypedDict):
     """A prompt in tokens, and how it is to be completed.
 
-    `n_probs` is of how many tokens the log-probability is wanted beside the chosen one's; `grammar` forces tokens.
+    `n_probs` is of how many tokens the log-probability is wanted beside the chosen one's; `grammar` forces tokens;
+    `lora` gives each adapter, by its number, a scale for this request, which is 1 otherwise.
     """
 
     prompt: list[int]
     n_predict: int
     n_probs: NotRequired[int]
     grammar: NotRequired[str]
+    lora: NotRequired[list[Scale]]
 
 
 class Candidate(TypedDict):
@@ -111,7 +120,7 @@ def require_llama_cpp() -> None:
 
 
 class Server:
-    """One GGUF, maybe with an adapter, loaded by llama.cpp; `serving` makes one.
+    """One GGUF, maybe with adapters, loaded by llama.cpp; `serving` makes one.
 
     Args:
         model: the file, or the first one of a split GGUF.
@@ -186,7 +195,7 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *, adapter: Path | None = None, context: int) -> Iterator[Server]:
+def serving(model: Path, *, adapters: Sequence[Path] = (), context: int) -> Iterator[Server]:
     """Load a GGUF in llama.cpp for the time of a `with` block.
 
     Args:
@@ -199,7 +208,7 @@ def serving(model: Path, *, adapter: Path | None = None, context: int) -> Iterat
     key = secrets.token_hex()
     settings: Settings = {
         "model": str(model.absolute()),
-        "adapter": None if adapter is None else str(adapter.absolute()),
+        "adapters": [str(adapter.absolute()) for adapter in adapters],
         "key": key,
         "slots": _SLOTS,
         "context": context,

@@ -35,8 +35,7 @@ def parameters(xllamacpp: ModuleType, settings: Settings) -> object:
     found.cache_ram_mib = 0
     found.timeout_read = found.timeout_write = _SECONDS
     found.verbosity = _ERRORS
-    if settings["adapter"] is not None:
-        found.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 1.0)]
+    found.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0) for adapter in settings["adapters"]]
     return found
 
 

@@ -90,13 +90,14 @@ def write(job: Job, staged: Path) -> Written:
     target = job.config.target
     assert target is not None, "the settings say which program it is for"
     _check(job, target)
-    gates = _gates(job)
+    identity, gates = identify(job.model), _gates(job)
     adapter = _MAKERS[target](job, gates)
     adapter.write(staged)
+    identity.check_unchanged()
     return Written(
         changed=sorted(job.edits),
         gate_values_changed=sum(int((gate.before_ED != gate.after_ED.float()).sum()) for gate in gates),
-        digest=identify(job.model).digest,
+        digest=identity.digest,
         kept=dict.fromkeys(job.edits, 1.0) | ({} if target == "vllm" else _kept(job, gates)),
         form=PlainForm(job.certificate, lambda: nullcontext(staged) if target == "peft" else _in_peft(job, gates)),
         notes=adapter.notes,
@@ -185,8 +186,8 @@ def _for_vllm(job: Job, gates: Sequence[Gate]) -> Adapter:
 
 def _for_sglang(job: Job, gates: Sequence[Gate]) -> Adapter:
     assert not gates
-    tensors, fused = _factors(job, _on_disk(job)), _UNFUSED if job.anatomy.shared else ""
-    return Adapter(_settings(job, _last_words(tensors)), tensors, (_IN_SGLANG.format(more=fused), _UNTRIED))
+    tensors, notes = _factors(job, _on_disk(job)), (_IN_SGLANG, _UNTRIED) if job.anatomy.shared else (_UNTRIED,)
+    return Adapter(_settings(job, _last_words(tensors)), tensors, notes)
 
 
 _MAKERS: dict[Loader, Callable[[Job, Sequence[Gate]], Adapter]] = {
@@ -196,15 +197,14 @@ _MAKERS: dict[Loader, Callable[[Job, Sequence[Gate]], Adapter]] = {
 }
 
 _IN_PEFT = (
-    "Load the base with AutoModelForCausalLM.from_pretrained and this folder on it with PeftModel.from_pretrained; "
-    "it needs PEFT 0.21 and transformers 5, which know `target_parameters`."
+    "It is loaded on the base as AutoModelForCausalLM opens it; shared experts are in `target_parameters`, which needs "
+    "PEFT 0.21 and transformers 5."
 )
 _IN_VLLM = (
-    "vLLM needs --max-lora-rank {rank}: `vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules "
-    "edit=FOLDER`. A changed router is LoRA of full rank, and vLLM rounds adapters to the model's dtype."
+    "vLLM needs --max-lora-rank {rank}, as a changed router is LoRA of full rank; it rounds adapters to the model's "
+    "dtype."
 )
-_IN_SGLANG = "SGLang: `python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths edit=FOLDER{more}`."
-_UNFUSED = " --disable-shared-experts-fusion"
+_IN_SGLANG = "SGLang needs --disable-shared-experts-fusion: shared experts that it fuses with others take no adapter."
 _UNTRIED = (
     "The program's conventions were read in its source and not run: the floor was judged on the same edit in plain "
     "PEFT. Ask it something that only the edit answers before you rely on it."

@@ -72,30 +72,32 @@ _EVERYTHING = ("",)
 _MLA = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa")
 _KV_B = "self_attn.kv_b_proj"
 
-_LLAMA_CPP = "llama.cpp b10605, src/models/{}.cpp and src/llama-graph.cpp"
+
+def _llama_cpp(architecture: str, file: str | None = None, **more: tuple[str, ...]) -> _Part:
+    source = f"llama.cpp b10605, src/models/{file or architecture}.cpp and src/llama-graph.cpp"
+    return _Part(source, architecture=architecture, tested=True, **more)
+
+
 # `build_lora_mm` adds an adapter's product, and a bare `ggml_mul_mat` does not: the latter is what MLA is made of.
-_DEEPSEEK2 = _Part(_LLAMA_CPP.format("deepseek2"), but=(*_MLA, _KV_B), architecture="deepseek2", tested=True)
+_DEEPSEEK2 = _llama_cpp("deepseek2", but=(*_MLA, _KV_B))
 _IN_LLAMA_CPP = {
     "deepseek_v3": _DEEPSEEK2,
     "kimi_k25": _DEEPSEEK2,
     "glm4_moe_lite": _DEEPSEEK2,
-    "glm4_moe": _Part(_LLAMA_CPP.format("glm4-moe"), architecture="glm4moe"),
-    "qwen2_moe": _Part(_LLAMA_CPP.format("qwen2moe"), architecture="qwen2moe"),
-    "qwen3_moe": _Part(_LLAMA_CPP.format("qwen3moe"), tested=True, architecture="qwen3moe"),
-    "qwen3_next": _Part(
-        _LLAMA_CPP.format("qwen3next"), architecture="qwen3next", rearranged=("linear_attn.in_proj_qkvz",)
-    ),
-    # With as many value heads as key heads nothing is put into another order.
-    "qwen3_5_moe": _Part(_LLAMA_CPP.format("qwen35moe"), architecture="qwen35moe", rearranged=("linear_attn.",)),
-    # Mixtral is `llama` there, whose rotary embedding takes the halves of a head's rows in turn.
-    "mixtral": _Part(
-        _LLAMA_CPP.format("llama"), architecture="llama", rearranged=("self_attn.q_proj", "self_attn.k_proj")
-    ),
-    "olmoe": _Part(_LLAMA_CPP.format("olmoe"), architecture="olmoe"),
+    "glm4_moe": _llama_cpp("glm4moe", "glm4-moe"),
+    "qwen2_moe": _llama_cpp("qwen2moe"),
+    "qwen3_moe": _llama_cpp("qwen3moe"),
+    # Queries, keys, values and gates of linear attention lie head by head in the checkpoint, and kind by kind there.
+    "qwen3_next": _llama_cpp("qwen3next", rearranged=("linear_attn.in_proj_qkvz",)),
+    # Heads of values lie by their head of keys in the checkpoint, and in turn there.
+    "qwen3_5_moe": _llama_cpp("qwen35moe", rearranged=("linear_attn.",)),
+    # Its rotary embedding turns neighbouring rows of a head, and not one half against the other.
+    "mixtral": _llama_cpp("llama", rearranged=("self_attn.q_proj", "self_attn.k_proj")),
+    "olmoe": _llama_cpp("olmoe"),
 }
 
 _VLLM = "vLLM 0.33.0, vllm/lora and vllm/model_executor/models/{}.py"
-# Absorbed into attention's matrices before LoRA is known; no adapter reaches it.
+# kv_b is absorbed into attention's matrices, where no adapter reaches it (vllm#48974).
 _IN_VLLM = {
     "deepseek_v3": _Part(_VLLM.format("deepseek_v2"), but=(_KV_B,)),
     # KimiK25ForConditionalGeneration does not take adapters (no SupportsLoRA).

@@ -5,10 +5,12 @@ Shape letters: E matrices of a stack, N rows, K columns.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -17,15 +19,21 @@ from torch import Tensor
 from gtqlora.errors import ModelError, RunError
 from gtqlora.families.headers import Extent
 
-_BLOCK = 2**22
-"""Values that are changed at once: 16 MiB in fp32, and some more for what is computed from them."""
+_BLOCK = 2**20
+"""Values that are changed at once: 4 MiB in fp32, and some more for what is computed from them."""
+_MATRIX = 2**25
+"""Values of a matrix that is read and written in one piece, though it is cut between columns, which lie scattered."""
 _STEP = 128
 """Rows or columns of a block are a multiple of this, but for the last ones."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class Change(Protocol):
-    """What happens to a matrix, or to each of a stack of them, which may be cut: each part is changed by itself."""
+    """What happens to a tensor, which may be cut: each part is changed by itself.
+
+    Cut between rows, a stack of matrices [E, N, K] is one of E N rows, and a vector is one row. Cut between columns,
+    each matrix of a stack is changed alike.
+    """
 
     @property
     def by_columns(self) -> bool:
@@ -59,6 +67,11 @@ class Block:
     part: slice
 
 
+def _as_cut(shape: tuple[int, ...], change: Change) -> tuple[int, ...]:
+    """Return the shape in which a change sees a tensor, see `Change`."""
+    return shape if change.by_columns else (math.prod(shape[:-1]), *shape[-1:])
+
+
 def blocks(shape: tuple[int, ...], *, by_columns: bool) -> Iterator[Block]:
     """Yield the blocks of a tensor [N, K] or [E, N, K]; always the same ones for a shape.
 
@@ -81,9 +94,9 @@ def changed(tensor: Tensor, change: Change) -> Tensor:
         RunError: the change is for another shape.
     """
     change.check(tuple(tensor.shape))
-    out = torch.empty_like(tensor)
-    source_ENK, out_ENK = (whole.reshape(-1, *tensor.shape[-2:]) for whole in (tensor, out))
-    for block in blocks(tuple(tensor.shape), by_columns=change.by_columns):
+    out, shape = torch.empty_like(tensor, memory_format=torch.contiguous_format), _as_cut(tuple(tensor.shape), change)
+    source_ENK, out_ENK = (whole.reshape(-1, *shape[-2:]) for whole in (tensor, out))
+    for block in blocks(shape, by_columns=change.by_columns):
         place = (block.matrix, block.rows, block.columns)
         out_ENK[place] = change(source_ENK[place].float(), block.part).to(tensor.dtype)
     return out
@@ -104,10 +117,9 @@ class Tally:
 
     def add(self, before: Tensor, wanted: Tensor, written: Tensor) -> None:
         """Count a block: in the checkpoint, as it should be in fp32, and as it is written."""
-        exact = before.float()
         self.values += int((before != written).sum())
-        self.lost += float((written.float() - wanted).double().square().sum())
-        self.wanted += float((wanted - exact).double().square().sum())
+        self.lost += float((written.float() - wanted).norm()) ** 2
+        self.wanted += float((wanted - before.float()).norm()) ** 2
 
     @property
     def kept(self) -> float:
@@ -143,17 +155,33 @@ def patch(name: str, extent: Extent, change: Change, source: int, target: int, s
         RunError: a value of the changed tensor is not finite.
         OSError: the source is shorter than it was, or the target's disk is full.
     """
+    extent = dataclasses.replace(extent, shape=_as_cut(extent.shape, change))
     tally, dtype = Tally(), _DTYPES[extent.dtype]
-    for block in blocks(extent.shape, by_columns=change.by_columns):
-        before = torch.empty(_size(block), dtype=dtype)
-        _move(source, extent, extent.start, block, before, write=False)
-        wanted = change(before.float(), block.part)
-        written = wanted.to(dtype).contiguous()
-        if not bool(written.isfinite().all()):
-            raise RunError(f"tensor {name} would hold NaN or infinity with the edit; nothing was written")
-        tally.add(before, wanted, written)
-        _move(target, extent, start, block, written, write=True)
+    for piece, parts in _pieces(extent.shape, by_columns=change.by_columns):
+        values_NK = torch.empty(_size(piece), dtype=dtype)
+        _move(source, extent, extent.start, piece, values_NK, write=False)
+        for part in parts:
+            # the piece is the block itself, or a whole matrix that is cut into blocks here
+            before = values_NK[:, part] if len(parts) > 1 else values_NK
+            wanted = change(before.float(), part)
+            written = wanted.to(dtype)
+            if not bool(written.isfinite().all()):
+                raise RunError(f"tensor {name} would hold NaN or infinity with the edit; nothing was written")
+            tally.add(before, wanted, written)
+            before.copy_(written)
+        _move(target, extent, start, piece, values_NK, write=True)
     return tally
+
+
+def _pieces(shape: tuple[int, ...], *, by_columns: bool) -> Iterator[tuple[Block, list[slice]]]:
+    """Yield what of a tensor is read and written at once, and the blocks into which that is cut."""
+    *_, rows, columns = shape
+    every = blocks(shape, by_columns=by_columns)
+    if not by_columns or rows * columns > _MATRIX:
+        yield from ((block, [block.part]) for block in every)
+        return
+    for matrix, found in groupby(every, key=lambda block: block.matrix):
+        yield Block(matrix, slice(0, rows), slice(0, columns), slice(0, columns)), [block.part for block in found]
 
 
 def _size(block: Block) -> tuple[int, int]:

@@ -37,6 +37,7 @@ _WRITERS: dict[Format, str] = {
     "safetensors": "merged",
     "gguf": "gguf",
     "peft": "peft",
+    "gguf-adapter": "gguf_adapter",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 

@@ -53,8 +53,11 @@ class Patch:
     exact: bool
 
     @staticmethod
-    def of(job: Job, path: Path) -> Patch:
+    def of(job: Job, path: Path, *, rewritten: bool = True) -> Patch:
         """Return the patch for a GGUF.
+
+        Args:
+            rewritten: tensors are going to be written; otherwise only that they are the base's matters.
 
         Raises:
             ModelError: the file is malformed, or not of this base.
@@ -67,7 +70,8 @@ class Patch:
         _check_facts(source, layout, job)
         _check_tensors(source, made, layout)
         changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
-        _check_types(source, changed)
+        if rewritten:
+            _check_types(source, changed)
         # Norms and biases are F32 in every file and cheap: another revision shows there as well.
         looked_at = changed | {name: one for name, one in made.items() if len(one.shape) == 1}
         checkpoint.check(looked_at)

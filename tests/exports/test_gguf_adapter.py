@@ -1,0 +1,126 @@
+"""GGUF adapters, in llama.cpp itself: what the table of coverage says is applied is, and equals the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gtqlora.capture import open_subject
+from gtqlora.certificate import certify
+from gtqlora.config import ExportConfig
+from gtqlora.edits.merging import LowRank, Whole
+from gtqlora.exports.gguf.layout import Layout
+from gtqlora.exports.gguf.values import Checkpoint
+from gtqlora.exports.gguf.whole import Plan
+from gtqlora.exports.gguf_adapter import factors_of, of_full_rank, write_adapter
+from gtqlora.exports.job import Job
+from gtqlora.exports.llama_cpp import distributions
+from gtqlora.exports.llama_server import serving
+from gtqlora.families import bind, load_config, meta_model, tensor_names
+from gtqlora.families.coverage import covered, in_layer
+from gtqlora.run import Run
+from tests import helpers, models
+
+Verified = Callable[..., Path]
+Change = LowRank | Whole
+_LINEAR = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+PLAIN: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {},
+    "kimi_k25": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": {},
+    "mixtral": {},
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
+    "qwen2_moe": {"mlp_only_layers": [], "norm_topk_prob": False},
+    "qwen3_moe": {"mlp_only_layers": []},
+    # with narrower heads linear attention divides by so little that rounding shows
+    "qwen3_next": {"mlp_only_layers": [], **_LINEAR},
+    "qwen3_5_moe": _LINEAR,
+}
+"""Families with what llama.cpp has only one way of."""
+NEVER = ("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa")
+"""Projections of MLA that an adapter of matrices could name."""
+
+
+def job_on(model: Path, run: Path) -> Job:
+    """A job on another model than the run's, which changes nothing."""
+    with Run(run) as opened:
+        job = Job.of(certify(opened, helpers.JUDGE), ExportConfig(to="gguf-adapter"))
+    family, config = load_config(str(model))
+    skeleton = meta_model(family, config)
+    certificate = replace(job.certificate, verdict=replace(job.certificate.verdict, model=str(model)))
+    names = tensor_names(str(model), family, skeleton)
+    return replace(job, certificate=certificate, anatomy=bind(skeleton, family), names=names, edits={})
+
+
+def changes(job: Job, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Change]]:
+    """Random edits: group of tensors -> path of a matrix -> what happens to it."""
+    draw, found = torch.Generator().manual_seed(0), dict[str, dict[str, Change]]()
+    for path in job.anatomy.lora_targets:
+        rows, columns = weights[f"{path}.weight"].shape
+        a, b = (torch.randn(shape, generator=draw) for shape in ((3, columns), (rows, 3)))
+        found.setdefault(in_layer(job.anatomy.family, path), {})[path] = LowRank(a, 0.03 * b)
+    for path in job.anatomy.routers:
+        gate = weights[f"{path}.weight"]
+        edit = Whole(gate + 0.3 * torch.randn(gate.shape, generator=draw))
+        found.setdefault(job.anatomy.family.router, {})[path] = edit
+    return found
+
+
+def written(job: Job, edits: Mapping[str, Change], path: Path) -> Path:
+    """The adapter of these edits."""
+    own = replace(job, edits={job.names.whole(f"{name}.weight"): edit for name, edit in edits.items()})
+    layout, checkpoint = Layout.of(own), Checkpoint.of(own)
+    made = [one for one in layout.made.values() if one.sources & own.edits.keys()]
+    write_adapter(path, layout.architecture, {one.name: factors_of(checkpoint, one) for one in made})
+    return path
+
+
+@torch.no_grad()
+def merged_logprobs(subject: Any, edits: Mapping[str, Change], tokens: Tensor) -> NDArray[np.float64]:
+    weights = {name: subject.get_parameter(f"{name}.weight") for name in edits}
+    before = {name: weight.data for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.data = edits[name](before[name])
+    found = subject(tokens).logits[0].double().log_softmax(-1).numpy()
+    for name, weight in weights.items():
+        weight.data = before[name]
+    return found
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_each_group_alone_has_its_effect_and_equals_the_merge(
+    toy: helpers.Toy, verified: Verified, tmp_path: Path, family: str
+) -> None:
+    model = toy.model(family, **PLAIN[family])
+    job, tokens = job_on(model, verified(toy.model("qwen3_moe"))), models.some_tokens(1, shape=(1, 8))
+    subject = open_subject(str(model)).model
+    groups = changes(job, {name: p.data for name, p in subject.named_parameters()})
+    applied = covered(job.anatomy.family, "llama.cpp")
+    assert applied.gates and set(applied.lora) & set(groups)
+    asked = [group for group in groups if group in (*applied.lora, job.anatomy.family.router, *NEVER)]
+    adapters = [written(job, groups[group], tmp_path / f"{number}.gguf") for number, group in enumerate(asked)]
+    Plan.of(job).write(tmp_path / "base.gguf", None)
+    with serving(tmp_path / "base.gguf", adapters=adapters, context=9) as server:
+        base = distributions(server, tokens.tolist(), [0.0] * len(asked))[0]
+        for number, group in enumerate(asked):
+            scales = [float(number == other) for other in range(len(asked))]
+            found = distributions(server, tokens.tolist(), scales)[0]
+            wanted = merged_logprobs(subject, groups[group], tokens)
+            assert abs(wanted - base).max() > 0.01, group
+            # llama.cpp takes an adapter of MLA without a word, and never applies it
+            assert abs(found - (base if group in NEVER else wanted)).max() < 1e-4, group
+
+
+def test_more_experts_than_inputs_put_the_identity_on_the_other_side() -> None:
+    change = torch.randn(8, 3)
+    factors = of_full_rank(change)
+    assert factors.a_RI.shape == (3, 3) and torch.equal(factors.b_DR @ factors.a_RI, change)
