@@ -23,7 +23,8 @@ from gtqlora.storage.atomic import checked_path
 
 State = Literal["as recorded", "renamed", "changed", "missing", "not recorded", "free to edit"]
 _FOR_PEOPLE = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf")
-"""What may be added to a published folder: no loader reads it."""
+"""What may be added to a published folder, and `_TERMS`: no loader reads it."""
+_TERMS = ("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "CITATION.cff")
 _CHUNK = 2**24
 _LAST_MARGIN = 0.05
 """The largest share of refusals that any version let all edits of a model lose together."""
@@ -131,7 +132,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_free(name: str) -> bool:
-    return name == CARD or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
+    return name in (CARD, *_TERMS) or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
 
 
 def _matched(here: Mapping[str, Path], recorded: Mapping[str, str]) -> list[Checked]:
