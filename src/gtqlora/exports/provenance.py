@@ -207,16 +207,17 @@ def _sentence(file: Checked, record: ExportRecord) -> str:
 
 def contradictions(record: ExportRecord) -> Iterator[str]:
     """Yield what in a record cannot be so, a sentence each: a verdict that its own numbers do not bear out."""
-    yield from _floor_problems(record.floor, "floor")
+    yield from floor_problems(record.floor, "floor")
     if record.form is not None:
-        yield from _floor_problems(record.form.floor, "form.floor")
+        yield from floor_problems(record.form.floor, "form.floor")
     elif record.divergence is None:
         yield f"{FILE}: neither a verdict in the form that ships, nor a comparison with what was verified"
     if not record.floor.losses.high - 1e-9 <= record.spent <= _LAST_MARGIN + 1e-9:
         yield f"{FILE}: 'spent' is {record.spent:.4g}, which does not go with the bound of 'floor.losses'"
 
 
-def _floor_problems(floor: Floor, key: str) -> Iterator[str]:
+def floor_problems(floor: Floor, key: str) -> Iterator[str]:
+    """Yield why a recorded floor is no pass, or not by its own numbers; `key` is what the record calls it."""
     if floor.verdict != "pass":
         yield f"{FILE}: the verdict of {key!r} is {floor.verdict!r}"
     bounds = (floor.losses.high, floor.drop.high)
