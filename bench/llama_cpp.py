@@ -129,9 +129,9 @@ def weights_of(job: Job, source: Gguf) -> Iterator[tuple[str, torch.Tensor]]:
     """A GGUF's tensors under the names of the checkpoint's, dequantized."""
     import torch
 
-    from gtqlora.exports.gguf.layout import Layout, as_is
     from gtqlora.exports.gguf.reading import raw_bytes
     from gtqlora.exports.gguf.types import dequantized
+    from gtqlora.families.llama_cpp.layout import Layout, as_is
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, one in Layout.of(job).made.items():
