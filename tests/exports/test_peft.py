@@ -61,7 +61,10 @@ for case in json.loads(sys.argv[1]):
         base = AutoModelForCausalLM.from_pretrained(case["model"], dtype="auto")
         model = PeftModel.from_pretrained(base, case["adapter"]).eval()
         logits = model(load_file(sys.argv[2])["ids"]).logits
-    save_file({"logits": logits}, case["logits"])
+        base = AutoModelForCausalLM.from_pretrained(case["model"], dtype="auto")
+        base.load_adapter(case["adapter"])
+        own = base.eval()(load_file(sys.argv[2])["ids"]).logits
+    save_file({"peft": logits, "transformers": own}, case["logits"])
     Path(case["said"]).write_text(json.dumps([str(one.message) for one in caught]))
 """
 
@@ -130,18 +133,20 @@ def test_plain_peft_computes_the_edit(
     model, out = source(toy, family), folders[family]
     adapter = read_adapter(verified(model) / "adapter") if family in JUDGED else job(model).certificate.adapter
     ours = helpers.logits(Edited(open_subject(str(model)), adapter).subject.model)
-    theirs = load_file(f"{out}.logits")["logits"]
+    theirs = load_file(f"{out}.logits")
     base = helpers.logits(open_subject(str(model)).model)
     # Random Gated DeltaNet makes 2e-4 of rounding: as much as the edit with LoRA beside and merged differ in our hands
     allowed = 1e-4 if "linear_attn" in FAMILIES[family].attention_blocks else 1e-5
-    assert (theirs - ours).abs().max() < allowed < 0.1 < (ours - base).abs().max()
+    for by in ("peft", "transformers"):
+        assert (theirs[by] - ours).abs().max() < allowed < 0.1 < (ours - base).abs().max(), by
     assert [said for said in json.loads(Path(f"{out}.said").read_text()) if _ITS_OWN not in said] == []
 
 
 def test_what_is_tested_here_is_what_the_data_says() -> None:
     """But for a family that is another's language model alone."""
-    tested = {family for family in FAMILIES if covered(FAMILIES[family], "peft").tested}
-    assert tested - {"qwen3_5_moe_text"} == set(RUN_HERE)
+    for target in ("peft", "transformers"):
+        tested = {family for family in FAMILIES if covered(FAMILIES[family], target).tested}  # type: ignore[arg-type]
+        assert tested - {"qwen3_5_moe_text"} == set(RUN_HERE)
 
 
 @pytest.mark.parametrize("family", RUN_HERE)
