@@ -16,8 +16,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -113,20 +112,6 @@ def distilled(both: Checkpoints, tuned: Path, rows: contrasts.Contrast) -> Schem
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Approximate:
-    """A variant in memory, whatever its scheme."""
-
-    edits: Mapping[str, Edit]
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        return tuple(self.edits)
-
-    def edit(self, name: str) -> Edit | None:
-        return self.edits.get(name)
-
-
 def part(both: Checkpoints, change: Change) -> str:
     """Return what kind of matrix it is."""
     path = both.names.places[change.name].name
@@ -143,16 +128,17 @@ def measured(both: Checkpoints, base: Path, scheme: Scheme, asked: Callable[[Sub
     edits: dict[str, Edit] = {}
     for change in both.changes:
         if not change.one_bit:
-            edits[change.name] = Whole(change.after())
+            edits[change.name] = Whole(change.read().after)
             continue
-        delta, kind = change.delta(), part(both, change)
+        pair, kind = change.read(), part(both, change)
+        delta = pair.delta
         found, nbytes = scheme(change, delta)
-        edits[change.name] = Whole((change.before().float() + found).to(change.before().dtype))
+        edits[change.name] = Whole((pair.before.float() + found).to(pair.before.dtype))
         energy[kind] += float(delta.square().sum())
         missed[kind] += float((delta - found).square().sum())
         held[0], held[1] = held[0] + nbytes, held[1] + 2 * delta.numel()
     subject = open_subject(str(base))
-    place(subject, both.names, both.base, Approximate(edits))  # type: ignore[arg-type]
+    place(subject, both.names, both.base, edits)
     return {
         "energy_lost": sum(missed.values()) / sum(energy.values()),
         "energy_lost_by_part": {kind: missed[kind] / energy[kind] for kind in energy},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from gtqlora.bitdelta.container import read_variant
 from gtqlora.bitdelta.placing import place
 from gtqlora.capture import open_subject
 from gtqlora.config import VerifyConfig
+from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
+from gtqlora.exports import provenance
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
@@ -29,18 +32,20 @@ from gtqlora.run import sha256_file
 from tests import helpers, models
 
 SHARD = "100KB"
+OTHER_TOWERS = ("vision_tower.", "mm_projector.", "model.visual.", "mtp.")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def fine_tune(base: Path, out: Path, size: float = 1e-2) -> Path:
     """A fine-tune of a base: every tensor changed a little, by values of full rank."""
     draw = torch.Generator().manual_seed(1)
 
-    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name.startswith(("vision_tower.", "mm_projector.", "model.visual.", "mtp.")):
-            return tensor
-        return (tensor + size * torch.randn(tensor.shape, generator=draw).to(tensor)).to(tensor.dtype)
-
-    copy_changed(str(base), out, change)
+    values = {name: tensor for name, tensor in tensors_of(base).items() if not name.startswith(OTHER_TOWERS)}
+    noise = {name: size * torch.randn(tensor.shape, generator=draw) for name, tensor in values.items()}
+    copy_changed(str(base), out, {name: Whole(tensor.float() + noise[name]) for name, tensor in values.items()})
     return out
 
 
@@ -66,11 +71,6 @@ def compressed(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 CASES = [(family, torch.float32) for family in (*models.CORE, "glm4_moe", "qwen3_next", "qwen3_5_moe")]
 CASES += [("deepseek_v3", torch.bfloat16)]
-OTHER_TOWERS = ("vision_tower.", "mm_projector.", "model.visual.", "mtp.")
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -79,13 +79,13 @@ def test_what_was_judged_is_what_apply_writes(
 ) -> None:
     base, tuned, delta = compressed(family, dtype)
     variant, both, judged = read_variant(delta), checkpoints(str(base), str(tuned)), open_subject(str(base))
-    place(judged, both.names, both.base, variant)
+    place(judged, both.names, both.base, variant.edits)
     result = apply(str(base), delta, tmp_path / "out")
     written = open_subject(str(tmp_path / "out"))
     assert helpers.same(judged.model.state_dict(), written.model.state_dict())
     assert torch.equal(helpers.logits(judged.model), helpers.logits(written.model))
     old, new, wanted = tensors_of(base), tensors_of(tmp_path / "out"), tensors_of(tuned)
-    assert result.tensors_changed == len(variant.changed) == sum(not torch.equal(old[n], new[n]) for n in old)
+    assert result.tensors_changed == len(variant.edits) == sum(not torch.equal(old[n], new[n]) for n in old)
     assert all(torch.equal(new[name], wanted[name]) for name in old.keys() - variant.bits.keys())
     # Gaussian noise has no structure: one bit with the best scale keeps 2 / pi of its energy
     for name in variant.bits:
@@ -119,6 +119,7 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
     assert export.gate_values_changed > 0 and ancestry(str(out)).spent == record.spent > 0
     assert "**pass**" in (out / "README.md").read_text() and "**pass**" in (delta / "README.md").read_text()
     assert export.files == {name: sha256_file(out / name) for name in export.files}
+    assert provenance.check(out).certified
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -198,6 +199,10 @@ def test_settings_under_which_nothing_ships_is_judged(toy: helpers.Toy, tmp_path
     refused(base, base, toy, tmp_path, "checkpoint's own type", dtype="bfloat16", error=ConfigError)
     (tmp_path / "out").mkdir()
     refused(base, base, toy, tmp_path, "exists already", error=RunError)
+    tuned = fine_tune(base, tmp_path / "tuned")
+    for folder in (base, tuned):
+        with pytest.raises(RunError, match="choose another place"):
+            compress(str(base), folder / "out", settings(tuned, toy))
 
 
 # --- the floor -------------------------------------------------------------------------------------------------------
@@ -242,7 +247,7 @@ def test_apply_only_onto_the_base_it_was_made_from(
     for other, error in ((tuned, FloorError), (toy.model("deepseek_v3"), ModelError)):
         with pytest.raises(error, match="made from"):
             apply(str(other), delta, tmp_path / "out")
-    with pytest.raises(RunError, match="lies in the variant"):
+    with pytest.raises(RunError, match="choose another place"):
         apply(str(base), delta, delta / "out")
     with pytest.raises(RunError, match="exists already"):
         apply(str(base), delta, tuned)
@@ -260,3 +265,25 @@ def test_a_fine_tunes_own_template_goes_with_it(toy: helpers.Toy, tmp_path: Path
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tuned / name).read_bytes()
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+KILLED = (
+    helpers.KILLED_AT.replace("WHAT", "sys.argv[4]").replace("DONE", "int(sys.argv[5])")
+    + """
+from pathlib import Path
+from gtqlora.bitdelta.compress import compress
+from gtqlora.config import VerifyConfig
+with shown_by(die):
+    compress(sys.argv[1], Path(sys.argv[2]), VerifyConfig(**json.loads(sys.argv[3])))
+"""
+)
+
+
+def test_killed_it_leaves_nothing_that_looks_like_a_variant(toy: helpers.Toy, tmp_path: Path) -> None:
+    base, out = toy.model("qwen3_moe"), tmp_path / "place" / "out"
+    config = settings(fine_tune(base, tmp_path / "tuned"), toy)
+    died = helpers.fresh_process(KILLED, base, out, json.dumps(asdict(config)), "the variant in memory", 3)
+    assert died.returncode == -9, died.stderr
+    assert not out.exists() and [path.name.startswith(".") for path in out.parent.iterdir()] == [True]
+    compress(str(base), out, config)
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and read_variant(out).bits

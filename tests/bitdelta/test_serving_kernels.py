@@ -9,12 +9,16 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtqlora.bitdelta.onebit import OneBit, decode, encode
 
 pytest.importorskip("triton")
 from gtqlora.bitdelta import kernels
+from gtqlora.bitdelta.layers import Batch, Tiles, VariantLinear
+from gtqlora.bitdelta.routed import VariantRouter
+from gtqlora.edits.merging import LowRank
+from tests import models
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -80,6 +84,50 @@ def test_low_rank(rank: int, variants: list[int], dtype: torch.dtype) -> None:
     found = y.to(DEVICE)
     kernels.add_low_rank(found, x.to(DEVICE), first, second, kernels.Groups.of(variants, DEVICE))
     _close(found, expected)
+
+
+def _layer(kernels_used: bool) -> tuple[Batch, VariantLinear]:
+    """A linear with one-bit and low-rank variants, the same however it multiplies."""
+    batch = Batch(torch.device(DEVICE), VARIANTS, kernels=kernels_used)
+    torch.manual_seed(0)
+    base = nn.Linear(300, 70).to(DEVICE)
+    bits = {variant: _one_bit(70, 300, variant) for variant in (1, 3)}
+    moved = {
+        variant: OneBit(
+            signs_NB=one.signs_NB.to(DEVICE),
+            row_N=one.row_N.to(DEVICE, torch.float32),
+            column_K=one.column_K.to(DEVICE, torch.float32),
+        )
+        for variant, one in bits.items()
+    }
+    ranks = {2: LowRank(_random(3, 300).to(DEVICE), _random(70, 3).to(DEVICE))}
+    ranks[3] = LowRank(_random(5, 300, seed=1).to(DEVICE), _random(70, 5, seed=1).to(DEVICE))
+    return batch, VariantLinear(base, batch, Tiles(torch.float32, batch.device), moved, ranks)
+
+
+@ROWS
+@torch.no_grad()
+def test_layers_multiply_alike(variants: list[int]) -> None:
+    """By the kernels what they do in plain torch, for sequences of two tokens."""
+    x = _random(len(variants), 2, 300).to(DEVICE)
+    (plain_batch, plain), (batch, layer) = _layer(False), _layer(True)
+    for each in (plain_batch, batch):
+        each.begin(variants)
+    assert torch.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@ROWS
+@torch.no_grad()
+def test_routers_choose_alike(variants: list[int]) -> None:
+    base = models.tiny_model("qwen3_moe").get_submodule("model.layers.1.mlp.gate").to(DEVICE)
+    own = {variant: _random(models.EXPERTS, models.HIDDEN, seed=variant).to(DEVICE) for variant in (1, 3)}
+    x, found = _random(len(variants), 2, models.HIDDEN).to(DEVICE), []
+    for kernels_used in (False, True):
+        batch = Batch(torch.device(DEVICE), VARIANTS, kernels=kernels_used)
+        batch.begin(variants)
+        found.append(VariantRouter(base, batch, own)(x))
+    for plain, kernel in zip(*found, strict=True):
+        assert torch.allclose(kernel.float(), plain.float(), atol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

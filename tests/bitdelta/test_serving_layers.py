@@ -17,6 +17,7 @@ from gtqlora.bitdelta.onebit import OneBit, decode, encode
 from gtqlora.bitdelta.resident import install
 from gtqlora.bitdelta.variants import Variant
 from gtqlora.capture import Subject, open_subject
+from gtqlora.config import ModelConfig
 from gtqlora.edits.merging import LowRank
 from gtqlora.errors import ModelError
 from gtqlora.families.anatomy import is_norm
@@ -46,7 +47,7 @@ def lora_variant(subject: Subject, name: str, *, gates: bool = True) -> Variant:
     return Variant(name=name, folder=Path(name), lora=lora, whole=whole)
 
 
-def bits_variant(subject: Subject, name: str, seed: int = 0) -> Variant:
+def bits_variant(subject: Subject, name: str, seed: int = 0, *, biased: bool = False) -> Variant:
     """As a full fine-tune has it: matrices, experts and the embedding in one bit, routers, norms and biases whole."""
     bits: dict[Place, OneBit] = {}
     whole: dict[str, Tensor] = {}
@@ -63,6 +64,9 @@ def bits_variant(subject: Subject, name: str, seed: int = 0) -> Variant:
                 bits[place] = encode(noise)
             elif is_norm(module) or path in routers or leaf == "bias":
                 whole[place.name] = value.detach() + noise
+        if biased and path in routers:
+            for leaf, value in module.named_buffers(recurse=False):
+                whole[f"{path}.{leaf}"] = value + _noise(value.shape, 0.1, seed)
     return Variant(name=name, folder=Path(name), bits=bits, whole=whole)
 
 
@@ -70,16 +74,16 @@ def bits_variant(subject: Subject, name: str, seed: int = 0) -> Variant:
 def merged(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
     """The same by other means: a copy of the base with the variant in its weights."""
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     for place, delta in variant.bits.items():
-        target = parameters[place.name].data
+        target = parameters[place.name]
         if place.expert is not None:
             target = target[place.expert].chunk(2)[place.part]
         target += decode(delta)
     for path, product in variant.lora.items():
-        parameters[f"{path}.weight"].data += product.b_DR @ product.a_RI
+        parameters[f"{path}.weight"] += product.b_DR @ product.a_RI
     for name, value in variant.whole.items():
-        parameters[name].data.copy_(value)
+        parameters[name].copy_(value)
     return model
 
 
@@ -87,15 +91,15 @@ def _subject(toy: Toy, family: str) -> Subject:
     return open_subject(str(toy.model(family)))
 
 
-@pytest.mark.parametrize("family", MOST)
+@pytest.mark.parametrize(("family", "biased"), [*((family, False) for family in MOST), ("deepseek_v3", True)])
 @torch.no_grad()
-def test_a_mixed_batch(toy: Toy, family: str) -> None:
-    """Every row of it: LoRA with and without gates, one-bit variants, and the base."""
+def test_a_mixed_batch(toy: Toy, family: str, biased: bool) -> None:
+    """Every row of it: LoRA with and without gates, one-bit variants, one with a correction bias, and the base."""
     subject = _subject(toy, family)
     base = copy.deepcopy(subject.model)
     variants = [
         *(lora_variant(subject, "edit"), bits_variant(subject, "tuned")),
-        *(lora_variant(subject, "plain", gates=False), bits_variant(subject, "other", 1000)),
+        *(lora_variant(subject, "plain", gates=False), bits_variant(subject, "other", 1000, biased=biased)),
     ]
     wanted = [base, *(merged(base, variant) for variant in variants)]
     batch = install(subject, variants)
@@ -109,6 +113,22 @@ def test_a_mixed_batch(toy: Toy, family: str) -> None:
         batch.begin([variant])
         assert (subject.model(ids[row : row + 1]).logits[0] - alone).abs().max() <= most * size, (row, variant)
         assert row == 1 or (alone - base(ids[row : row + 1]).logits[0]).abs().max() > 1e-2 * size
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_mixed_batch_on_a_gpu(toy: Toy) -> None:
+    """By the kernels what merged weights give on the CPU."""
+    subject = _subject(toy, "deepseek_v3")
+    variants = [lora_variant(subject, "edit"), bits_variant(subject, "tuned")]
+    wanted = [subject.model, *(merged(subject.model, variant) for variant in variants)]
+    there = open_subject(ModelConfig(model=str(toy.model("deepseek_v3")), device="cuda"))
+    order, ids = [2, 0, 1, 2], models.some_tokens()
+    install(there, variants).begin(order)
+    found = there.model(ids.cuda()).logits.cpu()
+    for row, variant in enumerate(order):
+        alone = wanted[variant](ids[row : row + 1]).logits[0]
+        assert (found[row] - alone).abs().max() <= 1e-4 * alone.abs().max(), (row, variant)
 
 
 @torch.no_grad()

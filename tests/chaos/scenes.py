@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def scenes() -> list[Scene]:
         Scene("train over a certified edit", again, (train, verify), (*edit, "run/metrics.jsonl"), certified=True),
         Scene("verify", verify, (train,), judged),
         Scene("verify again", (*verify, "--again"), (train, verify), judged),
-        *(_export(name, (*export, *words), (train, verify)) for name, words in EXPORTS.items() if _is_here(words)),
+        *(_export(name, (*export, *words), (train, verify)) for name, words in EXPORTS.items() if is_here(words)),
         Scene("project over a certified edit", project, (train, verify), edit, certified=True),
         Scene("diagnose", diagnose, (), ("run/diagnosis",)),
         Scene("report", ("report", "run"), (train, verify), ("run/report.html",), certified=True),
@@ -105,8 +106,10 @@ def _export(name: str, command: tuple[str, ...], made_by: tuple[tuple[str, ...],
     return Scene(name, command, made_by, ("out",), certified=True)
 
 
-def _is_here(words: tuple[str, ...]) -> bool:
-    return words[:1] != ("--to",) or words[1] in _WRITERS
+def is_here(words: tuple[str, ...]) -> bool:
+    """Whether the format of these words of `export` can be written."""
+    to = words[1] if words[:1] == ("--to",) else "safetensors"
+    return to in _WRITERS and find_spec(f"gtqlora.exports.{_WRITERS[to]}") is not None
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from gtqlora.certificate import certify
 from gtqlora.config import ExportConfig
 from gtqlora.edits.merging import Edit, LowRank, Whole
+from gtqlora.exports.gguf.values import Checkpoint
 from gtqlora.exports.job import Job
 from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.run import Run
@@ -30,18 +31,19 @@ def job_on(model: Path, run: Path, *, edited: bool = False, **settings: Any) -> 
     certificate = replace(job.certificate, verdict=replace(job.certificate.verdict, model=str(model)))
     anatomy, names = bind(skeleton, family), tensor_names(str(model), family, skeleton)
     job = replace(job, certificate=certificate, anatomy=anatomy, names=names, edits={})
-    return replace(job, edits=_random_edits(job, dict(skeleton.named_parameters()))) if edited else job
+    return replace(job, edits=random_edits(job)) if edited else job
 
 
-def _random_edits(job: Job, parameters: dict[str, Tensor]) -> dict[str, Edit]:
-    draw, edits = torch.Generator().manual_seed(0), dict[str, Edit]()
+def random_edits(job: Job) -> dict[str, Edit]:
+    """LoRA on all its targets and other routers, of the size of a real edit's."""
+    draw, edits, headers = torch.Generator().manual_seed(0), dict[str, Edit](), Checkpoint.of(job).headers
 
     def noise(*shape: int) -> Tensor:
         return 0.05 * torch.randn(shape, generator=draw)
 
-    for name in (f"{path}.weight" for path in job.anatomy.lora_targets):
-        rows, columns = parameters[name].shape
-        edits[job.names.whole(name)] = LowRank(noise(4, columns), noise(rows, 4))
-    for name in (f"{path}.weight" for path in job.anatomy.routers):
-        edits[job.names.whole(name)] = Whole(noise(*parameters[name].shape))
+    for name in (job.names.whole(f"{path}.weight") for path in job.anatomy.lora_targets):
+        rows, columns = headers[name].shape
+        edits[name] = LowRank(noise(4, columns), noise(rows, 4))
+    for name in (job.names.whole(f"{path}.weight") for path in job.anatomy.routers):
+        edits[name] = Whole(noise(*headers[name].shape))
     return edits

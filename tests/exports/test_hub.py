@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from gtqlora.cli.app import main
 from gtqlora.errors import ConfigError, FloorError, RunError
+from gtqlora.exports import provenance
 from gtqlora.results.export import read_export
 from gtqlora.run import Run
 from gtqlora.stages.publish import Published, publish
@@ -172,13 +173,23 @@ def test_somebody_commits_meanwhile(export: Export, hub: Hub) -> None:
     assert hub.repos[NAME].commits == 0
 
 
-def test_a_file_that_changes_while_it_is_sent(export: Export, hub: Hub) -> None:
-    def meanwhile(path: str) -> None:
-        if "/objects/batch" in path:
-            (export.out / "config.json").write_text("{}")
+@pytest.mark.parametrize("small", [True, False])
+def test_a_file_that_changes_while_it_is_sent(
+    export: Export, hub: Hub, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was checked and before it is read for sending."""
+    if not small:
+        monkeypatch.setattr("gtqlora.exports.hub._SMALL", 0)
+    read = provenance.check
+    shard = max(export.out.glob("*.safetensors"))
 
-    hub.before = meanwhile
-    refused(export, r"config\.json: was changed while it was sent; nothing was published")
+    def check_and_change(place: Path) -> provenance.Provenance:
+        found = read(place)
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+        return found
+
+    monkeypatch.setattr("gtqlora.stages.publish.check", check_and_change)
+    refused(export, rf"{shard.name}: was changed while it was sent; nothing was published")
     assert hub.repos[NAME].commits == 0
 
 

@@ -125,7 +125,7 @@ def test_every_form_says_how_it_is_loaded(
     assert yaml.safe_load(text.split("---")[1])["base_model_relation"] == relation
     blocks = [token.content for token in _tokens(text) if token.type == "fence"]
     assert any(line in block for block in blocks)
-    assert to in FORMATS
+    assert to in FORMATS and ("applies all of the edit" in text) == (relation == "adapter")
 
 
 def test_a_form_that_was_judged_has_its_own_table(tmp_path: Path) -> None:

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.checkpoints import refuse_inside
 from gtqlora.bitdelta.container import Record, Variant, read_variant
-from gtqlora.edits.merging import merged
-from gtqlora.errors import FloorError, ModelError, RunError
+from gtqlora.errors import FloorError, ModelError
 from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
 from gtqlora.families.headers import Header, read_headers
-from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, write_export
+from gtqlora.results.export import CARD, FILE, ExportRecord, VerdictOnEdit, write_export
 from gtqlora.run import sha256_file, versions
 from gtqlora.storage.atomic import atomic_write, refuse_existing
 
@@ -40,13 +38,12 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
     """
     refuse_existing(out)
     variant = read_variant(delta)
-    if out.resolve().is_relative_to(delta.resolve()):
-        raise RunError(f"{out}: lies in the variant's folder; choose another")
     folder, shards = weight_files(base)
+    refuse_inside(out, delta, folder)
     _check_fits(base, variant, read_headers(folder, shards))
+    gates = _gates(base)
     with atomic_write(out, replace=False) as staged:
-        change = _Change(variant, _gates(base))
-        copied = copy_changed(base, staged, change)
+        copied = copy_changed(base, staged, variant.edits)
         if copied.digest != variant.base_fingerprint:
             raise FloorError(
                 f"{base}: is not the model that {variant.name} was made from and judged on ({variant.record.base}, "
@@ -55,14 +52,15 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
         _own_files(variant, staged)
         # the base's own record, if it has one, was copied with its other files
         (staged / FILE).unlink(missing_ok=True)
-        (staged / "README.md").write_text(card(variant.record, folder), encoding="utf-8")
-        write_export(staged, _record(variant, staged, len(copied.changed), change.moved))
+        (staged / CARD).write_text(card(variant.record, folder), encoding="utf-8")
+        moved = sum(tally.values for name, tally in copied.changed.items() if name in gates)
+        write_export(staged, _record(variant, staged, len(copied.changed), moved))
     return Applied(out, len(copied.changed))
 
 
 def _check_fits(base: str, variant: Variant, headers: Mapping[str, Header]) -> None:
     """Check names before anything is copied; the digest of what is copied says the rest."""
-    if absent := [name for name in variant.changed if name not in headers]:
+    if absent := [name for name in variant.edits if name not in headers]:
         raise ModelError(
             f"{base}: {len(absent)} of the variant's tensors are not there, e.g. {absent[0]}; it was made from "
             f"{variant.record.base}"
@@ -75,20 +73,6 @@ def _gates(base: str) -> frozenset[str]:
     skeleton = meta_model(family, config)
     names = tensor_names(base, family, skeleton)
     return frozenset(names.whole(f"{path}.weight") for path in bind(skeleton, family).routers)
-
-
-class _Change:
-    """What happens to each tensor of the base; `moved` counts the values of gates that changed."""
-
-    def __init__(self, variant: Variant, gates: frozenset[str]) -> None:
-        self._variant, self._gates, self.moved = variant, gates, 0
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        edit = self._variant.edit(name)
-        edited = tensor if edit is None else merged(tensor, edit)
-        if name in self._gates:
-            self.moved += int((edited != tensor).sum())
-        return edited
 
 
 def _own_files(variant: Variant, staged: Path) -> None:
@@ -106,7 +90,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
 def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportRecord:
     """Return the provenance in the form that every export has, so that a later edit counts what was spent here."""
     record, floor = variant.record, variant.record.against_tuned.floor
-    files = (path for path in sorted(staged.rglob("*")) if path.suffix in (".safetensors", ".json"))
+    names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()} - {CARD, FILE}
     return ExportRecord(
         base=record.base,
         base_fingerprint=record.base_fingerprint,
@@ -127,7 +111,7 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         form=record.against_tuned,
         notes=[f"one-bit differences of {record.tuned} from {record.base}, which lose {record.energy_lost:.1%}"],
         versions=versions(),
-        files={path.relative_to(staged).as_posix(): sha256_file(path) for path in files},
+        files={name: sha256_file(staged / name) for name in sorted(names)},
     )
 
 

@@ -16,15 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gtqlora.bitdelta.onebit import OneBit, decode
+from gtqlora.bitdelta.onebit import OneBit, decode_rows
 from gtqlora.edits.merging import Edit, LowRank, Whole
 from gtqlora.errors import ModelError, RunError
 from gtqlora.experts.tensor_files import TensorFiles
+from gtqlora.exports.provenance import floor_problems
 from gtqlora.families.files import checked_file, read_json
 from gtqlora.results.export import FormVerdict
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut
 from gtqlora.run import sha256_file, sha256_json
+from gtqlora.stats import Floor
 from gtqlora.storage.atomic import write_json
 
 RECORD = "bitdelta.json"
@@ -34,6 +36,8 @@ FORMAT = 1
 _PARTS = ("signs", "row", "column")
 _WHOLE = "whole"
 _SUFFIX = ".safetensors"
+ENOUGH = 0.5
+"""Share of the harmful prompts that a base must refuse."""
 _SHARD = 2**30
 """Bytes of tensors that are gathered before they are written: a variant of any size takes this much memory."""
 _DTYPES = {"signs": ("U8",), "row": ("BF16",), "column": ("BF16",), _WHOLE: ("BF16", "F16", "F32")}
@@ -101,16 +105,20 @@ class Added:
     """Adds a one-bit difference to a tensor."""
 
     delta: OneBit
+    by_columns = False
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the tensor with the difference.
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that the tensor has the difference's shape.
 
         Raises:
-            RunError: it has another shape.
+            RunError: it has not.
         """
-        if tuple(weight.shape) != self.delta.shape:
-            raise RunError(f"a variant's tensor of {self.delta.shape} does not fit the base's {tuple(weight.shape)}")
-        return weight + decode(self.delta).to(weight.device)
+        if shape != self.delta.shape:
+            raise RunError(f"a variant's tensor of {self.delta.shape} does not fit the base's of {shape}")
+
+    def __call__(self, weight_NK: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return these rows with the difference added; those of a stack's matrices follow each other."""
+        return weight_NK + decode_rows(self.delta, part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +136,14 @@ class Tensors:
     lora: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
 
     @property
-    def changed(self) -> tuple[str, ...]:
-        """Return the names of the tensors that change."""
-        return (*self.bits, *self.dense, *self.lora)
+    def edits(self) -> Mapping[str, Edit]:
+        """Return what happens to each tensor of the base that changes, by its name."""
+        return Lazy((*self.bits, *self.dense, *self.lora), self._edit)
 
-    def edit(self, name: str) -> Edit | None:
-        """Return what happens to a tensor of the base, None if it stays as it is."""
+    def _edit(self, name: str) -> Edit:
         if name in self.bits:
             return Added(self.bits[name])
-        return Whole(self.dense[name]) if name in self.dense else self.lora.get(name)
+        return Whole(self.dense[name]) if name in self.dense else self.lora[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,9 +236,22 @@ def read_record(folder: Path) -> Record:
         raise ModelError(f"{file}: {error}; compress the fine-tune again") from error
     if record.format != FORMAT:
         raise ModelError(f"{file}: format {record.format}, and this version reads {FORMAT}; compress again")
-    if record.against_tuned.floor.verdict != "pass" or record.against_base.floor.verdict == "fail":
-        raise ModelError(f"{file}: this variant did not pass the safety floor, so it is not used")
+    for problem in (*floor_problems(record.against_tuned.floor, "against_tuned"), *_base_problems(record)):
+        raise ModelError(f"{file}: this variant did not pass the safety floor ({problem}), so it is not used")
     return record
+
+
+def binds(floor: Floor) -> bool:
+    """Return whether a base refuses enough for its variants to be held to it.
+
+    One that was never taught to refuse says nothing of a fine-tune that was. No setting moves this share.
+    """
+    return floor.refused >= max(ENOUGH * floor.prompts, 1)
+
+
+def _base_problems(record: Record) -> Iterator[str]:
+    if binds(record.against_base.floor):
+        yield from floor_problems(record.against_base.floor, "against_base")
 
 
 def read_variant(folder: Path) -> Variant:
@@ -258,15 +278,15 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Tensors:
     files = TensorFiles(folder / name for name in names if name.endswith(_SUFFIX))
     wholes, bits = _names(folder, files)
     return Tensors(
-        bits=_Lazy(bits, lambda name: _bits(folder, files, name)),
-        dense=_Lazy(wholes, lambda name: _finite(folder, files, f"{name}:{_WHOLE}")),
+        bits=Lazy(bits, lambda name: _bits(folder, files, name)),
+        dense=Lazy(wholes, lambda name: _finite(folder, files, f"{name}:{_WHOLE}")),
     )
 
 
-class _Lazy(Mapping[str, T], Generic[T]):
-    """Tensors by name, read from disk each time that they are asked for."""
+class Lazy(Mapping[str, T], Generic[T]):
+    """Values by name, each read from disk every time that it is asked for."""
 
-    def __init__(self, names: list[str], read: Callable[[str], T]) -> None:
+    def __init__(self, names: Iterable[str], read: Callable[[str], T]) -> None:
         self._names, self._read = dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> T:

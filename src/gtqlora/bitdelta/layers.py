@@ -7,7 +7,7 @@ R rank, D hidden, S length.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from gtqlora.bitdelta.onebit import OneBit
 from gtqlora.edits.merging import LowRank
-from gtqlora.experts.module import FrozenExperts
-from gtqlora.families.facts import DOWN, GATE_UP
 
 if TYPE_CHECKING:
     from gtqlora.bitdelta.kernels import Groups, Matrices, Signs
@@ -33,10 +31,16 @@ Rows = Tensor | slice
 
 
 class Batch:
-    """Which variant each sequence of the running batch is of; all layers of a model share one."""
+    """Which variant each sequence of the running batch is of; all layers of a model share one.
 
-    def __init__(self, device: torch.device, variants: int) -> None:
+    Args:
+        variants: how many there are, the base among them.
+        kernels: whether layers multiply by Triton's kernels; by default on GPUs.
+    """
+
+    def __init__(self, device: torch.device, variants: int, *, kernels: bool | None = None) -> None:
         self.device, self.n_variants = device, variants
+        self.kernels = device.type == "cuda" if kernels is None else kernels
         self.begin([0])
 
     def begin(self, variants: Sequence[int]) -> None:
@@ -64,9 +68,9 @@ class Batch:
             self._kernel_groups[rows] = Groups.of(self.of_rows(rows), self.device)
         return self._kernel_groups[rows]
 
-    def has_any(self, owners: Mapping[int, object]) -> bool:
+    def has_any(self, owners: Collection[int]) -> bool:
         """Return whether one of these variants is in the batch."""
-        return not owners.keys().isdisjoint(self._variants)
+        return any(variant in owners for variant in self._variants)
 
 
 def grouped(variants: Sequence[int], device: torch.device) -> list[tuple[int, Rows]]:
@@ -206,7 +210,7 @@ class KernelLowRanks:
 
 def one_bits(deltas: Mapping[int, OneBit], tiles: Tiles, batch: Batch) -> Part:
     """Return these differences as the device multiplies them; scales in the model's dtype."""
-    if batch.device.type != "cuda":
+    if not batch.kernels:
         return OneBits(deltas, tiles)
     from gtqlora.bitdelta.kernels import signs_of
 
@@ -215,7 +219,7 @@ def one_bits(deltas: Mapping[int, OneBit], tiles: Tiles, batch: Batch) -> Part:
 
 def low_ranks(products: Mapping[int, LowRank], batch: Batch) -> Part:
     """Return these products as the device multiplies them."""
-    if batch.device.type != "cuda":
+    if not batch.kernels:
         return LowRanks(products)
     from gtqlora.bitdelta.kernels import Matrices, slots
 
@@ -240,9 +244,8 @@ class VariantLinear(nn.Module):
         super().__init__()
         self.base, self._batch, self._tiles = base, batch, tiles
         # what the kernel has in an order of its own is not kept a second time
-        self._bits = bits if batch.device.type != "cuda" else {}
-        self._owners = {**bits, **lora}
-        self._lora = frozenset(lora)
+        self._bits = {} if batch.kernels else bits
+        self._owners, self._lora = frozenset(bits) | frozenset(lora), frozenset(lora)
         self._parts: list[Part] = [one_bits(bits, tiles, batch)] if bits else []
         self._parts += [low_ranks(lora, batch)] if lora else []
 
@@ -299,7 +302,7 @@ class Grouped(nn.Module):
         super().__init__()
         self.base, self._batch = base, batch
         # not registered: a twin shares the base's modules, which must not be moved or counted twice
-        self._twins = {variant: _twin(base, tensors) for variant, tensors in own.items()}
+        self._twins = {variant: twin(base, tensors) for variant, tensors in own.items()}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return what every row's own module makes of it."""
@@ -320,61 +323,14 @@ class Grouped(nn.Module):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-def _twin(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module like another one, which shares all but these tensors with it."""
-    twin = copy.copy(base)
-    twin._parameters, twin._buffers = dict(base._parameters), dict(base._buffers)
+def twin(base: nn.Module, tensors: Mapping[str, Tensor], **attributes: int) -> nn.Module:
+    """Return a module like another one, which shares all but these tensors and attributes with it."""
+    made = copy.copy(base)
+    made.__dict__.update(attributes)
+    made._parameters, made._buffers = dict(base._parameters), dict(base._buffers)
     for name, tensor in tensors.items():
-        if name in twin._buffers:
-            twin._buffers[name] = tensor
+        if name in made._buffers:
+            made._buffers[name] = tensor
         else:
-            twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    return twin
-
-
-# --- routed experts --------------------------------------------------------------------------------------------------
-
-Piece = tuple[int, OneBit]
-"""A one-bit difference, and the first row of the parameter [N, K] that it is of: gate and up lie below each other."""
-
-
-class VariantExperts(nn.Module):
-    """Routed experts of the base with one-bit differences: (variant, expert) groups of rows.
-
-    Args:
-        pieces: by variant, and by parameter and expert, its differences.
-    """
-
-    def __init__(
-        self, base: nn.Module, batch: Batch, tiles: Tiles, pieces: Mapping[int, Mapping[tuple[str, int], list[Piece]]]
-    ) -> None:
-        super().__init__()
-        self.base, self._batch, self._tiles, self._pieces = base, batch, tiles, pieces
-
-    def forward(self, hidden_TD: Tensor, index_TC: Tensor, weights_TC: Tensor) -> Tensor:
-        """Return sums of the chosen experts' outputs (C choices), every row with its own variant's experts."""
-        if not self._batch.has_any(self._pieces):
-            return self.base(hidden_TD, index_TC, weights_TC)
-        out_TD, variants = torch.zeros_like(hidden_TD), self._batch.of_rows(len(hidden_TD))
-        for expert in index_TC.unique().tolist():
-            token, choice = torch.where(index_TC == expert)
-            groups = grouped([variants[row] for row in token.tolist()], hidden_TD.device)
-            gate, up = self._linear(GATE_UP, expert, hidden_TD[token], groups).chunk(2, dim=-1)
-            done = self._linear(DOWN, expert, cast(nn.Module, self.base.act_fn)(gate) * up, groups)
-            out_TD.index_add_(0, token, (done * weights_TC[token, choice, None]).to(out_TD.dtype))
-        return out_TD
-
-    def _linear(self, name: str, expert: int, x_TK: Tensor, groups: list[tuple[int, Rows]]) -> Tensor:
-        out_TN = F.linear(x_TK, self._weight(name, expert, x_TK.dtype))
-        for variant, rows in groups:
-            for first, delta in self._pieces.get(variant, {}).get((name, expert), ()):
-                mine_TN = out_TN[rows]
-                mine_TN[:, first : first + delta.shape[0]] += self._tiles.product(x_TK[rows], delta)
-                out_TN[rows] = mine_TN
-        return out_TN
-
-    def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.base, FrozenExperts):
-            here = slice(expert - self.base.first, expert - self.base.first + 1)
-            return self.base.weights("gate_up" if name == GATE_UP else "down", here, dtype)[0]
-        return self.base.get_parameter(name)[expert]
+            made._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    return made

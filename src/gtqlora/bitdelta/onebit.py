@@ -98,8 +98,18 @@ def decode(delta: OneBit) -> Tensor:
     return signs(delta).mul_(delta.row_N.float()[..., None]).mul_(delta.column_K.float()[..., None, :])
 
 
+def decode_rows(delta: OneBit, part: slice) -> Tensor:
+    """Return some rows of the difference in fp32; of a stack, its matrices' rows follow each other."""
+    signs_NB, row_N = delta.signs_NB.flatten(0, -2)[part], delta.row_N.flatten()[part]
+    if delta.column_K.ndim == 1:
+        return decode(OneBit(signs_NB=signs_NB, row_N=row_N, column_K=delta.column_K))
+    experts_N = torch.arange(delta.row_N.numel())[part] // delta.row_N.shape[-1]
+    column_NK = delta.column_K.float()[experts_N]
+    ones_K = torch.ones(column_NK.shape[-1])
+    return decode(OneBit(signs_NB=signs_NB, row_N=row_N, column_K=ones_K)).mul_(column_NK)
+
+
 def energy_lost(delta_NK: Tensor, one_bit: OneBit) -> float:
     """Return the share of a difference's squared length that its one-bit form misses; 0 of no difference."""
-    whole = float(delta_NK.double().square().sum())
-    missed = float((delta_NK - decode(one_bit)).double().square().sum())
-    return missed / whole if whole else 0.0
+    whole = float(delta_NK.norm())
+    return (float((delta_NK - decode(one_bit)).norm()) / whole) ** 2 if whole else 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from gtqlora.bitdelta.container import Tensors
 from gtqlora.capture import Subject
-from gtqlora.edits.merging import merged
+from gtqlora.edits.merging import Edit, merged
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import ModelIdentity, TensorNames
 from gtqlora.families.files import weight_files
@@ -16,18 +17,15 @@ from gtqlora.progress import track
 
 
 @torch.no_grad()
-def place(subject: Subject, names: TensorNames, base: ModelIdentity, tensors: Tensors) -> None:
+def place(subject: Subject, names: TensorNames, base: ModelIdentity, edits: Mapping[str, Edit]) -> None:
     """Change a model into a variant: the base's tensors on disk, edited, rounded to their type, then as loaded."""
     model, (folder, shards) = subject.model, weight_files(base.model)
     routers = {f"{path}.weight" for path in subject.anatomy.routers}
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with TensorFiles(folder / shard for shard in shards) as files:
-        changed = tensors.changed
-        for name in track(changed, "the variant in memory", len(changed)):
-            edit, where = tensors.edit(name), names.places[name]
-            assert edit is not None
-            target = state[where.name]
-            value = merged(files.read(name), edit)
+        for name, edit in track(edits.items(), "the variant in memory", len(edits)):
+            where = names.places[name]
+            target, value = state[where.name], merged(files.read(name), edit)
             # a router computes in fp32, but its weights were loaded in the model's own type before
             _part(target, where, value).copy_(value.to(model.dtype) if where.name in routers else value)
 

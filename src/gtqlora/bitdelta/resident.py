@@ -10,8 +10,9 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gtqlora.bitdelta.layers import Batch, Grouped, Piece, Tiles, VariantEmbedding, VariantExperts, VariantLinear
+from gtqlora.bitdelta.layers import Batch, Grouped, Tiles, VariantEmbedding, VariantLinear
 from gtqlora.bitdelta.onebit import OneBit
+from gtqlora.bitdelta.routed import Piece, VariantExperts, VariantRouter
 from gtqlora.bitdelta.variants import Variant, read_variants
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import ModelConfig
@@ -174,16 +175,18 @@ class _Places:
     def modules(self, batch: Batch, tiles: Tiles) -> Iterator[tuple[str, nn.Module]]:
         """Give what takes the place of each module that a variant has something of its own of."""
         for path, own in self._own.items():
-            module = self._model.get_submodule(path)
-            if own.whole:
-                module = Grouped(module, batch, own.whole)
-            if own.pieces:
-                module = VariantExperts(module, batch, tiles, own.pieces)
-            elif own.bits and isinstance(self._model.get_submodule(path), nn.Embedding):
-                module = VariantEmbedding(module, batch, tiles, own.bits)
-            elif own.bits or own.lora:
-                module = VariantLinear(module, batch, tiles, own.bits, own.lora)
-            yield path, module
+            yield path, self._made(path, own, batch, tiles)
+
+    def _made(self, path: str, own: _Own, batch: Batch, tiles: Tiles) -> nn.Module:
+        base = self._model.get_submodule(path)
+        if path in self._anatomy.routers and all(whole.keys() == {"weight"} for whole in own.whole.values()):
+            return VariantRouter(base, batch, {number: whole["weight"] for number, whole in own.whole.items()})
+        module = Grouped(base, batch, own.whole) if own.whole else base
+        if own.pieces:
+            return VariantExperts(module, batch, tiles, own.pieces)
+        if own.bits and isinstance(base, nn.Embedding):
+            return VariantEmbedding(module, batch, tiles, own.bits)
+        return VariantLinear(module, batch, tiles, own.bits, own.lora) if own.bits or own.lora else module
 
 
 def _expert_sizes(experts: nn.Module, name: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from gtqlora.cli import printing
 from gtqlora.cli.console import stage_progress, starting
+from gtqlora.cli.serve import serve
 from gtqlora.cli.settings import Json, Model, StageOptions, configured, embedded_model
 
 HELP = """Ship a full fine-tune as one bit a weight on top of its base (BitDelta): signs, with a scale for each row and
@@ -62,5 +63,5 @@ def apply(
 
 
 app = App(name="bitdelta", help=HELP)
-for _verb in (compress, apply):
+for _verb in (compress, apply, serve):
     app.command(_verb)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from gtqlora.progress import track
 
 _OF_THE_HUB = (".gitattributes", ".gitignore")
 """What the hub itself puts into a new repository."""
+_SMALL = 2**22
+"""Bytes up to which a file is held in memory."""
 _MEANS = {
     401: "the token is not valid; log in with `hf auth login`",
     403: "the token may not write there; use one that may, or another OWNER",
@@ -54,11 +56,12 @@ def check_name(repo: str) -> None:
         raise ConfigError(f"--repo {repo!a}: must be OWNER/NAME in letters, digits, '-', '_' and '.'") from error
 
 
-def push(files: Mapping[str, Path], repo: str, *, private: bool, message: str) -> str:
+def push(files: Mapping[str, Path], digests: Mapping[str, str], repo: str, *, private: bool, message: str) -> str:
     """Put files into a new repository, or go on with an interrupted upload; return the commit.
 
     Args:
         files: by their names in the repository.
+        digests: sha256 that what is sent has to have, of some of them.
 
     Raises:
         RunError: no token, no permission or no network; or the repository holds something else, or is seen by others
@@ -66,57 +69,60 @@ def push(files: Mapping[str, Path], repo: str, *, private: bool, message: str) -
     """
     if get_token() is None:
         raise RunError("no token of the hub here; log in with `hf auth login`, or set HF_TOKEN")
-    api, wanted = HfApi(library_name="gtqlora"), {name: _states(file) for name, file in files.items()}
+    api, added = HfApi(library_name="gtqlora"), [_addition(name, file) for name, file in files.items()]
     with _told(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        head = _checked_head(api, repo, files, private)
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file in files.items()]
+        head = _checked_head(api, repo, added, private)
         for each in track(added, "upload files", len(added)):
             api.preupload_lfs_files(repo, [each], free_memory=False)
-        for name, file in files.items():
-            if _states(file) != wanted[name]:
-                raise RunError(f"{file}: was changed while it was sent; nothing was published")
+            # the hash is of the bytes as they were read for sending, so nothing can come between check and use
+            if digests.get(each.path_in_repo, digest := each.upload_info.sha256.hex()) != digest:
+                raise RunError(f"{files[each.path_in_repo]}: was changed while it was sent; nothing was published")
         done = api.create_commit(repo, added, commit_message=message, parent_commit=head)
-        left = sorted(files.keys() - _same(api, repo, files, done.oid))
+        left = sorted(files.keys() - _same(api, repo, added, done.oid))
     if left:
         raise RunError(f"{repo}: {left[0]} is not there as it was sent; delete the repository and send it again")
     return done.oid
 
 
-def _states(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _addition(name: str, file: Path) -> CommitOperationAdd:
+    """Return a file to send; a small one is read once, since it travels in the commit itself."""
+    small = file.stat().st_size <= _SMALL
+    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=file.read_bytes() if small else str(file))
 
 
-def _checked_head(api: HfApi, repo: str, files: Mapping[str, Path], private: bool) -> str | None:
+def _checked_head(api: HfApi, repo: str, added: Sequence[CommitOperationAdd], private: bool) -> str | None:
     """Return the repository's last commit; it is as private as asked, and holds nothing but these files."""
     info = api.model_info(repo)
     if info.private is not private:
         now, other = ("private", "--private") if info.private else ("public", "--public")
         raise RunError(f"{repo}: is there already, and {now}; say {other}, or choose another name")
-    there = {file.path for file in _tree(api, repo, info.sha)} - set(_OF_THE_HUB)
-    if odd := sorted(there - _same(api, repo, files, info.sha)):
+    # a loader would read what somebody else put there
+    there = _tree(api, repo, info.sha).keys() - set(_OF_THE_HUB)
+    if odd := sorted(there - _same(api, repo, added, info.sha)):
         raise RunError(f"{repo}: holds something else already ({odd[0]}); choose another name, or delete it there")
     return info.sha
 
 
-def _tree(api: HfApi, repo: str, commit: str | None) -> list[RepoFile]:
-    return [each for each in api.list_repo_tree(repo, recursive=True, revision=commit) if isinstance(each, RepoFile)]
+def _tree(api: HfApi, repo: str, commit: str | None) -> dict[str, RepoFile]:
+    every = api.list_repo_tree(repo, recursive=True, revision=commit)
+    return {each.path: each for each in every if isinstance(each, RepoFile)}
 
 
-def _same(api: HfApi, repo: str, files: Mapping[str, Path], commit: str | None) -> set[str]:
-    """Return which files are there with these very contents."""
-    there = {file.path: file for file in _tree(api, repo, commit)}
-    return {name for name, file in files.items() if name in there and _is_same(file, there[name])}
+def _same(api: HfApi, repo: str, added: Sequence[CommitOperationAdd], commit: str | None) -> set[str]:
+    """Return names of the files that are there with these very contents."""
+    there = _tree(api, repo, commit)
+    return {each.path_in_repo for each in added if each.path_in_repo in there and _is_same(each, there)}
 
 
-def _is_same(file: Path, remote: RepoFile) -> bool:
+def _is_same(added: CommitOperationAdd, there: Mapping[str, RepoFile]) -> bool:
     """Tell whether contents are the same: by sha256 of a large file, and by git's own hash of a small one."""
-    if file.stat().st_size != remote.size:
+    remote = there[added.path_in_repo]
+    if added.upload_info.size != remote.size:
         return False
-    with file.open("rb") as stream:
-        if remote.lfs is not None:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == remote.lfs.sha256
+    if remote.lfs is not None:
+        return added.upload_info.sha256.hex() == remote.lfs.sha256
+    with added.as_file() as stream:
         data = stream.read()
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest() == remote.blob_id
 

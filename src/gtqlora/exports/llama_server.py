@@ -125,15 +125,21 @@ class Server:
     Args:
         model: the file, or the first one of a split GGUF.
         process: the worker, whose messages go to `log`.
+        key: what it asks its clients for.
     """
 
     def __init__(self, model: Path, process: subprocess.Popen[bytes], log: IO[bytes], key: str) -> None:
-        self.model, self._process, self._log, self._key = model, process, log, key
+        self.model, self.key, self._process, self._log = model, key, process, log
         assert process.stdout is not None
         address = urlsplit(process.stdout.readline().decode().strip())
         if not address.hostname or not address.port:
             raise self._lost(loading=True)
         self._host, self._port = address.hostname, address.port
+
+    @property
+    def pid(self) -> int:
+        """Return the process that llama.cpp runs in."""
+        return self._process.pid
 
     def complete(self, requests: Sequence[Request], label: str | None = None) -> list[Reply]:
         """Return greedy completions, some of them running together.
@@ -165,7 +171,7 @@ class Server:
         """Return llama.cpp's answer, which is of this kind."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_SECONDS)
         try:
-            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
             connection.request("POST", path, json.dumps(body), headers)
             response = connection.getresponse()
             found = json.loads(response.read())

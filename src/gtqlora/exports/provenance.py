@@ -23,7 +23,8 @@ from gtqlora.storage.atomic import checked_path
 
 State = Literal["as recorded", "renamed", "changed", "missing", "not recorded", "free to edit"]
 _FOR_PEOPLE = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf")
-"""What may be added to a published folder: no loader reads it."""
+"""What may be added to a published folder, and `_TERMS`: no loader reads it."""
+_TERMS = ("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "CITATION.cff")
 _CHUNK = 2**24
 _LAST_MARGIN = 0.05
 """The largest share of refusals that any version let all edits of a model lose together."""
@@ -131,7 +132,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_free(name: str) -> bool:
-    return name == CARD or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
+    return name in (CARD, *_TERMS) or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
 
 
 def _matched(here: Mapping[str, Path], recorded: Mapping[str, str]) -> list[Checked]:
@@ -206,16 +207,17 @@ def _sentence(file: Checked, record: ExportRecord) -> str:
 
 def contradictions(record: ExportRecord) -> Iterator[str]:
     """Yield what in a record cannot be so, a sentence each: a verdict that its own numbers do not bear out."""
-    yield from _floor_problems(record.floor, "floor")
+    yield from floor_problems(record.floor, "floor")
     if record.form is not None:
-        yield from _floor_problems(record.form.floor, "form.floor")
+        yield from floor_problems(record.form.floor, "form.floor")
     elif record.divergence is None:
         yield f"{FILE}: neither a verdict in the form that ships, nor a comparison with what was verified"
     if not record.floor.losses.high - 1e-9 <= record.spent <= _LAST_MARGIN + 1e-9:
         yield f"{FILE}: 'spent' is {record.spent:.4g}, which does not go with the bound of 'floor.losses'"
 
 
-def _floor_problems(floor: Floor, key: str) -> Iterator[str]:
+def floor_problems(floor: Floor, key: str) -> Iterator[str]:
+    """Yield why a recorded floor is no pass, or not by its own numbers; `key` is what the record calls it."""
     if floor.verdict != "pass":
         yield f"{FILE}: the verdict of {key!r} is {floor.verdict!r}"
     bounds = (floor.losses.high, floor.drop.high)

@@ -22,6 +22,7 @@ _NEEDS_US = (
     "The experts are saved in 4 bits by gtqlora: `import gtqlora.experts` before `from_pretrained`, or transformers "
     "makes experts of random numbers."
 )
+_WHOLE = "The program that it is for applies all of the edit; an adapter of which it would drop a part is not written."
 _OWN_EXPERTS = "bf16"
 _KINDS = {
     "safetensors": ("Merged weights", "finetune", "transformers"),
@@ -78,15 +79,17 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
 
 
 def _what_it_is(verdict: Verdict, record: ExportRecord, base: Base) -> list[str]:
+    what, relation, _ = _KINDS[record.format]
     experts = "projected" if verdict.kind == PROJECTION else "untouched"
     at = "" if record.revision is None else f", at revision {inline(record.revision)}"
     ancestors = record.ancestors[:-1]
     return [
         f"# {inline(Path(verdict.model).name)}, edited with gtqlora ({verdict.kind})",
         "",
-        f"{_KINDS[record.format][0]}: {record.tensors_changed} tensors changed, routed experts {experts}.",
+        f"{what}: {record.tensors_changed} tensors changed, routed experts {experts}.",
         "",
         f"Base: {inline(base.hub_id or record.base)}{at} (digest of its files {inline(record.base_fingerprint)}).",
+        *(["", _WHOLE] if relation == "adapter" else []),
         *(["", f"Edited before: {', '.join(map(inline, ancestors))}."] if ancestors else []),
         *(["", _NEEDS_US] if base.packed_by_us else []),
     ]

@@ -36,8 +36,8 @@ _LONGEST_CARD = 2**20
 _WRITERS: dict[Format, str] = {
     "safetensors": "merged",
     "gguf": "gguf",
-    "peft": "peft",
     "gguf-adapter": "gguf_adapter",
+    "peft": "peft",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
 

@@ -10,7 +10,7 @@ from gtqlora.errors import FloorError, RunError
 from gtqlora.exports import hub
 from gtqlora.exports.provenance import Provenance, check
 from gtqlora.results.export import CARD, FILE, is_remembered
-from gtqlora.run import Run
+from gtqlora.run import Run, sha256_file
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def publish(
         RunError: there is no exported folder, or as `hub.push`.
     """
     hub.check_name(repo)
+    # before the check: a record that is exchanged after it has another hash
+    recorded = sha256_file(out / FILE) if (out / FILE).is_file() else ""
     found = provenance(run, out, judge=judge)
     if found.problems:
         raise FloorError(f"{out}: {found.problems[0]}; nothing was sent")
@@ -84,7 +86,7 @@ def publish(
     commit = None
     if not dry_run:
         message = f"An edit of {found.record.base}, certified and exported by gtqlora"
-        commit = hub.push(files, repo, private=private, message=message)
+        commit = hub.push(files, {**found.record.files, FILE: recorded}, repo, private=private, message=message)
     sizes = [Sent(name, file.stat().st_size) for name, file in files.items()]
     return Published(repo=repo, private=private, files=sizes, commit=commit)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import Tensor
 
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.gguf.layout import Layout, Made
 from gtqlora.exports.gguf.reading import Gguf, TensorInfo, Value, raw_bytes, read_gguf
 from gtqlora.exports.gguf.types import dequantized, quantized, why_not
 from gtqlora.exports.gguf.values import Checkpoint, rounded, unrounded
 from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
+from gtqlora.families.llama_cpp import Layout, Made
 from gtqlora.progress import track
 from gtqlora.storage.moving import copy_file
 
@@ -65,13 +65,14 @@ class Patch:
         """
         source = read_gguf(path)
         states = {file: state_of(file) for file in source.files}
-        layout, checkpoint = Layout.of(job), Checkpoint.of(job)
+        layout, checkpoint = Layout.of(job.model, job.names), Checkpoint.of(job)
         made = layout.fitting(source.tensors)
         _check_facts(source, layout, job)
         _check_tensors(source, made, layout)
         changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
         if rewritten:
             _check_types(source, changed)
+        # Norms and biases are F32 in every file and cheap: another revision shows there as well.
         looked_at = changed | {name: one for name, one in made.items() if len(one.shape) == 1}
         checkpoint.check(looked_at)
         route = _route(source, checkpoint, looked_at)
@@ -85,6 +86,7 @@ class Patch:
         Raises:
             ModelError: the GGUF was changed meanwhile.
         """
+        # The whole files first, by the kernel: what does not change does not pass through this process.
         for file in self.source.files:
             copy_file(file, folder / file.name)
         kept = {
@@ -168,13 +170,14 @@ def _check_facts(source: Gguf, layout: Layout, job: Job) -> None:
     for key, value in zip(_SAME, wanted, strict=True):
         if (given := source.get(f"{found}.{key}")) != value:
             raise ModelError(f"{where}: {key} is {given}, the model that was edited has {value}; give a GGUF of it")
+    # Layers for multi-token prediction are counted among the blocks, and llama.cpp skips them in a normal run.
     blocks = source.get(f"{found}.block_count")
     extra = source.get(f"{found}.nextn_predict_layers") or 0
     if not isinstance(blocks, int) or not isinstance(extra, int) or blocks - extra != config.num_hidden_layers:
         raise ModelError(f"{where}: has {blocks} layers, the model that was edited {config.num_hidden_layers}")
     # without it llama.cpp takes softmax in silence
     gating = source.metadata.get(f"{found}.expert_gating_func", Value(4, 0)).value
-    if layout.architecture == "deepseek2" and job.anatomy.spec.score == "sigmoid" and gating != 2:
+    if layout.is_softmax_by_default and job.anatomy.spec.score == "sigmoid" and gating != 2:
         raise ModelError(
             f"{where}: does not say that its routers are sigmoid ones, and llama.cpp would run them as softmax; "
             "convert the model again, with scoring_func in its config.json"
@@ -187,8 +190,10 @@ def _check_tensors(source: Gguf, made: Mapping[str, Made], layout: Layout) -> No
         info = source.tensors.get(name)
         if info is None:
             raise ModelError(f"{where}: no tensor {name}; give a GGUF of the model that was edited")
+        # Some converters write MLA's heads below each other in a matrix, which are the same bytes.
         if prod(info.shape) != prod(one.shape) or info.shape[-1] != one.shape[-1]:
             raise ModelError(f"{where}: tensor {name} is {info.shape}, of the model that was edited {one.shape}")
+    # A tensor that nothing accounts for may be a scale of another one, or a fused form that is not known here.
     for name in sorted(source.tensors.keys() - made.keys() - set(_ELSEWHERE)):
         if not _is_extra_layer(name, n_layers):
             raise ModelError(f"{where}: tensor {name} is none of the model that was edited; give a GGUF of it")
@@ -217,6 +222,7 @@ def _route(source: Gguf, checkpoint: Checkpoint, made: Mapping[str, Made]) -> Ro
     if one is None:
         return _straight
     info, first_NK = source.tensors[one.name], next(checkpoint.parts(one))
+    # Reversed, so that the shortest way is kept where several give the same bytes.
     made_by = {_encoded(first_NK, info, route): route for route in reversed(routes)}
     return made_by.get(raw_bytes(info, 0, len(next(iter(made_by)))), _straight)
 
@@ -255,6 +261,7 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
             exact = False
             ours += _error(wanted, info, base_NK)
             theirs += _error(found, info, base_NK)
+    # Where a value has a float of its own no matrix has a say, so that a gate is always the base's or not.
     with_imatrix = any(key.startswith(_IMATRIX) for key in source.metadata) and not info.kind.is_plain
     if not exact and (not with_imatrix or not theirs <= _ERROR_ALLOWED * ours):  # also when it is NaN
         raise ModelError(

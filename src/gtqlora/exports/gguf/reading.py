@@ -85,6 +85,7 @@ def read_gguf(path: Path) -> Gguf:
     """
     first = _read_file(path)
     count = first.get("split.count")
+    # a file of its own may say that it is the only part
     if count is None or count == 1:
         return first
     parts = [first, *map(_read_file, _other_parts(path, first, count))]
@@ -108,6 +109,7 @@ def _other_parts(path: Path, first: Gguf, count: object) -> list[Path]:
 
 
 def _read_file(path: Path) -> Gguf:
+    # Before it is opened: a pipe would be waited for.
     checked_file(path.parent, path.name)
     try:
         with path.open("rb") as stream:
@@ -184,6 +186,7 @@ class _Header:
         if kind == STRING:
             return Value(kind, [self._string() for _ in range(length)])
         code = self._code(kind)
+        # Read at once: a vocabulary's scores are hundreds of thousands of numbers.
         raw = self._bytes(length * struct.calcsize(code))
         items = struct.unpack(f"<{length}{code}", raw)
         return Value(kind, [bool(item) for item in items] if kind == BOOL else list(items))
@@ -210,6 +213,7 @@ class _Header:
         total = 1
         for size in shape:
             total *= size
+            # in the loop: Python's numbers do not overflow, but those of whoever loads the file do
             if not 1 <= total <= _MAX_SIZE:
                 raise self._error(f"tensor {name!r} has the shape {shape}")
         if shape[-1] % TYPES[number].block:
@@ -221,6 +225,7 @@ class _Header:
         align = metadata.get("general.alignment", Value(UINT32, 32)).value
         if not isinstance(align, int) or not 8 <= align <= 2**20 or align & (align - 1):
             raise self._error(f"has an alignment of {align!r}")
+        # Offsets count from the first aligned byte behind the header, and not from the file's start.
         start = -(-self._stream.tell() // align) * align
         found: dict[str, TensorInfo] = {}
         for name, info in infos:

@@ -8,10 +8,10 @@ from typing import cast
 from tokenizers import Tokenizer
 
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.gguf.layout import Layout
 from gtqlora.exports.gguf.reading import BOOL, FLOAT32, INT32, STRING, UINT32, Gguf, Scalar, Value, read_gguf
 from gtqlora.exports.job import Job
 from gtqlora.families.files import FAST_TOKENIZER, has, read_json, small_files
+from gtqlora.families.llama_cpp import Layout
 from gtqlora.families.tokenizers import chat_template
 
 _NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3
@@ -78,6 +78,7 @@ def _of_words(folder: Path, model: dict[str, object], layout: Layout) -> dict[st
         "tokenizer.ggml.add_space_prefix": Value(BOOL, True),
         "tokenizer.ggml.remove_extra_whitespaces": Value(BOOL, True),
     }
+    # A GGUF names one end of an answer.
     eos = layout.config.eos_token_id
     first = eos[0] if isinstance(eos, list | tuple) else eos
     numbers = {"eos": first, "padding": layout.config.pad_token_id, "unknown": unknown}
@@ -99,8 +100,10 @@ def _check_donor(donor: Gguf, folder: Path, vocabulary: int) -> None:
         )
     if not has(folder, FAST_TOKENIZER):
         raise ModelError(f"{folder}: no {FAST_TOKENIZER} to hold the tokens of {donor.files[0].name} against")
+    # Bounded and parsed here first: the Rust library panics over what is no JSON.
     read_json(folder / FAST_TOKENIZER)
     ids = Tokenizer.from_file(str(folder / FAST_TOKENIZER)).get_vocab(with_added_tokens=True)
+    # SentencePiece vocabularies are written with their own space, the others as they are.
     for text, number in ids.items():
         if not number < vocabulary or tokens[number] not in (text, _WORD + text):
             raise ModelError(

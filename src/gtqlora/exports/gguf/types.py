@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gtqlora.exports.gguf.packages import libgguf
+from gtqlora.errors import RunError
 
 _BLOCK_BYTES = 2**20
 """Bytes of fp32 values that are quantized in one go."""
@@ -70,20 +72,29 @@ def why_not(kind: GgmlType) -> str | None:
     return None
 
 
+def _libgguf() -> ModuleType:
+    try:
+        return import_module("libgguf")
+    except ImportError as error:
+        raise RunError("quantized tensors need the package libgguf; pip install 'gtqlora[gguf]'") from error
+
+
 def quantized(values_NK: Tensor, kind: GgmlType) -> bytes:
     """Return the bytes of fp32 rows in a type, as ggml would write them; without an importance matrix."""
     if kind.is_plain:
         return values_NK.to(_PLAIN[kind.name]).contiguous().view(torch.uint8).numpy().tobytes()
+    # Rows are quantized each by itself, so that blocks of them give the same bytes.
     rows_NK = np.ascontiguousarray(values_NK.float().numpy())
     step = max(1, _BLOCK_BYTES // (4 * rows_NK.shape[1]))
     blocks = [rows_NK[first : first + step] for first in range(0, len(rows_NK), step)]
     with ThreadPoolExecutor(_THREADS) as pool:  # the library lets go of the interpreter
-        return b"".join(pool.map(lambda block: libgguf().quantize_rows(block, kind.number).tobytes(), blocks))
+        return b"".join(pool.map(lambda block: _libgguf().quantize_rows(block, kind.number).tobytes(), blocks))
 
 
 def dequantized(raw: bytes, kind: GgmlType, columns: int) -> Tensor:
     """Return the fp32 rows that bytes of a type stand for."""
     if kind.is_plain:
+        # a copy, as torch wants memory that it may write to
         return torch.frombuffer(bytearray(raw), dtype=_PLAIN[kind.name]).float().view(-1, columns)
     packed = np.frombuffer(raw, np.uint8).reshape(-1, columns // kind.block * kind.size)
-    return torch.from_numpy(libgguf().dequantize_rows(packed, kind.number, columns))
+    return torch.from_numpy(_libgguf().dequantize_rows(packed, kind.number, columns))

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gtqlora.edits.merging import Edit
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.gguf.layout import Made, Part, as_is
 from gtqlora.exports.job import Job
 from gtqlora.families.files import weight_files, weight_map
 from gtqlora.families.headers import Header, opened, read_headers
+from gtqlora.families.llama_cpp import Made, Part, as_is
 from gtqlora.families.patching import blocks
 
 Change = Callable[[Tensor, Edit, slice], Tensor]
@@ -93,6 +93,7 @@ class Checkpoint:
         """Yield a part's values in fp32: rows of it where these are what is taken, in the blocks of a merge."""
         shape, edit = self.headers[part.disk].shape, self.job.edits.get(part.disk)
         if part.expert is None and part.take is as_is and len(shape) == 2 and not (edit and edit.by_columns):
+            # In just these blocks: the rounding of a product hangs on its shape, and `verify` judged these.
             for block in blocks(shape, by_columns=False):
                 rows = stored[block.rows]
                 yield (rows if change is None or edit is None else change(rows, edit, block.part)).float()

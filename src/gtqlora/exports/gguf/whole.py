@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtqlora.exports.gguf.header import header, padded
-from gtqlora.exports.gguf.layout import Layout, Made
-from gtqlora.exports.gguf.metadata import metadata
-from gtqlora.exports.gguf.reading import STRING, UINT32, Value
+from gtqlora.exports.gguf.reading import BOOL, FLOAT32, INT32, STRING, UINT32, Value
 from gtqlora.exports.gguf.tokenizer import tokenizer
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
 from gtqlora.exports.gguf.values import Change, Checkpoint, rounded, unrounded
 from gtqlora.exports.job import Form, Job, Said
 from gtqlora.exports.llama_cpp import LlamaCpp
+from gtqlora.families.llama_cpp import Layout, Made, Setting, settings
 from gtqlora.families.patching import Tally
 from gtqlora.progress import track
 from gtqlora.results.verdict import Outcome
@@ -45,10 +44,11 @@ class Plan:
             ModelError: the model is none that can be written as a GGUF.
             RunError: it needs a tokenizer from elsewhere.
         """
-        layout, checkpoint = Layout.of(job), Checkpoint.of(job)
-        found = {**metadata(job, layout), **tokenizer(job, layout, job.config.tokenizer)}
+        layout, checkpoint = Layout.of(job.model, job.names), Checkpoint.of(job)
+        found = {**_typed(settings(job.model, job.anatomy, layout)), **tokenizer(job, layout, job.config.tokenizer)}
         checkpoint.check(layout.made)
         types = {name: BY_NAME["F32" if one.is_float else checkpoint.dtype(one)] for name, one in layout.made.items()}
+        # Files are called by the type of most of their weights, though vectors and routers are always F32.
         largest = max(layout.made, key=lambda name: types[name].n_bytes(layout.made[name].shape))
         dtype = types[largest].name
         found["general.type"] = Value(STRING, "model")
@@ -77,6 +77,12 @@ class Plan:
         ):
             tally.add(before, wanted, written)
         return tally.kept
+
+
+def _typed(found: Mapping[str, Setting]) -> dict[str, Value]:
+    """Return settings as GGUF's types have them."""
+    kinds = {bool: BOOL, int: UINT32, float: FLOAT32, str: STRING, list: INT32}
+    return {key: Value(kinds[type(value)], value) for key, value in found.items()}
 
 
 @dataclass(frozen=True)

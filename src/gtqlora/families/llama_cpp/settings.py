@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from gtqlora.errors import ModelError
-from gtqlora.exports.gguf.layout import HYBRID, Layout
-from gtqlora.exports.gguf.reading import BOOL, FLOAT32, INT32, STRING, UINT32, Scalar, Value
-from gtqlora.exports.job import Job
+from gtqlora.families.anatomy import Anatomy
 from gtqlora.families.facts import Family
+from gtqlora.families.llama_cpp.layout import HYBRID, Layout
+from gtqlora.routing import RouterSpec
 
+Setting = int | float | bool | str | list[int]
+"""A value of a GGUF's metadata: an unsigned number, an fp32 one, a flag, a text, or signed numbers."""
 _GATING = {"softmax": 1, "sigmoid": 2}
 _SECTIONS = [11, 11, 10, 0]
 """Frequencies of time, height and width in Qwen3.5; text has the same position in all of them."""
@@ -79,52 +81,51 @@ _ROPE_READ = {
 }
 
 
-class _Metadata(dict[str, Value]):
+class _Settings(dict[str, Setting]):
     """Entries under an architecture's name."""
 
     def __init__(self, architecture: str) -> None:
-        super().__init__({"general.architecture": Value(STRING, architecture)})
+        super().__init__({"general.architecture": architecture})
         self.architecture = architecture
 
-    def put(self, key: str, value: object, kind: int = UINT32) -> None:
+    def put(self, key: str, value: object, kind: Callable[..., Setting] = int) -> None:
         """Add an entry, if there is a value."""
         if value is not None:
-            self[f"{self.architecture}.{key}"] = Value(kind, cast("Scalar | Sequence[Scalar]", value))
+            self[f"{self.architecture}.{key}"] = kind(value)
 
 
-def metadata(job: Job, layout: Layout) -> dict[str, Value]:
+def settings(model: str, anatomy: Anatomy, layout: Layout) -> dict[str, Setting]:
     """Return the architecture's metadata.
 
     Raises:
         ModelError: llama.cpp computes something else than config.json says, or a key is not known.
     """
-    config, family = layout.config.to_dict(), job.anatomy.family
-    check_known(job.model, layout.architecture, config, family)
-    found = _Metadata(layout.architecture)
+    config = layout.config.to_dict()
+    _check_known(model, layout.architecture, config, anatomy.family)
+    found = _Settings(layout.architecture)
     for key, name in _SIZES.items():
         found.put(name, config.get(key))
     found.put("vocab_size", config["vocab_size"])
-    found.put("expert_count", job.anatomy.spec.n_experts)
-    found.put("attention.layer_norm_rms_epsilon", config["rms_norm_eps"], FLOAT32)
-    _put_router(found, job)
-    _put_heads(found, config, family)
-    _put_rope(found, cast("dict[str, object]", config["rope_parameters"]), job.model)
+    found.put("expert_count", anatomy.spec.n_experts)
+    found.put("attention.layer_norm_rms_epsilon", config["rms_norm_eps"], float)
+    _put_router(found, anatomy.spec)
+    _put_heads(found, config, anatomy.family)
+    _put_rope(found, cast("dict[str, object]", config["rope_parameters"]), model)
     return found
 
 
-def _put_router(found: _Metadata, job: Job) -> None:
-    spec = job.anatomy.spec
+def _put_router(found: _Settings, spec: RouterSpec) -> None:
     # said even where it is llama.cpp's default: without it a sigmoid router becomes a softmax one in silence
     found.put("expert_gating_func", _GATING[spec.score])
     if found.architecture not in _NORMALIZES:
-        found.put("expert_weights_norm", spec.normalize, BOOL)
-        found.put("expert_weights_scale", spec.scale, FLOAT32)
+        found.put("expert_weights_norm", spec.normalize, bool)
+        found.put("expert_weights_scale", spec.scale, float)
     if spec.n_group > 1:
         found.put("expert_group_count", spec.n_group)
         found.put("expert_group_used_count", spec.topk_group)
 
 
-def _put_heads(found: _Metadata, config: Mapping[str, object], family: Family) -> None:
+def _put_heads(found: _Settings, config: Mapping[str, object], family: Family) -> None:
     def size(key: str) -> int:
         return cast(int, config[key])
 
@@ -141,6 +142,7 @@ def _put_heads(found: _Metadata, config: Mapping[str, object], family: Family) -
     head = cast("int | None", config.get("head_dim")) or size("hidden_size") // size("num_attention_heads")
     found.put("attention.key_length", head)
     found.put("attention.value_length", head)
+    # Partial rotary positions: the first values of a head only.
     factor = cast("dict[str, float]", config["rope_parameters"]).get("partial_rotary_factor", 1.0)
     found.put("rope.dimension_count", int(head * factor))
     if found.architecture in HYBRID:
@@ -148,7 +150,7 @@ def _put_heads(found: _Metadata, config: Mapping[str, object], family: Family) -
         found.put("full_attention_interval", _interval(cast("list[str]", config["layer_types"])))
     if found.architecture == "qwen35moe":
         sections = cast("dict[str, list[int]]", config["rope_parameters"]).get("mrope_section")
-        found.put("rope.dimension_sections", [*sections, 0] if sections else _SECTIONS, INT32)
+        found.put("rope.dimension_sections", [*sections, 0] if sections else _SECTIONS, list)
 
 
 def _interval(layer_types: list[str]) -> int | None:
@@ -159,33 +161,35 @@ def _interval(layer_types: list[str]) -> int | None:
     return None
 
 
-def _put_rope(found: _Metadata, rope: Mapping[str, object], model: str) -> None:
+def _put_rope(found: _Settings, rope: Mapping[str, object], model: str) -> None:
     if odd := sorted(key for key in rope.keys() - _ROPE_READ if rope[key] is not None):
         raise ModelError(f"{model}: rope_parameters.{odd[0]} in config.json is nothing that llama.cpp is known to read")
-    found.put("rope.freq_base", rope["rope_theta"], FLOAT32)
+    found.put("rope.freq_base", rope["rope_theta"], float)
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise ModelError(f"{model}: rope_type {kind!r} in config.json; GGUFs are written for default and yarn")
     if kind == "default":
         return
+    # Attention is scaled by the ratio of the two, which is 1 in every released model.
     if rope.get("mscale") != rope.get("mscale_all_dim"):
         raise ModelError(f"{model}: config.json has mscale other than mscale_all_dim, which llama.cpp cannot say")
-    found.put("rope.scaling.type", "yarn", STRING)
+    found.put("rope.scaling.type", "yarn", str)
     found.put("rope.scaling.original_context_length", rope.get("original_max_position_embeddings"))
     for key, name in _YARN.items():
-        found.put(name, rope.get(key), FLOAT32)
+        found.put(name, rope.get(key), float)
     if rope.get("mscale_all_dim") is not None:
         # llama.cpp takes the 0.1 away again, for the sake of older files
-        found.put("rope.scaling.yarn_log_multiplier", 0.1 * cast(float, rope["mscale_all_dim"]), FLOAT32)
+        found.put("rope.scaling.yarn_log_multiplier", 0.1 * cast(float, rope["mscale_all_dim"]), float)
 
 
-def check_known(model: str, architecture: str, config: Mapping[str, object], family: Family) -> None:
+def _check_known(model: str, architecture: str, config: Mapping[str, object], family: Family) -> None:
     """Refuse settings that would be lost, or that llama.cpp's graph does not follow.
 
     Raises:
         ModelError: the message names the key.
     """
     only = {**_ONLY, "scoring_func": (family.score,)}
+    # These graphs have no setting for it.
     if architecture in _NORMALIZES and family.normalize == "key":
         only["norm_topk_prob"] = (_NORMALIZES[architecture],)
     if architecture in ("deepseek2", "qwen3moe", *HYBRID):
@@ -196,8 +200,10 @@ def check_known(model: str, architecture: str, config: Mapping[str, object], fam
                 f"{model}: {key} = {config[key]!r} in config.json, but llama.cpp's {architecture} computes as with "
                 f"{allowed[0]!r}; export to safetensors or peft instead"
             )
+    # Qwen writes a window and says that it is not used.
     if config.get("sliding_window") and config.get("use_sliding_window") is not False:
         raise ModelError(f"{model}: sliding_window in config.json, which llama.cpp's {architecture} does not do")
+    # A key that nobody here knows may be the one that makes the model another one.
     known = {*_READ, *_HARMLESS, *only, "sliding_window"}
     if odd := sorted(key for key in config.keys() - known if config[key] is not None):
         raise ModelError(

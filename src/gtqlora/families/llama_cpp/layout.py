@@ -9,31 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from gtqlora.errors import ModelError
-from gtqlora.exports.gguf.packages import gguf
-from gtqlora.exports.job import Job
-from gtqlora.families import TensorNames, load_config, meta_model
-from gtqlora.families.facts import DOWN, GATE_UP
+from gtqlora.errors import ModelError, RunError
+from gtqlora.families.coverage import covered
+from gtqlora.families.facts import DOWN, GATE_UP, Family
+from gtqlora.families.loading import load_config, meta_model
+from gtqlora.families.names import TensorNames
 
 if TYPE_CHECKING:
     from gtqlora.families.facts import TextConfig
 
-ARCHITECTURES = {
-    **dict.fromkeys(("deepseek_v3", "kimi_k25", "glm4_moe_lite"), "deepseek2"),
-    "glm4_moe": "glm4moe",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "qwen3_next": "qwen3next",
-    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), "qwen35moe"),
-    "mixtral": "llama",
-    "olmoe": "olmoe",
-}
-"""Family -> what llama.cpp calls its architecture."""
 HYBRID = ("qwen3next", "qwen35moe")
 """Architectures of which most layers are Gated DeltaNet."""
 
@@ -86,19 +77,26 @@ class Layout:
     fused: dict[tuple[str, ...], Made] = field(default_factory=dict)
 
     @staticmethod
-    def of(job: Job) -> Layout:
-        """Return the layout of a job's model.
+    def of(model: str, names: TensorNames) -> Layout:
+        """Return the layout of MODEL (folder or hub id), whose tensors on disk have these names.
 
         Raises:
             ModelError: llama.cpp has no place for a tensor of it.
+            RunError: the `gguf` package is not installed.
         """
-        family, config = load_config(job.model)
-        builder = _Builder(ARCHITECTURES[family.model_type], config, job.names, job.model)
+        family, config = load_config(model)
+        builder = _Builder(_architecture(family), config, names, model)
         tensors = meta_model(family, config).state_dict()
-        if config.tie_word_embeddings:  # llama.cpp then reads the embedding twice
+        # A tied head is no tensor of its own.
+        if config.tie_word_embeddings:
             tensors.pop(f"{family.head}.weight", None)
         made = {one.name: one for name, tensor in tensors.items() for one in builder.made(name, tensor)}
         return Layout(builder.architecture, config, made, builder.fused(made))
+
+    @property
+    def is_softmax_by_default(self) -> bool:
+        """Return whether llama.cpp takes routers for softmax ones, but where a file says otherwise."""
+        return self.architecture == "deepseek2"
 
     def fitting(self, present: Collection[str]) -> dict[str, Made]:
         """Return the tensors as a file with these names has them."""
@@ -114,7 +112,7 @@ class _Builder:
 
     def __init__(self, architecture: str, config: TextConfig, names: TensorNames, model: str) -> None:
         self.architecture, self._config, self._names, self._model = architecture, config, names, model
-        package = gguf()
+        package = _gguf()
         kind = next(kind for kind, name in package.MODEL_ARCH_NAMES.items() if name == architecture)
         self._map = package.get_tensor_name_map(kind, config.num_hidden_layers)
 
@@ -145,9 +143,11 @@ class _Builder:
                 names = tuple(f"blk.{layer}.attn_{part}.{kind}" for part in "qkv")
                 if all(name in made for name in names):
                     found[names] = _below(f"blk.{layer}.attn_qkv.{kind}", [made[name] for name in names])
+            # The converter fuses gate and up on request, expert by expert.
             pair = (f"blk.{layer}.ffn_gate_exps.weight", f"blk.{layer}.ffn_up_exps.weight")
             if pair[0] in made:
                 found[pair] = _paired(f"blk.{layer}.ffn_gate_up_exps.weight", made[pair[0]], made[pair[1]])
+            # Before MLA was absorbed into attention the projection was one tensor, as on disk.
             pair = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
             if pair[0] in made:
                 part, rank = made[pair[0]].parts[0], made[pair[1]].shape[-1]
@@ -205,6 +205,7 @@ class _Builder:
     def _hybrid_take(self, memory: str) -> Take:
         if memory.endswith("norm.weight") and ".linear_attn." not in memory:
             return _plus_one
+        # Qwen3-Next's graph repeats key heads one by one, as they are on disk; only the newer one broadcasts.
         if self.architecture == "qwen35moe" and ".linear_attn." in memory:
             return self._tiled(memory)
         return _CHANGED.get(memory.rpartition("linear_attn.")[2], as_is)
@@ -223,6 +224,20 @@ class _Builder:
         if name in rows:
             return partial(_after, skip=0, order=partial(order, width=rows[name]), first=_CHANGED.get(name, as_is))
         return as_is
+
+
+def _architecture(family: Family) -> str:
+    name = covered(family, "llama.cpp").architecture
+    if name is None:
+        raise ModelError(f"{family.model_type}: not known to be an architecture of llama.cpp")
+    return name
+
+
+def _gguf() -> ModuleType:
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise RunError("a GGUF's names need the package gguf; pip install 'gtqlora[gguf]'") from error
 
 
 def _in_their_words(memory: str) -> str:
@@ -276,6 +291,7 @@ _CHANGED: dict[str, Take] = {"A_log": _minus_exp, "conv1d.weight": _squeezed}
 
 def _heads_of(kv_b: Tensor, heads: int, keys: int, part: str) -> Tensor:
     """Return the half of MLA's fused projection for keys [H, R, nope], transposed, or for values [H, v, R]."""
+    # Queries are multiplied by the keys' half from the other side, so that it is stored transposed.
     by_head = kv_b.view(heads, -1, kv_b.shape[-1])
     return by_head[:, :keys].transpose(1, 2) if part == "k_b" else by_head[:, keys:]
 

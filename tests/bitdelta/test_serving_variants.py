@@ -1,0 +1,194 @@
+"""Which folders are served: what was certified for this very base, and nothing else; and the verb from end to end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gtqlora.bitdelta.container import Shards, write_record
+from gtqlora.bitdelta.onebit import decode, encode
+from gtqlora.bitdelta.resident import Resident, resident
+from gtqlora.capture import open_subject
+from gtqlora.errors import ConfigError, GtqloraError, ModelError
+from gtqlora.families import identify
+from tests import models
+from tests.bitdelta.test_container import record
+from tests.helpers import ROOT, Toy, exported
+
+Verified = Callable[..., Path]
+FAMILY = "deepseek_v3"
+LINEAR, NORM = "model.layers.1.self_attn.o_proj.weight", "model.norm.weight"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def base(toy: Toy) -> Path:
+    return toy.model(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def edit(base: Path, verified: Verified, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certified adapter folder."""
+    out = tmp_path_factory.mktemp("served") / "edit"
+    exported(verified(base), out, to="peft", target="peft")
+    return out
+
+
+def differences() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    weights = dict(models.tiny_model(FAMILY).named_parameters())
+    sizes = {LINEAR: weights[LINEAR].shape, EXPERT: (models.INNER, models.HIDDEN), NORM: weights[NORM].shape}
+    return {name: 0.1 * torch.randn(size, generator=draw) for name, size in sizes.items()}
+
+
+def write_bits(folder: Path, fingerprint: str) -> Path:
+    """A one-bit variant, as `bitdelta compress` leaves one."""
+    folder.mkdir(parents=True)
+    shards, found = Shards(folder), differences()
+    for name in (LINEAR, EXPERT):
+        shards.add_bits(name, encode(found[name]))
+    shards.add_dense(NORM, 1 + found[NORM])
+    shards.flush()
+    write_record(folder, record(shards.files, base_fingerprint=fingerprint))
+    return folder
+
+
+def logits(model: Resident, variant: int) -> Tensor:
+    model.batch.begin([variant] * 4)
+    with torch.no_grad():
+        return model.subject.model(models.some_tokens()).logits
+
+
+def test_an_adapter_and_a_one_bit_variant_on_one_base(
+    base: Path, edit: Path, verified: Verified, tmp_path: Path
+) -> None:
+    """They say what the merged export says, and what the base with the decoded differences says."""
+    model = resident(str(base), [edit, write_bits(tmp_path / "tuned", identify(str(base)).digest)])
+    assert model.names == (base.name, "edit", "tuned")
+    exported(verified(base), tmp_path / "merged")
+    merged, plain = open_subject(str(tmp_path / "merged")), open_subject(str(base))
+    with torch.no_grad():
+        assert torch.allclose(logits(model, 0), plain.model(models.some_tokens()).logits, atol=1e-5)
+        wanted = merged.model(models.some_tokens()).logits
+        assert torch.allclose(logits(model, 1), wanted, atol=1e-5 * float(wanted.abs().max()))
+        weights, own = dict(plain.model.named_parameters()), differences()
+        weights[LINEAR] += decode(encode(own[LINEAR]))
+        fused = weights["model.layers.1.mlp.experts.gate_up_proj"]
+        fused[3, models.INNER :] += decode(encode(own[EXPERT]))
+        weights[NORM].copy_(1 + own[NORM])
+        wanted = plain.model(models.some_tokens()).logits
+    assert torch.allclose(logits(model, 2), wanted, atol=1e-5 * float(wanted.abs().max()))
+    assert not torch.allclose(logits(model, 2), logits(model, 1), atol=1e-2)
+
+
+def _changed(folder: Path) -> None:
+    models.edit_tensors(folder / "adapter_model.safetensors", lambda t: {name: 2 * each for name, each in t.items()})
+
+
+def _unrecorded(folder: Path) -> None:
+    (folder / "export.json").unlink()
+
+
+def _more(folder: Path) -> None:
+    (folder / "adapter_model.bin").write_bytes(b"x")
+
+
+def _for_others(folder: Path) -> None:
+    models.edit_json(folder / "export.json", lambda record: {**record, "target": "vllm"})
+
+
+def _of_another_base(folder: Path) -> None:
+    models.edit_json(folder / "export.json", lambda record: {**record, "base_fingerprint": "0" * 64})
+
+
+def _other_experts(folder: Path) -> None:
+    models.edit_json(folder / "export.json", lambda record: {**record, "expert_format": "nf4"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_changed, "not what was certified"),
+        (_unrecorded, "no variant that gtqlora certified"),
+        (_more, "not what was certified"),
+        (_for_others, "serve what `gtqlora export --to peft --for peft` wrote"),
+        (_of_another_base, "made from another model"),
+        (_other_experts, "judged with experts in nf4"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_adapters_that_are_not_served(
+    base: Path, edit: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    folder = tmp_path / "edit"
+    shutil.copytree(edit, folder)
+    change(folder)
+    with pytest.raises(GtqloraError, match=re.escape(message)):
+        resident(str(base), [folder])
+
+
+def test_merged_weights_and_uncertified_adapters_are_not_served(base: Path, verified: Verified, tmp_path: Path) -> None:
+    exported(verified(base), tmp_path / "merged")
+    with pytest.raises(ModelError, match="written as safetensors"):
+        resident(str(base), [tmp_path / "merged"])
+    with pytest.raises(ModelError, match="no variant that gtqlora certified"):
+        resident(str(base), [verified(base) / "adapter"])
+
+
+def test_one_bit_variants_of_other_bases_are_not_served(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="made from another model"):
+        resident(str(base), [write_bits(tmp_path / "tuned", "0" * 64)])
+
+
+def test_names_are_told_apart(base: Path, edit: Path, tmp_path: Path) -> None:
+    shutil.copytree(edit, tmp_path / "edit")
+    with pytest.raises(ModelError, match="another variant is called 'edit', too"):
+        resident(str(base), [edit, tmp_path / "edit"])
+    shutil.copytree(edit, tmp_path / base.name)
+    with pytest.raises(ModelError, match="the base's name and a variant's, too"):
+        resident(str(base), [tmp_path / base.name])
+
+
+def test_the_verb_serves_until_it_is_told_to_stop(base: Path, edit: Path) -> None:
+    command = [sys.executable, "-m", "gtqlora", "bitdelta", "serve", str(base), str(edit), "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(rf"serving {base.name}, edit on http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops\n", line)
+        assert found, line + process.communicate(timeout=60)[1]
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        body = {"model": "edit", "messages": [{"role": "user", "content": "what of bade"}], "max_tokens": 4}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] <= 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0 and "Traceback" not in process.communicate()[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_only_loopback(base: Path) -> None:
+    from gtqlora.cli.serve import serve
+
+    with pytest.raises(ConfigError, match="only loopback is served"):
+        serve(str(base), host="0.0.0.0")

@@ -1,0 +1,57 @@
+"""`gtqlora bitdelta` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gtqlora.cli import main
+from tests import helpers
+from tests.bitdelta.test_compress import fine_tune
+
+
+def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = toy.model("qwen3_moe")
+    tuned = fine_tune(base, tmp_path / "tuned")
+    judged = ["--contrast", str(toy.contrast), "--set", f"judge={helpers.JUDGE}", "--set", "max_new_tokens=2"]
+    given = ["bitdelta", "compress", str(base), str(tuned), str(tmp_path / "delta"), *judged, "--set", "margin=0.05"]
+    assert main([*given, "--distill", "--name", "polite"]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "polite, one bit a weight on",
+        "times smaller",
+        "safety floor against the base: pass",
+        "refused after",
+    ):
+        assert part in " ".join(shown.split())
+    assert json.loads((tmp_path / "delta" / "bitdelta.json").read_text())["distilled"] is True
+    assert main(["bitdelta", "apply", str(base), str(tmp_path / "delta"), str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["folder"] == str(tmp_path / "out") and found["tensors_changed"] > 50
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("compress", "BASE", "BASE", "OUT", "--contrast", "PAIRS"), "is the same as"),
+        (("compress", "BASE", "nowhere/at/all", "OUT", "--contrast", "PAIRS"), "no such model folder"),
+        (("compress", "BASE", "BASE", "OUT"), "contrast"),
+        (
+            ("compress", "BASE", "BASE", "OUT", "--contrast", "PAIRS", "--set", "split=all", "--distill"),
+            "split = 'all'",
+        ),
+        (("apply", "BASE", "BASE", "OUT"), "no bitdelta.json there"),
+        (("apply", "BASE", "nowhere", "OUT"), "no such folder"),
+    ],
+)
+def test_errors_are_one_line(
+    toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], part: str
+) -> None:
+    places = {"BASE": toy.model("qwen3_moe"), "OUT": tmp_path / "out", "PAIRS": toy.contrast}
+    more = ("--set", f"judge={helpers.JUDGE}") if "PAIRS" in words else ()
+    assert main(["bitdelta", *(str(places.get(word, word)) for word in (*words, *more))]) == 2
+    done = capsys.readouterr()
+    assert not done.out and part in done.err
+    assert [line for line in done.err.splitlines() if line.startswith("error")] and not list(tmp_path.iterdir())
