@@ -16,10 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gtqlora.capture import open_subject
+from gtqlora.capture import Subject, open_subject
 from gtqlora.certificate import certify
 from gtqlora.config import ExportConfig
-from gtqlora.edits.adapters import read_adapter
+from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.errors import ConfigError, RunError
 from gtqlora.exports import peft
@@ -29,7 +29,7 @@ from gtqlora.exports.plain import plain_model
 from gtqlora.families import FAMILIES, Anatomy
 from gtqlora.families.coverage import covered, in_layer
 from gtqlora.judging.judge import judge_of
-from gtqlora.results.adapter import PROJECTION
+from gtqlora.results.adapter import GT_QLORA, PROJECTION, Info, Training
 from gtqlora.results.export import read_export
 from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
@@ -73,25 +73,37 @@ Make = Callable[..., Job]
 
 
 @pytest.fixture(scope="module")
-def job(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """(model, target) -> what is to be written of an edit of that model.
+def job(toy: helpers.Toy, verified: Verified) -> Make:
+    """(model, target) -> what is to be written of some edit of that model.
 
     What is written depends on nothing of a certificate but the adapter and the model, so one verified run lends its
-    certificate to the edits of all.
+    certificate to edits of all families.
     """
-    root, made = tmp_path_factory.mktemp("trained"), dict[Path, Path]()
     with Run(verified(source(toy, "qwen3_moe"))) as run:
         passed = certify(run, helpers.JUDGE)
 
     def of(model: Path, target: str = "peft", **opened: Any) -> Job:
-        if model not in made:
-            made[model] = root / model.name
-            helpers.trained(toy.train_config(model, **opened), made[model])
-        lent = {"verdict": replace(passed.verdict, model=str(model)), "config": toy.verify_config(model, **opened)}
-        adapter = read_adapter(made[model] / "adapter")
-        return Job.of(replace(passed, adapter=adapter, **lent), ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
+        config = toy.verify_config(model, **opened)
+        lent = replace(passed, verdict=replace(passed.verdict, model=str(model)), config=config)
+        edit = replace(lent, adapter=some_edit(open_subject(config)))
+        return Job.of(edit, ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
 
     return of
+
+
+def some_edit(subject: Subject) -> Adapter:
+    """An edit of everything, drawn and not trained; the same one for the same model."""
+    draw, tensors, anatomy = torch.Generator().manual_seed(0), dict[str, Tensor](), subject.anatomy
+    for path in anatomy.lora_targets:
+        linear = subject.model.get_submodule(path)
+        tensors[f"{path}.lora_A"] = 0.2 * torch.randn(4, linear.in_features, generator=draw)
+        tensors[f"{path}.lora_B"] = 0.02 * torch.randn(linear.out_features, 4, generator=draw)
+    for path in anatomy.routers:
+        weight = subject.model.get_submodule(path).weight.data.float()
+        tensors[f"{path}.weight"] = weight + 0.05 * torch.randn(weight.shape, generator=draw)
+    made = Training({"mode": "gt", "rank": 4, "alpha": 8})
+    info = Info(GT_QLORA, "/home/someone/base", anatomy.family.model_type, made)
+    return Adapter(Path("drawn"), info, "0" * 64, tensors, rank=4, alpha=8)
 
 
 def written(job: Job, out: Path) -> Written:
@@ -346,7 +358,7 @@ def test_an_edit_trained_for_sglang(toy: helpers.Toy, tmp_path: Path) -> None:
     assert {"kv_b_proj", "gate_proj", "q_a_proj"} <= set(config["target_modules"])
     assert {min(tensor.shape) for tensor in tensors.values()} == {config["r"]}
     notes = " ".join(read_export(tmp_path / "out").notes)
-    assert "--disable-shared-experts-fusion" in notes and "not run" in notes
+    assert "--disable-shared-experts-fusion" in notes and "SGLang 0.5.23" in notes and "not run" in notes
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
