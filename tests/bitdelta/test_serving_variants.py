@@ -20,6 +20,7 @@ from torch import Tensor
 from gtqlora.bitdelta.container import OWN, RECORD, Shards, write_record
 from gtqlora.bitdelta.onebit import decode, encode
 from gtqlora.bitdelta.resident import Resident, resident
+from gtqlora.bitdelta.variants import unchanged
 from gtqlora.capture import open_subject
 from gtqlora.contrasts.template import encode_prompt
 from gtqlora.errors import ConfigError, GtqloraError, ModelError
@@ -139,6 +140,13 @@ def test_adapters_that_are_not_served(
     change(folder)
     with pytest.raises(GtqloraError, match=re.escape(message)):
         resident(str(base), [folder])
+
+
+def test_a_folder_that_changes_while_it_is_read(base: Path, edit: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edit"
+    shutil.copytree(edit, folder)
+    with pytest.raises(ModelError, match="was changed while it was read"), unchanged([folder]):
+        os.utime(folder / "adapter_model.safetensors")
 
 
 def test_merged_weights_and_uncertified_adapters_are_not_served(base: Path, verified: Verified, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gtqlora.bitdelta.layers import Batch, Grouped, Tiles, VariantEmbedding, VariantLinear
 from gtqlora.bitdelta.onebit import OneBit
 from gtqlora.bitdelta.routed import Piece, VariantExperts, VariantRouter
-from gtqlora.bitdelta.variants import Variant, read_variants
+from gtqlora.bitdelta.variants import Variant, read_variants, unchanged
 from gtqlora.bitdelta.voices import Voice, own_voice, voice_of
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import ModelConfig
@@ -56,18 +56,19 @@ def resident(base: str, folders: Sequence[Path], *, device: str = "cpu") -> Resi
     subject = open_subject(ModelConfig(model=identity.model, device=device, expert_format=expert_format))
     model = cast(PreTrainedModel, subject.model)
     names = tensor_names(identity.model, subject.anatomy.family, model)
-    variants = read_variants(folders, names, base=identity.digest, expert_format=expert_format)
+    voice = voice_of(subject)
+    with unchanged(folders):
+        variants = read_variants(folders, names, base=identity.digest, expert_format=expert_format)
+        others = [own_voice(subject, identity.model, v.tokenizer) if v.tokenizer else voice for v in variants]
     identity.check_unchanged()
     own = public_name(base)
     if any(variant.name == own for variant in variants):
         raise ModelError(f"{own!r} is the base's name and a variant's, too; rename the variant's folder")
-    voice = voice_of(subject)
-    own_voices = (own_voice(subject, identity.model, v.tokenizer) if v.tokenizer else voice for v in variants)
     return Resident(
         subject=subject,
         batch=install(subject, variants),
         names=(own, *(variant.name for variant in variants)),
-        voices=(voice, *own_voices),
+        voices=(voice, *others),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.exports import provenance
 from gtqlora.families import TensorNames
 from gtqlora.families.files import PROVENANCE, checked_file, has, read_json
+from gtqlora.families.identity import state_of
 from gtqlora.families.names import Place
 
 _ADAPTER, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -64,6 +66,24 @@ def read_variants(folders: Iterable[Path], names: TensorNames, *, base: str, exp
             raise ModelError(f"{folder}: another variant is called {folder.name!r}, too; rename one of the folders")
         found[folder.name] = _read(folder, names, base, expert_format)
     return list(found.values())
+
+
+@contextmanager
+def unchanged(folders: Iterable[Path]) -> Iterator[None]:
+    """See to it that what is read of these folders is what was checked.
+
+    Raises:
+        ModelError: a file was written to, exchanged, added or taken away meanwhile.
+    """
+    states = {folder: _states(folder) for folder in folders}
+    yield
+    for folder, before in states.items():
+        if _states(folder) != before:
+            raise ModelError(f"{folder}: was changed while it was read; start again")
+
+
+def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    return {file: state_of(file) for file in folder.rglob("*") if file.is_file()}
 
 
 def _read(folder: Path, names: TensorNames, base: str, expert_format: str) -> Variant:
