@@ -129,12 +129,12 @@ def weights_of(job: Job, source: Gguf) -> Iterator[tuple[str, torch.Tensor]]:
     """A GGUF's tensors under the names of the checkpoint's, dequantized."""
     import torch
 
-    from gtqlora.exports.gguf.layout import Layout, as_is
     from gtqlora.exports.gguf.reading import raw_bytes
     from gtqlora.exports.gguf.types import dequantized
+    from gtqlora.families.llama_cpp import Layout, as_is
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, one in Layout.of(job).made.items():
+    for name, one in Layout.of(job.model, job.names).made.items():
         info = source.tensors[name]
         values = dequantized(raw_bytes(info), info.kind, info.shape[-1]).reshape(info.shape)
         first, *others = one.parts
