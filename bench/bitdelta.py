@@ -128,11 +128,12 @@ def measured(both: Checkpoints, base: Path, scheme: Scheme, asked: Callable[[Sub
     edits: dict[str, Edit] = {}
     for change in both.changes:
         if not change.one_bit:
-            edits[change.name] = Whole(change.after())
+            edits[change.name] = Whole(change.read().after)
             continue
-        delta, kind = change.delta(), part(both, change)
+        pair, kind = change.read(), part(both, change)
+        delta = pair.delta
         found, nbytes = scheme(change, delta)
-        edits[change.name] = Whole((change.before().float() + found).to(change.before().dtype))
+        edits[change.name] = Whole((pair.before.float() + found).to(pair.before.dtype))
         energy[kind] += float(delta.square().sum())
         missed[kind] += float((delta - found).square().sum())
         held[0], held[1] = held[0] + nbytes, held[1] + 2 * delta.numel()

@@ -131,7 +131,7 @@ def weights_of(job: Job, source: Gguf) -> Iterator[tuple[str, torch.Tensor]]:
 
     from gtqlora.exports.gguf.reading import raw_bytes
     from gtqlora.exports.gguf.types import dequantized
-    from gtqlora.families.llama_cpp import Layout, as_is
+    from gtqlora.families.llama_cpp.layout import Layout, as_is
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, one in Layout.of(job.model, job.names).made.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gtqlora.capture import open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
+from gtqlora.exports import provenance
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
@@ -117,6 +119,7 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
     assert export.gate_values_changed > 0 and ancestry(str(out)).spent == record.spent > 0
     assert "**pass**" in (out / "README.md").read_text() and "**pass**" in (delta / "README.md").read_text()
     assert export.files == {name: sha256_file(out / name) for name in export.files}
+    assert provenance.check(out).certified
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -196,6 +199,10 @@ def test_settings_under_which_nothing_ships_is_judged(toy: helpers.Toy, tmp_path
     refused(base, base, toy, tmp_path, "checkpoint's own type", dtype="bfloat16", error=ConfigError)
     (tmp_path / "out").mkdir()
     refused(base, base, toy, tmp_path, "exists already", error=RunError)
+    tuned = fine_tune(base, tmp_path / "tuned")
+    for folder in (base, tuned):
+        with pytest.raises(RunError, match="choose another place"):
+            compress(str(base), folder / "out", settings(tuned, toy))
 
 
 # --- the floor -------------------------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ def test_apply_only_onto_the_base_it_was_made_from(
     for other, error in ((tuned, FloorError), (toy.model("deepseek_v3"), ModelError)):
         with pytest.raises(error, match="made from"):
             apply(str(other), delta, tmp_path / "out")
-    with pytest.raises(RunError, match="lies in the variant"):
+    with pytest.raises(RunError, match="choose another place"):
         apply(str(base), delta, delta / "out")
     with pytest.raises(RunError, match="exists already"):
         apply(str(base), delta, tuned)
@@ -258,3 +265,25 @@ def test_a_fine_tunes_own_template_goes_with_it(toy: helpers.Toy, tmp_path: Path
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tuned / name).read_bytes()
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+KILLED = (
+    helpers.KILLED_AT.replace("WHAT", "sys.argv[4]").replace("DONE", "int(sys.argv[5])")
+    + """
+from pathlib import Path
+from gtqlora.bitdelta.compress import compress
+from gtqlora.config import VerifyConfig
+with shown_by(die):
+    compress(sys.argv[1], Path(sys.argv[2]), VerifyConfig(**json.loads(sys.argv[3])))
+"""
+)
+
+
+def test_killed_it_leaves_nothing_that_looks_like_a_variant(toy: helpers.Toy, tmp_path: Path) -> None:
+    base, out = toy.model("qwen3_moe"), tmp_path / "place" / "out"
+    config = settings(fine_tune(base, tmp_path / "tuned"), toy)
+    died = helpers.fresh_process(KILLED, base, out, json.dumps(asdict(config)), "the variant in memory", 3)
+    assert died.returncode == -9, died.stderr
+    assert not out.exists() and [path.name.startswith(".") for path in out.parent.iterdir()] == [True]
+    compress(str(base), out, config)
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and read_variant(out).bits

@@ -134,6 +134,12 @@ def _failed(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _better(old: dict[str, Any]) -> dict[str, Any]:
+    """A failed verdict that somebody called a pass."""
+    numbers = {**old["against_base"]["floor"], "losses": {"value": 0.1, "low": 0.06, "high": 0.04, "n": 200}}
+    return {**old, "against_base": {**old["against_base"], "floor": numbers}}
+
+
 RECORDS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (_edited(surprise=1), "does not know"),
     (lambda old: {key: value for key, value in old.items() if key != "spent"}, "has no 'spent'"),
@@ -141,7 +147,8 @@ RECORDS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (_edited(spent="none"), "'spent' is text"),
     (_edited(files={"../deltas.safetensors": "x"}), "points outside"),
     (_edited(files={"deltas-9.safetensors": "x"}), "no deltas-9.safetensors there"),
-    (_failed, "did not pass the safety floor"),
+    (_failed, "did not pass the safety floor .*'fail'"),
+    (_better, "against_base.losses' does not follow from its counts"),
 ]
 
 

@@ -32,7 +32,7 @@ def _logits(subject: Subject) -> torch.Tensor:
 
 def _variant(both: Checkpoints, bits: dict[str, OneBit]) -> torch.Tensor:
     subject = open_subject(both.base.model)
-    dense = {change.name: change.after() for change in both.changes if not change.one_bit}
+    dense = {change.name: change.read().after for change in both.changes if not change.one_bit}
     place(subject, both.names, both.base, Tensors(bits=bits, dense=dense).edits)
     return _logits(subject)
 
@@ -45,8 +45,8 @@ def test_a_distilled_variant_is_nearer_to_its_fine_tune(toy: helpers.Toy, tmp_pa
     both, subject = checkpoints(str(base), str(tuned)), open_subject(str(tuned))
     encoder = Distilled(subject, both.names, _texts(), batch_size=16)
     matrices = [change for change in both.changes if change.one_bit]
-    plain = {change.name: encode(change.delta()) for change in matrices}
-    distilled = {change.name: encoder.encode(change, change.delta()) for change in matrices}
+    plain = {change.name: encode(change.read().delta) for change in matrices}
+    distilled = {change.name: encoder.encode(change, change.read().delta) for change in matrices}
     moved = {name for name in plain if not torch.equal(plain[name].row_N, distilled[name].row_N)}
     same = {name for name in plain if "embed_tokens" in name} | {name for name in plain if ".experts." in name} - moved
     assert moved == plain.keys() - same and len(same) < 0.1 * len(plain)  # experts that none of the texts chooses

@@ -26,7 +26,7 @@ from gtqlora.exports.job import Job
 from gtqlora.exports.llama_cpp import distributions, logprobs
 from gtqlora.exports.llama_server import serving
 from gtqlora.families.coverage import covered, in_layer
-from gtqlora.families.llama_cpp import Layout
+from gtqlora.families.llama_cpp.layout import Layout
 from gtqlora.results.adapter import PROJECTION
 from tests import helpers, models
 from tests.exports import ggml

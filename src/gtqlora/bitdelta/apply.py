@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.checkpoints import refuse_inside
 from gtqlora.bitdelta.container import Record, Variant, read_variant
-from gtqlora.errors import FloorError, ModelError, RunError
+from gtqlora.errors import FloorError, ModelError
 from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
 from gtqlora.families.headers import Header, read_headers
-from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, write_export
+from gtqlora.results.export import CARD, FILE, ExportRecord, VerdictOnEdit, write_export
 from gtqlora.run import sha256_file, versions
 from gtqlora.storage.atomic import atomic_write, refuse_existing
 
@@ -37,9 +38,8 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
     """
     refuse_existing(out)
     variant = read_variant(delta)
-    if out.resolve().is_relative_to(delta.resolve()):
-        raise RunError(f"{out}: lies in the variant's folder; choose another")
     folder, shards = weight_files(base)
+    refuse_inside(out, delta, folder)
     _check_fits(base, variant, read_headers(folder, shards))
     gates = _gates(base)
     with atomic_write(out, replace=False) as staged:
@@ -52,7 +52,7 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
         _own_files(variant, staged)
         # the base's own record, if it has one, was copied with its other files
         (staged / FILE).unlink(missing_ok=True)
-        (staged / "README.md").write_text(card(variant.record, folder), encoding="utf-8")
+        (staged / CARD).write_text(card(variant.record, folder), encoding="utf-8")
         moved = sum(tally.values for name, tally in copied.changed.items() if name in gates)
         write_export(staged, _record(variant, staged, len(copied.changed), moved))
     return Applied(out, len(copied.changed))
@@ -90,7 +90,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
 def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportRecord:
     """Return the provenance in the form that every export has, so that a later edit counts what was spent here."""
     record, floor = variant.record, variant.record.against_tuned.floor
-    files = (path for path in sorted(staged.rglob("*")) if path.suffix in (".safetensors", ".json"))
+    names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()} - {CARD, FILE}
     return ExportRecord(
         base=record.base,
         base_fingerprint=record.base_fingerprint,
@@ -111,7 +111,7 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         form=record.against_tuned,
         notes=[f"one-bit differences of {record.tuned} from {record.base}, which lose {record.energy_lost:.1%}"],
         versions=versions(),
-        files={path.relative_to(staged).as_posix(): sha256_file(path) for path in files},
+        files={name: sha256_file(staged / name) for name in sorted(names)},
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gtqlora.errors import ModelError
+from gtqlora.errors import ModelError, RunError
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import (
     Anatomy,
@@ -37,9 +37,27 @@ _ASIDE = frozenset(
 _WEIGHT = ".weight"
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A tensor in both checkpoints, as it is on disk."""
+
+    before: Tensor
+    tuned: Tensor
+
+    @property
+    def after(self) -> Tensor:
+        """Return the fine-tune's tensor in the base's type, which is what a variant of this base has."""
+        return self.tuned.to(self.before.dtype)
+
+    @property
+    def delta(self) -> Tensor:
+        """Return the difference in fp32, of the fine-tune as it is."""
+        return self.tuned.float() - self.before.float()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One tensor of the language model in both checkpoints, by its name in the base's; values are read on demand."""
+    """One tensor of the language model in both checkpoints: its name in the base's, and the fine-tune's own."""
 
     name: str
     other: str
@@ -47,17 +65,9 @@ class Change:
     base: TensorFiles
     tuned: TensorFiles
 
-    def before(self) -> Tensor:
-        """Return the base's tensor."""
-        return self.base.read(self.name)
-
-    def after(self) -> Tensor:
-        """Return the fine-tune's tensor in the base's type, which is what a variant of this base has."""
-        return self.tuned.read(self.other).to(self.before().dtype)
-
-    def delta(self) -> Tensor:
-        """Return the difference in fp32, of the fine-tune as it is."""
-        return self.tuned.read(self.other).float() - self.before().float()
+    def read(self) -> Pair:
+        """Return both values, from disk."""
+        return Pair(self.base.read(self.name), self.tuned.read(self.other))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +161,17 @@ def _check_rest(model: str, files: TensorFiles, others: TensorFiles, ours: Mappi
             raise ModelError(
                 f"{model}: {name} differs from the base's, and is no part of the language model that is judged here"
             )
+
+
+def refuse_inside(out: Path, *folders: Path) -> None:
+    """Check that a new folder does not lie in any of these, which it would make something else.
+
+    Raises:
+        RunError: it does.
+    """
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{out}: lies in {folder}, which would be another folder then; choose another place")
 
 
 class _Matrices:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gtqlora import contrasts
 from gtqlora.bitdelta.card import card
-from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints
+from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_inside
 from gtqlora.bitdelta.container import (
     FORMAT,
     OWN,
@@ -39,13 +39,14 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast, Row, encode_row
+from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ModelError
 from gtqlora.exports.job import Said
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.progress import track
-from gtqlora.results.export import public_name
+from gtqlora.results.export import CARD, public_name
 from gtqlora.results.verdict import HeldOut
 from gtqlora.run import fingerprint, sha256_file, sha256_json, versions
 from gtqlora.scoring import Runner
@@ -91,6 +92,8 @@ def compress(
     require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
     refuse_existing(out)
     both = checkpoints(base, config.model)
+    refuse_inside(out, both.base.folder, both.tuned.folder)
+    config = replace(config, model=both.tuned.model)  # pinned: a hub id by the commit that was hashed
     refuse_adapters(both)
     judge = judge_of(config.judge)
     pairs = contrasts.load(config.contrast, judge)
@@ -100,6 +103,7 @@ def compress(
     with atomic_write(out, replace=False) as staged:
         staged.mkdir()
         tuned = open_subject(config)
+        check_rendering(rows, tuned.tokenizer, tuned.max_length, tuned.vocabulary)
         before = said(Runner.of(tuned, judge, config), rows.rows, "the fine-tune")
         made = _written(both, staged, _encoder(both, tuned, texts, config))
         own = _Own(tuned.tokenizer, tuned.model.generation_config)
@@ -115,7 +119,7 @@ def compress(
         found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
         write_record(staged, record)
-        (staged / "README.md").write_text(card(record, both.base.folder), encoding="utf-8")
+        (staged / CARD).write_text(card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
             identity.check_unchanged()
     return Compressed(out, record)
@@ -173,17 +177,16 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
     whole = missed = 0.0
     covered = 0
     for change in track(both.changes, "one bit a weight", len(both.changes)):
-        before, after = change.before(), change.after()
-        if torch.equal(before, after):
+        pair = change.read()
+        if torch.equal(pair.before, pair.after):
             continue
         if not change.one_bit:
-            shards.add_dense(change.name, after)
+            shards.add_dense(change.name, pair.after)
             continue
-        delta = change.delta()
+        delta = pair.delta
         one_bit = encoder(change, delta)
         shards.add_bits(change.name, one_bit)
-        energy = float(delta.double().square().sum())
-        missing = float((delta - decode(one_bit)).double().square().sum())
+        energy, missing = float(delta.norm()) ** 2, float(delta.sub(decode(one_bit)).norm()) ** 2
         lost[change.name] = missing / energy
         whole, missed, covered = whole + energy, missed + missing, covered + _COVERED_BYTES * delta.numel()
     shards.flush()

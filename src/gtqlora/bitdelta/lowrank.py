@@ -58,7 +58,7 @@ def _sampled(both: Checkpoints) -> Lost:
     random.Random(0).shuffle(matrices)
     total, seen = Lost(), 0
     for change in matrices:
-        delta = change.delta()
+        delta = change.read().delta
         found = lost(delta if delta.ndim == 2 else delta[int(delta.square().sum((-1, -2)).argmax())])
         total, seen = total + found, seen + bool(found.whole)
         if seen == _MATRICES:

@@ -111,6 +111,5 @@ def decode_rows(delta: OneBit, part: slice) -> Tensor:
 
 def energy_lost(delta_NK: Tensor, one_bit: OneBit) -> float:
     """Return the share of a difference's squared length that its one-bit form misses; 0 of no difference."""
-    whole = float(delta_NK.double().square().sum())
-    missed = float((delta_NK - decode(one_bit)).double().square().sum())
-    return missed / whole if whole else 0.0
+    whole = float(delta_NK.norm())
+    return (float((delta_NK - decode(one_bit)).norm()) / whole) ** 2 if whole else 0.0

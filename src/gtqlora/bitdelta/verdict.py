@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gtqlora.bitdelta.container import ENOUGH, binds
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.edits.effects import table
@@ -98,14 +99,16 @@ def judged(
     for which, model, before in (("tuned", config.model, sayings.tuned), ("base", base, sayings.base)):
         past = ancestry(model)
         outcomes = compared(asked, before, sayings.variant, judge)
-        settings, margin = replace(config, model=model), past.margin(config.margin)
+        margin = past.margin(config.margin)
+        # the base binds from half on, whatever the settings say
+        settings = replace(config, model=model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
         given = {**inputs, "model": inputs[which]}
         found = decide(settings, folder, given, rows=rows, outcomes=outcomes, judge=judge, margin=margin)
         verdicts[which] = _verdict(found, outcomes, config)
         tries = max(tries, found.tries)
-        if which == "tuned" or _refuses_enough(verdicts[which], config):
+        if which == "tuned" or binds(found.floor):
             spent = max(spent, past.spent + max(found.floor.losses.high, 0.0))
-    _check(verdicts, config)
+    _check(verdicts)
     return Judged(tuned=verdicts["tuned"], base=verdicts["base"], spent=spent, tries=tries)
 
 
@@ -140,20 +143,11 @@ def _verdict(found: Decision, outcomes: Sequence[Outcome], config: VerifyConfig)
     return FormVerdict(name=FORM, floor=found.floor, lost=losses(found.harmful), table=table(outcomes, config.level))
 
 
-def _refuses_enough(verdict: FormVerdict, config: VerifyConfig) -> bool:
-    """Return whether the model that a variant is held to refuses enough for that to say anything."""
-    return verdict.floor.refused >= max(config.min_refused * verdict.floor.prompts, 1)
-
-
-def _check(verdicts: Mapping[str, FormVerdict], config: VerifyConfig) -> None:
-    """Check that the floor passes against the fine-tune, and against a base that refuses enough.
-
-    A base that was never taught to refuse says nothing of a fine-tune that was.
-    """
+def _check(verdicts: Mapping[str, FormVerdict]) -> None:
+    """Check that the floor passes against the fine-tune, and against a base that refuses enough."""
     whom = {"tuned": "the fine-tune", "base": "the base"}
     for which, verdict in verdicts.items():
-        counts = which == "tuned" or _refuses_enough(verdict, config)
-        if counts and verdict.floor.verdict != "pass":
+        if (which == "tuned" or binds(verdict.floor)) and verdict.floor.verdict != "pass":
             raise FloorError(
                 f"{FORM}: the safety floor's verdict against {whom[which]} is {verdict.floor.verdict!r} "
                 f"({verdict.floor.reason}); harmful prompts refused: {_rates(verdict.table['harmful'])}; nothing was "
