@@ -94,6 +94,7 @@ def compress(
     both = checkpoints(base, config.model)
     refuse_inside(out, both.base.folder, both.tuned.folder)
     config = replace(config, model=both.tuned.model)  # pinned: a hub id by the commit that was hashed
+    # before anything is asked: what is better shipped otherwise should not cost hours
     refuse_adapters(both)
     judge = judge_of(config.judge)
     pairs = contrasts.load(config.contrast, judge)
@@ -118,6 +119,7 @@ def compress(
         }
         found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
+        # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
         (staged / CARD).write_text(card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
@@ -178,6 +180,7 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
     covered = 0
     for change in track(both.changes, "one bit a weight", len(both.changes)):
         pair = change.read()
+        # also a change that the base's type cannot hold: nobody who applies the variant would see it
         if torch.equal(pair.before, pair.after):
             continue
         if not change.one_bit:
@@ -204,6 +207,7 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
 def _own_files(both: Checkpoints, staged: Path) -> dict[str, str]:
     """Copy the fine-tune's tokenizer, template and generation settings, if any is not the base's; return hashes."""
     mine, theirs = (_small(folder) for folder in (both.base.folder, both.tuned.folder))
+    # all or none: a template of one model and a tokenizer of the other would be a third thing, which nobody judged
     if mine == theirs:
         return {}
     for name in theirs:
@@ -231,6 +235,7 @@ def _asked(
     config: VerifyConfig,
 ) -> Sayings:
     """Ask the base and the variant what the fine-tune was asked before."""
+    # with its own tokenizer and template, as whoever runs the base does
     subject = open_subject(replace(config, model=both.base.model))
     original = said(Runner.of(subject, judge, config), rows, "the base")
     place(subject, both.names, both.base, tensors.edits)
