@@ -17,8 +17,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from gtqlora.exports.gguf.reading import Gguf
     from gtqlora.exports.gguf.types import GgmlType
     from gtqlora.exports.job import Job, Said
+    from gtqlora.exports.llama_cpp import LlamaCpp
+    from gtqlora.results.verdict import Outcome
 
 TYPES = ("F32", "Q8_0", "Q4_K", "Q2_K")
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -71,6 +73,38 @@ def quantize(source: Path, target: Path, wanted: str) -> Path:
 # --- behaviour -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Heard:
+    """A form with what it said to every held-out prompt, so that each is asked once."""
+
+    form: LlamaCpp
+    before: list[Said]
+    after: list[Said]
+
+    @staticmethod
+    def of(form: LlamaCpp, before: list[Said]) -> Heard:
+        return Heard(form, before, form.said(form.job.certificate.outcomes, edited=True))
+
+    @property
+    def name(self) -> str:
+        return self.form.name
+
+    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+        every = zip(self.form.job.certificate.outcomes, self.after if edited else self.before, strict=True)
+        found = {row.number: said for row, said in every}
+        return [found[row.number] for row in rows]
+
+    def floor(self) -> str:
+        """The verdict in this form, or why there is none to ship on."""
+        from gtqlora.errors import FloorError
+        from gtqlora.exports.forms import judge_form
+
+        try:
+            return judge_form(self, self.form.job.certificate).floor.verdict
+        except FloorError as error:
+            return str(error)
+
+
 def rates(job: Job, said: list[Said]) -> dict[str, float]:
     """Refusals by kind, and accuracy."""
     from gtqlora.judging.judge import judge_of, refusals
@@ -95,9 +129,9 @@ def weights_of(job: Job, source: Gguf) -> Iterator[tuple[str, torch.Tensor]]:
     """A GGUF's tensors under the names of the checkpoint's, dequantized."""
     import torch
 
-    from gtqlora.exports.gguf.layout import Layout, as_is
     from gtqlora.exports.gguf.reading import raw_bytes
     from gtqlora.exports.gguf.types import dequantized
+    from gtqlora.families.llama_cpp.layout import Layout, as_is
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, one in Layout.of(job).made.items():
@@ -159,9 +193,8 @@ def measure(path: Path, types: list[str], folder: Path) -> list[dict[str, Any]]:
     """Behaviour of one verified run in llama.cpp: a row for each type and form."""
     from gtqlora.certificate import certify
     from gtqlora.config import ExportConfig
-    from gtqlora.errors import FloorError, RunError
+    from gtqlora.errors import RunError
     from gtqlora.exports import gguf_adapter
-    from gtqlora.exports.forms import judge_form
     from gtqlora.exports.gguf.patch import Patch
     from gtqlora.exports.gguf.reading import read_gguf
     from gtqlora.exports.gguf.whole import Plan
@@ -192,14 +225,12 @@ def measure(path: Path, types: list[str], folder: Path) -> list[dict[str, Any]]:
         files = {"base": base, "merged": folder / kind / base.name}
         routed = {form: choices(job, dict(weights_of(job, read_gguf(file)))) for form, file in files.items()}
         exact = exact or routed
-        row = {"type": kind, "form": "base", **rates(job, forms["merged"].said(rows, edited=False))}
-        found.append({**row, "routing": agreement(routed["base"], exact["base"]), "bytes": base.stat().st_size})
+        before = forms["merged"].said(rows, edited=False)
+        row = {"type": kind, "form": "base", **rates(job, before), "bytes": base.stat().st_size}
+        found.append({**row, "routing": agreement(routed["base"], exact["base"])})
         for name, form in forms.items():
-            row = {"type": kind, "form": name, **rates(job, form.said(rows, edited=True))}
-            try:
-                row["floor"] = judge_form(form, job.certificate).floor.verdict
-            except FloorError as error:
-                row["floor"] = str(error)
+            heard = Heard.of(form, before)
+            row = {"type": kind, "form": name, **rates(job, heard.after), "floor": heard.floor()}
             if form.adapter is not None:
                 row["bytes"] = form.adapter.stat().st_size
             else:

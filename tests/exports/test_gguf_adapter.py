@@ -19,7 +19,6 @@ from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import LowRank, Whole
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.gguf.layout import Layout
 from gtqlora.exports.gguf.values import Checkpoint
 from gtqlora.exports.gguf.whole import Plan
 from gtqlora.exports.gguf_adapter import factors_of, of_full_rank, write, write_adapter
@@ -27,6 +26,7 @@ from gtqlora.exports.job import Job
 from gtqlora.exports.llama_cpp import distributions, logprobs
 from gtqlora.exports.llama_server import serving
 from gtqlora.families.coverage import covered, in_layer
+from gtqlora.families.llama_cpp.layout import Layout
 from gtqlora.results.adapter import PROJECTION
 from tests import helpers, models
 from tests.exports import ggml
@@ -76,7 +76,7 @@ def changes(job: Job, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Chan
 def written(job: Job, edits: Mapping[str, Change], path: Path) -> Path:
     """The adapter of these edits."""
     own = replace(job, edits={job.names.whole(f"{name}.weight"): edit for name, edit in edits.items()})
-    layout, checkpoint = Layout.of(own), Checkpoint.of(own)
+    layout, checkpoint = Layout.of(own.model, own.names), Checkpoint.of(own)
     made = [one for one in layout.made.values() if one.sources & own.edits.keys()]
     write_adapter(path, layout.architecture, {one.name: factors_of(checkpoint, one) for one in made})
     return path

@@ -16,10 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gtqlora.capture import open_subject
+from gtqlora.capture import Subject, open_subject
 from gtqlora.certificate import certify
 from gtqlora.config import ExportConfig
-from gtqlora.edits.adapters import read_adapter
+from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.errors import ConfigError, RunError
 from gtqlora.exports import peft
@@ -29,7 +29,7 @@ from gtqlora.exports.plain import plain_model
 from gtqlora.families import FAMILIES, Anatomy
 from gtqlora.families.coverage import covered, in_layer
 from gtqlora.judging.judge import judge_of
-from gtqlora.results.adapter import PROJECTION
+from gtqlora.results.adapter import GT_QLORA, PROJECTION, Info, Training
 from gtqlora.results.export import read_export
 from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
@@ -61,7 +61,10 @@ for case in json.loads(sys.argv[1]):
         base = AutoModelForCausalLM.from_pretrained(case["model"], dtype="auto")
         model = PeftModel.from_pretrained(base, case["adapter"]).eval()
         logits = model(load_file(sys.argv[2])["ids"]).logits
-    save_file({"logits": logits}, case["logits"])
+        base = AutoModelForCausalLM.from_pretrained(case["model"], dtype="auto")
+        base.load_adapter(case["adapter"])
+        own = base.eval()(load_file(sys.argv[2])["ids"]).logits
+    save_file({"peft": logits, "transformers": own}, case["logits"])
     Path(case["said"]).write_text(json.dumps([str(one.message) for one in caught]))
 """
 
@@ -70,25 +73,37 @@ Make = Callable[..., Job]
 
 
 @pytest.fixture(scope="module")
-def job(toy: helpers.Toy, verified: Verified, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """(model, target) -> what is to be written of an edit of that model.
+def job(toy: helpers.Toy, verified: Verified) -> Make:
+    """(model, target) -> what is to be written of some edit of that model.
 
     What is written depends on nothing of a certificate but the adapter and the model, so one verified run lends its
-    certificate to the edits of all.
+    certificate to edits of all families.
     """
-    root, made = tmp_path_factory.mktemp("trained"), dict[Path, Path]()
     with Run(verified(source(toy, "qwen3_moe"))) as run:
         passed = certify(run, helpers.JUDGE)
 
     def of(model: Path, target: str = "peft", **opened: Any) -> Job:
-        if model not in made:
-            made[model] = root / model.name
-            helpers.trained(toy.train_config(model, **opened), made[model])
-        lent = {"verdict": replace(passed.verdict, model=str(model)), "config": toy.verify_config(model, **opened)}
-        adapter = read_adapter(made[model] / "adapter")
-        return Job.of(replace(passed, adapter=adapter, **lent), ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
+        config = toy.verify_config(model, **opened)
+        lent = replace(passed, verdict=replace(passed.verdict, model=str(model)), config=config)
+        edit = replace(lent, adapter=some_edit(open_subject(config)))
+        return Job.of(edit, ExportConfig(to="peft", target=target))  # type: ignore[arg-type]
 
     return of
+
+
+def some_edit(subject: Subject) -> Adapter:
+    """An edit of everything, drawn and not trained; the same one for the same model."""
+    draw, tensors, anatomy = torch.Generator().manual_seed(0), dict[str, Tensor](), subject.anatomy
+    for path in anatomy.lora_targets:
+        linear = subject.model.get_submodule(path)
+        tensors[f"{path}.lora_A"] = 0.2 * torch.randn(4, linear.in_features, generator=draw)
+        tensors[f"{path}.lora_B"] = 0.02 * torch.randn(linear.out_features, 4, generator=draw)
+    for path in anatomy.routers:
+        weight = subject.model.get_submodule(path).weight.data.float()
+        tensors[f"{path}.weight"] = weight + 0.05 * torch.randn(weight.shape, generator=draw)
+    made = Training({"mode": "gt", "rank": 4, "alpha": 8})
+    info = Info(GT_QLORA, "/home/someone/base", anatomy.family.model_type, made)
+    return Adapter(Path("drawn"), info, "0" * 64, tensors, rank=4, alpha=8)
 
 
 def written(job: Job, out: Path) -> Written:
@@ -130,18 +145,20 @@ def test_plain_peft_computes_the_edit(
     model, out = source(toy, family), folders[family]
     adapter = read_adapter(verified(model) / "adapter") if family in JUDGED else job(model).certificate.adapter
     ours = helpers.logits(Edited(open_subject(str(model)), adapter).subject.model)
-    theirs = load_file(f"{out}.logits")["logits"]
+    theirs = load_file(f"{out}.logits")
     base = helpers.logits(open_subject(str(model)).model)
     # Random Gated DeltaNet makes 2e-4 of rounding: as much as the edit with LoRA beside and merged differ in our hands
     allowed = 1e-4 if "linear_attn" in FAMILIES[family].attention_blocks else 1e-5
-    assert (theirs - ours).abs().max() < allowed < 0.1 < (ours - base).abs().max()
+    for by in ("peft", "transformers"):
+        assert (theirs[by] - ours).abs().max() < allowed < 0.1 < (ours - base).abs().max(), by
     assert [said for said in json.loads(Path(f"{out}.said").read_text()) if _ITS_OWN not in said] == []
 
 
 def test_what_is_tested_here_is_what_the_data_says() -> None:
     """But for a family that is another's language model alone."""
-    tested = {family for family in FAMILIES if covered(FAMILIES[family], "peft").tested}
-    assert tested - {"qwen3_5_moe_text"} == set(RUN_HERE)
+    for target in ("peft", "transformers"):
+        tested = {family for family in FAMILIES if covered(FAMILIES[family], target).tested}  # type: ignore[arg-type]
+        assert tested - {"qwen3_5_moe_text"} == set(RUN_HERE)
 
 
 @pytest.mark.parametrize("family", RUN_HERE)
@@ -341,7 +358,7 @@ def test_an_edit_trained_for_sglang(toy: helpers.Toy, tmp_path: Path) -> None:
     assert {"kv_b_proj", "gate_proj", "q_a_proj"} <= set(config["target_modules"])
     assert {min(tensor.shape) for tensor in tensors.values()} == {config["r"]}
     notes = " ".join(read_export(tmp_path / "out").notes)
-    assert "--disable-shared-experts-fusion" in notes and "not run" in notes
+    assert "--disable-shared-experts-fusion" in notes and "SGLang 0.5.23" in notes and "not run" in notes
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def test_the_hub_s_own_files_and_what_is_for_people_change_nothing(export: Expor
     (export.out / ".cache" / "huggingface" / "x.metadata").write_text("x")
     (export.out / "README.md").write_text("in other words")
     (export.out / "plot.png").write_bytes(b"png")
+    (export.out / "LICENSE").write_text("free")
     assert check(export.out).certified
 
 
@@ -252,6 +253,7 @@ def test_the_command_line_asks_the_run_too(export: Export, capsys: pytest.Captur
     assert main(["export", str(export.run), "--check", str(export.out), *judged]) == 1
     assert "does not know" in capsys.readouterr().out.replace("\n", " ")
     assert main(["export", str(export.run), "--check", str(export.out), "--repo", "a/b"]) == 2
+    assert main(["export", str(export.run), "x", "--check", str(export.out)]) == 2
     assert main(["export", "--check", str(export.out / "nowhere")]) == 2
 
 

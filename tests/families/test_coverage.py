@@ -37,9 +37,8 @@ def anatomy_of(family: str) -> Anatomy:
 def test_every_family_has_an_entry_for_every_target(family: str, target: Target) -> None:
     known = FAMILIES[family]
     found = covered(known, target)
-    assert set(found.lora) <= {*known.attention, *known.shared} and set(found.rearranged) <= set(found.lora)
+    assert set(found.lora) <= {*known.attention, *known.shared}
     assert any(letter.isdigit() for letter in found.source), "which version?"
-    assert (found.architecture is not None) == (target == "llama.cpp")
     assert found.tested == (target == "llama.cpp" or (target in ("transformers", "peft") and family != "kimi_k25"))
     if target in ("transformers", "peft") and family != "kimi_k25":
         assert set(found.lora) == {*known.attention, *known.shared} and found.gates

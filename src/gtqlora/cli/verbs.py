@@ -252,7 +252,7 @@ def export(
     # Any other setting would export something else than what was verified.
     if odd := [override for override in settings or () if override.partition("=")[0].strip() != "judge"]:
         raise ConfigError(f"--set {odd[0]}: export takes its settings from `verify`; only judge= can be set here")
-    _refuse_stray(options, hub, check)
+    _refuse_stray(options, hub, check, out)
     judge = named_judge(settings)
     if check is not None:
         return _check(check, run, judge, as_json=as_json)
@@ -265,12 +265,13 @@ def export(
     return 0
 
 
-def _refuse_stray(options: FormatOptions, hub: HubOptions, check: Path | None) -> None:
+def _refuse_stray(options: FormatOptions, hub: HubOptions, check: Path | None, out: Path | None) -> None:
     """Check that nothing is asked for that would be left undone without a word."""
-    if check is not None and (options, hub) != (NO_FORMAT, NO_HUB):
+    if check is not None and (options, hub, out) != (NO_FORMAT, NO_HUB, None):
         raise ConfigError("--check writes nothing, so it goes with RUN, --set judge= and --json only")
     if options.to == "hub" and options != replace(NO_FORMAT, to="hub"):
         raise ConfigError("--to hub publishes OUT as it is; give the format's options to the export that writes it")
+    # a forgotten --to hub must not end in a second export under the name of a published one
     if options.to != "hub" and hub != NO_HUB:
         raise ConfigError("--repo, --public and --dry-run are for --to hub only")
 

@@ -20,7 +20,7 @@ from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.tensor_files import TensorFiles
-from gtqlora.families import TensorNames, check_projectable, language_model
+from gtqlora.families import TensorNames, check_projectable, fp8, language_model
 from gtqlora.families.facts import DOWN
 from gtqlora.families.files import weight_files
 from gtqlora.families.layers import Absent
@@ -138,9 +138,17 @@ def weights_merged(
         if name not in files.where:
             raise RunError(f"{model}: the checkpoint has no tensor {name}, which the edit changes")
         parameter = base.get_submodule(path).get_parameter("weight")
-        tensor = merged(files.read(name), edits[name]).to(base.dtype)  # type: ignore[arg-type]
+        tensor = _as_written(files, name, edits[name]).to(base.dtype)  # type: ignore[arg-type]
         others.append((parameter, tensor.to(parameter.device, parameter.dtype)))
     return WeightsReplaced(others)
+
+
+def _as_written(files: TensorFiles, name: str, edit: Edit) -> Tensor:
+    """Return a tensor of the checkpoint with its edit, rounded as it is written; one in FP8 as it is read again."""
+    tensor = files.read(name)
+    if tensor.dtype == fp8.DTYPE:
+        return fp8.changed(tensor, files.read(name + fp8.SCALES), edit)
+    return merged(tensor, edit)
 
 
 class Edited:

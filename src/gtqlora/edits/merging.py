@@ -137,7 +137,8 @@ def plan(adapter: Adapter, anatomy: Anatomy, names: TensorNames) -> dict[str, Ed
     for path in anatomy.lora_targets:
         if f"{path}.lora_A" in tensors:
             scaled_DR = adapter.scale * tensors[f"{path}.lora_B"].float()
-            edits[names.whole(f"{path}.weight")] = LowRank(tensors[f"{path}.lora_A"], scaled_DR)
+            a_RI = tensors[f"{path}.lora_A"].float().clone()  # not where it lies in a file: that, too, steers rounding
+            edits[names.whole(f"{path}.weight")] = LowRank(a_RI, scaled_DR)
     for path in anatomy.routers:
         if f"{path}.weight" in tensors:
             edits[names.whole(f"{path}.weight")] = Whole(tensors[f"{path}.weight"])

@@ -18,7 +18,6 @@ from torch import Tensor
 from gtqlora.edits.merging import Edit, LowRank
 from gtqlora.errors import RunError
 from gtqlora.exports.gguf.header import header, padded
-from gtqlora.exports.gguf.layout import Layout, Made, Take, as_is
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import STRING, Value
 from gtqlora.exports.gguf.types import BY_NAME, quantized
@@ -28,6 +27,7 @@ from gtqlora.exports.job import Job, Written
 from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.families import identify
 from gtqlora.families.coverage import check_covered
+from gtqlora.families.llama_cpp.layout import Layout, Made, Take, as_is
 from gtqlora.results.adapter import PROJECTION
 
 FILE = "adapter.gguf"
@@ -55,7 +55,7 @@ def write(job: Job, staged: Path) -> Written:
     base, kind, made = _base(job, staged)
     checkpoint = Checkpoint.of(job)
     factors = {name: factors_of(checkpoint, one) for name, one in made.items()}
-    write_adapter(staged / FILE, Layout.of(job).architecture, factors)
+    write_adapter(staged / FILE, Layout.of(job.model, job.names).architecture, factors)
     form = LlamaCpp(job, base=base, adapter=staged / FILE, label=f"GGUF adapter on {kind}")
     identity.check_unchanged()
     return Written(

@@ -12,7 +12,17 @@ import torch
 from gtqlora.certificate import Certificate
 from gtqlora.config import ExportConfig
 from gtqlora.edits.merging import Edit, plan
-from gtqlora.families import Anatomy, TensorNames, bind, load_config, meta_model, tensor_names
+from gtqlora.errors import RunError
+from gtqlora.families import (
+    Anatomy,
+    TensorNames,
+    bind,
+    load_config,
+    meta_model,
+    packed,
+    quantization,
+    tensor_names,
+)
 from gtqlora.results.verdict import Outcome
 
 
@@ -43,9 +53,11 @@ class Job:
 
         Raises:
             ModelError: the model's files are not in order.
-            RunError: the adapter does not fit the model.
+            RunError: the adapter does not fit the model, or the format not the checkpoint.
         """
         model = certificate.verdict.model
+        if config.to.startswith("gguf") and quantization(model) == packed.FP8:
+            raise RunError(f"{model}: is in FP8, whose edits are written as safetensors or peft, not as {config.to}")
         family, settings = load_config(model)
         skeleton = meta_model(family, settings)
         anatomy, names = bind(skeleton, family), tensor_names(model, family, skeleton)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from gtqlora.errors import RunError
-from gtqlora.experts.loading import BF16
 from gtqlora.exports.job import Job, Written
 from gtqlora.exports.layerwise import validate
+from gtqlora.families import packed, quantization
 from gtqlora.families.copying import Copied, copy_changed
 from gtqlora.results.adapter import PROJECTION
 
@@ -24,10 +24,11 @@ def write(job: Job, staged: Path) -> Written:
         RunError: a projection of packed experts, or the written weights do not compute what the edited model does.
     """
     verdict = job.certificate.verdict
-    if verdict.kind == PROJECTION and verdict.expert_format != BF16:
+    quantized = quantization(verdict.model)
+    if verdict.kind == PROJECTION and quantized is not None:
         raise RunError(
-            f"a projection changes the routed experts, which {verdict.model} holds in 4 bits; export it from the bf16, "
-            "fp16 or fp32 checkpoint"
+            f"a projection changes the routed experts, which {verdict.model} holds quantized ({quantized}); export it "
+            "from the bf16, fp16 or fp32 checkpoint"
         )
     written = _merge(job, staged)
     return replace(written, divergence=validate(staged, job))
@@ -44,8 +45,16 @@ def _merge(job: Job, staged: Path) -> Written:
         digest=copied.digest,
         hashes=copied.hashes,
         kept=kept,
-        notes=[*_lossy(kept), *_shared(copied)],
+        notes=[*_lossy(kept), *_shared(copied), *_rounded_anew(job)],
     )
+
+
+def _rounded_anew(job: Job) -> Iterator[str]:
+    if quantization(job.model) == packed.FP8:
+        yield (
+            "Changed FP8 weights were quantized anew, in their blocks, and judged so. They were judged in 16-bit "
+            "arithmetic: a server that computes in FP8 rounds activations as well."
+        )
 
 
 def _lossy(kept: Mapping[str, float]) -> Iterator[str]:

@@ -31,12 +31,12 @@ from gtqlora.errors import RunError
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.exports.job import Job, Written, kept_share
 from gtqlora.exports.plain import PlainForm
-from gtqlora.families.coverage import check_covered
+from gtqlora.families.coverage import check_covered, covered
 from gtqlora.families.files import weight_files
 from gtqlora.families.identity import identify
 from gtqlora.results.adapter import PEFT_SETTINGS, PROJECTION
 from gtqlora.results.export import public_name
-from gtqlora.storage.atomic import write_json
+from gtqlora.storage.atomic import scratch_errors, write_json
 
 Loader = Literal["peft", "vllm", "sglang"]
 
@@ -100,14 +100,25 @@ def write(job: Job, staged: Path) -> Written:
         digest=identity.digest,
         kept=dict.fromkeys(job.edits, 1.0) | ({} if target == "vllm" else _kept(job, gates)),
         form=PlainForm(job.certificate, lambda: nullcontext(staged) if target == "peft" else _in_peft(job, gates)),
-        notes=adapter.notes,
+        notes=[*adapter.notes, _how_known(job, target)],
+    )
+
+
+def _how_known(job: Job, target: Loader) -> str:
+    """Return a sentence on how it is known that the program applies all of the edit."""
+    found = covered(job.anatomy.family, target)
+    if found.tested:
+        return f"It is applied whole, as gtqlora's tests see: {found.source}."
+    return (
+        f"That it is applied whole was read in {found.source}, and not run; the floor was judged on the same edit in "
+        "plain PEFT. Ask something that only the edit answers before you rely on it."
     )
 
 
 @contextmanager
 def _in_peft(job: Job, gates: Sequence[Gate]) -> Iterator[Path]:
     """Give the same edit in PEFT's form, where the program itself does not run here."""
-    with TemporaryDirectory() as folder:
+    with scratch_errors(), TemporaryDirectory() as folder:
         _for_peft(job, gates).write(Path(folder))
         yield Path(folder)
 
@@ -181,13 +192,13 @@ def _for_vllm(job: Job, gates: Sequence[Gate]) -> Adapter:
         "rank_pattern": patterns,
         "alpha_pattern": {pattern: rank * scale for pattern, rank in patterns.items()},
     }
-    return Adapter(settings, tensors, (_IN_VLLM.format(rank=_vllm_rank(job, ranks.values())), _UNTRIED))
+    return Adapter(settings, tensors, (_IN_VLLM.format(rank=_vllm_rank(job, ranks.values())),))
 
 
 def _for_sglang(job: Job, gates: Sequence[Gate]) -> Adapter:
     assert not gates
-    tensors, notes = _factors(job, _on_disk(job)), (_IN_SGLANG, _UNTRIED) if job.anatomy.shared else (_UNTRIED,)
-    return Adapter(_settings(job, _last_words(tensors)), tensors, notes)
+    tensors = _factors(job, _on_disk(job))
+    return Adapter(_settings(job, _last_words(tensors)), tensors, (_IN_SGLANG,) if job.anatomy.shared else ())
 
 
 _MAKERS: dict[Loader, Callable[[Job, Sequence[Gate]], Adapter]] = {
@@ -205,10 +216,6 @@ _IN_VLLM = (
     "dtype."
 )
 _IN_SGLANG = "SGLang needs --disable-shared-experts-fusion: shared experts that it fuses with others take no adapter."
-_UNTRIED = (
-    "The program's conventions were read in its source and not run: the floor was judged on the same edit in plain "
-    "PEFT. Ask it something that only the edit answers before you rely on it."
-)
 
 
 def _settings(job: Job, modules: Sequence[str] | str) -> Settings:

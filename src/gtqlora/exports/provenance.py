@@ -23,7 +23,8 @@ from gtqlora.storage.atomic import checked_path
 
 State = Literal["as recorded", "renamed", "changed", "missing", "not recorded", "free to edit"]
 _FOR_PEOPLE = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf")
-"""What may be added to a published folder: no loader reads it."""
+"""What may be added to a published folder, and `_TERMS`: no loader reads it."""
+_TERMS = ("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "CITATION.cff")
 _CHUNK = 2**24
 _LAST_MARGIN = 0.05
 """The largest share of refusals that any version let all edits of a model lose together."""
@@ -81,6 +82,7 @@ def check(place: Path) -> Provenance:
     if not place.exists():
         raise RunError(f"{place}: no such folder or file")
     whole = place.is_dir()
+    # links are followed, as in the hub's cache: what counts is what a loader would read there
     folder = place if whole else _folder_of(place)
     record = read_export(folder, older=True)
     files = _folder(folder, record) if whole else _file(place, folder, record)
@@ -131,7 +133,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_free(name: str) -> bool:
-    return name == CARD or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
+    return name in (CARD, *_TERMS) or PurePosixPath(name).suffix.lower() in _FOR_PEOPLE
 
 
 def _matched(here: Mapping[str, Path], recorded: Mapping[str, str]) -> list[Checked]:
@@ -162,6 +164,7 @@ def hashes(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield the sha256 of each file's contents by its name, reporting MiB."""
     total, done = sum(file.stat().st_size for file in files.values()), 0
     for name, file in files.items():
+        # by chunks, so that a file of hundreds of GB takes little memory and shows how far it is
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
@@ -219,6 +222,7 @@ def floor_problems(floor: Floor, key: str) -> Iterator[str]:
     """Yield why a recorded floor is no pass, or not by its own numbers; `key` is what the record calls it."""
     if floor.verdict != "pass":
         yield f"{FILE}: the verdict of {key!r} is {floor.verdict!r}"
+    # the verdict alone is a word; these are what it has to follow from
     bounds = (floor.losses.high, floor.drop.high)
     if not (max(bounds) <= floor.margin <= _LAST_MARGIN and 0.5 < floor.level < 1):
         yield f"{FILE}: {key!r} does not pass by its own numbers (bounds {bounds}, margin {floor.margin:.4g})"
@@ -228,6 +232,7 @@ def floor_problems(floor: Floor, key: str) -> Iterator[str]:
 
 def _is_bound(floor: Floor) -> bool:
     """Tell whether the losses' upper bound is the one of as many independent prompts, at this level."""
+    # as `stats.noninferiority` has it: the exact bound for the number of independent prompts
     n = floor.effective
     if not 0 < n <= floor.refused <= floor.prompts or not 0 <= floor.losses.value <= 1:
         return False

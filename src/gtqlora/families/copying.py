@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gtqlora.errors import ModelError, RunError
+from gtqlora.families import fp8
 from gtqlora.families.files import INDEX, WEIGHTS, checked_file, has, read_json, weight_files, weight_map
 from gtqlora.families.headers import LENGTH_BYTES, Extent, Header, extents, overlay_name, read_headers
 from gtqlora.families.identity import read_files, state_of
@@ -55,7 +56,7 @@ class _Plan:
         small: names of what is read of the source beside the weights.
         names: of the source's weight files in the copy.
         headers: of every tensor of the source.
-        todo: the tensors that change in each weight file, and where they lie.
+        todo: the tensors that change in each weight file, and where they lie; scales of theirs among them.
         overlay: name of the file that takes them, if not that one.
         starts: where they begin in the overlay.
     """
@@ -122,9 +123,18 @@ def _todo(
     places = {shard: extents(folder / shard) for shard in {headers[name].file for name in changes}}
     for name, change in changes.items():
         shard = headers[name].file
-        todo[shard][name] = places[shard][name]
-        check_change(name, todo[shard][name], change)
+        todo[shard][name] = found = places[shard][name]
+        if found.dtype == fp8.ON_DISK:
+            todo[shard][name + fp8.SCALES] = _scales(name, places[shard], headers)
+        check_change(name, found, change)
     return todo
+
+
+def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Header]) -> Extent:
+    fp8.check_scales(name, headers)
+    if name + fp8.SCALES not in places:
+        raise ModelError(f"tensor {name} and its scales are in two files, so they cannot be changed together")
+    return places[name + fp8.SCALES]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -162,10 +172,19 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
 def _patch_all(plan: _Plan, source: Path, target: Path, todo: Mapping[str, Extent], copied: Copied) -> None:
     if not todo:
         return
+
+    def start(name: str) -> int:
+        return plan.starts.get(name, todo[name].start)
+
     with source.open("rb") as read, target.open("r+b") as write:
-        for name, extent in todo.items():
-            start = plan.starts.get(name, extent.start)
-            copied.changed[name] = patch(name, extent, plan.changes[name], read.fileno(), write.fileno(), start)
+        for name in todo.keys() & plan.changes.keys():
+            change, files = plan.changes[name], (read.fileno(), write.fileno())
+            if todo[name].dtype == fp8.ON_DISK:
+                both = name, name + fp8.SCALES
+                extents, starts = (todo[both[0]], todo[both[1]]), (start(both[0]), start(both[1]))
+                copied.changed[name] = fp8.patch(name, extents, change, *files, starts)
+            else:
+                copied.changed[name] = patch(name, todo[name], change, *files, start(name))
 
 
 # --- the overlay -----------------------------------------------------------------------------------------------------
@@ -204,7 +223,7 @@ def _width(extent: Extent) -> int:
 def _overlay_index(plan: _Plan) -> bytes:
     """Return the index of the copy: what changed is in the overlay, everything else where it was."""
     mapped = {name: plan.names[header.file] for name, header in plan.headers.items()}
-    mapped |= dict.fromkeys(plan.changes, str(plan.overlay))
+    mapped |= dict.fromkeys(plan.starts, str(plan.overlay))
     metadata: object = {"total_size": sum(_bytes(header) for header in plan.headers.values())}
     if has(plan.folder, INDEX):
         metadata = read_json(plan.folder / INDEX)["metadata"]

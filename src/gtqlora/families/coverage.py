@@ -25,17 +25,12 @@ class Coverage:
         gates: whether a change of the routers is applied.
         source: where that was found, with the version.
         tested: a test here runs the program, and sees every group's effect.
-        architecture: what the program calls the architecture, where it has a name of its own for it.
-        rearranged: projections, of those in `lora`, whose rows or columns the program has in another order than the
-            checkpoint, or split: factors of LoRA have to be put into that order, too.
     """
 
     lora: tuple[str, ...]
     gates: bool
     source: str
     tested: bool = False
-    architecture: str | None = None
-    rearranged: tuple[str, ...] = ()
 
     def lost(self, family: Family, lora: Iterable[str], *, gates: bool) -> list[str]:
         """Return the parts that would be ignored or refused: projections as in `lora`, and the routers' path.
@@ -64,8 +59,6 @@ class _Part:
     but: tuple[str, ...] = ()
     gates: bool = True
     tested: bool = False
-    architecture: str | None = None
-    rearranged: tuple[str, ...] = ()
 
 
 _EVERYTHING = ("",)
@@ -73,9 +66,8 @@ _MLA = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_at
 _KV_B = "self_attn.kv_b_proj"
 
 
-def _llama_cpp(architecture: str, file: str | None = None, **more: tuple[str, ...]) -> _Part:
-    source = f"llama.cpp b10605, src/models/{file or architecture}.cpp and src/llama-graph.cpp"
-    return _Part(source, architecture=architecture, tested=True, **more)
+def _llama_cpp(file: str, but: tuple[str, ...] = ()) -> _Part:
+    return _Part(f"llama.cpp b10605, src/models/{file}.cpp and src/llama-graph.cpp", but=but, tested=True)
 
 
 # `build_lora_mm` adds an adapter's product, and a bare `ggml_mul_mat` does not: the latter is what MLA is made of.
@@ -84,52 +76,58 @@ _IN_LLAMA_CPP = {
     "deepseek_v3": _DEEPSEEK2,
     "kimi_k25": _DEEPSEEK2,
     "glm4_moe_lite": _DEEPSEEK2,
-    "glm4_moe": _llama_cpp("glm4moe", "glm4-moe"),
+    "glm4_moe": _llama_cpp("glm4-moe"),
     "qwen2_moe": _llama_cpp("qwen2moe"),
     "qwen3_moe": _llama_cpp("qwen3moe"),
-    # Queries, keys, values and gates of linear attention lie head by head in the checkpoint, and kind by kind there.
-    "qwen3_next": _llama_cpp("qwen3next", rearranged=("linear_attn.in_proj_qkvz",)),
-    # Heads of values lie by their head of keys in the checkpoint, and in turn there.
-    "qwen3_5_moe": _llama_cpp("qwen35moe", rearranged=("linear_attn.",)),
-    # Its rotary embedding turns neighbouring rows of a head, and not one half against the other.
-    "mixtral": _llama_cpp("llama", rearranged=("self_attn.q_proj", "self_attn.k_proj")),
+    "qwen3_next": _llama_cpp("qwen3next"),
+    "qwen3_5_moe": _llama_cpp("qwen35moe"),
+    "mixtral": _llama_cpp("llama"),
     "olmoe": _llama_cpp("olmoe"),
 }
 
-_VLLM = "vLLM 0.33.0, vllm/lora and vllm/model_executor/models/{}.py"
-# kv_b is absorbed into attention's matrices, where no adapter reaches it (vllm#48974).
+
+def _vllm(file: str, but: tuple[str, ...] = (), *, gates: bool = True) -> _Part:
+    return _Part(f"vLLM 0.33.0, vllm/lora and vllm/model_executor/models/{file}.py", but=but, gates=gates)
+
+
 _IN_VLLM = {
-    "deepseek_v3": _Part(_VLLM.format("deepseek_v2"), but=(_KV_B,)),
-    # KimiK25ForConditionalGeneration does not take adapters (no SupportsLoRA).
-    "kimi_k25": _Part(_VLLM.format("kimi_k25"), but=_EVERYTHING, gates=False),
-    # Their routers are fp32, and adapters are 16 bits: the kernel's types do not meet.
-    "glm4_moe": _Part(_VLLM.format("glm4_moe"), gates=False),
-    "glm4_moe_lite": _Part(_VLLM.format("glm4_moe_lite"), but=(_KV_B,), gates=False),
-    "qwen2_moe": _Part(_VLLM.format("qwen2_moe")),
-    "qwen3_moe": _Part(_VLLM.format("qwen3_moe")),
-    "qwen3_next": _Part(_VLLM.format("qwen3_next")),
-    "qwen3_5_moe": _Part(_VLLM.format("qwen3_5")),
-    "mixtral": _Part(_VLLM.format("mixtral")),
-    "olmoe": _Part(_VLLM.format("olmoe")),
+    # kv_b is absorbed into attention's matrices, where no adapter reaches it (vllm#48974).
+    "deepseek_v3": _vllm("deepseek_v2", (_KV_B,)),
+    # Its class does not take adapters (no SupportsLoRA).
+    "kimi_k25": _vllm("kimi_k25", _EVERYTHING, gates=False),
+    # Routers are fp32 there, and adapters 16 bits: the kernel's types do not meet.
+    "glm4_moe": _vllm("glm4_moe", gates=False),
+    "glm4_moe_lite": _vllm("glm4_moe_lite", (_KV_B,), gates=False),
+    "qwen2_moe": _vllm("qwen2_moe"),
+    "qwen3_moe": _vllm("qwen3_moe"),
+    "qwen3_next": _vllm("qwen3_next"),
+    "qwen3_5_moe": _vllm("qwen3_5"),
+    "mixtral": _vllm("mixtral"),
+    "olmoe": _vllm("olmoe"),
 }
 
-_SGLANG = "SGLang 0.5.23, sglang/srt/lora and sglang/srt/models/{}.py"
-# No router takes LoRA there. Sizes of buffers that it guesses wrongly, and names it does not know, are left out.
+
+def _sglang(file: str, but: tuple[str, ...] = ()) -> _Part:
+    # No router takes LoRA there.
+    return _Part(f"SGLang 0.5.23, sglang/srt/lora and sglang/srt/models/{file}.py", but=but, gates=False)
+
+
+_Q, _QKV = "self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _IN_SGLANG = {
-    "deepseek_v3": _Part(_SGLANG.format("deepseek_v2"), but=("self_attn.q_proj",), gates=False),
-    "kimi_k25": _Part(_SGLANG.format("kimi_k25"), but=_EVERYTHING, gates=False),
-    "glm4_moe": _Part(_SGLANG.format("glm4_moe"), gates=False),
-    "glm4_moe_lite": _Part(_SGLANG.format("glm4_moe_lite"), but=("self_attn.q_proj",), gates=False),
-    "qwen2_moe": _Part(_SGLANG.format("qwen2_moe"), gates=False),
-    "qwen3_moe": _Part(_SGLANG.format("qwen3_moe"), gates=False),
-    "qwen3_next": _Part(
-        _SGLANG.format("qwen3_next"),
-        but=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "linear_attn."),
-        gates=False,
-    ),
-    "qwen3_5_moe": _Part(_SGLANG.format("qwen3_5"), but=("linear_attn.in_proj_",), gates=False),
-    "mixtral": _Part(_SGLANG.format("mixtral"), gates=False),
-    "olmoe": _Part(_SGLANG.format("olmoe"), gates=False),
+    # What is called q_proj is taken for a part of a fused q, k and v, which MLA has not.
+    "deepseek_v3": _sglang("deepseek_v2", (_Q,)),
+    # Names are matched by layer numbers, which its vision tower has, too.
+    "kimi_k25": _sglang("kimi_k25", _EVERYTHING),
+    "glm4_moe": _sglang("glm4_moe"),
+    "glm4_moe_lite": _sglang("glm4_moe_lite", (_Q,)),
+    "qwen2_moe": _sglang("qwen2_moe"),
+    "qwen3_moe": _sglang("qwen3_moe"),
+    # The sizes that it takes for granted forget that attention has an output gate, and linear attention has none.
+    "qwen3_next": _sglang("qwen3_next", (*_QKV, "linear_attn.")),
+    # It knows in_proj_q, in_proj_k, in_proj_v and in_proj_z, and not in_proj_qkv, in_proj_a and in_proj_b.
+    "qwen3_5_moe": _sglang("qwen3_5", ("linear_attn.in_proj_",)),
+    "mixtral": _sglang("mixtral"),
+    "olmoe": _sglang("olmoe"),
 }
 
 _PEFT = "PEFT 0.21.2 on transformers 5.23.0"
@@ -155,14 +153,7 @@ def covered(family: Family, target: Target) -> Coverage:
     name = _SAME.get(family.model_type, family.model_type)
     part = _PARTS[target][name]
     lora = tuple(group for group in every if not group.startswith(part.but))
-    return Coverage(
-        lora=lora,
-        gates=part.gates,
-        source=part.source,
-        tested=part.tested,
-        architecture=part.architecture,
-        rearranged=tuple(group for group in lora if group.startswith(part.rearranged)),
-    )
+    return Coverage(lora=lora, gates=part.gates, source=part.source, tested=part.tested)
 
 
 def check_covered(family: Family, target: Target, lora: Iterable[str], gates: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gtqlora.errors import ModelError
-from gtqlora.families import files, packed
+from gtqlora.families import files, fp8, packed
 from gtqlora.families.config_checks import (
     MAX_EXPERTS,
     check_aliases,
@@ -206,7 +206,8 @@ def load_model(
     """
     # What costs nothing comes first: config, then names and headers, then memory for the weights, then every value.
     source = _read(model)
-    if quantization_config is None:
+    dequantizing = quantization_config is None and packed.is_block_fp8(_settings(source))
+    if quantization_config is None and not dequantizing:
         _refuse_quantized(source)
     config = _config(source)
     folder, names = files.weight_files(model)
@@ -219,7 +220,9 @@ def load_model(
     quantizing: dict[str, object] = {}
     if quantization_config is None:
         check_experts(model, source.family, config, tensors)
-    else:
+    if dequantizing:
+        quantization_config = fp8.DequantizedFP8Config()  # pyright: ignore[reportCallIssue]
+    if quantization_config is not None:
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
     loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, layer, **quantizing)
     _check_loading(model, (*source.family.extra_layers(config), *absent(loaded)), source.family, info)
@@ -270,8 +273,9 @@ def _refuse_quantized(source: _Source) -> None:
             "experts as they are, or give the bf16, fp16 or fp32 checkpoint"
         )
     raise ModelError(
-        f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and fp32 "
-        "checkpoints, and compressed-tensors INT4 ones with --expert-format native. `gtqlora inspect` works on it"
+        f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16, fp32 and "
+        "FP8 (blocks of 128 x 128) checkpoints, and compressed-tensors INT4 ones with --expert-format native. `gtqlora "
+        "inspect` works on it"
     )
 
 

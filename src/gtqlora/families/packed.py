@@ -10,6 +10,9 @@ from gtqlora.errors import ModelError
 OURS = "gtqlora"
 """`quant_method` of checkpoints whose experts were quantized, and saved, by gtqlora itself."""
 
+FP8 = "fp8"
+"""`quant_method` of checkpoints with 8-bit floats."""
+
 _COMPRESSED, _PACKED = "compressed-tensors", "pack-quantized"
 # Older checkpoints of compressed-tensors have the second name.
 _KEYS = ("quantization_config", "compression_config")
@@ -50,6 +53,15 @@ def _section(holder: Mapping[str, object], key: str) -> dict[str, object]:
     if found is not None and not isinstance(found, dict):
         raise ModelError(f"quantization_config: {key} = {ascii(found)[:60]} in config.json; must be an object")
     return found or {}
+
+
+def is_block_fp8(settings: Mapping[str, object] | None) -> bool:
+    """Return whether these are the settings of e4m3 weights with a scale for each block of 128 x 128."""
+    if settings is None or method_of(settings) != FP8:
+        return False
+    # Keys that are left out mean this. Scales that are powers of two would have to stay such when weights change.
+    known = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "float", "expert_dtype": FP8}
+    return settings.get("weight_block_size") == [128, 128] and all(settings.get(k, v) == v for k, v in known.items())
 
 
 def is_packed_int4(settings: Mapping[str, object]) -> bool:

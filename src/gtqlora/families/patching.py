@@ -98,8 +98,13 @@ def changed(tensor: Tensor, change: Change) -> Tensor:
     source_ENK, out_ENK = (whole.reshape(-1, *shape[-2:]) for whole in (tensor, out))
     for block in blocks(shape, by_columns=change.by_columns):
         place = (block.matrix, block.rows, block.columns)
-        out_ENK[place] = change(source_ENK[place].float(), block.part).to(tensor.dtype)
+        out_ENK[place] = change(_exact(source_ENK[place]), block.part).to(tensor.dtype)
     return out
+
+
+def _exact(values_NK: Tensor) -> Tensor:
+    """Return a block in fp32 and in memory of its own: how a product is rounded hangs on where its factors lie, too."""
+    return torch.empty(values_NK.shape, device=values_NK.device).copy_(values_NK)
 
 
 @dataclass
@@ -134,10 +139,16 @@ def check_change(name: str, extent: Extent, change: Change) -> None:
         ModelError: it is quantized.
         RunError: the change is for another shape.
     """
-    if extent.dtype not in _DTYPES:
+    known = (*_DTYPES, "F8_E4M3")
+    if extent.dtype not in known:
         raise ModelError(
-            f"tensor {name} is {extent.dtype}, and only {', '.join(_DTYPES)} are changed where they stand; export the "
-            "edit as an adapter (--to peft), or train it on the unquantized checkpoint"
+            f"tensor {name} is {extent.dtype}, and only {', '.join(known)} can be changed; export the edit as an "
+            "adapter (--to peft), or train it on the unquantized checkpoint"
+        )
+    if extent.dtype not in _DTYPES and change.by_columns:
+        raise ModelError(
+            f"tensor {name} is {extent.dtype}, which a projection would round anew as `verify` did not; project the "
+            "bf16, fp16 or fp32 checkpoint"
         )
     try:
         change.check(extent.shape)
@@ -159,17 +170,17 @@ def patch(name: str, extent: Extent, change: Change, source: int, target: int, s
     tally, dtype = Tally(), _DTYPES[extent.dtype]
     for piece, parts in _pieces(extent.shape, by_columns=change.by_columns):
         values_NK = torch.empty(_size(piece), dtype=dtype)
-        _move(source, extent, extent.start, piece, values_NK, write=False)
+        move(source, extent, extent.start, piece, values_NK, write=False)
         for part in parts:
             # the piece is the block itself, or a whole matrix that is cut into blocks here
             before = values_NK[:, part] if len(parts) > 1 else values_NK
-            wanted = change(before.float(), part)
+            wanted = change(_exact(before), part)
             written = wanted.to(dtype)
             if not bool(written.isfinite().all()):
                 raise RunError(f"tensor {name} would hold NaN or infinity with the edit; nothing was written")
             tally.add(before, wanted, written)
             before.copy_(written)
-        _move(target, extent, start, piece, values_NK, write=True)
+        move(target, extent, start, piece, values_NK, write=True)
     return tally
 
 
@@ -188,8 +199,8 @@ def _size(block: Block) -> tuple[int, int]:
     return block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
 
 
-def _move(file: int, extent: Extent, start: int, block: Block, values_NK: Tensor, *, write: bool) -> None:
-    """Read a block from a file or write it, in as few runs of bytes as its place in the matrix allows."""
+def move(file: int, extent: Extent, start: int, block: Block, values_NK: Tensor, *, write: bool) -> None:
+    """Read or write a block of a tensor that begins at `start`, in as few runs as its place in the matrix allows."""
     rows, columns = extent.shape[-2:]
     wide, each = values_NK.shape[1], values_NK.element_size()
     first = start + each * ((block.matrix * rows + block.rows.start) * columns + block.columns.start)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gtqlora.errors import ModelError
-from gtqlora.families import packed
+from gtqlora.families import fp8, packed
 from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.families.headers import Header
 from gtqlora.families.names import TensorNames
@@ -44,9 +44,12 @@ def check_headers(
         raise ModelError(f"{model}: tensors {fused} and {single} hold the same experts; remove one form")
     if settings is not None and packed.method_of(settings) == packed.OURS and settings.get("dense") is not None:
         return  # bitsandbytes' tensors, of many dtypes, which its own loader checks
+    in_fp8 = packed.is_block_fp8(settings)
+    if in_fp8:
+        fp8.check_headers(model, {disk: headers[disk] for disk in names.places})
     for disk, place in names.places.items():
         quantized = settings is not None and (f".{family.experts}." in place.name or not disk.endswith(_PLAIN))
-        if headers[disk].dtype not in FLOATS and not quantized:
+        if headers[disk].dtype not in FLOATS and not quantized and not (in_fp8 and headers[disk].dtype == fp8.ON_DISK):
             raise ModelError(
                 f"{model}: tensor {disk} is {headers[disk].dtype}, and config.json does not say that it is quantized; "
                 f"weights must be one of {', '.join(FLOATS)}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from gtqlora.config import VerifyConfig
 from gtqlora.experts.loading import BF16
 from gtqlora.experts.settings import NATIVE
-from gtqlora.families import load_config, quantization
+from gtqlora.families import load_config, packed, quantization
 
 
 def shipped_experts(model: str) -> str:
     """Return the `expert_format` that `export` writes: the checkpoint's own."""
-    return BF16 if quantization(model) is None else NATIVE
+    return BF16 if quantization(model) in (None, packed.FP8) else NATIVE
 
 
 def unshipped(config: VerifyConfig) -> str | None:
