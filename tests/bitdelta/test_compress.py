@@ -69,7 +69,7 @@ def compressed(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def of(family: str, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Path]:
         if (family, dtype) not in made:
             base, folder = toy.model(family, dtype, max_shard_size=SHARD), tmp_path_factory.mktemp("bitdelta")
-            # a smaller change would be lost in rounding to bf16; a larger one makes some models of random numbers answer
+            # a smaller change would be lost in rounding to bf16, and with a larger one some random models answer
             tuned = fine_tune(base, folder / "tuned", 3e-3 if dtype == torch.float32 else 1e-2)
             compress(str(base), folder / "variant", settings(tuned, toy))
             made[family, dtype] = base, tuned, folder / "variant"
