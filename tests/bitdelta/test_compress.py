@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from gtqlora import contrasts
 from gtqlora.bitdelta.apply import apply
+from gtqlora.bitdelta.asking import Own
 from gtqlora.bitdelta.checkpoints import checkpoints
 from gtqlora.bitdelta.compress import compress
 from gtqlora.bitdelta.container import read_variant
@@ -27,6 +28,7 @@ from gtqlora.exports import provenance
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.export import read_export
 from gtqlora.run import sha256_file
@@ -275,6 +277,23 @@ def test_a_fine_tunes_own_template_goes_with_it(toy: helpers.Toy, tmp_path: Path
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tuned / name).read_bytes()
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_what_a_fine_tune_has_of_its_own_is_what_it_does(toy: helpers.Toy, tmp_path: Path) -> None:
+    base = toy.model("qwen3_moe")
+    rows = contrasts.load(pairs(tmp_path / "pairs"), judge_of(helpers.JUDGE)).rows
+    mine = Own.of(open_subject(str(base)))
+
+    def same(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+        other = Path(shutil.copytree(base, tmp_path / "other"))
+        models.edit_json(other / name, change)
+        found = Own.of(open_subject(str(other))).same_as(mine, rows)
+        shutil.rmtree(other)
+        return found
+
+    assert same("tokenizer_config.json", lambda old: {key: old[key] for key in sorted(old, reverse=True)})
+    assert same("generation_config.json", lambda old: {**old, "temperature": 0.5, "do_sample": True})
+    assert not same("generation_config.json", lambda old: {**old, "eos_token_id": [1, 7]})
 
 
 KILLED = (
