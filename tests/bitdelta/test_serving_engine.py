@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gtqlora.bitdelta.engine import BusyError, Engine, Piece, Request
 from gtqlora.bitdelta.resident import Resident, install
 from gtqlora.bitdelta.sampling import Sampling, Text, pick
+from gtqlora.bitdelta.voices import voice_of
 from gtqlora.capture import open_subject
 from tests import models
 from tests.bitdelta.test_serving_layers import bits_variant, lora_variant, merged
@@ -50,7 +51,8 @@ def served(toy: Toy, family: str, *, places: int = 4, waiting: int = 64) -> Serv
     base = copy.deepcopy(subject.model)
     variants = [lora_variant(subject, "edit"), bits_variant(subject, "tuned")]
     every = [base, *(merged(base, variant) for variant in variants)]
-    model = Resident(subject=subject, batch=install(subject, variants), names=("base", "edit", "tuned"))
+    names, voices = ("base", "edit", "tuned"), (voice_of(subject),) * 3
+    model = Resident(subject=subject, batch=install(subject, variants), names=names, voices=voices)
     return Served(Engine(model, places=places, waiting=waiting), every)
 
 

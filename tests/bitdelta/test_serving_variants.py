@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtqlora.bitdelta.container import Shards, write_record
+from gtqlora.bitdelta.container import OWN, RECORD, Shards, write_record
 from gtqlora.bitdelta.onebit import decode, encode
 from gtqlora.bitdelta.resident import Resident, resident
 from gtqlora.capture import open_subject
+from gtqlora.contrasts.template import encode_prompt
 from gtqlora.errors import ConfigError, GtqloraError, ModelError
 from gtqlora.families import identify
+from gtqlora.run import sha256_file
 from tests import models
 from tests.bitdelta.test_container import record
 from tests.helpers import ROOT, Toy, exported
@@ -150,6 +152,25 @@ def test_merged_weights_and_uncertified_adapters_are_not_served(base: Path, veri
 def test_one_bit_variants_of_other_bases_are_not_served(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="made from another model"):
         resident(str(base), [write_bits(tmp_path / "tuned", "0" * 64)])
+
+
+def test_a_variant_speaks_with_its_own_tokenizer_and_template(base: Path, tmp_path: Path) -> None:
+    folder, own = write_bits(tmp_path / "tuned", identify(str(base)).digest), tmp_path / "tuned" / OWN
+    own.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, own)
+    template = (own / "chat_template.jinja").read_text()
+    (own / "chat_template.jinja").write_text("what of " + template)
+    (own / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    files = {f"{OWN}/{file.name}": sha256_file(file) for file in own.iterdir()}
+    models.edit_json(folder / RECORD, lambda old: {**old, "files": {**old["files"], **files}})
+    voices = resident(str(base), [folder]).voices
+    assert [voice.stop_ids for voice in voices] == [{1}, {1, 7}]
+    plain, changed = (encode_prompt(voice.tokenizer, [{"role": "user", "content": "bade"}]) for voice in voices)
+    assert changed[2:] == plain and len(changed) == len(plain) + 2
+    (own / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match="was changed since it was written"):
+        resident(str(base), [folder])
 
 
 def test_names_are_told_apart(base: Path, edit: Path, tmp_path: Path) -> None:

@@ -240,7 +240,10 @@ def _half_exported(out: Path) -> list[str]:
         return []
     if not (out / "export.json").exists():
         return ["out: no export.json"]
-    return [f"out: {problem}" for problem in check(out).problems]
+    try:
+        return [f"out: {problem}" for problem in check(out).problems]
+    except GtqloraError as error:
+        return [f"out: {error}"]
 
 
 def _bad_checkpoints(run: Path) -> list[str]:

@@ -68,8 +68,8 @@ class _Answer:
 
     def __init__(self, request: Request, model: Resident) -> None:
         self.request, self._draw = request, request.sampling.generator()
-        self._text = Text(model.subject.tokenizer, request.sampling.stop)
-        self._stops = frozenset(model.subject.stop_ids.tolist())
+        voice = model.voices[request.variant]
+        self._text, self._stops = Text(voice.tokenizer, request.sampling.stop), voice.stop_ids
         self._tokens = 0
         self.last = -1
         """Its newest token."""
@@ -90,8 +90,9 @@ class _Answer:
             self._tell(new)
 
     def end(self, finish: Finish, new: str = "") -> None:
-        """Tell the rest of the text."""
-        self._tell(new + self._text.end(), finish)
+        """Tell the rest of the text, unless that was done before."""
+        if not self.done:
+            self._tell(new + self._text.end(), finish)
 
     def _tell(self, text: str, finish: Finish | None = None) -> None:
         self.done = finish is not None
@@ -108,7 +109,8 @@ class Engine:
 
     def __init__(self, model: Resident, *, places: int, waiting: int) -> None:
         self.model, self._places = model, places
-        self._queue: queue.Queue[Request | None] = queue.Queue(waiting)
+        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._room, self._most = threading.BoundedSemaphore(places + waiting), waiting
         self._running, self._answers = Running(model), list[_Answer]()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gtqlora engine", daemon=True)
@@ -118,12 +120,13 @@ class Engine:
         """Take a request.
 
         Raises:
-            BusyError: too many wait.
+            BusyError: too many wait, or the engine has stopped.
         """
-        try:
-            self._queue.put_nowait(request)
-        except queue.Full as error:
-            raise BusyError(f"{self._queue.maxsize} requests wait already; try again later") from error
+        if not self.alive:
+            raise BusyError("the engine has stopped; start the server again")
+        if not self._room.acquire(blocking=False):
+            raise BusyError(f"{self._most} requests wait already; try again later")
+        self._queue.put(request)
 
     @property
     def running(self) -> int:
@@ -143,19 +146,23 @@ class Engine:
     def close(self) -> None:
         """Stop after the step that runs; answers that are not finished end as errors."""
         self._closed.set()
-        with suppress(queue.Full):  # then the thread has something to wake up for anyway
-            self._queue.put_nowait(None)
+        self._queue.put(None)  # so that the thread wakes up
         self._thread.join()
 
     # --- in the thread
 
     def _run(self) -> None:
-        while not self._closed.is_set():
-            self._admit()
-            self._drop()
-            if self._answers:
-                self._guarded(self._step, self._answers)
+        try:
+            while not self._closed.is_set():
+                self._admit()
                 self._drop()
+                if self._answers:
+                    self._guarded(self._step, self._answers)
+                    self._drop()
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
         for answer in self._answers:
             answer.end("error")
         with suppress(queue.Empty):
@@ -171,12 +178,18 @@ class Engine:
             request = self._queue.get(block=not self._answers)
         except queue.Empty:
             return
-        if request is not None and not request.cancelled:
+        if request is None or request.cancelled:
+            self._leave(request is not None)
+        else:
             answer = _Answer(request, self.model)
             self._guarded(lambda: self._start(answer), [answer])
 
     def _start(self, answer: _Answer) -> None:
-        started = self._running.start(answer.request.prompt, answer.request.variant)
+        try:
+            started = self._running.start(answer.request.prompt, answer.request.variant)
+        except Exception:
+            self._leave(1)
+            raise
         self._answers.append(answer)
         self._guarded(lambda: self._running.join(started), self._answers)
         if not answer.done:
@@ -191,16 +204,21 @@ class Engine:
         """Take those out who are done or gone."""
         kept = [row for row, each in enumerate(self._answers) if not each.done and not each.request.cancelled]
         if len(kept) < len(self._answers):
+            self._leave(len(self._answers) - len(kept))
             self._running.keep(kept)
             self._answers = [self._answers[row] for row in kept]
 
+    def _leave(self, requests: int) -> None:
+        for _ in range(requests):
+            self._room.release()
+
     def _guarded(self, work: Callable[[], None], answers: Sequence[_Answer]) -> None:
-        """Do a piece of work; if it fails, as where memory runs out, these answers end and the others go on."""
+        """Do a piece of work; whatever fails, as where memory runs out, these answers end and the others go on."""
         try:
             work()
-        except RuntimeError as error:  # torch's own, out of memory among them
+        except Exception as error:
             note(f"a step failed ({first_line(error)}); {len(answers)} answers end")
             for answer in answers:
                 answer.end("error")
             if answers is self._answers:  # half a step may be in the cache
-                self._running, self._answers = Running(self.model), []
+                self._running = Running(self.model)

@@ -14,6 +14,7 @@ from gtqlora.bitdelta.layers import Batch, Grouped, Tiles, VariantEmbedding, Var
 from gtqlora.bitdelta.onebit import OneBit
 from gtqlora.bitdelta.routed import Piece, VariantExperts, VariantRouter
 from gtqlora.bitdelta.variants import Variant, read_variants
+from gtqlora.bitdelta.voices import Voice, own_voice, voice_of
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import ModelConfig
 from gtqlora.edits.merging import LowRank
@@ -34,11 +35,13 @@ class Resident:
     Attributes:
         batch: says of which variants the sequences of a forward pass are.
         names: what each is asked for by, the base first; a variant's place here is its number.
+        voices: how each is spoken with, in the same order.
     """
 
     subject: Subject
     batch: Batch
     names: tuple[str, ...]
+    voices: tuple[Voice, ...]
 
 
 def resident(base: str, folders: Sequence[Path], *, device: str = "cpu") -> Resident:
@@ -57,7 +60,14 @@ def resident(base: str, folders: Sequence[Path], *, device: str = "cpu") -> Resi
     own = public_name(base)
     if any(variant.name == own for variant in variants):
         raise ModelError(f"{own!r} is the base's name and a variant's, too; rename the variant's folder")
-    return Resident(subject=subject, batch=install(subject, variants), names=(own, *(v.name for v in variants)))
+    voice = voice_of(subject)
+    own_voices = (own_voice(subject, identity.model, v.tokenizer) if v.tokenizer else voice for v in variants)
+    return Resident(
+        subject=subject,
+        batch=install(subject, variants),
+        names=(own, *(variant.name for variant in variants)),
+        voices=(voice, *own_voices),
+    )
 
 
 def install(subject: Subject, variants: Sequence[Variant]) -> Batch:

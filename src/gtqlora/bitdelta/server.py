@@ -88,7 +88,7 @@ class Server:
         asked = read(await self._body(request), kind, max_tokens=self._limits.max_tokens)
         variant = self._variant(asked.model)
         # in a thread: a chat template may take seconds, and other answers stream meanwhile
-        prompt, sampling = await asyncio.to_thread(self._encoded, asked)
+        prompt, sampling = await asyncio.to_thread(self._encoded, asked, variant)
         reply = Reply(kind=kind, model=asked.model, prompt_tokens=len(prompt))
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         work = Work(prompt=prompt, variant=variant, sampling=sampling, tell=_teller(pieces))
@@ -119,9 +119,9 @@ class Server:
             raise RequestError(message, status=404, parameter="model", code="model_not_found")
         return self._model.names.index(name)
 
-    def _encoded(self, asked: Asked) -> tuple[list[int], Sampling]:
+    def _encoded(self, asked: Asked, variant: int) -> tuple[list[int], Sampling]:
         """Return a prompt's tokens, and how it is answered."""
-        tokenizer = self._model.subject.tokenizer
+        tokenizer = self._model.voices[variant].tokenizer
         text = isinstance(asked.prompt, str)
         found = tokens(tokenizer, asked.prompt) if text else encode_prompt(tokenizer, asked.prompt)  # type: ignore[arg-type]
         if not found:

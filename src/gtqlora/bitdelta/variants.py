@@ -36,6 +36,7 @@ class Variant:
         bits: one-bit differences by the place of the matrix, or of the stack of experts' matrices.
         whole: tensors that take the place of the base's.
         lora: products that are added to linears, by the linear's path.
+        tokenizer: folder with its own tokenizer, template and generation settings; None where the base's hold.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Variant:
     bits: Mapping[Place, OneBit] = field(default_factory=dict[Place, OneBit])
     whole: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     lora: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
+    tokenizer: Path | None = None
 
 
 def read_variants(folders: Iterable[Path], names: TensorNames, *, base: str, expert_format: str) -> list[Variant]:
@@ -95,6 +97,7 @@ def _one_bit(folder: Path, names: TensorNames, base: str) -> Variant:
         folder=folder,
         bits=_by_place(folder, names, found.bits, lambda place: place),
         whole=_by_place(folder, names, found.dense, lambda place: _whole_name(folder, place)),
+        tokenizer=found.tokenizer,
     )
 
 

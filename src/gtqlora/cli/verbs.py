@@ -271,6 +271,7 @@ def _refuse_stray(options: FormatOptions, hub: HubOptions, check: Path | None, o
         raise ConfigError("--check writes nothing, so it goes with RUN, --set judge= and --json only")
     if options.to == "hub" and options != replace(NO_FORMAT, to="hub"):
         raise ConfigError("--to hub publishes OUT as it is; give the format's options to the export that writes it")
+    # a forgotten --to hub must not end in a second export under the name of a published one
     if options.to != "hub" and hub != NO_HUB:
         raise ConfigError("--repo, --public and --dry-run are for --to hub only")
 

@@ -71,6 +71,7 @@ def push(files: Mapping[str, Path], digests: Mapping[str, str], repo: str, *, pr
         raise RunError("no token of the hub here; log in with `hf auth login`, or set HF_TOKEN")
     api, added = HfApi(library_name="gtqlora"), [_addition(name, file) for name, file in files.items()]
     with _told(repo):
+        # private from its first moment: nobody sees what is not meant for them, not even for a second
         api.create_repo(repo, private=private, exist_ok=True)
         head = _checked_head(api, repo, added, private)
         for each in track(added, "upload files", len(added)):
@@ -78,6 +79,7 @@ def push(files: Mapping[str, Path], digests: Mapping[str, str], repo: str, *, pr
             # the hash is of the bytes as they were read for sending, so nothing can come between check and use
             if digests.get(each.path_in_repo, digest := each.upload_info.sha256.hex()) != digest:
                 raise RunError(f"{files[each.path_in_repo]}: was changed while it was sent; nothing was published")
+        # the one moment at which anything shows; if somebody wrote there meanwhile, it fails
         done = api.create_commit(repo, added, commit_message=message, parent_commit=head)
         left = sorted(files.keys() - _same(api, repo, added, done.oid))
     if left:

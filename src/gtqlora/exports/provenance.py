@@ -82,6 +82,7 @@ def check(place: Path) -> Provenance:
     if not place.exists():
         raise RunError(f"{place}: no such folder or file")
     whole = place.is_dir()
+    # links are followed, as in the hub's cache: what counts is what a loader would read there
     folder = place if whole else _folder_of(place)
     record = read_export(folder, older=True)
     files = _folder(folder, record) if whole else _file(place, folder, record)
@@ -163,6 +164,7 @@ def hashes(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield the sha256 of each file's contents by its name, reporting MiB."""
     total, done = sum(file.stat().st_size for file in files.values()), 0
     for name, file in files.items():
+        # by chunks, so that a file of hundreds of GB takes little memory and shows how far it is
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
@@ -220,6 +222,7 @@ def floor_problems(floor: Floor, key: str) -> Iterator[str]:
     """Yield why a recorded floor is no pass, or not by its own numbers; `key` is what the record calls it."""
     if floor.verdict != "pass":
         yield f"{FILE}: the verdict of {key!r} is {floor.verdict!r}"
+    # the verdict alone is a word; these are what it has to follow from
     bounds = (floor.losses.high, floor.drop.high)
     if not (max(bounds) <= floor.margin <= _LAST_MARGIN and 0.5 < floor.level < 1):
         yield f"{FILE}: {key!r} does not pass by its own numbers (bounds {bounds}, margin {floor.margin:.4g})"
@@ -229,6 +232,7 @@ def floor_problems(floor: Floor, key: str) -> Iterator[str]:
 
 def _is_bound(floor: Floor) -> bool:
     """Tell whether the losses' upper bound is the one of as many independent prompts, at this level."""
+    # as `stats.noninferiority` has it: the exact bound for the number of independent prompts
     n = floor.effective
     if not 0 < n <= floor.refused <= floor.prompts or not 0 <= floor.losses.value <= 1:
         return False

@@ -36,6 +36,7 @@ def _merged(needs_us: bool) -> list[str]:
     tokenizer = ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     code = [*ours, "from transformers import AutoModelForCausalLM, AutoTokenizer", "", *plain, *tokenizer]
     servers = ["vllm serve FOLDER", "python -m sglang.launch_server --model-path FOLDER"]
+    # servers have no code of ours, and would refuse the weights or read them as something else
     served = [] if needs_us else ["", "Or served:", "", *_shell(*servers)]
     return ["FOLDER is this folder, or its name on the hub.", "", *_python(*code), *served]
 

@@ -131,6 +131,7 @@ def _table(rows: Mapping[str, KindRow]) -> list[str]:
 def _kept(record: ExportRecord) -> list[str]:
     if not record.kept:
         return []
+    # one number for all: a reader wants to know whether anything was lost, and the record has every tensor's
     worst = min(record.kept, key=lambda name: record.kept[name])
     return [
         f"Of each tensor's change at least {record.kept[worst]:.1%} survives rounding to its type (least in {worst})."

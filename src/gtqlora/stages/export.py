@@ -89,6 +89,7 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
         again = certify(run, judge)
         if again.adapter.digest != certificate.adapter.digest or again.floor != certificate.floor:
             raise RunError(f"{run.path}: was changed while it was exported; nothing was written")
+        # before the folder has its name: a kill in between leaves the hash of a record that nobody has
         remember_export(run.path, staged)
     return Exported(
         folder=out,
@@ -124,6 +125,7 @@ def _record(
     form: FormVerdict | None,
 ) -> ExportRecord:
     verdict, info = certificate.verdict, certificate.adapter.info
+    # `train` or `project`: whichever wrote the adapter last is on record with it
     made = [stage for stage in run.manifest()["stages"].values() if ADAPTER in stage["outputs"]]
     return ExportRecord(
         base=public_name(verdict.model),

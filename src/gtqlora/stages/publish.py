@@ -49,6 +49,7 @@ def provenance(run: Run, place: Path, *, judge: str | None = None) -> Provenance
 def _of_run(run: Run, found: Provenance, judge: str | None) -> list[str]:
     try:
         certificate = certify(run, judge)
+    # that it is certified no more is an answer to the question, and no failure to ask it
     except (FloorError, RunError) as error:
         return [f"{error} (it is not certified any more)"]
     record = (found.record.adapter, found.record.base_fingerprint)
@@ -93,6 +94,7 @@ def publish(
 
 def _to_send(out: Path, found: Provenance) -> dict[str, Path]:
     """Return what goes to the hub, by name: what is recorded, the record and the card, and nothing else."""
+    # the card is not hashed, so a link could lead to anything of the user's
     if (card := out / CARD).is_symlink() or not card.is_file():
         raise RunError(f"{card}: not a plain file; put the card itself there")
     # by the names that were certified, whatever the files are called here

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from gtqlora.errors import ModelError, RunError
-from gtqlora.families.coverage import covered
 from gtqlora.families.facts import DOWN, GATE_UP, Family
 from gtqlora.families.loading import load_config, meta_model
 from gtqlora.families.names import TensorNames
@@ -25,6 +24,19 @@ from gtqlora.families.names import TensorNames
 if TYPE_CHECKING:
     from gtqlora.families.facts import TextConfig
 
+_ARCHITECTURES = {
+    "deepseek_v3": "deepseek2",
+    "kimi_k25": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
+    "glm4_moe": "glm4moe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe": "qwen35moe",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+}
+"""What llama.cpp calls each family; `qwen3_5_moe_text` is the language model of `qwen3_5_moe`."""
 HYBRID = ("qwen3next", "qwen35moe")
 """Architectures of which most layers are Gated DeltaNet."""
 
@@ -227,9 +239,11 @@ class _Builder:
 
 
 def _architecture(family: Family) -> str:
-    name = covered(family, "llama.cpp").architecture
+    name = _ARCHITECTURES.get(family.model_type.removesuffix("_text"))
     if name is None:
-        raise ModelError(f"{family.model_type}: not known to be an architecture of llama.cpp")
+        raise ModelError(
+            f"{family.model_type}: not known to be an architecture of llama.cpp; known: {', '.join(_ARCHITECTURES)}"
+        )
     return name
 
 
