@@ -120,6 +120,7 @@ def _todo(
     if absent := sorted(changes.keys() - headers.keys()):
         raise RunError(f"{source}: {len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
     todo: dict[str, dict[str, Extent]] = {shard: {} for shard in shards}
+    # Headers of files in which nothing changes are not read a second time: there may be thousands of tensors in each.
     places = {shard: extents(folder / shard) for shard in {headers[name].file for name in changes}}
     for name, change in changes.items():
         shard = headers[name].file
@@ -150,6 +151,7 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
             (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
             rewritten = bool(in_place) and plan.overlay is None
             before = state_of(file)
+            # Sharing takes no time, so it comes before the hash; a copy takes long, and goes on beside it.
             if share:
                 copied.moved[new] = share_file(file, target / new, changes=rewritten)
             if copied.moved.get(new) == "hard link":
