@@ -44,6 +44,7 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
     gates = _gates(base)
     with atomic_write(out, replace=False) as staged:
         copied = copy_changed(base, staged, variant.edits)
+        # of the bytes that were copied, so that nothing can be swapped between a check and the copy
         if copied.digest != variant.base_fingerprint:
             raise FloorError(
                 f"{base}: is not the model that {variant.name} was made from and judged on ({variant.record.base}, "

@@ -33,7 +33,7 @@ def card(record: Record, base: Path) -> str:
             f"- Use: `gtqlora bitdelta serve BASE THIS`, or `gtqlora bitdelta apply BASE THIS OUT` for dense weights; "
             f"only with the base whose files have the digest {record.base_fingerprint}.",
             f"- Judge: {inline(record.judge)}; prompts: {inline(record.prompts.source)} (split "
-            f"{inline(record.prompts.split)}, sha256 {inline(record.prompts.fingerprint)}), used {record.tries} times.",
+            f"{inline(record.prompts.split)}, sha256 {inline(record.prompts.fingerprint)}), try {record.tries}.",
             f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
             "",
             *_table("the fine-tune", record.against_tuned),

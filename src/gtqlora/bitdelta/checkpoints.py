@@ -118,6 +118,7 @@ def _architecture(base: str, tuned: str) -> tuple[Family, PreTrainedModel]:
         if (method := quantization(model)) is not None:
             raise ModelError(f"{model}: is quantized ({method}); give the checkpoint in 16 or 32 bits")
     mine, theirs = config.to_dict(), tuned_config.to_dict()
+    # after the class's defaults are filled in, so that a key left out is no difference
     for key in sorted((mine.keys() | theirs.keys()) - _ASIDE):
         if mine.get(key) != theirs.get(key):
             raise ModelError(
@@ -139,6 +140,7 @@ def _tied(skeleton: PreTrainedModel, family: Family) -> set[str]:
 
 def _partners(model: str, names: TensorNames, others: TensorNames, tied: set[str]) -> dict[str, str]:
     """Return the fine-tune's name of each of the base's tensors: both may spell the same place in their own way."""
+    # by place in memory: transformers writes other names, or a wrapper's prefix, than a publisher did
     found = {place: name for name, place in others.places.items() if place.name not in tied}
     mine = {name: place for name, place in names.places.items() if place.name not in tied}
     if missing := [name for name, place in mine.items() if place not in found]:
@@ -178,6 +180,7 @@ class _Matrices:
     """Which tensors take one bit a weight: linears, embeddings and routed experts, but no router and no gate."""
 
     def __init__(self, skeleton: nn.Module, anatomy: Anatomy) -> None:
+        # one number a token weighs all that a shared expert writes; a wrong sign there is no small error
         gates = {f"{layer}.{gate}" for layer in anatomy.layers for gate in anatomy.family.gates}
         self._linears = {
             path

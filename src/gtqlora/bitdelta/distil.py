@@ -83,6 +83,7 @@ class Distilled:
     @torch.no_grad()
     def _run(self, layer: str) -> None:
         """Run the model for the inputs of one layer; those of another are let go of."""
+        # a pass for each layer: inputs of all of them at once would be as large as the model
         if layer == self._layer:
             return
         self._layer = layer

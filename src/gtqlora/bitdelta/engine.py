@@ -110,6 +110,7 @@ class Engine:
     def __init__(self, model: Resident, *, places: int, waiting: int) -> None:
         self.model, self._places = model, places
         self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # of all that are here, and not of the queue alone: a request waits there for a moment even if a place is free
         self._room, self._most = threading.BoundedSemaphore(places + waiting), waiting
         self._running, self._answers = Running(model), list[_Answer]()
         self._closed = threading.Event()
@@ -174,6 +175,7 @@ class Engine:
         """Let a request in if there is a place, so that prompts and steps take turns; wait for one if none runs."""
         if len(self._answers) == self._places:
             return
+        # one at a time: a queue of long prompts must not keep those that run from their next token
         try:
             request = self._queue.get(block=not self._answers)
         except queue.Empty:
@@ -217,6 +219,7 @@ class Engine:
         try:
             work()
         except Exception as error:
+            # whatever it was, those who wait for other answers should get them
             note(f"a step failed ({first_line(error)}); {len(answers)} answers end")
             for answer in answers:
                 answer.end("error")

@@ -69,6 +69,15 @@ class Settings:
     warps: int = 2
     stages: int = 3
 
+    @staticmethod
+    def for_signs(outputs: int, rows: int) -> Settings:
+        """Return the fastest for a one-bit matrix on an H100, by `bench/serving.py`."""
+        # Unpacking takes longer than reading, so wide blocks, which share the inputs; but of a narrow matrix these
+        # would be too few to fill the GPU. Four warps make Triton pass every tile of inputs through a barrier.
+        if rows > _ROWS[-2]:
+            return Settings(64, 2, 3)
+        return Settings(128, 2, 3) if outputs >= 2048 else Settings(32, 1, 3)
+
 
 @dataclass(frozen=True)
 class Signs:
@@ -124,6 +133,7 @@ def words(delta: OneBit) -> Tensor:
     bits_NSBW = bits.view(len(bytes_NB), -1, 16, _WORDS).int()
     places_B = torch.arange(15, -1, -1, dtype=torch.int32, device=bits.device)
     words_NW = (bits_NSBW << places_B[:, None]).sum(-2, dtype=torch.int32).flatten(1)
+    # the sum is of 16 unsigned bits, and torch has no such type that it can shift
     return torch.where(words_NW >= 2**15, words_NW - 2**16, words_NW).to(torch.int16)
 
 
@@ -146,6 +156,7 @@ def _one_bit(
     PACKED: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
+    # in 64 bits: signs of many variants of a large matrix are more than 2^31 words
     slot = tl.load(slot_V + tl.load(variant_G + group)).to(tl.int64)
     if slot < 0:
         return
@@ -160,6 +171,8 @@ def _one_bit(
     sums_NM = tl.zeros((N, M), tl.float32)
     for span in range(0, WORDS, W):
         words = tl.load(words_VNW + n[:, None] * WORDS + (span + w)[None, :], mask=(n < OUTPUTS)[:, None], other=0)
+        # One bit of all words at a time: the signs never leave the registers in which the words came, and the order
+        # of the columns, which a sum does not depend on, is such that these are neighbours.
         for bit in tl.static_range(16):
             k = span * 16 + bit * W + w
             scale = tl.load(column_VK + k, mask=k < COLUMNS, other=0.0).to(tl.float32)
@@ -175,8 +188,8 @@ def _one_bit(
 
 def add_one_bit(out_TN: Tensor, x_TK: Tensor, signs: Signs, groups: Groups, settings: Settings | None = None) -> None:
     """Add to every row what its variant's one-bit difference makes of it, in place; rows of others stay."""
-    settings = settings or Settings()
     columns, outputs, rows = x_TK.shape[1], out_TN.shape[1], groups.rows_GM.shape[1]
+    settings = settings or Settings.for_signs(outputs, rows)
     blocks = min(settings.outputs, max(16, power_of_two(outputs)))
     launch(
         _one_bit, (-(-outputs // blocks), len(groups.variant_G)),

@@ -101,7 +101,6 @@ class Tiles:
         table = signs.to(device, dtype).view(torch.complex128)
         self._table = table.flatten() if table.shape[1] == 1 else table
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self._scales: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, delta: OneBit) -> Iterator[tuple[slice, Tensor]]:
         """Give rows of a matrix, and their signs in the dtype; the next tile takes their place."""
@@ -121,13 +120,9 @@ class Tiles:
         torch.index_select(self._table, 0, index, out=out)
         return out.view(self.dtype).view(len(bytes_NB), -1)
 
-    def _scale(self, signs: Tensor) -> Tensor:
-        if signs.shape not in self._scales:
-            self._scales[signs.shape] = torch.empty_like(signs)
-        return self._scales[signs.shape]
-
     def product(self, x_TK: Tensor, delta: OneBit) -> Tensor:
         """Return what a one-bit matrix makes of rows."""
+        # scales beside the product and not in the tile: of few rows they are far fewer numbers
         out_TN, scaled_TK = x_TK.new_empty(len(x_TK), delta.shape[0]), x_TK * delta.column_K
         for rows, signs in self.of(delta):
             torch.mul(F.linear(scaled_TK, signs), delta.row_N[rows], out=out_TN[:, rows])
@@ -137,8 +132,8 @@ class Tiles:
         """Return what a matrix with its one-bit difference makes of rows, never holding more of it than a tile."""
         out_TN = x_TK.new_empty(len(x_TK), delta.shape[0])
         for rows, signs in self.of(delta):
-            scale = torch.mul(delta.row_N[rows, None], delta.column_K, out=self._scale(signs))
-            out_TN[:, rows] = F.linear(x_TK, torch.addcmul(weight_NK[rows], signs, scale, out=signs))
+            signs.mul_(delta.row_N[rows, None])
+            out_TN[:, rows] = F.linear(x_TK, torch.addcmul(weight_NK[rows], signs, delta.column_K, out=signs))
         return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
@@ -223,6 +218,7 @@ def low_ranks(products: Mapping[int, LowRank], batch: Batch) -> Part:
         return LowRanks(products)
     from gtqlora.bitdelta.kernels import Matrices, slots
 
+    # zeros fill up to the largest rank, and add nothing
     rank = max(own.a_RI.shape[0] for own in products.values())
     a_VRK = torch.stack([F.pad(own.a_RI, (0, 0, 0, rank - len(own.a_RI))) for own in products.values()])
     b_VNR = torch.stack([F.pad(own.b_DR, (0, rank - own.b_DR.shape[1])) for own in products.values()])
@@ -257,6 +253,7 @@ class VariantLinear(nn.Module):
         if (delta := self._alone(len(x_TK))) is not None:
             base = cast(nn.Linear, self.base)
             return self._tiles.merged(x_TK, base.weight, base.bias, delta).view(*x.shape[:-1], -1)
+        # the base's product once for all rows, which is what serving them together is for
         out = self.base(x)
         out_TN = out.view(-1, out.shape[-1])
         for part in self._parts:
@@ -266,6 +263,7 @@ class VariantLinear(nn.Module):
     def _alone(self, rows: int) -> OneBit | None:
         """Return the one-bit difference of the only variant in a batch of many rows, if it is all that it has."""
         variant, *others = (variant for variant, _ in self._batch.groups(rows))
+        # nothing else may be the variant's own here: a low-rank product is not merged, nor another bias or weight
         if rows < _MERGED or others or variant in self._lora or type(self.base) is not nn.Linear:
             return None
         return self._bits.get(variant)

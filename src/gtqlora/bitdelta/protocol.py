@@ -98,6 +98,7 @@ def _object(body: bytes) -> dict[str, object]:
         raise RequestError(f"the body is no JSON ({error})") from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
+    # clients send null for what they leave to the server
     return {key: each for key, each in value.items() if each is not None}
 
 
@@ -177,6 +178,7 @@ def _message(value: object, where: str) -> Message:
     more = sorted(key for key, each in value.items() if key not in ("role", "content", "name") and each is not None)
     if more:
         raise RequestError(f"{where}.{more[0]} is not supported here; leave it out", parameter=where)
+    # OpenAI's newer name for it; templates of open models know the older one
     role = "system" if value["role"] == "developer" else value["role"]
     return {"role": role, "content": _content(value.get("content"), f"{where}.content")}
 

@@ -50,6 +50,7 @@ def resident(base: str, folders: Sequence[Path], *, device: str = "cpu") -> Resi
     Raises:
         ModelError: the base cannot be loaded, or a folder is no certified variant of it.
     """
+    # before anything is loaded, so that what was hashed is what is compared with the variants' records
     identity = identify(base)
     expert_format = BF16 if format_on_disk(identity.model) is None else "native"
     subject = open_subject(ModelConfig(model=identity.model, device=device, expert_format=expert_format))
@@ -175,6 +176,7 @@ class _Places:
             raise ModelError(f"{variant.folder}: {name} is {found}, and the base has {wanted}")
 
     def _moved(self, delta: OneBit) -> OneBit:
+        # scales in the model's type, so that no product is computed in another one and rounded back
         device = self._model.device
         return OneBit(
             signs_NB=delta.signs_NB.to(device),
@@ -189,6 +191,7 @@ class _Places:
 
     def _made(self, path: str, own: _Own, batch: Batch, tiles: Tiles) -> nn.Module:
         base = self._model.get_submodule(path)
+        # a router with a correction bias of its own chooses differently from the same logits, so it gets a twin instead
         if path in self._anatomy.routers and all(whole.keys() == {"weight"} for whole in own.whole.values()):
             return VariantRouter(base, batch, {number: whole["weight"] for number, whole in own.whole.items()})
         module = Grouped(base, batch, own.whole) if own.whole else base

@@ -43,6 +43,7 @@ class VariantRouter(nn.Module):
     def _for_kernel(self, weight_ED: Tensor) -> Matrices:
         from gtqlora.bitdelta.kernels import Matrices
 
+        # whoever has no weight of its own uses the first one, the base's
         slot_V = torch.zeros(self._batch.n_variants, dtype=torch.int32)
         slot_V[list(self._own)] = torch.arange(1, len(self._own) + 1, dtype=torch.int32)
         return Matrices(torch.stack([weight_ED.data, *self._own.values()]), slot_V.to(self._batch.device))
@@ -89,6 +90,7 @@ class VariantExperts(nn.Module):
         if not self._batch.has_any(self._pieces):
             return self.base(hidden_TD, index_TC, weights_TC)
         out_TD, variants = torch.zeros_like(hidden_TD), self._batch.of_rows(len(hidden_TD))
+        # experts outside, variants inside: an expert's own matrix is read once for all rows, whosever they are
         for expert in index_TC.unique().tolist():
             token, choice = torch.where(index_TC == expert)
             groups = grouped([variants[row] for row in token.tolist()], hidden_TD.device)
@@ -101,6 +103,7 @@ class VariantExperts(nn.Module):
         out_TN = F.linear(x_TK, self._weight(name, expert, x_TK.dtype))
         for variant, rows in groups:
             for first, delta in self._pieces.get(variant, {}).get((name, expert), ()):
+                # a copy where rows are numbers, so it is put back
                 mine_TN = out_TN[rows]
                 mine_TN[:, first : first + delta.shape[0]] += self._tiles.product(x_TK[rows], delta)
                 out_TN[rows] = mine_TN

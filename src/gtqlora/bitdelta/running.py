@@ -46,6 +46,8 @@ class Running:
 
     def start(self, prompt: Sequence[int], variant: int) -> Started:
         """Run a prompt by itself; the others do not notice."""
+        # Alone and not with other new ones: prompts of different lengths would be padded, which linear attention
+        # would have to be told, and all rows of one variant are multiplied with its matrix merged.
         cache, ids_BS = self._new_cache(), torch.tensor([list(prompt)], device=self._mask_BS.device)
         mask_BS = torch.ones_like(ids_BS)
         logits_BV = self._forward(ids_BS, mask_BS, cache, [variant])
@@ -68,6 +70,7 @@ class Running:
         elif self._cache is not None and len(rows) < len(self):
             index = torch.tensor(rows, device=self._mask_BS.device)
             mask_BS = self._mask_BS[index]
+            # the longest of those that stay may be shorter than the longest of all was
             size = int(mask_BS.sum(-1).max())
             _keep(self._cache, index, size)
             self._mask_BS, self._variants = mask_BS[:, -size:], [self._variants[row] for row in rows]
@@ -94,6 +97,8 @@ class Running:
 
     def _new_cache(self) -> DynamicCache:
         """Return an empty cache, with whole keys and values of every layer of attention whatever its window."""
+        # A config with a window would give a cache that forgets, and rows of different lengths forget differently. The
+        # mask knows the window, so that whole keys are right as well.
         typed = DynamicCache(config=self._model.subject.model.config)
         linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in typed.layers)
         return typed if linear else DynamicCache()

@@ -68,6 +68,7 @@ class Text:
     def add(self, token: int) -> str:
         """Take a token and return the text that is new and certain."""
         self._ids.append(token)
+        # Both with the tokens before them: many tokenizers write a space only between two words.
         before, now = self._decoded(self._ids[self._shown : self._read]), self._decoded(self._ids[self._shown :])
         if len(now) > len(before) and not now.endswith(_UNFINISHED):
             self._text += now[len(before) :]
@@ -87,11 +88,13 @@ class Text:
 
     def _held(self) -> int:
         """Return how many characters at the end may begin a stop text."""
+        # the longest end of the text that is the beginning of a stop text
         longest = max(map(len, self._stop), default=0)
         sizes = range(min(longest - 1, len(self._text)), 0, -1)
         return next((size for size in sizes if any(s.startswith(self._text[-size:]) for s in self._stop)), 0)
 
     def _certain(self, held: int) -> str:
+        # in the whole text: a stop text may span what came with several tokens
         found = [place for text in self._stop if (place := self._text.find(text)) >= 0]
         self.stopped = bool(found)
         until = min(found) if found else len(self._text) - held

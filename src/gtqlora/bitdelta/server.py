@@ -193,6 +193,7 @@ async def _failed(_request: Request, _error: Exception) -> Response:
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when the client has hung up."""
+    # whatever else comes is the rest of a body that was read already
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -237,6 +238,7 @@ class _Stream(Response):
     """An answer as server-sent events."""
 
     def __init__(self, work: Work, pieces: asyncio.Queue[Piece], reply: Reply, *, usage: bool, idle: float) -> None:
+        # without a length, which Starlette would give for the empty body that it sees
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._work, self._pieces, self._reply, self._usage, self._idle = work, pieces, reply, usage, idle
@@ -301,6 +303,7 @@ def listening(host: str, port: int) -> socket.socket:
             f"--host {host}: only loopback is served (127.0.0.1, ::1 or localhost), as there are no users or passwords "
             "here; put a reverse proxy that has them in front"
         )
+    # bound before the model is loaded: a port that is taken should not be found out an hour later
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family)

@@ -102,6 +102,7 @@ def _one_bit(folder: Path, names: TensorNames, base: str) -> Variant:
 
 
 def _by_place(folder: Path, names: TensorNames, tensors: Mapping[str, T], key: Callable[[Place], K]) -> dict[K, T]:
+    # before the first is read: a container gives tensors only when they are asked for
     unknown = sorted(tensors.keys() - names.places.keys())
     if unknown:
         raise ModelError(f"{folder}: {len(unknown)} tensors are not the base's, e.g. {unknown[0]}")
@@ -118,6 +119,7 @@ def _whole_name(folder: Path, place: Place) -> str:
 
 
 def _adapter(folder: Path, base: str, expert_format: str) -> Variant:
+    # the whole folder, as a file beside the recorded ones may be what a loader takes
     checked = provenance.check(folder)
     if not checked.certified:
         raise ModelError(f"{folder}: not what was certified ({checked.problems[0]}); export it again")

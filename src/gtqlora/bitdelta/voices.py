@@ -46,6 +46,7 @@ def own_voice(subject: Subject, base: str, folder: Path) -> Voice:
 
 
 def _with_settings(subject: Subject, settings: GenerationConfig) -> Voice:
+    # `stop_ids` of the subject asks the model's settings, so that there is one rule for what ends an answer
     before, subject.model.generation_config = subject.model.generation_config, settings
     try:
         return voice_of(subject)

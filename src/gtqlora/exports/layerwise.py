@@ -116,8 +116,8 @@ def _edited_layer(job: Job, files: TensorFiles, tokenizer: PreTrainedTokenizerBa
     if certificate.adapter.info.kind != PROJECTION:
         weights_merged(subject, job.model, files, job.names, job.edits).enable()
         return subject
-    direction_D = certificate.adapter.direction_D.to(subject.device)
-    weights_projected(subject, direction_D, norm_preserving=certificate.adapter.info.norm_preserving).enable()
+    direction_D, keep = certificate.adapter.direction_D, certificate.adapter.info.norm_preserving
+    weights_projected(subject, direction_D, norm_preserving=keep, as_written=True).enable()
     return subject
 
 
