@@ -80,6 +80,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
     """Put the fine-tune's tokenizer, template and generation settings in the place of the base's."""
     if variant.tokenizer is None:
         return
+    # the base's go first: one that the fine-tune does not have would still be found and read
     for name in small_names(staged):
         if name != CONFIG:
             (staged / name).unlink()
@@ -91,6 +92,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
 def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportRecord:
     """Return the provenance in the form that every export has, so that a later edit counts what was spent here."""
     record, floor = variant.record, variant.record.against_tuned.floor
+    # all but the card, which people edit, and the record itself
     names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()} - {CARD, FILE}
     return ExportRecord(
         base=record.base,

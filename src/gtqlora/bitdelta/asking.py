@@ -73,6 +73,7 @@ def ask(
     base = said(Runner.of(subject, judge, config), rows, "the base")
     differs = not own.same_as(Own.of(subject), rows)
     place(subject, both.names, both.base, tensors.edits)
+    # just what will surround the weights where they are served or applied
     if differs:
         subject.model.generation_config = own.generation
         subject = replace(subject, tokenizer=own.tokenizer)

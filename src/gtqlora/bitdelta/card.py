@@ -18,6 +18,7 @@ _LONGEST = 2**20
 
 def card(record: Record, base: Path) -> str:
     """Return the card of a variant, or of the weights that were made from it; the base's licence goes with it."""
+    # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), "library_name": "gtqlora", "tags": ["gtqlora", "bitdelta"]}
     return "\n".join(
         [

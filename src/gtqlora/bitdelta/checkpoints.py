@@ -93,6 +93,7 @@ def checkpoints(base: str, tuned: str) -> Checkpoints:
         ModelError: another architecture or shape, a quantized checkpoint, a tensor that only one has or that lies
             outside the language model and differs, or the two are the same.
     """
+    # configs and headers before the hashes, which read every byte
     family, skeleton = _architecture(base, tuned)
     old, new = identify(base), identify(tuned)
     files, others = _files(old), _files(new)
@@ -159,6 +160,7 @@ def _check_shape(model: str, change: Change) -> None:
 def _check_rest(model: str, files: TensorFiles, others: TensorFiles, ours: Mapping[str, Place]) -> None:
     """Check that what is no part of the language model is the same: nothing here runs it, so nothing judges it."""
     for name in files.where.keys() - ours.keys():
+        # transformers leaves other towers out when it saves a fine-tune, which changes nothing in them
         if name in others.where and not torch.equal(files.read(name), others.read(name)):
             raise ModelError(
                 f"{model}: {name} differs from the base's, and is no part of the language model that is judged here"

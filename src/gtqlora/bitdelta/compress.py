@@ -151,6 +151,7 @@ def _calibration(pairs: Contrast, config: VerifyConfig) -> tuple[Row, ...]:
     require(config.split not in (_TRAINING, "all"), f"split = {config.split!r}: scales are fitted on the training rows")
     rows = tuple(row for row in pairs.of_kind("benign") if row.split == _TRAINING)
     require(bool(rows), f"{config.contrast}: no benign rows in split {_TRAINING!r}, on which scales are fitted")
+    # drawn, as files are often sorted by topic
     return tuple(random.Random(config.seed).sample(rows, min(_TEXTS, len(rows))))
 
 
@@ -186,6 +187,7 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
         lost[change.name] = missing / energy
         whole, missed, covered = whole + energy, missed + missing, covered + _COVERED_BYTES * delta.numel()
     shards.flush()
+    # an empty variant would be the base under another name
     if not shards.files:
         raise ModelError(f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor")
     return _Made(

@@ -307,6 +307,7 @@ def _names(folder: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
     """Return the names of dense and of one-bit tensors, from headers that fit together."""
     found: dict[str, set[str]] = {}
     for stored in files.where:
+        # the last colon: a tensor's own name may hold others
         name, _, part = stored.rpartition(":")
         if not name or files.header(stored)[1] not in _DTYPES.get(part, ()):
             raise ModelError(f"{folder}: tensor {stored!a} is none of this format's")
@@ -323,6 +324,7 @@ def _names(folder: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
 def _check_shapes(
     folder: Path, name: str, signs: tuple[int, ...], row: tuple[int, ...], column: tuple[int, ...]
 ) -> None:
+    # before any value is read: shapes decide how much memory reading takes
     wanted = (*row, -(-column[-1] // 8)) if column else ()
     if signs != wanted or len(row) not in (1, 2) or row[:-1] != column[:-1]:
         raise ModelError(f"{folder}: {name!a} has signs {signs}, rows {row} and columns {column}, which do not fit")

@@ -63,6 +63,7 @@ def signs(delta: OneBit) -> Tensor:
 
 def encode(delta_NK: Tensor) -> OneBit:
     """Return the one-bit form of a difference [N, K], or of a stack of them [E, N, K], each by itself."""
+    # experts one by one: their changes differ in size, and fp32 copies of a layer's experts are large
     if delta_NK.ndim == 3:
         each = [encode(matrix) for matrix in delta_NK]
         return OneBit(
@@ -98,12 +99,14 @@ def _divided(values: Tensor, by: Tensor) -> Tensor:
 
 def decode(delta: OneBit) -> Tensor:
     """Return the difference in fp32, [N, K] or [E, N, K]."""
+    # in place: the signs in fp32 are as large as the result
     return signs(delta).mul_(delta.row_N.float()[..., None]).mul_(delta.column_K.float()[..., None, :])
 
 
 def decode_rows(delta: OneBit, part: slice) -> Tensor:
     """Return some rows of the difference in fp32; of a stack, its matrices' rows follow each other."""
     signs_NB, row_N = delta.signs_NB.flatten(0, -2)[part], delta.row_N.flatten()[part]
+    # a row is its expert's, and so are the scales of its columns
     if delta.column_K.ndim == 1:
         return decode(OneBit(signs_NB=signs_NB, row_N=row_N, column_K=delta.column_K))
     experts_N = torch.arange(delta.row_N.numel())[part] // delta.row_N.shape[-1]
