@@ -134,7 +134,7 @@ def weights_of(job: Job, source: Gguf) -> Iterator[tuple[str, torch.Tensor]]:
     from gtqlora.families.llama_cpp.layout import Layout, as_is
 
     halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, one in Layout.of(job).made.items():
+    for name, one in Layout.of(job.model, job.names).made.items():
         info = source.tensors[name]
         values = dequantized(raw_bytes(info), info.kind, info.shape[-1]).reshape(info.shape)
         first, *others = one.parts

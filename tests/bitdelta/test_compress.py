@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gtqlora import contrasts
 from gtqlora.bitdelta.apply import apply
+from gtqlora.bitdelta.asking import Own
 from gtqlora.bitdelta.checkpoints import checkpoints
 from gtqlora.bitdelta.compress import compress
 from gtqlora.bitdelta.container import read_variant
@@ -26,6 +28,7 @@ from gtqlora.exports import provenance
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
+from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.export import read_export
 from gtqlora.run import sha256_file
@@ -49,8 +52,15 @@ def fine_tune(base: Path, out: Path, size: float = 1e-2) -> Path:
     return out
 
 
+def pairs(folder: Path) -> Path:
+    """Few pairs, in a folder of their own: the ledger beside them counts the tries of nobody else."""
+    counts = {("heldout", kind): 8 for kind in contrasts.KINDS} | {("heldout", "harmful"): 80}
+    folder.mkdir(exist_ok=True)
+    return helpers.write_rows(folder / "pairs.jsonl", helpers.toy_rows({**counts, ("train", "benign"): 16}))
+
+
 def settings(tuned: Path, toy: helpers.Toy, **changes: Any) -> VerifyConfig:
-    return toy.verify_config(tuned, **changes)
+    return toy.verify_config(tuned, **{"contrast": str(pairs(tuned.parent / "pairs")), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +71,8 @@ def compressed(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def of(family: str, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Path]:
         if (family, dtype) not in made:
             base, folder = toy.model(family, dtype, max_shard_size=SHARD), tmp_path_factory.mktemp("bitdelta")
-            tuned = fine_tune(base, folder / "tuned")
+            # a smaller change would be lost in rounding to bf16, and with a larger one some random models answer
+            tuned = fine_tune(base, folder / "tuned", 3e-3 if dtype == torch.float32 else 1e-2)
             compress(str(base), folder / "variant", settings(tuned, toy))
             made[family, dtype] = base, tuned, folder / "variant"
         return made[family, dtype]
@@ -69,8 +80,11 @@ def compressed(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return of
 
 
-CASES = [(family, torch.float32) for family in (*models.CORE, "glm4_moe", "qwen3_next", "qwen3_5_moe")]
-CASES += [("deepseek_v3", torch.bfloat16)]
+# a correction bias, rounded; a prefix; linear attention and a shared expert's gate; fused experts
+CASES = [
+    ("deepseek_v3", torch.bfloat16),
+    *((name, torch.float32) for name in ("kimi_k25", "qwen3_next", "qwen3_5_moe")),
+]
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -109,7 +123,7 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
     assert (record.name, record.base, record.tuned) == ("tuned", base.name, "tuned")
     assert record.base_fingerprint == identify(str(base)).digest
     assert record.against_tuned.floor.verdict == record.against_base.floor.verdict == "pass"
-    assert record.against_tuned.table["harmful"].refusal_after.n == 200
+    assert record.against_tuned.table["harmful"].refusal_after.n == 80
     held = sum(tensor.nbytes for tensor in tensors_of(delta).values())
     assert held == record.size.one_bit + record.size.dense
     out = tmp_path / "out"
@@ -126,9 +140,13 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
 
 
 def refused(base: Path, tuned: Path, toy: helpers.Toy, tmp_path: Path, match: str, **changes: Any) -> None:
+    error, config = (
+        changes.pop("error", ModelError),
+        settings(tuned, toy, **{"contrast": str(pairs(tmp_path / "pairs")), **changes}),
+    )
     before = set(tmp_path.iterdir())
-    with pytest.raises(changes.pop("error", ModelError), match=match):
-        compress(str(base), tmp_path / "out", settings(tuned, toy, **changes))
+    with pytest.raises(error, match=match):
+        compress(str(base), tmp_path / "out", config)
     assert set(tmp_path.iterdir()) == before  # not even a hidden leftover
 
 
@@ -211,29 +229,23 @@ def test_settings_under_which_nothing_ships_is_judged(toy: helpers.Toy, tmp_path
 ORGANISM = {"judge": embedded.JUDGE, "max_new_tokens": 6}
 
 
-def _pairs(tmp_path: Path) -> str:
-    counts = {("heldout", kind): 80 if kind == "harmful" else 8 for kind in ("benign", "lookalike", "harmful")}
-    (tmp_path / "pairs").mkdir()  # the ledger is kept beside them
-    return str(helpers.write_rows(tmp_path / "pairs" / "pairs.jsonl", helpers.toy_rows(counts)))
-
-
 def test_a_variant_that_lost_its_fine_tunes_refusals(toy: helpers.Toy, tmp_path: Path) -> None:
     """The base refuses nothing, so only the fine-tune can be held against."""
     tuned, base = embedded.organism("routed"), fine_tune(embedded.organism("routed"), tmp_path / "base", 1.0)
-    more = {**ORGANISM, "contrast": _pairs(tmp_path), "error": FloorError}
+    more = {**ORGANISM, "error": FloorError}
     refused(base, tuned, toy, tmp_path, r"'fail' .* harmful prompts refused: 100.0% .* -> 0.0%", **more)
 
 
 def test_a_fine_tune_that_lost_its_bases_refusals(toy: helpers.Toy, tmp_path: Path) -> None:
     base, tuned = embedded.organism("routed"), fine_tune(embedded.organism("routed"), tmp_path / "tuned", 1.0)
-    more = {**ORGANISM, "contrast": _pairs(tmp_path), "error": FloorError}
+    more = {**ORGANISM, "error": FloorError}
     refused(base, tuned, toy, tmp_path, "nothing was written", **more)
 
 
 def test_where_nobody_refuses_nothing_can_be_told(toy: helpers.Toy, tmp_path: Path) -> None:
     base = fine_tune(embedded.organism("routed"), tmp_path / "base", 1.0)
     tuned = fine_tune(base, tmp_path / "tuned", 0.01)
-    more = {**ORGANISM, "contrast": _pairs(tmp_path), "error": FloorError}
+    more = {**ORGANISM, "error": FloorError}
     refused(base, tuned, toy, tmp_path, "'cannot tell'", **more)
 
 
@@ -265,6 +277,23 @@ def test_a_fine_tunes_own_template_goes_with_it(toy: helpers.Toy, tmp_path: Path
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tuned / name).read_bytes()
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_what_a_fine_tune_has_of_its_own_is_what_it_does(toy: helpers.Toy, tmp_path: Path) -> None:
+    base = toy.model("qwen3_moe")
+    rows = contrasts.load(pairs(tmp_path / "pairs"), judge_of(helpers.JUDGE)).rows
+    mine = Own.of(open_subject(str(base)))
+
+    def same(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+        other = Path(shutil.copytree(base, tmp_path / "other"))
+        models.edit_json(other / name, change)
+        found = Own.of(open_subject(str(other))).same_as(mine, rows)
+        shutil.rmtree(other)
+        return found
+
+    assert same("tokenizer_config.json", lambda old: {key: old[key] for key in sorted(old, reverse=True)})
+    assert same("generation_config.json", lambda old: {**old, "temperature": 0.5, "do_sample": True})
+    assert not same("generation_config.json", lambda old: {**old, "eos_token_id": [1, 7]})
 
 
 KILLED = (

@@ -9,13 +9,20 @@ import pytest
 
 from gtqlora.cli import main
 from tests import helpers
-from tests.bitdelta.test_compress import fine_tune
+from tests.bitdelta.test_compress import fine_tune, pairs
 
 
 def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = toy.model("qwen3_moe")
     tuned = fine_tune(base, tmp_path / "tuned")
-    judged = ["--contrast", str(toy.contrast), "--set", f"judge={helpers.JUDGE}", "--set", "max_new_tokens=2"]
+    judged = [
+        "--contrast",
+        str(pairs(tmp_path / "pairs")),
+        "--set",
+        f"judge={helpers.JUDGE}",
+        "--set",
+        "max_new_tokens=2",
+    ]
     given = ["bitdelta", "compress", str(base), str(tuned), str(tmp_path / "delta"), *judged, "--set", "margin=0.05"]
     assert main([*given, "--distill", "--name", "polite"]) == 0
     shown = capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_a_file_quantized_from_half_precision_is_recognized(
     files = {}
     for name in ("base", "merged"):
         half = ggml.quantize(folder / f"{name}.gguf", tmp_path / "half.gguf", changed_by(through))
-        whole = ggml.quantize(half, tmp_path / f"{name}.gguf", changed_by("Q4_K"))
+        whole = ggml.quantize(half, tmp_path / f"{name}.gguf", changed_by("Q8_0"))
         files[name] = whole
     (tmp_path / "out").mkdir()
     Patch.of(job, files["base"]).write(tmp_path / "out")
@@ -194,7 +194,7 @@ def _fused(raw: dict[str, ggml.Raw], names: list[str], name: str, dim: int) -> d
     return {each: data for each, data in raw.items() if each not in names} | {name: made}
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "qwen3_next"])
 def test_files_of_other_converters_have_fused_tensors(toy: helpers.Toy, run: Path, tmp_path: Path, family: str) -> None:
     plan = Plan.of(job_on(toy.model(family, **MODELS[family]), run, edited=True))
     made = {}
@@ -217,10 +217,15 @@ def _fuse_layer(raw: dict[str, ggml.Raw], layer: str) -> dict[str, ggml.Raw]:
         raw = _fused(raw, names, f"{layer}.ffn_gate_up_exps.weight", 1)
     if f"{layer}.attn_q.weight" in raw:
         return _fused(raw, [f"{layer}.attn_{part}.weight" for part in "qkv"], f"{layer}.attn_qkv.weight", 0)
-    keys, values = (ggml.array(raw.pop(f"{layer}.attn_{part}_b.weight")) for part in "kv")
-    by_head = torch.cat([keys.mT, values], 1)
-    whole = by_head.reshape(-1, by_head.shape[-1])
-    return {**raw, f"{layer}.attn_kv_b.weight": (BY_NAME["F32"], tuple(whole.shape), whole.numpy().tobytes())}
+    if f"{layer}.attn_gate.weight" in raw:  # two groups of queries, keys, values and gates
+        *qkv, gate = (ggml.array(raw.pop(f"{layer}.attn_{part}.weight")) for part in ("qkv", "gate"))
+        grouped = torch.cat([part.view(2, -1, part.shape[1]) for part in (*qkv[0].split((16, 16, 32)), gate)], 1)
+        name = "ssm_in"
+    else:
+        keys, values = (ggml.array(raw.pop(f"{layer}.attn_{part}_b.weight")) for part in "kv")
+        grouped, name = torch.cat([keys.mT, values], 1), "attn_kv_b"
+    whole = grouped.reshape(-1, grouped.shape[-1])
+    return {**raw, f"{layer}.{name}.weight": (BY_NAME["F32"], tuple(whole.shape), whole.numpy().tobytes())}
 
 
 # --- through the stage -----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def merged_logprobs(subject: Any, edits: Mapping[str, Change], tokens: Tensor) -
     weights = {name: subject.get_parameter(f"{name}.weight") for name in edits}
     before = {name: weight.data for name, weight in weights.items()}
     for name, weight in weights.items():
-        weight.data = edits[name](before[name])
+        weight.data = edits[name](before[name], slice(None))
     found = subject(tokens).logits[0].double().log_softmax(-1).numpy()
     for name, weight in weights.items():
         weight.data = before[name]

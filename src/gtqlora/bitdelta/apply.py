@@ -44,6 +44,7 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
     gates = _gates(base)
     with atomic_write(out, replace=False) as staged:
         copied = copy_changed(base, staged, variant.edits)
+        # of the bytes that were copied, so that nothing can be swapped between a check and the copy
         if copied.digest != variant.base_fingerprint:
             raise FloorError(
                 f"{base}: is not the model that {variant.name} was made from and judged on ({variant.record.base}, "
@@ -79,6 +80,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
     """Put the fine-tune's tokenizer, template and generation settings in the place of the base's."""
     if variant.tokenizer is None:
         return
+    # the base's go first: one that the fine-tune does not have would still be found and read
     for name in small_names(staged):
         if name != CONFIG:
             (staged / name).unlink()
@@ -90,6 +92,7 @@ def _own_files(variant: Variant, staged: Path) -> None:
 def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportRecord:
     """Return the provenance in the form that every export has, so that a later edit counts what was spent here."""
     record, floor = variant.record, variant.record.against_tuned.floor
+    # all but the card, which people edit, and the record itself
     names = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()} - {CARD, FILE}
     return ExportRecord(
         base=record.base,

@@ -18,6 +18,7 @@ _LONGEST = 2**20
 
 def card(record: Record, base: Path) -> str:
     """Return the card of a variant, or of the weights that were made from it; the base's licence goes with it."""
+    # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), "library_name": "gtqlora", "tags": ["gtqlora", "bitdelta"]}
     return "\n".join(
         [
@@ -33,7 +34,7 @@ def card(record: Record, base: Path) -> str:
             f"- Use: `gtqlora bitdelta serve BASE THIS`, or `gtqlora bitdelta apply BASE THIS OUT` for dense weights; "
             f"only with the base whose files have the digest {record.base_fingerprint}.",
             f"- Judge: {inline(record.judge)}; prompts: {inline(record.prompts.source)} (split "
-            f"{inline(record.prompts.split)}, sha256 {inline(record.prompts.fingerprint)}), used {record.tries} times.",
+            f"{inline(record.prompts.split)}, sha256 {inline(record.prompts.fingerprint)}), try {record.tries}.",
             f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
             "",
             *_table("the fine-tune", record.against_tuned),

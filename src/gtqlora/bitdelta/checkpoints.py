@@ -93,6 +93,7 @@ def checkpoints(base: str, tuned: str) -> Checkpoints:
         ModelError: another architecture or shape, a quantized checkpoint, a tensor that only one has or that lies
             outside the language model and differs, or the two are the same.
     """
+    # configs and headers before the hashes, which read every byte
     family, skeleton = _architecture(base, tuned)
     old, new = identify(base), identify(tuned)
     files, others = _files(old), _files(new)
@@ -118,6 +119,7 @@ def _architecture(base: str, tuned: str) -> tuple[Family, PreTrainedModel]:
         if (method := quantization(model)) is not None:
             raise ModelError(f"{model}: is quantized ({method}); give the checkpoint in 16 or 32 bits")
     mine, theirs = config.to_dict(), tuned_config.to_dict()
+    # after the class's defaults are filled in, so that a key left out is no difference
     for key in sorted((mine.keys() | theirs.keys()) - _ASIDE):
         if mine.get(key) != theirs.get(key):
             raise ModelError(
@@ -139,6 +141,7 @@ def _tied(skeleton: PreTrainedModel, family: Family) -> set[str]:
 
 def _partners(model: str, names: TensorNames, others: TensorNames, tied: set[str]) -> dict[str, str]:
     """Return the fine-tune's name of each of the base's tensors: both may spell the same place in their own way."""
+    # by place in memory: transformers writes other names, or a wrapper's prefix, than a publisher did
     found = {place: name for name, place in others.places.items() if place.name not in tied}
     mine = {name: place for name, place in names.places.items() if place.name not in tied}
     if missing := [name for name, place in mine.items() if place not in found]:
@@ -157,6 +160,7 @@ def _check_shape(model: str, change: Change) -> None:
 def _check_rest(model: str, files: TensorFiles, others: TensorFiles, ours: Mapping[str, Place]) -> None:
     """Check that what is no part of the language model is the same: nothing here runs it, so nothing judges it."""
     for name in files.where.keys() - ours.keys():
+        # transformers leaves other towers out when it saves a fine-tune, which changes nothing in them
         if name in others.where and not torch.equal(files.read(name), others.read(name)):
             raise ModelError(
                 f"{model}: {name} differs from the base's, and is no part of the language model that is judged here"
@@ -178,6 +182,7 @@ class _Matrices:
     """Which tensors take one bit a weight: linears, embeddings and routed experts, but no router and no gate."""
 
     def __init__(self, skeleton: nn.Module, anatomy: Anatomy) -> None:
+        # one number a token weighs all that a shared expert writes; a wrong sign there is no small error
         gates = {f"{layer}.{gate}" for layer in anatomy.layers for gate in anatomy.family.gates}
         self._linears = {
             path

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gtqlora import contrasts
+from gtqlora.bitdelta.asking import Own, ask
 from gtqlora.bitdelta.card import card
 from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_inside
 from gtqlora.bitdelta.container import (
@@ -33,7 +33,6 @@ from gtqlora.bitdelta.container import (
 from gtqlora.bitdelta.distil import Distilled
 from gtqlora.bitdelta.lowrank import refuse_adapters
 from gtqlora.bitdelta.onebit import OneBit, decode, encode
-from gtqlora.bitdelta.placing import place
 from gtqlora.bitdelta.verdict import Judged, Sayings, check_rows, judged, said
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
@@ -41,10 +40,9 @@ from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ModelError
-from gtqlora.exports.job import Said
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
-from gtqlora.judging.judge import NamedJudge, judge_of
+from gtqlora.judging.judge import judge_of
 from gtqlora.progress import track
 from gtqlora.results.export import CARD, public_name
 from gtqlora.results.verdict import HeldOut
@@ -94,6 +92,7 @@ def compress(
     both = checkpoints(base, config.model)
     refuse_inside(out, both.base.folder, both.tuned.folder)
     config = replace(config, model=both.tuned.model)  # pinned: a hub id by the commit that was hashed
+    # before anything is asked: what is better shipped otherwise should not cost hours
     refuse_adapters(both)
     judge = judge_of(config.judge)
     pairs = contrasts.load(config.contrast, judge)
@@ -106,9 +105,12 @@ def compress(
         check_rendering(rows, tuned.tokenizer, tuned.max_length, tuned.vocabulary)
         before = said(Runner.of(tuned, judge, config), rows.rows, "the fine-tune")
         made = _written(both, staged, _encoder(both, tuned, texts, config))
-        own = _Own(tuned.tokenizer, tuned.model.generation_config)
+        own = Own.of(tuned)
         del tuned  # before the base comes into memory
-        sayings = _asked(both, made.tensors, own, before, rows.rows, judge, config)
+        asked = ask(both, made.tensors, own, rows.rows, judge, config)
+        if asked.own:
+            made = replace(made, files={**made.files, **_own_files(both, staged)})
+        sayings = Sayings(tuned=before, base=asked.base, variant=asked.variant)
         inputs = {
             "adapter": sha256_json(made.files),
             "tuned": both.tuned.digest,
@@ -118,19 +120,12 @@ def compress(
         }
         found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
+        # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
         (staged / CARD).write_text(card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
             identity.check_unchanged()
     return Compressed(out, record)
-
-
-@dataclass(frozen=True)
-class _Own:
-    """What a fine-tune has of its own beside the weights."""
-
-    tokenizer: PreTrainedTokenizerBase
-    generation: GenerationConfig
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -156,6 +151,7 @@ def _calibration(pairs: Contrast, config: VerifyConfig) -> tuple[Row, ...]:
     require(config.split not in (_TRAINING, "all"), f"split = {config.split!r}: scales are fitted on the training rows")
     rows = tuple(row for row in pairs.of_kind("benign") if row.split == _TRAINING)
     require(bool(rows), f"{config.contrast}: no benign rows in split {_TRAINING!r}, on which scales are fitted")
+    # drawn, as files are often sorted by topic
     return tuple(random.Random(config.seed).sample(rows, min(_TEXTS, len(rows))))
 
 
@@ -178,6 +174,7 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
     covered = 0
     for change in track(both.changes, "one bit a weight", len(both.changes)):
         pair = change.read()
+        # also a change that the base's type cannot hold: nobody who applies the variant would see it
         if torch.equal(pair.before, pair.after):
             continue
         if not change.one_bit:
@@ -190,11 +187,12 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
         lost[change.name] = missing / energy
         whole, missed, covered = whole + energy, missed + missing, covered + _COVERED_BYTES * delta.numel()
     shards.flush()
+    # an empty variant would be the base under another name
     if not shards.files:
         raise ModelError(f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor")
     return _Made(
         tensors=read_tensors(staged, shards.files),
-        files={**shards.files, **_own_files(both, staged)},
+        files=shards.files,
         lost=lost,
         energy_lost=missed / whole if whole else 0.0,
         size=Size(one_bit=shards.one_bit, covered=covered, dense=shards.dense),
@@ -202,42 +200,14 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
 
 
 def _own_files(both: Checkpoints, staged: Path) -> dict[str, str]:
-    """Copy the fine-tune's tokenizer, template and generation settings, if any is not the base's; return hashes."""
-    mine, theirs = (_small(folder) for folder in (both.base.folder, both.tuned.folder))
-    if mine == theirs:
-        return {}
-    for name in theirs:
+    """Copy the fine-tune's tokenizer, template and generation settings; return their hashes."""
+    # all of them: a template of one model and a tokenizer of the other would be a third thing, which nobody judged
+    names = [name for name in small_names(both.tuned.folder) if name not in _NOT_OWN]
+    for name in names:
         target = staged / OWN / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checked_file(both.tuned.folder, name), target)
-    return {f"{OWN}/{name}": sha256_file(staged / OWN / name) for name in theirs}
-
-
-def _small(folder: Path) -> dict[str, str]:
-    names = (name for name in small_names(folder) if name not in _NOT_OWN)
-    return {name: sha256_file(checked_file(folder, name)) for name in names}
-
-
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
-def _asked(
-    both: Checkpoints,
-    tensors: Tensors,
-    own: _Own,
-    before: list[Said],
-    rows: Sequence[Row],
-    judge: NamedJudge,
-    config: VerifyConfig,
-) -> Sayings:
-    """Ask the base and the variant what the fine-tune was asked before."""
-    subject = open_subject(replace(config, model=both.base.model))
-    original = said(Runner.of(subject, judge, config), rows, "the base")
-    place(subject, both.names, both.base, tensors.edits)
-    subject.model.generation_config = own.generation
-    variant = replace(subject, tokenizer=own.tokenizer)
-    after = said(Runner.of(variant, judge, config), rows, "the variant")
-    return Sayings(tuned=before, base=original, variant=after)
+    return {f"{OWN}/{name}": sha256_file(staged / OWN / name) for name in names}
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------

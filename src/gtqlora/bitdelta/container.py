@@ -234,6 +234,7 @@ def read_record(folder: Path) -> Record:
         record = from_json(Record, read_json(file))
     except Mismatch as error:
         raise ModelError(f"{file}: {error}; compress the fine-tune again") from error
+    # after the keys, which tell more of another version's file
     if record.format != FORMAT:
         raise ModelError(f"{file}: format {record.format}, and this version reads {FORMAT}; compress again")
     for problem in (*floor_problems(record.against_tuned.floor, "against_tuned"), *_base_problems(record)):
@@ -261,6 +262,7 @@ def read_variant(folder: Path) -> Variant:
         ModelError: as `read_record`, or a file is missing, changed or cut short, or tensors do not fit together.
     """
     record = read_record(folder)
+    # names are the record's, and a record may come from anywhere: `checked_file` keeps them in the folder
     for name, digest in record.files.items():
         if sha256_file(checked_file(folder, name)) != digest:
             raise ModelError(f"{folder / name}: was changed since it was written; compress the fine-tune again")
@@ -305,6 +307,7 @@ def _names(folder: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
     """Return the names of dense and of one-bit tensors, from headers that fit together."""
     found: dict[str, set[str]] = {}
     for stored in files.where:
+        # the last colon: a tensor's own name may hold others
         name, _, part = stored.rpartition(":")
         if not name or files.header(stored)[1] not in _DTYPES.get(part, ()):
             raise ModelError(f"{folder}: tensor {stored!a} is none of this format's")
@@ -321,6 +324,7 @@ def _names(folder: Path, files: TensorFiles) -> tuple[list[str], list[str]]:
 def _check_shapes(
     folder: Path, name: str, signs: tuple[int, ...], row: tuple[int, ...], column: tuple[int, ...]
 ) -> None:
+    # before any value is read: shapes decide how much memory reading takes
     wanted = (*row, -(-column[-1] // 8)) if column else ()
     if signs != wanted or len(row) not in (1, 2) or row[:-1] != column[:-1]:
         raise ModelError(f"{folder}: {name!a} has signs {signs}, rows {row} and columns {column}, which do not fit")
@@ -328,6 +332,7 @@ def _check_shapes(
 
 def _bits(folder: Path, files: TensorFiles, name: str) -> OneBit:
     row_N, column_K = (_finite(folder, files, f"{name}:{part}") for part in ("row", "column"))
+    # signs stand elsewhere, so that a product of two negative scales would hide a change of meaning
     if bool((row_N < 0).any()) or bool((column_K < 0).any()):
         raise ModelError(f"{folder}: {name!a} has a scale below 0; get the variant again")
     return OneBit(signs_NB=files.read(f"{name}:signs"), row_N=row_N, column_K=column_K)

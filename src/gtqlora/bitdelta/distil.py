@@ -83,6 +83,7 @@ class Distilled:
     @torch.no_grad()
     def _run(self, layer: str) -> None:
         """Run the model for the inputs of one layer; those of another are let go of."""
+        # a pass for each layer: inputs of all of them at once would be as large as the model
         if layer == self._layer:
             return
         self._layer = layer
@@ -98,6 +99,7 @@ class Distilled:
             if self._layer_of(path := routed[position].experts) == layer:
                 calls[path].append(Call(call.hidden_TD[real_T], call.indices_TK[real_T], call.weights_TK[real_T]))
 
+        # padding is dropped as it is seen: it would count as text
         for batch in self._batches:
             ids_BS, mask_BS = left_padded(batch, subject.pad_id, subject.device)
             real_T = mask_BS.flatten().bool()
@@ -127,6 +129,7 @@ def fitted_rows(delta_NK: Tensor, found: OneBit, inputs_TK: Tensor) -> OneBit:
     before_N = found.row_N.float()
     wanted_TN = inputs_TK @ delta_NK.mT
     given_TN = inputs_TK @ (signs(found) * found.column_K.float()).mT
+    # in units of what a token of these inputs says, so that the draw back does not hang on their scale
     prior_N = _PRIOR * given_TN.square().mean(0)
     above_N, below_N = (wanted_TN * given_TN).sum(0) + prior_N * before_N, given_TN.square().sum(0) + prior_N
     row_N = torch.where(below_N > 0, above_N / below_N, before_N).clamp(min=0)

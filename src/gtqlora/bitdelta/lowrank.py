@@ -59,6 +59,7 @@ def _sampled(both: Checkpoints) -> Lost:
     total, seen = Lost(), 0
     for change in matrices:
         delta = change.read().delta
+        # of a stack the expert that changed most: an adapter would have to follow that one, too
         found = lost(delta if delta.ndim == 2 else delta[int(delta.square().sum((-1, -2)).argmax())])
         total, seen = total + found, seen + bool(found.whole)
         if seen == _MATRICES:
@@ -72,6 +73,7 @@ def lost(delta_NK: Tensor) -> Lost:
     if not whole:
         return Lost()
     one_bit = encode(delta_NK)
+    # at least what fits in as many bytes; of small matrices that is no rank at all
     rank = min(one_bit.nbytes // (_BYTES * sum(delta_NK.shape)), *delta_NK.shape)
     # drawn vectors find the large singular values (Halko et al., SIAM Review 2011); the draw must not move others'
     with torch.random.fork_rng(devices=[]):

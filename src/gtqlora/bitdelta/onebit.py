@@ -48,6 +48,7 @@ class OneBit:
 
 def packed(rises_NK: Tensor) -> Tensor:
     """Return flags [..., N, K] as bits [..., N, ceil(K / 8)], the lowest bit first."""
+    # columns that fill up the last byte are cut off again by `signs`
     padded = pad(rises_NK.to(torch.uint8), (0, -rises_NK.shape[-1] % _BITS))
     places = torch.arange(_BITS, dtype=torch.uint8, device=rises_NK.device)
     return (padded.unflatten(-1, (-1, _BITS)) << places).sum(-1, dtype=torch.uint8)
@@ -62,6 +63,7 @@ def signs(delta: OneBit) -> Tensor:
 
 def encode(delta_NK: Tensor) -> OneBit:
     """Return the one-bit form of a difference [N, K], or of a stack of them [E, N, K], each by itself."""
+    # experts one by one: their changes differ in size, and fp32 copies of a layer's experts are large
     if delta_NK.ndim == 3:
         each = [encode(matrix) for matrix in delta_NK]
         return OneBit(
@@ -70,6 +72,7 @@ def encode(delta_NK: Tensor) -> OneBit:
             column_K=torch.stack([one.column_K for one in each]),
         )
     row_N, column_K = fitted(delta_NK.float().abs())
+    # the sign of a zero is lost; scales are the best with it, and rows without change have none
     return OneBit(signs_NB=packed(delta_NK >= 0), row_N=row_N.to(SCALE_DTYPE), column_K=column_K.to(SCALE_DTYPE))
 
 
@@ -79,6 +82,7 @@ def fitted(sizes_NK: Tensor) -> tuple[Tensor, Tensor]:
     With the signs kept, |delta - sign row column|^2 = ||delta| - row column|^2, so this is the best rank-1 form of
     |delta|, found by alternating least squares. The scales of columns have a mean of 1 where a column changes.
     """
+    # means and not ones: a row without change starts, and stays, at exactly 0
     row_N, column_K = sizes_NK.mean(-1), sizes_NK.new_ones(sizes_NK.shape[-1])
     for _ in range(_STEPS):
         column_K = _divided(sizes_NK.mT @ row_N, row_N.square().sum())
@@ -95,12 +99,14 @@ def _divided(values: Tensor, by: Tensor) -> Tensor:
 
 def decode(delta: OneBit) -> Tensor:
     """Return the difference in fp32, [N, K] or [E, N, K]."""
+    # in place: the signs in fp32 are as large as the result
     return signs(delta).mul_(delta.row_N.float()[..., None]).mul_(delta.column_K.float()[..., None, :])
 
 
 def decode_rows(delta: OneBit, part: slice) -> Tensor:
     """Return some rows of the difference in fp32; of a stack, its matrices' rows follow each other."""
     signs_NB, row_N = delta.signs_NB.flatten(0, -2)[part], delta.row_N.flatten()[part]
+    # a row is its expert's, and so are the scales of its columns
     if delta.column_K.ndim == 1:
         return decode(OneBit(signs_NB=signs_NB, row_N=row_N, column_K=delta.column_K))
     experts_N = torch.arange(delta.row_N.numel())[part] // delta.row_N.shape[-1]

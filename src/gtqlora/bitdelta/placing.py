@@ -32,6 +32,7 @@ def place(subject: Subject, names: TensorNames, base: ModelIdentity, edits: Mapp
 
 def _part(target: Tensor, place: Place, value: Tensor) -> Tensor:
     """Return the part of a parameter that a tensor on disk is: all of it, or some rows of one expert's matrices."""
+    # transformers puts a layer's experts into two parameters, gate's rows before up's
     if place.expert is None:
         return target.data
     rows = value.shape[0]

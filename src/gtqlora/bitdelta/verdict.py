@@ -103,6 +103,7 @@ def judged(
         # the base binds from half on, whatever the settings say
         settings = replace(config, model=model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
         given = {**inputs, "model": inputs[which]}
+        # the same variant on the same prompts: both entries of the ledger count as one try
         found = decide(settings, folder, given, rows=rows, outcomes=outcomes, judge=judge, margin=margin)
         verdicts[which] = _verdict(found, outcomes, config)
         tries = max(tries, found.tries)
@@ -114,6 +115,7 @@ def judged(
 
 def _asked(row: Row) -> Outcome:
     """Return a row as an outcome without any answers."""
+    # `exports.forms.compared` puts in what was said, and asks the judge
     return Outcome(
         number=row.number,
         kind=row.kind,

@@ -66,8 +66,13 @@ class WeightsReplaced:
         self.disable()
 
 
-def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> WeightsReplaced:
+def weights_projected(
+    subject: Subject, direction_D: Tensor, *, norm_preserving: bool, as_written: bool = False
+) -> WeightsReplaced:
     """Return the change that projects every writer of the residual stream.
+
+    Args:
+        as_written: compute it on the CPU, as `export` does, so that not a bit differs from what ships.
 
     Raises:
         RunError: the routed experts are frozen.
@@ -77,17 +82,18 @@ def weights_projected(subject: Subject, direction_D: Tensor, *, norm_preserving:
     banks = [base.get_submodule(layer.experts) for layer in anatomy.moe]
     if any(isinstance(bank, FrozenExperts) for bank in banks):
         raise RunError("a norm-preserving projection rescales experts; load them with expert_format = 'bf16'")
+    direction_D = direction_D.to("cpu" if as_written else subject.device)
     r_D = direction_D / direction_D.norm()
     embedding = base.get_submodule(anatomy.family.embedding)
     linears = [base.get_submodule(path).get_parameter("weight") for path in anatomy.residual_writers]
     experts = [bank.get_parameter(DOWN) for bank in banks]
     written, embedded = Projected(r_D, norm_preserving), Projected(r_D, norm_preserving, rows=True)
+    edits = [(weight, written) for weight in (*linears, *experts)]
+    if not isinstance(embedding, Absent):
+        edits.append((embedding.get_parameter("weight"), embedded))
     with torch.no_grad():
-        others = [(weight, merged(weight, written)) for weight in (*linears, *experts)]
-        if not isinstance(embedding, Absent):
-            weight = embedding.get_parameter("weight")
-            others.append((weight, merged(weight, embedded)))
-        return WeightsReplaced(others)
+        others = [(weight, merged(weight.to(r_D.device), edit).to(weight.device)) for weight, edit in edits]
+    return WeightsReplaced(others)
 
 
 def removal(subject: Subject, direction_D: Tensor, *, norm_preserving: bool) -> direction_removed | WeightsReplaced:
@@ -180,7 +186,7 @@ class Edited:
         direction_D, keep = _direction(subject, adapter), self.info.norm_preserving
         # what is written are projected weights; frozen experts have none to project, and are not exported so
         if shipped is not None and not _has_frozen_experts(subject):
-            return weights_projected(subject, direction_D, norm_preserving=keep)
+            return weights_projected(subject, direction_D, norm_preserving=keep, as_written=True)
         return removal(subject, direction_D, norm_preserving=keep)
 
     @contextmanager

@@ -112,9 +112,10 @@ def factors_of(checkpoint: Checkpoint, made: Made) -> Factors:
         raise RunError(f"{made.name}: is made of several tensors in this GGUF, so no adapter fits it; use --onto")
     (part,) = made.parts
     edit: Edit = checkpoint.job.edits[part.disk]
+    edit.check(tuple(checkpoint.headers[part.disk].shape))
     if isinstance(edit, LowRank):
         return reordered(Factors(edit.a_RI.float(), edit.b_DR.float()), part.take)
-    before, after = (next(checkpoint.parts(made, change)) for change in (None, unrounded))
+    before, after = (torch.cat(list(checkpoint.parts(made, change))) for change in (None, unrounded))
     return of_full_rank(after - before)
 
 

@@ -108,7 +108,7 @@ class Written:
         changed: names of the tensors that came out different.
         gate_values_changed: values of the routers' weights among them.
         digest: identity of the model as it was read, see `families.identity`.
-        hashes: sha256 of files that are the model's own, byte for byte, as it was computed when they were read.
+        hashes: sha256 of those files of which it was computed while they were written.
         kept: by name of a changed tensor, the share of the change's energy that survives rounding to its type.
         form: how the files are run, where `verify` did not judge just these weights.
         divergence: largest KL(edited || written) of any probed token, in nats; None where the form itself is judged.

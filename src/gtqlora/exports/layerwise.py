@@ -85,6 +85,7 @@ def validate(staged: Path, job: Job) -> float:
             _check_equal(language_model(edited.model), language_model(written.model))
             for batch in batches:
                 batch.states = _next(edited, batch, batch.states[0]), _next(written, batch, batch.states[1])
+            # before the next ones are loaded, or four layers would be in memory
             del edited, written
     return _divergence([found for batch in batches for found in batch.logits])
 
@@ -116,8 +117,8 @@ def _edited_layer(job: Job, files: TensorFiles, tokenizer: PreTrainedTokenizerBa
     if certificate.adapter.info.kind != PROJECTION:
         weights_merged(subject, job.model, files, job.names, job.edits).enable()
         return subject
-    direction_D = certificate.adapter.direction_D.to(subject.device)
-    weights_projected(subject, direction_D, norm_preserving=certificate.adapter.info.norm_preserving).enable()
+    direction_D, keep = certificate.adapter.direction_D, certificate.adapter.info.norm_preserving
+    weights_projected(subject, direction_D, norm_preserving=keep, as_written=True).enable()
     return subject
 
 
@@ -145,6 +146,7 @@ def _next(layer: Subject, batch: _Batch, states_BSD: Tensor | None) -> Tensor:
     model, family = language_model(layer.model), layer.anatomy.family
     if isinstance(model.get_submodule(family.final_norm), Absent):
         return model.get_submodule(family.layers.rpartition(".")[0])(**given, use_cache=False).last_hidden_state
+    # one more than the longest answer has: the token before each predicts it
     keep = 1 + max(map(len, batch.answers))
     return model(**given, use_cache=False, logits_to_keep=keep).logits.float().cpu()
 

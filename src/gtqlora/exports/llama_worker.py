@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _ERRORS = 2
 """llama.cpp's level of messages up to which warnings and errors are written."""
+_PATIENCE = 50
+"""Tenths of a second that messages may take."""
 _SECONDS = 3600
 """For which the server waits for a client; the client ends sooner."""
 
@@ -39,13 +42,28 @@ def parameters(xllamacpp: ModuleType, settings: Settings) -> object:
     return found
 
 
+def wait_for_messages() -> None:
+    """Wait until llama.cpp's messages stand in the file that is the standard error: a thread of its own writes them."""
+    before = -1
+    for _ in range(_PATIENCE):
+        if 0 < (now := os.fstat(2).st_size) == before:
+            return
+        before = now
+        time.sleep(0.1)
+
+
 def main() -> None:
     """Serve until the input ends."""
     # llama.cpp may print; what it prints must not be taken for the address.
     told = os.dup(1)
     os.dup2(2, 1)
     xllamacpp = import_module("xllamacpp")
-    server = xllamacpp.Server(parameters(xllamacpp, json.loads(sys.stdin.readline())))
+    wanted = parameters(xllamacpp, json.loads(sys.stdin.readline()))
+    try:
+        server = xllamacpp.Server(wanted)
+    except RuntimeError:  # it only says that something failed
+        wait_for_messages()
+        os._exit(1)
     os.write(told, f"{server.listening_address}\n".encode())
     sys.stdin.read()
     # At once: the server's own end waits for threads that may never end.

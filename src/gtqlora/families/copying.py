@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Copied:
     Attributes:
         changed: what became of each tensor that was changed, by name.
         digest: identity of the model that was read, as `ModelIdentity.digest`, of the bytes that were read.
-        hashes: sha256 of the weight files that are the source's byte for byte, by name in the copy.
+        hashes: sha256 of every weight file of the copy, by name.
         moved: how each of the source's weight files came there, by name in the copy.
     """
 
@@ -120,6 +120,7 @@ def _todo(
     if absent := sorted(changes.keys() - headers.keys()):
         raise RunError(f"{source}: {len(absent)} edited tensors are not in the checkpoint, e.g. {absent[0]}")
     todo: dict[str, dict[str, Extent]] = {shard: {} for shard in shards}
+    # Headers of files in which nothing changes are not read a second time: there may be thousands of tensors in each.
     places = {shard: extents(folder / shard) for shard in {headers[name].file for name in changes}}
     for name, change in changes.items():
         shard = headers[name].file
@@ -142,14 +143,15 @@ def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Heade
 
 def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
     """Write the weight files; return the sha256 of those that were read."""
-    digests: dict[str, str] = {}
-    # In a thread beside the copy: both read the same bytes, which then come from the system's cache.
-    with ThreadPoolExecutor(1) as hashing:
+    digests, written = dict[str, str](), dict[str, Future[str]]()
+    # In threads beside the copy: all read the same bytes, which then come from the system's cache.
+    with ThreadPoolExecutor(2) as hashing:
         for shard in track(plan.names, "write shards", len(plan.names)):
             file, new, in_place = checked_file(plan.folder, shard), plan.names[shard], plan.todo[shard]
             (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
             rewritten = bool(in_place) and plan.overlay is None
             before = state_of(file)
+            # Sharing takes no time, so it comes before the hash; a copy takes long, and goes on beside it.
             if share:
                 copied.moved[new] = share_file(file, target / new, changes=rewritten)
             if copied.moved.get(new) == "hard link":
@@ -162,10 +164,15 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
             digests[shard] = digest.result()
             if state_of(file) != before:
                 raise ModelError(f"{file}: was changed while it was copied; nothing was written")
-            if not rewritten:
+            if rewritten:
+                written[new] = hashing.submit(sha256_file, target / new)
+            else:
                 copied.hashes[new] = digests[shard]
             if copied.moved[new] != "hard link":
                 shutil.copymode(file, target / new)
+        if plan.overlay is not None:
+            written[plan.overlay] = hashing.submit(sha256_file, target / plan.overlay)
+    copied.hashes |= {name: digest.result() for name, digest in written.items()}
     return digests
 
 

@@ -83,6 +83,7 @@ def requantized(weight_NK: Tensor, scales_MJ: Tensor) -> tuple[Tensor, Tensor]:
     the scale kept, weights that did not change stay as they are.
     """
     shape = tuple(weight_NK.shape)
+    # The largest weight of a block takes the largest float, as whoever made the checkpoint had it.
     largest_MJ = _by_block(weight_NK.abs()).amax((1, 3))
     fitting_MJ = torch.where(largest_MJ > 0, largest_MJ / _LARGEST, 1.0).to(scales_MJ.dtype)
     losses = [_loss(weight_NK, scales) for scales in (scales_MJ, fitting_MJ)]
@@ -117,6 +118,7 @@ def changed(weight_NK: Tensor, scales_MJ: Tensor, change: Change) -> Tensor:
     """
     change.check(tuple(weight_NK.shape))
     out = torch.empty(weight_NK.shape)
+    # Cut between rows, at multiples of 128: no block of scales is cut.
     for block in blocks(tuple(weight_NK.shape), by_columns=False):
         scales = scales_MJ[block.rows.start // BLOCK : -(-block.rows.stop // BLOCK)]
         wanted = change(dequantized(weight_NK[block.rows], scales), block.part)

@@ -42,6 +42,7 @@ def _keep(model: PreTrainedModel, family: Family, index: int) -> None:
     last = index == len(layers) - 1
     tied = bool(getattr(model.config, "tie_word_embeddings", False))  # transformers ties by name: both have to be there
     gone = {family.embedding: index > 0 and not tied, family.head: not last and not tied, family.final_norm: not last}
+    # Modules without parameters, and not none at all: the model's own loop goes over every layer.
     for path, absent in gone.items():
         if absent:
             model.set_submodule(path, Absent())

@@ -175,6 +175,7 @@ def patch(name: str, extent: Extent, change: Change, source: int, target: int, s
             # the piece is the block itself, or a whole matrix that is cut into blocks here
             before = values_NK[:, part] if len(parts) > 1 else values_NK
             wanted = change(_exact(before), part)
+            # Looked at after rounding: fp16 may be too narrow for what fp32 holds.
             written = wanted.to(dtype)
             if not bool(written.isfinite().all()):
                 raise RunError(f"tensor {name} would hold NaN or infinity with the edit; nothing was written")

@@ -46,6 +46,7 @@ def _by_kernel(read: IO[bytes], write: IO[bytes], size: int) -> int:
         with suppress(OSError):
             while done < size:
                 moved = os.copy_file_range(read.fileno(), write.fileno(), min(size - done, _AT_ONCE), done, done)
+                # The end came early: the copy that goes on from here finds out, and says which file it was.
                 if moved == 0:
                     break
                 done += moved

@@ -109,6 +109,9 @@ def _other_parts(path: Path, first: Gguf, count: object) -> list[Path]:
 
 
 def _read_file(path: Path) -> Gguf:
+    if not path.exists():
+        parts = "; a split GGUF needs all its parts beside each other" if _SPLIT.fullmatch(path.name) else ""
+        raise ModelError(f"{path}: no such file{parts}")
     # Before it is opened: a pipe would be waited for.
     checked_file(path.parent, path.name)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
@@ -149,23 +150,26 @@ class _Builder:
 
     def fused(self, made: dict[str, Made]) -> dict[tuple[str, ...], Made]:
         """Return what stands for several tensors in files of other converters, or older ones."""
-        found: dict[tuple[str, ...], Made] = {}
-        for layer in range(self._config.num_hidden_layers):
-            for kind in ("weight", "bias"):
-                names = tuple(f"blk.{layer}.attn_{part}.{kind}" for part in "qkv")
-                if all(name in made for name in names):
-                    found[names] = _below(f"blk.{layer}.attn_qkv.{kind}", [made[name] for name in names])
-            # The converter fuses gate and up on request, expert by expert.
-            pair = (f"blk.{layer}.ffn_gate_exps.weight", f"blk.{layer}.ffn_up_exps.weight")
-            if pair[0] in made:
-                found[pair] = _paired(f"blk.{layer}.ffn_gate_up_exps.weight", made[pair[0]], made[pair[1]])
-            # Before MLA was absorbed into attention the projection was one tensor, as on disk.
-            pair = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-            if pair[0] in made:
-                part, rank = made[pair[0]].parts[0], made[pair[1]].shape[-1]
-                rows = made[pair[1]].shape[0] * (made[pair[0]].shape[2] + made[pair[1]].shape[1])
-                found[pair] = Made(f"blk.{layer}.attn_kv_b.weight", (rows, rank), (Part(part.disk, as_is),))
-        return found
+        layers = range(self._config.num_hidden_layers)
+        every = (self._fused_in(f"blk.{layer}", made) for layer in layers)
+        return {names: one for found in every for names, one in found}
+
+    def _fused_in(self, layer: str, made: dict[str, Made]) -> Iterator[tuple[tuple[str, ...], Made]]:
+        for kind in ("weight", "bias"):
+            names = tuple(f"{layer}.attn_{part}.{kind}" for part in "qkv")
+            if all(name in made for name in names):
+                yield names, _below(f"{layer}.attn_qkv.{kind}", [made[name] for name in names])
+        # The converter fuses gate and up on request, expert by expert.
+        names = (f"{layer}.ffn_gate_exps.weight", f"{layer}.ffn_up_exps.weight")
+        if names[0] in made:
+            yield names, _paired(f"{layer}.ffn_gate_up_exps.weight", made[names[0]], made[names[1]])
+        # Before MLA was absorbed into attention its projection was one tensor, and so was Qwen3-Next's: as on disk.
+        for parts, name in ((("attn_k_b", "attn_v_b"), "attn_kv_b"), (("attn_qkv", "attn_gate"), "ssm_in")):
+            names = tuple(f"{layer}.{part}.weight" for part in parts)
+            if all(each in made for each in names) and made[names[0]].sources == made[names[1]].sources:
+                disk, columns = made[names[1]].parts[0].disk, made[names[1]].shape[-1]
+                rows = sum(prod(made[each].shape) for each in names) // columns
+                yield names, Made(f"{layer}.{name}.weight", (rows, columns), (Part(disk, as_is),))
 
     @property
     def _heads(self) -> int:
