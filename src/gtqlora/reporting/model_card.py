@@ -133,6 +133,8 @@ def _kept(record: ExportRecord) -> list[str]:
         return []
     # one number for all: a reader wants to know whether anything was lost, and the record has every tensor's
     worst = min(record.kept, key=lambda name: record.kept[name])
+    if noisy := sum(share < 0 for share in record.kept.values()):
+        return [f"In {noisy} of {len(record.kept)} changed tensors rounding to their type is larger than the change."]
     return [
         f"Of each tensor's change at least {record.kept[worst]:.1%} survives rounding to its type (least in {worst})."
     ]
