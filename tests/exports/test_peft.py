@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -149,7 +151,9 @@ def test_plain_peft_computes_the_edit(
     base = helpers.logits(open_subject(str(model)).model)
     # Random Gated DeltaNet makes 2e-4 of rounding: as much as the edit with LoRA beside and merged differ in our hands
     allowed = 1e-4 if "linear_attn" in FAMILIES[family].attention_blocks else 1e-5
-    for by in ("peft", "transformers"):
+    # transformers' own loader at 5.17 takes the folder without a word, and computes something else
+    programs = ("peft", "transformers") if Version(transformers.__version__) >= Version("5.23") else ("peft",)
+    for by in programs:
         assert (theirs[by] - ours).abs().max() < allowed < 0.1 < (ours - base).abs().max(), by
     assert [said for said in json.loads(Path(f"{out}.said").read_text()) if _ITS_OWN not in said] == []
 

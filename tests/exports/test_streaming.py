@@ -278,7 +278,7 @@ def test_layers_one_after_the_other_are_the_model(toy: helpers.Toy, family: str)
             given.pop("input_ids" if index else "", None)
             states = layer(**given).logits if index == last else layer.model(**given).last_hidden_state
     assert parameters == sum(p.numel() for p in whole.model.parameters())
-    assert torch.equal(states[mask.bool()], wanted[mask.bool()])
+    assert states is not None and torch.equal(states[mask.bool()], wanted[mask.bool()])
 
 
 def test_one_flipped_bit_is_caught(model: Path, verified: Verified, tmp_path: Path) -> None:

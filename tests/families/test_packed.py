@@ -249,7 +249,7 @@ def test_our_own_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "word"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "FP8"),
         ({"quant_method": "awq", "bits": 4}, "AWQ"),
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),

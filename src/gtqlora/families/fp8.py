@@ -180,6 +180,14 @@ class DequantizingQuantizer(FineGrainedFP8HfQuantizer):
         """Return what is done to weights as they are read."""
         return {"dequantize": _Dequantize}
 
+    def update_weight_conversions(self, *arguments: Any) -> list[Any]:
+        """Return how weights are read: by our operation, also where transformers (5.17) names its own itself."""
+        found = super().update_weight_conversions(*arguments)
+        for conversion in found:
+            steps = getattr(conversion, "operations", [])
+            steps[:] = [_Dequantize(self) if type(step) is Fp8Dequantize else step for step in steps]
+        return found
+
 
 @register_quantization_config(_NAME)
 class DequantizedFP8Config(FineGrainedFP8Config):

@@ -273,9 +273,9 @@ def _refuse_quantized(source: _Source) -> None:
             "experts as they are, or give the bf16, fp16 or fp32 checkpoint"
         )
     raise ModelError(
-        f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16, fp32 and "
-        "FP8 (blocks of 128 x 128) checkpoints, and compressed-tensors INT4 ones with --expert-format native. `gtqlora "
-        "inspect` works on it"
+        f"{source.model}: the checkpoint is quantized (quant_method {method}); this version loads bf16, fp16 and fp32 "
+        "checkpoints, FP8 ones (blocks of 128 x 128), and compressed-tensors INT4 ones with --expert-format native. "
+        "`gtqlora inspect` works on it"
     )
 
 
