@@ -5,7 +5,8 @@
 
 Without RUN it trains `--for llama.cpp` with the organisms' settings and verifies. Every held-out prompt is asked in
 llama.cpp of the base, of the adapter on it, and of the merged file (`--to gguf --onto`). Matrices have one type
-throughout, or the one that llama.cpp falls back to where its blocks do not fit: no mix such as Q4_K_M. llama.cpp does
+throughout, or the one that llama.cpp falls back to where its blocks do not fit; mixes such as Q4_K_M are made by
+llama.cpp's own program, `--quantizer llama-quantize`, which is called with source, target and type. llama.cpp does
 not tell its routing: the merged file's weights are dequantized into transformers, and the share of the experts chosen
 there that the unquantized edit chooses, too, is the agreement; so it is for the base.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,8 +57,11 @@ def fitting(name: str, shape: tuple[int, ...], wanted: str) -> GgmlType:
     return BY_NAME["F16"]
 
 
-def quantize(source: Path, target: Path, wanted: str) -> Path:
-    """An F32 file in another type."""
+def quantize(source: Path, target: Path, wanted: str, quantizer: str | None) -> Path:
+    """An F32 file in another type, made by a program where one is given."""
+    if quantizer is not None and wanted != "F32":
+        subprocess.run([*shlex.split(quantizer), source, target, wanted], check=True, capture_output=True)
+        return target
     from gtqlora.exports.gguf.header import header, padded
     from gtqlora.exports.gguf.reading import raw_bytes, read_gguf
     from gtqlora.exports.gguf.types import dequantized, quantized
@@ -189,7 +195,7 @@ def agreement(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def measure(path: Path, types: list[str], folder: Path) -> list[dict[str, Any]]:
+def measure(path: Path, types: list[str], folder: Path, quantizer: str | None) -> list[dict[str, Any]]:
     """Behaviour of one verified run in llama.cpp: a row for each type and form."""
     from gtqlora.certificate import certify
     from gtqlora.config import ExportConfig
@@ -208,7 +214,7 @@ def measure(path: Path, types: list[str], folder: Path) -> list[dict[str, Any]]:
     Plan.of(job).write(whole, None)
     exact: dict[str, list[torch.Tensor]] = {}
     for kind in types:
-        base = quantize(whole, folder / f"base-{kind}.gguf", kind)
+        base = quantize(whole, folder / f"base-{kind}.gguf", kind, quantizer)
         patch = Patch.of(job, base)
         (folder / kind).mkdir()
         kept = patch.write(folder / kind)
@@ -271,6 +277,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of training")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
+    parser.add_argument("--quantizer", help="program that is called as llama-quantize is; by default types are uniform")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -289,7 +296,7 @@ def main() -> int:
             if not args.run:
                 train_and_verify(path, args.organism or embedded.organism("routed"), seed, args.set)
             with TemporaryDirectory() as folder:
-                found += [{"run": path.name, **row} for row in measure(path, args.types, Path(folder))]
+                found += [{"run": path.name, **row} for row in measure(path, args.types, Path(folder), args.quantizer)]
     show(found)
     print(f"{time.monotonic() - started:.0f} s, {args.threads} threads")
     if args.json:
