@@ -99,7 +99,8 @@ def test_h5_a_model_folder_s_name_is_no_markup_in_the_card(toy: helpers.Toy, tmp
     helpers.exported(run, tmp_path / "out")
     body = (tmp_path / "out" / "README.md").read_text().split("\n---\n", 1)[1]
     headings = [line for line in body.splitlines() if line.startswith("#")]
-    assert len(headings) == 1 and headings[0].startswith("# x ") and "<b>" not in body
+    assert headings[0].startswith("# x ") and "<b>" not in body
+    assert [line for line in headings[1:] if not line.startswith("## ") or "Certified" in line] == []
 
 
 def test_h3_a_report_of_edited_records_names_the_file(passed: Path, capsys: pytest.CaptureFixture[str]) -> None:

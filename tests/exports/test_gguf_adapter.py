@@ -104,6 +104,8 @@ def test_each_group_alone_has_its_effect_and_equals_the_merge(
     groups = changes(job, {name: p.data for name, p in subject.named_parameters()})
     applied = covered(job.anatomy.family, "llama.cpp")
     assert applied.gates and set(applied.lora) & set(groups)
+    # Random Gated DeltaNet adds up differently from processor to processor: without any edit 2e-4 between both programs
+    allowed = 5e-4 if "linear_attn" in job.anatomy.family.attention_blocks else 1e-4
     asked = [group for group in groups if group in (*applied.lora, job.anatomy.family.router, *NEVER)]
     adapters = [written(job, groups[group], tmp_path / f"{number}.gguf") for number, group in enumerate(asked)]
     Plan.of(job).write(tmp_path / "base.gguf", None)
@@ -115,7 +117,7 @@ def test_each_group_alone_has_its_effect_and_equals_the_merge(
             wanted = merged_logprobs(subject, groups[group], tokens)
             assert abs(wanted - base).max() > 0.01, group
             # llama.cpp takes an adapter of MLA without a word, and never applies it
-            assert abs(found - (base if group in NEVER else wanted)).max() < 1e-4, group
+            assert abs(found - (base if group in NEVER else wanted)).max() < allowed, group
 
 
 def test_more_experts_than_inputs_put_the_identity_on_the_other_side() -> None:
