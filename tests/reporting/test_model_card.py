@@ -128,6 +128,13 @@ def test_every_form_says_how_it_is_loaded(
     assert to in FORMATS and ("applies all of the edit" in text) == (relation == "adapter")
 
 
+def test_an_overlay_is_not_offered_to_servers(tmp_path: Path) -> None:
+    verdict = _verdict(tmp_path / "run")
+    for name, served in (("zz-overlay-01.safetensors", False), ("model.safetensors", True)):
+        text = model_card(verdict, replace(_record(verdict), files={name: "0"}), Base())
+        assert ("vllm serve" in text) is served and ("must keep its name" in text) is not served
+
+
 def test_a_form_that_was_judged_has_its_own_table(tmp_path: Path) -> None:
     verdict = _verdict(tmp_path / "run")
     form = FormVerdict(name="GGUF Q4_K in llama.cpp", floor=verdict.floor, lost={}, table=verdict.table)
