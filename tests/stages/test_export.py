@@ -24,7 +24,7 @@ from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
 from gtqlora.exports.forms import judge_form
-from gtqlora.exports.job import Job, Said
+from gtqlora.exports.job import Job, Said, survival
 from gtqlora.exports.layerwise import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
@@ -182,6 +182,21 @@ def refused(path: Path, tmp_path: Path, match: str, error: type[Exception] = Flo
 def test_a_copied_run_may_be_exported(passed: Path, tmp_path: Path) -> None:
     """What the refusals below start from."""
     assert exported(passed, tmp_path / "out").folder == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({}, []),
+        ({"a": 1.0, "b": 0.9996}, []),
+        ({"a": 1.0, "b": 0.95}, ["At least 95.0% of each tensor's change survives rounding to its type (least of b)."]),
+        ({"a": -1.0, "b": 0.5}, ["In 1 of 2 changed tensors rounding to their type is larger than the change."]),
+    ],
+)
+def test_what_rounding_takes_is_said_once(kept: dict[str, float], said: list[str]) -> None:
+    assert list(survival(kept)) == said
+    (lossy,) = survival({"a": 0.95, "b.weight": 0.5})
+    assert "1 of 2 changed tensors less than 90%" in lossy and "least of b.weight (50%)" in lossy and "peft" in lossy
 
 
 class Yielding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,6 @@ from gtqlora.exports.layerwise import validate
 from gtqlora.families import packed, quantization
 from gtqlora.families.copying import Copied, copy_changed
 from gtqlora.results.adapter import PROJECTION
-
-_KEPT_LEAST = 0.9
-"""Share of a change that has to survive rounding, or its user is told."""
 
 
 def write(job: Job, staged: Path) -> Written:
@@ -45,7 +42,7 @@ def _merge(job: Job, staged: Path) -> Written:
         digest=copied.digest,
         hashes=copied.hashes,
         kept=kept,
-        notes=[*_lossy(kept), *_shared(copied), *_rounded_anew(job)],
+        notes=[*_shared(copied), *_rounded_anew(job)],
     )
 
 
@@ -54,18 +51,6 @@ def _rounded_anew(job: Job) -> Iterator[str]:
         yield (
             "Changed FP8 weights were quantized anew, in their blocks, and judged so. They were judged in 16-bit "
             "arithmetic: a server that computes in FP8 rounds activations as well."
-        )
-
-
-def _lossy(kept: Mapping[str, float]) -> Iterator[str]:
-    """Warn of changes that rounding took too much of."""
-    low = [name for name, share in kept.items() if share < _KEPT_LEAST]
-    if low:
-        worst = min(low, key=kept.__getitem__)
-        yield (
-            f"Of {len(low)} of {len(kept)} changed tensors less than {_KEPT_LEAST:.0%} of the change survives rounding "
-            f"to the checkpoint's type, least of {worst} ({kept[worst]:.0%}); the adapter is the lossless form "
-            "(--to peft)."
         )
 
 

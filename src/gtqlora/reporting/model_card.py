@@ -71,7 +71,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
         ],
         "## Before and after": _before_and_after(verdict, record),
         "## In the form that ships": _in_form(record),
-        "## Good to know": [f"- {inline(note)}" for note in (*record.notes, *_kept(record))],
+        "## Good to know": [f"- {inline(note)}" for note in record.notes],
         "## How to load it": loading(record, base.hub_id, needs_us=base.packed_by_us),
         "## How it was made": _how_it_was_made(record),
         "## Limits": [_LIMITS],
@@ -135,18 +135,6 @@ def _table(rows: Mapping[str, KindRow]) -> list[str]:
         cells = map(_percent, (row.refusal_before, row.refusal_after, row.accuracy_after))
         lines.append(f"| {inline(kind)} | {row.refusal_before.n} | {' | '.join(cells)} |")
     return lines
-
-
-def _kept(record: ExportRecord) -> list[str]:
-    if not record.kept:
-        return []
-    # one number for all: a reader wants to know whether anything was lost, and the record has every tensor's
-    worst = min(record.kept, key=lambda name: record.kept[name])
-    if noisy := sum(share < 0 for share in record.kept.values()):
-        return [f"In {noisy} of {len(record.kept)} changed tensors rounding to their type is larger than the change."]
-    return [
-        f"Of each tensor's change at least {record.kept[worst]:.1%} survives rounding to its type (least in {worst})."
-    ]
 
 
 def _how_it_was_made(record: ExportRecord) -> list[str]:

@@ -12,7 +12,7 @@ from gtqlora.certificate import ADAPTER, Certificate, certify, check_model
 from gtqlora.config import ExportConfig, Format
 from gtqlora.errors import RunError
 from gtqlora.exports.forms import judge_form
-from gtqlora.exports.job import Job, Writer, Written
+from gtqlora.exports.job import Job, Writer, Written, survival
 from gtqlora.families import quantization
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
@@ -90,6 +90,7 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
     with atomic_write(out, replace=False) as staged:
         staged.mkdir()
         written = _writer(config.to)(Job.of(certificate, config), staged)
+        written = replace(written, notes=[*written.notes, *survival(written.kept)])
         check_model(run, certificate, written.digest)
         form = None if written.form is None else judge_form(written.form, certificate, _OTHERWISE[config.to])
         _describe(staged, _record(run, staged, certificate, config, written, form), certificate)

@@ -43,7 +43,7 @@ def _onto(job: Job, staged: Path, source: Path) -> Written:
         digest="",
         kept=kept,
         form=form,
-        notes=[*found.notes(kept), *form.notes()],
+        notes=[*found.notes(), *form.notes()],
     )
 
 

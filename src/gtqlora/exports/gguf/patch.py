@@ -106,7 +106,7 @@ class Patch:
             sizes[info.kind.name] += info.n_bytes
         return sizes.most_common(1)[0][0]
 
-    def notes(self, kept: Mapping[str, float]) -> list[str]:
+    def notes(self) -> list[str]:
         """Return what a user of the edited file should know."""
         said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types"]
         if not self.exact:
@@ -114,8 +114,6 @@ class Patch:
                 "the base was quantized with an importance matrix, which is not in the file: changed tensors are "
                 "quantized without one"
             )
-        if noisy := sum(share < 0 for share in kept.values()):
-            said.append(f"in {noisy} changed tensors the noise of quantization is larger than the change")
         return said
 
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
