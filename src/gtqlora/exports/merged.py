@@ -42,7 +42,7 @@ def _merge(job: Job, staged: Path) -> Written:
         digest=copied.digest,
         hashes=copied.hashes,
         kept=kept,
-        notes=[*_shared(copied), *_rounded_anew(job)],
+        notes=[*(_shared(copied) if share else ()), *_rounded_anew(job)],
     )
 
 
@@ -58,8 +58,15 @@ def _shared(copied: Copied) -> Iterator[str]:
     """Say which weight files hold bytes that are the base's as well."""
     ways = list(copied.moved.values())
     if links := ways.count("hard link"):
-        yield (
-            f"{links} weight files are hard links to the base's: the same files, so writing into one writes into both."
-        )
+        yield f"{_files(links)} hard links to the base's: the same files, so writing into one writes into both."
     if clones := ways.count("reflink"):
-        yield f"{clones} weight files share disk blocks with the base's; writing into one leaves the other as it is."
+        yield f"{_files(clones)} reflinks of the base's: on the same disk blocks, until somebody writes into either."
+    if ways and not links + clones:
+        yield (
+            "No weight file could be shared with the base's: where the file system has no reflinks, or on another one, "
+            "a file with changed tensors is a copy."
+        )
+
+
+def _files(count: int) -> str:
+    return f"{count} weight files are" if count > 1 else "1 weight file is"
