@@ -21,6 +21,7 @@ from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
 from gtqlora.families.llama_cpp import Layout, Made
 from gtqlora.progress import track
+from gtqlora.results.export import public_name
 from gtqlora.storage.moving import copy_file
 
 Route = Callable[[Tensor], Tensor]
@@ -263,8 +264,9 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
     with_imatrix = any(key.startswith(_IMATRIX) for key in source.metadata) and not info.kind.is_plain
     if not exact and (not with_imatrix or not theirs <= _ERROR_ALLOWED * ours):  # also when it is NaN
         raise ModelError(
-            f"{info.file}: tensor {one.name} is not the base's, quantized to {info.kind.name}; the file is of another "
-            "model or revision, was edited already, or was quantized from something else than this checkpoint"
+            f"{info.file}: tensor {one.name} ({info.kind.name}) is not the base's; the file is of another model or "
+            "revision, was edited already, or was quantized from something else; give the GGUF that was made from "
+            f"{public_name(checkpoint.job.model)} as it was"
         )
     return exact
 
