@@ -107,7 +107,12 @@ def test_how_it_was_made_and_what_it_was_made_from(tmp_path: Path) -> None:
     [
         ("safetensors", None, "finetune", 'from_pretrained("FOLDER", dtype="auto")'),
         ("peft", "peft", "adapter", 'PeftModel.from_pretrained(base, "FOLDER")'),
-        ("peft", "vllm", "adapter", "vllm serve owner/model --enable-lora --lora-modules edit=FOLDER"),
+        (
+            "peft",
+            "vllm",
+            "adapter",
+            "vllm serve owner/model --enable-lora --lora-modules edit=FOLDER --max-lora-rank 16\n",
+        ),
         ("peft", "sglang", "adapter", "--model-path owner/model --enable-lora --lora-paths edit=FOLDER"),
         ("gguf", None, "quantized", "llama-server -m 'a b-00001-of-00002.gguf'"),
         ("gguf-adapter", None, "adapter", "llama-server -m BASE.gguf --lora 'a b-00001-of-00002.gguf'"),
@@ -118,11 +123,17 @@ def test_every_form_says_how_it_is_loaded(
 ) -> None:
     verdict = _verdict(tmp_path / "run")
     files = {"a b-00002-of-00002.gguf": "0", "a b-00001-of-00002.gguf": "1"}
-    record = replace(_record(verdict), format=to, target=target, files=files)
+    record = replace(_record(verdict), format=to, target=target, files=files, rank=16)
     text = model_card(verdict, record, Base(hub_id="owner/model"))
     assert yaml.safe_load(text.split("---")[1])["base_model_relation"] == relation
     blocks = [token.content for token in _tokens(text) if token.type == "fence"]
     assert any(line in block for block in blocks)
+    # every word in capitals is explained
+    local = model_card(verdict, record, Base())
+    assert "RANK" not in text and all(
+        ("FOLDER is this folder" in each) == ("FOLDER" in blocks[0]) for each in (text, local)
+    )
+    assert ("BASE is the folder" in local) == (to == "peft")
     assert to in FORMATS and ("applies all of the edit" in text) == (relation == "adapter")
 
 

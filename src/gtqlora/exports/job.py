@@ -118,6 +118,7 @@ class Written:
         form: how the files are run, where `verify` did not judge just these weights.
         divergence: largest KL(edited || written) of any probed token, in nats; None where the form itself is judged.
         notes: what the user should know of it, a sentence each.
+        rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
     """
 
     changed: Sequence[str]
@@ -128,6 +129,7 @@ class Written:
     form: Form | None = None
     divergence: float | None = None
     notes: Sequence[str] = ()
+    rank: int | None = None
 
 
 Writer = Callable[[Job, Path], Written]

@@ -68,11 +68,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What goes into an adapter folder."""
+    """What goes into an adapter folder; `max_rank` is what vLLM has to be told."""
 
     settings: Settings
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
+    max_rank: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write the two files."""
@@ -101,6 +102,7 @@ def write(job: Job, staged: Path) -> Written:
         kept=dict.fromkeys(job.edits, 1.0) | ({} if target == "vllm" else _kept(job, gates)),
         form=PlainForm(job.certificate, lambda: nullcontext(staged) if target == "peft" else _in_peft(job, gates)),
         notes=[*adapter.notes, _how_known(job, target)],
+        rank=adapter.max_rank,
     )
 
 
@@ -194,7 +196,8 @@ def _for_vllm(job: Job, gates: Sequence[Gate]) -> Adapter:
         "rank_pattern": patterns,
         "alpha_pattern": {pattern: rank * scale for pattern, rank in patterns.items()},
     }
-    return Adapter(settings, tensors, (_IN_VLLM.format(rank=_vllm_rank(job, ranks.values())),))
+    rank = _vllm_rank(job, ranks.values())
+    return Adapter(settings, tensors, (_IN_VLLM.format(rank=rank),), rank)
 
 
 def _for_sglang(job: Job, gates: Sequence[Gate]) -> Adapter:

@@ -9,6 +9,7 @@ from gtqlora.results.export import ExportRecord
 
 _BASE = "BASE"
 """Stands for the base's folder, where it has no name on the hub."""
+_FOLDER = "FOLDER is this folder, or its name on the hub."
 
 _OVERLAY = "zz*-overlay-??.safetensors"
 _OVERLAID = (
@@ -28,12 +29,12 @@ def loading(record: ExportRecord, hub_id: str | None, *, needs_us: bool) -> list
     base = _BASE if hub_id is None else _one_line(hub_id)
     match record.format:
         case "peft":
-            return _adapter(base, record.revision, record.target)
+            return [*_words(hub_id), "", *_adapter(base, record)]
         case "gguf":
             return ["In llama.cpp:", "", *_shell(f"llama-server -m {shlex.quote(_gguf(record))}")]
         case "gguf-adapter":
             command = f"llama-server -m BASE.gguf --lora {shlex.quote(_gguf(record))}"
-            return ["In llama.cpp, on a GGUF of the same base:", "", *_shell(command)]
+            return ["In llama.cpp; BASE.gguf is a GGUF of the base, of the type named above:", "", *_shell(command)]
         case _:
             return _merged(record, needs_us)
 
@@ -49,26 +50,34 @@ def _merged(record: ExportRecord, needs_us: bool) -> list[str]:
     served = [] if needs_us or overlays else ["", "Or served:", "", *_shell(*servers)]
     if overlays:
         served = ["", _OVERLAID.format(name=overlays[-1])]
-    return ["FOLDER is this folder, or its name on the hub.", "", *_python(*code), *served]
+    return [_FOLDER, "", *_python(*code), *served]
 
 
-def _adapter(base: str, revision: str | None, target: str | None) -> list[str]:
+def _words(hub_id: str | None) -> list[str]:
+    """Return what the capital letters in an adapter's code stand for."""
+    base = " BASE is the folder of the model that is named above." if hub_id is None else ""
+    return [f"{_FOLDER}{base}"]
+
+
+def _adapter(base: str, record: ExportRecord) -> list[str]:
     """Return how an adapter is loaded; what else the program needs to be told stands in the export's notes."""
+    revision, target = record.revision, record.target
     name = shlex.quote(base)
     at = "" if revision is None else f" --revision {shlex.quote(_one_line(revision))}"
     if target == "vllm":
         command = f"vllm serve {name}{at} --enable-lora --lora-modules edit=FOLDER"
-        return ["In vLLM, with the rank that is named above:", "", *_shell(f"{command} --max-lora-rank RANK")]
+        return ["In vLLM:", "", *_shell(f"{command} --max-lora-rank {record.rank}")]
     if target == "sglang":
         command = f"python -m sglang.launch_server --model-path {name}{at} --enable-lora --lora-paths edit=FOLDER"
         return ["In SGLang:", "", *_shell(command)]
     pinned = "" if revision is None else f", revision={_one_line(revision)!r}"
     return _python(
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'base = AutoModelForCausalLM.from_pretrained({base!r}{pinned}, dtype="auto")',
         'model = PeftModel.from_pretrained(base, "FOLDER")',
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r}{pinned})",
     )
 
 

@@ -70,6 +70,7 @@ class ExportRecord:
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
         notes: what a user of the files should know, a sentence each.
+        rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
         revision: the hub's commit of the base; None for a folder.
         trained_on: fingerprint (sha256) of the pairs that the edit was made with; None where the run does not tell.
         recipe: the settings that the edit was made with.
@@ -97,6 +98,7 @@ class ExportRecord:
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
     notes: list[str] = field(default_factory=list[str])
+    rank: int | None = None
     revision: str | None = None
     trained_on: str | None = None
     recipe: dict[str, object] = field(default_factory=dict[str, object])

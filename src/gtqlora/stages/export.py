@@ -161,6 +161,7 @@ def _record(
         kept=dict(written.kept),
         form=form,
         notes=list(written.notes),
+        rank=written.rank,
         revision=info.revision,
         trained_on=made[0]["inputs"].get("contrast") if made else None,
         recipe=_recipe(info.config),
