@@ -159,7 +159,7 @@ def write_adapter(path: Path, architecture: str, factors: Mapping[str, Factors])
 
 
 def _notes(job: Job, kind: str) -> list[str]:
-    base = "base.gguf" if job.config.base is None else Path(job.config.base).name
+    base = "BASE.gguf" if job.config.base is None else Path(job.config.base).name
     return [
         f"llama.cpp loads it with `llama-server -m {base} --lora {FILE}`; a request switches it off or on with "
         '"lora": [{"id": 0, "scale": 0.0}] or 1.0',
