@@ -133,7 +133,11 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
     export = read_export(out)
     assert (export.format, export.base, export.spent) == ("bitdelta", record.base, record.spent)
     assert export.gate_values_changed > 0 and ancestry(str(out)).spent == record.spent > 0
-    assert "**pass**" in (out / "README.md").read_text() and "**pass**" in (delta / "README.md").read_text()
+    weights, difference = ((folder / "README.md").read_text() for folder in (out, delta))
+    for card in (weights, difference):
+        assert "**pass**" in card and "## Limits" in card and "export --check" in card
+    assert "library_name: transformers" in weights and "from_pretrained" in weights and "serve BASE" not in weights
+    assert "library_name: gtqlora" in difference and "serve BASE THIS" in difference and "from_pre" not in difference
     assert export.files == {name: sha256_file(out / name) for name in export.files}
     assert provenance.check(out).certified
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.card import weights_card
 from gtqlora.bitdelta.checkpoints import refuse_inside
 from gtqlora.bitdelta.container import Record, Variant, read_variant
 from gtqlora.errors import FloorError, ModelError
@@ -53,9 +53,10 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
         _own_files(variant, staged)
         # the base's own record, if it has one, was copied with its other files
         (staged / FILE).unlink(missing_ok=True)
-        (staged / CARD).write_text(card(variant.record, folder), encoding="utf-8")
         moved = sum(tally.values for name, tally in copied.changed.items() if name in gates)
-        write_export(staged, _record(variant, staged, len(copied.changed), moved))
+        export = _record(variant, staged, len(copied.changed), moved)
+        (staged / CARD).write_text(weights_card(variant.record, export, folder), encoding="utf-8")
+        write_export(staged, export)
     return Applied(out, len(copied.changed))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gtqlora import contrasts
 from gtqlora.bitdelta.asking import Own, ask
-from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.card import variant_card
 from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_inside
 from gtqlora.bitdelta.container import (
     FORMAT,
@@ -122,7 +122,7 @@ def compress(
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
-        (staged / CARD).write_text(card(record, both.base.folder), encoding="utf-8")
+        (staged / CARD).write_text(variant_card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
             identity.check_unchanged()
     return Compressed(out, record)
