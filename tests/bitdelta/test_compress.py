@@ -158,7 +158,11 @@ def refused(base: Path, tuned: Path, toy: helpers.Toy, tmp_path: Path, match: st
 
 def test_models_that_do_not_go_together(toy: helpers.Toy, tmp_path: Path) -> None:
     base = toy.model("qwen3_moe")
-    refused(base, base, toy, tmp_path, "is the same as")
+    same = Path(shutil.copytree(base, tmp_path / "same"))
+    (same / "generation_config.json").write_text("{}")
+    for tuned in (base, same):  # known before the pairs are even opened
+        missing = str(tmp_path / "nowhere.jsonl")
+        refused(base, tuned, toy, tmp_path, "is the same as .* give the base first", contrast=missing)
     refused(base, toy.model("deepseek_v3"), toy, tmp_path, "is deepseek_v3, and .* is qwen3_moe")
     refused(base, toy.model("qwen3_moe", rope_theta=5e5), toy, tmp_path, "config.json says rope_")
     refused(base, toy.model("qwen3_moe", hidden_size=64), toy, tmp_path, "says hidden_size = 64, the base's 32")
