@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from gtqlora.bitdelta.container import Record
 from gtqlora.families.files import checked_file, has
 from gtqlora.reporting.loading import loading
-from gtqlora.reporting.model_card import Metadata, inline, kept_metadata
+from gtqlora.reporting.model_card import inline, kept_metadata
 from gtqlora.results.export import ExportRecord, FormVerdict
 from gtqlora.stats import Interval
 
@@ -62,7 +63,7 @@ def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
 
 
 def _card(
-    record: Record, base: Path, front: Metadata, *, title: str, what: str, load: list[str], limits: list[str]
+    record: Record, base: Path, front: Mapping[str, str], *, title: str, what: str, load: list[str], limits: list[str]
 ) -> str:
     # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), **front, "tags": ["gtqlora", "bitdelta"]}
