@@ -211,7 +211,13 @@ def test_an_adapter_is_the_better_form_of_a_low_rank_difference(toy: helpers.Toy
         return {name: tensor + more[name] if name in more else tensor for name, tensor in old.items()}
 
     tuned = _with_tensors(base, tmp_path / "tuned", merged)
-    refused(base, tuned, toy, tmp_path, r"low-rank: .* loses 0.0% of its energy, and one bit .* ship the adapter")
+    refused(
+        base,
+        tuned,
+        toy,
+        tmp_path,
+        r"low-rank: .* loses 0.0% of its energy, and one bit .* ship the adapter that it was merged from",
+    )
 
 
 def test_an_edit_of_ours_has_an_adapter(toy: helpers.Toy, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _other_experts(folder: Path) -> None:
         (_changed, "not what was certified"),
         (_unrecorded, "no variant that gtqlora certified"),
         (_more, "not what was certified"),
-        (_for_others, "serve what `gtqlora export --to peft --for peft` wrote"),
+        (_for_others, "written as peft for vllm; serve what `gtqlora export --to peft --for peft` wrote"),
         (_of_another_base, "made from another model"),
         (_other_experts, "judged with experts in nf4"),
         (shutil.rmtree, "no such folder"),
