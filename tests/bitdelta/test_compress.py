@@ -133,7 +133,11 @@ def test_what_the_record_says(compressed: Callable[..., tuple[Path, Path, Path]]
     export = read_export(out)
     assert (export.format, export.base, export.spent) == ("bitdelta", record.base, record.spent)
     assert export.gate_values_changed > 0 and ancestry(str(out)).spent == record.spent > 0
-    assert "**pass**" in (out / "README.md").read_text() and "**pass**" in (delta / "README.md").read_text()
+    weights, difference = ((folder / "README.md").read_text() for folder in (out, delta))
+    for card in (weights, difference):
+        assert "**pass**" in card and "## Limits" in card and "export --check" in card
+    assert "library_name: transformers" in weights and "from_pretrained" in weights and "serve BASE" not in weights
+    assert "library_name: gtqlora" in difference and "serve BASE THIS" in difference and "from_pre" not in difference
     assert export.files == {name: sha256_file(out / name) for name in export.files}
     assert provenance.check(out).certified
 
@@ -154,7 +158,11 @@ def refused(base: Path, tuned: Path, toy: helpers.Toy, tmp_path: Path, match: st
 
 def test_models_that_do_not_go_together(toy: helpers.Toy, tmp_path: Path) -> None:
     base = toy.model("qwen3_moe")
-    refused(base, base, toy, tmp_path, "is the same as")
+    same = Path(shutil.copytree(base, tmp_path / "same"))
+    (same / "generation_config.json").write_text("{}")
+    for tuned in (base, same):  # known before the pairs are even opened
+        missing = str(tmp_path / "nowhere.jsonl")
+        refused(base, tuned, toy, tmp_path, "is the same as .* give the base first", contrast=missing)
     refused(base, toy.model("deepseek_v3"), toy, tmp_path, "is deepseek_v3, and .* is qwen3_moe")
     refused(base, toy.model("qwen3_moe", rope_theta=5e5), toy, tmp_path, "config.json says rope_")
     refused(base, toy.model("qwen3_moe", hidden_size=64), toy, tmp_path, "says hidden_size = 64, the base's 32")
@@ -203,7 +211,13 @@ def test_an_adapter_is_the_better_form_of_a_low_rank_difference(toy: helpers.Toy
         return {name: tensor + more[name] if name in more else tensor for name, tensor in old.items()}
 
     tuned = _with_tensors(base, tmp_path / "tuned", merged)
-    refused(base, tuned, toy, tmp_path, r"low-rank: .* loses 0.0% of its energy, and one bit .* ship the adapter")
+    refused(
+        base,
+        tuned,
+        toy,
+        tmp_path,
+        r"low-rank: .* loses 0.0% of its energy, and one bit .* ship the adapter that it was merged from",
+    )
 
 
 def test_an_edit_of_ours_has_an_adapter(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -255,11 +269,16 @@ def test_where_nobody_refuses_nothing_can_be_told(toy: helpers.Toy, tmp_path: Pa
 
 
 def test_apply_only_onto_the_base_it_was_made_from(
-    compressed: Callable[..., tuple[Path, Path, Path]], toy: helpers.Toy, tmp_path: Path
+    compressed: Callable[..., tuple[Path, Path, Path]],
+    toy: helpers.Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, tuned, delta = compressed("qwen3_moe")
-    for other, error in ((tuned, FloorError), (toy.model("deepseek_v3"), ModelError)):
-        with pytest.raises(error, match="made from"):
+    # known before a byte is copied
+    monkeypatch.setattr("gtqlora.bitdelta.apply.copy_changed", lambda *_: pytest.fail("something was written"))
+    for other in (tuned, toy.model("deepseek_v3")):
+        with pytest.raises(ModelError, match="made from"):
             apply(str(other), delta, tmp_path / "out")
     with pytest.raises(RunError, match="choose another place"):
         apply(str(base), delta, delta / "out")

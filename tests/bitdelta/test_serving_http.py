@@ -82,6 +82,9 @@ def test_health_and_models(site: Site) -> None:
     assert (status, health["status"], health["models"]) == (200, "ok", ["base", "edit", "tuned"])
     status, found = site.send("/v1/models")
     assert status == 200 and [each["id"] for each in found["data"]] == ["base", "edit", "tuned"]
+    assert site.send("/v1/models/edit") == (200, found["data"][1]) and time.time() - found["data"][1]["created"] < 600
+    status, told = site.send("/v1/models/nobody")
+    assert status == 404 and told["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("name", ["base", "edit", "tuned"])
@@ -178,9 +181,11 @@ def test_malformed_requests(site: Site, body: bytes, headers: dict[str, str], st
 
 
 def test_other_paths_and_methods(site: Site) -> None:
-    assert site.send("/v1/nothing")[0] == 404
+    status, told = site.send("/v1/nothing")
+    assert status == 404 and "'/v1/nothing' is not served here; what is: /v1/chat" in told["error"]["message"]
     status, told = site.send(CHAT)
     assert status == 405 and told["error"]["type"] == "invalid_request_error"
+    assert told["error"]["message"].endswith("this path takes POST")
 
 
 def _endless(site: Site, *, stream: bool) -> http.client.HTTPConnection:

@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +25,14 @@ from gtqlora.bitdelta.onebit import decode, encode
 from gtqlora.bitdelta.resident import Resident, resident
 from gtqlora.bitdelta.variants import unchanged
 from gtqlora.capture import open_subject
+from gtqlora.cli import main
 from gtqlora.contrasts.template import encode_prompt
 from gtqlora.errors import ConfigError, GtqloraError, ModelError
 from gtqlora.families import identify
 from gtqlora.run import sha256_file
 from tests import models
 from tests.bitdelta.test_container import record
-from tests.helpers import ROOT, Toy, exported
+from tests.helpers import Toy, exported
 
 Verified = Callable[..., Path]
 FAMILY = "deepseek_v3"
@@ -126,7 +130,7 @@ def _other_experts(folder: Path) -> None:
         (_changed, "not what was certified"),
         (_unrecorded, "no variant that gtqlora certified"),
         (_more, "not what was certified"),
-        (_for_others, "serve what `gtqlora export --to peft --for peft` wrote"),
+        (_for_others, "written as peft for vllm; serve what `gtqlora export --to peft --for peft` wrote"),
         (_of_another_base, "made from another model"),
         (_other_experts, "judged with experts in nf4"),
         (shutil.rmtree, "no such folder"),
@@ -190,30 +194,40 @@ def test_names_are_told_apart(base: Path, edit: Path, tmp_path: Path) -> None:
         resident(str(base), [tmp_path / base.name])
 
 
-def test_the_verb_serves_until_it_is_told_to_stop(base: Path, edit: Path) -> None:
-    command = [sys.executable, "-m", "gtqlora", "bitdelta", "serve", str(base), str(edit), "--port", "0"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _ask(port: int, path: str, body: object = None) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = None if body is None else json.dumps(body)
+    connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
+    return json.loads(connection.getresponse().read())
+
+
+def _asked_then_interrupted(port: int) -> Any:
+    """Ask once the server answers, and press Ctrl-C whatever came of it."""
+    body = {"model": "edit", "messages": [{"role": "user", "content": "what of bade"}], "max_tokens": 4}
+    for _ in range(600):  # its socket listens long before the model is loaded
+        with suppress(OSError):
+            _ask(port, "/health")
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("it never answered")  # so that nobody would take the signal
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(rf"serving {base.name}, edit on http://127\.0\.0\.1:(\d+)/v1; Ctrl-C stops\n", line)
-        assert found, line + process.communicate(timeout=60)[1]
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
-        body = {"model": "edit", "messages": [{"role": "user", "content": "what of bade"}], "max_tokens": 4}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] <= 4
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0 and "Traceback" not in process.communicate()[1]
+        return _ask(port, "/v1/chat/completions", body)
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_verb_serves_until_it_is_told_to_stop(base: Path, edit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_asked_then_interrupted, port)
+        assert main(["bitdelta", "serve", str(base), str(edit), "--port", str(port), "--context", "9999"]) == 0
+    assert asked.result()["usage"]["completion_tokens"] <= 4
+    serving, limits, stopped = capsys.readouterr().out.splitlines()
+    assert serving == f"serving {base.name}, edit on http://127.0.0.1:{port}/v1; Ctrl-C stops"
+    assert re.match(r"at most (\d+) tokens .*, \1 of an answer \(the model's own limit, below --context 9999\)", limits)
+    assert limits.endswith("; 16 requests at a time, 64 waiting") and stopped == "stopped"
 
 
 def test_only_loopback(base: Path) -> None:

@@ -49,7 +49,7 @@ def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.Cap
             ("compress", "BASE", "BASE", "OUT", "--contrast", "PAIRS", "--set", "split=all", "--distill"),
             "split = 'all'",
         ),
-        (("apply", "BASE", "BASE", "OUT"), "no bitdelta.json there"),
+        (("apply", "BASE", "BASE", "OUT"), "give a folder that `gtqlora bitdelta compress` wrote"),
         (("apply", "BASE", "nowhere", "OUT"), "no such folder"),
     ],
 )

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gtqlora.bitdelta.card import card
+from gtqlora.bitdelta.card import weights_card
 from gtqlora.bitdelta.checkpoints import refuse_inside
 from gtqlora.bitdelta.container import Record, Variant, read_variant
-from gtqlora.errors import FloorError, ModelError
-from gtqlora.families import bind, load_config, meta_model, tensor_names
+from gtqlora.errors import ModelError
+from gtqlora.families import bind, identify, load_config, meta_model, tensor_names
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
 from gtqlora.families.headers import Header, read_headers
@@ -32,35 +32,38 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
     """Write the dense weights of a variant into a new folder in hub layout.
 
     Raises:
-        ModelError: the variant is not in order, or was made from another model.
-        FloorError: the base's files are not those that the variant was judged on.
+        ModelError: the variant is not in order, was made from another model, or the base changes meanwhile.
         RunError: OUT exists, or lies in the variant.
     """
     refuse_existing(out)
     variant = read_variant(delta)
     folder, shards = weight_files(base)
     refuse_inside(out, delta, folder)
-    _check_fits(base, variant, read_headers(folder, shards))
-    gates = _gates(base)
+    # names before the hashes, which read every byte; and both before the first byte is written
+    _check_names(base, variant, read_headers(folder, shards))
+    found = identify(base)
+    if found.digest != variant.base_fingerprint:
+        raise ModelError(
+            f"{base}: is not the model that {variant.name} was made from and judged on; give {variant.record.base}, "
+            f"whose files have the digest {variant.base_fingerprint} (these have {found.digest})"
+        )
+    gates = _gates(found.model)
     with atomic_write(out, replace=False) as staged:
-        copied = copy_changed(base, staged, variant.edits)
-        # of the bytes that were copied, so that nothing can be swapped between a check and the copy
-        if copied.digest != variant.base_fingerprint:
-            raise FloorError(
-                f"{base}: is not the model that {variant.name} was made from and judged on ({variant.record.base}, "
-                f"digest {variant.base_fingerprint}); nothing was written"
-            )
+        copied = copy_changed(found.model, staged, variant.edits)
+        # of the bytes that were copied, so that nothing can be swapped between the check and the copy
+        if copied.digest != found.digest:
+            raise ModelError(f"{base}: was changed while it was read; run the command again")
         _own_files(variant, staged)
         # the base's own record, if it has one, was copied with its other files
         (staged / FILE).unlink(missing_ok=True)
-        (staged / CARD).write_text(card(variant.record, folder), encoding="utf-8")
         moved = sum(tally.values for name, tally in copied.changed.items() if name in gates)
-        write_export(staged, _record(variant, staged, len(copied.changed), moved))
+        export = _record(variant, staged, len(copied.changed), moved)
+        (staged / CARD).write_text(weights_card(variant.record, export, folder), encoding="utf-8")
+        write_export(staged, export)
     return Applied(out, len(copied.changed))
 
 
-def _check_fits(base: str, variant: Variant, headers: Mapping[str, Header]) -> None:
-    """Check names before anything is copied; the digest of what is copied says the rest."""
+def _check_names(base: str, variant: Variant, headers: Mapping[str, Header]) -> None:
     if absent := [name for name in variant.edits if name not in headers]:
         raise ModelError(
             f"{base}: {len(absent)} of the variant's tensors are not there, e.g. {absent[0]}; it was made from "

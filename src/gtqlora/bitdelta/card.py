@@ -1,46 +1,94 @@
-"""What a reader of a variant's folder should know, as a model card."""
+"""What a reader of a variant, or of the dense weights made from it, should know: a model card for each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from gtqlora.bitdelta.container import Record
 from gtqlora.families.files import checked_file, has
+from gtqlora.reporting.loading import loading
 from gtqlora.reporting.model_card import inline, kept_metadata
-from gtqlora.results.export import FormVerdict
+from gtqlora.results.export import ExportRecord, FormVerdict
 from gtqlora.stats import Interval
 
 _LONGEST = 2**20
 """Characters of the base's own card that are read."""
+_SCOPE = (
+    "The floor speaks of single-turn, greedy answers to prompts like those named above, by one judge. It does not "
+    "speak of attacks, sampling, other languages or long conversations.",
+    "It speaks of these values. Quantized, merged or converted they are something else, of which nothing was measured.",
+)
+_CHECKED_IN_USE = (
+    "`serve` and `apply` compare the files with `bitdelta.json`, which carries no signature, before they use them. "
+    "`gtqlora export --check` is for the dense weights that `apply` writes."
+)
+_CHECK = (
+    "`gtqlora export --check FOLDER` says whether the files are those that were certified: it compares them with "
+    "`export.json`, which carries no signature."
+)
 
 
-def card(record: Record, base: Path) -> str:
-    """Return the card of a variant, or of the weights that were made from it; the base's licence goes with it."""
+def variant_card(record: Record, base: Path) -> str:
+    """Return the card of a variant, as `bitdelta compress` writes it; the base's licence goes with it."""
+    what = (
+        f"Differences of {inline(record.tuned)} from {inline(record.base)}: signs with a scale for every row and "
+        f"column, {record.size.ratio:.1f} times smaller than in 16 bits; {record.energy_lost:.1%} of their energy is "
+        "lost. Gates, norms and biases are whole."
+    )
+    use = (
+        "`gtqlora bitdelta serve BASE THIS` answers with it, and `gtqlora bitdelta apply BASE THIS OUT` makes dense "
+        "weights of it. THIS is this folder, and BASE the only model that it fits: the one whose files have the digest "
+        f"{inline(record.base_fingerprint)}."
+    )
+    title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}"
+    front = {"library_name": "gtqlora"}
+    return _card(record, base, front, title=title, what=what, load=[use], limits=[*_SCOPE, _CHECKED_IN_USE])
+
+
+def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
+    """Return the card of the dense weights that `bitdelta apply` made from a variant."""
+    what = (
+        f"Dense weights of {inline(record.base)} with the one-bit differences of {inline(record.tuned)} added, which "
+        f"lose {record.energy_lost:.1%} of the energy of what the fine-tune changed: {export.tensors_changed} tensors "
+        f"differ from the base (digest of its files {inline(record.base_fingerprint)}). Gates, norms and biases are "
+        "the fine-tune's own."
+    )
+    title = f"{inline(record.name)}: weights from one-bit differences on {inline(record.base)}"
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    load = loading(export, None, needs_us=False)
+    return _card(record, base, front, title=title, what=what, load=load, limits=[*_SCOPE, _CHECK])
+
+
+def _card(
+    record: Record, base: Path, front: Mapping[str, str], *, title: str, what: str, load: list[str], limits: list[str]
+) -> str:
     # the base's licence and languages hold for every work that is made from it
-    metadata = {**kept_metadata(_own(base)), "library_name": "gtqlora", "tags": ["gtqlora", "bitdelta"]}
+    metadata = {**kept_metadata(_own(base)), **front, "tags": ["gtqlora", "bitdelta"]}
     return "\n".join(
         [
             "---",
             yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
             "---",
-            f"# {inline(record.name)}: one bit a weight on {inline(record.base)}",
-            "",
-            f"Differences of {inline(record.tuned)} from {inline(record.base)}: signs with a scale for every row and "
-            f"column, {record.size.ratio:.1f} times smaller than in 16 bits; {record.energy_lost:.1%} of their energy "
-            "is lost. Gates, norms and biases are whole.",
-            "",
-            f"- Use: `gtqlora bitdelta serve BASE THIS`, or `gtqlora bitdelta apply BASE THIS OUT` for dense weights; "
-            f"only with the base whose files have the digest {record.base_fingerprint}.",
-            f"- Judge: {inline(record.judge)}; prompts: {inline(record.prompts.source)} (split "
-            f"{inline(record.prompts.split)}, sha256 {inline(record.prompts.fingerprint)}), try {record.tries}.",
-            f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
-            "",
+            *(f"# {title}", "", what, ""),
+            *("## Safety floor", "", *_how_it_was_judged(record), ""),
             *_table("the fine-tune", record.against_tuned),
             *_table("the base", record.against_base),
+            *("## How to load it", "", *load, ""),
+            *("## Limits", "", *(f"- {limit}" for limit in limits), ""),
         ]
     )
+
+
+def _how_it_was_judged(record: Record) -> list[str]:
+    return [
+        f"- Judge: {inline(record.judge)}",
+        f"- Prompts: {inline(record.prompts.source)} (split {inline(record.prompts.split)}, sha256 "
+        f"{inline(record.prompts.fingerprint)}), try {record.tries}",
+        f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
+    ]
 
 
 def _own(folder: Path) -> str:

@@ -54,6 +54,11 @@ class Pair:
         """Return the difference in fp32, of the fine-tune as it is."""
         return self.tuned.float() - self.before.float()
 
+    @property
+    def differs(self) -> bool:
+        """Return whether a variant changes this tensor; a change that the base's type cannot hold is none."""
+        return not torch.equal(self.before, self.after)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -91,7 +96,7 @@ def checkpoints(base: str, tuned: str) -> Checkpoints:
 
     Raises:
         ModelError: another architecture or shape, a quantized checkpoint, a tensor that only one has or that lies
-            outside the language model and differs, or the two are the same.
+            outside the language model and differs.
     """
     # configs and headers before the hashes, which read every byte
     family, skeleton = _architecture(base, tuned)
@@ -165,6 +170,20 @@ def _check_rest(model: str, files: TensorFiles, others: TensorFiles, ours: Mappi
             raise ModelError(
                 f"{model}: {name} differs from the base's, and is no part of the language model that is judged here"
             )
+
+
+def refuse_equals(both: Checkpoints) -> None:
+    """Check that there is a difference, as far as the base's type can hold it.
+
+    Raises:
+        ModelError: there is none, so that a variant would be the base under another name.
+    """
+    # of the same files nothing need be read, and of a fine-tune mostly just the first tensor
+    if both.base.digest == both.tuned.digest or not any(change.read().differs for change in both.changes):
+        raise ModelError(
+            f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor; give the base first, and then a "
+            "fine-tune of it"
+        )
 
 
 def refuse_inside(out: Path, *folders: Path) -> None:

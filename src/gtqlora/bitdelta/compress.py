@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gtqlora import contrasts
 from gtqlora.bitdelta.asking import Own, ask
-from gtqlora.bitdelta.card import card
-from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_inside
+from gtqlora.bitdelta.card import variant_card
+from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_equals, refuse_inside
 from gtqlora.bitdelta.container import (
     FORMAT,
     OWN,
@@ -39,7 +38,6 @@ from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.errors import ModelError
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import judge_of
@@ -82,17 +80,20 @@ def compress(
         distill: fit row scales to what the fine-tune's layers compute on the pairs' benign training prompts.
 
     Raises:
-        ModelError: the two do not go together, or an adapter is the better form.
+        ModelError: the two do not go together or are the same, or an adapter is the better form.
         FloorError: the variant does not keep the fine-tune's refusals, or not the base's.
         RunError: OUT exists.
     """
     require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
     require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
+    fits = not distill or config.split not in (_TRAINING, "all")
+    require(fits, f"split = {config.split!r}: scales are fitted on the training rows")
     refuse_existing(out)
     both = checkpoints(base, config.model)
     refuse_inside(out, both.base.folder, both.tuned.folder)
     config = replace(config, model=both.tuned.model)  # pinned: a hub id by the commit that was hashed
-    # before anything is asked: what is better shipped otherwise should not cost hours
+    # before anything is asked: what is not shipped in this form should not cost hours
+    refuse_equals(both)
     refuse_adapters(both)
     judge = judge_of(config.judge)
     pairs = contrasts.load(config.contrast, judge)
@@ -122,7 +123,7 @@ def compress(
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
-        (staged / CARD).write_text(card(record, both.base.folder), encoding="utf-8")
+        (staged / CARD).write_text(variant_card(record, both.base.folder), encoding="utf-8")
         for identity in (both.base, both.tuned):
             identity.check_unchanged()
     return Compressed(out, record)
@@ -148,7 +149,6 @@ def _calibration(pairs: Contrast, config: VerifyConfig) -> tuple[Row, ...]:
     Raises:
         ConfigError: there are none.
     """
-    require(config.split not in (_TRAINING, "all"), f"split = {config.split!r}: scales are fitted on the training rows")
     rows = tuple(row for row in pairs.of_kind("benign") if row.split == _TRAINING)
     require(bool(rows), f"{config.contrast}: no benign rows in split {_TRAINING!r}, on which scales are fitted")
     # drawn, as files are often sorted by topic
@@ -164,18 +164,13 @@ def _encoder(both: Checkpoints, tuned: Subject, texts: Sequence[Row], config: Ve
 
 
 def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
-    """Write every tensor that differs; one of each checkpoint is in memory at a time.
-
-    Raises:
-        ModelError: none does.
-    """
+    """Write every tensor that differs; one of each checkpoint is in memory at a time."""
     shards, lost = Shards(staged), dict[str, float]()
     whole = missed = 0.0
     covered = 0
     for change in track(both.changes, "one bit a weight", len(both.changes)):
         pair = change.read()
-        # also a change that the base's type cannot hold: nobody who applies the variant would see it
-        if torch.equal(pair.before, pair.after):
+        if not pair.differs:
             continue
         if not change.one_bit:
             shards.add_dense(change.name, pair.after)
@@ -187,9 +182,6 @@ def _written(both: Checkpoints, staged: Path, encoder: Encoder) -> _Made:
         lost[change.name] = missing / energy
         whole, missed, covered = whole + energy, missed + missing, covered + _COVERED_BYTES * delta.numel()
     shards.flush()
-    # an empty variant would be the base under another name
-    if not shards.files:
-        raise ModelError(f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor")
     return _Made(
         tensors=read_tensors(staged, shards.files),
         files=shards.files,

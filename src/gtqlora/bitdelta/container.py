@@ -21,7 +21,7 @@ from gtqlora.edits.merging import Edit, LowRank, Whole
 from gtqlora.errors import ModelError, RunError
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.exports.provenance import floor_problems
-from gtqlora.families.files import checked_file, read_json
+from gtqlora.families.files import checked_file, has, read_json
 from gtqlora.results.export import FormVerdict
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut
@@ -229,6 +229,11 @@ def read_record(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; `gtqlora bitdelta compress` makes one")
+    if not has(folder, RECORD):
+        raise ModelError(
+            f"{folder}: no {RECORD} there, so it is no one-bit variant; give a folder that `gtqlora bitdelta compress` "
+            "wrote"
+        )
     file = checked_file(folder, RECORD)
     try:
         record = from_json(Record, read_json(file))

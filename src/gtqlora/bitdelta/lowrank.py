@@ -41,14 +41,14 @@ def refuse_adapters(both: Checkpoints) -> None:
     if provenance.exists() and read_json(provenance).get("base_fingerprint") == both.base.digest:
         raise ModelError(
             f"{both.tuned.model}: gtqlora made it from this base, so its adapter (LoRA and gates) is exact and "
-            "smaller; ship that: `gtqlora export RUN OUT --to peft`"
+            "smaller; ship that: `gtqlora export RUN OUT --to peft`, of the run that trained it"
         )
     lost = _sampled(both)
     if lost.whole and lost.low_rank <= lost.one_bit:
         raise ModelError(
             f"{both.tuned.model}: its difference from the base is low-rank: an adapter of the size of one bit a weight "
             f"loses {lost.low_rank / lost.whole:.1%} of its energy, and one bit {lost.one_bit / lost.whole:.1%}; ship "
-            "the adapter (`gtqlora export RUN OUT --to peft`)"
+            "the adapter that it was merged from, or extract one from the two checkpoints (e.g. mergekit-extract-lora)"
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ except ImportError as missing:
     raise RunError("serving needs two more packages: pip install 'gtqlora[serve]'") from missing
 
 _JSON = "application/json"
+_PATHS = "what is: /v1/chat/completions, /v1/completions, /v1/models, /health"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +51,21 @@ class Limits:
     body: int = 2**20
     idle: float = 30.0
 
+    def __str__(self) -> str:
+        return f"at most {self.context} tokens of prompt and answer together, {self.max_tokens} of an answer"
+
 
 class Server:
     """The HTTP interface of an engine."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine, self._limits, self._model = engine, limits, engine.model
+        self._started = int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._one_model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._text, methods=["POST"]),
             ],
@@ -73,8 +80,16 @@ class Server:
 
     async def _models(self, request: Request) -> Response:
         _check_local(request)
-        about = {"object": "model", "created": 0, "owned_by": "gtqlora"}
-        return JSONResponse({"object": "list", "data": [{"id": name, **about} for name in self._model.names]})
+        return JSONResponse({"object": "list", "data": [self._about(name) for name in self._model.names]})
+
+    async def _one_model(self, request: Request) -> Response:
+        _check_local(request)
+        name = request.path_params["name"]
+        self._variant(name)
+        return JSONResponse(self._about(name))
+
+    def _about(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "gtqlora"}
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, "chat")
@@ -178,9 +193,14 @@ async def _told(_request: Request, error: Exception) -> Response:
     return JSONResponse(told.body(), told.status)
 
 
-async def _told_status(_request: Request, error: Exception) -> Response:
+async def _told_status(request: Request, error: Exception) -> Response:
+    """Tell of a path or method that is not there, of which Starlette says no more than the status."""
     assert isinstance(error, HTTPException)
-    told = RequestError(error.detail, status=error.status_code)
+    allowed = (error.headers or {}).get("Allow")
+    message = f"{request.method} {request.url.path!a} is not served here; " + (
+        _PATHS if allowed is None else f"this path takes {allowed}"
+    )
+    told = RequestError(message, status=error.status_code)
     return JSONResponse(told.body(), told.status, error.headers)
 
 

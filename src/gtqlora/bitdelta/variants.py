@@ -94,8 +94,8 @@ def _read(folder: Path, names: TensorNames, base: str, expert_format: str) -> Va
     if has(folder, PROVENANCE):
         return _adapter(folder, base, expert_format)
     raise ModelError(
-        f"{folder}: no variant that gtqlora certified; serve what `gtqlora export --to peft` or `gtqlora bitdelta "
-        "compress` wrote"
+        f"{folder}: no variant that gtqlora certified; serve what `gtqlora export --to peft --for peft` or "
+        "`gtqlora bitdelta compress` wrote"
     )
 
 
@@ -145,9 +145,8 @@ def _adapter(folder: Path, base: str, expert_format: str) -> Variant:
         raise ModelError(f"{folder}: not what was certified ({checked.problems[0]}); export it again")
     record = checked.record
     if (record.format, record.target) != ("peft", "peft"):
-        raise ModelError(
-            f"{folder}: written as {record.format}; serve what `gtqlora export --to peft --for peft` wrote"
-        )
+        what = f"{record.format} for {record.target}" if record.target else record.format
+        raise ModelError(f"{folder}: written as {what}; serve what `gtqlora export --to peft --for peft` wrote")
     _check_base(folder, record.base, record.base_fingerprint, base)
     if record.expert_format != expert_format:
         raise ModelError(

@@ -46,10 +46,13 @@ def serve(
         limits = Limits(context=most, max_tokens=min(max_tokens, most))
         engine = Engine(model, places=batch, waiting=queue)
         shown = f"[{host}]" if ":" in host else host
-        names = ", ".join(model.names)
-        say_whole(open_console(), f"serving {names} on http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C stops")
+        names, console = ", ".join(model.names), open_console()
+        say_whole(console, f"serving {names} on http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C stops")
+        own = f" (the model's own limit, below --context {context})" if most < context else ""
+        say_whole(console, f"{limits}{own}; {batch} requests at a time, {queue} waiting")
         try:
             with suppress(KeyboardInterrupt):  # raised again once open requests have ended
                 uvicorn_server(Server(engine, limits), limits).run(sockets=[listener])
         finally:
             engine.close()
+        say_whole(console, "stopped")
