@@ -106,7 +106,7 @@ class Heard:
         from gtqlora.exports.forms import judge_form
 
         try:
-            return judge_form(self, self.form.job.certificate).floor.verdict
+            return judge_form(self, self.form.job.certificate, "another type").floor.verdict
         except FloorError as error:
             return str(error)
 

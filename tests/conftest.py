@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from gtqlora.floor import ledger
+from gtqlora.storage.user_state import folder as user_folder
 from tests import helpers
 
 torch.set_num_threads(1)
@@ -38,7 +40,21 @@ def user_state(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> helpers.Toy:
     """Tiny models of every family and a small contrast set in their language."""
-    return helpers.Toy(tmp_path_factory.mktemp("toy"))
+    found = helpers.Toy(tmp_path_factory.mktemp("toy"))
+    _SHARED.append(found.contrast.parent / ledger.NAME)
+    return found
+
+
+_SHARED: list[Path] = []
+"""Ledgers beside pairs that many tests share."""
+
+
+@pytest.fixture(autouse=True)
+def own_tries(user_state: None) -> None:
+    """A pass must not hang on how many tries the tests before made on the same prompts."""
+    state = user_folder()
+    for file in (*_SHARED, *([state / ledger.NAME] if state else [])):
+        file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

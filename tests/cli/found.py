@@ -106,7 +106,7 @@ def trained(*, fresh: bool = False, stopped: str | None = None) -> TrainResult:
 
 
 def exported() -> Exported:
-    return Exported(Path("weights"), 1234, 165150720, 3.21e-5, {}, None, [])
+    return Exported(Path("weights"), "merged weights", 1234, 165150720, 3.21e-5, {}, None, [])
 
 
 def outcomes() -> dict[str, Outcome]:

@@ -14,6 +14,7 @@ import pytest
 
 from gtqlora.config import ExportConfig
 from gtqlora.errors import GtqloraError, ModelError, RunError
+from gtqlora.exports import gguf, gguf_adapter
 from gtqlora.exports.gguf.header import header
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import BOOL, STRING, UINT32, Value, read_gguf
@@ -121,8 +122,12 @@ def test_pipes_links_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "a.gguf").write_bytes(small())
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.gguf").symlink_to(tmp_path / "elsewhere" / "a.gguf")
-    for path in ("pipe.gguf", "here/a.gguf", "elsewhere", "none.gguf"):
-        with pytest.raises(ModelError, match=Path(path).name):
+    said = {
+        "pipe.gguf": "pipe.gguf", "here/a.gguf": "a.gguf", "none.gguf": "none.gguf: no such file; give a GGUF",
+        "elsewhere": "elsewhere: is a folder; give the .gguf in it",
+    }  # fmt: skip
+    for path, reason in said.items():
+        with pytest.raises(ModelError, match=reason):
             read_gguf(tmp_path / path)
 
 
@@ -258,6 +263,17 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(job: Job, base: Path, tmp_
         donor = changed(base, tmp_path / "a.gguf", lambda m, _, n=count: m.update({key: words(m, n)}))
         with pytest.raises(ModelError, match=said):
             Plan.of(with_donor(job, donor))
+
+
+@pytest.mark.parametrize("settings", [{"onto": "none.gguf"}, {"tokenizer": "none.gguf"}, {"base": "none.gguf"}])
+def test_a_wrong_name_is_told_before_the_model_is_hashed(
+    job: Job, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to, module = ("gguf-adapter", gguf_adapter) if "base" in settings else ("gguf", gguf)
+    monkeypatch.setattr(module, "identify", lambda _: pytest.fail("was hashed"))
+    monkeypatch.setattr(gguf_adapter, "check_whole", lambda _: None)
+    with pytest.raises(ModelError, match=r"none\.gguf: no such file"):
+        module.write(replace(job, config=ExportConfig(to=to, **settings)), tmp_path)  # type: ignore[arg-type]
 
 
 def test_nothing_is_left_of_an_export_that_was_refused(run: Path, base: Path, tmp_path: Path) -> None:

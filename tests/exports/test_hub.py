@@ -107,7 +107,7 @@ def test_what_was_not_certified_is_not_sent(export: Export, hub: Hub) -> None:
     models.edit_json(export.out / "export.json", lambda old: {**old, "gate_values_changed": 0})
     refused(export, r"does not know this export\.json", FloorError)
     (export.out / "export.json").unlink()
-    refused(export, r"export\.json: not there")
+    refused(export, r"no export\.json there; give a folder that")
     assert hub.asked == []
 
 

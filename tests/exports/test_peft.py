@@ -381,6 +381,17 @@ def test_a_model_that_plain_transformers_does_not_open_alone(toy: helpers.Toy, j
         written(job(source(toy, "kimi_k25")), tmp_path / "out")
 
 
-def test_another_program_than_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="ollama"):
-        ExportConfig(to="peft", target="ollama")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"to": "peft", "target": "ollama"}, "--for = 'ollama': must be one of peft, vllm, sglang"),
+        ({"to": "gguf-adapter", "target": "llama.cpp"}, "--for goes with --to peft; for llama.cpp use --to gguf or "),
+        ({"to": "gguf", "target": "vllm"}, "--for goes with --to peft only"),
+        ({"to": "gguf", "overlay": True}, "--overlay goes with --to safetensors only"),
+        ({"to": "gguf", "onto": "a", "tokenizer": "b"}, "--tokenizer goes without --onto"),
+        ({"to": "nope"}, "gguf-adapter, or hub"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_by_their_flags(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ExportConfig(**settings)

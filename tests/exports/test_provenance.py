@@ -114,6 +114,14 @@ def test_whatever_a_loader_might_read_otherwise_is_told(export: Export, spoil: C
     assert len(found.problems) == 1 and found.problems[0].startswith(wanted) and not found.certified
 
 
+def test_what_is_no_export_is_told_apart_from_what_was_changed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no export\.json there; give a folder that `gtqlora export` wrote"):
+        check(tmp_path)
+    (tmp_path / "bitdelta.json").write_text("{}")
+    with pytest.raises(RunError, match="bitdelta compress"):
+        check(tmp_path)
+
+
 def test_one_file_is_known_by_what_is_in_it(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = shards(export.out)[0]
     assert check(shard).certified and not check(shard).whole
@@ -123,7 +131,9 @@ def test_one_file_is_known_by_what_is_in_it(export: Export, monkeypatch: pytest.
     monkeypatch.chdir(export.out)
     assert check(Path(other.name)).certified
     (export.out / "stranger.safetensors").write_bytes(b"none of these")
-    assert "none of the" in problems(export.out / "stranger.safetensors")
+    assert "not among the certified files" in problems(export.out / "stranger.safetensors")
+    for name in ("README.md", "export.json"):
+        assert "check the folder" in problems(export.out / name)
     (export.out / "export.json").unlink()
     with pytest.raises(RunError, match=r"no export\.json in its folder"):
         check(other)

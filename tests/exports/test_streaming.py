@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from gtqlora.capture import open_layer, open_subject
 from gtqlora.certificate import certify
@@ -160,15 +161,22 @@ LOAD = """
 import sys
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-state = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").state_dict()
-save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, sys.argv[2])
+for folder in sys.argv[2:]:
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, f"{sys.argv[1]}/{folder.rpartition('/')[2]}.loaded")
 """
 
 
-def in_plain_transformers(folder: Path, file: Path) -> dict[str, Tensor]:
-    done = helpers.fresh_process(LOAD, folder, file)
+def in_fresh_transformers(place: Path, *folders: Path) -> list[dict[str, Tensor]]:
+    """What transformers loads where gtqlora was never imported."""
+    done = helpers.fresh_process(LOAD, place, *folders)
     assert done.returncode == 0, done.stderr
-    return load_file(file)
+    return [load_file(place / f"{folder.name}.loaded") for folder in folders]
+
+
+def in_plain_transformers(folder: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict())
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -184,9 +192,8 @@ def test_an_overlay_is_the_merged_model(model: Path, verified: Verified, tmp_pat
     bytes_changed = sum(tensors_of(model)[name].nbytes for name in over.kept)
     header = min(extent.start for extent in extents(over.folder / extra).values())
     assert (over.folder / extra).stat().st_size == bytes_changed + header
-    loaded = in_plain_transformers(over.folder, tmp_path / "over.safetensors")
-    assert same(loaded, in_plain_transformers(whole.folder, tmp_path / "whole.safetensors"))
-    assert not same(loaded, in_plain_transformers(model, tmp_path / "base.safetensors"))
+    loaded, merged, base = in_fresh_transformers(tmp_path, over.folder, whole.folder, model)
+    assert same(loaded, merged) and not same(loaded, base)
     assert same(loaded, open_raw(over.folder))
 
 
@@ -198,12 +205,12 @@ def test_of_two_files_the_one_that_sorts_last_counts(model: Path, tmp_path: Path
     """What an overlay's name is for. Under another one the edit would be lost in silence, so that is refused."""
     half = {O_PROJ: Whole(tensors_of(model)[O_PROJ] / 2)}
     copy_changed(str(model), tmp_path / "out", half, overlay=True)
-    assert torch.equal(in_plain_transformers(tmp_path / "out", tmp_path / "a")[O_PROJ], half[O_PROJ].value)
+    assert torch.equal(in_plain_transformers(tmp_path / "out")[O_PROJ], half[O_PROJ].value)
     assert torch.equal(open_raw(tmp_path / "out")[O_PROJ], half[O_PROJ].value)
     (tmp_path / "out" / "zz-overlay-01.safetensors").rename(tmp_path / "out" / "aa-overlay-01.safetensors")
     index = (tmp_path / "out" / INDEX).read_text().replace("zz-overlay", "aa-overlay")
     (tmp_path / "out" / INDEX).write_text(index)
-    assert torch.equal(in_plain_transformers(tmp_path / "out", tmp_path / "b")[O_PROJ], tensors_of(model)[O_PROJ])
+    assert torch.equal(in_plain_transformers(tmp_path / "out")[O_PROJ], tensors_of(model)[O_PROJ])
     with pytest.raises(ModelError, match=r"is in .* and in .*; remove one"):
         load_model(str(tmp_path / "out"))
 
@@ -231,7 +238,7 @@ def test_an_overlay_is_a_model_like_any_other(
     whole, over = exported(run, tmp_path / "whole").folder, exported(run, tmp_path / "over", overlay=True).folder
     assert (over / "zz-overlay-02.safetensors").exists()
     assert same(open_raw(whole), open_raw(over)) and not same(open_raw(whole), open_raw(first))
-    assert same(open_raw(over), in_plain_transformers(over, tmp_path / "plain.safetensors"))
+    assert same(open_raw(over), in_plain_transformers(over))
 
 
 def test_an_overlay_of_a_single_file(toy: helpers.Toy, tmp_path: Path) -> None:
@@ -241,7 +248,7 @@ def test_an_overlay_of_a_single_file(toy: helpers.Toy, tmp_path: Path) -> None:
     copied = copy_changed(str(model), tmp_path / "out", half, overlay=True, share=True)
     assert copied.digest == identify(str(model)).digest
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    found = in_plain_transformers(tmp_path / "out", tmp_path / "plain.safetensors")
+    found = in_plain_transformers(tmp_path / "out")
     assert same({**open_raw(model), **{name: change.value for name, change in half.items()}}, found)
     size = sum(tensor.nbytes for tensor in tensors_of(model).values())
     assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] == size

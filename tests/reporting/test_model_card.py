@@ -86,15 +86,13 @@ def test_how_it_was_made_and_what_it_was_made_from(tmp_path: Path) -> None:
     record = replace(
         _record(verdict),
         revision="c" * 40, trained_on="7" * 64, recipe={"rank": 8, "mode": "gt"}, versions={"gtqlora": "0.2.0"},
-        kept={"a.weight": 0.99, "b.weight": 0.5}, notes=["The index has to go with it."],
+        notes=["The index has to go with it."],
     )  # fmt: skip
     text = model_card(verdict, record, Base(hub_id="owner/model"))
     assert f"Base: owner/model, at revision {'c' * 40} (digest of its files f)." in text
     assert f"trained it: sha256 {'7' * 64}" in text and "verified it: sha256 abc" in text
     assert 'Settings: rank = 8, mode = "gt"' in text and "gtqlora 0.2.0" in text
-    assert (
-        "at least 50.0% survives" in text and "least in b.weight" in text and "- The index has to go with it." in text
-    )
+    assert "- The index has to go with it." in text
     assert "single-turn, greedy answers" in text and "export --check" in text
     titles = [token.content for token in _tokens(text) if token.type == "inline" and token.level == 1]
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
@@ -126,6 +124,13 @@ def test_every_form_says_how_it_is_loaded(
     blocks = [token.content for token in _tokens(text) if token.type == "fence"]
     assert any(line in block for block in blocks)
     assert to in FORMATS and ("applies all of the edit" in text) == (relation == "adapter")
+
+
+def test_an_overlay_is_not_offered_to_servers(tmp_path: Path) -> None:
+    verdict = _verdict(tmp_path / "run")
+    for name, served in (("zz-overlay-01.safetensors", False), ("model.safetensors", True)):
+        text = model_card(verdict, replace(_record(verdict), files={name: "0"}), Base())
+        assert ("vllm serve" in text) is served and ("must keep its name" in text) is not served
 
 
 def test_a_form_that_was_judged_has_its_own_table(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
-from gtqlora.exports.job import Job
+from gtqlora.exports.forms import judge_form
+from gtqlora.exports.job import Job, Said, survival
 from gtqlora.exports.layerwise import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, adapter_hash
+from gtqlora.results.verdict import Outcome
 from gtqlora.run import Run, read_parquet, sha256_file, write_parquet
 from gtqlora.stages.export import Exported
 from gtqlora.stages.project import project
@@ -180,6 +182,37 @@ def refused(path: Path, tmp_path: Path, match: str, error: type[Exception] = Flo
 def test_a_copied_run_may_be_exported(passed: Path, tmp_path: Path) -> None:
     """What the refusals below start from."""
     assert exported(passed, tmp_path / "out").folder == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({}, []),
+        ({"a": 1.0, "b": 0.9996}, []),
+        ({"a": 1.0, "b": 0.95}, ["At least 95.0% of each tensor's change survives rounding to its type (least of b)."]),
+        ({"a": -1.0, "b": 0.5}, ["In 1 of 2 changed tensors rounding to their type is larger than the change."]),
+    ],
+)
+def test_what_rounding_takes_is_said_once(kept: dict[str, float], said: list[str]) -> None:
+    assert list(survival(kept)) == said
+    (lossy,) = survival({"a": 0.95, "b.weight": 0.5})
+    assert "1 of 2 changed tensors less than 90%" in lossy and "least of b.weight (50%)" in lossy and "peft" in lossy
+
+
+class Yielding:
+    """A form in which the edit no longer refuses."""
+
+    name = "a form"
+
+    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+        return [
+            Said(text="yes" if edited else row.text_before, tokens=1, ended=True, rejected_log_prob=0) for row in rows
+        ]
+
+
+def test_a_form_that_does_not_keep_the_floor_is_refused_with_a_way_out(passed: Path) -> None:
+    with Run(passed) as run, pytest.raises(FloorError, match=r"a form: the safety floor's verdict .*'fail'.* Try peft"):
+        judge_form(Yielding(), certify(run, helpers.JUDGE), "Try peft")
 
 
 def test_without_verify(passed: Path, toy: helpers.Toy, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def show_next(found: Verdict, run: Path) -> None:
 def show_exported(found: Exported) -> None:
     """Print where the files are, and how far they are from the edited model."""
     console = open_console()
-    say_whole(console, f"{found.folder}: the edited model")
+    say_whole(console, f"{found.folder}: {found.what}")
     far = "" if found.divergence is None else f"; largest divergence from the edited model {found.divergence:.2g} nats"
     say(console, f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values{far}")
     if found.form is not None:

@@ -44,11 +44,20 @@ class ExportConfig:
     base: str | None = None
 
     def __post_init__(self) -> None:
+        # "hub" is of the command line alone, and publishes what one of the formats has written
+        require(self.to in FORMATS, f"--to {self.to}: must be one of {', '.join(FORMATS)}, or hub to publish an export")
+        require(self.target != "llama.cpp", "--for goes with --to peft; for llama.cpp use --to gguf or gguf-adapter")
         for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
+            object.__setattr__(self, name, coerce(getattr(self, name), hint, _flag(name)))
         for field in fields(self):
             taken = _TAKEN_BY.get(field.name, (self.to,))
-            value = getattr(self, field.name)
-            require(value == field.default or self.to in taken, f"{field.name} is for {' and '.join(taken)} only")
+            given = getattr(self, field.name) != field.default
+            require(not given or self.to in taken, f"{_flag(field.name)} goes with --to {' or '.join(taken)} only")
+        require(not (self.onto and self.tokenizer), "--tokenizer goes without --onto, whose GGUF keeps its own")
         if self.to == "peft" and self.target is None:
             object.__setattr__(self, "target", "peft")
+
+
+def _flag(name: str) -> str:
+    """Return what the command line calls an option."""
+    return "--for" if name == "target" else f"--{name}"

@@ -151,11 +151,12 @@ class FrozenExpertsQuantizer(HfQuantizer):
         with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
             names = TensorNames(model, family, files.where)
             self._matrices = matrices = tuple(sources.matrices(family, model, names))
-            if not matrices:
+            if not family.moe_layers(model.config):  # pyright: ignore[reportArgumentType]
                 raise ModelError("this config has no MoE layer, so there are no experts to freeze")
-            self._source = _source(checkpoint, config.format, matrices, files)
-            replace_experts(model, family, self._source.format, config)
-            sources.check(self._source, matrices, family, names, files)
+            if matrices:  # a model that is loaded a layer at a time may have a dense one
+                self._source = _source(checkpoint, config.format, matrices, files)
+                replace_experts(model, family, self._source.format, config)
+                sources.check(self._source, matrices, family, names, files)
             self._settle(checkpoint, names)
             if isinstance(self._source, sources.PackedSource):
                 self._shape_dtype = self._source.shape_dtype(matrices[0], files)
@@ -215,11 +216,12 @@ class FrozenExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: object) -> PreTrainedModel:
         checkpoint, source = self._checkpoint, self._source
-        assert checkpoint is not None and source is not None
+        assert checkpoint is not None
         experts = experts_of(model, checkpoint.family)
         _check_placed(experts)
-        with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
-            sources.stream(source, self._matrices, experts, files)
+        if source is not None:
+            with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
+                sources.stream(source, self._matrices, experts, files)
         if self._dense is not None:
             from gtqlora.experts.dense import same_everywhere
 
@@ -227,7 +229,8 @@ class FrozenExpertsQuantizer(HfQuantizer):
             same_everywhere(model)
         # Saved as the language model that it is, whose config.json does not go with a prefix that the checkpoint had.
         model.__dict__["_weight_conversions"] = []
-        quantized_expert_counts(model, checkpoint.family)
+        if source is not None:
+            quantized_expert_counts(model, checkpoint.family)
         # DDP would send every buffer from the first rank to all others, in every step.
         held = {id(buffer) for module in experts.values() for buffer in module.buffers()}
         model.__dict__["_ddp_params_and_buffers_to_ignore"] = [n for n, b in model.named_buffers() if id(b) in held]

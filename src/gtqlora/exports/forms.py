@@ -21,8 +21,11 @@ _OTHERS = 200
 """Prompts of each other kind that are asked, at most: they have no part in the floor."""
 
 
-def judge_form(form: Form, certificate: Certificate) -> FormVerdict:
+def judge_form(form: Form, certificate: Certificate, otherwise: str) -> FormVerdict:
     """Ask the held-out prompts in the form that ships, of the base and of the edit, and decide the floor on that.
+
+    Args:
+        otherwise: what may pass where this form does not, for the message.
 
     Raises:
         FloorError: no pass; nothing may be written in this form.
@@ -41,7 +44,7 @@ def judge_form(form: Form, certificate: Certificate) -> FormVerdict:
     if floor.verdict != "pass":
         raise FloorError(
             f"{form.name}: the safety floor's verdict in the form that would ship is {floor.verdict!r} "
-            f"({floor.reason}); nothing was written"
+            f"({floor.reason}); nothing was written. {otherwise}"
         )
     return FormVerdict(name=form.name, floor=floor, lost=losses(harmful), table=table(seen, certificate.config.level))
 

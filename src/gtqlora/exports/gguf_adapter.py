@@ -19,7 +19,7 @@ from gtqlora.edits.merging import Edit, LowRank
 from gtqlora.errors import RunError
 from gtqlora.exports.gguf.header import header, padded
 from gtqlora.exports.gguf.patch import Patch
-from gtqlora.exports.gguf.reading import STRING, Value
+from gtqlora.exports.gguf.reading import STRING, Value, read_gguf
 from gtqlora.exports.gguf.types import BY_NAME, quantized
 from gtqlora.exports.gguf.values import Checkpoint, unrounded
 from gtqlora.exports.gguf.whole import Plan
@@ -51,6 +51,9 @@ def write(job: Job, staged: Path) -> Written:
         ModelError: the user's GGUF is malformed, or not of the base.
     """
     check_whole(job)
+    # Before all files of the model are hashed, which takes minutes: a wrong name is told at once.
+    if job.config.base is not None:
+        read_gguf(Path(job.config.base).expanduser())
     identity = identify(job.model)
     base, kind, made = _base(job, staged)
     checkpoint = Checkpoint.of(job)

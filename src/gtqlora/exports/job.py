@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,11 @@ from gtqlora.families import (
     tensor_names,
 )
 from gtqlora.results.verdict import Outcome
+
+_KEPT_LEAST = 0.9
+"""Share of a change that has to survive rounding, or its user is warned."""
+_WHOLE = 0.9995
+"""Share from which on a change counts as whole: in tenths of a percent it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,21 @@ class Written:
 
 Writer = Callable[[Job, Path], Written]
 """Writes a job into a new folder; it checks everything that can be checked before the first byte."""
+
+
+def survival(kept: Mapping[str, float]) -> Iterator[str]:
+    """Yield a sentence on what rounding to the tensors' types leaves of their changes, if it takes anything of one."""
+    low = [name for name, share in kept.items() if share < _KEPT_LEAST]
+    worst = min(kept, key=kept.__getitem__, default="")
+    if noisy := sum(share < 0 for share in kept.values()):
+        yield f"In {noisy} of {len(kept)} changed tensors rounding to their type is larger than the change."
+    elif low:
+        yield (
+            f"Of {len(low)} of {len(kept)} changed tensors less than {_KEPT_LEAST:.0%} of the change survives rounding "
+            f"to their type, least of {worst} ({kept[worst]:.0%}); the adapter is the lossless form (--to peft)."
+        )
+    elif kept and kept[worst] < _WHOLE:
+        yield f"At least {kept[worst]:.1%} of each tensor's change survives rounding to its type (least of {worst})."
 
 
 def kept_share(before: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,6 @@ from gtqlora.exports.layerwise import validate
 from gtqlora.families import packed, quantization
 from gtqlora.families.copying import Copied, copy_changed
 from gtqlora.results.adapter import PROJECTION
-
-_KEPT_LEAST = 0.9
-"""Share of a change that has to survive rounding, or its user is told."""
 
 
 def write(job: Job, staged: Path) -> Written:
@@ -45,7 +42,7 @@ def _merge(job: Job, staged: Path) -> Written:
         digest=copied.digest,
         hashes=copied.hashes,
         kept=kept,
-        notes=[*_lossy(kept), *_shared(copied), *_rounded_anew(job)],
+        notes=[*(_shared(copied) if share else ()), *_rounded_anew(job)],
     )
 
 
@@ -57,24 +54,19 @@ def _rounded_anew(job: Job) -> Iterator[str]:
         )
 
 
-def _lossy(kept: Mapping[str, float]) -> Iterator[str]:
-    """Warn of changes that rounding took too much of."""
-    low = [name for name, share in kept.items() if share < _KEPT_LEAST]
-    if low:
-        worst = min(low, key=kept.__getitem__)
-        yield (
-            f"Of {len(low)} of {len(kept)} changed tensors less than {_KEPT_LEAST:.0%} of the change survives rounding "
-            f"to the checkpoint's type, least of {worst} ({kept[worst]:.0%}); the adapter is the lossless form "
-            "(--to peft)."
-        )
-
-
 def _shared(copied: Copied) -> Iterator[str]:
     """Say which weight files hold bytes that are the base's as well."""
     ways = list(copied.moved.values())
     if links := ways.count("hard link"):
-        yield (
-            f"{links} weight files are hard links to the base's: the same files, so writing into one writes into both."
-        )
+        yield f"{_files(links)} hard links to the base's: the same files, so writing into one writes into both."
     if clones := ways.count("reflink"):
-        yield f"{clones} weight files share disk blocks with the base's; writing into one leaves the other as it is."
+        yield f"{_files(clones)} reflinks of the base's: on the same disk blocks, until somebody writes into either."
+    if ways and not links + clones:
+        yield (
+            "No weight file could be shared with the base's: where the file system has no reflinks, or on another one, "
+            "a file with changed tensors is a copy."
+        )
+
+
+def _files(count: int) -> str:
+    return f"{count} weight files are" if count > 1 else "1 weight file is"

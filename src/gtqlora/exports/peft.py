@@ -177,7 +177,9 @@ def _for_peft(job: Job, gates: Sequence[Gate]) -> Adapter:
     # PEFT wants all of a module that is saved whole.
     bias = job.anatomy.family.correction_bias
     whole |= {f"{_PREFIX}{gate.path}.{bias}": gate.bias_E for gate in gates if gate.bias_E is not None}
-    return Adapter(settings, _factors(job, lambda path: path) | whole, (_IN_PEFT,))
+    return Adapter(
+        settings, _factors(job, lambda path: path) | whole, (_IN_PEFT, *([_SHARED_IN_PEFT] if shared else []))
+    )
 
 
 def _for_vllm(job: Job, gates: Sequence[Gate]) -> Adapter:
@@ -207,10 +209,8 @@ _MAKERS: dict[Loader, Callable[[Job, Sequence[Gate]], Adapter]] = {
     "sglang": _for_sglang,
 }
 
-_IN_PEFT = (
-    "It is loaded on the base as AutoModelForCausalLM opens it; shared experts are in `target_parameters`, which needs "
-    "PEFT 0.21 and transformers 5."
-)
+_IN_PEFT = "It is loaded on the base as AutoModelForCausalLM opens it, with PEFT 0.21 and transformers 5."
+_SHARED_IN_PEFT = "Shared experts are in target_parameters."
 _IN_VLLM = (
     "vLLM needs --max-lora-rank {rank}, as a changed router is LoRA of full rank; it rounds adapters to the model's "
     "dtype."

@@ -177,8 +177,10 @@ def hashes(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
 def _of_file(files: list[Checked], record: ExportRecord) -> Iterator[str]:
     """Yield what is wrong with one file; what it is called is not."""
     for each in files:
-        if each.state not in ("as recorded", "renamed"):
-            yield f"{each.shown} is none of the {len(record.files)} files that were certified: no hash is the same"
+        if each.name in (FILE, CARD):
+            yield f"{each.shown} is no certified file, but goes with them; check the folder, which reads it as well"
+        elif each.state not in ("as recorded", "renamed"):
+            yield f"{each.shown} is not among the certified files ({len(record.files)} of them): no hash is the same"
 
 
 def _of_folder(files: list[Checked], record: ExportRecord) -> Iterator[str]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shlex
 
 from gtqlora.results.export import ExportRecord
 
 _BASE = "BASE"
 """Stands for the base's folder, where it has no name on the hub."""
+
+_OVERLAY = "zz*-overlay-??.safetensors"
+_OVERLAID = (
+    "`{name}` holds the changed tensors a second time. transformers takes them from the file that sorts last: that one "
+    "must keep its name and its place. Other programs were not tried, and may load the base's tensors; for them "
+    "export without `--overlay`."
+)
 
 
 def loading(record: ExportRecord, hub_id: str | None, *, needs_us: bool) -> list[str]:
@@ -27,17 +35,20 @@ def loading(record: ExportRecord, hub_id: str | None, *, needs_us: bool) -> list
             command = f"llama-server -m BASE.gguf --lora {shlex.quote(_gguf(record))}"
             return ["In llama.cpp, on a GGUF of the same base:", "", *_shell(command)]
         case _:
-            return _merged(needs_us)
+            return _merged(record, needs_us)
 
 
-def _merged(needs_us: bool) -> list[str]:
+def _merged(record: ExportRecord, needs_us: bool) -> list[str]:
     ours = ["import gtqlora.experts"] if needs_us else []
     plain = ['model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")']
     tokenizer = ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     code = [*ours, "from transformers import AutoModelForCausalLM, AutoTokenizer", "", *plain, *tokenizer]
     servers = ["vllm serve FOLDER", "python -m sglang.launch_server --model-path FOLDER"]
+    overlays = sorted(fnmatch.filter(record.files, _OVERLAY))
     # servers have no code of ours, and would refuse the weights or read them as something else
-    served = [] if needs_us else ["", "Or served:", "", *_shell(*servers)]
+    served = [] if needs_us or overlays else ["", "Or served:", "", *_shell(*servers)]
+    if overlays:
+        served = ["", _OVERLAID.format(name=overlays[-1])]
     return ["FOLDER is this folder, or its name on the hub.", "", *_python(*code), *served]
 
 

@@ -25,12 +25,14 @@ _NEEDS_US = (
 _WHOLE = "The program that it is for applies all of the edit; an adapter of which it would drop a part is not written."
 _OWN_EXPERTS = "bf16"
 _KINDS = {
-    "safetensors": ("Merged weights", "finetune", "transformers"),
-    "peft": ("An adapter in PEFT's form", "adapter", "peft"),
-    "gguf": ("Merged weights in GGUF, for llama.cpp", "quantized", "gguf"),
-    "gguf-adapter": ("An adapter in GGUF, for llama.cpp", "adapter", "gguf"),
+    "safetensors": ("merged weights", "finetune", "transformers"),
+    "peft": ("an adapter in PEFT's form", "adapter", "peft"),
+    "gguf": ("merged weights in GGUF, for llama.cpp", "quantized", "gguf"),
+    "gguf-adapter": ("an adapter in GGUF, for llama.cpp", "adapter", "gguf"),
 }
 """Format -> what it is, and as what and of which library the hub lists it."""
+_PROGRAMS = {"vllm": "vLLM", "sglang": "SGLang"}
+"""Programs that an adapter in PEFT's form may be for, but PEFT itself."""
 _LIMITS = """\
 - The floor speaks of single-turn, greedy answers to prompts like those named above, by one judge. It does not speak of
   attacks, sampling, other languages or long conversations.
@@ -61,7 +63,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
     """Return a hub model card that states what was measured, how the files were made, and how to load them."""
     front = yaml.safe_dump(_metadata(record, base), sort_keys=False, allow_unicode=True).strip()
     sections = {
-        "": _what_it_is(verdict, record, base),
+        "": _head(verdict, record, base),
         "## Safety floor": [
             f"Safety floor: **{record.floor.verdict}** ({record.floor.reason}).",
             "",
@@ -69,7 +71,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
         ],
         "## Before and after": _before_and_after(verdict, record),
         "## In the form that ships": _in_form(record),
-        "## Good to know": [f"- {inline(note)}" for note in (*record.notes, *_kept(record))],
+        "## Good to know": [f"- {inline(note)}" for note in record.notes],
         "## How to load it": loading(record, base.hub_id, needs_us=base.packed_by_us),
         "## How it was made": _how_it_was_made(record),
         "## Limits": [_LIMITS],
@@ -78,15 +80,22 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
     return f"---\n{front}\n---\n" + "\n\n".join(parts) + "\n"
 
 
-def _what_it_is(verdict: Verdict, record: ExportRecord, base: Base) -> list[str]:
-    what, relation, _ = _KINDS[record.format]
+def what_it_is(form: str, target: str | None) -> str:
+    """Return in words what an export in this format holds, and for which program it is."""
+    what = _KINDS[form][0]
+    return what if target not in _PROGRAMS else f"{what}, for {_PROGRAMS[target]}"
+
+
+def _head(verdict: Verdict, record: ExportRecord, base: Base) -> list[str]:
+    _, relation, _ = _KINDS[record.format]
+    what = what_it_is(record.format, record.target)
     experts = "projected" if verdict.kind == PROJECTION else "untouched"
     at = "" if record.revision is None else f", at revision {inline(record.revision)}"
     ancestors = record.ancestors[:-1]
     return [
         f"# {inline(Path(verdict.model).name)}, edited with gtqlora ({verdict.kind})",
         "",
-        f"{what}: {record.tensors_changed} tensors changed, routed experts {experts}.",
+        f"{what[0].upper()}{what[1:]}: {record.tensors_changed} tensors changed, routed experts {experts}.",
         "",
         f"Base: {inline(base.hub_id or record.base)}{at} (digest of its files {inline(record.base_fingerprint)}).",
         *(["", _WHOLE] if relation == "adapter" else []),
@@ -126,18 +135,6 @@ def _table(rows: Mapping[str, KindRow]) -> list[str]:
         cells = map(_percent, (row.refusal_before, row.refusal_after, row.accuracy_after))
         lines.append(f"| {inline(kind)} | {row.refusal_before.n} | {' | '.join(cells)} |")
     return lines
-
-
-def _kept(record: ExportRecord) -> list[str]:
-    if not record.kept:
-        return []
-    # one number for all: a reader wants to know whether anything was lost, and the record has every tensor's
-    worst = min(record.kept, key=lambda name: record.kept[name])
-    if noisy := sum(share < 0 for share in record.kept.values()):
-        return [f"In {noisy} of {len(record.kept)} changed tensors rounding to their type is larger than the change."]
-    return [
-        f"Of each tensor's change at least {record.kept[worst]:.1%} survives rounding to its type (least in {worst})."
-    ]
 
 
 def _how_it_was_made(record: ExportRecord) -> list[str]:

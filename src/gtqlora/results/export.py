@@ -125,6 +125,8 @@ def read_export(folder: Path, *, older: bool = False) -> ExportRecord:
     """
     # there is no manifest beside exported weights; the record itself says which version wrote it
     file, remedy = folder / FILE, "run `gtqlora export` again"
+    if not os.path.lexists(file):
+        raise RunError(f"{folder}: {_without_record(folder)}")
     value = read_json(file, remedy)
     try:
         return from_json(ExportRecord, _under_present_names(value) if older else value)
@@ -133,6 +135,15 @@ def read_export(folder: Path, *, older: bool = False) -> ExportRecord:
         version: object = versions.get("gtqlora") if isinstance(versions, dict) else None  # pyright: ignore
         writer = f"gtqlora {version}" if isinstance(version, str) else "another version of gtqlora"
         raise RunError(f"{file}: {error} (written by {writer}); {remedy}") from error
+
+
+def _without_record(folder: Path) -> str:
+    if os.path.lexists(folder / "bitdelta.json"):
+        return (
+            "is what `gtqlora bitdelta compress` wrote, and no export; `bitdelta serve` and `apply` check its files "
+            "themselves, against bitdelta.json"
+        )
+    return f"no {FILE} there; give a folder that `gtqlora export` wrote, with the record that was published in it"
 
 
 def _under_present_names(value: Mapping[str, object]) -> dict[str, object]:

@@ -12,12 +12,12 @@ from gtqlora.certificate import ADAPTER, Certificate, certify, check_model
 from gtqlora.config import ExportConfig, Format
 from gtqlora.errors import RunError
 from gtqlora.exports.forms import judge_form
-from gtqlora.exports.job import Job, Writer, Written
+from gtqlora.exports.job import Job, Writer, Written, survival
 from gtqlora.families import quantization
 from gtqlora.families.files import checked_file, small_files
 from gtqlora.families.packed import OURS
 from gtqlora.progress import track
-from gtqlora.reporting.model_card import Base, kept_metadata, model_card
+from gtqlora.reporting.model_card import Base, kept_metadata, model_card, what_it_is
 from gtqlora.results.export import (
     CARD,
     FILE,
@@ -40,6 +40,12 @@ _WRITERS: dict[Format, str] = {
     "peft": "peft",
 }
 """Where each format's `write` stands in `gtqlora.exports`; imported when asked for, as some need extra packages."""
+_OTHERWISE: dict[Format, str] = {
+    "gguf": "Try --onto a GGUF with more bits, or the merged weights, which `verify` judged (--to safetensors)",
+    "gguf-adapter": "Try a --base with more bits, or the edit merged into it (--to gguf --onto)",
+    "peft": "Try the merged weights, which `verify` judged (--to safetensors)",
+}
+"""What may pass the floor where a format, which is not what `verify` judged, does not."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Exported:
     """Where the weights are, and what was written.
 
     Attributes:
+        what: the form of the files in words.
         divergence: largest KL(edited || written) of any probed token, in nats; None where `form` was judged instead.
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
@@ -54,6 +61,7 @@ class Exported:
     """
 
     folder: Path
+    what: str
     tensors_changed: int
     gate_values_changed: int
     divergence: float | None
@@ -82,8 +90,9 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
     with atomic_write(out, replace=False) as staged:
         staged.mkdir()
         written = _writer(config.to)(Job.of(certificate, config), staged)
+        written = replace(written, notes=[*written.notes, *survival(written.kept)])
         check_model(run, certificate, written.digest)
-        form = None if written.form is None else judge_form(written.form, certificate)
+        form = None if written.form is None else judge_form(written.form, certificate, _OTHERWISE[config.to])
         _describe(staged, _record(run, staged, certificate, config, written, form), certificate)
         # whatever was swapped meanwhile: the same question again, just before the weights appear
         again = certify(run, judge)
@@ -93,6 +102,7 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
         remember_export(run.path, staged)
     return Exported(
         folder=out,
+        what=what_it_is(config.to, config.target),
         tensors_changed=len(written.changed),
         gate_values_changed=written.gate_values_changed,
         divergence=written.divergence,

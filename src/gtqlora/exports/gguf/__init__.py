@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gtqlora.errors import RunError
 from gtqlora.exports.gguf.patch import Patch
+from gtqlora.exports.gguf.reading import read_gguf
 from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Converted, Plan
 from gtqlora.exports.job import Job, Written
@@ -24,6 +24,9 @@ def write(job: Job, staged: Path) -> Written:
         ModelError: the model cannot be a GGUF, or the user's is none of this model.
         RunError: a tensor's type cannot be written, or there is no tokenizer.
     """
+    # Before all files of the model are hashed, which takes minutes: a wrong name is told at once.
+    for path in filter(None, (job.config.onto, job.config.tokenizer)):
+        read_gguf(Path(path).expanduser())
     identity = identify(job.model)
     written = _whole(job, staged) if job.config.onto is None else _onto(job, staged, Path(job.config.onto).expanduser())
     identity.check_unchanged()
@@ -31,8 +34,6 @@ def write(job: Job, staged: Path) -> Written:
 
 
 def _onto(job: Job, staged: Path, source: Path) -> Written:
-    if job.config.tokenizer is not None:
-        raise RunError("--tokenizer is for a GGUF that is written whole; the one of --onto keeps its own")
     found = Patch.of(job, source)
     kept = found.write(staged)
     form = LlamaCpp(job, base=source, edited=staged / source.name, label=f"GGUF ({found.most})")
@@ -42,7 +43,7 @@ def _onto(job: Job, staged: Path, source: Path) -> Written:
         digest="",
         kept=kept,
         form=form,
-        notes=[*found.notes(kept), *form.notes()],
+        notes=[*found.notes(), *form.notes()],
     )
 
 

@@ -21,6 +21,7 @@ from gtqlora.exports.job import Job
 from gtqlora.families.identity import state_of
 from gtqlora.families.llama_cpp import Layout, Made
 from gtqlora.progress import track
+from gtqlora.results.export import public_name
 from gtqlora.storage.moving import copy_file
 
 Route = Callable[[Tensor], Tensor]
@@ -106,7 +107,7 @@ class Patch:
             sizes[info.kind.name] += info.n_bytes
         return sizes.most_common(1)[0][0]
 
-    def notes(self, kept: Mapping[str, float]) -> list[str]:
+    def notes(self) -> list[str]:
         """Return what a user of the edited file should know."""
         said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types"]
         if not self.exact:
@@ -114,8 +115,6 @@ class Patch:
                 "the base was quantized with an importance matrix, which is not in the file: changed tensors are "
                 "quantized without one"
             )
-        if noisy := sum(share < 0 for share in kept.values()):
-            said.append(f"in {noisy} changed tensors the noise of quantization is larger than the change")
         return said
 
     def _rewrite(self, target: Path, name: str, one: Made) -> float:
@@ -265,8 +264,9 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
     with_imatrix = any(key.startswith(_IMATRIX) for key in source.metadata) and not info.kind.is_plain
     if not exact and (not with_imatrix or not theirs <= _ERROR_ALLOWED * ours):  # also when it is NaN
         raise ModelError(
-            f"{info.file}: tensor {one.name} is not the base's, quantized to {info.kind.name}; the file is of another "
-            "model or revision, was edited already, or was quantized from something else than this checkpoint"
+            f"{info.file}: tensor {one.name} ({info.kind.name}) is not the base's; the file is of another model or "
+            "revision, was edited already, or was quantized from something else; give the GGUF that was made from "
+            f"{public_name(checkpoint.job.model)} as it was"
         )
     return exact
 

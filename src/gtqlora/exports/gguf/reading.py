@@ -111,7 +111,9 @@ def _other_parts(path: Path, first: Gguf, count: object) -> list[Path]:
 def _read_file(path: Path) -> Gguf:
     if not path.exists():
         parts = "; a split GGUF needs all its parts beside each other" if _SPLIT.fullmatch(path.name) else ""
-        raise ModelError(f"{path}: no such file{parts}")
+        raise ModelError(f"{path}: no such file; give a GGUF of the model{parts}")
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the .gguf in it, of several the first")
     # Before it is opened: a pipe would be waited for.
     checked_file(path.parent, path.name)
     try:

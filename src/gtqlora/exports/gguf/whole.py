@@ -101,7 +101,7 @@ class Converted(Form):
         """Return what it says to these rows' prompts."""
         job = self.plan.checkpoint.job
         if edited:
-            return LlamaCpp(job, base=self.edited).said(rows, edited=False)
+            return LlamaCpp(job, base=self.edited).said(rows, edited=True)
         # beside the other, so that it goes with it if this process is killed
         base = self.edited.with_name("base.gguf")
         self.plan.write(base, None)
