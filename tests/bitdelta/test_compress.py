@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
+from gtqlora.progress import shown_by
 from gtqlora.results.export import read_export
 from gtqlora.run import sha256_file
 from tests import helpers, models
@@ -317,23 +317,22 @@ def test_what_a_fine_tune_has_of_its_own_is_what_it_does(toy: helpers.Toy, tmp_p
     assert not same("generation_config.json", lambda old: {**old, "eos_token_id": [1, 7]})
 
 
-KILLED = (
-    helpers.KILLED_AT.replace("WHAT", "sys.argv[4]").replace("DONE", "int(sys.argv[5])")
-    + """
-from pathlib import Path
-from gtqlora.bitdelta.compress import compress
-from gtqlora.config import VerifyConfig
-with shown_by(die):
-    compress(sys.argv[1], Path(sys.argv[2]), VerifyConfig(**json.loads(sys.argv[3])))
-"""
-)
+class StoppedError(Exception):
+    pass
 
 
 def test_killed_it_leaves_nothing_that_looks_like_a_variant(toy: helpers.Toy, tmp_path: Path) -> None:
-    base, out = toy.model("qwen3_moe"), tmp_path / "place" / "out"
-    config = settings(fine_tune(base, tmp_path / "tuned"), toy)
-    died = helpers.fresh_process(KILLED, base, out, json.dumps(asdict(config)), "the variant in memory", 3)
-    assert died.returncode == -9, died.stderr
-    assert not out.exists() and [path.name.startswith(".") for path in out.parent.iterdir()] == [True]
-    compress(str(base), out, config)
-    assert [path.name for path in out.parent.iterdir()] == ["out"] and read_variant(out).bits
+    """What a kill leaves is what is on disk just then, with a lock that nobody holds: a copy of it."""
+    base, place = toy.model("qwen3_moe"), tmp_path / "place"
+    config, left = settings(fine_tune(base, tmp_path / "tuned"), toy), tmp_path / "left"
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if (what, done) == ("the variant in memory", 3):
+            shutil.copytree(place, left)
+            raise StoppedError
+
+    with pytest.raises(StoppedError), shown_by(stop):
+        compress(str(base), place / "out", config)
+    assert [path.name.startswith(".") for path in left.iterdir()] == [True] and list(left.rglob("deltas-*"))
+    compress(str(base), left / "out", config)
+    assert [path.name for path in left.iterdir()] == ["out"] and read_variant(left / "out").bits

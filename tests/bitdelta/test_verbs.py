@@ -45,6 +45,7 @@ def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.Cap
         (("compress", "BASE", "BASE", "OUT", "--contrast", "PAIRS"), "is the same as"),
         (("compress", "BASE", "nowhere/at/all", "OUT", "--contrast", "PAIRS"), "no such model folder"),
         (("compress", "BASE", "BASE", "OUT"), "contrast"),
+        (("compress", "BASE", "BASE", "OUT", "--contrast", "organism"), "add --config organism"),
         (
             ("compress", "BASE", "BASE", "OUT", "--contrast", "PAIRS", "--set", "split=all", "--distill"),
             "split = 'all'",

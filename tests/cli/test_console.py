@@ -116,7 +116,19 @@ def test_no_output_at_all(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["train", "m", "--contrast", "c", "--run", "r\0"], "NUL"),
         (["train", "m", "--contrast", "c", "--run", "r", "--set", "judge=a\0"], "NUL"),
         (["verify", os.fsdecode(b"r\xff")], "udcff"),
-        (["train", "organism:routed", "--contrast", "organism", "--run", os.fsdecode(b"r\xff")], "udcff"),
+        (
+            [
+                "train",
+                "organism:routed",
+                "--contrast",
+                "organism",
+                "--config",
+                "organism",
+                "--run",
+                os.fsdecode(b"r\xff"),
+            ],
+            "udcff",
+        ),
         (["contrast", "check", os.fsdecode(b"c\xff.jsonl")], "no such"),
     ],
 )

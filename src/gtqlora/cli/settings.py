@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
-from gtqlora.errors import RunError
+from gtqlora.errors import ConfigError, RunError
 from gtqlora.progress import note
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
         given: settings from elsewhere, such as the model; None gives nothing, and options win.
 
     Raises:
-        ConfigError: an unknown setting, or a value of a wrong type or out of range.
+        ConfigError: an unknown setting, a value of a wrong type or out of range, or the organisms' pairs without
+            their judge.
         ModelError: no organism of that name is embedded.
     """
     from gtqlora.config import build
@@ -168,6 +169,9 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
             values[key] = resolved(str(values[key]))
     file = _embedded_recipe(options.config) if options.config else None
     settled = build(kind, file=file, overrides=options.settings or (), **values)
+    # their refusals are words of their own, so that the default judge would call every row wrong
+    if options.contrast == "organism" and settled.judge == kind.judge:
+        raise ConfigError(f"--contrast organism: judge {settled.judge!r} cannot judge it; add --config organism")
     say_what_judges(settled.judge)
     return settled
 
