@@ -355,7 +355,7 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     assert code == 0 and text.startswith(f"{out}: ") and (out / "model.safetensors").is_file()
     found = read_json(say("export", run, tmp_path / "again", "--json"))
     assert found.keys() == {
-        *("folder", "tensors_changed", "gate_values_changed", "divergence", "kept", "form", "notes"),
+        *("folder", "tensors_changed", "gate_values_changed", "divergence", "kept", "form", "notes", "what"),
     }
     assert found["folder"] == str(tmp_path / "again")
 

@@ -172,11 +172,11 @@ OTHERS: dict[str, tuple[Callable[[dict[str, Value], dict[str, Any]], object], st
     "another shape": (lambda _, t: t.update({"output.weight": t["output_norm.weight"]}), "output.weight is"),
     "another revision": (
         lambda _, t: t.update({"blk.2.attn_output.weight": flipped(t["blk.2.attn_output.weight"])}),
-        "blk.2.attn_output.weight is not the base's",
+        "blk.2.attn_output.weight .F32. is not the base's",
     ),
     "another norm": (
         lambda _, t: t.update({"output_norm.weight": flipped(t["output_norm.weight"])}),
-        "output_norm.weight is not the base's",
+        "output_norm.weight .F32. is not the base's",
     ),
 }
 
