@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -147,10 +149,11 @@ def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Heade
 
 def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
     """Write the weight files; return the sha256 of those that were read."""
-    with ThreadPoolExecutor(_HASHING) as pool, ThreadPoolExecutor(1) as flushing:
+    with ThreadPoolExecutor(_HASHING, initializer=_step_back) as pool, ThreadPoolExecutor(1) as flushing:
         hashing = _Hashing(plan, target, copied, pool)
         flushed: list[Future[None]] = []
-        shards = list(plan.names)
+        # The hash of the file that was written last is waited for; so let that be a small one.
+        shards = sorted(plan.names, key=lambda shard: -checked_file(plan.folder, shard).stat().st_size)
         for index, shard in enumerate(track(shards, "write shards", len(shards))):
             file, new, in_place = checked_file(plan.folder, shard), plan.names[shard], plan.todo[shard]
             (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
@@ -176,6 +179,12 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
         for each in flushed:
             each.result()
     return hashing.digests
+
+
+def _step_back() -> None:
+    """Leave the cores to whoever else wants them: torch's threads wait for the slowest of them, many times a second."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _shared(hashing: _Hashing, shard: str, source: Path, target: Path, *, changes: bool) -> Moved:
