@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +204,11 @@ class Outcome:
     def prompt(self) -> Messages:
         """Return the row's messages."""
         return tuple(json.loads(self.prompt_json))
+
+
+def by_kind(table: Mapping[str, KindRow]) -> list[tuple[str, KindRow]]:
+    """Return a table's rows in the order of `KINDS`, which a file that was written with sorted keys does not keep."""
+    return sorted(table.items(), key=lambda row: KINDS.index(row[0]) if row[0] in KINDS else len(KINDS))
 
 
 def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
