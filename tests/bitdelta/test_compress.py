@@ -293,10 +293,10 @@ def test_out_inside_what_is_read(
     base, tuned, delta = compressed("qwen3_moe")
     (tmp_path / "link").symlink_to(base)
     for inside in (base, delta, delta / "a", tmp_path / "link"):
-        with pytest.raises(RunError, match="out: lies inside .*; choose another place$"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
             apply(str(base), delta, inside / "out")
     for inside in (base, tuned / "a", tmp_path / "link"):
-        with pytest.raises(RunError, match="out: lies inside .*; choose another place$"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
             compress(str(base), inside / "out", settings(tuned, toy))
     assert not any((folder / name).exists() for folder in (base, tuned, delta) for name in ("out", "a"))
 

@@ -114,7 +114,9 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         divergence=None,
         format="bitdelta",
         form=record.against_tuned,
-        notes=[f"one-bit differences of {record.tuned} from {record.base}, which lose {record.energy_lost:.1%}"],
+        notes=[
+            f"One-bit differences of {record.tuned} from {record.base} lose {record.energy_lost:.1%} of their energy."
+        ],
         versions=versions(),
         files={name: sha256_file(staged / name) for name in sorted(names)},
     )
