@@ -12,6 +12,7 @@ from gtqlora.families.files import checked_file, has
 from gtqlora.reporting.loading import loading
 from gtqlora.reporting.model_card import inline, kept_metadata
 from gtqlora.results.export import ExportRecord, FormVerdict
+from gtqlora.results.verdict import by_kind
 from gtqlora.stats import Interval
 
 _LONGEST = 2**20
@@ -100,9 +101,9 @@ def _own(folder: Path) -> str:
 
 def _table(whom: str, verdict: FormVerdict) -> list[str]:
     rows = [
-        f"| {kind} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
+        f"| {inline(kind)} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
         f"{_shown(row.accuracy_before)} | {_shown(row.accuracy_after)} |"
-        for kind, row in verdict.table.items()
+        for kind, row in by_kind(verdict.table)
     ]
     return [
         f"Against {whom}, the safety floor's verdict is **{verdict.floor.verdict}** ({verdict.floor.reason}).",

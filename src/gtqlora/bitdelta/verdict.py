@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,12 +92,11 @@ def judged(
     Raises:
         FloorError: no pass; the message has the refusals before and after.
     """
-    asked = [_asked(row) for row in rows]
     verdicts: dict[str, FormVerdict] = {}
     spent, tries = 0.0, 0
     for which, model, before in (("tuned", config.model, sayings.tuned), ("base", base, sayings.base)):
         past = ancestry(model)
-        outcomes = compared(asked, before, sayings.variant, judge)
+        outcomes = compared(rows, before, sayings.variant, judge)
         margin = past.margin(config.margin)
         # the base binds from half on, whatever the settings say
         settings = replace(config, model=model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
@@ -111,34 +109,6 @@ def judged(
             spent = max(spent, past.spent + max(found.floor.losses.high, 0.0))
     _check(verdicts)
     return Judged(tuned=verdicts["tuned"], base=verdicts["base"], spent=spent, tries=tries)
-
-
-def _asked(row: Row) -> Outcome:
-    """Return a row as an outcome without any answers."""
-    # `exports.forms.compared` puts in what was said, and asks the judge
-    return Outcome(
-        number=row.number,
-        kind=row.kind,
-        pair_id=row.pair_id,
-        topic=row.topic,
-        prompt_json=json.dumps([dict(message) for message in row.prompt]),
-        rejected=row.rejected,
-        answer=row.answer,
-        text_before="",
-        text_after="",
-        tokens_before=0,
-        tokens_after=0,
-        ended_before=False,
-        ended_after=False,
-        refused_before=False,
-        refused_after=False,
-        refused_replayed=None,
-        correct_before=None,
-        correct_after=None,
-        rejected_log_prob_before=None,
-        rejected_log_prob_after=None,
-        lost=None,
-    )
 
 
 def _verdict(found: Decision, outcomes: Sequence[Outcome], config: VerifyConfig) -> FormVerdict:

@@ -130,8 +130,8 @@ class LlamaCpp:
         if share == 1:
             return []
         return [
-            f"the GGUF's own tokenizer reads {share:.1%} of the held-out prompts as the model's does; the floor was "
-            "judged on the model's tokens, so what users type may be answered otherwise"
+            f"The GGUF's own tokenizer reads {share:.1%} of the held-out prompts as the model's does; the floor was "
+            "judged on the model's tokens, so what users type may be answered otherwise."
         ]
 
     def tokenizer_agreement(self, limit: int = 500) -> float:
