@@ -59,14 +59,14 @@ def write(job: Job, staged: Path) -> Written:
     checkpoint = Checkpoint.of(job)
     factors = {name: factors_of(checkpoint, one) for name, one in made.items()}
     write_adapter(staged / FILE, Layout.of(job.model, job.names).architecture, factors)
-    form = LlamaCpp(job, base=base, adapter=staged / FILE, label=f"GGUF adapter on {kind}")
+    form = LlamaCpp.of(job, base, adapter=staged / FILE, label=f"GGUF adapter on {kind}")
     identity.check_unchanged()
     return Written(
         changed=sorted(factors),
         gate_values_changed=checkpoint.gate_values_changed(),
         digest=identity.digest,
         form=form,
-        notes=[*_notes(job, kind), *form.notes()],
+        notes=[*_notes(job, kind), *form.notes(job.certificate.outcomes)],
     )
 
 
@@ -94,7 +94,7 @@ def _base(job: Job, staged: Path) -> tuple[Path, str, Mapping[str, Made]]:
         found = Patch.of(job, path, rewritten=False)
         return path, found.most, found.changed
     try:
-        plan = Plan.of(job)
+        plan = Plan.of(job, job.config.tokenizer)
     except RunError as error:
         raise RunError(
             f"{error}; or give the GGUF that the adapter is for with --base: it is judged on that"
@@ -114,7 +114,7 @@ def factors_of(checkpoint: Checkpoint, made: Made) -> Factors:
     if len(made.parts) != 1 or len(made.shape) != 2:
         raise RunError(f"{made.name}: is made of several tensors in this GGUF, so no adapter fits it; use --onto")
     (part,) = made.parts
-    edit: Edit = checkpoint.job.edits[part.disk]
+    edit: Edit = checkpoint.edited.edits[part.disk]
     edit.check(tuple(checkpoint.headers[part.disk].shape))
     if isinstance(edit, LowRank):
         return reordered(Factors(edit.a_RI.float(), edit.b_DR.float()), part.take)
