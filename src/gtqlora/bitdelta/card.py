@@ -14,6 +14,8 @@ from gtqlora.reporting.model_card import inline, kept_metadata
 from gtqlora.results.export import ExportRecord, FormVerdict
 from gtqlora.stats import Interval
 
+JUDGED = "the variant as it was judged"
+"""What stands for the fine-tune where another form of a variant is held to it."""
 _LONGEST = 2**20
 """Characters of the base's own card that are read."""
 _SCOPE = (
@@ -62,8 +64,33 @@ def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
     return _card(record, base, front, title=title, what=what, load=load, limits=[*_SCOPE, _CHECK])
 
 
+def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:
+    """Return the card of an adapter for llama.cpp that was made from a variant.
+
+    Args:
+        record: of the variant, with the verdicts on the adapter.
+    """
+    what = (
+        f"Differences of {inline(record.tuned)} from {inline(record.base)} in one bit a weight, as a LoRA adapter for "
+        f"llama.cpp (signs in Q1_0, scales in Q4_0): {export.tensors_changed} tensors differ from the base (digest of "
+        f"its files {inline(record.base_fingerprint)})."
+    )
+    title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}, for llama.cpp"
+    front = {"library_name": "gguf", "pipeline_tag": "text-generation"}
+    load, limits = loading(export, None, needs_us=False), [*map(inline, export.notes), *_SCOPE, _CHECK]
+    return _card(record, base, front, title=title, what=what, load=load, limits=limits, whom=JUDGED)
+
+
 def _card(
-    record: Record, base: Path, front: Mapping[str, str], *, title: str, what: str, load: list[str], limits: list[str]
+    record: Record,
+    base: Path,
+    front: Mapping[str, str],
+    *,
+    title: str,
+    what: str,
+    load: list[str],
+    limits: list[str],
+    whom: str = "the fine-tune",
 ) -> str:
     # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), **front, "tags": ["gtqlora", "bitdelta"]}
@@ -74,7 +101,7 @@ def _card(
             "---",
             *(f"# {title}", "", what, ""),
             *("## Safety floor", "", *_how_it_was_judged(record), ""),
-            *_table("the fine-tune", record.against_tuned),
+            *_table(whom, record.against_tuned),
             *_table("the base", record.against_base),
             *("## How to load it", "", *load, ""),
             *("## Limits", "", *(f"- {limit}" for limit in limits), ""),

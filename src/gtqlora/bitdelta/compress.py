@@ -32,12 +32,13 @@ from gtqlora.bitdelta.container import (
 from gtqlora.bitdelta.distil import Distilled
 from gtqlora.bitdelta.lowrank import refuse_adapters
 from gtqlora.bitdelta.onebit import OneBit, decode, encode
-from gtqlora.bitdelta.verdict import Judged, Sayings, check_rows, judged, said
+from gtqlora.bitdelta.verdict import Judged, Original, check_rows, check_settings, judged, said
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.contrasts.statistics import check_rendering
+from gtqlora.exports.job import Said
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import judge_of
@@ -84,8 +85,7 @@ def compress(
         FloorError: the variant does not keep the fine-tune's refusals, or not the base's.
         RunError: OUT exists.
     """
-    require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
-    require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
+    check_settings(config)
     fits = not distill or config.split not in (_TRAINING, "all")
     require(fits, f"split = {config.split!r}: scales are fitted on the training rows")
     refuse_existing(out)
@@ -111,7 +111,6 @@ def compress(
         asked = ask(both, made.tensors, own, rows.rows, judge, config)
         if asked.own:
             made = replace(made, files={**made.files, **_own_files(both, staged)})
-        sayings = Sayings(tuned=before, base=asked.base, variant=asked.variant)
         inputs = {
             "adapter": sha256_json(made.files),
             "tuned": both.tuned.digest,
@@ -119,7 +118,16 @@ def compress(
             "contrast": fingerprint(config.contrast),
             "judge": judge.identity,
         }
-        found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
+        found = judged(
+            config,
+            staged,
+            rows=rows.rows,
+            tuned=_original(both.tuned.model, "the fine-tune", before),
+            base=_original(both.base.model, "the base", asked.base),
+            variant=asked.variant,
+            inputs=inputs,
+            judge=judge,
+        )
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
@@ -203,6 +211,10 @@ def _own_files(both: Checkpoints, staged: Path) -> dict[str, str]:
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def _original(model: str, whom: str, answers: list[Said]) -> Original:
+    return Original(model=model, whom=whom, past=ancestry(model), said=answers)
 
 
 def _record(

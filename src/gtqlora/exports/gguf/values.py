@@ -91,6 +91,10 @@ class Checkpoint:
 
     def _changed(self, part: Part, stored: Stored, change: Change | None) -> Iterator[Tensor]:
         """Yield a part's values in fp32: rows of it where these are what is taken, in the blocks of a merge."""
+        if part.expert is not None and change is None:
+            # without the edit, which may be of a whole stack and read from disk
+            yield stored[part.expert].float()
+            return
         shape, edit = self.headers[part.disk].shape, self.edited.edits.get(part.disk)
         if part.expert is None and part.take is as_is and len(shape) == 2 and not (edit and edit.by_columns):
             # In just these blocks: the rounding of a product hangs on its shape, and `verify` judged these.
