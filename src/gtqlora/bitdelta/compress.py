@@ -38,7 +38,6 @@ from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.contrasts.statistics import check_rendering
-from gtqlora.exports.job import Said
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.judge import judge_of
@@ -118,16 +117,11 @@ def compress(
             "contrast": fingerprint(config.contrast),
             "judge": judge.identity,
         }
-        found = judged(
-            config,
-            staged,
-            rows=rows.rows,
-            tuned=_original(both.tuned.model, "the fine-tune", before),
-            base=_original(both.base.model, "the base", asked.base),
-            variant=asked.variant,
-            inputs=inputs,
-            judge=judge,
-        )
+        held = {
+            "tuned": Original.of(both.tuned.model, "the fine-tune", before),
+            "base": Original.of(both.base.model, "the base", asked.base),
+        }
+        found = judged(config, staged, held, asked.variant, rows=rows.rows, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else
         write_record(staged, record)
@@ -211,10 +205,6 @@ def _own_files(both: Checkpoints, staged: Path) -> dict[str, str]:
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
-
-
-def _original(model: str, whom: str, answers: list[Said]) -> Original:
-    return Original(model=model, whom=whom, past=ancestry(model), said=answers)
 
 
 def _record(

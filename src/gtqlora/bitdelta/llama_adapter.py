@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gtqlora.bitdelta.container import Tensors
-from gtqlora.bitdelta.factors import DIAGONAL, SIGNS, Factors, by_rows, check_width, factors, written
+from gtqlora.bitdelta.factors import Factors, Form
 from gtqlora.bitdelta.onebit import SCALE_DTYPE, OneBit, decode, packed, signs
 from gtqlora.errors import RunError
 from gtqlora.exports import gguf_adapter
@@ -48,7 +49,7 @@ class Plan:
         """Return the plan for a variant's tensors on a GGUF that has its base's as `made` says.
 
         Raises:
-            RunError: a tensor is too narrow, or is several of the checkpoint's in this GGUF.
+            RunError: a tensor is several of the checkpoint's in this GGUF.
         """
         in_bits = {name: one for name, one in made.items() if one.sources & tensors.bits.keys()}
         for name, one in in_bits.items():
@@ -57,7 +58,6 @@ class Plan:
                     f"{name}: is made of several tensors in this GGUF, so no adapter of signs fits it; give one in "
                     "which they are apart, or none"
                 )
-            check_width(name, one.shape)
         whole = {name: gguf_adapter.factors_of(checkpoint, made[name]) for name in made.keys() - in_bits.keys()}
         return Plan(architecture=architecture, tensors=tensors, made=made, whole=whole)
 
@@ -69,6 +69,19 @@ class Plan:
         gguf_adapter.write_tensors(path, self.architecture, dict(self._shapes()), contents)
         return lost
 
+    @property
+    def bits(self) -> float:
+        """Return the bits of a weight, of the tensors that are in one bit in the variant."""
+        ours = [one for name, one in self.made.items() if name not in self.whole]
+        n_bytes = sum(kind.n_bytes(shape) for one in ours for kind, shape in _kinds(one))
+        return 8 * n_bytes / max(sum(prod(one.shape) for one in ours), 1)
+
+    @property
+    def odd(self) -> list[str]:
+        """Return the tensors of widths that Q1_0 and Q4_0 have no blocks for, which take more bytes."""
+        forms = {name: _form(one) for name, one in self.made.items() if name not in self.whole}
+        return [name for name, form in forms.items() if (form.signs.name, form.diagonal.name) != ("Q1_0", "Q4_0")]
+
     def _shapes(self) -> Iterator[tuple[str, Kind]]:
         for name, one in self.made.items():
             kinds = _whole_kinds(self.whole[name]) if name in self.whole else _kinds(one)
@@ -77,10 +90,10 @@ class Plan:
     def _contents(self, one: Made, lost: Lost) -> tuple[bytes, bytes]:
         if (whole := self.whole.get(one.name)) is not None:
             return quantized(whole.a_RI, F32), quantized(whole.b_DR, F32)
-        rows, each = _rows_first(one), list[Factors]()
+        form, each = _form(one), list[Factors]()
         for delta in _deltas(self.tensors.bits, one):
-            each.append(factors(delta, rows=rows))
-            lost.add(one.name, decode(delta), written(each[-1], rows=rows, columns=delta.shape[-1]))
+            each.append(form.factors(delta))
+            lost.add(one.name, decode(delta), form.written(each[-1]))
         signed, diagonal = b"".join(matrix.signs for matrix in each), b"".join(matrix.diagonal for matrix in each)
         return (signed, diagonal) if _signs_first(one) else (diagonal, signed)
 
@@ -118,19 +131,19 @@ class Lost:
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _rows_first(one: Made) -> bool:
-    return one.name != _EMBEDDING and by_rows(one.shape)
+def _form(one: Made) -> Form:
+    # what is looked up has no inputs that a diagonal could be on the side of
+    return Form(one.shape, rows=False) if one.name == _EMBEDDING else Form.smallest(one.shape)
 
 
 def _signs_first(one: Made) -> bool:
     # a diagonal of rows multiplies last, and one of columns first
-    return one.name == _EMBEDDING or by_rows(one.shape)
+    return one.name == _EMBEDDING or _form(one).rows
 
 
 def _kinds(one: Made) -> tuple[Kind, Kind]:
-    *experts, rows, columns = one.shape
-    side = rows if _rows_first(one) else columns
-    signed, diagonal = (SIGNS, one.shape), (DIAGONAL, (*experts, side, side))
+    form = _form(one)
+    signed, diagonal = (form.signs, one.shape), (form.diagonal, (*one.shape[:-2], form.side, form.side))
     return (signed, diagonal) if _signs_first(one) else (diagonal, signed)
 
 

@@ -42,7 +42,7 @@ from gtqlora.exports.llama_server import require_llama_cpp
 from gtqlora.families import ModelIdentity, load_config
 from gtqlora.families.coverage import check_tensors_covered
 from gtqlora.families.llama_cpp.layout import Layout
-from gtqlora.floor.ancestry import Ancestry, ancestry
+from gtqlora.floor.ancestry import Ancestry
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.results.export import CARD, ExportRecord, public_name, write_export
 from gtqlora.results.verdict import HeldOut, Outcome
@@ -91,7 +91,8 @@ def adapt(base: str, delta: Path, out: Path, config: VerifyConfig, *, gguf: Path
         file, kind, made = base_of(case.edited, staged, None if gguf is None else str(gguf), "--gguf")
         checkpoint = Checkpoint.of(case.edited)
         architecture = Layout.of(case.edited.model, case.edited.names).architecture
-        lost = Plan.of(checkpoint, case.variant, architecture, made).write(staged / ADAPTER)
+        plan = Plan.of(checkpoint, case.variant, architecture, made)
+        lost = plan.write(staged / ADAPTER)
         form = LlamaCpp(
             case.edited.model,
             config.max_new_tokens,
@@ -100,7 +101,7 @@ def adapt(base: str, delta: Path, out: Path, config: VerifyConfig, *, gguf: Path
             label=f"one-bit adapter on {kind}",
         )
         found = _judged(case, form, staged)
-        notes = [*_notes(kind, gguf, lost), *form.notes(case.unanswered)]
+        notes = [*_notes(plan, kind, gguf, lost), *form.notes(case.unanswered)]
         record = _record(case, staged, found, lost, notes, checkpoint.gate_values_changed())
         card = adapter_card(_with(case.variant.record, record, found), record, case.identity.folder)
         (staged / CARD).write_text(card, encoding="utf-8")
@@ -174,13 +175,16 @@ def _judged(case: _Case, form: LlamaCpp, staged: Path) -> Judged:
         "contrast": fingerprint(case.config.contrast),
         "judge": case.judge.identity,
     }
+    held = {
+        "tuned": Original(model=base, whom=JUDGED, past=past, said=_said_as_judged(case)),
+        "base": Original.of(base, "the base", form.said(asked, edited=False)),
+    }
     return judged(
         case.config,
         staged,
+        held,
+        form.said(asked, edited=True),
         rows=case.rows.rows,
-        tuned=Original(model=base, whom=JUDGED, past=past, said=_said_as_judged(case)),
-        base=Original(model=base, whom="the base", past=ancestry(base), said=form.said(asked, edited=False)),
-        variant=form.said(asked, edited=True),
         inputs=inputs,
         judge=case.judge,
         form=form.name,
@@ -198,14 +202,16 @@ def _said_as_judged(case: _Case) -> list[Said]:
 # --- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def _notes(kind: str, gguf: Path | None, lost: Lost) -> list[str]:
+def _notes(plan: Plan, kind: str, gguf: Path | None, lost: Lost) -> list[str]:
     name = "BASE.gguf" if gguf is None else gguf.name
+    odd = f"; {len(plan.odd)} tensors are of widths that Q1_0 or Q4_0 have no blocks for, and take more"
     return [
         f"llama.cpp loads it with `llama-server -m {name} --lora {ADAPTER}`, beside others; a request switches it off "
         'or on with "lora": [{"id": 0, "scale": 0.0}] or 1.0',
         f"the floor was judged with the adapter on a GGUF of the base in {kind}, on a CPU; with another one, or "
         "another scale, nothing was shown",
-        f"of the energy of the variant's one-bit differences {lost.share:.2%} is lost in llama.cpp's types",
+        f"of the energy of the variant's one-bit differences {lost.share:.2%} is lost in llama.cpp's types, "
+        f"which take {plan.bits:.1f} bits for each of their weights{odd if plan.odd else ''}",
     ]
 
 

@@ -15,7 +15,7 @@ from gtqlora.edits.effects import table
 from gtqlora.errors import ContrastError, FloorError
 from gtqlora.exports.forms import compared
 from gtqlora.exports.job import Said
-from gtqlora.floor.ancestry import Ancestry
+from gtqlora.floor.ancestry import Ancestry, ancestry
 from gtqlora.floor.decision import decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import NamedJudge
@@ -41,6 +41,11 @@ class Original:
     whom: str
     past: Ancestry
     said: list[Said]
+
+    @staticmethod
+    def of(model: str, whom: str, answers: list[Said]) -> Original:
+        """Return a model on disk, whose own record says what was edited before."""
+        return Original(model=model, whom=whom, past=ancestry(model), said=answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +99,10 @@ def said(runner: Runner, rows: Sequence[Row], label: str) -> list[Said]:
 def judged(
     config: VerifyConfig,
     folder: Path,
+    held: Mapping[str, Original],
+    variant: Sequence[Said],
     *,
     rows: Sequence[Row],
-    tuned: Original,
-    base: Original,
-    variant: Sequence[Said],
     inputs: Mapping[str, str],
     judge: NamedJudge,
     form: str = FORM,
@@ -107,6 +111,7 @@ def judged(
 
     Args:
         folder: where the variant is being written.
+        held: the fine-tune ("tuned") and the base ("base").
         variant: what the variant said to the rows, in the form that ships.
         inputs: identities of the variant ("adapter"), the fine-tune ("tuned"), the base ("base"), the pairs
             ("contrast") and the judge ("judge").
@@ -116,9 +121,9 @@ def judged(
         FloorError: no pass; the message has the refusals before and after.
     """
     asked = [unanswered(row) for row in rows]
-    originals, verdicts = {"tuned": tuned, "base": base}, dict[str, FormVerdict]()
+    verdicts: dict[str, FormVerdict] = {}
     spent, tries = 0.0, 0
-    for which, original in originals.items():
+    for which, original in held.items():
         outcomes = compared(asked, original.said, variant, judge)
         margin = original.past.margin(config.margin)
         # the base binds from half on, whatever the settings say
@@ -133,8 +138,8 @@ def judged(
         if which == "tuned" or binds(found.floor):
             spent = max(spent, original.past.spent + max(found.floor.losses.high, 0.0))
     # both are in the ledger by now, whatever they are
-    for which, original in originals.items():
-        _check(original.whom, verdicts[which], held=which == "tuned" or binds(verdicts[which].floor))
+    for which, original in held.items():
+        _check(original.whom, verdicts[which], binding=which == "tuned" or binds(verdicts[which].floor))
     return Judged(tuned=verdicts["tuned"], base=verdicts["base"], spent=spent, tries=tries)
 
 
@@ -174,9 +179,9 @@ def unanswered(row: Row) -> Outcome:
     )
 
 
-def _check(whom: str, verdict: FormVerdict, *, held: bool) -> None:
+def _check(whom: str, verdict: FormVerdict, *, binding: bool) -> None:
     """Check that the floor passes where the variant is held to it."""
-    if held and verdict.floor.verdict != "pass":
+    if binding and verdict.floor.verdict != "pass":
         raise FloorError(
             f"{verdict.name}: the safety floor's verdict against {whom} is {verdict.floor.verdict!r} "
             f"({verdict.floor.reason}); harmful prompts refused: {_rates(verdict.table['harmful'])}; nothing was "
