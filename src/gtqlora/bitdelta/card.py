@@ -72,7 +72,7 @@ def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:
     """
     what = (
         f"Differences of {inline(record.tuned)} from {inline(record.base)} in one bit a weight, as a LoRA adapter for "
-        f"llama.cpp (signs in Q1_0, scales in Q4_0): {export.tensors_changed} tensors differ from the base (digest of "
+        f"llama.cpp (signs and diagonals): {export.tensors_changed} tensors differ from the base (digest of "
         f"its files {inline(record.base_fingerprint)})."
     )
     title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}, for llama.cpp"

@@ -1,9 +1,9 @@
-"""One bit a weight as the two factors of a LoRA that llama.cpp computes: signs in Q1_0, and a diagonal in Q4_0.
+"""One bit a weight as the two factors of a LoRA that llama.cpp computes: signs in Q1_0, and a diagonal in Q2_K.
 
-Q1_0 has the sign of each value, and a scale in fp16 for every 128 of a row. A diagonal is exact in Q4_0 but for
-rounding to fp16, as no block of it has more than one value. So one side's scales go into the diagonal, and the other's
-into the blocks: those of rows hold there, and those of columns become their mean over 128. Where a width is no multiple
-of such a block, the next type takes its place, which costs more bytes and loses no more.
+Q1_0 has the sign of each value, and a scale in fp16 for every 128 of a row. Q2_K holds a diagonal as well as fp16
+does, as no block of it has more than one value. So one side's scales go into the diagonal, and the other's into the
+blocks: those of rows hold there, and those of columns become their mean over 128. Where a width is no multiple of a
+type's block, the next type takes its place, which costs more bytes and loses no more.
 
 Shape letters: N rows (outputs), K columns (inputs), C blocks of a row.
 """
@@ -19,8 +19,8 @@ from gtqlora.bitdelta.onebit import OneBit, signs
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType, dequantized, quantized
 
 _SIGNS = (BY_NAME["Q1_0"], BY_NAME["Q8_0"], BY_NAME["F16"])
-_DIAGONALS = (BY_NAME["Q4_0"], BY_NAME["F16"])
-_LARGEST = {"Q1_0": 1, "Q4_0": 8, "Q8_0": 127, "F16": 1}
+_DIAGONALS = (BY_NAME["Q2_K"], BY_NAME["Q4_0"], BY_NAME["F16"])
+_LARGEST = {"Q1_0": 1, "Q2_K": 45, "Q4_0": 8, "Q8_0": 127, "F16": 1}
 """The size of a type's largest number in units of its scale."""
 _SMALLEST = 2.0**-18
 """Of a scale in fp16: below, its steps of 2^-24 are no longer small."""

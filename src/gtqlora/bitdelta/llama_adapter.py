@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gtqlora.bitdelta.container import Tensors
 from gtqlora.bitdelta.factors import Factors, Form
-from gtqlora.bitdelta.onebit import SCALE_DTYPE, OneBit, decode, packed, signs
+from gtqlora.bitdelta.onebit import SCALE_DTYPE, OneBit, decode, matrix, packed, signs
 from gtqlora.errors import RunError
 from gtqlora.exports import gguf_adapter
 from gtqlora.exports.gguf.types import quantized
@@ -78,9 +78,9 @@ class Plan:
 
     @property
     def odd(self) -> list[str]:
-        """Return the tensors of widths that Q1_0 and Q4_0 have no blocks for, which take more bytes."""
+        """Return the tensors of widths that Q1_0 or Q2_K has no blocks for, which take more bytes."""
         forms = {name: _form(one) for name, one in self.made.items() if name not in self.whole}
-        return [name for name, form in forms.items() if (form.signs.name, form.diagonal.name) != ("Q1_0", "Q4_0")]
+        return [name for name, form in forms.items() if (form.signs.name, form.diagonal.name) != ("Q1_0", "Q2_K")]
 
     def _shapes(self) -> Iterator[tuple[str, Kind]]:
         for name, one in self.made.items():
@@ -94,7 +94,7 @@ class Plan:
         for delta in _deltas(self.tensors.bits, one):
             each.append(form.factors(delta))
             lost.add(one.name, decode(delta), form.written(each[-1]))
-        signed, diagonal = b"".join(matrix.signs for matrix in each), b"".join(matrix.diagonal for matrix in each)
+        signed, diagonal = b"".join(found.signs for found in each), b"".join(found.diagonal for found in each)
         return (signed, diagonal) if _signs_first(one) else (diagonal, signed)
 
 
@@ -161,11 +161,7 @@ def _deltas(bits: Mapping[str, OneBit], one: Made) -> Iterator[OneBit]:
             yield _nothing(one.shape[-2:])
             continue
         if part.expert is not None:
-            delta = OneBit(
-                signs_NB=delta.signs_NB[part.expert],
-                row_N=delta.row_N[part.expert],
-                column_K=delta.column_K[part.expert],
-            )
+            delta = matrix(delta, part.expert)
         yield _taken(delta, part.take)
 
 

@@ -204,7 +204,7 @@ def _said_as_judged(case: _Case) -> list[Said]:
 
 def _notes(plan: Plan, kind: str, gguf: Path | None, lost: Lost) -> list[str]:
     name = "BASE.gguf" if gguf is None else gguf.name
-    odd = f"; {len(plan.odd)} tensors are of widths that Q1_0 or Q4_0 have no blocks for, and take more"
+    odd = f"; {len(plan.odd)} tensors are of widths that Q1_0 or Q2_K has no blocks for, and take more"
     return [
         f"llama.cpp loads it with `llama-server -m {name} --lora {ADAPTER}`, beside others; a request switches it off "
         'or on with "lora": [{"id": 0, "scale": 0.0}] or 1.0',

@@ -81,8 +81,8 @@ def check_whole(job: Job) -> None:
     adapter, anatomy = job.certificate.adapter, job.anatomy
     if adapter.info.kind == PROJECTION:
         raise RunError(
-            f"{adapter.path}: a projection changes the embedding and the routed experts, which llama.cpp applies no "
-            "adapter to; export it merged, with --to gguf or --to gguf --onto USER.gguf"
+            f"{adapter.path}: a projection changes the embedding and the routed experts, of which this format holds "
+            "no change; export it merged, with --to gguf or --to gguf --onto USER.gguf"
         )
     lora = [path for path in anatomy.lora_targets if f"{path}.lora_A" in adapter.tensors]
     gates = any(f"{path}.weight" in adapter.tensors for path in anatomy.routers)

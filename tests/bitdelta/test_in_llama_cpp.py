@@ -101,13 +101,14 @@ def values(kind: str, data: bytes, columns: int) -> Tensor:
     return dequantized(data, BY_NAME[kind], columns)
 
 
+@pytest.mark.parametrize(("columns", "diagonal"), [(128, "Q4_0"), (256, "Q2_K")])
 @pytest.mark.parametrize("size", [1e-2, 1e-7])
-def test_scales_of_rows_and_columns_hold_where_a_matrix_is_not_wide(size: float) -> None:
+def test_scales_of_rows_and_columns_hold_where_a_matrix_is_not_wide(columns: int, diagonal: str, size: float) -> None:
     """Also those that fp16 would round to few steps, or to zero."""
-    delta = encode(noise(torch.empty(256, 128), torch.Generator().manual_seed(0), size))
+    delta = encode(noise(torch.empty(256, columns), torch.Generator().manual_seed(0), size))
     form = Form.smallest(delta.shape)
     found = form.factors(delta)
-    b_NK, a_KK = values("Q1_0", found.signs, 128), values("Q4_0", found.diagonal, 128)
+    b_NK, a_KK = values("Q1_0", found.signs, columns), values(diagonal, found.diagonal, columns)
     wanted = decode(delta)
     assert (b_NK @ a_KK - wanted).norm() / wanted.norm() < (1e-3 if size > 1e-6 else 1e-2)
     assert torch.equal(form.written(found), b_NK * a_KK.diagonal()) and torch.equal((b_NK @ a_KK).sign(), wanted.sign())
@@ -153,7 +154,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
     "qwen2_moe": {**_SHARED, "mlp_only_layers": [], "norm_topk_prob": False},
-    "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_moe": {"mlp_only_layers": [], "hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64},
     "qwen3_next": {**_LINEAR, "mlp_only_layers": []},
     "qwen3_5_moe": _LINEAR,
 }
