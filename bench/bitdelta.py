@@ -41,7 +41,6 @@ from gtqlora.bitdelta.distil import Distilled
 from gtqlora.bitdelta.factors import Form
 from gtqlora.bitdelta.onebit import SCALE_DTYPE, decode, encode, matrix
 from gtqlora.bitdelta.placing import place
-from gtqlora.bitdelta.verdict import unanswered
 from gtqlora.capture import Subject, open_subject
 from gtqlora.edits.merging import Edit, Whole
 from gtqlora.exports.gguf import whole as whole_gguf
@@ -251,7 +250,7 @@ def first_in_llama_cpp(file: Path, adapters: list[Path], prompts: list[list[int]
 
 def rates(form: LlamaCpp, held: contrasts.Contrast, judge: str, *, edited: bool) -> dict[str, float]:
     """Return refusals by kind, and accuracy, in llama.cpp."""
-    said, found = form.said([unanswered(row) for row in held.rows], edited=edited), dict[str, float]()
+    said, found = form.said(held.rows, edited=edited), dict[str, float]()
     refused = refusals(judge_of(judge), [row.prompt for row in held.rows], [one.text for one in said])
     for kind in contrasts.KINDS:
         mine = [number for number, row in enumerate(held.rows) if row.kind == kind]

@@ -287,6 +287,20 @@ def test_apply_only_onto_the_base_it_was_made_from(
     assert not list(tmp_path.iterdir())
 
 
+def test_out_inside_what_is_read(
+    compressed: Callable[..., tuple[Path, Path, Path]], toy: helpers.Toy, tmp_path: Path
+) -> None:
+    base, tuned, delta = compressed("qwen3_moe")
+    (tmp_path / "link").symlink_to(base)
+    for inside in (base, delta, delta / "a", tmp_path / "link"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+            apply(str(base), delta, inside / "out")
+    for inside in (base, tuned / "a", tmp_path / "link"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+            compress(str(base), inside / "out", settings(tuned, toy))
+    assert not any((folder / name).exists() for folder in (base, tuned, delta) for name in ("out", "a"))
+
+
 def test_a_fine_tunes_own_template_goes_with_it(toy: helpers.Toy, tmp_path: Path) -> None:
     base = toy.model("qwen3_moe")
     tuned = fine_tune(base, tmp_path / "tuned")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gtqlora.bitdelta import layers
 from gtqlora.bitdelta.layers import Batch, Tiles, VariantLinear
-from gtqlora.bitdelta.onebit import OneBit, decode, encode
+from gtqlora.bitdelta.onebit import OneBit, decode, encode, signs
 from gtqlora.bitdelta.resident import install
 from gtqlora.bitdelta.variants import Variant
 from gtqlora.capture import Subject, open_subject
@@ -149,18 +150,34 @@ def test_tied_embeddings(toy: Toy) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("outputs", "inputs"), [(300, 64), (20, 37)])
 @torch.no_grad()
-def test_many_rows_of_one_variant_are_multiplied_once(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+def test_many_rows_of_one_variant_are_multiplied_once(
+    outputs: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The matrix is then put together tile by tile; the tiles' memory is used again and again."""
+    monkeypatch.setattr(layers, "_TILE", 7 * inputs * dtype.itemsize)
     base = nn.Linear(inputs, outputs, dtype=dtype)
     delta = encode(_noise((outputs, inputs), 0.1, 0))
     own = OneBit(signs_NB=delta.signs_NB, row_N=delta.row_N.to(dtype), column_K=delta.column_K.to(dtype))
     batch = Batch(torch.device("cpu"), 2)
     layer = VariantLinear(base, batch, Tiles(dtype, batch.device), {1: own}, {})
     batch.begin([1])
-    for rows in (3, 200):
+    for rows in (3, layers._MERGED - 1, layers._MERGED, 200):
         x = _noise((1, rows, inputs), 1.0, rows).to(dtype)
         wanted = nn.functional.linear(x.float(), base.weight.float() + decode(own), base.bias.float())
         assert (layer(x).float() - wanted).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_merged_matrix_is_the_sum(dtype: torch.dtype) -> None:
+    """Bit for bit the weights plus the difference in their type; unchanged rows stay as they are."""
+    weight, delta = _noise((30, 40), 1.0, 1).to(dtype), encode(_noise((30, 40), 0.1, 2))
+    row_N, column_K = delta.row_N.to(dtype), delta.column_K.to(dtype)
+    row_N[4] = 0.0
+    own = OneBit(signs_NB=delta.signs_NB, row_N=row_N, column_K=column_K)
+    found = Tiles(dtype, torch.device("cpu")).merged(torch.eye(40, dtype=dtype), weight, None, own).T
+    assert torch.equal(found, torch.addcmul(weight, signs(own).to(dtype) * row_N[:, None], column_K))
+    assert torch.equal(found[4], weight[4])
 
 
 def _misplaced(variant: Variant) -> Variant:

@@ -52,7 +52,7 @@ def test_an_adapter_for_llama_cpp(toy: helpers.Toy, tmp_path: Path, capsys: pyte
     shown = " ".join(capsys.readouterr().out.split())
     for part in ("an adapter for llama.cpp", "against the variant as it was judged: pass", "--lora adapter.gguf"):
         assert part in shown
-    assert "23 tensors are of widths that Q1_0 or Q2_K has no blocks for" in shown
+    assert "23 tensors have a width that Q1_0 or Q2_K has no blocks for" in shown
     assert main([*given[:4], str(tmp_path / "other"), *given[5:]]) == 2
     assert "contrast" in capsys.readouterr().err
     assert main(["export", "--check", str(tmp_path / "out")]) == 0

@@ -23,6 +23,7 @@ from tests.exports.conftest import Export
 from tests.exports.hub_stand_in import TOKEN, Hub, Repo
 
 NAME = "owner/edit"
+NAMED = "base_model: them/base\nbase_model_relation: finetune\n"
 
 
 @pytest.fixture
@@ -90,6 +91,24 @@ def test_public_only_if_asked(export: Export, hub: Hub) -> None:
     assert not hub.repos[NAME].private
     refused(export, "is there already, and public; say --public")
     published(export, private=False)
+
+
+def test_a_card_that_names_no_base(export: Export, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hub lists an edit under its base only by a name, which a folder has not: said, and given by an option."""
+    words = ["export", str(export.run), str(export.out), "--to", "hub", "--set", f"judge={helpers.JUDGE}"]
+    words, missing = [*words, "--repo", NAME], "names no base on the hub"
+    card, given = export.out / "README.md", ["--base-model", "them/base"]
+    before = card.read_text()
+    assert main([*words, "--dry-run"]) == 0 and missing in capsys.readouterr().out
+    assert main([*words, "--dry-run", *given]) == 0 and missing not in capsys.readouterr().out
+    assert main([*words, "--base-model", "base"]) == 2
+    assert "--base-model 'base': must be OWNER/NAME" in capsys.readouterr().err
+    assert card.read_text() == before and hub.asked == []
+    assert main([*words, *given]) == 0 and missing not in capsys.readouterr().out
+    sent = hub.repos[NAME].files["README.md"].decode()
+    assert sent == card.read_text() == before.replace("---\n", f"---\n{NAMED}", 1)
+    assert main([*words, *given]) == 2 and "names a base already" in capsys.readouterr().err
+    assert main([*words, "--dry-run"]) == 0 and missing not in capsys.readouterr().out
 
 
 # --- what is not sent ------------------------------------------------------------------------------------------------

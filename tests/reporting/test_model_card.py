@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from gtqlora.config.export import FORMATS
-from gtqlora.reporting.model_card import Base, inline, kept_metadata, model_card
+from gtqlora.reporting.model_card import Base, inline, kept_metadata, model_card, names_base, with_base
 from gtqlora.results.export import ExportRecord, FormVerdict, VerdictOnEdit
 from gtqlora.results.verdict import HeldOut, Verdict, read_verdict
 from gtqlora.stats import floor
@@ -150,6 +150,37 @@ def test_a_form_that_was_judged_has_its_own_table(tmp_path: Path) -> None:
     text = model_card(verdict, replace(_record(verdict), format="gguf", form=form, divergence=None), Base())
     assert "GGUF Q4\\_K in llama.cpp: safety floor **" in text and "that these were made from" in text
     assert [token.type for token in _tokens(text)].count("table_open") == 2
+
+
+def test_tables_list_kinds_in_one_order(tmp_path: Path) -> None:
+    """A verdict that was read has its kinds by the alphabet, and one that was just given has not."""
+    verdict = _verdict(tmp_path / "run")
+    given = {kind: verdict.table[kind] for kind in ("lookalike", "harmful", "benign")}
+    record = replace(_record(verdict), form=FormVerdict(name="x", floor=verdict.floor, lost={}, table=given))
+    text = model_card(replace(verdict, table=dict(sorted(given.items()))), record, Base())
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["| prompts", "| benign", "| lookalike", "| harmful"] * 2
+
+
+def test_code_in_a_note_is_code(tmp_path: Path) -> None:
+    verdict = _verdict(tmp_path / "run")
+    note = "It loads with `llama-server -m a_b.gguf --lora c.gguf`; not `<b>x</b>` or `a|b`, nor ` alone."
+    tokens = list(_tokens(model_card(verdict, replace(_record(verdict), notes=[note]), Base())))
+    (line,) = [t for t in tokens if t.type == "inline" and t.content.startswith("It loads")]
+    read = [(t.type, t.content) for t in line.children or ()]
+    assert ("code_inline", "llama-server -m a_b.gguf --lora c.gguf") in read
+    assert "".join(content for _, content in read) == note.replace("`", "", 2) and "html_inline" not in dict(read)
+
+
+def test_a_base_is_named_in_a_card_that_is_there() -> None:
+    named = with_base(CARD, "owner/model", "gguf")
+    assert yaml.safe_load(named.split("---")[1]) == {
+        "base_model": "owner/model", "base_model_relation": "quantized",
+        "license": "apache-2.0", "tags": ["chat"], "language": ["en"],
+    }  # fmt: skip
+    assert named.endswith(CARD.removeprefix("---\n")) and not names_base(CARD) and names_base(named)
+    bare = with_base("# Mine\n", "owner/model", "peft")
+    assert names_base(bare) and bare.endswith("---\n# Mine\n")
 
 
 EVIL = "x`|\n# a\n```\n<script>alert(1)</script>[l](http://e)![i](http://e)\x1b[2J**b** $(reboot)'; reboot; '"

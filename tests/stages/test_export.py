@@ -317,6 +317,18 @@ def test_unknown_format_and_existing_folder(passed: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
+@pytest.mark.parametrize("inside", ["run", "run/a/b", "run/../run", "link", "model", "model/a"])
+def test_out_inside_the_run_or_the_model(toy: helpers.Toy, passed: Path, tmp_path: Path, inside: str) -> None:
+    """By name or by links: what a later stage reads, or another edit of the model, would have to tell it apart."""
+    model = source(toy, "qwen3_moe")
+    (tmp_path / "link").symlink_to(passed)
+    (tmp_path / "model").symlink_to(model)
+    before = {folder: sorted(folder.rglob("*")) for folder in (passed, model, tmp_path)}
+    with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+        exported(passed, tmp_path / inside / "out")
+    assert {folder: sorted(folder.rglob("*")) for folder in before} == before
+
+
 def test_a_shard_that_vanishes(toy: helpers.Toy, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model folder"):
         copy_changed(str(tmp_path / "gone"), tmp_path / "out", {})

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtqlora.bitdelta.card import weights_card
-from gtqlora.bitdelta.checkpoints import refuse_inside
 from gtqlora.bitdelta.container import Variant, read_variant
 from gtqlora.bitdelta.verdict import verdicts_on
 from gtqlora.errors import ModelError
@@ -18,7 +17,7 @@ from gtqlora.families.files import CONFIG, checked_file, small_names, weight_fil
 from gtqlora.families.headers import Header, read_headers
 from gtqlora.results.export import CARD, FILE, ExportRecord, write_export
 from gtqlora.run import sha256_file, versions
-from gtqlora.storage.atomic import atomic_write, refuse_existing
+from gtqlora.storage.atomic import atomic_write, refuse_existing, refuse_inside
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
 
     Raises:
         ModelError: the variant is not in order, was made from another model, or the base changes meanwhile.
-        RunError: OUT exists, or lies in the variant.
+        RunError: OUT exists, or lies in the variant or the base.
     """
     variant = fitting(base, delta, out)
     found = identified(base, variant)
@@ -136,7 +135,9 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         divergence=None,
         format="bitdelta",
         form=record.against_tuned,
-        notes=[f"one-bit differences of {record.tuned} from {record.base}, which lose {record.energy_lost:.1%}"],
+        notes=[
+            f"One-bit differences of {record.tuned} from {record.base} lose {record.energy_lost:.1%} of their energy."
+        ],
         versions=versions(),
         files={name: sha256_file(staged / name) for name in sorted(names)},
     )

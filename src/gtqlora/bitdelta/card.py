@@ -10,8 +10,9 @@ import yaml
 from gtqlora.bitdelta.container import Record
 from gtqlora.families.files import checked_file, has
 from gtqlora.reporting.loading import loading
-from gtqlora.reporting.model_card import inline, kept_metadata
+from gtqlora.reporting.model_card import inline, kept_metadata, with_code
 from gtqlora.results.export import ExportRecord, FormVerdict
+from gtqlora.results.verdict import by_kind
 from gtqlora.stats import Interval
 
 JUDGED = "the variant as it was judged"
@@ -77,7 +78,7 @@ def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:
     )
     title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}, for llama.cpp"
     front = {"library_name": "gguf", "pipeline_tag": "text-generation"}
-    load, limits = loading(export, None, needs_us=False), [*map(inline, export.notes), *_SCOPE, _CHECK]
+    load, limits = loading(export, None, needs_us=False), [*map(with_code, export.notes), *_SCOPE, _CHECK]
     return _card(record, base, front, title=title, what=what, load=load, limits=limits, whom=JUDGED)
 
 
@@ -127,9 +128,9 @@ def _own(folder: Path) -> str:
 
 def _table(whom: str, verdict: FormVerdict) -> list[str]:
     rows = [
-        f"| {kind} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
+        f"| {inline(kind)} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
         f"{_shown(row.accuracy_before)} | {_shown(row.accuracy_after)} |"
-        for kind, row in verdict.table.items()
+        for kind, row in by_kind(verdict.table)
     ]
     return [
         f"Against {whom}, the safety floor's verdict is **{verdict.floor.verdict}** ({verdict.floor.reason}).",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gtqlora.errors import ModelError, RunError
+from gtqlora.errors import ModelError
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import (
     Anatomy,
@@ -184,17 +184,6 @@ def refuse_equals(both: Checkpoints) -> None:
             f"{both.tuned.model}: is the same as {both.base.model}, tensor for tensor; give the base first, and then a "
             "fine-tune of it"
         )
-
-
-def refuse_inside(out: Path, *folders: Path) -> None:
-    """Check that a new folder does not lie in any of these, which it would make something else.
-
-    Raises:
-        RunError: it does.
-    """
-    for folder in folders:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise RunError(f"{out}: lies in {folder}, which would be another folder then; choose another place")
 
 
 class _Matrices:

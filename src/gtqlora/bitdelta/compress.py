@@ -18,7 +18,7 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.bitdelta.asking import Own, ask
 from gtqlora.bitdelta.card import variant_card
-from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_equals, refuse_inside
+from gtqlora.bitdelta.checkpoints import Change, Checkpoints, checkpoints, refuse_equals
 from gtqlora.bitdelta.container import (
     FORMAT,
     OWN,
@@ -46,7 +46,7 @@ from gtqlora.results.export import CARD, public_name
 from gtqlora.results.verdict import HeldOut
 from gtqlora.run import fingerprint, sha256_file, sha256_json, versions
 from gtqlora.scoring import Runner
-from gtqlora.storage.atomic import atomic_write, refuse_existing
+from gtqlora.storage.atomic import atomic_write, refuse_existing, refuse_inside
 
 _NOT_OWN = (CONFIG, PROVENANCE)
 """Of a model's small files: the base's config holds for its variants, and provenance is in the record."""
@@ -82,7 +82,7 @@ def compress(
     Raises:
         ModelError: the two do not go together or are the same, or an adapter is the better form.
         FloorError: the variant does not keep the fine-tune's refusals, or not the base's.
-        RunError: OUT exists.
+        RunError: OUT exists, or lies in one of the two.
     """
     check_settings(config)
     fits = not distill or config.split not in (_TRAINING, "all")

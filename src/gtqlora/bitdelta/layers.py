@@ -21,10 +21,12 @@ from gtqlora.edits.merging import LowRank
 if TYPE_CHECKING:
     from gtqlora.bitdelta.kernels import Groups, Matrices, Signs
 
-_TILE = 256
-"""Rows of a matrix that are unpacked at a time: they stay in a core's cache until they are multiplied."""
-_MERGED = 64
+_TILE = 1 << 22
+"""Bytes of signs that are unpacked at a time: they stay in the cache until they are multiplied."""
+_MERGED = 24
 """Rows of one variant from which on its matrix is put together tile by tile: two products would take longer."""
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a number, the type of its bits."""
 
 Rows = Tensor | slice
 """Rows of one variant in a batch: their numbers, or all of them."""
@@ -94,28 +96,31 @@ class Tiles:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
+        self.dtype, self._bits = dtype, _BITS[dtype.itemsize]
+        self._one = torch.ones((), dtype=dtype, device=device).view(self._bits)
         places = torch.arange(8, dtype=torch.uint8)
         signs = ((torch.arange(256, dtype=torch.uint8)[:, None] >> places) & 1).float() * 2 - 1
         # a number is 16 bytes: eight halves, or half of eight floats; torch is four times as fast along one dimension
         table = signs.to(device, dtype).view(torch.complex128)
         self._table = table.flatten() if table.shape[1] == 1 else table
-        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._index = torch.empty(0, dtype=torch.int32, device=device)
+        self._memory = self._table[:0]
 
     def of(self, delta: OneBit) -> Iterator[tuple[slice, Tensor]]:
         """Give rows of a matrix, and their signs in the dtype; the next tile takes their place."""
         outputs, inputs = delta.shape
-        for first in range(0, outputs, _TILE):
-            bytes_NB = delta.signs_NB[first : first + _TILE]
+        step = max(_TILE // (inputs * self.dtype.itemsize), 1)
+        for first in range(0, outputs, step):
+            bytes_NB = delta.signs_NB[first : first + step]
             yield slice(first, first + len(bytes_NB)), self.unpacked(bytes_NB)[:, :inputs]
 
     def unpacked(self, bytes_NB: Tensor) -> Tensor:
-        """Return the signs of up to a tile's rows, all that their bytes have."""
+        """Return the signs of some rows, all that their bytes have."""
         count = bytes_NB.numel()
-        if count not in self._memory:
-            index = torch.empty(count, dtype=torch.int32, device=bytes_NB.device)
-            self._memory[count] = index, self._table.new_empty(count, *self._table.shape[1:])
-        index, out = self._memory[count]
+        if count > len(self._index):
+            self._index = self._index.new_empty(count)
+            self._memory = self._table.new_empty(count, *self._table.shape[1:])
+        index, out = self._index[:count], self._memory[:count]
         index.copy_(bytes_NB.reshape(-1))
         torch.index_select(self._table, 0, index, out=out)
         return out.view(self.dtype).view(len(bytes_NB), -1)
@@ -124,17 +129,25 @@ class Tiles:
         """Return what a one-bit matrix makes of rows."""
         # scales beside the product and not in the tile: of few rows they are far fewer numbers
         out_TN, scaled_TK = x_TK.new_empty(len(x_TK), delta.shape[0]), x_TK * delta.column_K
-        for rows, signs in self.of(delta):
-            torch.mul(F.linear(scaled_TK, signs), delta.row_N[rows], out=out_TN[:, rows])
-        return out_TN
+        for rows, signs_NK in self.of(delta):
+            out_TN[:, rows] = F.linear(scaled_TK, signs_NK)
+        return out_TN.mul_(delta.row_N)
 
     def merged(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta: OneBit) -> Tensor:
         """Return what a matrix with its one-bit difference makes of rows, never holding more of it than a tile."""
-        out_TN = x_TK.new_empty(len(x_TK), delta.shape[0])
-        for rows, signs in self.of(delta):
-            signs.mul_(delta.row_N[rows, None])
-            out_TN[:, rows] = F.linear(x_TK, torch.addcmul(weight_NK[rows], signs, delta.column_K, out=signs))
+        # outputs by rows: a product is faster where the larger matrix is on the left
+        out_NT, x_KT = x_TK.new_empty(delta.shape[0], len(x_TK)), x_TK.T
+        for rows, signs_NK in self.of(delta):
+            self._scale(signs_NK, delta.row_N[rows])
+            merged_NK = torch.addcmul(weight_NK[rows], signs_NK, delta.column_K, out=signs_NK)
+            torch.mm(merged_NK, x_KT, out=out_NT[rows])
+        out_TN = out_NT.T.contiguous()
         return out_TN if bias_N is None else out_TN.add_(bias_N)
+
+    def _scale(self, signs_NK: Tensor, row_N: Tensor) -> None:
+        """Multiply signs by their rows' scales, in place."""
+        # the bits of 1 out and those of the scale in: an integer pass, where bf16 would be widened and rounded back
+        signs_NK.view(self._bits).bitwise_xor_((row_N.view(self._bits) ^ self._one)[:, None])
 
 
 # --- a linear and what variants add to it ----------------------------------------------------------------------------

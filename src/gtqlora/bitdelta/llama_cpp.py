@@ -24,7 +24,6 @@ from gtqlora.bitdelta.verdict import (
     check_settings,
     judged,
     said,
-    unanswered,
     verdicts_on,
 )
 from gtqlora.capture import open_subject
@@ -45,7 +44,7 @@ from gtqlora.families.llama_cpp.layout import Layout
 from gtqlora.floor.ancestry import Ancestry
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.results.export import CARD, ExportRecord, public_name, write_export
-from gtqlora.results.verdict import HeldOut, Outcome
+from gtqlora.results.verdict import HeldOut
 from gtqlora.run import fingerprint, sha256_file, versions
 from gtqlora.scoring import Runner
 from gtqlora.storage.atomic import atomic_write, refuse_existing
@@ -101,7 +100,7 @@ def adapt(base: str, delta: Path, out: Path, config: VerifyConfig, *, gguf: Path
             label=f"one-bit adapter on {kind}",
         )
         found = _judged(case, form, staged)
-        notes = [*_notes(plan, kind, gguf, lost), *form.notes(case.unanswered)]
+        notes = [*_notes(plan, kind, gguf, lost), *form.notes(case.rows.rows)]
         record = _record(case, staged, found, lost, notes, checkpoint.gate_values_changed())
         card = adapter_card(_with(case.variant.record, record, found), record, case.identity.folder)
         (staged / CARD).write_text(card, encoding="utf-8")
@@ -121,11 +120,6 @@ class _Case:
     config: VerifyConfig
     rows: Contrast
     judge: NamedJudge
-
-    @property
-    def unanswered(self) -> list[Outcome]:
-        """Return the rows without any answers."""
-        return [unanswered(row) for row in self.rows.rows]
 
 
 def _opened(base: str, delta: Path, out: Path, config: VerifyConfig) -> _Case:
@@ -166,7 +160,7 @@ def _edited(base: str, variant: Variant) -> EditedModel:
 
 def _judged(case: _Case, form: LlamaCpp, staged: Path) -> Judged:
     """Ask the variant as it was judged, the base in llama.cpp, and the adapter on it; decide on that."""
-    record, base, asked = case.variant.record, case.edited.model, case.unanswered
+    record, base, rows = case.variant.record, case.edited.model, case.rows.rows
     past = Ancestry(record.spent, (*record.ancestors, record.name))
     inputs = {
         "adapter": case.variant.digest,
@@ -177,14 +171,14 @@ def _judged(case: _Case, form: LlamaCpp, staged: Path) -> Judged:
     }
     held = {
         "tuned": Original(model=base, whom=JUDGED, past=past, said=_said_as_judged(case)),
-        "base": Original.of(base, "the base", form.said(asked, edited=False)),
+        "base": Original.of(base, "the base", form.said(rows, edited=False)),
     }
     return judged(
         case.config,
         staged,
         held,
-        form.said(asked, edited=True),
-        rows=case.rows.rows,
+        form.said(rows, edited=True),
+        rows=rows,
         inputs=inputs,
         judge=case.judge,
         form=form.name,
@@ -204,15 +198,17 @@ def _said_as_judged(case: _Case) -> list[Said]:
 
 def _notes(plan: Plan, kind: str, gguf: Path | None, lost: Lost) -> list[str]:
     name = "BASE.gguf" if gguf is None else gguf.name
-    odd = f"; {len(plan.odd)} tensors are of widths that Q1_0 or Q2_K has no blocks for, and take more"
-    return [
+    found = [
         f"llama.cpp loads it with `llama-server -m {name} --lora {ADAPTER}`, beside others; a request switches it off "
-        'or on with "lora": [{"id": 0, "scale": 0.0}] or 1.0',
-        f"the floor was judged with the adapter on a GGUF of the base in {kind}, on a CPU; with another one, or "
-        "another scale, nothing was shown",
-        f"of the energy of the variant's one-bit differences {lost.share:.2%} is lost in llama.cpp's types, "
-        f"which take {plan.bits:.1f} bits for each of their weights{odd if plan.odd else ''}",
+        'or on with "lora": [{"id": 0, "scale": 0.0}] or 1.0.',
+        f"The floor was judged with the adapter on a GGUF of the base in {kind}, on a CPU; with another one, or "
+        "another scale, nothing was shown.",
+        f"Of the energy of the variant's one-bit differences {lost.share:.2%} is lost in llama.cpp's types, which take "
+        f"{plan.bits:.1f} bits for each of their weights.",
     ]
+    if plan.odd:
+        found.append(f"{len(plan.odd)} tensors have a width that Q1_0 or Q2_K has no blocks for, and take more.")
+    return found
 
 
 def _with(variant: Record, adapter: ExportRecord, found: Judged) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from gtqlora.floor.decision import decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import NamedJudge
 from gtqlora.results.export import FormVerdict, VerdictOnEdit
-from gtqlora.results.verdict import KindRow, Outcome
+from gtqlora.results.verdict import KindRow
 from gtqlora.scoring import Runner, log_probs
 
 FORM = "one bit a weight"
@@ -120,11 +119,10 @@ def judged(
     Raises:
         FloorError: no pass; the message has the refusals before and after.
     """
-    asked = [unanswered(row) for row in rows]
     verdicts: dict[str, FormVerdict] = {}
     spent, tries = 0.0, 0
     for which, original in held.items():
-        outcomes = compared(asked, original.said, variant, judge)
+        outcomes = compared(rows, original.said, variant, judge)
         margin = original.past.margin(config.margin)
         # the base binds from half on, whatever the settings say
         settings = replace(config, model=original.model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
@@ -149,34 +147,6 @@ def verdicts_on(finished: str, judge: str, *found: FormVerdict) -> list[VerdictO
         VerdictOnEdit(finished=finished, verdict=one.floor.verdict, reason=one.floor.reason, judge=judge, shipped=True)
         for one in found
     ]
-
-
-def unanswered(row: Row) -> Outcome:
-    """Return a row as an outcome without any answers."""
-    # `exports.forms.compared` puts in what was said, and asks the judge
-    return Outcome(
-        number=row.number,
-        kind=row.kind,
-        pair_id=row.pair_id,
-        topic=row.topic,
-        prompt_json=json.dumps([dict(message) for message in row.prompt]),
-        rejected=row.rejected,
-        answer=row.answer,
-        text_before="",
-        text_after="",
-        tokens_before=0,
-        tokens_after=0,
-        ended_before=False,
-        ended_after=False,
-        refused_before=False,
-        refused_after=False,
-        refused_replayed=None,
-        correct_before=None,
-        correct_after=None,
-        rejected_log_prob_before=None,
-        rejected_log_prob_after=None,
-        lost=None,
-    )
 
 
 def _check(whom: str, verdict: FormVerdict, *, binding: bool) -> None:

@@ -263,6 +263,8 @@ def show_published(found: Published) -> None:
         say_whole(console, f"would go to {found.repo} ({who}); nothing was sent")
     else:
         say_whole(console, f"{found.repo} ({who}) at commit {found.commit}")
+    for note in found.notes:
+        say(console, note)
 
 
 def show_provenance(found: Provenance) -> None:

@@ -115,6 +115,10 @@ class HubOptions:
             help="With --to hub: show what would go where; send nothing.",
         ),
     ] = False
+    base_model: Annotated[
+        str | None,
+        Parameter(name="--base-model", help="With --to hub: the base's OWNER/NAME there, for a card that has none."),
+    ] = None
 
 
 def asked_format(given: str | None, old: str | None) -> str | None:

@@ -273,7 +273,7 @@ def _refuse_stray(options: FormatOptions, hub: HubOptions, check: Path | None, o
         raise ConfigError("--to hub publishes OUT as it is; give the format's options to the export that writes it")
     # a forgotten --to hub must not end in a second export under the name of a published one
     if options.to != "hub" and hub != NO_HUB:
-        raise ConfigError("--repo, --public and --dry-run are for --to hub only")
+        raise ConfigError("--repo, --public, --dry-run and --base-model are for --to hub only")
 
 
 def _export(run: Path, out: Path, options: FormatOptions, judge: str | None, *, as_json: bool) -> None:
@@ -299,7 +299,15 @@ def _publish(run: Path, out: Path, hub: HubOptions, judge: str | None, *, as_jso
         raise ConfigError("--repo is missing: --to hub needs OWNER/NAME. See gtqlora export --help")
     with _opened(existing_run(run)) as held:
         named = judge_of_verdict(held, judge)
-        found = stage(held, out, hub.repo, private=hub.private, dry_run=hub.dry_run, judge=named)
+        found = stage(
+            held,
+            out,
+            hub.repo,
+            private=hub.private,
+            dry_run=hub.dry_run,
+            base_model=hub.base_model,
+            judge=named,
+        )
     if as_json:
         printing.show_json(found)
     else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from gtqlora.certificate import Certificate
+from gtqlora.contrasts import Row
 from gtqlora.edits.effects import table
 from gtqlora.errors import FloorError
 from gtqlora.exports.job import Form, Said
@@ -14,7 +14,7 @@ from gtqlora.floor.arithmetic import floor_of
 from gtqlora.floor.outcomes import entry_prompts, harmful_prompts, judged_again, losses
 from gtqlora.judging.judge import Judge, judge_of, refusals
 from gtqlora.results.export import FormVerdict
-from gtqlora.results.verdict import Outcome, of_kind
+from gtqlora.results.verdict import Outcome, Reply, of_kind
 from gtqlora.scoring import is_correct
 
 _OTHERS = 200
@@ -58,34 +58,24 @@ def _asked(certificate: Certificate) -> list[Outcome]:
     return chosen
 
 
-def compared(rows: Sequence[Outcome], before: Sequence[Said], after: Sequence[Said], judge: Judge) -> list[Outcome]:
-    """Return rows with what was said to them before and after in their places, judged."""
-    return _judged([_in_form(*each) for each in zip(rows, before, after, strict=True)], judge)
+def compared(
+    rows: Sequence[Row | Outcome], before: Sequence[Said], after: Sequence[Said], judge: Judge
+) -> list[Outcome]:
+    """Return rows with what was said to them before and after, judged."""
+    replies = zip(rows, _replies(rows, before, judge), _replies(rows, after, judge), strict=True)
+    return [Outcome.of(row, was, now) for row, was, now in replies]
 
 
-def _in_form(outcome: Outcome, before: Said, after: Said) -> Outcome:
-    return replace(
-        outcome,
-        text_before=before.text,
-        text_after=after.text,
-        tokens_before=before.tokens,
-        tokens_after=after.tokens,
-        ended_before=before.ended,
-        ended_after=after.ended,
-        refused_replayed=None,
-        correct_before=is_correct(outcome, before.text),
-        correct_after=is_correct(outcome, after.text),
-        rejected_log_prob_before=before.rejected_log_prob,
-        rejected_log_prob_after=after.rejected_log_prob,
-        lost=None,
-    )
-
-
-def _judged(outcomes: Sequence[Outcome], judge: Judge) -> list[Outcome]:
-    prompts = [outcome.prompt for outcome in outcomes]
-    before = refusals(judge, prompts, [outcome.text_before for outcome in outcomes])
-    after = refusals(judge, prompts, [outcome.text_after for outcome in outcomes])
+def _replies(rows: Sequence[Row | Outcome], said: Sequence[Said], judge: Judge) -> list[Reply]:
+    refused = refusals(judge, [row.prompt for row in rows], [each.text for each in said])
     return [
-        replace(outcome, refused_before=was, refused_after=now)
-        for outcome, was, now in zip(outcomes, before, after, strict=True)
+        Reply(
+            text=each.text,
+            tokens=each.tokens,
+            ended=each.ended,
+            refused=refuses,
+            correct=is_correct(row, each.text),
+            rejected_log_prob=each.rejected_log_prob,
+        )
+        for row, each, refuses in zip(rows, said, refused, strict=True)
     ]

@@ -188,7 +188,7 @@ def _notes(job: Job, kind: str) -> list[str]:
     base = "BASE.gguf" if job.config.base is None else Path(job.config.base).name
     return [
         f"llama.cpp loads it with `llama-server -m {base} --lora {FILE}`; a request switches it off or on with "
-        '"lora": [{"id": 0, "scale": 0.0}] or 1.0',
-        f"the floor was judged with the adapter on a GGUF of the base in {kind}; with another one, or another scale, "
-        "nothing was shown",
+        '"lora": [{"id": 0, "scale": 0.0}] or 1.0.',
+        f"The floor was judged with the adapter on a GGUF of the base in {kind}; with another one, or another scale, "
+        "nothing was shown.",
     ]

@@ -42,8 +42,8 @@ _ADDRESS = re.compile(r"https?://\S+")
 _AGAIN = "run the same command again, and what is up already is not sent again"
 
 
-def check_name(repo: str) -> None:
-    """Check the name of a repository.
+def check_name(repo: str, option: str) -> None:
+    """Check the name of a repository that an option of the command gives.
 
     Raises:
         ConfigError: it is not OWNER/NAME as the hub takes it.
@@ -53,7 +53,7 @@ def check_name(repo: str) -> None:
         if repo.count("/") != 1:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        raise ConfigError(f"--repo {repo!a}: must be OWNER/NAME in letters, digits, '-', '_' and '.'") from error
+        raise ConfigError(f"{option} {repo!a}: must be OWNER/NAME in letters, digits, '-', '_' and '.'") from error
 
 
 def push(files: Mapping[str, Path], digests: Mapping[str, str], repo: str, *, private: bool, message: str) -> str:

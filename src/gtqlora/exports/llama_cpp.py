@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gtqlora.contrasts import encode_prompt
+from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.contrasts.template import encode_answers, rendered, tokens
 from gtqlora.exports.job import Job, Said
 from gtqlora.exports.llama_server import Reply, Request, Scale, Server, serving
@@ -110,7 +110,7 @@ class LlamaCpp:
     def _stops(self) -> set[int]:
         return _stop_ids(self.model, self._tokenizer)
 
-    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+    def said(self, rows: Sequence[Row | Outcome], *, edited: bool) -> list[Said]:
         """Return what the base, or the edit, says to these rows' prompts, greedily, from the run's own token ids.
 
         Raises:
@@ -130,7 +130,7 @@ class LlamaCpp:
         found = {row.number: total for row, total in zip(harmful, ready, strict=True)}
         return [self._said(reply, found.get(row.number)) for row, reply in zip(rows, answers, strict=True)]
 
-    def notes(self, rows: Sequence[Outcome]) -> list[str]:
+    def notes(self, rows: Sequence[Row | Outcome]) -> list[str]:
         """Return a sentence on the tokenizer of the GGUF where it reads these rows' prompts unlike the model's own.
 
         Raises:
@@ -140,11 +140,11 @@ class LlamaCpp:
         if share == 1:
             return []
         return [
-            f"the GGUF's own tokenizer reads {share:.1%} of the held-out prompts as the model's does; the floor was "
-            "judged on the model's tokens, so what users type may be answered otherwise"
+            f"The GGUF's own tokenizer reads {share:.1%} of the held-out prompts as the model's does; the floor was "
+            "judged on the model's tokens, so what users type may be answered otherwise."
         ]
 
-    def tokenizer_agreement(self, rows: Sequence[Outcome], limit: int = 500) -> float:
+    def tokenizer_agreement(self, rows: Sequence[Row | Outcome], limit: int = 500) -> float:
         """Return the share of these prompts, of the first `limit`, that the GGUF's tokenizer reads as ours does."""
         texts = [rendered(self._tokenizer, row.prompt, generation=True) for row in rows[:limit]]
         with serving(self.base, context=1) as server:
@@ -157,7 +157,7 @@ class LlamaCpp:
             return self.base, []
         return (self.base if self.edited is None else self.edited), [] if self.adapter is None else [self.adapter]
 
-    def _forced(self, row: Outcome) -> Request:
+    def _forced(self, row: Row | Outcome) -> Request:
         """Return the request that makes llama.cpp say the row's `rejected`, and tell how likely it was."""
         prompt, (ids,) = encode_answers(self._tokenizer, row.prompt, row.rejected)
         # what the template puts behind the completion is no part of it

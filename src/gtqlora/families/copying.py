@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +26,7 @@ from gtqlora.families.identity import read_files, state_of
 from gtqlora.families.patching import Change, Tally, check_change, patch
 from gtqlora.progress import track
 from gtqlora.run import sha256_bytes, sha256_file, sha256_json
+from gtqlora.storage.atomic import sync
 from gtqlora.storage.moving import Moved, copy_file, share_file
 
 _HASHING = max(2, min(8, os.cpu_count() or 1))
@@ -146,20 +149,21 @@ def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Heade
 
 def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
     """Write the weight files; return the sha256 of those that were read."""
-    with ThreadPoolExecutor(_HASHING) as pool:
+    with ThreadPoolExecutor(_HASHING, initializer=_step_back) as pool, ThreadPoolExecutor(1) as flushing:
         hashing = _Hashing(plan, target, copied, pool)
-        for shard in track(plan.names, "write shards", len(plan.names)):
+        flushed: list[Future[None]] = []
+        # The hash of the file that was written last is waited for; so let that be a small one.
+        shards = sorted(plan.names, key=lambda shard: -checked_file(plan.folder, shard).stat().st_size)
+        for index, shard in enumerate(track(shards, "write shards", len(shards))):
             file, new, in_place = checked_file(plan.folder, shard), plan.names[shard], plan.todo[shard]
             (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
             rewritten = bool(in_place) and plan.overlay is None
-            before = state_of(file)
-            # Sharing takes no time, so it comes before the hash; a copy takes long, and goes on beside it.
             if share:
-                copied.moved[new] = share_file(file, target / new, changes=rewritten)
-            if copied.moved.get(new) == "hard link":
-                before = state_of(file)  # of which our link changed a time; the bytes are the same file's
-            hashing.begin(shard, file, before)
-            if not share:
+                # Sharing takes no time, so it comes before the hash.
+                copied.moved[new] = _shared(hashing, shard, file, target / new, changes=rewritten)
+            else:
+                # A copy takes long, and goes on beside it: of this file, and of the next, which is to be ready in time.
+                hashing.begin(*shards[index : index + 2])
                 copy_file(file, target / new)
                 copied.moved[new] = "copy"
             _patch_all(plan, file, target / (plan.overlay or new), in_place, copied)
@@ -167,10 +171,28 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
                 hashing.of_written(new)
             if copied.moved[new] != "hard link":
                 shutil.copymode(file, target / new)
+                # What is on the disk by now need not be waited for at the end.
+                flushed.append(flushing.submit(sync, target / new))
         if plan.overlay is not None:
             hashing.of_written(plan.overlay)
         hashing.finish()
+        for each in flushed:
+            each.result()
     return hashing.digests
+
+
+def _step_back() -> None:
+    """Leave the cores to whoever else wants them: torch's threads wait for the slowest of them, many times a second."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _shared(hashing: _Hashing, shard: str, source: Path, target: Path, *, changes: bool) -> Moved:
+    before = state_of(source)
+    way = share_file(source, target, changes=changes)
+    # A hard link changes a time of the source; the bytes are the same file's.
+    hashing.begin(shard, state=state_of(source) if way == "hard link" else before)
+    return way
 
 
 class _Hashing:
@@ -179,15 +201,19 @@ class _Hashing:
     def __init__(self, plan: _Plan, target: Path, copied: Copied, pool: ThreadPoolExecutor) -> None:
         self.digests: dict[str, str] = {}
         self._plan, self._target, self._copied, self._pool = plan, target, copied, pool
+        self._begun: set[str] = set()
         self._read: deque[tuple[str, Path, tuple[int, ...], Future[str]]] = deque()
         self._written: dict[str, Future[str]] = {}
 
-    def begin(self, shard: str, file: Path, state: tuple[int, ...]) -> None:
-        """Hash a file of the source that was in this state."""
-        # No further ahead than there are threads, or what was copied has left the cache when its hash comes.
-        while len(self._read) >= _HASHING:
-            self._end()
-        self._read.append((shard, file, state, self._pool.submit(sha256_file, file)))
+    def begin(self, *shards: str, state: tuple[int, ...] | None = None) -> None:
+        """Hash files of the source that have not begun, and were in this state; by default the one they are in."""
+        for shard in (shard for shard in shards if shard not in self._begun):
+            # No further ahead than there are threads, or what was copied has left the cache when its hash comes.
+            while len(self._read) >= _HASHING:
+                self._end()
+            file = checked_file(self._plan.folder, shard)
+            self._begun.add(shard)
+            self._read.append((shard, file, state or state_of(file), self._pool.submit(sha256_file, file)))
 
     def of_written(self, name: str) -> None:
         """Hash a file that was written, and is not the source's byte for byte."""

@@ -13,7 +13,7 @@ import yaml
 from gtqlora.reporting.loading import loading
 from gtqlora.results.adapter import PROJECTION
 from gtqlora.results.export import ExportRecord
-from gtqlora.results.verdict import KindRow, Verdict
+from gtqlora.results.verdict import KindRow, Verdict, by_kind
 from gtqlora.stats import Interval
 
 _KEPT = ("license", "license_name", "license_link", "language", "extra_gated_prompt", "extra_gated_fields")
@@ -40,6 +40,11 @@ _LIMITS = """\
   which nothing was measured.
 - `gtqlora export --check FOLDER` says whether the files are those that were certified: it compares them with
   `export.json`, which carries no signature."""
+
+_FRONT = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
+"""Front matter of a hub card: YAML between two lines of dashes at the very beginning."""
+_CODE = re.compile(r"`(?! )([\w ./=:-]+)(?<! )`")
+"""Code in a note, without anything that could be markup."""
 
 Metadata = dict[str, object]
 
@@ -71,7 +76,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
         ],
         "## Before and after": _before_and_after(verdict, record),
         "## In the form that ships": _in_form(record),
-        "## Good to know": [f"- {inline(note)}" for note in record.notes],
+        "## Good to know": [f"- {with_code(note)}" for note in record.notes],
         "## How to load it": loading(record, base.hub_id, needs_us=base.packed_by_us),
         "## How it was made": _how_it_was_made(record),
         "## Limits": [_LIMITS],
@@ -131,7 +136,7 @@ def _in_form(record: ExportRecord) -> list[str]:
 
 def _table(rows: Mapping[str, KindRow]) -> list[str]:
     lines = ["| prompts | n | refusal before | refusal after | task accuracy after |", "|---|---|---|---|---|"]
-    for kind, row in rows.items():
+    for kind, row in by_kind(rows):
         cells = map(_percent, (row.refusal_before, row.refusal_after, row.accuracy_after))
         lines.append(f"| {inline(kind)} | {row.refusal_before.n} | {' | '.join(cells)} |")
     return lines
@@ -166,26 +171,47 @@ def _how_it_was_judged(record: ExportRecord) -> list[str]:
 
 
 def _metadata(record: ExportRecord, base: Base) -> Metadata:
-    _, relation, library = _KINDS[record.format]
-    named = {} if base.hub_id is None else {"base_model": base.hub_id, "base_model_relation": relation}
     return {
         **base.metadata,
-        **named,
-        "library_name": library,
+        **({} if base.hub_id is None else _named(base.hub_id, record.format)),
+        "library_name": _KINDS[record.format][2],
         "pipeline_tag": "text-generation",
         "tags": ["gtqlora", "mixture-of-experts"],
     }
 
 
+def _named(hub_id: str, form: str) -> Metadata:
+    return {"base_model": hub_id, "base_model_relation": _KINDS[form][1]}
+
+
 def kept_metadata(card: str) -> Metadata:
     """Return what of the base's own card is carried over; nothing if that cannot be read."""
-    # front matter of a hub card: YAML between two lines of dashes at the very beginning
-    head = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    found = _front(card)
+    return {key: found[key] for key in _KEPT if key in found}
+
+
+def names_base(card: str) -> bool:
+    """Return whether a card's front matter has the name of the base, by which the hub lists it there."""
+    return bool(_front(card).get("base_model"))
+
+
+def with_base(card: str, hub_id: str, form: str) -> str:
+    """Return a card that names no base with the base's name on the hub, and all else as it is.
+
+    Args:
+        form: the format of the export.
+    """
+    lines, head = yaml.safe_dump(_named(hub_id, form), sort_keys=False), _FRONT.match(card)
+    return f"---\n{lines}---\n{card}" if head is None else card[: head.start(1)] + lines + card[head.start(1) :]
+
+
+def _front(card: str) -> Metadata:
+    head = _FRONT.match(card)
     try:
         found = yaml.safe_load(head[1]) if head else {}
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
-    return {key: found[key] for key in _KEPT if key in found} if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _printable(text: str) -> str:
@@ -195,7 +221,17 @@ def _printable(text: str) -> str:
 
 def inline(text: str) -> str:
     """Return somebody else's text for a line of Markdown: one line, no markup."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", _printable(text))
+    return _escaped(_printable(text))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text)
+
+
+def with_code(note: str) -> str:
+    """Return a note as `inline` does, but with its code as code."""
+    parts = _CODE.split(_printable(note))
+    return "".join(f"`{part}`" if i % 2 else _escaped(part) for i, part in enumerate(parts))
 
 
 def _percent(interval: Interval | None) -> str:

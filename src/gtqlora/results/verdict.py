@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gtqlora.contrasts import KINDS, Messages
+from gtqlora.contrasts import KINDS, Messages, Row
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
 from gtqlora.results.typed import Mismatch, to_json
@@ -122,6 +122,24 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a model said to one row's prompt, judged.
+
+    Attributes:
+        tokens, ended: of the completion, without the stop, and whether it ended by itself.
+        correct: it is the row's expected answer; None where the row gives none.
+        rejected_log_prob: of harmful rows: total log-probability of `rejected` as the completion, in nats.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    refused: bool
+    correct: bool | None
+    rejected_log_prob: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One held-out row before and after; a line of `scores.parquet`.
 
@@ -155,10 +173,42 @@ class Outcome:
     rejected_log_prob_after: float | None
     lost: str | None
 
+    @classmethod
+    def of(cls, row: Row | Outcome, before: Reply, after: Reply, *, refused_replayed: bool | None = None) -> Outcome:
+        """Return a row, or what is recorded of it, with what was said to it; what counts as lost is decided later."""
+        return cls(
+            number=row.number,
+            kind=row.kind,
+            pair_id=row.pair_id,
+            topic=row.topic,
+            prompt_json=json.dumps([dict(message) for message in row.prompt]),
+            rejected=row.rejected,
+            answer=row.answer,
+            text_before=before.text,
+            text_after=after.text,
+            tokens_before=before.tokens,
+            tokens_after=after.tokens,
+            ended_before=before.ended,
+            ended_after=after.ended,
+            refused_before=before.refused,
+            refused_after=after.refused,
+            refused_replayed=refused_replayed,
+            correct_before=before.correct,
+            correct_after=after.correct,
+            rejected_log_prob_before=before.rejected_log_prob,
+            rejected_log_prob_after=after.rejected_log_prob,
+            lost=None,
+        )
+
     @property
     def prompt(self) -> Messages:
         """Return the row's messages."""
         return tuple(json.loads(self.prompt_json))
+
+
+def by_kind(table: Mapping[str, KindRow]) -> list[tuple[str, KindRow]]:
+    """Return a table's rows in the order of `KINDS`, which a file that was written with sorted keys does not keep."""
+    return sorted(table.items(), key=lambda row: KINDS.index(row[0]) if row[0] in KINDS else len(KINDS))
 
 
 def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:

@@ -14,7 +14,7 @@ from gtqlora.errors import RunError
 from gtqlora.exports.forms import judge_form
 from gtqlora.exports.job import Job, Writer, Written, survival
 from gtqlora.families import quantization
-from gtqlora.families.files import checked_file, small_files
+from gtqlora.families.files import checked_file, is_local, local_path, small_files
 from gtqlora.families.packed import OURS
 from gtqlora.progress import track
 from gtqlora.reporting.model_card import Base, kept_metadata, model_card, what_it_is
@@ -29,7 +29,7 @@ from gtqlora.results.export import (
     write_export,
 )
 from gtqlora.run import Run, atomic_write, sha256_file, versions
-from gtqlora.storage.atomic import refuse_existing
+from gtqlora.storage.atomic import refuse_existing, refuse_inside
 
 _LONGEST_CARD = 2**20
 """Characters of the base's model card that are read."""
@@ -80,11 +80,13 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
     Raises:
         FloorError: no certificate for this very adapter and model, as `certificate.certify`, or the form that would
             ship does not keep the floor.
-        RunError: OUT exists or lies in the run's own folders, or as the format's `write`.
+        RunError: OUT exists, or lies in the run, another run's own folders or the model; or as the format's `write`.
     """
     config = config or ExportConfig()
     certificate = certify(run, judge)
     refuse_existing(out)
+    model = certificate.verdict.model
+    refuse_inside(out, run.path, *([local_path(model)] if is_local(model) else []))
     if run.owns(out):
         raise RunError(f"{out}: lies where the run keeps its own files, and would go with them; choose another folder")
     with atomic_write(out, replace=False) as staged:

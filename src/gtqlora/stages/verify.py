@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from gtqlora.results.verdict import (
     VERDICT,
     HeldOut,
     Outcome,
+    Reply,
     Verdict,
     of_kind,
     read_verdict,
@@ -123,9 +123,10 @@ def _measure(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
     after, ready_after = runner.answers(rows.rows, label="after"), _readiness(runner, harmful)
     replayed = runner.answers(lookalike, routed_as(edited.original), label="original routing replayed")
     again = {row.number: answer.refused for row, answer in zip(lookalike, replayed, strict=True)}
+    was, now = _replies(rows.rows, before, ready_before), _replies(rows.rows, after, ready_after)
     return [
-        _outcome(row, b, a, again.get(row.number), ready_before.get(row.number), ready_after.get(row.number))
-        for row, b, a in zip(rows.rows, before, after, strict=True)
+        Outcome.of(row, b, a, refused_replayed=again.get(row.number))
+        for row, b, a in zip(rows.rows, was, now, strict=True)
     ]
 
 
@@ -135,37 +136,18 @@ def _readiness(runner: Runner, rows: Sequence[Row]) -> dict[int, float]:
     return dict(zip([row.number for row in rows], found, strict=True))
 
 
-def _outcome(
-    row: Row,
-    before: Answer,
-    after: Answer,
-    replayed: bool | None,
-    rejected_before: float | None,
-    rejected_after: float | None,
-) -> Outcome:
-    return Outcome(
-        number=row.number,
-        kind=row.kind,
-        pair_id=row.pair_id,
-        topic=row.topic,
-        prompt_json=json.dumps([dict(message) for message in row.prompt]),
-        rejected=row.rejected,
-        answer=row.answer,
-        text_before=before.text,
-        text_after=after.text,
-        tokens_before=len(before.tokens),
-        tokens_after=len(after.tokens),
-        ended_before=before.ended,
-        ended_after=after.ended,
-        refused_before=before.refused,
-        refused_after=after.refused,
-        refused_replayed=replayed,
-        correct_before=before.correct,
-        correct_after=after.correct,
-        rejected_log_prob_before=rejected_before,
-        rejected_log_prob_after=rejected_after,
-        lost=None,
-    )
+def _replies(rows: Sequence[Row], answers: Sequence[Answer], ready: Mapping[int, float]) -> list[Reply]:
+    return [
+        Reply(
+            text=answer.text,
+            tokens=len(answer.tokens),
+            ended=answer.ended,
+            refused=answer.refused,
+            correct=answer.correct,
+            rejected_log_prob=ready.get(row.number),
+        )
+        for row, answer in zip(rows, answers, strict=True)
+    ]
 
 
 def _verdict(

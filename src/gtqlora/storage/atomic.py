@@ -216,6 +216,18 @@ def refuse_existing(target: Path) -> None:
         raise RunError(f"{target}: exists already; choose another name or remove it")
 
 
+def refuse_inside(target: Path, *folders: Path) -> None:
+    """Check that a new folder does not lie in any of these, by whatever links: what is read there would change.
+
+    Raises:
+        RunError: it does.
+    """
+    place = Path(os.path.realpath(checked_path(target)))
+    for folder in folders:
+        if place.is_relative_to(os.path.realpath(folder)):
+            raise RunError(f"{target}: lies inside {folder}, which has to stay as it is; choose another place")
+
+
 @contextmanager
 def atomic_write(target: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a path in a hidden folder beside `target`; the file or folder written there takes its place on success.

@@ -109,11 +109,11 @@ class Patch:
 
     def notes(self) -> list[str]:
         """Return what a user of the edited file should know."""
-        said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types"]
+        said = [f"{len(self.changed)} of {len(self.source.tensors)} tensors were rewritten, in their own types."]
         if not self.exact:
             said.append(
-                "the base was quantized with an importance matrix, which is not in the file: changed tensors are "
-                "quantized without one"
+                "The base was quantized with an importance matrix, which is not in the file: changed tensors are "
+                "quantized without one."
             )
         return said
 
