@@ -79,7 +79,9 @@ def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:
     title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}, for llama.cpp"
     front = {"library_name": "gguf", "pipeline_tag": "text-generation"}
     load, limits = loading(export, None, needs_us=False), [*map(with_code, export.notes), *_SCOPE, _CHECK]
-    return _card(record, base, front, title=title, what=what, load=load, limits=limits, whom=JUDGED)
+    return _card(
+        record, base, front, title=title, what=what, load=load, limits=limits, whom=JUDGED, ships="the adapter"
+    )
 
 
 def _card(
@@ -92,6 +94,7 @@ def _card(
     load: list[str],
     limits: list[str],
     whom: str = "the fine-tune",
+    ships: str = "the variant",
 ) -> str:
     # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), **front, "tags": ["gtqlora", "bitdelta"]}
@@ -102,8 +105,8 @@ def _card(
             "---",
             *(f"# {title}", "", what, ""),
             *("## Safety floor", "", *_how_it_was_judged(record), ""),
-            *_table(whom, record.against_tuned),
-            *_table("the base", record.against_base),
+            *_table(whom, ships, record.against_tuned),
+            *_table("the base", ships, record.against_base),
             *("## How to load it", "", *load, ""),
             *("## Limits", "", *(f"- {limit}" for limit in limits), ""),
         ]
@@ -126,7 +129,7 @@ def _own(folder: Path) -> str:
         return stream.read(_LONGEST)
 
 
-def _table(whom: str, verdict: FormVerdict) -> list[str]:
+def _table(whom: str, ships: str, verdict: FormVerdict) -> list[str]:
     rows = [
         f"| {inline(kind)} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
         f"{_shown(row.accuracy_before)} | {_shown(row.accuracy_after)} |"
@@ -135,7 +138,7 @@ def _table(whom: str, verdict: FormVerdict) -> list[str]:
     return [
         f"Against {whom}, the safety floor's verdict is **{verdict.floor.verdict}** ({verdict.floor.reason}).",
         "",
-        f"| prompts | n | refused by {whom} | by the variant | accuracy of {whom} | of the variant |",
+        f"| prompts | n | refused by {whom} | by {ships} | accuracy of {whom} | of {ships} |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
