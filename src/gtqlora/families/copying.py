@@ -13,8 +13,8 @@ import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,29 +149,25 @@ def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Heade
 
 def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
     """Write the weight files; return the sha256 of those that were read."""
-    with ThreadPoolExecutor(_HASHING, initializer=_step_back) as pool, ThreadPoolExecutor(1) as flushing:
+    # The hash of the file that was written last is waited for; so let that be a small one.
+    shards = sorted(plan.names, key=lambda shard: -checked_file(plan.folder, shard).stat().st_size)
+    with (
+        ThreadPoolExecutor(_HASHING, initializer=_step_back) as pool,
+        ThreadPoolExecutor(1) as copying,
+        ThreadPoolExecutor(1) as flushing,
+    ):
         hashing = _Hashing(plan, target, copied, pool)
         flushed: list[Future[None]] = []
-        # The hash of the file that was written last is waited for; so let that be a small one.
-        shards = sorted(plan.names, key=lambda shard: -checked_file(plan.folder, shard).stat().st_size)
-        for index, shard in enumerate(track(shards, "write shards", len(shards))):
-            file, new, in_place = checked_file(plan.folder, shard), plan.names[shard], plan.todo[shard]
-            (target / new).parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
-            rewritten = bool(in_place) and plan.overlay is None
-            if share:
-                # Sharing takes no time, so it comes before the hash.
-                copied.moved[new] = _shared(hashing, shard, file, target / new, changes=rewritten)
-            else:
-                # A copy takes long, and goes on beside it: of this file, and of the next, which is to be ready in time.
-                hashing.begin(*shards[index : index + 2])
-                copy_file(file, target / new)
-                copied.moved[new] = "copy"
-            _patch_all(plan, file, target / (plan.overlay or new), in_place, copied)
-            if rewritten:
+        # While tensors of a file are changed the next one is being copied, and those before brought onto the disk.
+        arriving = _one_ahead(copying, lambda shard: _bring(plan, shard, target, hashing, share), shards)
+        for shard, moved in track(arriving, "write shards", len(shards)):
+            new = plan.names[shard]
+            copied.moved[new] = moved
+            _patch_all(plan, shard, target, copied)
+            if plan.todo[shard] and plan.overlay is None:
                 hashing.of_written(new)
-            if copied.moved[new] != "hard link":
-                shutil.copymode(file, target / new)
-                # What is on the disk by now need not be waited for at the end.
+            if moved != "hard link":
+                shutil.copymode(plan.folder / shard, target / new)
                 flushed.append(flushing.submit(sync, target / new))
         if plan.overlay is not None:
             hashing.of_written(plan.overlay)
@@ -181,18 +177,37 @@ def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> 
     return hashing.digests
 
 
+def _one_ahead(pool: Executor, work: Callable[[str], Moved], shards: list[str]) -> Iterator[tuple[str, Moved]]:
+    """Yield each shard with what `work` returned for it, while it is at work on the next."""
+    pending: deque[tuple[str, Future[Moved]]] = deque()
+    for shard in shards:
+        pending.append((shard, pool.submit(work, shard)))
+        if len(pending) > 1:
+            name, done = pending.popleft()
+            yield name, done.result()
+    for name, done in pending:
+        yield name, done.result()
+
+
+def _bring(plan: _Plan, shard: str, target: Path, hashing: _Hashing, share: bool) -> Moved:
+    """Copy or share one weight file, which a thread hashes meanwhile."""
+    file, new = checked_file(plan.folder, shard), target / plan.names[shard]
+    new.parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
+    before = state_of(file)
+    if not share:
+        hashing.begin(shard, file, before)
+        copy_file(file, new)
+        return "copy"
+    way = share_file(file, new, changes=bool(plan.todo[shard]) and plan.overlay is None)
+    # A hard link changes a time of the source; the bytes are the same file's.
+    hashing.begin(shard, file, state_of(file) if way == "hard link" else before)
+    return way
+
+
 def _step_back() -> None:
     """Leave the cores to whoever else wants them: torch's threads wait for the slowest of them, many times a second."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _shared(hashing: _Hashing, shard: str, source: Path, target: Path, *, changes: bool) -> Moved:
-    before = state_of(source)
-    way = share_file(source, target, changes=changes)
-    # A hard link changes a time of the source; the bytes are the same file's.
-    hashing.begin(shard, state=state_of(source) if way == "hard link" else before)
-    return way
 
 
 class _Hashing:
@@ -201,19 +216,15 @@ class _Hashing:
     def __init__(self, plan: _Plan, target: Path, copied: Copied, pool: ThreadPoolExecutor) -> None:
         self.digests: dict[str, str] = {}
         self._plan, self._target, self._copied, self._pool = plan, target, copied, pool
-        self._begun: set[str] = set()
         self._read: deque[tuple[str, Path, tuple[int, ...], Future[str]]] = deque()
         self._written: dict[str, Future[str]] = {}
 
-    def begin(self, *shards: str, state: tuple[int, ...] | None = None) -> None:
-        """Hash files of the source that have not begun, and were in this state; by default the one they are in."""
-        for shard in (shard for shard in shards if shard not in self._begun):
-            # No further ahead than there are threads, or what was copied has left the cache when its hash comes.
-            while len(self._read) >= _HASHING:
-                self._end()
-            file = checked_file(self._plan.folder, shard)
-            self._begun.add(shard)
-            self._read.append((shard, file, state or state_of(file), self._pool.submit(sha256_file, file)))
+    def begin(self, shard: str, file: Path, state: tuple[int, ...]) -> None:
+        """Hash a file of the source that was in this state."""
+        # No further ahead than there are threads, or what was copied has left the cache when its hash comes.
+        while len(self._read) >= _HASHING:
+            self._end()
+        self._read.append((shard, file, state, self._pool.submit(sha256_file, file)))
 
     def of_written(self, name: str) -> None:
         """Hash a file that was written, and is not the source's byte for byte."""
@@ -237,14 +248,16 @@ class _Hashing:
         self._copied.hashes |= same | {name: digest.result() for name, digest in self._written.items()}
 
 
-def _patch_all(plan: _Plan, source: Path, target: Path, todo: Mapping[str, Extent], copied: Copied) -> None:
+def _patch_all(plan: _Plan, shard: str, target: Path, copied: Copied) -> None:
+    todo = plan.todo[shard]
     if not todo:
         return
 
     def start(name: str) -> int:
         return plan.starts.get(name, todo[name].start)
 
-    with source.open("rb") as read, target.open("r+b") as write:
+    written = target / (plan.overlay or plan.names[shard])
+    with checked_file(plan.folder, shard).open("rb") as read, written.open("r+b") as write:
         for name in todo.keys() & plan.changes.keys():
             change, files = plan.changes[name], (read.fileno(), write.fileno())
             if todo[name].dtype == fp8.ON_DISK:
