@@ -423,3 +423,11 @@ def test_a_gguf_that_holds_several_tensors_as_one_is_refused(base: Path, variant
     assert fused
     with pytest.raises(RunError, match=r"blk\.0\.attn_qkv\.weight: is made of several tensors"):
         Plan.of(Checkpoint.of(replace(model, edits=tensors.edits)), tensors, layout.architecture, fused)
+
+
+def test_a_scale_beyond_fp16_is_refused(base: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = encode(noise(tensors_of(base)[name], torch.Generator().manual_seed(0)))
+    tensors = Tensors(bits={name: replace(found, row_N=torch.full_like(found.row_N, 1e6))}, dense={})
+    with pytest.raises(RunError, match=r"blk\.0\.attn_q\.weight: a scale of it is too large for llama.cpp's types"):
+        written(unedited(base), tensors, tmp_path / "adapter.gguf")
