@@ -13,9 +13,10 @@ import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from gtqlora.errors import ModelError, RunError
@@ -27,7 +28,8 @@ from gtqlora.families.patching import Change, Tally, check_change, patch
 from gtqlora.progress import track
 from gtqlora.run import sha256_bytes, sha256_file, sha256_json
 from gtqlora.storage.atomic import sync
-from gtqlora.storage.moving import Moved, copy_file, share_file
+from gtqlora.storage.contents import sha256_pieces
+from gtqlora.storage.moving import Moved, copy_ranges, share_file
 
 _HASHING = max(2, min(8, os.cpu_count() or 1))
 """Files that are hashed at a time; one thread does about 1.5 GB/s, which is less than disks copy."""
@@ -149,59 +151,77 @@ def _scales(name: str, places: Mapping[str, Extent], headers: Mapping[str, Heade
 
 def _copy_weights(plan: _Plan, target: Path, copied: Copied, *, share: bool) -> dict[str, str]:
     """Write the weight files; return the sha256 of those that were read."""
-    # The hash of the file that was written last is waited for; so let that be a small one.
+    # Whoever waits at the end waits for the last file: let that be a small one.
     shards = sorted(plan.names, key=lambda shard: -checked_file(plan.folder, shard).stat().st_size)
     with (
         ThreadPoolExecutor(_HASHING, initializer=_step_back) as pool,
-        ThreadPoolExecutor(1) as copying,
+        ThreadPoolExecutor(1) as filling,
         ThreadPoolExecutor(1) as flushing,
     ):
         hashing = _Hashing(plan, target, copied, pool)
+        filled: deque[Future[Path]] = deque()
         flushed: list[Future[None]] = []
-        # While tensors of a file are changed the next one is being copied, and those before brought onto the disk.
-        arriving = _one_ahead(copying, lambda shard: _bring(plan, shard, target, hashing, share), shards)
-        for shard, moved in track(arriving, "write shards", len(shards)):
-            new = plan.names[shard]
-            copied.moved[new] = moved
-            _patch_all(plan, shard, target, copied)
-            if plan.todo[shard] and plan.overlay is None:
-                hashing.of_written(new)
+        for shard in track(shards, "write shards", len(shards)):
+            file, new = checked_file(plan.folder, shard), target / plan.names[shard]
+            state, moved = _begin(file, new, changes=_is_rewritten(plan, shard), share=share)
+            copied.moved[plan.names[shard]] = moved
+            _patch_all(plan, file, target / (plan.overlay or plan.names[shard]), plan.todo[shard], copied)
+            # What changes is there before what does not, so that both files can be hashed while the kernel copies.
+            hashing.begin(shard, file, state)
             if moved != "hard link":
-                shutil.copymode(plan.folder / shard, target / new)
-                flushed.append(flushing.submit(sync, target / new))
-        if plan.overlay is not None:
-            hashing.of_written(plan.overlay)
+                filled.append(filling.submit(_fill, plan, shard, new, moved))
+            while len(filled) > 1:
+                flushed.append(flushing.submit(sync, filled.popleft().result()))
+        flushed += [flushing.submit(sync, each.result()) for each in filled]
         hashing.finish()
         for each in flushed:
             each.result()
     return hashing.digests
 
 
-def _one_ahead(pool: Executor, work: Callable[[str], Moved], shards: list[str]) -> Iterator[tuple[str, Moved]]:
-    """Yield each shard with what `work` returned for it, while it is at work on the next."""
-    pending: deque[tuple[str, Future[Moved]]] = deque()
-    for shard in shards:
-        pending.append((shard, pool.submit(work, shard)))
-        if len(pending) > 1:
-            name, done = pending.popleft()
-            yield name, done.result()
-    for name, done in pending:
-        yield name, done.result()
+def _is_rewritten(plan: _Plan, shard: str) -> bool:
+    return bool(plan.todo[shard]) and plan.overlay is None
 
 
-def _bring(plan: _Plan, shard: str, target: Path, hashing: _Hashing, share: bool) -> Moved:
-    """Copy or share one weight file, which a thread hashes meanwhile."""
-    file, new = checked_file(plan.folder, shard), target / plan.names[shard]
+def _begin(file: Path, new: Path, *, changes: bool, share: bool) -> tuple[tuple[int, ...], Moved]:
+    """Make a weight file, shared or still empty; return the state in which the source was, and how it comes there."""
     new.parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders
-    before = state_of(file)
-    if not share:
-        hashing.begin(shard, file, before)
-        copy_file(file, new)
-        return "copy"
-    way = share_file(file, new, changes=bool(plan.todo[shard]) and plan.overlay is None)
+    state, moved = state_of(file), "copy"
+    if share:
+        moved = share_file(file, new, changes=changes)
+    else:
+        with new.open("xb") as empty:
+            empty.truncate(file.stat().st_size)
     # A hard link changes a time of the source; the bytes are the same file's.
-    hashing.begin(shard, file, state_of(file) if way == "hard link" else before)
-    return way
+    return (state_of(file) if moved == "hard link" else state), moved
+
+
+def _fill(plan: _Plan, shard: str, new: Path, moved: Moved) -> Path:
+    """Copy what does not change in a weight file; return it."""
+    file = plan.folder / shard
+    if moved == "copy":
+        changed = plan.todo[shard].values() if _is_rewritten(plan, shard) else ()
+        copy_ranges(file, new, _between(changed, file.stat().st_size))
+    shutil.copymode(file, new)
+    return new
+
+
+def _between(extents: Iterable[Extent], size: int) -> Iterator[tuple[int, int]]:
+    """Yield the bytes of a file that are in none of these, from a start up to a stop."""
+    end = 0
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        yield end, extent.start
+        end = extent.stop
+    yield end, size
+
+
+def _pieces(file: Path, written: Path, extents: Iterable[Extent]) -> Iterator[tuple[Path, int, int]]:
+    """Yield the bytes of a changed file as they lie in two: what is kept in the source, what changes as written."""
+    changed = sorted(extents, key=lambda extent: extent.start)
+    for (start, stop), extent in zip_longest(_between(changed, file.stat().st_size), changed):
+        yield file, start, stop
+        if extent is not None:
+            yield written, extent.start, extent.stop
 
 
 def _step_back() -> None:
@@ -220,15 +240,14 @@ class _Hashing:
         self._written: dict[str, Future[str]] = {}
 
     def begin(self, shard: str, file: Path, state: tuple[int, ...]) -> None:
-        """Hash a file of the source that was in this state."""
+        """Hash a file of the source that was in this state, and what becomes of it."""
         # No further ahead than there are threads, or what was copied has left the cache when its hash comes.
         while len(self._read) >= _HASHING:
             self._end()
         self._read.append((shard, file, state, self._pool.submit(sha256_file, file)))
-
-    def of_written(self, name: str) -> None:
-        """Hash a file that was written, and is not the source's byte for byte."""
-        self._written[name] = self._pool.submit(sha256_file, self._target / name)
+        if _is_rewritten(self._plan, shard):
+            new, changed = self._plan.names[shard], self._plan.todo[shard].values()
+            self._written[new] = self._pool.submit(sha256_pieces, _pieces(file, self._target / new, changed))
 
     def _end(self) -> None:
         shard, file, state, digest = self._read.popleft()
@@ -242,22 +261,22 @@ class _Hashing:
         Raises:
             ModelError: a file of the source was changed meanwhile.
         """
+        if (overlay := self._plan.overlay) is not None:
+            self._written[overlay] = self._pool.submit(sha256_file, self._target / overlay)
         while self._read:
             self._end()
         same = {new: self.digests[shard] for shard, new in self._plan.names.items()}
         self._copied.hashes |= same | {name: digest.result() for name, digest in self._written.items()}
 
 
-def _patch_all(plan: _Plan, shard: str, target: Path, copied: Copied) -> None:
-    todo = plan.todo[shard]
+def _patch_all(plan: _Plan, source: Path, target: Path, todo: Mapping[str, Extent], copied: Copied) -> None:
     if not todo:
         return
 
     def start(name: str) -> int:
         return plan.starts.get(name, todo[name].start)
 
-    written = target / (plan.overlay or plan.names[shard])
-    with checked_file(plan.folder, shard).open("rb") as read, written.open("r+b") as write:
+    with source.open("rb") as read, target.open("r+b") as write:
         for name in todo.keys() & plan.changes.keys():
             change, files = plan.changes[name], (read.fileno(), write.fileno())
             if todo[name].dtype == fp8.ON_DISK:

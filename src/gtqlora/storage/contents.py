@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gtqlora.errors import RunError
+
+_CHUNK = 2**20
+"""Bytes that are hashed at once."""
 
 
 def sha256_json(value: object) -> str:
@@ -31,6 +34,18 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's contents, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_pieces(pieces: Iterable[tuple[Path, int, int]]) -> str:
+    """Return the SHA-256 of bytes that lie in files, each piece from a start up to a stop."""
+    digest = hashlib.sha256()
+    for path, start, stop in pieces:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while start < stop and (data := stream.read(min(_CHUNK, stop - start))):
+                digest.update(data)
+                start += len(data)
+    return digest.hexdigest()
 
 
 def fingerprint(path: str | Path) -> str:

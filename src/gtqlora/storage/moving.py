@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -25,27 +25,37 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         OSError: the target is there, there is no room, or the source became shorter meanwhile.
     """
-    with source.open("rb") as read, target.open("xb") as write:
-        size = os.fstat(read.fileno()).st_size
-        done = _by_kernel(read, write, size)
-        if done < size:
+    target.open("xb").close()
+    copy_ranges(source, target, [(0, source.stat().st_size)])
+
+
+def copy_ranges(source: Path, target: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """Copy bytes from their places in a file, from a start up to a stop, to the same places in one that is there.
+
+    Raises:
+        OSError: as `copy_file`.
+    """
+    with source.open("rb") as read, target.open("r+b") as write:
+        for start, stop in ranges:
+            done = _by_kernel(read, write, start, stop)
             read.seek(done)
             write.seek(done)
-            shutil.copyfileobj(read, write, _CHUNK)
-            if write.tell() < size:
-                raise OSError(f"{source}: became shorter while it was copied")
+            while done < stop:
+                data = read.read(min(_CHUNK, stop - done))
+                if not data:
+                    raise OSError(f"{source}: became shorter while it was copied")
+                done += write.write(data)
 
 
-def _by_kernel(read: IO[bytes], write: IO[bytes], size: int) -> int:
-    """Return how many bytes the kernel copied: all, or fewer where it cannot (between file systems, on some systems).
+def _by_kernel(read: IO[bytes], write: IO[bytes], done: int, stop: int) -> int:
+    """Return up to where the kernel copied: all, or less where it cannot (between file systems, on some systems).
 
     A full disk, which stops it as well, stops the copy that goes on from there, with the name of the file.
     """
-    done = 0
     if hasattr(os, "copy_file_range"):
         with suppress(OSError):
-            while done < size:
-                moved = os.copy_file_range(read.fileno(), write.fileno(), min(size - done, _AT_ONCE), done, done)
+            while done < stop:
+                moved = os.copy_file_range(read.fileno(), write.fileno(), min(stop - done, _AT_ONCE), done, done)
                 # The end came early: the copy that goes on from here finds out, and says which file it was.
                 if moved == 0:
                     break
