@@ -19,6 +19,7 @@ from gtqlora.stats.resampling import (
     half_sample_means,
     mean_interval,
     ratio_interval,
+    resampled,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "paired_difference",
     "rate",
     "ratio_interval",
+    "resampled",
 ]
