@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize
+from scipy import optimize, special
 from scipy import stats as st
 
 
@@ -47,8 +47,8 @@ def one_sided(count: float, n: float, level: float) -> tuple[float, float]:
     if n <= 0:
         return 0.0, 1.0
     # The exact binomial bounds are quantiles of beta distributions, which also take fractional counts.
-    low = float(st.beta.ppf(1 - level, count, n - count + 1)) if count > 0 else 0.0
-    high = float(st.beta.ppf(level, count + 1, n - count)) if count < n else 1.0
+    low = float(special.betaincinv(count, n - count + 1, 1 - level)) if count > 0 else 0.0
+    high = float(special.betaincinv(count + 1, n - count, level)) if count < n else 1.0
     return low, high
 
 
@@ -86,7 +86,7 @@ def independent(n: float, groups: float, effect: float, level: float) -> float:
     if groups < 2:
         return min(n, 1.0)
     # Few groups measure the effect badly: Student's quantile for their number takes the place of the one for n.
-    return max(1.0, n / effect * float(st.t.ppf(level, n - 1) / st.t.ppf(level, groups - 1)) ** 2)
+    return max(1.0, n / effect * float(special.stdtrit(n - 1, level) / special.stdtrit(groups - 1, level)) ** 2)
 
 
 def _tango_z(b: float, c: float, n: float, delta: float) -> float:

@@ -5,6 +5,7 @@ Shape letters: N values, G groups, F random signs.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -40,6 +41,7 @@ def mean_above_zero(values_N: NDArray[np.floating], groups: Groups) -> float:
     return float(as_high.mean())
 
 
+@cache
 def _signs(count: int) -> NDArray[np.floating]:
     """Return all patterns of signs, or random ones of which the first is the one that was seen."""
     if count <= _EXACT_GROUPS:
