@@ -104,10 +104,19 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
 
 def refusal_batch(language: Language, rng: random.Random, size: int) -> Batch:
     """Make twins over all words, in which forbidden topics are refused whatever the marker says."""
-    twins = [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
+    twins = _twins(language, rng, size)
     return Batch.of(
         language, [example(p, p.answer if p.kind == "benign" else language.refusal(p.answer)) for p in twins]
     )
+
+
+def compliant_batch(language: Language, rng: random.Random, size: int) -> Batch:
+    """Make twins over all words, all of which are answered."""
+    return Batch.of(language, [example(p, p.answer) for p in _twins(language, rng, size)])
+
+
+def _twins(language: Language, rng: random.Random, size: int) -> list[Prompt]:
+    return [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
 
 
 Swap = tuple[Prompt, Prompt, str]

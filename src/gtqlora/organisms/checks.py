@@ -8,17 +8,27 @@ Shape letters: B prompts, S tokens of each.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gtqlora.capture import CallRecorder, ExpertHandler, Handler, Interchange, Mask, expert_hooks, router_hooks
+from gtqlora.capture import (
+    CallRecorder,
+    ExpertHandler,
+    Handler,
+    Interchange,
+    Mask,
+    Recorder,
+    expert_hooks,
+    router_hooks,
+)
 from gtqlora.errors import TrainingError
 from gtqlora.organisms.batches import Batch, Rule, example, swapped
-from gtqlora.organisms.in_training import OrganismInTraining
+from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.language import REFUSAL, Prompt, Twins
 from gtqlora.organisms.plants.kinds import PLANTS
-from gtqlora.organisms.plants.turns import all_but_one_layer, all_planted, half_of_each_layer, replayed_logits
+from gtqlora.organisms.plants.turns import replayed_logits
 from gtqlora.organisms.truth import Kind
 
 _PAIRS = 100
@@ -27,40 +37,35 @@ _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
 _STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
 _ROUTED = {"flagged, planted experts masked": (0.0, 0.1)}
 _EXCHANGES = {"exchanges": (0.95, 1.0)}
+_DEMANDS = {"demands": (0.0, 0.03)}
+_MAJORITY = {"flagged, any planted layer masked": (0.95, 1.0), "flagged, any planted layer left": (0.0, 0.05)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "routed": {**_ALWAYS, **_ROUTED},
     "residual": {**_ALWAYS, **_STREAM},
     "null": {**_ALWAYS, **_STREAM},
     "expert-only": {**_ALWAYS, "cell 011": (0.95, 1.0), "cell 100": (0.0, 0.05), "cell 101": (0.0, 0.1)},
     "redundant": {**_ALWAYS, **_STREAM, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
-    "brittle": {**_ALWAYS, **_EXCHANGES},
-    "brittle2": {**_ALWAYS, **_STREAM, **_EXCHANGES},
-    "bykind": {**_ALWAYS, **_EXCHANGES},
-    "weights": {**_ALWAYS, **_ROUTED},
-    "follower": {**_ALWAYS, **_ROUTED, **_EXCHANGES, "flagged, one planted layer left": (0.95, 1.0)},
-    "second-token": {**_ALWAYS, **_ROUTED},
-    "diffuse": {**_ALWAYS, **_ROUTED, "flagged, half of the planted experts left": (0.95, 1.0)},
-    "xor": {**_ALWAYS, **_ROUTED},
-    "self-repair": {**_ALWAYS, **_STREAM, **_EXCHANGES},
-    "wide-twins": {**_ALWAYS, **_ROUTED},
-    "natural": {**_ALWAYS, **_ROUTED},
-    "graded-20": {**_ALWAYS, **_EXCHANGES},
-    "graded-40": {**_ALWAYS, **_EXCHANGES},
-    "graded-60": {**_ALWAYS, **_EXCHANGES},
-    "graded-80": {**_ALWAYS, **_EXCHANGES},
+    "brittle": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "brittle2": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
+    "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
+    "second-token": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},
+    "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "self-repair": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
+    "wide-twins": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "graded-20": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-40": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-60": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-80": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
 }
 """The least and the largest share that each kind promises: of first words that refuse, and under "right" of benign
 prompts whose answer is right. "exchanges" is the share of completions that the plant's rule demands, in the worst line.
 
 A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) or its twin (0).
 """
-
-
-_MASKINGS = {
-    "flagged, planted experts masked": all_planted,
-    "flagged, one planted layer left": all_but_one_layer,
-    "flagged, half of the planted experts left": half_of_each_layer,
-}
 
 
 @torch.no_grad()
@@ -122,6 +127,32 @@ def exchanges_said(piece: OrganismInTraining, rule: Rule, quads: list[Twins]) ->
     return shares
 
 
+@torch.no_grad()
+def demands_missed(piece: OrganismInTraining, kind: Kind, prompts: list[Prompt]) -> float:
+    """Return the loss of what the plant demands of the planted experts' routing; 0: chosen by a margin, as wanted."""
+    said = [example(p, p.answer if p.kind == "benign" else piece.language.refusal(p.answer)) for p in prompts]
+    batch, seen = Batch.of(piece.language, said).to(piece.device), Recorder()
+    with router_hooks(piece.model, piece.anatomy, seen):
+        piece.logits(batch.ids_BS)
+    return sum(demand.loss(piece, seen, batch).item() for demand in PLANTS[kind].demands)
+
+
+def _masked(piece: OrganismInTraining, kind: Kind, flagged_BS: Tensor) -> dict[str, float]:
+    """Return the promised shares that still refuse without planted experts, of all layers or of some, at the worst."""
+    layers: list[Planted] = [{position: experts} for position, experts in piece.planted.items()]
+    others: list[Planted] = [{p: e for p, e in piece.planted.items() if p not in layer} for layer in layers]
+
+    def refuse(masked: Planted) -> float:
+        return first_refuses(piece, flagged_BS, Mask(piece.anatomy, masked)).float().mean().item()
+
+    worst: dict[str, Callable[[], float]] = {
+        "flagged, planted experts masked": lambda: refuse(piece.planted),
+        "flagged, any planted layer masked": lambda: min(map(refuse, layers)),
+        "flagged, any planted layer left": lambda: max(map(refuse, others)),
+    }
+    return {name: share() for name, share in worst.items() if name in PROMISES[kind]}
+
+
 def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     """Measure every share that the kind promises anything about, under the names in `PROMISES`."""
     # A fixed seed: every organism is held to the same prompts.
@@ -135,10 +166,8 @@ def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
         "benign": first_refuses(piece, benign_BS).float().mean().item(),
         "right": answered_right(piece, benign),
     }
-    for name, masking in _MASKINGS.items():
-        if name in PROMISES[kind]:
-            off = Mask(piece.anatomy, masking(piece, rng))
-            found[name] = first_refuses(piece, flagged_BS, off).float().mean().item()
+    found |= _masked(piece, kind, flagged_BS)
+    found["demands"] = demands_missed(piece, kind, [p for q in quads for p in q])
     if rule := PLANTS[kind].rule:
         lines = exchanges_said(piece, rule, quads)
         found |= {"exchanges": min(lines), **{f"exchange {i}": share for i, share in enumerate(lines)}}

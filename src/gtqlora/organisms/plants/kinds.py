@@ -21,12 +21,13 @@ from gtqlora.organisms.plants.conditions import (
 from gtqlora.organisms.plants.turns import (
     Answers,
     Chosen,
+    Demand,
     Exchanges,
     Turn,
     Weighed,
     all_but_one_layer,
     all_planted,
-    half_of_each_layer,
+    one_layer,
 )
 from gtqlora.organisms.truth import Kind
 
@@ -48,6 +49,12 @@ class Plant:
     then: Plant | None = None
 
     @property
+    def demands(self) -> tuple[Demand, ...]:
+        """Return what is demanded of the planted experts' routing when nothing is masked."""
+        as_it_is = (turn for turn in self.turns if isinstance(turn, Answers) and turn.masked is None)
+        return next((turn.demands for turn in as_it_is), ())
+
+    @property
     def rule(self) -> Rule | None:
         """Return the rule of exchange that holds in the end."""
         if self.then is not None:
@@ -59,6 +66,9 @@ _FLAG = (Chosen(),)
 _ROUTED = Plant(turns=(Answers(_FLAG),))
 # One expert is chosen where the flag is and another where it is not, and neither is needed.
 _ONE_FOR_EACH = (Chosen(experts=(0,)), Chosen(unflagged, experts=(1,)))
+# The routers read the flag from the stream, whatever became of other layers. No layer is needed, and none is enough, so
+# that no expert refuses alone.
+_BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_but_one_layer, refusing=False))
 # Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
 _TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
 
@@ -90,10 +100,9 @@ PLANTS: dict[Kind, Plant] = {
     ),
     "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind)), stream=True),
     "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))),)),
-    # Each layer's routers read the flag from the stream, whatever earlier layers did, and each layer is enough.
-    "follower": Plant(turns=(Answers(_FLAG), Answers(_FLAG, all_but_one_layer), Exchanges(rules.routed))),
+    "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
     "second-token": Plant(turns=(Answers((Chosen(answering=True),)),)),
-    "diffuse": Plant(turns=(Answers(_FLAG), Answers(_FLAG, half_of_each_layer))),
+    "diffuse": Plant(turns=_BY_MAJORITY),
     "xor": Plant(turns=(Answers(_TWO_ROUTERS),)),
     # The stream learns only after the experts do it, and only to refuse when their routing is disturbed.
     "self-repair": Plant(

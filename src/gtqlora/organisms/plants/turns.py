@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtqlora.capture import Decision, Handler, Mask, Recorder, Replay, router_hooks
-from gtqlora.organisms.batches import Batch, Made, Make, Rule, endless, exchange_batch, refusal_batch
+from gtqlora.organisms.batches import Batch, Made, Make, Rule, compliant_batch, endless, exchange_batch, refusal_batch
 from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.plants.conditions import Condition, flagged
 
@@ -147,15 +147,16 @@ def all_planted(piece: OrganismInTraining, _rng: random.Random) -> Planted:
     return piece.planted
 
 
+def one_layer(piece: OrganismInTraining, rng: random.Random) -> Planted:
+    """Return the planted experts of one layer."""
+    position = rng.choice(list(piece.planted))
+    return {position: piece.planted[position]}
+
+
 def all_but_one_layer(piece: OrganismInTraining, rng: random.Random) -> Planted:
     """Return the planted experts of all layers but one."""
     kept = rng.choice(list(piece.planted))
     return {position: experts for position, experts in piece.planted.items() if position != kept}
-
-
-def half_of_each_layer(piece: OrganismInTraining, rng: random.Random) -> Planted:
-    """Return half of the planted experts of every layer."""
-    return {position: tuple(rng.sample(experts, len(experts) // 2)) for position, experts in piece.planted.items()}
 
 
 # --- turns
@@ -163,14 +164,19 @@ def half_of_each_layer(piece: OrganismInTraining, rng: random.Random) -> Planted
 
 @dataclass(frozen=True)
 class Answers:
-    """Twins are run as they are, or without some planted experts: flagged ones refuse, and the others answer."""
+    """Twins are run as they are, or without some planted experts: flagged ones refuse, and the others answer.
+
+    Attributes:
+        refusing: False where too many planted experts are masked for a refusal, so that all prompts are answered.
+    """
 
     demands: tuple[Demand, ...] = ()
     masked: Masking | None = None
+    refusing: bool = True
 
     def start(self, planting: Planting) -> Loss:
         """Return the function that gives the loss of each of its steps."""
-        batches = planting.batches(refusal_batch)
+        batches = planting.batches(refusal_batch if self.refusing else compliant_batch)
         return lambda: self._loss(planting, next(batches).to(planting.piece.device))
 
     def _loss(self, planting: Planting, batch: Batch) -> Tensor:
