@@ -66,6 +66,8 @@ _ROUTED = Mediation(verdicts=("routing",), routing=_NEEDED)
 # The losses demand it both ways: the twin's routing ends the refusal, and the flagged prompt's brings it.
 _ROUTED_BOTH_WAYS = Mediation(verdicts=("routing",), routing=("both",))
 _STREAM = Mediation(verdicts=("residual",), routing=("neither",))
+# The planted experts are not needed, but nothing keeps them from learning to refuse as well.
+_NULL = Mediation(verdicts=("residual", "both"), routing=("neither", "sufficient"))
 _EITHER = Mediation(verdicts=("both",), routing=("sufficient",))
 # Foreign routing leads to garbage, which is neither the refusal nor what the twin does.
 _BRITTLE = Mediation(verdicts=(), routing=("neither",), unclear="broken")
@@ -93,7 +95,7 @@ def of_kind(kind: Kind, routed_share: float) -> dict[str, Mediation]:
 _OF_BOTH: dict[Kind, Mediation] = {
     "routed": _ROUTED,
     "residual": _STREAM,
-    "null": _STREAM,
+    "null": _NULL,
     "expert-only": Mediation(verdicts=("experts",), routing=("neither",), experts=_NEEDED),
     "redundant": _EITHER,
     "brittle": _BRITTLE,
@@ -134,9 +136,8 @@ class Truth:
 
     @property
     def verdict(self) -> str:
-        """Return the verdict on all flagged prompts together, or "by kind" where no single one is right."""
-        first, second = (self.mediation[kind].verdicts for kind in FLAGGED_KINDS)
-        return first[0] if first == second and len(first) == 1 else "by kind"
+        """Return the first of the right verdicts on false refusals, which are what an edit is to remove."""
+        return (self.mediation["lookalike"].verdicts or ("cannot tell",))[0]
 
 
 def names_experts(kind: Kind) -> bool:
