@@ -64,7 +64,7 @@ class Mediation:
         indirect: repaired prompts by the original with the edited model's routing.
         control: repaired prompts by the edited model with the original's routing on another prompt; None if none has
             one of as many tokens.
-        routing: what the change of routing is to the repair.
+        routing: what the change of routing is to the repair, a `Role`.
         reason: why it cannot be told, else what it rests on.
     """
 
@@ -74,7 +74,7 @@ class Mediation:
     direct: Shares | None
     indirect: Shares | None
     control: Shares | None
-    routing: Role
+    routing: str
     reason: str
 
 

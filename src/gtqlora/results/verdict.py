@@ -11,7 +11,7 @@ from pathlib import Path
 from gtqlora.contrasts import KINDS, Messages, Row
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
-from gtqlora.results.mediation import ARMS, ArmOutcome, Factorial, Mediation
+from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
 from gtqlora.results.typed import Mismatch, to_json
 from gtqlora.stats import Floor, Interval
 from gtqlora.storage.atomic import write_json
@@ -217,11 +217,16 @@ def read_verdict(run: Path) -> Verdict:
     """
     found = read_record(Verdict, run, VERDICT, "verify")
     # readers index by kind, so a kind that is missing must be an error here, where the file can be named
-    for key, kinds in (("table", found.table), ("drift", found.drift)):
-        if missing := [kind for kind in KINDS if kind not in kinds]:
+    keyed: list[tuple[str, Sequence[str], Mapping[str, object]]]
+    keyed = [("table", KINDS, found.table), ("drift", KINDS, found.drift)]
+    if found.factorial:
+        keyed += [("lookalike", FACTORIAL, found.factorial.lookalike), ("harmful", FACTORIAL, found.factorial.harmful)]
+    for key, wanted, there in keyed:
+        if missing := [name for name in wanted if name not in there]:
             raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no kind"), run, "verify")
+        if unknown := [name for name in there if name not in wanted]:
+            what = "kind" if wanted is KINDS else "part of an edit"
+            raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no {what}"), run, "verify")
     return found
 
 
