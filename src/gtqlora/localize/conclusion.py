@@ -6,7 +6,8 @@ name different components, or a component that was not named does it alone, noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from gtqlora.localize.controls import CONTROLS
 from gtqlora.localize.evidence import ALONE, COMPONENTS, WITHOUT, Evidence, from_odds, from_rates
 from gtqlora.localize.interchange import Cell, Interchanges, cells_of
 from gtqlora.localize.shares import LEVELS, WITH_ROUTING, odds_shares, shares
+from gtqlora.localize.trials import Outcome
 from gtqlora.results.diagnosis import BROKEN, CANNOT_TELL, MIN_PAIRS, Localization
 from gtqlora.stats import Interval
 
@@ -43,13 +45,13 @@ def conclude(kind: str, interchanges: Interchanges | None, unusable: Mapping[str
     rates, odds = from_rates(interchanges), from_odds(interchanges)
     by_rates = _decide(rates)
     by_odds = _decide(odds) if odds else None
-    broken = _broken(interchanges)
+    broken = {name: broken_share(interchanges.cells[cell]) for name, cell in _CELLS.items()}
     name, why = _checked(by_rates, by_odds, rates, broken)
-    known = not any(share > MOST_BROKEN for share in broken.values())
+    known = max(map(broken_share, interchanges.cells.values())) <= MOST_BROKEN
     return Localization(
         kind=kind,
         verdict=name,
-        verdict_log_odds=by_odds[0] if by_odds else "",
+        verdict_log_odds=by_odds.verdict if by_odds else "",
         sentence=_sentence(name, kind, why),
         reasons=_reasons(rates, by_rates, by_odds, broken),
         n_usable=n,
@@ -80,39 +82,67 @@ def word(necessary: Interval, sufficient: Interval) -> str:
 
 # --- the rule
 
-Decision = tuple[str, str]
-"""A verdict and its reason."""
+
+@dataclass(frozen=True)
+class _Decision:
+    """A verdict, its reason, and the cells that it rests on."""
+
+    verdict: str
+    why: str
+    cells: tuple[str, ...]
 
 
-def _decide(evidence: Evidence) -> Decision:
+_MOVED, _MADE, _COMPUTED = (
+    "the twin's routing",
+    "the flagged prompt's routing alone",
+    "the twin's inputs to the experts",
+)
+_CELLS: dict[str, Cell] = {_MOVED: WITHOUT["routing"], _MADE: ALONE["routing"], _COMPUTED: WITHOUT["experts"]}
+
+
+def _decide(evidence: Evidence) -> _Decision:
     """By 95 % intervals against thirds: is the twin's routing enough to move the behaviour, the flagged one to make it?
 
     Experts and stream are told apart by which carries more than half of Level 1.
     """
-    necessary, sufficient = evidence.necessary["routing"], evidence.sufficient["routing"]
-    experts, disturbed, share = evidence.necessary["experts"], evidence.disturbed, percent(necessary)
-    if disturbed["routing"] > 1 / 3:
-        return CANNOT_TELL, f"another such prompt's routing does as much as the twin's in {disturbed['routing']:.0%}"
-    if necessary.low > 2 / 3:
-        return "routing", f"with its harmless twin's routing a prompt does what the twin does in {share}"
-    if necessary.low > 1 / 3 and necessary.high < 2 / 3:
-        return "both", f"with its harmless twin's routing a prompt does what the twin does in {share} only"
-    if necessary.high >= 1 / 3:
-        return CANNOT_TELL, f"the twin's routing moves {share}, which fits more than one answer; add pairs"
+    necessary, disturbed, share = evidence.necessary["routing"], evidence.disturbed["routing"], _moved(evidence)
+    if disturbed > 1 / 3:
+        said = CANNOT_TELL, f"another such prompt's routing does as much as the twin's in {disturbed:.0%}"
+    elif necessary.low > 2 / 3:
+        said = "routing", f"with its harmless twin's routing a prompt does what the twin does in {share}"
+    elif necessary.low > 1 / 3 and necessary.high < 2 / 3:
+        said = "both", f"with its harmless twin's routing a prompt does what the twin does in {share} only"
+    elif necessary.high >= 1 / 3:
+        said = CANNOT_TELL, f"the twin's routing moves {share}, which fits more than one answer; add pairs"
+    else:
+        return _without_routing(evidence)
+    return _Decision(*said, (_MOVED,))
+
+
+def _without_routing(evidence: Evidence) -> _Decision:
+    """Decide where the routing is not necessary: is it sufficient, and if not, do the experts compute it?"""
+    sufficient = evidence.sufficient["routing"]
     if sufficient.low > 2 / 3:
-        return "both", (
+        why = (
             "each is sufficient: with its harmless twin's routing a prompt is still refused, and the flagged prompt's "
             f"routing alone makes {percent(sufficient)} of the twins refuse"
         )
+        return _Decision("both", why, (_MOVED, _MADE))
     if sufficient.high >= 1 / 3:
-        return CANNOT_TELL, (
+        why = (
             f"routing is not necessary, but alone brings {percent(sufficient)} of the refusals, which fits more than "
             "one answer; add pairs"
         )
-    if disturbed["experts"] > 1 / 3 or experts.low <= 0.5 <= experts.high:
+        return _Decision(CANNOT_TELL, why, (_MOVED, _MADE))
+    return _Decision(*_within_level_1(evidence), (_MOVED, _MADE, _COMPUTED))
+
+
+def _within_level_1(evidence: Evidence) -> tuple[str, str]:
+    experts, disturbed, share = evidence.necessary["experts"], evidence.disturbed["experts"], _moved(evidence)
+    if disturbed > 1 / 3 or experts.low <= 0.5 <= experts.high:
         return CANNOT_TELL, (
             f"it is not the routing ({share}), but whether the experts or the rest of the stream do it is open "
-            f"(experts' inputs: {percent(experts)}, control {disturbed['experts']:.0%})"
+            f"(experts' inputs: {percent(experts)}, control {disturbed:.0%})"
         )
     if experts.low > 0.5:
         return "experts", (
@@ -122,20 +152,26 @@ def _decide(evidence: Evidence) -> Decision:
     return "residual", f"with its harmless twin's routing a prompt is still refused; the routing moves {share}"
 
 
-def _checked(by_rates: Decision, by_odds: Decision | None, rates: Evidence, broken: Mapping[str, float]) -> Decision:
-    """Return the verdict of the rates where nothing speaks against it."""
-    name, why = by_rates
-    often = {part: share for part, share in broken.items() if share > MOST_BROKEN}
+def _moved(evidence: Evidence) -> str:
+    return percent(evidence.necessary["routing"])
+
+
+def _checked(
+    by_rates: _Decision, by_odds: _Decision | None, rates: Evidence, broken: Mapping[str, float]
+) -> tuple[str, str]:
+    """Return the verdict of the rates where nothing speaks against it, and why."""
+    name, why = by_rates.verdict, by_rates.why
+    often = ", ".join(f"{cell} {broken[cell]:.0%}" for cell in by_rates.cells if broken[cell] > MOST_BROKEN)
     if often:
-        told = ", ".join(f"{part} {share:.0%}" for part, share in often.items())
         return CANNOT_TELL, (
-            f"too many completions neither refuse nor do what the twin does ({told}); a judge with a `same` of its own "
-            "finds answers alike that are worded differently"
+            f"too many completions neither refuse nor do what the twin does ({often}); a judge with a `same` of its "
+            "own finds answers alike that are worded differently"
         )
     if name == CANNOT_TELL:
-        return by_rates
-    if by_odds and by_odds[0] != CANNOT_TELL and not _MEANT[name] & _MEANT[by_odds[0]]:
-        return CANNOT_TELL, f"what is generated says {name}, and the log-odds of its first token say {by_odds[0]}"
+        return name, why
+    other = by_odds.verdict if by_odds else CANNOT_TELL
+    if other != CANNOT_TELL and not _MEANT[name] & _MEANT[other]:
+        return CANNOT_TELL, f"what is generated says {name}, and the log-odds of its first token say {other}"
     for part in COMPONENTS:
         if part not in _MEANT[name] and rates.sufficient[part].low > 0.5:
             return CANNOT_TELL, (
@@ -144,16 +180,9 @@ def _checked(by_rates: Decision, by_odds: Decision | None, rates: Evidence, brok
     return name, why
 
 
-def _broken(interchanges: Interchanges) -> dict[str, float]:
-    """Return the share of broken outcomes in each cell that decides."""
-    deciding: dict[str, Cell] = {
-        "twin's routing": WITHOUT["routing"],
-        "twin's inputs to experts": WITHOUT["experts"],
-        "flagged prompt's routing alone": ALONE["routing"],
-    }
-    return {
-        name: float(np.mean([o.does == BROKEN for o in interchanges.cells[cell]])) for name, cell in deciding.items()
-    }
+def broken_share(outcomes: Sequence[Outcome]) -> float:
+    """Return the share of outcomes that are neither a refusal nor what the twin does."""
+    return float(np.mean([o.does == BROKEN for o in outcomes]))
 
 
 # --- in words
@@ -182,7 +211,7 @@ def _told(unusable: Mapping[str, int]) -> str:
 
 
 def _reasons(
-    evidence: Evidence, by_rates: Decision, by_odds: Decision | None, broken: Mapping[str, float]
+    evidence: Evidence, by_rates: _Decision, by_odds: _Decision | None, broken: Mapping[str, float]
 ) -> list[str]:
     necessary, sufficient, disturbed = evidence.necessary, evidence.sufficient, evidence.disturbed
     said = [
@@ -194,10 +223,10 @@ def _reasons(
         f"{percent(necessary['experts'])} beyond what another such prompt's inputs move ({disturbed['experts']:.0%}).",
         f"Is the residual stream necessary? {percent(necessary['residual'])}. Is it sufficient? "
         f"{percent(sufficient['residual'])}.",
-        "Neither refused nor as the twin: " + ", ".join(f"{part} {share:.0%}" for part, share in broken.items()) + ".",
+        "Neither refused nor as the twin: " + ", ".join(f"{cell} {share:.0%}" for cell, share in broken.items()) + ".",
     ]
-    if by_odds and by_odds[0] != by_rates[0]:
-        said.append(f"The log-odds of the first token alone would say {by_odds[0]} ({by_odds[1]}).")
+    if by_odds and by_odds.verdict != by_rates.verdict:
+        said.append(f"The log-odds of the first token alone would say {by_odds.verdict}: {by_odds.why}.")
     return said
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gtqlora.localize.conclusion import percent
-from gtqlora.localize.evidence import Question, from_rates
+from gtqlora.localize.conclusion import MOST_BROKEN, broken_share, percent
+from gtqlora.localize.evidence import WITHOUT, Question, from_rates
 from gtqlora.localize.interchange import Interchanges
 from gtqlora.results.diagnosis import CANNOT_TELL, ELSEWHERE, SAME_PLACE, Difference, Localization
 from gtqlora.stats import Interval, difference_of_means
@@ -30,6 +30,10 @@ def difference(found: Mapping[str, Localization], interchanges: Mapping[str, Int
         which = " and ".join({_FALSE: "false", _TRUE: "true"}[kind] for kind in missing)
         return Difference(CANNOT_TELL, _said(CANNOT_TELL, f"there are too few usable pairs for the {which} ones"))
     parts = _parts(interchanges[_FALSE], interchanges[_TRUE])
+    broken = max(broken_share(interchanges[kind].cells[WITHOUT["routing"]]) for kind in (_FALSE, _TRUE))
+    if broken > MOST_BROKEN:
+        why = f"with the twin's routing {broken:.0%} of the completions neither refuse nor do what the twin does"
+        return Difference(CANNOT_TELL, _said(CANNOT_TELL, why))
     verdict, why = _decide(found[_FALSE], found[_TRUE], parts)
     return Difference(verdict, _said(verdict, why), {f"{question}: {part}": i for (question, part), i in parts.items()})
 
@@ -45,9 +49,6 @@ def _parts(false: Interchanges, true: Interchanges) -> dict[tuple[Question, str]
 def _decide(false: Localization, true: Localization, parts: Mapping[tuple[Question, str], Interval]) -> tuple[str, str]:
     routing, told = parts["necessary", "routing"], [false.verdict, true.verdict]
     apart = f"the twin's routing moves {_compared(false, true)}"
-    broken = [side for side in (false, true) if not side.shares]
-    if broken:
-        return CANNOT_TELL, "too many completions neither refuse nor do what the twin does"
     if routing.low > 1 / 3 or routing.high < -1 / 3:
         return ELSEWHERE, apart
     if CANNOT_TELL in told:
