@@ -322,7 +322,7 @@ EXPERTS = {"FFF", "FFT", "TFF", "TFT"}
 
 
 def _interchanges(
-    trials: Trials, refuses: Sequence[set[str]], kind: str = "lookalike", **controls: int
+    trials: Trials, refuses: Sequence[set[str]], kind: str = "lookalike", /, **controls: int
 ) -> Interchanges:
     """Pairs that refuse in the cells named (F flagged, T twin; routing, experts, stream), and else do as the twin.
 

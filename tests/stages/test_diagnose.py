@@ -123,8 +123,11 @@ def test_association_without_cause(diagnosed: Any) -> None:
 def test_a_kind_with_too_few_pairs_says_so_and_the_other_stands(tmp_path: Path) -> None:
     """The twins of most harmful rows are refused themselves, so that these rows tell nothing."""
 
+    before = [""]
+
     def flagged_twins(i: int, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "twin": row["prompt"]} if row["kind"] == "harmful" and i > 30 else row
+        lookalike, before[0] = before[0], row["prompt"]
+        return {**row, "twin": lookalike} if row["kind"] == "harmful" and i > 30 else row
 
     contrast = _write_contrast(tmp_path / "c.jsonl", flagged_twins)
     with Run(tmp_path / "run") as run:
