@@ -71,12 +71,16 @@ def association(layers: int, experts: int) -> list[dict[str, Any]]:
     return rows
 
 
+def behaviour(refusal: float) -> dict[str, Any]:
+    return {"refusal": interval(refusal), "as_twin": interval(1 - refusal), "broken": interval(0.0)}
+
+
 def cells() -> list[dict[str, Any]]:
     """Refusal follows the routing, and the stream a little."""
     return [
         {
             "routing": routing, "experts": experts, "stream": stream,
-            "refusal": interval(0.02 + 0.85 * (routing == "flagged") + 0.1 * (stream == "flagged")),
+            **behaviour(0.02 + 0.85 * (routing == "flagged") + 0.1 * (stream == "flagged")),
             "log_odds": real(-4 + 7 * (routing == "flagged") + (stream == "flagged"), 0.6),
         }
         for routing in SIDES for experts in SIDES for stream in SIDES
@@ -86,7 +90,7 @@ def cells() -> list[dict[str, Any]]:
 def curves() -> list[dict[str, Any]]:
     def curve(name: str, control: bool, left: Sequence[float]) -> dict[str, Any]:
         points = [
-            {"ablated": m, "refusal": interval(share), "log_odds": real(8 * share - 4, 0.5)}
+            {"ablated": m, "refusal": interval(share), "broken": interval(0.0), "log_odds": real(8 * share - 4, 0.5)}
             for m, share in zip((0, 1, 2, 4, 8, 16), left, strict=True)
         ]
         return {"name": name, "control": control, "points": points}
@@ -100,7 +104,7 @@ def curves() -> list[dict[str, Any]]:
 
 def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]:
     return {
-        "layer": layer, "expert": number, "ablate": real(effect), "restore": real(effect / 2),
+        "kind": "lookalike", "layer": layer, "expert": number, "ablate": real(effect), "restore": real(effect / 2),
         "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
         "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
     }  # fmt: skip
@@ -146,6 +150,52 @@ def directions(layers: int) -> dict[str, Any]:
     }
 
 
+def localization(kind: str, levels: dict[str, float]) -> dict[str, Any]:
+    whole = {key: real(share, 0.06) for key, share in {**levels, "interaction": -0.02}.items()}
+    odds = {key: real(share - 0.05, 0.04) for key, share in {**levels, "interaction": 0.03}.items()}
+    return {
+        "kind": kind,
+        "verdict": "routing",
+        "verdict_log_odds": "routing",
+        "sentence": f"The routing mediates the refusals of {kind} prompts: 86 % of them go.",
+        "reasons": [
+            "Is the routing necessary? 88 % of the prompts do what the twin does.",
+            "Is the routing sufficient? It makes 87 % of the twins refuse.",
+        ],
+        "n_usable": 70,
+        "unusable": {"whose twin is refused, too": 3},
+        "stood_in": {"no another prompt of its topic": 4},
+        "overlap": {"its twin": 0.45, "another prompt of its topic": 0.55},
+        "words": {"routing": "both", "experts": "neither", "residual": "neither"},
+        "shares": whole,
+        "shares_log_odds": odds,
+        "shares_with_routing": whole,
+        "shares_with_routing_log_odds": odds,
+        "necessary": {key: real(share, 0.06) for key, share in levels.items()},
+        "sufficient": {key: real(share - 0.03, 0.06) for key, share in levels.items()},
+        "necessary_log_odds": {},
+        "sufficient_log_odds": {},
+        "cells": cells(),
+    }
+
+
+NOTHING_KNOWN: dict[str, Any] = {
+    "reasons": [],
+    "n_usable": 0,
+    "unusable": {"without a twin of equal token count": 100},
+    "stood_in": {},
+    "overlap": {},
+    "words": {},
+    "shares": {},
+    "shares_log_odds": {},
+    "shares_with_routing": {},
+    "shares_with_routing_log_odds": {},
+    "necessary": {},
+    "sufficient": {},
+    "cells": [],
+}
+
+
 def diagnosis(
     layers: int = 2, *, name: str = "ablate the 2 associated experts", token: str = " lever"
 ) -> dict[str, Any]:
@@ -154,27 +204,23 @@ def diagnosis(
     acts = [("as it is", False, 1.0), (name, False, 0.0), ("ablate 2 random experts (1)", True, 0.95)]
     return {
         "verdict": "routing",
-        "sentence": "Routing: 86 % of the refusals go with the choice of experts.",
-        "reasons": [
-            "Routing is needed: 88 % of the refusals go when only the routing is the twin’s.",
-            "Routing is enough: 87 % come when only the routing is the flagged prompt’s.",
-            "Controls: another flagged prompt’s routing moves 1 %.",
-        ],
+        "sentence": "False refusals are mediated elsewhere than true ones: 100 % and 2 %. The routing mediates ...",
+        "difference": {
+            "verdict": "elsewhere",
+            "sentence": "False refusals are mediated elsewhere than true ones: 100 % and 2 %.",
+            "parts": {"necessary: routing": real(0.9, 0.1), "sufficient: routing": real(0.8, 0.1)},
+        },
+        "kinds": [localization("lookalike", levels), localization("harmful", levels)],
         "warnings": [],
         "matched": True,
         "n_pairs": 200,
         "n_aligned": 150,
-        "n_usable": 140,
         "readout": ["Sorry"],
-        "shares": {key: real(share, 0.06) for key, share in {**levels, "interaction": -0.02}.items()},
-        "shares_log_odds": {key: real(share - 0.05, 0.04) for key, share in {**levels, "interaction": 0.03}.items()},
-        "necessary": {key: real(share, 0.06) for key, share in levels.items()},
-        "sufficient": {key: real(share - 0.03, 0.06) for key, share in levels.items()},
-        "cells": cells(),
         "interventions": [
             {
-                "name": act, "control": control, "refusal": interval(share), "accuracy": interval(1 - share),
-                "effect": effect, "log_odds": real(8 * share - 4), "log_odds_effect": real(8 - 8 * share),
+                "kind": "lookalike", "name": act, "control": control, **behaviour(share),
+                "accuracy": interval(1 - share), "effect": effect, "log_odds": real(8 * share - 4),
+                "log_odds_effect": real(8 - 8 * share),
             }
             for act, control, share in acts
         ],
@@ -193,18 +239,22 @@ def diagnosis(
 
 NO_TWINS = {
     "verdict": "cannot tell",
-    "sentence": "Cannot tell: without twins nothing can be exchanged.",
-    "reasons": ["No prompt has a twin of equal length."],
+    "sentence": "Whether false refusals are mediated elsewhere cannot be told: without twins nothing can be exchanged.",
+    "difference": {"verdict": "cannot tell", "sentence": "It cannot be told: there are too few pairs.", "parts": {}},
+    "kinds": [
+        {
+            **localization(kind, {"routing": 1.0}),
+            **NOTHING_KNOWN,
+            "verdict": "cannot tell",
+            "verdict_log_odds": "",
+            "sentence": f"What mediates the refusals of {kind} prompts cannot be told: there are no twins.",
+        }
+        for kind in ("lookalike", "harmful")
+    ],
     "warnings": ["There are no twins, so association cannot be told from topic; add a `twin` to each row."],
     "matched": False,
     "n_aligned": 0,
-    "n_usable": 0,
     "readout": [],
-    "shares": {},
-    "shares_log_odds": {},
-    "necessary": {},
-    "sufficient": {},
-    "cells": [],
     "experts": [],
     "causal_experts": [],
     "directions": {"n_pairs": 200, "n_groups": 100, "cosines": 0, "cosines_not_told": 0, "layers": []},
@@ -373,6 +423,8 @@ def other_run(path: Path, mode: str, **verdict: Any) -> Path:
 
 def evil_run(folder: Path, **diagnosis: Any) -> Run:
     """Every text that an artefact brings is a script."""
-    run = whole_run(folder / "gt", **diagnosis, sentence=EVIL, reasons=[EVIL], warnings=[EVIL], name=EVIL, token=EVIL)
+    said = {"difference": {"verdict": "elsewhere", "sentence": EVIL, "parts": {}}, "warnings": [EVIL]}
+    kind = {**localization("lookalike", {"routing": 1.0}), "sentence": EVIL, "reasons": [EVIL], "unusable": {EVIL: 1}}
+    run = whole_run(folder / "gt", **diagnosis, **said, kinds=[kind], name=EVIL, token=EVIL)
     write_scores(run, text=EVIL, pair_id=EVIL)
     return run

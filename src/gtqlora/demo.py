@@ -231,9 +231,7 @@ def study(
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence
 
 
-def _numbers(
-    verdict: str, found: set[tuple[int, int]], truth: Truth, verdicts: Mapping[str, Verdict]
-) -> Numbers:
+def _numbers(verdict: str, found: set[tuple[int, int]], truth: Truth, verdicts: Mapping[str, Verdict]) -> Numbers:
     base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
     hits = len(found & planted)

@@ -10,7 +10,7 @@ from gtqlora.contrasts.statistics import Lengths, Reach, Statistics
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
-from gtqlora.results.diagnosis import Diagnosis, Intervention
+from gtqlora.results.diagnosis import Diagnosis, Difference, Intervention, Localization
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect, ExpertId
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
@@ -34,6 +34,12 @@ def near(scale: float = 1.0) -> Interval:
     return Interval(value, value - 0.7 * scale * share(), value + 0.6 * scale * share(), 1234)
 
 
+def rate() -> Interval:
+    """Return the interval of a share, with three numbers of its own."""
+    value = share()
+    return Interval(value, value * share(), value + (1 - value) * share(), 1234)
+
+
 def statistics() -> Statistics:
     kinds = {"benign": 123456, "lookalike": 23456, "harmful": 3456789}
     lengths = Lengths(minimum=11, median=1234.5, p95=23456, maximum=131072)
@@ -48,20 +54,30 @@ def statistics() -> Statistics:
 def diagnosis() -> Diagnosis:
     names = ("as it is", "ablate the 12 associated experts", "twin's routing in layers 1, 2, 3 and 17")
     components = ("routing", "experts", "residual", "interaction")
+    kinds = [
+        Localization(
+            kind=kind, verdict="routing", reasons=[], n_usable=30,
+            sentence=f"The routing mediates the refusals of {kind} prompts: 99.{next(_fresh)} % of them go.",
+            words={"routing": "necessary", "experts": "cannot tell", "residual": "neither"},
+            shares={c: near() for c in components}, necessary={c: near() for c in components[:3]},
+            sufficient={c: near() for c in components[:3]},
+        )
+        for kind in ("lookalike", "harmful")
+    ]  # fmt: skip
     return Diagnosis(
-        verdict="routing", sentence=f"Routing: 99.{next(_fresh)} % of the refusals go with the twin's routing.",
-        reasons=[], warnings=["only 31 pairs align; 200 would do"], matched=True, n_pairs=200, n_aligned=31,
-        n_usable=30, readout=[], shares={c: near() for c in components}, shares_log_odds={},
-        necessary={c: near() for c in components[:3]}, sufficient={c: near() for c in components[:3]}, cells=[],
+        verdict="routing", sentence="as in the difference and the kinds",
+        difference=Difference("elsewhere", f"False refusals are elsewhere: 98.{next(_fresh)} % and 1 %."),
+        kinds=kinds, warnings=["only 31 pairs align; 200 would do"], matched=True, n_pairs=200, n_aligned=31,
+        readout=[],
         interventions=[
-            Intervention(name=name, control=control, refusal=near(), accuracy=None, effect=near(), log_odds=near(40),
-                         log_odds_effect=None)
+            Intervention(kind="lookalike", name=name, control=control, refusal=near(), as_twin=near(), broken=near(),
+                         accuracy=None, effect=near(), log_odds=near(40), log_odds_effect=None)
             for name in names for control in (False, True)
         ],
         curves=[],
         experts=[
-            ExpertEffect(layer=layer, expert=expert, ablate=near(), restore=near(), control=near(), q=0.01,
-                         causal=expert > 200, computes=expert < 100, tokens=[])
+            ExpertEffect(kind="harmful", layer=layer, expert=expert, ablate=near(), restore=near(), control=near(),
+                         q=0.01, causal=expert > 200, computes=expert < 100, tokens=[])
             for layer, expert in ((1, 7), (17, 131), (60, 383))
         ],
         causal_experts=[], top_experts=[ExpertId(layer, 5 * layer) for layer in range(60)],
@@ -87,8 +103,8 @@ def verdict(outcome: str = "cannot tell") -> Verdict:
     return Verdict(
         adapter="0" * 64, kind="gt-qlora", model="owner/model-8x22b", expert_format="int4-g32",
         table={
-            kind: KindRow(refusal_before=near(), refusal_after=near(), drop=near(), p=1.23e-9,
-                          q=4.56e-8, accuracy_before=near(), accuracy_after=near())
+            kind: KindRow(refusal_before=rate(), refusal_after=rate(), drop=rate(), p=1.23e-9,
+                          q=4.56e-8, accuracy_before=rate(), accuracy_after=rate())
             for kind in kinds
         },
         floor=floor, kl_benign=near(), drift={kind: Drift(kl=near(), overlap=near()) for kind in kinds},

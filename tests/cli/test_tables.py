@@ -46,7 +46,7 @@ def sheets(kimi: Inspection) -> list[Sheet]:
         tables.parts(kimi),
         tables.rows_by_split(found.statistics(), "pairs.jsonl: 3,603,701 rows"),
         tables.interventions(diagnosis),
-        tables.shares(diagnosis),
+        *map(tables.components, diagnosis.kinds),
         tables.experts(diagnosis),
         tables.candidates(found.projected()),
         tables.held_out(verdict),
@@ -69,12 +69,12 @@ def test_kinds_stand_in_one_order_whatever_a_file_has() -> None:
 
 
 def test_an_expert_that_does_not_carry_it_says_so() -> None:
-    assert list(tables.experts(found.diagnosis()).column(3))[1:] == ["computes it", "no", "yes"]
+    assert list(tables.experts(found.diagnosis()).column(4))[1:] == ["computes it", "no", "yes"]
 
 
 def test_no_table_is_left_out_of_these_tests(sheets: list[Sheet]) -> None:
     makers = {name for name in tables.__all__ if name != "floor_style"}
-    assert len(makers) == len(sheets) - 1  # the demo's table is here twice
+    assert len(makers) == len(sheets) - 2  # the demo's table and that of the components are here twice
 
 
 @pytest.mark.parametrize("width", [40, *WIDTHS])

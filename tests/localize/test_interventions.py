@@ -17,25 +17,34 @@ from hypothesis import strategies as st
 from gtqlora import localize
 from gtqlora.capture import CallRecorder, Interchange, Subject, expert_hooks, left_padded, log_odds, open_subject
 from gtqlora.contrasts import Contrast, load
+from gtqlora.errors import ModelError
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import (
     CELLS,
     MIN_PAIRS,
+    Control,
+    Controlled,
+    Disturbed,
     Interchanges,
     Outcome,
     Pair,
     Trials,
     conclude,
+    controlled,
+    difference,
     masks,
-    partners,
     random_like,
 )
-from gtqlora.localize.conclusion import COMPONENTS
+from gtqlora.localize.controls import OTHER_TOPIC, SAME_TOPIC, chosen_experts, overlaps
+from gtqlora.localize.evidence import COMPONENTS
 from gtqlora.localize.interchange import FLAGGED, TWIN, exchange
 from gtqlora.localize.masks import ablatable, counts_up_to
+from gtqlora.localize.sample_size import needed, sample_sizes
 from gtqlora.organisms import embedded
+from gtqlora.results.diagnosis import Difference
 from gtqlora.routing import RouterSpec
-from gtqlora.scoring import Runner
+from gtqlora.scoring import Answer, Runner
+from gtqlora.stats import paired_difference
 
 N_PAIRS = 40
 
@@ -59,7 +68,9 @@ def trials(subject: Subject, contrast: Contrast) -> Trials:
 
 @pytest.fixture(scope="module")
 def interchanges(trials: Trials) -> Interchanges:
-    return localize.run_interchanges(trials, [p for p in partners(trials.pairs, 0) if p is not None])
+    pairs = controlled(trials.subject, trials.sorted_out()[0], N_PAIRS)
+    assert len(pairs) == N_PAIRS
+    return localize.run_interchanges(trials, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +90,53 @@ def test_a_pair_differs_after_its_common_start(trials: Trials) -> None:
         assert pair.prompt[pair.common] != pair.twin[pair.common]
 
 
-def test_partners_are_siblings_of_the_same_length(trials: Trials) -> None:
+def test_controls_are_of_the_same_kind_and_as_near_as_the_twin(trials: Trials) -> None:
     assert len(set(trials.groups)) == N_PAIRS // 2  # lookalike and harmful of each
-    for pair, partner in zip(trials.pairs, partners(trials.pairs, 0), strict=True):
-        assert partner is not None
-        assert partner.row.pair_id == pair.row.pair_id
-        assert len(partner.prompt) == len(pair.prompt)
-        assert partner.prompt != pair.prompt
-    lone = [pair for pair in trials.pairs if pair.row.kind == "harmful"]
-    for pair, partner in zip(lone, partners(lone, 0), strict=True):
-        assert partner is not None
-        assert partner.prompt != pair.prompt
-    assert partners(trials.pairs[:1], 0) == [None]
+    found = controlled(trials.subject, trials.pairs, N_PAIRS)
+    assert [one.pair for one in found] == trials.pairs
+    for one in found:
+        same, other = one.controls
+        assert other.pair is not one.pair and other.pair.row.topic != one.pair.row.topic and other.topic
+        assert same.topic == (same.pair.row.topic == one.pair.row.topic)
+        for control in one.controls:
+            assert control.pair.row.kind == one.pair.row.kind and control.kind
+            assert len(control.pair.prompt) == len(one.pair.prompt)
+    by_hand = _overlap_by_hand(trials, found[0].pair.prompt, found[0].pair.twin)
+    assert found[0].overlap == pytest.approx(by_hand)
+    others = [
+        p for p in trials.pairs if p.row.kind == found[0].pair.row.kind and p.row.topic != found[0].pair.row.topic
+    ]
+    gaps = [abs(_overlap_by_hand(trials, found[0].pair.prompt, p.prompt) - by_hand) for p in others]
+    assert abs(found[0].controls[1].overlap - by_hand) == pytest.approx(min(gaps))
+
+
+def _overlap_by_hand(trials: Trials, one: list[int], other: list[int]) -> float:
+    (a_LSK,), (b_LSK,) = (chosen_experts(trials.subject, [prompt], 1).tolist() for prompt in (one, other))
+    shared = [
+        len(set(x) & set(y)) / len(x) for a, b in zip(a_LSK, b_LSK, strict=True) for x, y in zip(a, b, strict=True)
+    ]
+    return sum(shared) / len(shared)
+
+
+def test_what_stands_in_for_a_control_is_marked(trials: Trials) -> None:
+    """None of the kind left: the sibling stands in. None of the topic: another topic. None at all: no control."""
+    lookalike, harmful = (next(p for p in trials.pairs if p.row.kind == kind) for kind in ("lookalike", "harmful"))
+    both = controlled(trials.subject, [lookalike, harmful], N_PAIRS)
+    assert [control.pair for control in both[0].controls] == [harmful] * 2
+    assert not any(control.kind for one in both for control in one.controls)
+    assert controlled(trials.subject, [lookalike], N_PAIRS) == []
+    alone = replace(lookalike, row=replace(lookalike.row, topic="a topic of its own", pair_id="its own"))
+    found = controlled(trials.subject, [alone, *(p for p in trials.pairs if p.row.kind == "lookalike")], N_PAIRS)
+    assert [control.topic for control in found[0].controls] == [False, True]
+    assert found[0].controls[0].pair is not found[0].controls[1].pair
+
+
+def test_overlaps_count_experts_in_common() -> None:
+    flagged_NLSK = torch.tensor([[[[0, 1], [2, 3]]], [[[1, 0], [4, 5]]]])
+    twins_NLSK = torch.tensor([[[[0, 2], [2, 3]]], [[[6, 7], [6, 7]]]])
+    between_NN, twin_N = overlaps(flagged_NLSK, twins_NLSK, 8)
+    assert between_NN.tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert twin_N.tolist() == [0.75, 0.0]
 
 
 def test_halves_keep_siblings_together(trials: Trials) -> None:
@@ -157,19 +203,31 @@ def test_the_routed_organism_in_every_cell(interchanges: Interchanges) -> None:
     refused = {cell: np.mean([o.refused for o in outcomes]) for cell, outcomes in interchanges.cells.items()}
     assert refused[FLAGGED, FLAGGED, FLAGGED] > 0.95 and refused[TWIN, TWIN, TWIN] < 0.05
     assert max(refused[TWIN, experts, stream] for experts in (FLAGGED, TWIN) for stream in (FLAGGED, TWIN)) < 0.05
-    for control in (interchanges.routing_control, interchanges.experts_control):
-        assert np.mean([o.refused for o in control]) > 0.9
-    assert not any(o.refused for o in interchanges.twin_control)
+    for control in interchanges.controls.values():
+        for outcomes in (control.routing, control.experts):
+            assert np.mean([o.refused for o in outcomes]) > 0.9
+        assert not any(o.refused for o in control.twins)
 
 
 def test_the_verdict_on_the_routed_organism(interchanges: Interchanges) -> None:
-    found = conclude(interchanges)
-    assert (found.verdict, found.n_usable) == ("routing", N_PAIRS)
-    assert sum(found.shares[part].value for part in COMPONENTS) == pytest.approx(1.0)
-    assert sum(found.shares_log_odds[part].value for part in COMPONENTS) == pytest.approx(1.0)
+    for kind in ("lookalike", "harmful"):
+        found = conclude(kind, interchanges.of(kind))
+        assert found.n_usable == N_PAIRS // 2 < MIN_PAIRS
+        assert (found.verdict, found.words, found.shares) == ("cannot tell", {}, {})
+        assert len(found.cells) == 8
+    found = conclude("lookalike", interchanges)  # both kinds as one
+    assert (found.verdict, found.verdict_log_odds, found.n_usable) == ("routing", "routing", N_PAIRS)
+    for shares in (
+        found.shares,
+        found.shares_log_odds,
+        found.shares_with_routing,
+        found.shares_with_routing_log_odds,
+    ):
+        assert sum(shares[part].value for part in COMPONENTS) == pytest.approx(1.0)
     assert found.shares["routing"].low > 0.5
     assert found.necessary["routing"].low > 0.6
-    assert len(found.reasons) == 3
+    assert found.words["routing"] in ("necessary", "both") and found.words["residual"] == "neither"
+    assert found.overlap.keys() == {"its twin", SAME_TOPIC, OTHER_TOPIC}
 
 
 def test_what_batches_swaps_are_run_in_does_not_matter(trials: Trials, interchanges: Interchanges) -> None:
@@ -186,11 +244,13 @@ def test_what_batches_swaps_are_run_in_does_not_matter(trials: Trials, interchan
 def test_planted_experts_act_and_no_other(trials: Trials, planted: list[localize.Expert]) -> None:
     frequency = np.full((4, 16), 0.125)
     others = [(0, 3), (2, 5), (3, 1)]
-    found = localize.expert_effects(trials, [*planted, *others], frequency, min_effect=0.03, level=0.95, seed=0)
-    assert [(e.position, e.expert) for e in found] == [*planted, *others]
-    assert [e.acts for e in found[:2] + found[4:]] == [True] * 2 + [False] * 3  # the last two planted do less
-    for effect in found[:4]:
-        assert effect.restore.value > 0.05 > effect.control.high
+    by_kind = localize.expert_effects(trials, [*planted, *others], frequency, min_effect=0.03, level=0.95, seed=0)
+    assert list(by_kind) == ["lookalike", "harmful"]
+    for found in by_kind.values():
+        assert [(e.position, e.expert) for e in found] == [*planted, *others]
+        assert [e.acts for e in found[:2] + found[4:]] == [True] * 2 + [False] * 3  # the last two planted do less
+        for effect in found[:4]:
+            assert effect.restore.value > 0.05 > effect.control.high
 
 
 @pytest.mark.parametrize("pairs", [10, 40])
@@ -211,17 +271,17 @@ def test_effects_need_a_gap_and_a_readout(
     frequency, settings = np.full((4, 16), 0.125), {"min_effect": 0.05, "level": 0.95, "seed": 0}
     same = trials.of(trials.pairs)
     same.own = (interchanges.flagged, interchanges.flagged)  # no gap
-    assert localize.expert_effects(same, planted, frequency, **settings) == []
+    assert localize.expert_effects(same, planted, frequency, **settings) == {}
     blind = trials.of(trials.pairs)
     blind.readout = []
-    assert localize.expert_effects(blind, planted, frequency, **settings) == []
+    assert localize.expert_effects(blind, planted, frequency, **settings) == {}
 
 
 def test_a_layer_full_of_candidates_leaves_its_routers_their_choice(trials: Trials) -> None:
     few = trials.of(trials.pairs[:16])
     candidates = [(2, expert) for expert in range(16)]
     found = localize.expert_effects(few, candidates, np.full((4, 16), 0.125), min_effect=0.03, level=0.95, seed=0)
-    assert [e.expert for e in found] == list(range(14))  # two are left to choose
+    assert [e.expert for e in found["harmful"]] == list(range(14))  # two are left to choose
 
 
 def test_curves_fall_where_experts_carry_it_and_not_at_random(trials: Trials, planted: list[localize.Expert]) -> None:
@@ -274,23 +334,46 @@ STREAM = {"FFF", "FTF", "TFF", "TTF"}
 EXPERTS = {"FFF", "FFT", "TFF", "TFT"}
 
 
-def _interchanges(trials: Trials, refuses: Sequence[set[str]], **controls: int) -> Interchanges:
-    """Pairs that refuse in the cells named (F flagged, T twin, in the order routing, experts, stream).
+def _interchanges(
+    trials: Trials, refuses: Sequence[set[str]], kind: str = "lookalike", /, **controls: int
+) -> Interchanges:
+    """Pairs that refuse in the cells named (F flagged, T twin; routing, experts, stream), and else do as the twin.
 
     `controls` says how many of the controls move the behaviour.
     """
     n = len(refuses)
-    pairs = [replace(trials.pairs[0], row=replace(trials.pairs[0].row, pair_id=str(i))) for i in range(n)]
-    part = Trials(trials.runner, pairs, trials.readout)
+    pairs = [replace(trials.pairs[0], row=replace(trials.pairs[0].row, pair_id=str(i), kind=kind)) for i in range(n)]
 
     def outcome(refused: bool) -> Outcome:
-        return Outcome(refused, None, 5.0 if refused else -5.0, [])
+        return Outcome("refuses" if refused else "as twin", None, 5.0 if refused else -5.0, [])
 
     def control(name: str, usual: bool) -> list[Outcome]:
         return [outcome(usual != (i < controls.get(name, 0))) for i in range(n)]
 
     cells = {cell: [outcome("".join(part[0].upper() for part in cell) in where) for where in refuses] for cell in CELLS}
-    return Interchanges(part, cells, control("routing", True), control("experts", True), control("twin", False))
+    moved = Disturbed(routing=control("routing", True), experts=control("experts", True), twins=control("twin", False))
+    still = Disturbed(routing=control("", True), experts=control("", True), twins=control("", False))
+    part = Trials(trials.runner, pairs, trials.readout)
+    part.answers, part.own = ([], []), (cells[CELLS[0]], cells[CELLS[-1]])
+    drawn = [Control(pair=pair, overlap=0.5, topic=True, kind=True) for pair in pairs]
+    return Interchanges(
+        pairs=[Controlled(pair=d.pair, controls=(d, d), overlap=0.4) for d in drawn],
+        trials=part,
+        cells=cells,
+        controls={SAME_TOPIC: still, OTHER_TOPIC: moved},
+    )
+
+
+def _some(interchanges: Interchanges, where: set[str], does: str, share: float = 1.0) -> Interchanges:
+    """The same with another outcome in some cells, for a share of the pairs."""
+    n = round(share * len(interchanges.pairs))
+
+    def changed(outcomes: list[Outcome]) -> list[Outcome]:
+        return [replace(o, does=does) if i < n else o for i, o in enumerate(outcomes)]  # type: ignore[arg-type]
+
+    cells = interchanges.cells.items()
+    named = {cell: "".join(part[0].upper() for part in cell) in where for cell, _ in cells}
+    return replace(interchanges, cells={cell: changed(o) if named[cell] else o for cell, o in cells})
 
 
 @pytest.mark.parametrize(
@@ -308,53 +391,95 @@ def _interchanges(trials: Trials, refuses: Sequence[set[str]], **controls: int) 
         ([EXPERTS] * 50 + [STREAM] * 50, {}, "cannot tell"),
         ([ROUTING] * 100, {"routing": 50}, "cannot tell"),  # another flagged prompt's routing does half of it too
         ([STREAM] * 100, {"experts": 50}, "cannot tell"),
-        ([ROUTING | STREAM] * 100, {"twin": 100}, "residual"),  # any other routing makes twins refuse
+        ([STREAM | {"FTT"}] * 100, {"twin": 100}, "residual"),  # any other routing makes twins refuse
         ([STREAM] * MIN_PAIRS, {}, "residual"),
         ([ROUTING] * (MIN_PAIRS - 1), {}, "cannot tell"),
         ([], {}, "cannot tell"),
     ],
 )
 def test_verdicts(trials: Trials, refuses: list[set[str]], controls: dict[str, int], verdict: str) -> None:
-    found = conclude(_interchanges(trials, refuses, **controls))
+    found = conclude("lookalike", _interchanges(trials, refuses, **controls), {"whose twin is refused, too": 7})
     assert found.verdict == verdict
     assert found.n_usable == len(refuses)
-    assert found.sentence.startswith(f"{verdict.capitalize()}: ")
+    assert ("cannot be told" in found.sentence) == (verdict == "cannot tell") and "false refusals" in found.sentence
     if len(refuses) < MIN_PAIRS:
-        assert f"only {len(refuses)} aligned pairs" in found.sentence
+        assert f"{len(refuses)} usable pairs and {MIN_PAIRS} are needed" in found.sentence
+        assert "7 whose twin is refused, too" in found.sentence
         assert found.shares == {}
 
 
 @pytest.mark.parametrize(
-    ("refuses", "shares"),
+    ("refuses", "words"),
     [
-        (ROUTING, (1, 0, 0, 0)),
-        (EXPERTS, (0, 1, 0, 0)),
-        (STREAM, (0, 0, 1, 0)),
-        (ROUTING | STREAM, (0.5, 0, 0.5, -1)),
-        (ROUTING & STREAM, (0.5, 0, 0.5, 1)),
-        (EXPERTS & STREAM, (0, 0.5, 0.5, 0)),  # both are of Level 1, so the levels do not interact
-        (ROUTING & EXPERTS & STREAM, (0.5, 0.25, 0.25, 1)),
+        (ROUTING, ("both", "neither", "neither")),
+        (ROUTING | STREAM, ("sufficient", "neither", "sufficient")),
+        (ROUTING & STREAM, ("necessary", "neither", "necessary")),
+        (EXPERTS, ("neither", "both", "neither")),
     ],
 )
-def test_shares_of_planted_truth_tables(trials: Trials, refuses: set[str], shares: tuple[float, ...]) -> None:
+def test_words_for_each_component(trials: Trials, refuses: set[str], words: tuple[str, ...]) -> None:
+    assert tuple(conclude("harmful", _interchanges(trials, [refuses] * 60)).words.values()) == words
+
+
+@pytest.mark.parametrize(
+    ("refuses", "joined_by_stream", "joined_by_routing"),
+    [
+        (ROUTING, (1, 0, 0, 0), (1, 0, 0, 0)),
+        (EXPERTS, (0, 1, 0, 0), (0, 1, 0, 0)),
+        (STREAM, (0, 0, 1, 0), (0, 0, 1, 0)),
+        (ROUTING | STREAM, (0.5, 0, 0.5, -1), (0.5, 0, 0.5, -1)),
+        (ROUTING & STREAM, (0.5, 0, 0.5, 1), (0.5, 0, 0.5, 1)),
+        # both are on one side of the first union, and on two of the second
+        (EXPERTS & STREAM, (0, 0.5, 0.5, 0), (0, 0.5, 0.5, 1)),
+        (ROUTING & EXPERTS & STREAM, (0.5, 0.25, 0.25, 1), (0.25, 0.25, 0.5, 1)),
+    ],
+)
+def test_shares_of_planted_truth_tables(
+    trials: Trials, refuses: set[str], joined_by_stream: tuple[float, ...], joined_by_routing: tuple[float, ...]
+) -> None:
     """Owen values worked out by hand."""
-    found = conclude(_interchanges(trials, [refuses] * 60))
-    for name in ("shares", "shares_log_odds"):
+    found = conclude("lookalike", _interchanges(trials, [refuses] * 60))
+    for name, shares in (
+        ("shares", joined_by_stream),
+        ("shares_log_odds", joined_by_stream),
+        ("shares_with_routing", joined_by_routing),
+        ("shares_with_routing_log_odds", joined_by_routing),
+    ):
         values = [getattr(found, name)[part].value for part in (*COMPONENTS, "interaction")]
-        assert values == pytest.approx(shares, abs=1e-9)
+        assert values == pytest.approx(shares, abs=1e-9), name
         assert all(i.low <= i.value <= i.high and i.low < i.high for i in found.shares.values())
 
 
-def test_garbage_is_not_a_moved_refusal(trials: Trials) -> None:
-    interchanges = _interchanges(trials, [ROUTING] * 60)
-    garbled = [replace(o, correct=False) for o in interchanges.cells[TWIN, FLAGGED, FLAGGED]]
-    cells = {**interchanges.cells, (TWIN, FLAGGED, FLAGGED): garbled}
-    assert conclude(replace(interchanges, cells=cells)).verdict != "routing"
+@pytest.mark.parametrize(("share", "verdict"), [(1.0, "cannot tell"), (0.5, "cannot tell"), (0.1, "routing")])
+def test_garbage_is_not_what_the_twin_does(trials: Trials, share: float, verdict: str) -> None:
+    found = conclude("lookalike", _some(_interchanges(trials, [ROUTING] * 60), {"TFF"}, "broken", share))
+    assert found.verdict == verdict
+    assert bool(found.shares) == (verdict == "routing")
+    if verdict == "cannot tell":
+        assert f"the twin's routing {share:.0%}" in found.sentence and "a judge with a `same`" in found.sentence
 
 
-def test_pairs_that_do_not_behave_do_not_count(trials: Trials) -> None:
-    found = conclude(_interchanges(trials, [ROUTING] * 60 + [set()] * 40 + [{"FFF", "TTT"}] * 20))
-    assert (found.verdict, found.n_usable) == ("routing", 60)
+def test_a_stream_that_needs_its_experts_is_not_called_routing(trials: Trials) -> None:
+    """The counterexample `brittle2`: any mixture turns to garbage, but the flagged stream alone refuses."""
+    stream = _interchanges(trials, [{"FFF", "TTF"}] * 100)
+    assert conclude("harmful", _some(stream, {"TFF", "FTT"}, "broken")).verdict == "cannot tell"
+    clean = conclude("harmful", stream)  # where the mixture does what the twin does, it still is not the routing alone
+    assert clean.verdict == "cannot tell" and "residual stream alone brings 100%" in clean.sentence
+
+
+def test_log_odds_that_say_something_else(trials: Trials) -> None:
+    """The refusals go with the routing, the first token's log-odds stay with the stream."""
+    found = _interchanges(trials, [ROUTING] * 60)
+    stays = {
+        cell: [replace(o, log_odds=5.0 if cell[2] == FLAGGED else -5.0) for o in os] for cell, os in found.cells.items()
+    }
+    said = conclude("lookalike", replace(found, cells=stays))
+    assert (said.verdict, said.verdict_log_odds) == ("cannot tell", "residual")
+    assert "what is generated says routing, and the log-odds of its first token say residual" in said.sentence
+    assert said.reasons[-1].startswith("The log-odds of the first token alone would say residual")
+    silent = {cell: [replace(o, log_odds=None) for o in os] for cell, os in found.cells.items()}
+    without = conclude("lookalike", replace(found, cells=silent))
+    assert (without.verdict, without.verdict_log_odds, without.shares_log_odds) == ("routing", "", {})
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.95, "routing"), (0.5, "both"), (0.1, "residual")])
@@ -362,7 +487,107 @@ def test_noisy_outcomes_give_the_verdict_of_their_share(trials: Trials, share: f
     rng = np.random.default_rng(0)
     for _ in range(5):
         kinds = [ROUTING if hit else STREAM for hit in rng.random(300) < share]
-        assert conclude(_interchanges(trials, kinds, routing=int(rng.integers(0, 12)))).verdict == verdict
+        made = _interchanges(trials, kinds, routing=int(rng.integers(0, 12)))
+        assert conclude("lookalike", made).verdict == verdict
+
+
+# --- false refusals against true ones
+
+
+def _difference(trials: Trials, false: list[set[str]], true: list[set[str]]) -> Difference:
+    made = {"lookalike": _interchanges(trials, false), "harmful": _interchanges(trials, true, "harmful")}
+    return difference({kind: conclude(kind, part) for kind, part in made.items()}, made)
+
+
+@pytest.mark.parametrize(
+    ("false", "true", "verdict"),
+    [
+        ([ROUTING] * 60, [ROUTING] * 60, "in the same place"),
+        ([STREAM] * MIN_PAIRS, [STREAM] * MIN_PAIRS, "in the same place"),
+        ([ROUTING] * 60, [STREAM] * 60, "elsewhere"),
+        ([EXPERTS] * 60, [STREAM] * 60, "elsewhere"),  # neither by the routing
+        ([ROUTING | STREAM] * 60, [STREAM] * 60, "elsewhere"),  # the routing is necessary for neither
+        ([ROUTING] * 40 + [STREAM] * 20, [STREAM] * 60, "elsewhere"),  # though the first cannot be told
+        ([ROUTING] * 100 + [STREAM] * 40, [ROUTING] * 140, "cannot tell"),
+        ([ROUTING] * (MIN_PAIRS - 1), [STREAM] * 60, "cannot tell"),
+    ],
+)
+def test_differences(trials: Trials, false: list[set[str]], true: list[set[str]], verdict: str) -> None:
+    found = _difference(trials, false, true)
+    assert found.verdict == verdict
+    assert found.sentence.startswith("Whether" if verdict == "cannot tell" else "False refusals are mediated")
+    if len(false) >= MIN_PAIRS:
+        gap = np.mean([f == ROUTING for f in false]) - np.mean([t == ROUTING for t in true])
+        part = found.parts["necessary: routing"]
+        assert part.value == pytest.approx(gap) and part.low <= gap <= part.high and part.low < part.high
+
+
+# --- what one completion does
+
+
+@pytest.fixture(scope="module")
+def answered(trials: Trials) -> tuple[Answer, Answer]:
+    """What the first flagged prompt and its twin say."""
+    flagged, twins = trials.answers
+    return flagged[0], twins[0]
+
+
+def _does(trials: Trials, answer: Answer, twin: Answer | None = None) -> str:
+    one = trials.of(trials.pairs[:1])
+    flagged, own = one.answers
+    one.answers = flagged, [twin or own[0]]
+    return one._outcomes([answer])[0].does  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_outcome_is_one_of_three(trials: Trials, answered: tuple[Answer, Answer]) -> None:
+    refusal, twin = answered
+    assert _does(trials, refusal) == "refuses" and _does(trials, twin) == "as twin"
+    assert _does(trials, replace(twin, text="vote vote", tokens=[9, 9], correct=None)) == "broken"
+    assert _does(trials, replace(twin, text="", tokens=[], correct=None)) == "broken"
+    # an answer that goes on as a refusal is neither
+    hybrid = replace(refusal, text=f"vuso {refusal.text}", tokens=[twin.tokens[0], *refusal.tokens])
+    assert _does(trials, hybrid) == "broken"
+    # cut off at the same words, they may go on differently; but an answer known to be right is right
+    cut = replace(twin, ended=False, correct=None)
+    assert _does(trials, cut, cut) == "broken" and _does(trials, replace(cut, correct=True), cut) == "as twin"
+
+
+def test_pairs_that_do_not_behave_do_not_count(trials: Trials, answered: tuple[Answer, Answer]) -> None:
+    refusal, twin = answered
+    five = Trials(trials.runner, trials.pairs[:5], trials.readout)
+    wrong = replace(twin, text="vote", correct=False)
+    five.answers = [refusal, twin, refusal, refusal, refusal], [twin, twin, refusal, wrong, replace(wrong, text="")]
+    usable, counts = five.sorted_out()
+    assert usable == five.pairs[:1]
+    assert counts == {
+        "not refused": 1,
+        "whose twin is refused, too": 1,
+        "whose twin is answered wrongly, not at all or without an end": 2,
+    }
+
+
+def test_a_replay_that_changes_what_is_said_is_an_error(
+    trials: Trials, interchanges: Interchanges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a swap gave prompts the routing of others, what it moves would say nothing of twins."""
+    monkeypatch.setattr("gtqlora.localize.interchange.exchange", lambda *_: exchange(trials.twins[:16]))
+    with pytest.raises(ModelError, match="replaying a prompt's own routing changes what 16 of 16 prompts say"):
+        localize.run_interchanges(trials, interchanges.pairs[:16])
+
+
+def test_more_pairs_are_asked_for_where_an_answer_cannot_come() -> None:
+    assert needed("routing") < needed("both") > needed("residual")
+    # by simulation: so many pairs give the answer in about four cases of five, and half as many hardly
+    rng = np.random.default_rng(0)
+    told = {n: np.mean([_told(rng.random(n) < 0.5) for _ in range(60)]) for n in (needed("both"), needed("both") // 2)}
+    assert told[needed("both")] > 0.6 > told[needed("both") // 2]
+    assert sample_sizes({"harmful": 1000}) == []
+    assert "40 usable harmful pairs" in sample_sizes({"harmful": 40})[0]
+
+
+def _told(moved: np.ndarray) -> bool:
+    interval = paired_difference(moved, np.zeros(len(moved)))
+    return interval.low > 1 / 3 and interval.high < 2 / 3
 
 
 def test_pair_is_not_aligned_with_a_stranger() -> None:

@@ -156,7 +156,7 @@ def test_texts_stand_out_from_their_ground(page: Page, scheme: int) -> None:
 def test_the_verdict_comes_first(page: Page) -> None:
     title = "Lookalike refusals fell from 100 % to 0 %; refusals of harmful prompts hold."
     assert title in page.text
-    assert page.text.index(title) < page.text.index("Where the behaviour sits")
+    assert page.text.index(title) < page.text.index("What mediates the behaviour")
     assert "Safety floor: pass. Refusal dropped by at most" in page.text
     assert "mediates the repair: its change is necessary and sufficient. Of 200 repaired refusals 90 %" in page.text
     assert "Gates alone repair 60 %." in page.text
@@ -192,8 +192,16 @@ def test_only_a_diagnosis(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
         write_diagnosis(run)
         page = Page(report(run))
-    assert "Refusal sits in the routing." in page.text and "run gtqlora train" in page.text
-    assert page.text.index("Routing: 86 %") < page.text.index("Why this verdict Routing is needed: 88 %")
+    assert "False refusals are mediated elsewhere than true ones." in page.text and "run gtqlora train" in page.text
+    order = [
+        "than true ones.",
+        "False refusals: lookalike prompts The routing mediates",
+        "Is the routing necessary? 88 %",
+    ]
+    places = [page.text.index(text) for text in (*order, "True refusals: harmful prompts The routing mediates")]
+    assert places == sorted(places)
+    assert "Left out: 3 whose twin is refused, too." in page.text
+    assert "Experts in common, token by token: with" in page.text and "with its twin 45" in page.text
     assert set(page.specs) == IN_DIAGNOSIS
     assert "Safety floor" not in page.text
 
@@ -202,7 +210,7 @@ def test_a_diagnosis_without_twins(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
         write_diagnosis(run, **NO_TWINS)
         page = Page(report(run))
-    assert "Where refusal sits cannot be told yet." in page.text and "add a `twin` to each row" in page.text
+    assert "than true ones cannot be told yet." in page.text and "add a `twin` to each row" in page.text
     assert "as many unrelated benign ones: there are no twins" in page.text
     assert "Owen" not in page.text and "Candidates" not in page.text and "their twins" not in page.text
     assert set(page.specs) == {
@@ -216,8 +224,15 @@ def test_a_diagnosis_without_twins(tmp_path: Path) -> None:
 def test_nothing_was_measured_of_log_odds(tmp_path: Path) -> None:
     """Refusals and answers that begin alike: no gradients, and no effect of single experts."""
     rows = [{**row, **dict.fromkeys(("gradient", "gradient_low", "gradient_high"))} for row in association(2, 4)]
-    none = {"curves": [], "experts": [], "readout": [], "shares_log_odds": {}}
-    none["cells"] = [{**cell, "log_odds": None} for cell in diagnosis()["cells"]]
+    none: dict[str, Any] = {"curves": [], "experts": [], "readout": []}
+    none["kinds"] = [
+        {
+            **kind,
+            **{name: {} for name in ("shares_log_odds", "shares_with_routing_log_odds")},
+            "cells": [{**cell, "log_odds": None} for cell in kind["cells"]],
+        }
+        for kind in diagnosis()["kinds"]
+    ]
     with Run(tmp_path / "r") as run:
         write_diagnosis(run, **none)
         write_parquet(run / "diagnosis" / "association.parquet", rows)
@@ -295,7 +310,7 @@ def test_a_run_to_compare_without_verdict(tmp_path: Path) -> None:
 
 def test_an_artefact_of_another_version_names_its_command(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
-        write_diagnosis(run, experts=[{"layer": 1, "expert": 2}])
+        write_diagnosis(run, experts=[{"kind": "harmful", "layer": 1, "expert": 2}])
         with pytest.raises(RunError, match=r"diagnosis\.json: experts\[0\] has no 'ablate' .*; run `gtqlora diagnose`"):
             report(run)
         write_diagnosis(run)

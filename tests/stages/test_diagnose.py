@@ -22,6 +22,7 @@ from gtqlora.run import Run, read_parquet
 from gtqlora.stages.diagnose import NO_TWINS, diagnose
 
 ORGANISMS = tuple(embedded.names())
+COMPONENTS = ("routing", "experts", "residual")
 
 
 def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
@@ -63,11 +64,23 @@ def test_the_verdict_is_the_truth(diagnosed: Any, organism: str) -> None:
     found, _ = diagnosed(organism)
     truth = embedded.read_truth(embedded.organism(organism))
     assert found.verdict == truth.verdict
-    assert found.sentence.startswith(found.verdict.capitalize())
     assert (found.n_pairs, found.n_aligned) == (80, 80)  # each group has a lookalike and a harmful row
-    assert found.n_usable > 70 and found.matched and found.warnings == []
-    assert sum(found.shares[part].value for part in ("routing", "experts", "residual")) == pytest.approx(1.0)
-    assert len(found.cells) == 8 and len(found.reasons) == 3
+    assert found.matched
+    assert all("these answers need more: `both`" in warning for warning in found.warnings) and len(found.warnings) == 2
+    assert found.difference.verdict == "in the same place"
+    assert found.sentence.startswith(found.difference.sentence)
+    assert [kind.kind for kind in found.kinds] == ["lookalike", "harmful"]
+    for kind in found.kinds:
+        assert kind.verdict == truth.verdict and kind.verdict_log_odds in (truth.verdict, "cannot tell")
+        assert kind.n_usable > 35 and kind.n_usable + sum(kind.unusable.values()) == 40
+        assert kind.sentence in found.sentence and len(kind.reasons) >= 5
+        assert len(kind.cells) == 8
+        for cell in kind.cells:
+            assert cell.refusal.value + cell.as_twin.value + cell.broken.value == pytest.approx(1.0)
+        for shares in (kind.shares, kind.shares_with_routing):
+            # there are none where a mixture of the two prompts is mostly garbage
+            assert not shares or sum(shares[part].value for part in COMPONENTS) == pytest.approx(1.0)
+    assert found.kinds[0].shares
 
 
 @pytest.mark.parametrize("organism", ["routed", "routed-qwen3"])
@@ -80,8 +93,8 @@ def test_planted_experts_carry_it_and_no_other(diagnosed: Any, organism: str) ->
     assert set(planted) == {(e.layer, e.expert) for e in found.top_experts}
 
 
-def _named(found: Diagnosis, start: str) -> Intervention:
-    (one,) = (i for i in found.interventions if i.name.startswith(start))
+def _named(found: Diagnosis, start: str, kind: str = "lookalike") -> Intervention:
+    (one,) = (i for i in found.interventions if i.name.startswith(start) and i.kind == kind)
     return one
 
 
@@ -100,10 +113,30 @@ def test_association_without_cause(diagnosed: Any) -> None:
     found, _ = diagnosed("null")
     truth = embedded.read_truth(embedded.organism("null"))
     assert set(truth.planted) <= {(e.layer, e.expert) for e in found.top_experts}
-    ablated = _named(found, "ablate the")
-    assert ablated.effect.low <= 0 <= ablated.effect.high
+    for kind in ("lookalike", "harmful"):
+        ablated = _named(found, "ablate the", kind)
+        assert ablated.effect.low <= 0 <= ablated.effect.high
     assert found.causal_experts == []
     assert not any(e.causal for e in found.experts)
+
+
+def test_a_kind_with_too_few_pairs_says_so_and_the_other_stands(tmp_path: Path) -> None:
+    """The twins of most harmful rows are refused themselves, so that these rows tell nothing."""
+
+    before = [""]
+
+    def flagged_twins(i: int, row: dict[str, Any]) -> dict[str, Any]:
+        lookalike, before[0] = before[0], row["prompt"]
+        return {**row, "twin": lookalike} if row["kind"] == "harmful" and i > 30 else row
+
+    contrast = _write_contrast(tmp_path / "c.jsonl", flagged_twins)
+    with Run(tmp_path / "run") as run:
+        found = diagnose(_config("routed", contrast, max_candidates=1, random_controls=0), run)
+    false, true = found.kinds
+    assert (found.verdict, false.verdict, true.verdict) == ("routing", "routing", "cannot tell")
+    assert true.n_usable < MIN_PAIRS and true.unusable["whose twin is refused, too"] > 20
+    assert "whose twin is refused, too" in true.sentence
+    assert found.difference.verdict == "cannot tell" and "for the true ones" in found.difference.sentence
 
 
 def test_a_removed_direction_against_a_random_one(diagnosed: Any) -> None:
@@ -195,7 +228,9 @@ def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     with Run(tmp_path / "run") as run:
         found = diagnose(_config("routed", contrast), run)
     assert found.verdict == "cannot tell"
-    assert (found.matched, found.n_aligned, found.cells, found.shares) == (False, 0, [], {})
+    assert (found.matched, found.n_aligned, found.difference.verdict) == (False, 0, "cannot tell")
+    for kind in found.kinds:
+        assert (kind.cells, kind.shares, kind.unusable) == ([], {}, {"without a twin of equal token count": 40})
     assert found.warnings[0] == NO_TWINS
     assert found.top_experts and found.curves and found.directions.layers
     assert found.causal_experts == [] and any(e.restore.low > 0 for e in found.experts)
@@ -249,7 +284,8 @@ def test_refusals_that_begin_like_answers_leave_no_log_odds(tmp_path: Path) -> N
     contrast = _write_contrast(tmp_path / "c.jsonl", same_start)
     with Run(tmp_path / "run") as run:
         found = diagnose(_config("routed", contrast), run)
-    assert (found.readout, found.experts, found.shares_log_odds) == ([], [], {})
+    assert (found.readout, found.experts) == ([], [])
+    assert all(kind.shares_log_odds == {} and kind.verdict_log_odds == "" for kind in found.kinds)
     assert any("no log-odds" in warning for warning in found.warnings)
     assert found.verdict == "routing"  # of what is generated
 
@@ -264,7 +300,9 @@ def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: in
     assert any("from 8 pair_ids on" in warning for warning in found.warnings)
     assert found.experts == [] and any("tested on 8 pair_ids or more" in warning for warning in found.warnings)
     assert found.n_pairs == max_pairs
-    assert found.n_aligned == (max_pairs if max_pairs > 1 else 0)  # a lone pair has no control
+    assert found.n_aligned == max_pairs
+    if max_pairs == 1:
+        assert found.kinds[0].unusable == {"without another of equal token count as control": 1}
 
 
 def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
@@ -274,7 +312,7 @@ def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
     contrast = _write_contrast(tmp_path / "c.jsonl", longer)
     with Run(tmp_path / "run") as run:
         found = diagnose(_config("routed", contrast), run)
-    assert (found.verdict, found.n_aligned, found.shares) == ("cannot tell", 0, {})
-    assert "add pairs, with twins of equal token count" in found.sentence
+    assert (found.verdict, found.n_aligned) == ("cannot tell", 0)
+    assert "40 without a twin of equal token count" in found.sentence
     assert found.n_pairs == 80
     assert found.top_experts  # the association needs no equal lengths

@@ -115,8 +115,9 @@ def show_diagnosis(found: Diagnosis) -> None:
     """Print what was measured, and last the verdict and its sentence."""
     console = open_console()
     draw(console, tables.interventions(found))
-    if found.shares:
-        draw(console, tables.shares(found))
+    for kind in found.kinds:
+        if kind.words:
+            draw(console, tables.components(kind))
     if found.experts:
         draw(console, tables.experts(found))
     associated = ", ".join(f"{e.layer}/{e.expert}" for e in found.top_experts) or "none"
@@ -124,7 +125,9 @@ def show_diagnosis(found: Diagnosis) -> None:
     for warning in found.warnings:
         say(console, f"note: {warning}", accent=("note:", "yellow"))
     say(console, f"verdict: {found.verdict}", accent=(found.verdict, "bold"))
-    say(console, found.sentence, "bold")
+    say(console, found.difference.sentence, "bold")
+    for kind in found.kinds:
+        say(console, kind.sentence)
 
 
 def show_next_train(*words: str | Path) -> None:

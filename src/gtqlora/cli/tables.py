@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
-    from gtqlora.results.diagnosis import Diagnosis
+    from gtqlora.results.diagnosis import Diagnosis, Localization
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.mediation import Factorial, Mediation, Shares
     from gtqlora.results.verdict import Verdict
@@ -71,48 +71,51 @@ def interventions(found: Diagnosis) -> Sheet:
     """Return what flagged prompts and twins do when a part is interchanged, ablated or removed."""
     rows = [
         (
-            f"{i.name} (control)" if i.control else i.name,
+            f"{i.kind}: {i.name}{' (control)' if i.control else ''}",
             interval(i.refusal),
-            interval(i.effect),
+            interval(i.as_twin),
+            interval(i.broken),
             interval(i.log_odds, 1),
         )
         for i in found.interventions
     ]
-    columns = ("intervention", "refusal", "effect on refusal", "log-odds")
+    columns = ("intervention", "refuses", "as twin", "broken", "log-odds")
     return Sheet(title="What the prompts do under interventions", columns=columns, rows=rows)
 
 
-def shares(found: Diagnosis) -> Sheet:
-    """Return how much of the behaviour each component carries."""
+def components(found: Localization) -> Sheet:
+    """Return what each component does for the refusals of one kind of prompts."""
     rows = [
         (
             name,
+            found.words.get(part, ""),
             interval(found.necessary.get(part), 2),
             interval(found.sufficient.get(part), 2),
-            interval(found.shares[part], 2),
+            interval(found.shares.get(part), 2),
         )
         for part, name in COMPONENTS.items()
     ]
     return Sheet(
-        title="Which component carries the refusals",
-        columns=("component", "necessary", "sufficient", "share"),
+        title=f"Components, for the refusals of {found.kind} prompts",
+        columns=("component", "it is", "necessary", "sufficient", "share"),
         rows=rows,
         gloss="routing is Level 2, experts' own computation and the rest of the residual stream are Level 1",
     )
 
 
 def experts(found: Diagnosis) -> Sheet:
-    """Return what each candidate expert does by itself."""
+    """Return what each candidate expert does by itself, for each kind of prompts."""
     rows = [
         (
             f"{e.layer}/{e.expert}",
+            e.kind,
             interval(e.ablate),
             interval(e.restore),
             "yes" if e.causal else "computes it" if e.computes else "no",
         )
         for e in found.experts
     ]
-    columns = ("layer/expert", "ablated", "restored", "carries it")
+    columns = ("layer/expert", "kind", "ablated", "restored", "carries it")
     return Sheet(title="Experts: the part of the gap that each moves", columns=columns, rows=rows)
 
 
@@ -230,6 +233,7 @@ def edits(numbers: Numbers) -> Sheet:
 __all__ = [
     "ablation",
     "candidates",
+    "components",
     "drift",
     "edits",
     "experts",
@@ -240,7 +244,6 @@ __all__ = [
     "mediation",
     "parts",
     "rows_by_split",
-    "shares",
 ]
 
 

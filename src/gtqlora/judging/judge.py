@@ -17,6 +17,9 @@ named `package.module:name`, and `name` is one of these:
         def __call__(self, prompts, answers):
             return [Judgement(refused=score > 0.5, score=score) for score in self.network(prompts, answers)]
 
+        def same(self, answers, others):  # may be left out; then two answers are the same if a reader sees the same
+            return [score > 0.5 for score in self.network.alike(answers, others)]
+
 A judge is never asked about an empty answer, which is no refusal, nor about more than `MOST_AT_ONCE` answers at once.
 """
 
@@ -29,7 +32,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
 from gtqlora.errors import ConfigError, GtqloraError
@@ -84,9 +87,27 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Comparing(Protocol):
+    """A judge that can also tell whether two answers come to the same, however they are worded."""
+
+    def same(self, answers: Sequence[str], others: Sequence[str]) -> Sequence[bool]:
+        """Tell of each answer whether it does what the other does."""
+        ...
+
+
 def refusals(judge: Judge, prompts: Sequence[Messages], answers: Sequence[str]) -> list[bool]:
     """Return whether each answer to its prompt refuses."""
     return [judgement.refused for judgement in judge(prompts, answers)]
+
+
+def same(judge: Judge, answers: Sequence[str], others: Sequence[str]) -> list[bool]:
+    """Return whether each answer does what the other does, as far as the judge can tell."""
+    return list(judge.same(answers, others)) if isinstance(judge, Comparing) else _equal(answers, others)
+
+
+def _equal(answers: Sequence[str], others: Sequence[str]) -> list[bool]:
+    return [flat(answer) == flat(other) for answer, other in zip(answers, others, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,40 @@ class NamedJudge:
     def is_code(self) -> bool:
         """Tell whether it is the user's own code, and not phrases."""
         return is_code(self.name)
+
+    @property
+    def comparing(self) -> Comparing | None:
+        """Return the judge where it has a `same` of its own."""
+        told = _told(self.judge)
+        return told if isinstance(told, Comparing) else None
+
+    def same(self, answers: Sequence[str], others: Sequence[str]) -> list[bool]:
+        """Tell whether answers come to the same: by the judge's own `same`, else if a reader sees the same words.
+
+        Raises:
+            ConfigError: the judge's `same` fails, or does not reply with True or False for every pair.
+        """
+        found = _equal(answers, others)
+        unlike = [i for i, equal in enumerate(found) if not equal] if self.comparing else []
+        for start in range(0, len(unlike), MOST_AT_ONCE):
+            chosen = unlike[start : start + MOST_AT_ONCE]
+            replies = self._compare([answers[i] for i in chosen], [others[i] for i in chosen])
+            for i, reply in zip(chosen, replies, strict=True):
+                found[i] = bool(reply)
+        return found
+
+    def _compare(self, answers: list[str], others: list[str]) -> Sequence[bool]:
+        assert self.comparing is not None
+        try:
+            replies = list(self.comparing.same(answers, others))
+        except GtqloraError:
+            raise
+        except Exception as error:  # it is the user's code, which may raise anything
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigError(f"judge = {self.name!r}: its `same` failed: {what}") from error
+        if len(replies) != len(answers) or any(type(reply).__name__ not in ("bool", "bool_") for reply in replies):
+            raise ConfigError(f"judge = {self.name!r}: its `same` must return True or False for each of the answers")
+        return replies
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Judge every answer, `MOST_AT_ONCE` at a time; an empty one is no refusal.
@@ -223,9 +278,14 @@ def _takes(function: Callable[..., object]) -> int:
     return max(needed, min(1, len(positional)))
 
 
+def _told(judge: Judge) -> object:
+    """Return the user's own object behind a judge."""
+    return judge.function if isinstance(judge, TextJudge) else judge
+
+
 def _weights(judge: Judge) -> str:
     """Return what a judge of code says of its weights: its `model` (a folder by its contents) and its `revision`."""
-    told = judge.function if isinstance(judge, TextJudge) else judge
+    told = _told(judge)
     model, revision = getattr(told, "model", None), getattr(told, "revision", None)
     found = []
     if isinstance(model, str):

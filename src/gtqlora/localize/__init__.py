@@ -1,7 +1,9 @@
-"""Find where a behaviour sits: interchange what twins compute, ablate experts, always against a control; in memory."""
+"""Find what mediates a behaviour: interchange what twins compute, ablate experts, each against a control; in memory."""
 
-from gtqlora.localize.conclusion import MIN_PAIRS, conclude
-from gtqlora.localize.interchange import CELLS, Interchanges, run_interchanges
+from gtqlora.localize.conclusion import conclude
+from gtqlora.localize.controls import Control, Controlled, controlled
+from gtqlora.localize.difference import difference
+from gtqlora.localize.interchange import CELLS, Disturbed, Interchanges, run_interchanges
 from gtqlora.localize.masks import (
     MIN_GROUPS,
     Expert,
@@ -11,13 +13,17 @@ from gtqlora.localize.masks import (
     random_curve,
     random_like,
 )
-from gtqlora.localize.pairs import Pair, halves, pairs_of, partners
+from gtqlora.localize.pairs import Pair, halves, pairs_of
 from gtqlora.localize.trials import Outcome, Trials, readout_tokens
+from gtqlora.results.diagnosis import MIN_PAIRS
 
 __all__ = [
     "CELLS",
     "MIN_GROUPS",
     "MIN_PAIRS",
+    "Control",
+    "Controlled",
+    "Disturbed",
     "Expert",
     "Interchanges",
     "Outcome",
@@ -25,11 +31,12 @@ __all__ = [
     "Trials",
     "ablated_of",
     "conclude",
+    "controlled",
     "curve",
+    "difference",
     "expert_effects",
     "halves",
     "pairs_of",
-    "partners",
     "random_curve",
     "random_like",
     "readout_tokens",

@@ -1,197 +1,245 @@
-"""Which component carries the behaviour: shares and a verdict from the interchange of twin prompts' computation.
+"""Which component mediates the refusals of one kind of prompts, and in which words that is said.
 
-Letters: v(C) is the share of pairs whose prompt refuses when the components in C come from the flagged prompt and the
-others from its twin; R routing, X experts' own computation, S the rest of the residual stream.
+The rule reads intervals against thirds. It is put to the rates of what is generated and to the log-odds; where these
+name different components, or a component that was not named does it alone, nothing is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gtqlora.localize.interchange import CELLS, FLAGGED, TWIN, Interchanges
-from gtqlora.localize.trials import Outcome, odds_of
-from gtqlora.results.diagnosis import CANNOT_TELL, MIN_PAIRS, Localization
-from gtqlora.stats import Interval, mean_interval, paired_difference, ratio_interval
+from gtqlora.localize.controls import CONTROLS
+from gtqlora.localize.evidence import ALONE, COMPONENTS, WITHOUT, Evidence, from_odds, from_rates
+from gtqlora.localize.interchange import Cell, Interchanges, cells_of
+from gtqlora.localize.shares import LEVELS, WITH_ROUTING, odds_shares, shares
+from gtqlora.localize.trials import Outcome
+from gtqlora.results.diagnosis import BROKEN, CANNOT_TELL, MIN_PAIRS, Localization
+from gtqlora.stats import Interval
 
-COMPONENTS = ("routing", "experts", "residual")
-
-# Owen (1977): Shapley values of three players where experts and stream are a union (Level 1) against the routing
-# (Level 2). Each term is a weight and the cells whose difference it is; 1 is the flagged prompt's component, in the
-# order routing, experts, stream.
-_OWEN: dict[str, tuple[tuple[float, str, str], ...]] = {
-    "routing": ((0.5, "100", "000"), (0.5, "111", "011")),
-    "experts": ((0.25, "010", "000"), (0.25, "011", "001"), (0.25, "110", "100"), (0.25, "111", "101")),
-    "residual": ((0.25, "001", "000"), (0.25, "011", "010"), (0.25, "101", "100"), (0.25, "111", "110")),
-    "interaction": ((1.0, "111", "011"), (-1.0, "100", "000")),
-}
-_NECESSARY = {"routing": ("111", "011"), "experts": ("111", "101"), "residual": ("111", "110")}
-_SUFFICIENT = {"routing": ("100", "000"), "experts": ("010", "000"), "residual": ("001", "000")}
-_BITS = {"".join("1" if part == FLAGGED else "0" for part in cell): cell for cell in CELLS}
-
-Shares = dict[str, Interval]
+WHOSE = {"lookalike": "false refusals", "harmful": "true refusals"}
+"""What the refusals of each kind of flagged prompts are."""
+NAMES = {"routing": "routing", "experts": "experts' computation", "residual": "residual stream"}
+_MEANT = {"routing": {"routing"}, "experts": {"experts"}, "residual": {"residual"}, "both": {"routing", "residual"}}
+MOST_BROKEN = 1 / 3
+"""Share of broken outcomes above which a cell decides nothing."""
 
 
-def conclude(interchanges: Interchanges | None) -> Localization:
-    """Return where the behaviour sits, from pairs whose flagged prompt refuses and whose twin does not."""
-    usable = [] if interchanges is None else _usable(interchanges)
+def conclude(kind: str, interchanges: Interchanges | None, unusable: Mapping[str, int] | None = None) -> Localization:
+    """Return what mediates the refusals of one kind, from its usable pairs.
+
+    Args:
+        unusable: how many other pairs of the kind there are, by what is wrong with them.
+    """
+    n, counted = len(interchanges.pairs) if interchanges else 0, dict(unusable or {})
     # a share of few pairs has an interval that fits every answer
-    if interchanges is None or len(usable) < MIN_PAIRS:
-        reason = (
-            f"only {len(usable)} aligned pairs show the behaviour and {MIN_PAIRS} are needed; add pairs, with twins of "
-            "equal token count"
+    if interchanges is None or n < MIN_PAIRS:
+        reason = f"{n} usable pairs and {MIN_PAIRS} are needed" + _told(counted)
+        said = _sentence(CANNOT_TELL, kind, reason)
+        cells = cells_of(interchanges) if interchanges and n else []
+        return Localization(
+            kind=kind, verdict=CANNOT_TELL, sentence=said, reasons=[], n_usable=n, unusable=counted, cells=cells
         )
-        return Localization(CANNOT_TELL, f"Cannot tell: {reason}.", [reason], len(usable))
-    groups = [interchanges.trials.groups[i] for i in usable]
-    evidence = _evidence(interchanges, usable, groups)
-    name, why = _decide(evidence)
-    refused = {
-        bits: np.array([interchanges.cells[cell][i].refused for i in usable], float) for bits, cell in _BITS.items()
-    }
+    rates, odds = from_rates(interchanges), from_odds(interchanges)
+    by_rates = _decide(rates)
+    by_odds = _decide(odds) if odds else None
+    broken = {name: broken_share(interchanges.cells[cell]) for name, cell in _CELLS.items()}
+    name, why = _checked(by_rates, by_odds, rates, broken)
+    known = max(map(broken_share, interchanges.cells.values())) <= MOST_BROKEN
     return Localization(
+        kind=kind,
         verdict=name,
-        sentence=f"{name.capitalize()}: {why}.",
-        reasons=_reasons(evidence),
-        n_usable=len(usable),
-        shares={
-            part: mean_interval(_combined(terms, refused), groups=groups, bounds=_bounds(part))
-            for part, terms in _OWEN.items()
-        },
-        shares_log_odds=_odds_shares(interchanges, usable, groups),
-        necessary={part: _difference(refused, *cells, groups) for part, cells in _NECESSARY.items()},
-        sufficient={part: _difference(refused, *cells, groups) for part, cells in _SUFFICIENT.items()},
+        verdict_log_odds=by_odds.verdict if by_odds else "",
+        sentence=_sentence(name, kind, why),
+        reasons=_reasons(rates, by_rates, by_odds, broken),
+        n_usable=n,
+        unusable=counted,
+        stood_in=_stood_in(interchanges),
+        overlap=_overlap(interchanges),
+        words={part: word(rates.necessary[part], rates.sufficient[part]) for part in COMPONENTS},
+        # where much is neither the one nor the other, shares would be of the rule that counts it as half
+        shares=shares(interchanges, LEVELS) if known else {},
+        shares_with_routing=shares(interchanges, WITH_ROUTING) if known else {},
+        shares_log_odds=odds_shares(interchanges, LEVELS),
+        shares_with_routing_log_odds=odds_shares(interchanges, WITH_ROUTING),
+        necessary=rates.necessary,
+        sufficient=rates.sufficient,
+        necessary_log_odds=odds.necessary if odds else {},
+        sufficient_log_odds=odds.sufficient if odds else {},
+        cells=cells_of(interchanges),
     )
 
 
-def _usable(interchanges: Interchanges) -> list[int]:
-    both = zip(interchanges.flagged, interchanges.twins, strict=True)
-    return [i for i, (flagged, twin) in enumerate(both) if flagged.refused and not twin.refused]
+def word(necessary: Interval, sufficient: Interval) -> str:
+    """Return what a component is, by whether most refusals go without it and most come with it alone."""
+    needed, enough = necessary.low > 0.5, sufficient.low > 0.5
+    if needed or enough:
+        return "both" if needed and enough else "necessary" if needed else "sufficient"
+    return "neither" if max(necessary.high, sufficient.high) < 0.5 else CANNOT_TELL
 
 
-def _bounds(part: str) -> tuple[float, float]:
-    """The ends of what one pair can contribute."""
-    # the interaction is a difference of two differences
-    return (-2.0, 2.0) if part == "interaction" else (-1.0, 1.0)
-
-
-Values = dict[str, NDArray[np.floating]]
-
-
-def _combined(terms: Sequence[tuple[float, str, str]], values: Values) -> NDArray[np.floating]:
-    return np.sum([weight * (values[more] - values[less]) for weight, more, less in terms], axis=0)
-
-
-def _difference(refused: Values, more: str, less: str, groups: Sequence[str]) -> Interval:
-    return paired_difference(refused[more] > 0.5, refused[less] > 0.5, groups=groups)
-
-
-def _odds_shares(interchanges: Interchanges, usable: Sequence[int], groups: Sequence[str]) -> Shares:
-    """Shares of the mean gap in log-odds between flagged prompts and twins; empty without a readout."""
-    odds = {bits: odds_of([interchanges.cells[cell][i] for i in usable]) for bits, cell in _BITS.items()}
-    if any(values is None for values in odds.values()):
-        return {}
-    values: Values = {bits: np.array(found) for bits, found in odds.items()}
-    gap = values["111"] - values["000"]
-    return {
-        part: ratio_interval(_combined(terms, values), gap, groups=groups, bounds=_bounds(part))
-        for part, terms in _OWEN.items()
-    }
+# --- the rule
 
 
 @dataclass(frozen=True)
-class _Evidence:
-    """What decides: moved prompts against the disturbance that any such swap makes.
+class _Decision:
+    """A verdict, its reason, and the cells that it rests on."""
 
-    Attributes:
-        necessary: flagged prompts that the twin's routing moves, less those that another flagged prompt's moves.
-        sufficient: twins that the flagged prompt's routing makes refuse, less those that another twin's does.
-        experts: flagged prompts moved when experts compute on the twin's inputs, less the control; routing held.
-        disturbed: shares moved by the controls of routing and of experts.
-    """
-
-    necessary: Interval
-    sufficient: Interval
-    experts: Interval
-    disturbed: tuple[float, float]
+    verdict: str
+    why: str
+    cells: tuple[str, ...]
 
 
-def _evidence(interchanges: Interchanges, usable: Sequence[int], groups: Sequence[str]) -> _Evidence:
-    def moved(outcomes: Sequence[Outcome]) -> list[bool]:
-        return _moved([outcomes[i] for i in usable])
-
-    def beyond(found: Sequence[bool], control: Sequence[bool]) -> Interval:
-        return paired_difference(found, control, groups=groups)
-
-    routing, experts = moved(interchanges.routing_control), moved(interchanges.experts_control)
-    refused = [interchanges.cells[FLAGGED, TWIN, TWIN][i].refused for i in usable]
-    by_control = [interchanges.twin_control[i].refused for i in usable]
-    return _Evidence(
-        necessary=beyond(moved(interchanges.cells[TWIN, FLAGGED, FLAGGED]), routing),
-        sufficient=beyond(refused, by_control),
-        experts=beyond(moved(interchanges.cells[FLAGGED, TWIN, FLAGGED]), experts),
-        disturbed=(float(np.mean(routing)), float(np.mean(experts))),
-    )
+_MOVED, _MADE, _COMPUTED = (
+    "the twin's routing",
+    "the flagged prompt's routing alone",
+    "the twin's inputs to the experts",
+)
+_CELLS: dict[str, Cell] = {_MOVED: WITHOUT["routing"], _MADE: ALONE["routing"], _COMPUTED: WITHOUT["experts"]}
 
 
-def _moved(outcomes: Sequence[Outcome]) -> list[bool]:
-    """Whether a refusal went. One that only turned into garbage did not: an expected answer has to come, if known."""
-    return [o.correct if o.correct is not None else not o.refused for o in outcomes]
-
-
-def _decide(evidence: _Evidence) -> tuple[str, str]:
+def _decide(evidence: Evidence) -> _Decision:
     """By 95 % intervals against thirds: is the twin's routing enough to move the behaviour, the flagged one to make it?
 
     Experts and stream are told apart by which carries more than half of Level 1.
     """
-    necessary, sufficient, experts = evidence.necessary, evidence.sufficient, evidence.experts
-    share = _percent(necessary)
-    if evidence.disturbed[0] > 1 / 3:
-        return CANNOT_TELL, (
-            f"any change of routing disturbs this model (another flagged prompt's routing moves "
-            f"{evidence.disturbed[0]:.0%})"
-        )
-    if necessary.low > 2 / 3:
-        return "routing", f"giving a prompt its harmless twin's routing removes {share} of the refusals"
-    if necessary.low > 1 / 3 and necessary.high < 2 / 3:
-        return "both", f"routing carries {share} of the refusals, the residual stream the rest"
-    if necessary.high >= 1 / 3:
-        return "cannot tell", f"routing carries {share}, which fits more than one answer; add pairs"
+    necessary, disturbed, share = evidence.necessary["routing"], evidence.disturbed["routing"], _moved(evidence)
+    if disturbed > 1 / 3:
+        said = CANNOT_TELL, f"another such prompt's routing does as much as the twin's in {disturbed:.0%}"
+    elif necessary.low > 2 / 3:
+        said = "routing", f"with its harmless twin's routing a prompt does what the twin does in {share}"
+    elif necessary.low > 1 / 3 and necessary.high < 2 / 3:
+        said = "both", f"with its harmless twin's routing a prompt does what the twin does in {share} only"
+    elif necessary.high >= 1 / 3:
+        said = CANNOT_TELL, f"the twin's routing moves {share}, which fits more than one answer; add pairs"
+    else:
+        return _without_routing(evidence)
+    return _Decision(*said, (_MOVED,))
+
+
+def _without_routing(evidence: Evidence) -> _Decision:
+    """Decide where the routing is not necessary: is it sufficient, and if not, do the experts compute it?"""
+    sufficient = evidence.sufficient["routing"]
     if sufficient.low > 2 / 3:
-        return "both", (
-            "routing and residual stream are each sufficient: with its harmless twin's routing a prompt is still "
-            f"refused, and the flagged prompt's routing makes {_percent(sufficient)} of the twins refuse"
+        why = (
+            "each is sufficient: with its harmless twin's routing a prompt is still refused, and the flagged prompt's "
+            f"routing alone makes {percent(sufficient)} of the twins refuse"
         )
+        return _Decision("both", why, (_MOVED, _MADE))
     if sufficient.high >= 1 / 3:
-        return CANNOT_TELL, (
-            f"routing is not necessary, but by itself brings {_percent(sufficient)} of the refusals, which fits more "
-            "than one answer; add pairs"
+        why = (
+            f"routing is not necessary, but alone brings {percent(sufficient)} of the refusals, which fits more than "
+            "one answer; add pairs"
         )
-    if evidence.disturbed[1] > 1 / 3 or experts.low <= 0.5 <= experts.high:
+        return _Decision(CANNOT_TELL, why, (_MOVED, _MADE))
+    return _Decision(*_within_level_1(evidence), (_MOVED, _MADE, _COMPUTED))
+
+
+def _within_level_1(evidence: Evidence) -> tuple[str, str]:
+    experts, disturbed, share = evidence.necessary["experts"], evidence.disturbed["experts"], _moved(evidence)
+    if disturbed > 1 / 3 or experts.low <= 0.5 <= experts.high:
         return CANNOT_TELL, (
-            f"it is not the routing ({share}), but whether experts or the rest of the residual stream carry it cannot "
-            f"be told (experts' inputs: {_percent(experts)}, control {evidence.disturbed[1]:.0%})"
+            f"it is not the routing ({share}), but whether the experts or the rest of the stream do it is open "
+            f"(experts' inputs: {percent(experts)}, control {disturbed:.0%})"
         )
     if experts.low > 0.5:
         return "experts", (
-            f"with the routing held, {_percent(experts)} of the refusals go when the chosen experts compute on what "
+            f"with the routing held, {percent(experts)} of the refusals go when the chosen experts compute on what "
             "they see in the harmless twin"
         )
-    return "residual", f"with its harmless twin's routing a prompt is still refused; routing carries {share}"
+    return "residual", f"with its harmless twin's routing a prompt is still refused; the routing moves {share}"
 
 
-def _percent(interval: Interval) -> str:
+def _moved(evidence: Evidence) -> str:
+    return percent(evidence.necessary["routing"])
+
+
+def _checked(
+    by_rates: _Decision, by_odds: _Decision | None, rates: Evidence, broken: Mapping[str, float]
+) -> tuple[str, str]:
+    """Return the verdict of the rates where nothing speaks against it, and why."""
+    name, why = by_rates.verdict, by_rates.why
+    often = ", ".join(f"{cell} {broken[cell]:.0%}" for cell in by_rates.cells if broken[cell] > MOST_BROKEN)
+    if often:
+        return CANNOT_TELL, (
+            f"too many completions neither refuse nor do what the twin does ({often}); a judge with a `same` of its "
+            "own finds answers alike that are worded differently"
+        )
+    if name == CANNOT_TELL:
+        return name, why
+    other = by_odds.verdict if by_odds else CANNOT_TELL
+    if other != CANNOT_TELL and not _MEANT[name] & _MEANT[other]:
+        return CANNOT_TELL, f"what is generated says {name}, and the log-odds of its first token say {other}"
+    for part in COMPONENTS:
+        if part not in _MEANT[name] and rates.sufficient[part].low > 0.5:
+            return CANNOT_TELL, (
+                f"{why}, but the flagged prompt's {NAMES[part]} alone brings {percent(rates.sufficient[part])} of them"
+            )
+    return name, why
+
+
+def broken_share(outcomes: Sequence[Outcome]) -> float:
+    """Return the share of outcomes that are neither a refusal nor what the twin does."""
+    return float(np.mean([o.does == BROKEN for o in outcomes]))
+
+
+# --- in words
+
+
+def _sentence(verdict: str, kind: str, why: str) -> str:
+    whose = WHOSE[kind]
+    says = {
+        "routing": f"The routing mediates the {whose}",
+        "experts": f"What the experts compute mediates the {whose}",
+        "residual": f"The residual stream mediates the {whose}",
+        "both": f"Routing and residual stream both mediate the {whose}",
+        CANNOT_TELL: f"What mediates the {whose} cannot be told",
+    }
+    return f"{says[verdict]}: {why}."
+
+
+def percent(interval: Interval) -> str:
+    """Return a share with its interval and its number of pairs."""
     return f"{interval.value:.0%} (95 % interval {interval.low:.0%} to {interval.high:.0%}, {interval.n} pairs)"
 
 
-def _reasons(evidence: _Evidence) -> list[str]:
-    return [
-        f"Is the routing necessary? The harmless twin's routing moves {_percent(evidence.necessary)} of the refusals "
-        f"beyond what another flagged prompt's routing moves ({evidence.disturbed[0]:.0%}).",
-        f"Is the routing sufficient? The flagged prompt's routing makes {_percent(evidence.sufficient)} of the twins "
+def _told(unusable: Mapping[str, int]) -> str:
+    told = ", ".join(f"{count} {reason}" for reason, count in unusable.items() if count)
+    return f" (others: {told})" if told else ""
+
+
+def _reasons(
+    evidence: Evidence, by_rates: _Decision, by_odds: _Decision | None, broken: Mapping[str, float]
+) -> list[str]:
+    necessary, sufficient, disturbed = evidence.necessary, evidence.sufficient, evidence.disturbed
+    said = [
+        f"Is the routing necessary? With the harmless twin's routing {percent(necessary['routing'])} of the prompts do "
+        f"what the twin does, beyond what another such prompt's routing does ({disturbed['routing']:.0%}).",
+        f"Is the routing sufficient? The flagged prompt's routing makes {percent(sufficient['routing'])} of the twins "
         "refuse.",
         f"Do the experts compute it? With the routing held, the twin's inputs to the experts move "
-        f"{_percent(evidence.experts)} beyond what another flagged prompt's inputs move ({evidence.disturbed[1]:.0%}).",
+        f"{percent(necessary['experts'])} beyond what another such prompt's inputs move ({disturbed['experts']:.0%}).",
+        f"Is the residual stream necessary? {percent(necessary['residual'])}. Is it sufficient? "
+        f"{percent(sufficient['residual'])}.",
+        "Neither refused nor as the twin: " + ", ".join(f"{cell} {share:.0%}" for cell, share in broken.items()) + ".",
     ]
+    if by_odds and by_odds.verdict != by_rates.verdict:
+        said.append(f"The log-odds of the first token alone would say {by_odds.verdict}: {by_odds.why}.")
+    return said
+
+
+def _stood_in(interchanges: Interchanges) -> dict[str, int]:
+    """Return how many pairs had no control of the sort wanted."""
+    drawn = [one.controls for one in interchanges.pairs]
+    counts = {f"no {name}": sum(not c[i].topic for c in drawn) for i, name in enumerate(CONTROLS)}
+    counts["none of its kind"] = sum(not control.kind for both in drawn for control in both[:1])
+    return {name: count for name, count in counts.items() if count}
+
+
+def _overlap(interchanges: Interchanges) -> dict[str, float]:
+    """Return the mean share of experts in common with the twin and with the controls."""
+    pairs = interchanges.pairs
+    found = {name: np.mean([one.controls[i].overlap for one in pairs]) for i, name in enumerate(CONTROLS)}
+    return {"its twin": float(np.mean([one.overlap for one in pairs])), **{k: float(v) for k, v in found.items()}}

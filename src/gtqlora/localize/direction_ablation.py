@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gtqlora.capture import CallRecorder, Interchange, direction_removed
@@ -30,17 +31,21 @@ def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Chan
     return change
 
 
-def strongest_layer(trials: Trials, directions_LD: Tensor) -> int | None:
-    """Return the state whose direction takes most off the log-odds when removed; None without a readout."""
+def strongest_layers(trials: Trials, directions_LD: Tensor) -> dict[str, int]:
+    """Return for each kind of prompts the state whose direction takes most off the log-odds when removed.
+
+    Empty without a readout.
+    """
     if not trials.readout:
-        return None
+        return {}
     # where the states do not differ there is no direction, and dividing by its length gives NaN
     present = [layer for layer, direction_D in enumerate(directions_LD) if direction_D.norm() > 0]
-    means = {}
+    odds: dict[int, NDArray[np.floating]] = {}
     for layer in track(present, "each layer's direction", len(present)):
         change = removing(trials, directions_LD[layer], routing_held=False)
-        means[layer] = np.mean(trials.first_odds(change))
-    return min(means, key=lambda layer: means[layer]) if means else None
+        odds[layer] = trials.first_odds(change)
+    rows_of = {kind: trials.rows_of(trials.of_kind(kind)) for kind in trials.kinds if odds}
+    return {kind: min(odds, key=lambda layer: odds[layer][rows].mean()) for kind, rows in rows_of.items()}
 
 
 def ablations(trials: Trials, direction_D: Tensor, seed: int) -> list[Intervention]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from gtqlora.capture import CallRecorder, Interchange
+from gtqlora.errors import ModelError
+from gtqlora.localize.controls import CONTROLS, Controlled
 from gtqlora.localize.pairs import Pair
 from gtqlora.localize.trials import FLAGGED, TWIN, Outcome, Side, Trials
 from gtqlora.progress import track
+from gtqlora.results.diagnosis import AS_TWIN, BROKEN, Intervention
 from gtqlora.results.diagnosis import Cell as CellRecord
-from gtqlora.results.diagnosis import Intervention
 from gtqlora.scoring import Change, Changes, SourceRun
 
 Cell = tuple[Side, Side, Side]
@@ -51,21 +53,29 @@ def exchange(routing: Sequence[list[int]], experts: Sequence[list[int]] | None =
     return change
 
 
-@dataclass(frozen=True)
-class Interchanges:
-    """Outcomes of aligned pairs in all cells, and of the controls: another pair's prompts of the same flag.
+@dataclass(frozen=True, kw_only=True)
+class Disturbed:
+    """Outcomes under one control: another pair's prompts of the same flag in the place of the twin's.
 
     Attributes:
-        routing_control: flagged prompts with another flagged prompt's routing.
-        experts_control: flagged prompts whose experts compute on another flagged prompt's inputs, routing held.
-        twin_control: twins with another twin's routing.
+        routing: flagged prompts with another flagged prompt's routing.
+        experts: flagged prompts whose experts compute on another flagged prompt's inputs, routing held.
+        twins: twins with another twin's routing.
     """
 
+    routing: list[Outcome]
+    experts: list[Outcome]
+    twins: list[Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interchanges:
+    """Outcomes of usable pairs in all cells, and under each of the `CONTROLS`."""
+
+    pairs: list[Controlled]
     trials: Trials
     cells: dict[Cell, list[Outcome]]
-    routing_control: list[Outcome]
-    experts_control: list[Outcome]
-    twin_control: list[Outcome]
+    controls: dict[str, Disturbed]
 
     @property
     def flagged(self) -> list[Outcome]:
@@ -77,28 +87,73 @@ class Interchanges:
         """Return what the twins do as they are."""
         return self.cells[CELLS[-1]]
 
+    def of(self, kind: str) -> Interchanges:
+        """Return those of the pairs of one kind."""
+        rows = [i for i, one in enumerate(self.pairs) if one.pair.row.kind == kind]
 
-def run_interchanges(trials: Trials, partners: Sequence[Pair]) -> Interchanges:
-    """Run every cell and control of aligned pairs; `partners` give the controls."""
-    prompts = {FLAGGED: trials.flagged, TWIN: trials.twins}
-    cells = {CELLS[0]: trials.own[0], CELLS[-1]: trials.own[1]}
+        def some(outcomes: list[Outcome]) -> list[Outcome]:
+            return [outcomes[i] for i in rows]
+
+        return Interchanges(
+            pairs=[self.pairs[i] for i in rows],
+            trials=self.trials.of([self.trials.pairs[i] for i in rows]),
+            cells={cell: some(outcomes) for cell, outcomes in self.cells.items()},
+            controls={
+                name: Disturbed(routing=some(c.routing), experts=some(c.experts), twins=some(c.twins))
+                for name, c in self.controls.items()
+            },
+        )
+
+
+def run_interchanges(trials: Trials, pairs: Sequence[Controlled]) -> Interchanges:
+    """Run every cell and control of pairs that are among the trials."""
+    part = trials.of([one.pair for one in pairs])
+    _check_replay(part)
+    prompts = {FLAGGED: part.flagged, TWIN: part.twins}
+    cells = {CELLS[0]: part.own[0], CELLS[-1]: part.own[1]}
     for routing, experts, stream in track(CELLS[1:-1], "interchanges", len(CELLS) - 2):
         # experts that compute on their own stream need no other run
         source = None if experts == stream else prompts[experts]
         change = exchange(prompts[routing], source)
-        cells[routing, experts, stream] = trials.run(None, stream, change)
-    others, other_twins = [p.prompt for p in partners], [p.twin for p in partners]
-    return Interchanges(
-        trials=trials,
-        cells=cells,
-        routing_control=trials.run("routing's control", FLAGGED, exchange(others)),
-        experts_control=trials.run("experts' control", FLAGGED, exchange(trials.flagged, others)),
-        twin_control=trials.run("twins' control", TWIN, exchange(other_twins)),
+        cells[routing, experts, stream] = part.run(None, stream, change)
+    controls = {
+        name: _disturbed(part, [one.controls[i].pair for one in pairs])
+        for i, name in track(list(enumerate(CONTROLS)), "controls of interchanges", len(CONTROLS))
+    }
+    return Interchanges(pairs=list(pairs), trials=part, cells=cells, controls=controls)
+
+
+def _disturbed(trials: Trials, others: Sequence[Pair]) -> Disturbed:
+    prompts, twins = [pair.prompt for pair in others], [pair.twin for pair in others]
+    return Disturbed(
+        routing=trials.run(None, FLAGGED, exchange(prompts)),
+        experts=trials.run(None, FLAGGED, exchange(trials.flagged, prompts)),
+        twins=trials.run(None, TWIN, exchange(twins)),
     )
 
 
+_REPLAYED, _MAY_DIFFER = 16, 1
+"""Prompts on which a replay of their own routing is checked, and how many may come out otherwise all the same."""
+
+
+def _check_replay(trials: Trials) -> None:
+    """Assert that a prompt with its own routing and its own experts' inputs does what it does.
+
+    Raises:
+        ModelError: it does not, so that no interchange shows anything.
+    """
+    few = trials.of(trials.pairs[:_REPLAYED])
+    plain, again = few.run(None, FLAGGED), few.run(None, FLAGGED, exchange(few.flagged, few.flagged))
+    # one may: kernels that add in no fixed order can turn a tie
+    if (differ := sum(a.tokens != b.tokens for a, b in zip(plain, again, strict=True))) > _MAY_DIFFER:
+        raise ModelError(
+            f"replaying a prompt's own routing changes what {differ} of {len(plain)} prompts say, so nothing can be "
+            "interchanged in this model; run it in fp32, or report its architecture"
+        )
+
+
 def cells_of(interchanges: Interchanges) -> list[CellRecord]:
-    """Return refusal and log-odds in each cell."""
+    """Return what prompts do, and the log-odds, in each cell."""
     trials = interchanges.trials
     return [
         CellRecord(
@@ -106,6 +161,8 @@ def cells_of(interchanges: Interchanges) -> list[CellRecord]:
             experts=experts,
             stream=stream,
             refusal=trials.refusal(outcomes),
+            as_twin=trials.share(outcomes, AS_TWIN),
+            broken=trials.share(outcomes, BROKEN),
             log_odds=trials.mean_odds(outcomes),
         )
         for (routing, experts, stream), outcomes in interchanges.cells.items()
@@ -115,15 +172,16 @@ def cells_of(interchanges: Interchanges) -> list[CellRecord]:
 def interventions_of(interchanges: Interchanges) -> list[Intervention]:
     """Return the interchanges with their controls, each against the same prompts as they are."""
     cells, flagged, twins = interchanges.cells, interchanges.flagged, interchanges.twins
-    listed = (
-        ("flagged with its twin's routing", cells[TWIN, FLAGGED, FLAGGED], flagged, False),
-        ("flagged with another flagged prompt's routing", interchanges.routing_control, flagged, True),
-        ("flagged, experts on its twin's inputs, routing held", cells[FLAGGED, TWIN, FLAGGED], flagged, False),
-        ("flagged, experts on another's inputs, routing held", interchanges.experts_control, flagged, True),
-        ("twin with the flagged prompt's routing", cells[FLAGGED, TWIN, TWIN], twins, False),
-        ("twin with another twin's routing", interchanges.twin_control, twins, True),
-    )
-    return [
-        interchanges.trials.intervention(name, outcomes, base, control=control)
-        for name, outcomes, base, control in listed
+    groups = [
+        ("flagged, routing of", "its twin", cells[TWIN, FLAGGED, FLAGGED], "routing", flagged),
+        ("flagged, experts on inputs of", "its twin", cells[FLAGGED, TWIN, FLAGGED], "experts", flagged),
+        ("twin, routing of", "the flagged prompt", cells[FLAGGED, TWIN, TWIN], "twins", twins),
     ]
+    found = []
+    for change, source, outcomes, part, base in groups:
+        found.append(interchanges.trials.intervention(f"{change} {source}", outcomes, base))
+        for name, control in interchanges.controls.items():
+            of = name.replace("prompt", "twin") if part == "twins" else name
+            disturbed = getattr(control, part)
+            found.append(interchanges.trials.intervention(f"{change} {of}", disturbed, base, control=True))
+    return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gtqlora.capture import Mask
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
 from gtqlora.progress import track
+from gtqlora.results.diagnosis import BROKEN
 from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
 from gtqlora.scoring import Change, Changes
@@ -105,7 +106,7 @@ def _point(trials: Trials, m: int, draws: Sequence[list[Outcome]]) -> CurvePoint
     # the same pairs once for each draw, so that outcomes and groups stand side by side
     every = trials.of([pair for _ in draws for pair in trials.pairs])
     outcomes = [outcome for drawn in draws for outcome in drawn]
-    return CurvePoint(m, every.refusal(outcomes), every.mean_odds(outcomes))
+    return CurvePoint(m, every.refusal(outcomes), every.share(outcomes, BROKEN), every.mean_odds(outcomes))
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class _Measured:
     parts: tuple[NDArray[np.floating], NDArray[np.floating]]
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
 
+    def of(self, rows: Sequence[int]) -> _Measured:
+        """Return the same of some prompts."""
+        (mask_N, back_N), (like_N, like_back_N) = self.parts, self.controls
+        return _Measured((mask_N[rows], back_N[rows]), (like_N[rows], like_back_N[rows]))
+
 
 class _Odds:
     """Log-odds of the flagged prompts with experts ablated, each set of experts computed once."""
@@ -162,22 +168,23 @@ def expert_effects(
     min_effect: float,
     level: float,
     seed: int,
-) -> list[Effect]:
-    """Test each candidate, with a random expert of its layer and frequency as its control.
+) -> dict[str, list[Effect]]:
+    """Test each candidate on each kind of prompts, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are ablated. Empty without a readout, where flagged prompts and twins do not differ in it, or with fewer
-    than `MIN_GROUPS` pair_ids.
+    while they are ablated. A kind is left out where flagged prompts and twins do not differ in the readout, or with
+    fewer than `MIN_GROUPS` pair_ids; all are without a readout.
     """
     candidates = ablatable(candidates, trials.subject.anatomy.spec)
     if not candidates or not trials.readout or len(set(trials.groups)) < MIN_GROUPS:
-        return []
+        return {}
     odds = _Odds(trials)
     base_N = odds(())
     gap_N = base_N - np.array(odds_of(trials.own[1]))
-    # a part of a gap that may be 0 is no number
-    if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
-        return []
+    rows_of = {kind: trials.rows_of(trials.of_kind(kind)) for kind in trials.kinds}
+    told = {kind: rows for kind, rows in rows_of.items() if _has_gap(trials, gap_N, rows)}
+    if not told:
+        return {}
     rng = random.Random(seed)
     all_of = set(candidates)
     measured = []
@@ -190,7 +197,23 @@ def expert_effects(
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
         measured.append(_Measured((mask_N, back_N), (like_N[0], like_N[-1])))
-    return _judged(candidates, measured, gap_N, trials.groups, min_effect, level)
+    return {
+        kind: _judged(
+            candidates,
+            [found.of(rows) for found in measured],
+            gap_N[rows],
+            [trials.groups[i] for i in rows],
+            min_effect,
+            level,
+        )
+        for kind, rows in told.items()
+    }
+
+
+def _has_gap(trials: Trials, gap_N: NDArray[np.floating], rows: Sequence[int]) -> bool:
+    """Return whether some pairs surely differ in the readout: a part of a gap that may be 0 is no number."""
+    groups = [trials.groups[i] for i in rows]
+    return len(set(groups)) >= MIN_GROUPS and bootstrap_mean(gap_N[rows], groups=groups).low > 0
 
 
 def _stand_in(

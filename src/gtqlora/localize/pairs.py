@@ -60,25 +60,6 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     return [pair for pair_id in order for pair in groups[pair_id]][:limit]
 
 
-def partners(pairs: Sequence[Pair], seed: int) -> list[Pair | None]:
-    """Draw for each pair another one of the same token count, as the control of an interchange.
-
-    Its prompts disturb as much as those of the twin do, but carry the same flag. The nearest is the sibling (same
-    pair_id, so mostly the same words); else any; None where there is neither.
-    """
-    by_length: dict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_length[len(pair.prompt)].append(pair)
-    rng = random.Random(seed)
-
-    def partner(pair: Pair) -> Pair | None:
-        others = [p for p in by_length[len(pair.prompt)] if p is not pair]
-        siblings = [p for p in others if p.row.pair_id == pair.row.pair_id]
-        return rng.choice(siblings or others) if others else None
-
-    return [partner(pair) for pair in pairs]
-
-
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to discover on and pairs to confirm on; siblings stay together."""
     number = {pair_id: i for i, pair_id in enumerate(dict.fromkeys(pair.row.pair_id for pair in pairs))}

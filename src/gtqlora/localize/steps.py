@@ -9,8 +9,8 @@ Shape letters: N pairs, L MoE layers, E experts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ from gtqlora.capture import Observation, gradient_scores, observe, top_tokens
 from gtqlora.config import DiagnoseConfig
 from gtqlora.localize.association import associate, top_experts
 from gtqlora.localize.conclusion import conclude
-from gtqlora.localize.direction_ablation import ablations, strongest_layer
+from gtqlora.localize.controls import controlled
+from gtqlora.localize.difference import difference
+from gtqlora.localize.direction_ablation import ablations, strongest_layers
 from gtqlora.localize.directions import Directions, study
 from gtqlora.localize.interchange import Interchanges, interventions_of, run_interchanges
 from gtqlora.localize.masks import (
@@ -32,10 +34,12 @@ from gtqlora.localize.masks import (
     expert_effects,
     random_curve,
 )
-from gtqlora.localize.pairs import halves, partners
+from gtqlora.localize.pairs import halves
+from gtqlora.localize.sample_size import sample_sizes
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials
+from gtqlora.progress import note
 from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import CANNOT_TELL, Intervention, Localization
+from gtqlora.results.diagnosis import CANNOT_TELL, Difference, Intervention, Localization
 from gtqlora.results.experts import Curve, ExpertEffect, TokenChoice
 
 
@@ -187,16 +191,18 @@ def _directions(config: DiagnoseConfig, observed: Observed) -> Directions:
 
 @dataclass(frozen=True, kw_only=True)
 class Intervened:
-    """What the prompts do under interventions, and where that puts the behaviour.
+    """What the prompts do under interventions, and what that says mediates the behaviour.
 
     Attributes:
-        interchanges: None where no pair is aligned.
-        effects: of the candidates, one at a time.
-        carriers: those candidates that carry the behaviour: the causal ones, or those that compute it if experts do.
+        n_aligned: pairs that have a twin of equal token count.
+        effects: of the candidates, one at a time, for each kind.
+        carriers: those candidates that carry the behaviour of a kind: the causal ones, or those that compute it if
+            experts do.
     """
 
-    interchanges: Interchanges | None
-    localization: Localization
+    n_aligned: int
+    localizations: list[Localization]
+    difference: Difference
     effects: list[ExpertEffect]
     carriers: list[Expert]
     interventions: list[Intervention]
@@ -205,7 +211,7 @@ class Intervened:
 
 def intervene(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> Intervened:
     """Interchange what twins compute, test candidates one at a time, remove directions, and ablate experts together."""
-    interchanges = _interchanges(config, observed)
+    interchanges, found = _interchanged(observed)
     measured = expert_effects(
         observed.confirmation,
         ranked.candidates,
@@ -214,57 +220,93 @@ def intervene(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> Int
         level=config.level,
         seed=config.seed,
     )
-    # before the candidates are judged: what an expert's effect means depends on what the routing as a whole does
-    localization = conclude(interchanges)
-    effects = _effects(observed, ranked, measured, localization.verdict)
-    computes = localization.verdict == "experts"
-    carriers = [
-        (found.position, found.expert)
-        for found, effect in zip(measured, effects, strict=True)
-        if (effect.computes if computes else effect.causal)
+    tokens = dict(zip(ranked.candidates, _tokens(observed.trials, ranked.candidates), strict=True))
+    effects = [
+        effect
+        for kind, of_kind in measured.items()
+        # after the verdict: what an expert's effect means depends on what the routing as a whole does
+        for effect in _effects(observed, ranked, of_kind, found[kind], tokens)
     ]
+    carriers = {kind: _carriers(observed, effects, found[kind]) for kind in found}
+    interventions = _interventions(config, observed, ranked, interchanges, carriers)
     return Intervened(
-        interchanges=interchanges,
-        localization=localization,
+        n_aligned=sum(pair.aligned for pair in observed.trials.pairs),
+        localizations=[_held_against(one, interventions) for one in found.values()],
+        difference=difference(found, interchanges),
         effects=effects,
-        carriers=carriers,
-        interventions=_interventions(config, observed, ranked, interchanges, carriers),
+        carriers=list(dict.fromkeys(expert for experts in carriers.values() for expert in experts)),
+        interventions=interventions,
         curves=_curves(config, observed, ranked),
     )
 
 
-def _interchanges(config: DiagnoseConfig, observed: Observed) -> Interchanges | None:
-    aligned = [pair for pair in observed.trials.pairs if pair.aligned]
-    paired = zip(aligned, partners(aligned, config.seed), strict=True)
-    usable = [(pair, partner) for pair, partner in paired if partner is not None]
-    # no pair has both a twin of equal length and a partner to control for the disturbance
-    if not usable:
-        return None
-    return run_interchanges(observed.trials.of([pair for pair, _ in usable]), [partner for _, partner in usable])
+def _interchanged(observed: Observed) -> tuple[dict[str, Interchanges], dict[str, Localization]]:
+    """Return the interchanges of each kind that has usable pairs, and what each kind's say."""
+    trials = observed.trials
+    sorted_out = {kind: trials.of_kind(kind).sorted_out() for kind in trials.kinds}
+    usable = [pair for pairs, _ in sorted_out.values() for pair in pairs]
+    pairs = controlled(trials.subject, usable, trials.runner.batch_size)
+    for warning in sample_sizes({kind: len(usable) for kind, (usable, _) in sorted_out.items()}):
+        note(warning)
+    whole = run_interchanges(trials, pairs) if pairs else None
+    interchanges = {kind: part for kind in trials.kinds if whole and (part := whole.of(kind)).pairs}
+    found = {}
+    for kind, (of_kind, counts) in sorted_out.items():
+        alone = len(of_kind) - (len(interchanges[kind].pairs) if kind in interchanges else 0)
+        unusable = {**counts, **({"without another of equal token count as control": alone} if alone else {})}
+        found[kind] = conclude(kind, interchanges.get(kind), unusable)
+    return interchanges, found
 
 
-def _effects(observed: Observed, ranked: Ranked, measured: Sequence[Effect], verdict: str) -> list[ExpertEffect]:
-    """Return what candidates do, and the tokens that choose them.
+def _effects(
+    observed: Observed,
+    ranked: Ranked,
+    measured: Sequence[Effect],
+    found: Localization,
+    tokens: dict[Expert, list[TokenChoice]],
+) -> list[ExpertEffect]:
+    """Return what candidates do for one kind of prompts, and the tokens that choose them.
 
     Where all of the routing together carries nothing, no expert does by being chosen; without a verdict none is called
     anything.
     """
-    chosen_more = ranked.by_difference if verdict in ("routing", "both") else []
-    places = [(found.position, found.expert) for found in measured]
+    chosen_more = ranked.by_difference if found.verdict in ("routing", "both") else []
     return [
         ExpertEffect(
-            layer=observed.layers[place[0]],
-            expert=place[1],
-            ablate=found.ablate,
-            restore=found.restore,
-            control=found.control,
-            q=found.q,
-            causal=found.acts and place in chosen_more,
-            computes=found.acts and verdict != CANNOT_TELL and place not in chosen_more,
-            tokens=tokens,
+            kind=found.kind,
+            layer=observed.layers[effect.position],
+            expert=effect.expert,
+            ablate=effect.ablate,
+            restore=effect.restore,
+            control=effect.control,
+            q=effect.q,
+            causal=effect.acts and (effect.position, effect.expert) in chosen_more,
+            computes=effect.acts
+            and found.verdict != CANNOT_TELL
+            and (effect.position, effect.expert) not in chosen_more,
+            tokens=tokens[effect.position, effect.expert],
         )
-        for found, place, tokens in zip(measured, places, _tokens(observed.trials, places), strict=True)
+        for effect in measured
     ]
+
+
+def _carriers(observed: Observed, effects: Sequence[ExpertEffect], found: Localization) -> list[Expert]:
+    """Return the experts that carry the behaviour of one kind."""
+    position = {layer: i for i, layer in enumerate(observed.layers)}
+    return [
+        (position[effect.layer], effect.expert)
+        for effect in effects
+        if effect.kind == found.kind and (effect.computes if found.verdict == "experts" else effect.causal)
+    ]
+
+
+def _held_against(found: Localization, interventions: Sequence[Intervention]) -> Localization:
+    """Say so where routing mediates, but the experts that are called causal can be ablated without loss."""
+    for one in interventions:
+        if one.kind == found.kind and _CARRY in one.name and found.verdict == "routing" and one.refusal.low > 2 / 3:
+            said = f"{one.name.capitalize()}, and {one.refusal.value:.0%} are still refused: others carry it as well."
+            return replace(found, reasons=[*found.reasons, said])
+    return found
 
 
 def _tokens(trials: Trials, experts: Sequence[Expert]) -> list[list[TokenChoice]]:
@@ -279,34 +321,51 @@ def _tokens(trials: Trials, experts: Sequence[Expert]) -> list[list[TokenChoice]
     return [[TokenChoice(t.token, t.rate, t.lift) for t in tokens] for tokens in found]
 
 
+_CARRY = "experts that carry it"
+
+
 def _interventions(
     config: DiagnoseConfig,
     observed: Observed,
     ranked: Ranked,
-    interchanges: Interchanges | None,
-    carriers: Sequence[Expert],
+    interchanges: Mapping[str, Interchanges],
+    carriers: Mapping[str, Sequence[Expert]],
 ) -> list[Intervention]:
-    trials, (flagged, twins) = observed.trials, observed.trials.own
-    return [
-        trials.intervention("as it is", flagged, flagged),
-        trials.intervention("twin as it is" if observed.matched else "benign as it is", twins, twins),
-        *(interventions_of(interchanges) if interchanges else []),
-        *_directions_removed(config, observed, ranked),
-        *_ablated_together(observed.confirmation, "experts that carry it", carriers),
-        *_ablated_together(observed.confirmation, "associated experts", ranked.top),
-    ]
+    """Return every change that was made, kind by kind."""
+    removed = _directions_removed(config, observed, ranked)
+    found = []
+    for kind in observed.trials.kinds:
+        trials, tested = observed.trials.of_kind(kind), observed.confirmation.of_kind(kind)
+        flagged, twins = trials.own
+        found += [
+            trials.intervention("as it is", flagged, flagged),
+            trials.intervention("twin as it is" if observed.matched else "benign as it is", twins, twins),
+            *(interventions_of(interchanges[kind]) if kind in interchanges else []),
+            *removed.get(kind, []),
+            *_ablated_together(tested, _CARRY, carriers[kind]),
+            *_ablated_together(tested, "associated experts", ranked.top),
+        ]
+    return found
 
 
-def _directions_removed(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> list[Intervention]:
-    """Return what removing the direction does that was strongest on the discovering half; nothing without log-odds."""
+def _directions_removed(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> dict[str, list[Intervention]]:
+    """Return for each kind what removing the direction does that was strongest for it on the discovering half.
+
+    Nothing without log-odds.
+    """
     directions_LD = ranked.directions.tensors["direction"]
-    layer = strongest_layer(observed.discovery, directions_LD)
-    return [] if layer is None else ablations(observed.confirmation, directions_LD[layer], config.seed)
+    layers = strongest_layers(observed.discovery, directions_LD)
+    tested = {kind: observed.confirmation.of_kind(kind) for kind in layers}
+    return {
+        kind: ablations(tested[kind], directions_LD[layer], config.seed)
+        for kind, layer in layers.items()
+        if tested[kind].pairs
+    }
 
 
 def _ablated_together(trials: Trials, name: str, experts: Sequence[Expert]) -> list[Intervention]:
-    """Return what ablating all of these experts at once does; nothing if there are none."""
-    if not experts:
+    """Return what ablating all of these experts at once does; nothing if there are none, or no prompts."""
+    if not experts or not trials.pairs:
         return []
     label = f"ablate the {len(experts)} {name}"
     # as many as the routers can do without

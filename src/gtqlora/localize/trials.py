@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from gtqlora.capture import Subject
 from gtqlora.contrasts import Row, encode_row
+from gtqlora.judging.judge import same
 from gtqlora.localize.pairs import Pair
-from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import AS_IS, Changes, Runner
+from gtqlora.results.diagnosis import AS_TWIN, BROKEN, REFUSES, Behaviour, Intervention
+from gtqlora.scoring import AS_IS, Answer, Changes, Runner
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
 
@@ -28,13 +29,24 @@ class Outcome:
         log_odds: of the behaviour's first tokens against all others; None without a readout.
     """
 
-    refused: bool
+    does: Behaviour
     correct: bool | None
     log_odds: float | None
     tokens: list[int] = field(repr=False)
 
+    @property
+    def refused(self) -> bool:
+        """Return whether it refuses."""
+        return self.does == REFUSES
+
+    @property
+    def sensible(self) -> bool:
+        """Return whether a twin, run as it is, does something that can be told from garbage."""
+        return self.does == AS_TWIN and self.correct is not False
+
 
 Side = Literal["flagged", "twin"]
+FLAGGED_KINDS = ("lookalike", "harmful")
 FLAGGED: Side = "flagged"
 TWIN: Side = "twin"
 
@@ -57,6 +69,17 @@ def _first(subject: Subject, row: Row, completion: str) -> int:
     return encode_row(subject.tokenizer, replace(row, chosen=completion))[1][0]
 
 
+def _unusable(pair: Pair, flagged: Outcome, twin: Outcome) -> str:
+    """Return why a pair tells nothing of where its refusal comes from; empty if it does."""
+    if not pair.aligned:
+        return "without a twin of equal token count"
+    if not flagged.refused:
+        return "not refused"
+    if twin.refused:
+        return "whose twin is refused, too"
+    return "" if twin.sensible else "whose twin is answered wrongly, not at all or without an end"
+
+
 class Trials:
     """The pairs under study, and what their prompts do."""
 
@@ -71,16 +94,23 @@ class Trials:
         return self.runner.model
 
     @cached_property
+    def answers(self) -> tuple[list[Answer], list[Answer]]:
+        """Complete the flagged prompts and the twins as they are, once."""
+        return self._completed("flagged prompts", FLAGGED, AS_IS), self._completed("twins", TWIN, AS_IS)
+
+    @cached_property
     def own(self) -> tuple[list[Outcome], list[Outcome]]:
-        """Run the flagged prompts and the twins as they are, once."""
-        return self.run("flagged prompts", FLAGGED), self.run("twins", TWIN)
+        """Return what the flagged prompts and the twins do as they are."""
+        flagged, twins = self.answers
+        return self._outcomes(flagged), self._outcomes(twins)
 
     def of(self, pairs: Sequence[Pair]) -> Trials:
         """Return the same trials of some of the pairs."""
         part = Trials(self.runner, pairs, self.readout)
-        rows, (flagged, twins) = self.rows_of(part), self.own
+        rows = self.rows_of(part)
         # taken over, not run again: what the prompts do as they are is known
-        part.own = [flagged[i] for i in rows], [twins[i] for i in rows]
+        part.answers = tuple([side[i] for i in rows] for side in self.answers)  # type: ignore[assignment]
+        part.own = tuple([side[i] for i in rows] for side in self.own)  # type: ignore[assignment]
         return part
 
     def rows_of(self, part: Trials) -> list[int]:
@@ -93,17 +123,57 @@ class Trials:
         """Return the pair_id of each pair: siblings share their words, so they are resampled together."""
         return [pair.row.pair_id for pair in self.pairs]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Return the kinds of flagged prompts among these, false refusals first."""
+        return [kind for kind in FLAGGED_KINDS if any(pair.row.kind == kind for pair in self.pairs)]
+
+    def of_kind(self, kind: str) -> Trials:
+        """Return the same trials of the pairs of one kind."""
+        return self.of([pair for pair in self.pairs if pair.row.kind == kind])
+
+    def sorted_out(self) -> tuple[list[Pair], dict[str, int]]:
+        """Return the pairs that can be interchanged and show the behaviour, and how many do not, by reason."""
+        usable, counts = list[Pair](), Counter[str]()
+        for pair, flagged, twin in zip(self.pairs, *self.own, strict=True):
+            if reason := _unusable(pair, flagged, twin):
+                counts[reason] += 1
+            else:
+                usable.append(pair)
+        return usable, dict(counts)
+
     def run(self, label: str | None, side: Side, change: Changes = AS_IS) -> list[Outcome]:
         """Complete one prompt of each pair under a change.
 
         Args:
             label: shown as progress; None: whoever asks shows its own.
         """
+        return self._outcomes(self._completed(label, side, change))
+
+    def _completed(self, label: str | None, side: Side, change: Changes) -> list[Answer]:
         prompts = self.flagged if side == FLAGGED else self.twins
         # a twin is held against its pair's row, but the judge reads what was asked
         rows = [p.row if side == FLAGGED else replace(p.row, prompt=p.twin_messages) for p in self.pairs]
-        answers = self.runner.answers(rows, change, label=label, prompts=prompts, readout=self.readout)
-        return [Outcome(a.refused, a.correct, a.log_odds, a.tokens) for a in answers]
+        return self.runner.answers(rows, change, label=label, prompts=prompts, readout=self.readout)
+
+    def _outcomes(self, found: Sequence[Answer]) -> list[Outcome]:
+        """Hold completions, one of each pair, against what the pair's two prompts say as they are."""
+        flagged, twins = self.answers
+        alike = same(self.runner.judge, [answer.text for answer in found], [twin.text for twin in twins])
+        outcomes = []
+        for answer, own, twin, equal in zip(found, flagged, twins, alike, strict=True):
+            does = self._behaviour(answer, own, twin, equal)
+            outcomes.append(Outcome(does, answer.correct, answer.log_odds, answer.tokens))
+        return outcomes
+
+    def _behaviour(self, answer: Answer, flagged: Answer, twin: Answer, equal: bool) -> Behaviour:
+        if answer.refused:
+            # a text that begins as an answer and then refuses is neither of the two
+            openings = {*self.readout, *flagged.tokens[:1]}
+            return REFUSES if not self.readout or answer.tokens[0] in openings else BROKEN
+        # two texts that were cut off at the same words may go on differently; a judge that compares them knows better
+        whole = (answer.ended and twin.ended) or getattr(self.runner.judge, "comparing", None) is not None
+        return AS_TWIN if answer.correct or (equal and whole and answer.text) else BROKEN
 
     def first_odds(self, change: Changes) -> NDArray[np.floating]:
         """Return the flagged prompts' log-odds under a change; needs a readout, and judges nothing."""
@@ -113,7 +183,11 @@ class Trials:
 
     def refusal(self, outcomes: Sequence[Outcome]) -> Interval:
         """Return the share of these pairs' prompts that refuse."""
-        return rate([o.refused for o in outcomes], groups=self.groups)
+        return self.share(outcomes, REFUSES)
+
+    def share(self, outcomes: Sequence[Outcome], does: Behaviour) -> Interval:
+        """Return the share of these pairs' prompts that do this."""
+        return rate([o.does == does for o in outcomes], groups=self.groups)
 
     def mean_odds(self, outcomes: Sequence[Outcome]) -> Interval | None:
         """Return the mean log-odds; a prompt that was not seen may still jump from a twin's to a flagged prompt's."""
@@ -141,9 +215,12 @@ class Trials:
         """Compare the outcomes of the same prompts, changed and as they are."""
         known = [o.correct is True for o in outcomes if o.correct is not None]
         return Intervention(
+            kind=self.kinds[0] if len(self.kinds) == 1 else "",
             name=name,
             control=control,
             refusal=self.refusal(outcomes),
+            as_twin=self.share(outcomes, AS_TWIN),
+            broken=self.share(outcomes, BROKEN),
             accuracy=rate(known) if known else None,
             effect=paired_difference([o.refused for o in base], [o.refused for o in outcomes], groups=self.groups),
             log_odds=self.mean_odds(outcomes),

@@ -1,4 +1,4 @@
-"""Where the behaviour sits: shares, what is necessary and sufficient, experts, effect curves, directions, load."""
+"""What mediates the behaviour, kind by kind: shares, what is necessary and sufficient, experts, directions, load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
 from gtqlora.reporting.tables import Table
 from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import Cell, Diagnosis
+from gtqlora.results.diagnosis import Cell, Diagnosis, Localization
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect
 from gtqlora.stats import Interval
@@ -113,53 +113,101 @@ def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
     return [figure for figure in (*figures, _load(diagnosis)) if figure]
 
 
-def shares(diagnosis: Diagnosis) -> list[Figure]:
-    """Draw how the behaviour divides among the components, and every combination of them that was run."""
-    # without a verdict there are no shares, and without shares nothing to draw
-    if not diagnosis.shares:
-        return []
+@dataclass(frozen=True, kw_only=True)
+class KindSection:
+    """What mediates the refusals of one kind of prompts: the sentence, why, on what, and the figures."""
+
+    title: str
+    sentence: str
+    reasons: list[str]
+    counted: str
+    figures: list[Figure]
+
+
+_WHOSE = {"lookalike": "False refusals: lookalike prompts", "harmful": "True refusals: harmful prompts"}
+
+
+def by_kind(diagnosis: Diagnosis) -> list[KindSection]:
+    """Return what was found of each kind, and draw how its refusals divide among the components."""
     return [
-        _shares(diagnosis),
-        *([_necessary(diagnosis)] if diagnosis.necessary else []),
-        *([_cells(diagnosis)] if diagnosis.cells else []),
+        KindSection(
+            title=_WHOSE[found.kind],
+            sentence=found.sentence,
+            reasons=found.reasons,
+            counted=words.counted(found),
+            figures=_of_kind(found),
+        )
+        for found in diagnosis.kinds
     ]
 
 
-def _shares(diagnosis: Diagnosis) -> Figure:
+def difference(diagnosis: Diagnosis) -> list[Figure]:
+    """Draw what a component does for false refusals less what it does for true ones."""
+    parts = diagnosis.difference.parts
+    if not parts:
+        return []
+    title = "What differs between false and true refusals"
+    caption = (
+        "For false refusals less for true ones, with 95 % intervals; siblings are resampled together. "
+        "Right of 0: the component does more for false refusals."
+    )
+    columns = {Style(tint="accent", meaning="false less true"): parts}
+    names = {key: key.replace(": ", ": the ") for key in parts}
+    return [_levels("difference", title, caption, columns, names, measure="difference of the parts")]
+
+
+def _of_kind(found: Localization) -> list[Figure]:
+    figures = [_components(found)] if found.words else []
+    figures += [_shares(found)] if found.shares or found.shares_log_odds else []
+    return [*figures, *([_cells(found)] if found.cells else [])]
+
+
+def _shares(found: Localization) -> Figure:
     columns = {
-        Style(tint="accent", meaning="refusals", bar=True): diagnosis.shares,
-        Style(tint="second", shape="diamond", meaning="log-odds of refusing"): diagnosis.shares_log_odds,
+        Style(tint="accent", meaning="experts with the stream", bar=True): found.shares,
+        Style(tint="second", shape="diamond", meaning="experts with the routing"): found.shares_with_routing,
+        Style(tint="control", shape="square", meaning="log-odds, with the stream"): found.shares_log_odds,
     }
-    title = "How much of it sits where"
     caption = (
         "Owen values: each component’s part of the refusals when components are interchanged between a flagged prompt "
-        "and its twin, averaged over orders. They sum to 1. Interaction above 0: routing and residual stream only work "
-        "together; below 0: each is sufficient alone. Thin bars are 95 % intervals."
+        "and its twin, averaged over orders; what is neither a refusal nor as the twin counts one half. They sum to 1. "
+        "Two of the three form a union, and which two is a choice, so both are shown. "
+        "Interaction above 0: the sides only work together; below 0: each is sufficient alone. Thin bars are "
+        "95 % intervals."
     )
-    return _levels("shares", title, caption, columns, LEVELS)
+    return _levels(f"shares-{found.kind}", "How much each component carries", caption, columns, LEVELS)
 
 
-def _necessary(diagnosis: Diagnosis) -> Figure:
+def _components(found: Localization) -> Figure:
     columns = {
-        Style(tint="accent", meaning="necessary"): diagnosis.necessary,
-        Style(tint="second", shape="diamond", meaning="sufficient"): diagnosis.sufficient,
+        Style(tint="accent", meaning="necessary"): found.necessary,
+        Style(tint="second", shape="diamond", meaning="sufficient"): found.sufficient,
     }
     caption = (
-        "Necessary: the part of the refusals that goes when only this component is the twin’s. "
-        "Sufficient: the part that comes when only this component is the flagged prompt’s."
+        "Necessary: the part of the prompts that do what the twin does when only this component is the twin’s. "
+        "Sufficient: the part of the twins that refuse when only this component is the flagged prompt’s. "
+        "Both beyond what the stronger control does."
     )
-    names = {key: name for key, name in LEVELS.items() if key in diagnosis.necessary}
-    return _levels("necessary", "What is necessary, and what is sufficient", caption, columns, names)
+    names = {key: f"{name}: {found.words[key]}" for key, name in LEVELS.items() if key in found.necessary}
+    title = "What is necessary, and what is sufficient"
+    return _levels(f"necessary-{found.kind}", title, caption, columns, names)
 
 
-def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals], names: Mapping[str, str]) -> Figure:
+def _levels(
+    id: str,
+    title: str,
+    caption: str,
+    found: Mapping[Style, Intervals],
+    names: Mapping[str, str],
+    measure: str = "part of the refusals",
+) -> Figure:
     # log-odds are missing where refusals and answers begin alike
     measured = {style: values for style, values in found.items() if values}
     columns = {words.capital(style.meaning): values for style, values in measured.items()}
     scale = holding(interval for values in measured.values() for interval in values.values())
     forest = Forest(
         heading="Component",
-        measure="part of the refusals",
+        measure=measure,
         columns=tuple(columns),
         lines=[
             line(words.capital(name), [(values.get(key), style) for style, values in measured.items()], scale)
@@ -171,25 +219,29 @@ def _levels(id: str, title: str, caption: str, found: Mapping[Style, Intervals],
     return Figure(id=id, title=title, caption=caption, tables=[tables.levels(title, columns, names)], forest=forest)
 
 
-def _cells(diagnosis: Diagnosis) -> Figure:
+def _cells(kind: Localization) -> Figure:
     # most components from the flagged prompt first, so that refusal falls down the drawing
-    found = sorted(diagnosis.cells, key=lambda cell: -sum(side == "flagged" for side in _sides(cell).values()))
+    found = sorted(kind.cells, key=lambda cell: -sum(side == "flagged" for side in _sides(cell).values()))
     lines = [
         Line(
             label="  ".join(f"{'■' if of == 'flagged' else '□'} {side}" for side, of in _sides(cell).items()),
             marks=(mark(cell.refusal, _TEST, Scale()),),
-            texts=(told(cell.refusal), _real(cell.log_odds)),
+            texts=(told(cell.refusal), told(cell.as_twin), told(cell.broken), _real(cell.log_odds)),
         )
         for cell in found
     ]
     return Figure(
-        id="cells",
+        id=f"cells-{kind.kind}",
         title="Every combination of components",
         caption="■ from the flagged prompt, □ from its twin: which experts are chosen (routing), what they are given "
         "(experts), and the rest of the residual stream.",
         tables=[tables.cells(found, _SIDES)],
         forest=Forest(
-            heading="Taken from", measure="refused", columns=("Refused", "Log-odds"), lines=lines, scale=Scale()
+            heading="Taken from",
+            measure="refuses",
+            columns=("Refuses", "As twin", "Broken", "Log-odds"),
+            lines=lines,
+            scale=Scale(),
         ),
     )
 
@@ -211,7 +263,7 @@ def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
     scale = holding(interval for e in found for interval, _ in _parts(e))
     lines = [
         Line(
-            label=words.capital(words.place(e)),
+            label=f"{words.capital(words.place(e))}, {e.kind}",
             marks=tuple(mark(interval, style, scale) for interval, style in _parts(e)),
             texts=(told(e.ablate), told(e.restore)),
             tag=words.cause(e),
@@ -230,9 +282,9 @@ def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
     return Figure(
         id="one-by-one",
         title="Candidates, one expert at a time",
-        caption="Effect on the log-odds of refusing, as part of the gap between flagged prompts and "
-        f"{_others(diagnosis)}. Causal: its effect exceeds every control’s, and it is chosen more on flagged prompts; "
-        "computes it: it is chosen alike. "
+        caption="For each kind of prompts: effect on the log-odds of refusing, as part of the gap between flagged "
+        f"prompts and {_others(diagnosis)}. Causal: its effect exceeds every control’s, and it is chosen more on "
+        "flagged prompts; computes it: it is chosen alike. "
         f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
         tables=[tables.tested(diagnosis.experts)],
         forest=forest,
@@ -258,17 +310,17 @@ def _interventions(diagnosis: Diagnosis) -> Figure | None:
         return None
     lines = [
         Line(
-            label=i.name,
+            label=f"{i.kind}: {i.name}" if i.kind else i.name,
             marks=(mark(i.refusal, _CONTROL if i.control else _TEST, Scale()),),
-            texts=(told(i.refusal), told(i.accuracy)),
+            texts=(told(i.refusal), told(i.as_twin), told(i.broken)),
             tag="control" if i.control else "",
         )
         for i in diagnosis.interventions
     ]
     forest = Forest(
         heading="Intervention",
-        measure="refused",
-        columns=("Refused", "Right answers"),
+        measure="refuses",
+        columns=("Refuses", "As twin", "Broken"),
         lines=lines,
         scale=Scale(),
         key=(_TEST, _CONTROL),
@@ -276,7 +328,8 @@ def _interventions(diagnosis: Diagnosis) -> Figure | None:
     return Figure(
         id="interventions",
         title="What changes refusal",
-        caption="Share refused under each change, with its 95 % interval. Controls disturb as much, but not where the "
+        caption="Share that refuses under each change, with its 95 % interval; what neither refuses nor does what the "
+        "twin does is broken. Controls disturb as much, but not where the "
         "behaviour is suspected: if they move refusal too, the test shows nothing.",
         tables=[tables.interventions(diagnosis.interventions)],
         forest=forest,
@@ -320,4 +373,4 @@ def _load(diagnosis: Diagnosis) -> Figure | None:
     )
 
 
-__all__ = ["Atlas", "atlas", "diagnosis_figures", "shares"]
+__all__ = ["Atlas", "KindSection", "atlas", "by_kind", "diagnosis_figures", "difference"]

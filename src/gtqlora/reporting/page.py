@@ -138,7 +138,8 @@ def _sections(artefacts: Artefacts) -> dict[str, object]:
     """Return what each section shows; nothing where its artefact is missing."""
     found, verdict = artefacts.diagnosis, artefacts.verdict
     return {
-        "shares": diagnosis.shares(found) if found else [],
+        "difference": diagnosis.difference(found) if found else [],
+        "kinds": diagnosis.by_kind(found) if found else [],
         "atlas": diagnosis.atlas(found, artefacts.association) if found else None,
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
         "before_after": sections.before_after(verdict.table) if verdict else None,

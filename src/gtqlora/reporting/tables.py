@@ -117,6 +117,7 @@ def tested(found: Sequence[ExpertEffect]) -> Table:
     rows = [
         [
             place(e),
+            e.kind,
             cause(e) or "not shown",
             share(e.ablate),
             share(e.restore),
@@ -126,8 +127,8 @@ def tested(found: Sequence[ExpertEffect]) -> Table:
         ]
         for e in found
     ]
-    columns = ["Expert", "Cause", "Ablated alone", "Restored alone", "Random alike, ablated", "q", "Tokens"]
-    return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=2)
+    columns = ["Expert", "Prompts", "Cause", "Ablated alone", "Restored alone", "Random alike, ablated", "q", "Tokens"]
+    return Table("Effect of single experts, as part of the gap in log-odds", columns, rows, texts=3)
 
 
 def tokens(found: Sequence[TokenChoice]) -> Table:
@@ -143,9 +144,18 @@ def levels(caption: str, columns: Mapping[str, Mapping[str, Interval]], names: M
 
 
 def cells(found: Sequence[Cell], sides: Sequence[str]) -> Table:
-    """Return refusal with each component (a side) taken from the flagged prompt or from its twin."""
-    rows = [[*(getattr(cell, side) for side in sides), share(cell.refusal), real(cell.log_odds)] for cell in found]
-    columns = [*(capital(side) for side in sides), "Refused", "Log-odds"]
+    """Return what prompts do with each component (a side) taken from the flagged prompt or from its twin."""
+    rows = [
+        [
+            *(getattr(cell, side) for side in sides),
+            share(cell.refusal),
+            share(cell.as_twin),
+            share(cell.broken),
+            real(cell.log_odds),
+        ]
+        for cell in found
+    ]
+    columns = [*(capital(side) for side in sides), "Refuses", "As twin", "Broken", "Log-odds"]
     return Table("Every combination of components", columns, rows, texts=len(sides))
 
 
@@ -154,9 +164,12 @@ def interventions(found: Sequence[Intervention]) -> Table:
     rows = [
         [
             i.name,
+            i.kind,
             "control" if i.control else "test",
             share(i.refusal),
             gap(i.effect),
+            share(i.as_twin),
+            share(i.broken),
             share(i.accuracy),
             real(i.log_odds),
             real(i.log_odds_effect),
@@ -165,19 +178,20 @@ def interventions(found: Sequence[Intervention]) -> Table:
         for i in found
     ]
     columns = [
-        "Intervention", "Role", "Refused", "Drop, points", "Right answers", "Log-odds", "Drop of log-odds", "Prompts",
+        "Intervention", "Prompts", "Role", "Refuses", "Drop, points", "As twin", "Broken", "Right answers", "Log-odds",
+        "Drop of log-odds", "Number",
     ]  # fmt: skip
-    return Table("Refusal under each intervention", columns, rows, texts=2)
+    return Table("What prompts do under each intervention", columns, rows, texts=3)
 
 
 def effects(curves: Sequence[Curve]) -> Table:
     """Return refusal over the number of ablated experts, in each order."""
     rows = [
-        [curve.name, str(point.ablated), share(point.refusal), real(point.log_odds)]
+        [curve.name, str(point.ablated), share(point.refusal), share(point.broken), real(point.log_odds)]
         for curve in curves
         for point in curve.points
     ]
-    return Table("Effect of ablating experts", ["Order", "Ablated", "Refused", "Log-odds"], rows)
+    return Table("Effect of ablating experts", ["Order", "Ablated", "Refuses", "Broken", "Log-odds"], rows)
 
 
 def ablation_curves(study: AblationStudy) -> list[tuple[str, list[AblationPoint]]]:

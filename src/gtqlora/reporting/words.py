@@ -9,7 +9,7 @@ from typing import TypeGuard
 from gtqlora.reporting.artefacts import Artefacts
 from gtqlora.results.adapter import Info, Projection, Training
 from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import MIN_PAIRS, Diagnosis
+from gtqlora.results.diagnosis import MIN_PAIRS, Diagnosis, Localization
 from gtqlora.results.experts import ExpertEffect, ExpertId
 from gtqlora.results.mediation import Mediation
 from gtqlora.results.verdict import LOST, KindRow, Verdict
@@ -32,12 +32,12 @@ KINDS = tuple(KIND_MEANING)
 FLOOR_SYMBOL = {"pass": "✓", "fail": "✕", "cannot tell": "?"}
 FLOOR_TONE = {"pass": "good", "fail": "bad", "cannot tell": "unsure"}
 MODES = {"gt": "GT-QLoRA (LoRA + gates)", "lora": "LoRA only", "gates": "gates only"}
-WHERE = {
-    "routing": "Refusal sits in the routing",
-    "residual": "Refusal sits in the residual stream",
-    "experts": "Refusal sits in what the experts compute",
-    "both": "Refusal sits in the routing and in the residual stream",
+DIFFERENCE = {
+    "elsewhere": "False refusals are mediated elsewhere than true ones",
+    "in the same place": "False and true refusals are mediated in the same place",
 }
+"""The headline of a diagnosis, by its verdict on the difference of the kinds."""
+UNKNOWN_DIFFERENCE = "Whether false refusals are mediated elsewhere than true ones cannot be told yet"
 
 
 def known(value: object) -> TypeGuard[float]:
@@ -280,9 +280,9 @@ def _changes(verdict: Verdict) -> list[Change]:
 
 
 def headline(artefacts: Artefacts) -> Headline:
-    """Return the verdict first: what the edit did, else where the behaviour sits, else what is missing."""
+    """Return the verdict first: what the edit did, else what mediates the behaviour, else what is missing."""
     diagnosis, verdict = artefacts.diagnosis, artefacts.verdict
-    found = diagnosis.sentence if diagnosis else ""
+    found = diagnosis.difference.sentence if diagnosis else ""
     if verdict:
         # a loss among harmless prompts is told first: nobody looks for it
         if verdict.table["benign"].drop.high < 0:
@@ -295,7 +295,7 @@ def headline(artefacts: Artefacts) -> Headline:
         return Headline("An edit was made; nothing about it is proven yet.", found, [], "unsure")
     if artefacts.metrics:
         return Headline("Training began; there is no edit yet.", found, [], "unsure")
-    title = WHERE.get(diagnosis.verdict if diagnosis else "", "Where refusal sits cannot be told yet")
+    title = DIFFERENCE.get(diagnosis.difference.verdict if diagnosis else "", UNKNOWN_DIFFERENCE)
     return Headline(f"{title}.", found, [], "neutral")
 
 
@@ -304,11 +304,23 @@ def standing(diagnosis: Diagnosis) -> str:
     pairs = count(diagnosis.n_pairs)
     if not diagnosis.matched:
         return f"Measured on {pairs} flagged prompts and as many unrelated benign ones: there are no twins."
+    usable = ", ".join(f"{count(kind.n_usable)} {kind.kind}" for kind in diagnosis.kinds)
     return (
-        f"Measured on {pairs} flagged prompts and their harmless twins; {count(diagnosis.n_aligned)} of equal "
-        f"length can be interchanged, and {count(diagnosis.n_usable)} of these are refused while their twin is "
-        "answered."
+        f"Measured on {pairs} flagged prompts and their harmless twins; {count(diagnosis.n_aligned)} are of equal "
+        f"length. These decide, as the prompt is refused while its twin is answered: {usable}."
     )
+
+
+def counted(found: Localization) -> str:
+    """Return which pairs were left out, what stood in for controls, and how near twin and controls are in routing."""
+    said = [f"{count(n)} {reason}" for reason, n in found.unusable.items()]
+    lines = [f"Left out: {', '.join(said)}."] if said else []
+    if found.overlap:
+        told = ", ".join(f"with {name} {percent(value)}" for name, value in found.overlap.items())
+        lines.append(f"Experts in common, token by token: {told}.")
+    if found.stood_in:
+        lines.append("Controls: " + ", ".join(f"{name} for {count(n)}" for name, n in found.stood_in.items()) + ".")
+    return " ".join(lines)
 
 
 def notices(artefacts: Artefacts) -> list[str]:

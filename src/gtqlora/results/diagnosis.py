@@ -1,10 +1,11 @@
 # pyright: strict
-"""What `diagnose` leaves: where the refusal of flagged prompts sits, and why that is said."""
+"""What `diagnose` leaves: what mediates the refusals of each kind of flagged prompts, and why that is said."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId
@@ -19,37 +20,20 @@ MIN_PAIRS = 30
 """Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
 
 
-@dataclass(frozen=True)
-class Localization:
-    """Where the behaviour sits, why, and how much each component carries.
-
-    Attributes:
-        verdict: "routing"; "residual" (stream) or "experts" (their own computation), both Level 1; "both" levels; or
-            "cannot tell".
-        n_usable: aligned pairs whose flagged prompt refuses and whose twin does not; these decide.
-        shares: Owen values of the generated behaviour, which sum to 1, and the interaction of the two levels: above 0
-            they only work together, below 0 each is enough alone.
-        shares_log_odds: the same of the log-odds.
-        necessary: the part of the refusals that goes when only this component is the twin's.
-        sufficient: the part that comes when only this component is the flagged prompt's.
-    """
-
-    verdict: str
-    sentence: str
-    reasons: list[str]
-    n_usable: int
-    shares: dict[str, Interval] = field(default_factory=dict[str, Interval])
-    shares_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
-    necessary: dict[str, Interval] = field(default_factory=dict[str, Interval])
-    sufficient: dict[str, Interval] = field(default_factory=dict[str, Interval])
+Behaviour = Literal["refuses", "as twin", "broken"]
+"""What a completion does: it refuses, it does what the twin's own completion does, or neither."""
+REFUSES: Behaviour = "refuses"
+AS_TWIN: Behaviour = "as twin"
+BROKEN: Behaviour = "broken"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Refusal and log-odds with each component taken from the flagged prompt or from its twin.
+    """What prompts do with each component taken from the flagged prompt or from its twin.
 
     Attributes:
         routing, experts, stream: "flagged" or "twin".
+        refusal, as_twin, broken: shares, which sum to 1.
         log_odds: of refusing; None without tokens that tell refusals from answers.
     """
 
@@ -57,20 +41,92 @@ class Cell:
     experts: str
     stream: str
     refusal: Interval
+    as_twin: Interval
+    broken: Interval
     log_odds: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """What the prompts do under one change, with the paired effect on it (as it is - changed)."""
+    """What the prompts of one kind do under one change, with the paired effect on refusal (as it is - changed).
 
+    Attributes:
+        refusal, as_twin, broken: shares, which sum to 1.
+    """
+
+    kind: str
     name: str
     control: bool
     refusal: Interval
+    as_twin: Interval
+    broken: Interval
     accuracy: Interval | None
     effect: Interval
     log_odds: Interval | None
     log_odds_effect: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localization:
+    """What mediates the refusals of one kind of prompts, why that is said, and how much each component does.
+
+    Attributes:
+        kind: "lookalike" (false refusals) or "harmful" (true ones).
+        verdict: "routing"; "residual" (stream) or "experts" (their own computation), both Level 1; "both" levels; or
+            "cannot tell".
+        verdict_log_odds: what the same rule says of the log-odds; empty without a readout.
+        n_usable: aligned pairs whose flagged prompt refuses and whose twin does something sensible; these decide.
+        unusable: how many pairs are not, by reason.
+        stood_in: how many pairs had no control of the sort wanted, by what stood in.
+        overlap: mean share of experts in common with the twin, and with each control.
+        words: of each component, whether it is "necessary", "sufficient", "both" or "neither".
+        shares: Owen values of the generated behaviour with experts and stream in a union, which sum to 1, and the
+            interaction of the two levels: above 0 they only work together, below 0 each is enough alone.
+        shares_with_routing: the same with experts and routing in a union.
+        shares_log_odds, shares_with_routing_log_odds: the same of the log-odds.
+        necessary: the part of the refusals that goes when only this component is the twin's, beyond the control.
+        sufficient: the part that comes when only this component is the flagged prompt's, beyond the control.
+        necessary_log_odds, sufficient_log_odds: the same of the log-odds.
+        cells: each combination of components; empty without usable pairs.
+    """
+
+    kind: str
+    verdict: str
+    verdict_log_odds: str = ""
+    sentence: str
+    reasons: list[str]
+    n_usable: int
+    unusable: dict[str, int] = field(default_factory=dict[str, int])
+    stood_in: dict[str, int] = field(default_factory=dict[str, int])
+    overlap: dict[str, float] = field(default_factory=dict[str, float])
+    words: dict[str, str] = field(default_factory=dict[str, str])
+    shares: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    shares_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    shares_with_routing: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    shares_with_routing_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    necessary: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    sufficient: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    necessary_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    sufficient_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
+    cells: list[Cell] = field(default_factory=list[Cell])
+
+
+ELSEWHERE, SAME_PLACE = "elsewhere", "in the same place"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Whether the false refusals are mediated elsewhere than the true ones.
+
+    Attributes:
+        verdict: "elsewhere", "in the same place" or "cannot tell".
+        parts: what a component does for false refusals less what it does for true ones, under "necessary: routing"
+            and the like.
+    """
+
+    verdict: str
+    sentence: str
+    parts: dict[str, Interval] = field(default_factory=dict[str, Interval])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +145,18 @@ class Diagnosis:
     """What `diagnosis/diagnosis.json` holds; intervals are at 95 %.
 
     Attributes:
-        verdict, sentence, reasons, n_usable, shares, shares_log_odds, necessary, sufficient: see `Localization`.
+        verdict: what mediates the refusals that an edit is to remove: the false ones, or all if there are no others.
+        sentence: first whether false refusals are elsewhere than true ones, then what mediates each.
+        difference: of the two kinds.
+        kinds: what mediates the refusals of each kind of flagged prompts.
         warnings: what weakens these conclusions, and what would mend it.
         matched: flagged prompts have true twins.
         n_aligned: pairs of equal token count, whose computation can be interchanged.
         readout: the behaviour's first tokens, for log-odds.
-        cells: each combination of components that was run; empty without aligned pairs.
         interventions, curves: on the confirming half where experts or directions were chosen.
-        experts: effects of the candidates.
-        causal_experts: those that carry the behaviour: the causal ones, or those that compute it if experts do.
+        experts: effects of the candidates, for each kind.
+        causal_experts: those that carry the behaviour of a kind: the causal ones, or those that compute it if experts
+            do.
         top_experts: those chosen clearly more on flagged prompts; association only.
         health: per MoE layer, balance of the load over all prompts' and answers' tokens.
         health_tokens: how many tokens these are.
@@ -105,18 +164,13 @@ class Diagnosis:
 
     verdict: str
     sentence: str
-    reasons: list[str]
+    difference: Difference
+    kinds: list[Localization]
     warnings: list[str]
     matched: bool
     n_pairs: int
     n_aligned: int
-    n_usable: int
     readout: list[str]
-    shares: dict[str, Interval]
-    shares_log_odds: dict[str, Interval]
-    necessary: dict[str, Interval]
-    sufficient: dict[str, Interval]
-    cells: list[Cell]
     interventions: list[Intervention]
     curves: list[Curve]
     experts: list[ExpertEffect]

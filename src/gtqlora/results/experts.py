@@ -31,6 +31,7 @@ class ExpertEffect:
     """What one candidate does to the log-odds of refusing, as part of the gap between flagged prompts and twins.
 
     Attributes:
+        kind: of the flagged prompts that it was measured on.
         layer, expert: which expert it is, as in `ExpertId`.
         ablate: the part of the gap that goes when it alone is ablated.
         restore: the part that returns when it alone is restored while all other candidates stay ablated.
@@ -41,6 +42,7 @@ class ExpertEffect:
         tokens: those that choose it most often.
     """
 
+    kind: str
     layer: int
     expert: int
     ablate: Interval
@@ -54,10 +56,11 @@ class ExpertEffect:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The flagged prompts with so many experts ablated."""
+    """The flagged prompts with so many experts ablated; `broken` ones neither refuse nor do what the twin does."""
 
     ablated: int
     refusal: Interval
+    broken: Interval
     log_odds: Interval | None
 
 

@@ -1,4 +1,4 @@
-"""The `diagnose` stage: association, cause, directions and where the behaviour sits, in four steps.
+"""The `diagnose` stage: association, cause, directions and what mediates the behaviour, in four steps.
 
 `observe_pairs`, `rank_experts` and `intervene` of `localize.steps` each leave a record; `_conclude` makes the diagnosis
 of the three.
@@ -8,6 +8,7 @@ Shape letters: L MoE layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,13 +26,11 @@ from gtqlora.families.identity import identify
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Trials
 from gtqlora.localize.directions import MIN_GROUPS
-from gtqlora.localize.interchange import cells_of
+from gtqlora.localize.sample_size import sample_sizes
 from gtqlora.localize.steps import Intervened, Observed, Ranked, intervene, observe_pairs, rank_experts
 from gtqlora.results.association import write_associations
 from gtqlora.results.diagnosis import (
-    CANNOT_TELL,
     FOLDER,
-    MIN_PAIRS,
     Diagnosis,
     LayerHealth,
     Localization,
@@ -50,7 +49,7 @@ NO_TWINS = (
 
 
 def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagnosis:
-    """Find where the refusal of flagged prompts (lookalike and harmful) sits.
+    """Find what mediates the refusals of flagged prompts, lookalike and harmful ones apart.
 
     Raises:
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
@@ -91,23 +90,18 @@ def _check(contrast: Contrast, config: DiagnoseConfig) -> None:
 
 def _conclude(observed: Observed, ranked: Ranked, intervened: Intervened) -> Diagnosis:
     """Return the diagnosis that the three steps before lead to."""
-    trials, found, interchanges = observed.trials, intervened.localization, intervened.interchanges
+    trials, kinds = observed.trials, intervened.localizations
     health, health_tokens = _health(observed)
     return Diagnosis(
-        verdict=found.verdict,
-        sentence=found.sentence,
-        reasons=found.reasons,
-        warnings=_warnings(observed, found),
+        verdict=kinds[0].verdict,
+        sentence=" ".join([intervened.difference.sentence, *(kind.sentence for kind in kinds)]),
+        difference=intervened.difference,
+        kinds=kinds,
+        warnings=_warnings(observed, kinds),
         matched=observed.matched,
         n_pairs=len(trials.pairs),
-        n_aligned=len(interchanges.trials.pairs) if interchanges else 0,
-        n_usable=found.n_usable,
+        n_aligned=intervened.n_aligned,
         readout=[str(trials.subject.tokenizer.convert_ids_to_tokens(token)) for token in trials.readout],
-        shares=found.shares,
-        shares_log_odds=found.shares_log_odds,
-        necessary=found.necessary,
-        sufficient=found.sufficient,
-        cells=cells_of(interchanges) if interchanges else [],
         interventions=intervened.interventions,
         curves=intervened.curves,
         experts=intervened.effects,
@@ -132,7 +126,7 @@ def _health(observed: Observed) -> tuple[list[LayerHealth], int]:
     return loads, sum(region.tokens for region in regions)
 
 
-def _warnings(observed: Observed, found: Localization) -> list[str]:
+def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
     """Return what weakens the conclusions, and what would mend it."""
     trials, pairs = observed.trials, observed.trials.pairs
     unaligned = sum(not pair.aligned for pair in pairs)
@@ -159,13 +153,10 @@ def _warnings(observed: Observed, found: Localization) -> list[str]:
             n_tested < localize.MIN_GROUPS,
             f"Single experts are tested on {localize.MIN_GROUPS} pair_ids or more; there are {n_tested} here.",
         ),
-        (
-            found.verdict == CANNOT_TELL and found.n_usable < MIN_PAIRS and observed.matched,
-            f"{found.n_usable} of {len(pairs)} pairs can be used; a verdict needs {MIN_PAIRS} whose flagged prompt "
-            "refuses, whose twin does not, and whose token counts are equal.",
-        ),
     ]
-    return [text for holds, text in said if holds]
+    warnings = [text for holds, text in said if holds]
+    # without twins there is no answer that more pairs would give
+    return [*warnings, *(sample_sizes({kind.kind: kind.n_usable for kind in kinds}) if observed.matched else [])]
 
 
 def _write(folder: Path, diagnosis: Diagnosis, observed: Observed, ranked: Ranked) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as st
@@ -140,3 +142,39 @@ def ratio_interval(
     high = float(np.quantile(np.where(known, ratio, ends[1]), upper))
     # Few groups may put both quantiles on one side of the estimate, which an interval must hold.
     return Interval(value, min(low, value), max(high, value), int(x.size))
+
+
+def difference_of_means(
+    values: ArrayLike,
+    others: ArrayLike,
+    *,
+    groups: Sequence[Hashable],
+    other_groups: Sequence[Hashable],
+    bounds: tuple[float, float] = (-1.0, 1.0),
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Return the mean of values less that of others, with a percentile interval from whole groups.
+
+    Values and others of one group are resampled together. As in `mean_interval`, pseudo-groups stand at the bounds:
+    two, in which the values are at one bound and the others at the other.
+
+    Args:
+        groups, other_groups: the group of each value and of each other; both name groups alike.
+    """
+    x, y = np.asarray(values, dtype=float), np.asarray(others, dtype=float)
+    if not x.size or not y.size:
+        return Interval(float("nan"), bounds[0] - bounds[1], bounds[1] - bounds[0], 0)
+    named = [*groups, *other_groups]
+    # one row for each value: its part of both sums and of both counts
+    first = np.arange(len(named)) < x.size
+    columns = np.stack([np.append(x, 0 * y), first, np.append(0 * x, y), ~first], axis=1).astype(float)
+    sums = group_sums(columns, named)
+    sums = np.vstack([sums, [[bounds[0], 1, bounds[1], 1], [bounds[1], 1, bounds[0], 1]]])
+    drawn = resampled(len(sums), seed, resamples) @ sums
+    # a resample without values or without others tells nothing
+    drawn = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3], edges(level, len(sums)))
+    value = float(x.mean() - y.mean())
+    return Interval(value, min(float(low), value), max(float(high), value), int(x.size + y.size))
