@@ -13,7 +13,8 @@ from gtqlora.results.adapter import Candidate
 from gtqlora.results.diagnosis import Diagnosis, Difference, Intervention, Localization
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect, ExpertId
-from gtqlora.results.verdict import Drift, HeldOut, KindRow, Mediation, Verdict
+from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
+from gtqlora.results.verdict import Drift, HeldOut, KindRow, Verdict
 from gtqlora.stages.export import Exported
 from gtqlora.stages.project import Projected
 from gtqlora.stages.train import TrainResult
@@ -57,7 +58,7 @@ def diagnosis() -> Diagnosis:
         Localization(
             kind=kind, verdict="routing", reasons=[], n_usable=30,
             sentence=f"The routing mediates the refusals of {kind} prompts: 99.{next(_fresh)} % of them go.",
-            words={"routing": "necessary", "experts": "cannot tell", "residual": "neither"},
+            words={"routing": "necessary", "residual": "neither"},
             shares={c: near() for c in components}, necessary={c: near() for c in components[:3]},
             sufficient={c: near() for c in components[:3]},
         )
@@ -80,8 +81,13 @@ def diagnosis() -> Diagnosis:
             for layer, expert in ((1, 7), (17, 131), (60, 383))
         ],
         causal_experts=[], top_experts=[ExpertId(layer, 5 * layer) for layer in range(60)],
-        directions=DirectionStudy(n_pairs=0, n_groups=0, layers=[]), health=[], health_tokens=0,
+        directions=DirectionStudy(n_pairs=0, n_groups=0, cosines=0, cosines_not_told=0, layers=[]),
+        health=[], health_tokens=0,
     )  # fmt: skip
+
+
+def did() -> Shares:
+    return Shares(refuses=near(), as_edited=near(), broken=near())
 
 
 def verdict(outcome: str = "cannot tell") -> Verdict:
@@ -97,12 +103,19 @@ def verdict(outcome: str = "cannot tell") -> Verdict:
     return Verdict(
         adapter="0" * 64, kind="gt-qlora", model="owner/model-8x22b", expert_format="int4-g32",
         table={
-            kind: KindRow(refusal_before=rate(), refusal_after=rate(), refusal_replayed=rate(), drop=near(), p=1.23e-9,
+            kind: KindRow(refusal_before=rate(), refusal_after=rate(), drop=near(), p=1.23e-9,
                           q=4.56e-8, accuracy_before=rate(), accuracy_after=rate())
             for kind in kinds
         },
         floor=floor, kl_benign=near(), drift={kind: Drift(kl=near(), overlap=near()) for kind in kinds},
-        mediation=Mediation(value=0.97531, low=0.9123, high=0.9876, n=402),
+        mediation=Mediation(
+            drawn=200, repaired=187, refusal_replayed=near(), direct=did(), indirect=did(), control=did(),
+            routing="necessary", reason="187 repaired lookalike refusals",
+        ),
+        factorial=Factorial(
+            lookalike=dict.fromkeys(FACTORIAL, did()), harmful=dict.fromkeys(FACTORIAL, near()), gates_repair=near(),
+            lora_repair=near(), gates_idle=True, sentence="this edit is not gate-targeted: gates alone repair 1.2%",
+        ),
         ablation=AblationStudy(
             ranked_against="twins", ranked_prompts=200, controls=3, experts=[],
             before=points((0, 1, 16)), after=points((0, 1, 2, 4, 8, 16)), after_reranked=points((0, 1, 16)),
@@ -134,6 +147,7 @@ def outcomes() -> dict[str, Outcome]:
             yield name, EditNumbers(
                 harmful_refusal=share(), lookalike_refusal=share(), benign_refusal=share(), lookalike_accuracy=share(),
                 benign_accuracy=share(), floor=floor, replayed_lookalike_refusal=share(),
+                repaired_by_routing=share(), repaired_by_gates=share(), repaired_by_lora=share(),
             )  # fmt: skip
 
     def numbers(recall: float | None) -> Numbers:

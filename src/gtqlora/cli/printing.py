@@ -116,7 +116,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     console = open_console()
     draw(console, tables.interventions(found))
     for kind in found.kinds:
-        if kind.words:
+        if kind.necessary:
             draw(console, tables.components(kind))
     if found.experts:
         draw(console, tables.experts(found))
@@ -164,11 +164,7 @@ def show_verdict(found: Verdict) -> None:
     draw(console, tables.held_out(found))
     draw(console, tables.drift(found))
     say(console, f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token")
-    say(
-        console,
-        "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
-        + interval(found.mediation),
-    )
+    _show_ways(console, found)
     console.print()
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
@@ -177,6 +173,17 @@ def show_verdict(found: Verdict) -> None:
     floor = found.floor
     shown = (floor.verdict, tables.floor_style(floor.verdict))
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
+
+
+def _show_ways(console: Console, found: Verdict) -> None:
+    """Print by which ways the edit works: through the routing or past it, by its gates or by LoRA."""
+    if found.mediation.direct:
+        draw(console, tables.mediation(found.mediation))
+    role, reason = found.mediation.routing, found.mediation.reason
+    say(console, f"the change of routing, for the repair: {role} ({reason})", accent=(role, "bold"))
+    if found.factorial:
+        draw(console, tables.factorial(found.factorial))
+        say(console, found.factorial.sentence, "yellow" if found.factorial.gates_idle else "")
 
 
 def _show_losses(console: Console, found: Verdict) -> None:
