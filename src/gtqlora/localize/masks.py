@@ -134,7 +134,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a candidate and its control take off the log-odds_N when ablated, and give back when restored."""
+    """What ablating a candidate and its control takes off the log-odds_N, and what restoring them brings."""
 
     parts: tuple[NDArray[np.floating], NDArray[np.floating]]
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
