@@ -123,16 +123,17 @@ def _fresh_pairs(folder: Path, seed: int) -> Path:
 def _intervals(found: Any, rows: Sequence[Found]) -> Iterator[tuple[str, list[float]]]:
     """Every interval that means the same in two diagnoses of one organism, as [value, low, high]."""
 
-    def ends(interval: Found) -> list[float]:
-        return [interval["value"], interval["low"], interval["high"]]
+    def ends(interval: Any) -> list[float]:
+        return [interval.value, interval.low, interval.high]
 
-    for name in ("shares", "shares_log_odds", "necessary", "sufficient"):
-        for part, interval in getattr(found, name).items():
-            yield f"{name}: {part}", ends(interval)
-    for cell in found.cells:
-        where = "".join(cell[part][0] for part in ("routing", "experts", "stream"))
-        yield f"cells refusal: {where}", ends(cell["refusal"])
-        yield f"cells log-odds: {where}", ends(cell["log_odds"])
+    for kind in found.kinds:
+        for name in ("shares", "shares_log_odds", "necessary", "sufficient"):
+            for part, interval in getattr(kind, name).items():
+                yield f"{name}: {kind.kind} {part}", ends(interval)
+        for cell in kind.cells:
+            where = f"{kind.kind} {cell.routing[0]}{cell.experts[0]}{cell.stream[0]}"
+            yield f"cells refusal: {where}", ends(cell.refusal)
+            yield f"cells log-odds: {where}", ends(cell.log_odds)
     for row in rows:
         yield f"association: {row['layer']}/{row['expert']}", [row["difference"], row["low"], row["high"]]
 

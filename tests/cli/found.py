@@ -58,7 +58,7 @@ def diagnosis() -> Diagnosis:
         Localization(
             kind=kind, verdict="routing", reasons=[], n_usable=30,
             sentence=f"The routing mediates the refusals of {kind} prompts: 99.{next(_fresh)} % of them go.",
-            words={"routing": "necessary", "experts": "cannot tell", "residual": "neither"},
+            words={"routing": "necessary", "residual": "neither"},
             shares={c: near() for c in components}, necessary={c: near() for c in components[:3]},
             sufficient={c: near() for c in components[:3]},
         )
@@ -103,7 +103,7 @@ def verdict(outcome: str = "cannot tell") -> Verdict:
     return Verdict(
         adapter="0" * 64, kind="gt-qlora", model="owner/model-8x22b", expert_format="int4-g32",
         table={
-            kind: KindRow(refusal_before=rate(), refusal_after=rate(), drop=rate(), p=1.23e-9,
+            kind: KindRow(refusal_before=rate(), refusal_after=rate(), drop=near(), p=1.23e-9,
                           q=4.56e-8, accuracy_before=rate(), accuracy_after=rate())
             for kind in kinds
         },

@@ -14,7 +14,7 @@ import pytest
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig
 from gtqlora.errors import ConfigError, FloorError
-from gtqlora.judging.judge import MOST_AT_ONCE, Judgement, judge_of, refusals
+from gtqlora.judging.judge import MOST_AT_ONCE, Judgement, judge_of, refusals, same
 from gtqlora.run import Run, read_manifest
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.project import project
@@ -40,6 +40,13 @@ class Made:
     def __call__(self, prompts, answers): return both(prompts, answers)
 class OfText:
     def __call__(self, text): return text == "no"
+class Comparing:
+    def __call__(self, prompts, answers): return both(prompts, answers)
+    def same(self, answers, others): return [a[0] == b[0] for a, b in zip(answers, others)]
+class ComparingBadly(Comparing):
+    def same(self, answers, others): return ["yes" for _ in answers]
+class ComparingNot(Comparing):
+    def same(self, answers, others): raise RuntimeError("out of memory")
 asked = []
 def told(prompts, answers):
     asked.append((prompts, answers))
@@ -130,6 +137,26 @@ def test_what_cannot_be_a_judge_costs_one_line(module: Path, name: str, message:
     with pytest.raises(ConfigError, match=message) as error:
         judge_of(f"contract_judges:{name}")
     assert "\n" not in str(error.value)
+
+
+def test_a_judge_may_find_answers_the_same_that_are_worded_differently(module: Path) -> None:
+    answers, others = ["Yes, of course", "no", "aye"], ["yes, of  course", "never", "yes"]
+    plain, comparing = (judge_of(f"contract_judges:{name}") for name in ("both", "Comparing"))
+    assert plain.comparing is None and same(plain, answers, others) == [True, False, False]
+    assert same(comparing, answers, others) == [True, True, False]
+    assert same(lambda prompts, answers: [], answers, others) == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ComparingBadly", "its `same` must return True or False for each of the answers"),
+        ("ComparingNot", "its `same` failed: RuntimeError: out of memory"),
+    ],
+)
+def test_a_comparison_that_is_none_costs_one_line(module: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        same(judge_of(f"contract_judges:{name}"), ["a"], ["b"])
 
 
 def test_the_command_line_says_what_is_wrong_with_a_judge(

@@ -508,6 +508,25 @@ def test_the_interval_of_a_mean_covers_it(p: float, n: int, size: int) -> None:
     assert covered / 150 >= 0.9
 
 
+def test_the_interval_of_a_difference_of_means_covers_it_where_siblings_resemble_each_other() -> None:
+    """Values and others of one group share what makes them high; a difference is surer than two samples would be."""
+    rng, covered, width = np.random.default_rng(7), 0, {"paired": 0.0, "apart": 0.0}
+    for seed in range(150):
+        shared = rng.random(60) < 0.5
+        values, others = ((shared ^ (rng.random(60) < share)).astype(float) for share in (0.1, 0.05))
+        groups, apart = [f"g{i}" for i in range(60)], [f"h{i}" for i in range(60)]
+        found = stats.difference_of_means(values, others, groups=groups, other_groups=groups, seed=seed, resamples=300)
+        assert found.low <= found.value <= found.high
+        covered += found.low <= 0.0 <= found.high
+        width["paired"] += found.high - found.low
+        found = stats.difference_of_means(values, others, groups=groups, other_groups=apart, seed=seed, resamples=300)
+        width["apart"] += found.high - found.low
+    assert covered / 150 >= 0.9
+    assert width["paired"] < 0.8 * width["apart"]
+    equal = stats.difference_of_means([1.0] * 40, [0.0] * 30, groups=range(40), other_groups=range(30))
+    assert equal.value == 1.0 and 0.7 < equal.low < 1.0
+
+
 def test_without_groups_the_interval_of_clustered_values_is_too_narrow() -> None:
     rng, width = np.random.default_rng(7), {"whole": 0.0, "alone": 0.0}
     for seed in range(20):

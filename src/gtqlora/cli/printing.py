@@ -116,7 +116,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     console = open_console()
     draw(console, tables.interventions(found))
     for kind in found.kinds:
-        if kind.words:
+        if kind.necessary:
             draw(console, tables.components(kind))
     if found.experts:
         draw(console, tables.experts(found))

@@ -88,7 +88,7 @@ def components(found: Localization) -> Sheet:
     rows = [
         (
             name,
-            found.words.get(part, ""),
+            found.words.get(part, "cannot tell" if part in found.necessary else ""),
             interval(found.necessary.get(part), 2),
             interval(found.sufficient.get(part), 2),
             interval(found.shares.get(part), 2),

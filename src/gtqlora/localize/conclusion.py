@@ -58,7 +58,7 @@ def conclude(kind: str, interchanges: Interchanges | None, unusable: Mapping[str
         unusable=counted,
         stood_in=_stood_in(interchanges),
         overlap=_overlap(interchanges),
-        words={part: word(rates.necessary[part], rates.sufficient[part]) for part in COMPONENTS},
+        words=_words(rates),
         # where much is neither the one nor the other, shares would be of the rule that counts it as half
         shares=shares(interchanges, LEVELS) if known else {},
         shares_with_routing=shares(interchanges, WITH_ROUTING) if known else {},
@@ -72,12 +72,17 @@ def conclude(kind: str, interchanges: Interchanges | None, unusable: Mapping[str
     )
 
 
-def word(necessary: Interval, sufficient: Interval) -> str:
-    """Return what a component is, by whether most refusals go without it and most come with it alone."""
-    needed, enough = necessary.low > 0.5, sufficient.low > 0.5
-    if needed or enough:
-        return "both" if needed and enough else "necessary" if needed else "sufficient"
-    return "neither" if max(necessary.high, sufficient.high) < 0.5 else CANNOT_TELL
+def _words(evidence: Evidence) -> dict[str, str]:
+    """Return what each component is, by whether most refusals go without it and most come with it alone, if known."""
+    found = {}
+    for part in COMPONENTS:
+        necessary, sufficient = evidence.necessary[part], evidence.sufficient[part]
+        needed, enough = necessary.low > 0.5, sufficient.low > 0.5
+        if needed or enough:
+            found[part] = "both" if needed and enough else "necessary" if needed else "sufficient"
+        elif max(necessary.high, sufficient.high) < 0.5:
+            found[part] = "neither"
+    return found
 
 
 # --- the rule
@@ -164,8 +169,8 @@ def _checked(
     often = ", ".join(f"{cell} {broken[cell]:.0%}" for cell in by_rates.cells if broken[cell] > MOST_BROKEN)
     if often:
         return CANNOT_TELL, (
-            f"too many completions neither refuse nor do what the twin does ({often}); a judge with a `same` of its "
-            "own finds answers alike that are worded differently"
+            f"too many completions are broken, neither a refusal nor what the twin does ({often}); a judge with a "
+            "`same` of its own finds answers alike that are worded differently"
         )
     if name == CANNOT_TELL:
         return name, why

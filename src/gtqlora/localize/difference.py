@@ -25,14 +25,14 @@ def difference(found: Mapping[str, Localization], interchanges: Mapping[str, Int
     They do where the part that the twin's routing moves differs by more than a third, or where the verdicts differ and
     so does something that decides them. They do not where the verdicts agree and that part differs by less.
     """
-    missing = [kind for kind in (_FALSE, _TRUE) if kind not in found or not found[kind].words]
+    missing = [kind for kind in (_FALSE, _TRUE) if kind not in found or not found[kind].necessary]
     if missing:
         which = " and ".join({_FALSE: "false", _TRUE: "true"}[kind] for kind in missing)
         return Difference(CANNOT_TELL, _said(CANNOT_TELL, f"there are too few usable pairs for the {which} ones"))
     parts = _parts(interchanges[_FALSE], interchanges[_TRUE])
     broken = max(broken_share(interchanges[kind].cells[WITHOUT["routing"]]) for kind in (_FALSE, _TRUE))
     if broken > MOST_BROKEN:
-        why = f"with the twin's routing {broken:.0%} of the completions neither refuse nor do what the twin does"
+        why = f"with the twin's routing {broken:.0%} of the completions are broken"
         return Difference(CANNOT_TELL, _said(CANNOT_TELL, why))
     verdict, why = _decide(found[_FALSE], found[_TRUE], parts)
     return Difference(verdict, _said(verdict, why), {f"{question}: {part}": i for (question, part), i in parts.items()})

@@ -134,15 +134,15 @@ class Effect:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a candidate and its control take off the log-odds_N when ablated, and give back when restored."""
+    """What ablating a candidate and its control takes off the log-odds_N, and what restoring them brings."""
 
     parts: tuple[NDArray[np.floating], NDArray[np.floating]]
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
 
     def of(self, rows: Sequence[int]) -> _Measured:
-        """Return the same of some prompts."""
-        (mask_N, back_N), (like_N, like_back_N) = self.parts, self.controls
-        return _Measured((mask_N[rows], back_N[rows]), (like_N[rows], like_back_N[rows]))
+        """Return the same of some of the prompts."""
+        (a_N, b_N), (c_N, d_N) = self.parts, self.controls
+        return _Measured((a_N[rows], b_N[rows]), (c_N[rows], d_N[rows]))
 
 
 class _Odds:

@@ -157,7 +157,7 @@ def difference(diagnosis: Diagnosis) -> list[Figure]:
 
 
 def _of_kind(found: Localization) -> list[Figure]:
-    figures = [_components(found)] if found.words else []
+    figures = [_components(found)] if found.necessary else []
     figures += [_shares(found)] if found.shares or found.shares_log_odds else []
     return [*figures, *([_cells(found)] if found.cells else [])]
 
@@ -188,7 +188,9 @@ def _components(found: Localization) -> Figure:
         "Sufficient: the part of the twins that refuse when only this component is the flagged prompt’s. "
         "Both beyond what the stronger control does."
     )
-    names = {key: f"{name}: {found.words[key]}" for key, name in LEVELS.items() if key in found.necessary}
+    names = {
+        key: f"{name}: {found.words.get(key, 'cannot tell')}" for key, name in LEVELS.items() if key in found.necessary
+    }
     title = "What is necessary, and what is sufficient"
     return _levels(f"necessary-{found.kind}", title, caption, columns, names)
 

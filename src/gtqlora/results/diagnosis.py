@@ -79,7 +79,7 @@ class Localization:
         unusable: how many pairs are not, by reason.
         stood_in: how many pairs had no control of the sort wanted, by what stood in.
         overlap: mean share of experts in common with the twin, and with each control.
-        words: of each component, whether it is "necessary", "sufficient", "both" or "neither".
+        words: whether a component is "necessary", "sufficient", "both" or "neither", where that can be told.
         shares: Owen values of the generated behaviour with experts and stream in a union, which sum to 1, and the
             interaction of the two levels: above 0 they only work together, below 0 each is enough alone.
         shares_with_routing: the same with experts and routing in a union.
