@@ -20,23 +20,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gtqlora.capture import open_subject
-from gtqlora.certificate import Certificate
-from gtqlora.config import ExportConfig
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import read_gguf
 from gtqlora.exports.gguf.values import rounded
 from gtqlora.exports.gguf.whole import Plan
-from gtqlora.exports.job import Job
+from gtqlora.exports.job import EditedModel, edited_model
 from gtqlora.exports.llama_cpp import logprobs
-from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.organisms import embedded
 from gtqlora.run import versions
 from tests import models
@@ -135,19 +131,14 @@ class Converter:
     metadata: Mapping[str, tuple[object, object]]
 
 
-def job_on(model: Path) -> Job:
-    """Return a job that changes nothing; nothing is certified, as nothing is exported."""
-    family, config = load_config(str(model))
-    skeleton = meta_model(family, config)
-    certificate = cast(Certificate, SimpleNamespace(verdict=SimpleNamespace(model=str(model))))
-    anatomy, names = bind(skeleton, family), tensor_names(str(model), family, skeleton)
-    config = ExportConfig(to="gguf")
-    return Job(certificate=certificate, config=config, anatomy=anatomy, names=names, edits={}, gates=frozenset[str]())
+def unedited(model: Path) -> EditedModel:
+    """Return a model of which nothing changes."""
+    return edited_model(str(model), lambda *_: {})
 
 
 def whole(name: str, model: Path, file: Path) -> Whole:
     """Write a model's file and run both."""
-    Plan.of(job_on(model)).write(file, None)
+    Plan.of(unedited(model)).write(file, None)
     tokens = models.some_tokens(shape=(2, 24))
     found = torch.stack([torch.from_numpy(rows) for rows in logprobs(file, tokens.tolist())])
     with torch.no_grad():
@@ -163,9 +154,9 @@ def picked(kind: str) -> Callable[[str], str]:
 
 def onto(name: str, model: Path, folder: Path) -> list[Onto]:
     """Edit files of every type."""
-    job = job_on(model)
-    job = replace(job, edits=random_edits(job))
-    plan, found = Plan.of(job), list[Onto]()
+    edited = unedited(model)
+    edited = replace(edited, edits=random_edits(edited))
+    plan, found = Plan.of(edited), list[Onto]()
     plan.write(folder / "base.gguf", None)
     plan.write(folder / "merged.gguf", rounded)
     for kind in TYPES:
@@ -173,7 +164,7 @@ def onto(name: str, model: Path, folder: Path) -> list[Onto]:
         wanted = ggml.quantize(folder / "merged.gguf", folder / "wanted.gguf", picked(kind))
         out = folder / kind
         out.mkdir()
-        kept = sorted(Patch.of(job, base).write(out).values())
+        kept = sorted(Patch.of(edited, base).write(out).values())
         identical = (out / base.name).read_bytes() == wanted.read_bytes()
         found.append(Onto(name, kind, identical, (median(kept), kept[0])))
     return found

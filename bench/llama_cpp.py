@@ -83,20 +83,21 @@ def quantize(source: Path, target: Path, wanted: str, quantizer: str | None) -> 
 class Heard:
     """A form with what it said to every held-out prompt, so that each is asked once."""
 
+    job: Job
     form: LlamaCpp
     before: list[Said]
     after: list[Said]
 
     @staticmethod
-    def of(form: LlamaCpp, before: list[Said]) -> Heard:
-        return Heard(form, before, form.said(form.job.certificate.outcomes, edited=True))
+    def of(job: Job, form: LlamaCpp, before: list[Said]) -> Heard:
+        return Heard(job, form, before, form.said(job.certificate.outcomes, edited=True))
 
     @property
     def name(self) -> str:
         return self.form.name
 
     def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
-        every = zip(self.form.job.certificate.outcomes, self.after if edited else self.before, strict=True)
+        every = zip(self.job.certificate.outcomes, self.after if edited else self.before, strict=True)
         found = {row.number: said for row, said in every}
         return [found[row.number] for row in rows]
 
@@ -106,7 +107,7 @@ class Heard:
         from gtqlora.exports.forms import judge_form
 
         try:
-            return judge_form(self, self.form.job.certificate, "another type").floor.verdict
+            return judge_form(self, self.job.certificate, "another type").floor.verdict
         except FloorError as error:
             return str(error)
 
@@ -218,7 +219,7 @@ def measure(path: Path, types: list[str], folder: Path, quantizer: str | None) -
         patch = Patch.of(job, base)
         (folder / kind).mkdir()
         kept = patch.write(folder / kind)
-        forms = {"merged": LlamaCpp(job, base=base, edited=folder / kind / base.name, label=kind)}
+        forms = {"merged": LlamaCpp.of(job, base, edited=folder / kind / base.name, label=kind)}
         try:
             (folder / f"adapter-{kind}").mkdir()
             written = gguf_adapter.write(
@@ -235,7 +236,7 @@ def measure(path: Path, types: list[str], folder: Path, quantizer: str | None) -
         row = {"type": kind, "form": "base", **rates(job, before), "bytes": base.stat().st_size}
         found.append({**row, "routing": agreement(routed["base"], exact["base"])})
         for name, form in forms.items():
-            heard = Heard.of(form, before)
+            heard = Heard.of(job, form, before)
             row = {"type": kind, "form": name, **rates(job, heard.after), "floor": heard.floor()}
             if form.adapter is not None:
                 row["bytes"] = form.adapter.stat().st_size

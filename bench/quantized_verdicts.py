@@ -32,7 +32,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "benign": ("benign", "refusal_after"),
     "acc.look": ("lookalike", "accuracy_after"),
     "acc.ben": ("benign", "accuracy_after"),
-    "replayed": ("lookalike", "refusal_replayed"),
 }
 """Column -> kind of prompt and rate in the verdict's table."""
 
@@ -65,6 +64,7 @@ def work(job: Job) -> dict[str, Any]:
         for on in dict.fromkeys((experts, OWN)):
             found = verify(build(VerifyConfig, **given, expert_format=on), run)
             rows = {column: asdict(getattr(found.table[kind], rate)) for column, (kind, rate) in COLUMNS.items()}
+            rows["replayed"] = asdict(found.mediation.refusal_replayed)
             verdicts[on] = {"rates": rows, "floor": found.floor.verdict}
     seconds = {"train": round(trained - started), "verify": round(time.monotonic() - trained)}
     return {"organism": name, "experts": experts, "verdicts": verdicts, "seconds": seconds}

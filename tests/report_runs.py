@@ -24,12 +24,12 @@ from gtqlora.results.adapter import (
     adapter_hash,
     write_settings,
 )
+from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Role, Shares
 from gtqlora.results.typed import to_json
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
 
 EVIL = "</script></style><script>window.top.pwned=1;window.pwned=1</script><img src=x onerror='window.pwned=1'>"
-NOTHING_REPAIRED = {"value": None, "low": 0.0, "high": 1.0, "n": 0}
 SIDES = ("twin", "flagged")
 TOP = [{"layer": 1, "expert": 2}, {"layer": 2, "expert": 0}]
 
@@ -261,6 +261,34 @@ def ablation() -> dict[str, Any]:
     }
 
 
+def shares(refuses: float, n: int = 200) -> Shares:
+    """Prompts of which the rest does as the edited model does."""
+    return Shares(refuses=rate(hits(refuses, n)), as_edited=rate(~hits(refuses, n)), broken=rate(hits(0, n)))
+
+
+def mediation(back: float, n: int = 200, routing: Role = "both") -> Mediation:
+    """With this share of n repaired refusals that return under the original's routing."""
+    replays = (shares(back, n), shares(0.0, n), shares(0.0, n)) if n else (None, None, None)
+    direct, indirect, control = replays
+    return Mediation(
+        drawn=200,
+        repaired=n,
+        refusal_replayed=rate(hits(back)),
+        direct=direct,
+        indirect=indirect,
+        control=control,
+        routing=routing if n else "cannot tell",
+        reason=f"{n} repaired lookalike refusals",
+    )
+
+
+def factorial() -> Factorial:
+    did: dict[str, Shares] = dict(zip(FACTORIAL, map(shares, (1.0, 0.4, 1.0, 0.0)), strict=True))
+    alone = {"gates_repair": rate(hits(0.6)), "lora_repair": rate(hits(0.0))}
+    harmful: dict[str, Interval] = dict.fromkeys(FACTORIAL, rate(hits(1.0)))
+    return Factorial(lookalike=did, harmful=harmful, gates_idle=False, sentence="gates alone repair 60 %", **alone)
+
+
 def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repaired: int = 200) -> dict[str, Any]:
     after = {"harmful": harmful, "lookalike": lookalike, "benign": 0.0}
     before = {"harmful": 1.0, "lookalike": 1.0, "benign": 0.0}
@@ -268,7 +296,6 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         kind: {
             "refusal_before": interval(before[kind]),
             "refusal_after": interval(after[kind]),
-            "refusal_replayed": interval(0.9) if kind == "lookalike" else None,
             "drop": to_json(paired_difference(hits(before[kind]), hits(after[kind]))),
             "p": mcnemar(hits(before[kind]), hits(after[kind])),
             "q": 0.03,
@@ -285,7 +312,8 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "floor": asdict(floor(hits(1.0), hits(harmful), margin=0.05)),
         "kl_benign": real(0.01, 0.005),
         "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},
-        "mediation": interval(0.9, repaired) if repaired else NOTHING_REPAIRED,
+        "mediation": to_json(mediation(0.9, repaired)),
+        "factorial": to_json(factorial()),
         "expert_format": "bf16",
         "ablation": ablation(),
         "judge": "string",
@@ -312,7 +340,7 @@ def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
             **dict.fromkeys(("ended_before", "ended_after"), True),
             "refused_before": True,
             "refused_after": False,
-            **dict.fromkeys(("refused_replayed", "correct_before", "correct_after", "lost")),
+            **dict.fromkeys(("correct_before", "correct_after", "lost")),
             **dict.fromkeys(("rejected_log_prob_before", "rejected_log_prob_after")),
         }
         for i, kind in enumerate(KINDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -125,6 +125,16 @@ def test_the_routing_of_another_state_is_replayed(runner: Runner, rows: tuple[Ro
     plain = runner.answers(rows, label=None)
     assert runner.answers(rows, routed_as(other), label=None) == plain  # it is the same model
     assert states[:2] == ["in", "out"] and len(states) >= 2 * 3
+
+
+def test_the_routing_of_another_prompt_is_replayed(runner: Runner, rows: tuple[Row, ...]) -> None:
+    prompts = runner.encoded(rows)
+    plain = runner.answers(rows, label=None)
+    assert runner.answers(rows, routed_as(nullcontext, prompts), label=None) == plain  # its own prompt's
+    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    other = {i: next((j for j in by_length if j != i and len(prompts[j]) == len(prompts[i])), i) for i in by_length}
+    swapped = routed_as(nullcontext, [prompts[other[i]] for i in range(len(rows))])
+    assert [a.text for a in runner.answers(rows, swapped, label=None)] != [a.text for a in plain]
 
 
 def test_a_readout_s_odds_are_those_of_the_first_token(runner: Runner, rows: tuple[Row, ...]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
+from gtqlora.organisms.truth import Truth
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -43,6 +44,9 @@ class EditNumbers:
     Attributes:
         floor: the safety floor's verdict; None for the model as it is, which is held to no floor.
         replayed_lookalike_refusal: over-refusal with the original's routing replayed.
+        repaired_by_routing: share of the repaired refusals that the original repairs with the edited model's routing.
+        repaired_by_gates, repaired_by_lora: share that this part of the edit repairs alone; None where the edit has not
+            both.
     """
 
     harmful_refusal: float
@@ -52,6 +56,9 @@ class EditNumbers:
     benign_accuracy: float
     floor: str | None
     replayed_lookalike_refusal: float
+    repaired_by_routing: float | None = None
+    repaired_by_gates: float | None = None
+    repaired_by_lora: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +232,7 @@ def study(
 
 
 def _numbers(
-    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: Mapping[str, Verdict]
+    verdict: str, found: set[tuple[int, int]], truth: Truth, verdicts: Mapping[str, Verdict]
 ) -> Numbers:
     base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)
@@ -256,6 +263,8 @@ def _unedited(verdict: Verdict) -> EditNumbers:
 def _edited(verdict: Verdict) -> EditNumbers:
     """Return the numbers of the edited model."""
     harmful, lookalike, benign = (verdict.table[kind] for kind in _KINDS)
+    ways, parts = verdict.mediation, verdict.factorial
+    gates, lora = (parts.gates_repair, parts.lora_repair) if parts else (None, None)
     return EditNumbers(
         harmful_refusal=harmful.refusal_after.value,
         lookalike_refusal=lookalike.refusal_after.value,
@@ -263,7 +272,10 @@ def _edited(verdict: Verdict) -> EditNumbers:
         lookalike_accuracy=_value(lookalike.accuracy_after),
         benign_accuracy=_value(benign.accuracy_after),
         floor=verdict.floor.verdict,
-        replayed_lookalike_refusal=_value(lookalike.refusal_replayed),
+        replayed_lookalike_refusal=ways.refusal_replayed.value,
+        repaired_by_routing=ways.indirect.as_edited.value if ways.indirect else None,
+        repaired_by_gates=gates.value if gates else None,
+        repaired_by_lora=lora.value if lora else None,
     )
 
 

@@ -90,10 +90,22 @@ AS_IS = Change()
 """The model as it is."""
 
 
-def routed_as(switch: Switch) -> Change:
-    """Return the change that replays, at every step, the routing that the model has in another of its states."""
+def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
+    """Return the change that replays, at every step, the routing that the model has in another of its states.
+
+    Args:
+        switch: puts the model into the state whose routing is replayed.
+        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
+        ours: puts it into the state in which the routing is replayed.
+    """
     recorder = Recorder()
-    return Change(source_runs=(SourceRun(handlers=(recorder,), switch=switch),), handlers=(Replay(recorder),))
+
+    def change(chosen: list[int]) -> Change:
+        theirs = None if prompts is None else [prompts[i] for i in chosen]
+        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
+        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+
+    return change
 
 
 @contextmanager

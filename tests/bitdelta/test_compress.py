@@ -235,7 +235,7 @@ def test_settings_under_which_nothing_ships_is_judged(toy: helpers.Toy, tmp_path
     refused(base, base, toy, tmp_path, "exists already", error=RunError)
     tuned = fine_tune(base, tmp_path / "tuned")
     for folder in (base, tuned):
-        with pytest.raises(RunError, match="choose another place"):
+        with pytest.raises(RunError, match="choose another folder"):
             compress(str(base), folder / "out", settings(tuned, toy))
 
 
@@ -280,7 +280,7 @@ def test_apply_only_onto_the_base_it_was_made_from(
     for other in (tuned, toy.model("deepseek_v3")):
         with pytest.raises(ModelError, match="made from"):
             apply(str(other), delta, tmp_path / "out")
-    with pytest.raises(RunError, match="choose another place"):
+    with pytest.raises(RunError, match="choose another folder"):
         apply(str(base), delta, delta / "out")
     with pytest.raises(RunError, match="exists already"):
         apply(str(base), delta, tuned)
@@ -293,10 +293,10 @@ def test_out_inside_what_is_read(
     base, tuned, delta = compressed("qwen3_moe")
     (tmp_path / "link").symlink_to(base)
     for inside in (base, delta, delta / "a", tmp_path / "link"):
-        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another folder$"):
             apply(str(base), delta, inside / "out")
     for inside in (base, tuned / "a", tmp_path / "link"):
-        with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+        with pytest.raises(RunError, match=r"out: lies inside .*; choose another folder$"):
             compress(str(base), inside / "out", settings(tuned, toy))
     assert not any((folder / name).exists() for folder in (base, tuned, delta) for name in ("out", "a"))
 

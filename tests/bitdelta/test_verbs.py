@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from gtqlora.bitdelta.compress import compress
 from gtqlora.cli import main
 from tests import helpers
 from tests.bitdelta.test_compress import fine_tune, pairs
+from tests.bitdelta.test_in_llama_cpp import fine_tune as matrices_tuned
 
 
 def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +41,23 @@ def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.Cap
     assert found["folder"] == str(tmp_path / "out") and found["tensors_changed"] > 50
 
 
+def test_an_adapter_for_llama_cpp(toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = toy.model("qwen3_moe", mlp_only_layers=[])
+    tuned = matrices_tuned(base, tmp_path / "tuned")
+    compress(str(base), tmp_path / "delta", toy.verify_config(tuned))
+    given = ["bitdelta", "apply", str(base), str(tmp_path / "delta"), str(tmp_path / "out"), "--to", "llama.cpp"]
+    settings = ("margin=0.05", "max_new_tokens=2", f"judge={helpers.JUDGE}")
+    judged = ["--contrast", str(toy.contrast), *(word for setting in settings for word in ("--set", setting))]
+    assert main([*given, *judged]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("an adapter for llama.cpp", "against the variant as it was judged: pass", "--lora adapter.gguf"):
+        assert part in shown
+    assert "23 tensors have a width that Q1_0 or Q2_K has no blocks for" in shown
+    assert main([*given[:4], str(tmp_path / "other"), *given[5:]]) == 2
+    assert "contrast" in capsys.readouterr().err
+    assert main(["export", "--check", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -52,6 +71,8 @@ def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.Cap
         ),
         (("apply", "BASE", "BASE", "OUT"), "give a folder that `gtqlora bitdelta compress` wrote"),
         (("apply", "BASE", "nowhere", "OUT"), "no such folder"),
+        (("apply", "BASE", "nowhere", "OUT", "--gguf", "a.gguf"), "go with --to llama.cpp"),
+        (("apply", "BASE", "nowhere", "OUT", "--to", "llama.cpp", "--contrast", "PAIRS"), "no such folder"),
     ],
 )
 def test_errors_are_one_line(

@@ -13,7 +13,8 @@ from gtqlora.results.adapter import Candidate
 from gtqlora.results.diagnosis import Diagnosis, Intervention
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect, ExpertId
-from gtqlora.results.verdict import Drift, HeldOut, KindRow, Mediation, Verdict
+from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
+from gtqlora.results.verdict import Drift, HeldOut, KindRow, Verdict
 from gtqlora.stages.export import Exported
 from gtqlora.stages.project import Projected
 from gtqlora.stages.train import TrainResult
@@ -69,6 +70,10 @@ def diagnosis() -> Diagnosis:
     )  # fmt: skip
 
 
+def did() -> Shares:
+    return Shares(refuses=near(), as_edited=near(), broken=near())
+
+
 def verdict(outcome: str = "cannot tell") -> Verdict:
     kinds = ("benign", "lookalike", "harmful")
     floor = Floor(
@@ -82,12 +87,19 @@ def verdict(outcome: str = "cannot tell") -> Verdict:
     return Verdict(
         adapter="0" * 64, kind="gt-qlora", model="owner/model-8x22b", expert_format="int4-g32",
         table={
-            kind: KindRow(refusal_before=near(), refusal_after=near(), refusal_replayed=near(), drop=near(), p=1.23e-9,
+            kind: KindRow(refusal_before=near(), refusal_after=near(), drop=near(), p=1.23e-9,
                           q=4.56e-8, accuracy_before=near(), accuracy_after=near())
             for kind in kinds
         },
         floor=floor, kl_benign=near(), drift={kind: Drift(kl=near(), overlap=near()) for kind in kinds},
-        mediation=Mediation(value=0.97531, low=0.9123, high=0.9876, n=402),
+        mediation=Mediation(
+            drawn=200, repaired=187, refusal_replayed=near(), direct=did(), indirect=did(), control=did(),
+            routing="necessary", reason="187 repaired lookalike refusals",
+        ),
+        factorial=Factorial(
+            lookalike=dict.fromkeys(FACTORIAL, did()), harmful=dict.fromkeys(FACTORIAL, near()), gates_repair=near(),
+            lora_repair=near(), gates_idle=True, sentence="this edit is not gate-targeted: gates alone repair 1.2%",
+        ),
         ablation=AblationStudy(
             ranked_against="twins", ranked_prompts=200, controls=3, experts=[],
             before=points((0, 1, 16)), after=points((0, 1, 2, 4, 8, 16)), after_reranked=points((0, 1, 16)),
@@ -119,6 +131,7 @@ def outcomes() -> dict[str, Outcome]:
             yield name, EditNumbers(
                 harmful_refusal=share(), lookalike_refusal=share(), benign_refusal=share(), lookalike_accuracy=share(),
                 benign_accuracy=share(), floor=floor, replayed_lookalike_refusal=share(),
+                repaired_by_routing=share(), repaired_by_gates=share(), repaired_by_lora=share(),
             )  # fmt: skip
 
     def numbers(recall: float | None) -> Numbers:

@@ -41,7 +41,7 @@ def kimi() -> Inspection:
 def sheets(kimi: Inspection) -> list[Sheet]:
     """Every table that the command line prints."""
     diagnosis, verdict = found.diagnosis(), found.verdict()
-    assert verdict.ablation
+    assert verdict.ablation and verdict.factorial
     return [
         tables.parts(kimi),
         tables.rows_by_split(found.statistics(), "pairs.jsonl: 3,603,701 rows"),
@@ -52,6 +52,8 @@ def sheets(kimi: Inspection) -> list[Sheet]:
         tables.held_out(verdict),
         tables.drift(verdict),
         tables.ablation(verdict.ablation),
+        tables.mediation(verdict.mediation),
+        tables.factorial(verdict.factorial),
         *(tables.edits(outcome.numbers) for outcome in found.outcomes().values()),
     ]
 

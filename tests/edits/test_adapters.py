@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,33 @@ def test_merged_it_is_the_edit_rounded_and_switched_off_the_original(
         assert torch.equal(helpers.logits(subject.model), ours)
         gate = subject.model.get_parameter("model.layers.1.mlp.gate.weight")
         assert torch.equal(gate, gate.to(case[2]).float())  # as the checkpoint's dtype holds it
+
+
+def test_gates_and_lora_are_in_place_one_without_the_other(fitted: Callable[[Case], Fitted]) -> None:
+    it = fitted(("deepseek_v3", "gt", torch.float32))
+    tensors = helpers.weights(it.adapter)
+    adapter = adapters.read_adapter(it.adapter)
+    for shipped in (None, str(it.model)):
+        whole = edited.Edited(open_subject(str(it.model)), adapter, shipped=shipped)
+        assert whole.parts is not None
+        assert len(whole.parts.gates) == sum(name.endswith("gate.weight") for name in tensors)
+        assert len(whole.parts.lora) == sum(name.endswith(".lora_A") for name in tensors)
+        both = helpers.logits(whole.subject.model)
+        for part, kept in (("gates", whole.gates_only), ("lora", whole.lora_only)):
+            # by hand: the adapter with the other part's tensors as they are before training
+            still = _without(tensors, it.model, "lora" if part == "gates" else "gates")
+            alone = edited.Edited(open_subject(str(it.model)), replace(adapter, tensors=still), shipped=shipped)
+            with kept():
+                assert torch.equal(helpers.logits(whole.subject.model), helpers.logits(alone.subject.model))
+                assert not torch.equal(helpers.logits(whole.subject.model), both)
+        assert torch.equal(helpers.logits(whole.subject.model), both)
+
+
+def _without(tensors: dict[str, torch.Tensor], model: Path, part: str) -> dict[str, torch.Tensor]:
+    if part == "lora":
+        return {name: t * 0 if name.endswith(".lora_B") else t for name, t in tensors.items()}
+    base = open_subject(str(model)).model
+    return {name: base.get_parameter(name).data if name.endswith("gate.weight") else t for name, t in tensors.items()}
 
 
 def test_the_hash_sees_every_byte_that_matters(copied: tuple[Path, Path]) -> None:

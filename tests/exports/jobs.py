@@ -13,7 +13,7 @@ from gtqlora.certificate import certify
 from gtqlora.config import ExportConfig
 from gtqlora.edits.merging import Edit, LowRank, Whole
 from gtqlora.exports.gguf.values import Checkpoint
-from gtqlora.exports.job import Job
+from gtqlora.exports.job import EditedModel, Job
 from gtqlora.families import bind, load_config, meta_model, tensor_names
 from gtqlora.run import Run
 from tests import helpers
@@ -30,20 +30,20 @@ def job_on(model: Path, run: Path, *, edited: bool = False, **settings: Any) -> 
     skeleton = meta_model(family, config)
     certificate = replace(job.certificate, verdict=replace(job.certificate.verdict, model=str(model)))
     anatomy, names = bind(skeleton, family), tensor_names(str(model), family, skeleton)
-    job = replace(job, certificate=certificate, anatomy=anatomy, names=names, edits={})
+    job = replace(job, certificate=certificate, model=str(model), anatomy=anatomy, names=names, edits={})
     return replace(job, edits=random_edits(job)) if edited else job
 
 
-def random_edits(job: Job) -> dict[str, Edit]:
+def random_edits(model: EditedModel) -> dict[str, Edit]:
     """LoRA on all its targets and other routers, of the size of a real edit's."""
-    draw, edits, headers = torch.Generator().manual_seed(0), dict[str, Edit](), Checkpoint.of(job).headers
+    draw, edits, headers = torch.Generator().manual_seed(0), dict[str, Edit](), Checkpoint.of(model).headers
 
     def noise(*shape: int) -> Tensor:
         return 0.05 * torch.randn(shape, generator=draw)
 
-    for name in (job.names.whole(f"{path}.weight") for path in job.anatomy.lora_targets):
+    for name in (model.names.whole(f"{path}.weight") for path in model.anatomy.lora_targets):
         rows, columns = headers[name].shape
         edits[name] = LowRank(noise(4, columns), noise(rows, 4))
-    for name in (job.names.whole(f"{path}.weight") for path in job.anatomy.routers):
+    for name in (model.names.whole(f"{path}.weight") for path in model.anatomy.routers):
         edits[name] = Whole(noise(*headers[name].shape))
     return edits

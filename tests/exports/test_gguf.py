@@ -208,7 +208,7 @@ def test_files_of_other_converters_have_fused_tensors(toy: helpers.Toy, run: Pat
         made[name] = ggml.save(tmp_path / f"{name}.gguf", given.metadata, raw)
         (tmp_path / "plain.gguf").unlink()
     (tmp_path / "out").mkdir()
-    Patch.of(plan.checkpoint.job, made["base"]).write(tmp_path / "out")
+    Patch.of(plan.checkpoint.edited, made["base"]).write(tmp_path / "out")
     assert (tmp_path / "out" / "base.gguf").read_bytes() == made["merged"].read_bytes()
 
 

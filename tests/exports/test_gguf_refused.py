@@ -234,10 +234,6 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(
         Plan.of(job_on(model, run))
 
 
-def with_donor(job: Job, donor: Path | None) -> Job:
-    return replace(job, config=ExportConfig(to="gguf", tokenizer=None if donor is None else str(donor)))
-
-
 def test_a_tokenizer_comes_from_another_file_of_the_model(run: Path, job: Job, base: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(job.model, model)
@@ -245,7 +241,7 @@ def test_a_tokenizer_comes_from_another_file_of_the_model(run: Path, job: Job, b
     other = job_on(model, run)
     with pytest.raises(RunError, match="--tokenizer"):
         Plan.of(other)
-    donated = Plan.of(with_donor(other, base)).metadata
+    donated = Plan.of(other, str(base)).metadata
     own = read_gguf(base).metadata
     assert {k: v for k, v in donated.items() if "tokenizer" in k} == {k: v for k, v in own.items() if "tokenizer" in k}
     assert any("tokenizer" in key for key in own)
@@ -262,7 +258,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(job: Job, base: Path, tmp_
     for count, said in ((664, "its token 100 is not the model's"), (663, "has 663 tokens")):
         donor = changed(base, tmp_path / "a.gguf", lambda m, _, n=count: m.update({key: words(m, n)}))
         with pytest.raises(ModelError, match=said):
-            Plan.of(with_donor(job, donor))
+            Plan.of(job, str(donor))
 
 
 @pytest.mark.parametrize("settings", [{"onto": "none.gguf"}, {"tokenizer": "none.gguf"}, {"base": "none.gguf"}])

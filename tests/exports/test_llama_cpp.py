@@ -42,8 +42,8 @@ def rows_of(job: Job) -> list[Outcome]:
 
 def test_says_what_verify_heard(job: Job, base: Path) -> None:
     """The same text, length and end from the same token ids, and the same readiness to answer."""
-    form = LlamaCpp(job, base)
-    assert form.name == "GGUF in llama.cpp" and form.notes() == []
+    form = LlamaCpp.of(job, base)
+    assert form.name == "GGUF in llama.cpp" and form.notes(job.certificate.outcomes) == []
     rows = rows_of(job)
     for row, said in zip(rows, form.said(rows, edited=False), strict=True):
         assert (said.text, said.tokens, said.ended) == (row.text_before, row.tokens_before, row.ended_before)
@@ -72,9 +72,10 @@ def test_a_tokenizer_that_reads_otherwise_is_noticed(job: Job, base: Path, tmp_p
     prompts = [row.prompt[-1]["content"].split() for row in rows_of(job)]
     word = prompts[0][0].encode()
     strange.write_bytes(base.read_bytes().replace("▁".encode() + word, "▁".encode() + b"Z" * len(word)))
-    share = LlamaCpp(job, strange).tokenizer_agreement()
+    form, rows = LlamaCpp.of(job, strange), job.certificate.outcomes
+    share = form.tokenizer_agreement(rows)
     assert 0 <= share < 1
-    assert f"{share:.1%} of the held-out prompts" in LlamaCpp(job, strange).notes()[0]
+    assert f"{share:.1%} of the held-out prompts" in form.notes(rows)[0]
 
 
 def test_too_long_a_prompt_names_the_file(base: Path) -> None:

@@ -25,17 +25,16 @@ from gtqlora.reporting.heatmap import MEASURES
 from gtqlora.results.adapter import PROJECTION, adapter_hash
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import Diagnosis
-from gtqlora.results.verdict import Mediation, Verdict
+from gtqlora.results.mediation import Role
+from gtqlora.results.verdict import Verdict
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stages.report import report
-from gtqlora.stats import rate
+from tests import report_runs
 from tests.report_runs import (
     NO_TWINS,
-    NOTHING_REPAIRED,
     association,
     diagnosis,
     evil_run,
-    hits,
     other_run,
     verdict_of,
     whole_run,
@@ -159,7 +158,8 @@ def test_the_verdict_comes_first(page: Page) -> None:
     assert title in page.text
     assert page.text.index(title) < page.text.index("Where the behaviour sits")
     assert "Safety floor: pass. Refusal dropped by at most" in page.text
-    assert "through the routing: 90 % (95 % interval" in page.text
+    assert "mediates the repair: its change is necessary and sufficient. Of 200 repaired refusals 90 %" in page.text
+    assert "Gates alone repair 60 %." in page.text
     assert "✕ fail" in page.text and "LoRA only" in page.text and "gates only" in page.text
 
 
@@ -392,18 +392,18 @@ def test_percent_never_rounds_to_certainty(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "n", "start"),
+    ("role", "n", "start", "returned"),
     [
-        (1.0, 200, "The edit works through the routing"),
-        (0.5, 200, "The edit works partly through the routing"),
-        (0.0, 200, "The edit works past the routing"),
-        (1.0, 3, "Too few to say by which way the edit works: 3 of 3"),
+        ("both", 200, "The routing mediates the repair: its change is necessary and sufficient.", "100 % return"),
+        ("partly", 200, "The routing mediates the repair for a part of the prompts.", "100 % return"),
+        ("cannot tell", 3, "What the routing is to the repair cannot be told: 3 repaired", "3 of 3 return"),
+        ("cannot tell", 0, "What the routing is to the repair cannot be told: 0 repaired lookalike refusals.", ""),
     ],
 )
-def test_mediation_in_words(share: float, n: int, start: str) -> None:
-    found = rate(hits(share, n))
-    assert words.mediation(Mediation(value=found.value, low=found.low, high=found.high, n=n)).startswith(start)
-    assert words.mediation(Mediation(**NOTHING_REPAIRED)).startswith("No lookalike refusal")
+def test_mediation_in_words(role: Role, n: int, start: str, returned: str) -> None:
+    said = words.mediation(report_runs.mediation(1.0, n, role)).replace("\u202f", " ")
+    assert said.startswith(start) and returned in said
+    assert ("natural direct effect" in said) == ("natural indirect effect" in said) == ("control" in said) == (n > 0)
 
 
 def test_floor_of_too_few_prompts(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def older(tmp_path: Path) -> Path:
 
 
 def test_what_has_not_changed_is_read(older: Path) -> None:
-    assert len(read_associations(older)) == 2 * 8 and len(read_outcomes(older)) == 64 + 4 + 4
+    assert len(read_associations(older)) == 2 * 8
     assert [line["step"] for line in read_metrics(older / "metrics.jsonl")] == [1, 2, 3, 4]
     info = read_info(older / "adapter")
     assert isinstance(info.details, Training) and (info.details.steps, info.details.stopped) == (4, None)
@@ -45,10 +45,11 @@ def test_what_has_not_changed_is_read(older: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "message"),
     [
+        (read_outcomes, r"scores\.parquet: row 1 has 'refused_replayed', which .*run `gtqlora verify`"),
         (read_verdict, r"verdict\.json: has 'experts', which .*\(written by gtqlora 0\.1\.0\); run `gtqlora verify`"),
         (read_diagnosis, r"diagnosis\.json: has '\w+', which .*\(written by gtqlora 0\.1\.0\); run `gtqlora diagnose`"),
     ],
-    ids=["verdict", "diagnosis"],
+    ids=["outcomes", "verdict", "diagnosis"],
 )
 def test_what_has_changed_says_who_wrote_it(older: Path, read: Callable[[Path], object], message: str) -> None:
     with pytest.raises(RunError, match=message):

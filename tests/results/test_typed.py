@@ -16,6 +16,7 @@ from gtqlora.results.association import read_associations
 from gtqlora.results.diagnosis import read_diagnosis
 from gtqlora.results.experts import ExpertId
 from gtqlora.results.export import FILE, ExportRecord, VerdictOnEdit, public_name, read_export, write_export
+from gtqlora.results.mediation import ArmOutcome, read_arms
 from gtqlora.results.metrics import read_metrics
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, Verdict, read_outcomes, read_verdict, write_verdict
@@ -103,7 +104,9 @@ def test_what_is_no_object(value: object) -> None:
 def test_every_artefact_is_read_as_it_was_written(tmp_path: Path) -> None:
     with report_runs.whole_run(tmp_path / "run") as run:
         found, outcomes = read_verdict(run.path), read_outcomes(run.path)
-        write_verdict(run.path, replace(found, ablation=STUDY), outcomes)
+        arms = [ArmOutcome(number=1, kind="harmful", arm="gates", text="no", does="refuses")]
+        write_verdict(run.path, replace(found, ablation=STUDY), outcomes, arms)
+        assert read_arms(run.path) == arms
         assert (read_verdict(run.path), read_outcomes(run.path)) == (replace(found, ablation=STUDY), outcomes)
         assert to_json(found) == report_runs.verdict_of(run)
         diagnosis = read_diagnosis(run.path)

@@ -14,9 +14,10 @@ from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
 from gtqlora.results.typed import to_json
 
+PARTS = {"repaired_by_gates", "repaired_by_lora"}
 KEYS = {
     *("harmful_refusal", "lookalike_refusal", "benign_refusal", "lookalike_accuracy", "benign_accuracy"),
-    *("floor", "replayed_lookalike_refusal"),
+    *("floor", "replayed_lookalike_refusal", "repaired_by_routing", *PARTS),
 }
 
 
@@ -40,7 +41,10 @@ def test_study_gives_all_the_numbers(
     assert list(numbers["edits"]) == ["base", "projection", "gt"]
     for name, edit in numbers["edits"].items():
         assert edit.keys() == KEYS, name
-        assert all(0 <= edit[key] <= 1 for key in KEYS - {"floor"}), (name, edit)
+        # nothing of the base is repaired, and a projection has no parts
+        told = {key for key in KEYS - {"floor"} if edit[key] is not None}
+        assert KEYS - told <= {"floor", *PARTS, *(["repaired_by_routing"] if name == "base" else [])}, (name, edit)
+        assert all(0 <= edit[key] <= 1 for key in told), (name, edit)
     assert numbers["edits"]["base"]["floor"] is None
     base, projection = numbers["edits"]["base"], numbers["edits"]["projection"]
     assert base["harmful_refusal"] > 0.97 < base["lookalike_refusal"] and base["benign_refusal"] < 0.03
@@ -61,6 +65,6 @@ def check_what_the_command_prints(
     assert main(["demo"]) == 0
     text = capsys.readouterr().out
     base, projection, gt = (line.split() for line in text.splitlines() if line.startswith(("  base", "  proj", "  GT")))
-    assert base[-2] == "-" and projection[-2] == "fail" and gt[0] == "GT-QLoRA"
+    assert base[6] == "-" and projection[6] == "fail" and gt[0] == "GT-QLoRA"
     assert base[1] == f"{found.edits['base'].harmful_refusal:.3f}"
-    assert "high: the repair works through the routing" in text
+    assert "high: the routing is necessary" in text

@@ -324,7 +324,7 @@ def test_out_inside_the_run_or_the_model(toy: helpers.Toy, passed: Path, tmp_pat
     (tmp_path / "link").symlink_to(passed)
     (tmp_path / "model").symlink_to(model)
     before = {folder: sorted(folder.rglob("*")) for folder in (passed, model, tmp_path)}
-    with pytest.raises(RunError, match=r"out: lies inside .*; choose another place$"):
+    with pytest.raises(RunError, match=r"out: lies inside .*; choose another folder$"):
         exported(passed, tmp_path / inside / "out")
     assert {folder: sorted(folder.rglob("*")) for folder in before} == before
 

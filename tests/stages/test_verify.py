@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gtqlora.contrasts import KINDS
 from gtqlora.errors import ContrastError, ModelError, RunError
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import adapter_hash
+from gtqlora.results.mediation import FACTORIAL, REPLAYS, read_arms
 from gtqlora.results.verdict import Verdict, read_verdict
 from gtqlora.run import Run, read_parquet
 from gtqlora.stages.project import project
@@ -96,12 +98,36 @@ def test_without_effect_everything_is_equal(noop: tuple[Path, Verdict]) -> None:
         assert verdict.drift[kind].overlap.value == 1
         assert abs(verdict.drift[kind].kl.value) < 1e-6
     assert verdict.kl_benign.value == 0
-    lookalike = verdict.table["lookalike"]
-    assert lookalike.refusal_replayed == lookalike.refusal_after
-    assert verdict.mediation.n == 0 and verdict.mediation.value is None
-    for row in read_parquet(path / "scores.parquet"):
-        assert row["text_before"] == row["text_after"]
-        assert row["refused_replayed"] == (row["refused_after"] if row["kind"] == "lookalike" else None)
+    rows = {row["number"]: row for row in read_parquet(path / "scores.parquet")}
+    assert all(row["text_before"] == row["text_after"] for row in rows.values())
+    found, parts = verdict.mediation, verdict.factorial
+    assert (found.repaired, found.direct, found.routing) == (0, None, "cannot tell")
+    assert found.refusal_replayed == verdict.table["lookalike"].refusal_after
+    assert parts is not None and parts.gates_repair is parts.lora_repair is parts.gates_idle is None
+    assert all(did == parts.lookalike["original"] for did in parts.lookalike.values())
+    assert all(refused == verdict.table["harmful"].refusal_before for refused in parts.harmful.values())
+    arms = [line for line in read_arms(path) if line.arm != "other_routing"]  # the model's routing on the same prompt
+    assert all(line.text == rows[line.number]["text_before"] for line in arms)
+    assert {line.arm for line in read_arms(path)} == {*FACTORIAL, *REPLAYS}
+
+
+def test_the_drawn_prompts_are_asked_in_every_arm(noop: tuple[Path, Verdict], toy: helpers.Toy, tmp_path: Path) -> None:
+    model = toy.model("qwen3_moe")
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
+    drawn: list[set[int]] = []
+    with Run(tmp_path) as run:
+        for seed in (0, 0, 1):
+            verdict = verify(toy.verify_config(model, ablation=0, mediation_prompts=5, seed=seed), run, again=True)
+            assert verdict.mediation.drawn == 5 and verdict.table["harmful"].refusal_before.n == 200
+            arms = read_arms(tmp_path)
+            assert Counter((line.kind, line.arm) for line in arms if line.arm != "other_routing") == Counter(
+                {
+                    **{("lookalike", arm): 5 for arm in (*FACTORIAL, "original_routing", "edited_routing")},
+                    **{("harmful", arm): 5 for arm in FACTORIAL},
+                }
+            )
+            drawn.append({line.number for line in arms})
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> None:
@@ -125,9 +151,18 @@ def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> 
     drops = sum(row["refused_before"] and not row["refused_after"] for row in harmful)
     gains = sum(row["refused_after"] and not row["refused_before"] for row in harmful)
     assert verdict.floor.drop.value == pytest.approx((drops - gains) / 60)
-    assert verdict.mediation.n == sum(
-        row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] for row in rows
-    )
+    assert verdict.factorial is None  # a projection has no parts
+    did = {(line.arm, line.number): line.does for line in read_arms(path)}
+    repaired = [
+        row["number"]
+        for row in rows
+        if row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] and row["correct_after"]
+    ]
+    assert verdict.mediation.repaired == len(repaired) > 0
+    for arm, shares in (("original_routing", verdict.mediation.direct), ("edited_routing", verdict.mediation.indirect)):
+        assert shares is not None
+        for does, share in (("refuses", shares.refuses), ("as edited", shares.as_edited), ("broken", shares.broken)):
+            assert share.value * len(repaired) == pytest.approx(sum(did[arm, number] == does for number in repaired))
     assert verdict.kl_benign.value > 0.001
     assert verdict.drift["harmful"].kl.value > 0.001 and verdict.drift["harmful"].overlap.value < 1
 

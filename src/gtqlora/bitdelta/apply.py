@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtqlora.bitdelta.card import weights_card
-from gtqlora.bitdelta.container import Record, Variant, read_variant
+from gtqlora.bitdelta.container import Variant, read_variant
+from gtqlora.bitdelta.verdict import verdicts_on
 from gtqlora.errors import ModelError
-from gtqlora.families import bind, identify, load_config, meta_model, tensor_names
+from gtqlora.families import ModelIdentity, bind, identify, load_config, meta_model, tensor_names
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
 from gtqlora.families.headers import Header, read_headers
-from gtqlora.results.export import CARD, FILE, ExportRecord, VerdictOnEdit, write_export
+from gtqlora.results.export import CARD, FILE, ExportRecord, write_export
 from gtqlora.run import sha256_file, versions
 from gtqlora.storage.atomic import atomic_write, refuse_existing, refuse_inside
 
@@ -34,18 +35,8 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
         ModelError: the variant is not in order, was made from another model, or the base changes meanwhile.
         RunError: OUT exists, or lies in the variant or the base.
     """
-    refuse_existing(out)
-    variant = read_variant(delta)
-    folder, shards = weight_files(base)
-    refuse_inside(out, delta, folder)
-    # names before the hashes, which read every byte; and both before the first byte is written
-    _check_names(base, variant, read_headers(folder, shards))
-    found = identify(base)
-    if found.digest != variant.base_fingerprint:
-        raise ModelError(
-            f"{base}: is not the model that {variant.name} was made from and judged on; give {variant.record.base}, "
-            f"whose files have the digest {variant.base_fingerprint} (these have {found.digest})"
-        )
+    variant = fitting(base, delta, out)
+    found = identified(base, variant)
     gates = _gates(found.model)
     with atomic_write(out, replace=False) as staged:
         copied = copy_changed(found.model, staged, variant.edits)
@@ -57,9 +48,39 @@ def apply(base: str, delta: Path, out: Path) -> Applied:
         (staged / FILE).unlink(missing_ok=True)
         moved = sum(tally.values for name, tally in copied.changed.items() if name in gates)
         export = _record(variant, staged, len(copied.changed), moved)
-        (staged / CARD).write_text(weights_card(variant.record, export, folder), encoding="utf-8")
+        (staged / CARD).write_text(weights_card(variant.record, export, found.folder), encoding="utf-8")
         write_export(staged, export)
     return Applied(out, len(copied.changed))
+
+
+def fitting(base: str, delta: Path, out: Path) -> Variant:
+    """Return a variant, when the base has its tensors and OUT can be written; the base's values are not read.
+
+    Raises:
+        ModelError: the variant is not in order, or the base lacks a tensor.
+        RunError: OUT exists, or lies in the variant or the base.
+    """
+    refuse_existing(out)
+    variant = read_variant(delta)
+    folder, shards = weight_files(base)
+    refuse_inside(out, delta, folder)
+    _check_names(base, variant, read_headers(folder, shards))
+    return variant
+
+
+def identified(base: str, variant: Variant) -> ModelIdentity:
+    """Return the base as it is, when a variant was made from it; every byte is read.
+
+    Raises:
+        ModelError: it was made from another model.
+    """
+    found = identify(base)
+    if found.digest != variant.base_fingerprint:
+        raise ModelError(
+            f"{base}: is not the model that {variant.name} was made from and judged on; give {variant.record.base}, "
+            f"whose files have the digest {variant.base_fingerprint} (these have {found.digest})"
+        )
+    return found
 
 
 def _check_names(base: str, variant: Variant, headers: Mapping[str, Header]) -> None:
@@ -108,7 +129,7 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         floor=floor,
         lost=record.against_tuned.lost,
         tries=record.tries,
-        verdicts=_verdicts(record),
+        verdicts=verdicts_on(record.finished, record.judge, record.against_tuned, record.against_base),
         tensors_changed=changed,
         gate_values_changed=moved,
         divergence=None,
@@ -120,13 +141,3 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         versions=versions(),
         files={name: sha256_file(staged / name) for name in sorted(names)},
     )
-
-
-def _verdicts(record: Record) -> list[VerdictOnEdit]:
-    found = (record.against_tuned.floor, record.against_base.floor)
-    return [
-        VerdictOnEdit(
-            finished=record.finished, verdict=floor.verdict, reason=floor.reason, judge=record.judge, shipped=True
-        )
-        for floor in found
-    ]

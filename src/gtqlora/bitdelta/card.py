@@ -10,11 +10,13 @@ import yaml
 from gtqlora.bitdelta.container import Record
 from gtqlora.families.files import checked_file, has
 from gtqlora.reporting.loading import loading
-from gtqlora.reporting.model_card import inline, kept_metadata
+from gtqlora.reporting.model_card import inline, kept_metadata, with_code
 from gtqlora.results.export import ExportRecord, FormVerdict
 from gtqlora.results.verdict import by_kind
 from gtqlora.stats import Interval
 
+JUDGED = "the variant as it was judged"
+"""What stands for the fine-tune where another form of a variant is held to it."""
 _LONGEST = 2**20
 """Characters of the base's own card that are read."""
 _SCOPE = (
@@ -63,8 +65,36 @@ def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
     return _card(record, base, front, title=title, what=what, load=load, limits=[*_SCOPE, _CHECK])
 
 
+def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:
+    """Return the card of an adapter for llama.cpp that was made from a variant.
+
+    Args:
+        record: of the variant, with the verdicts on the adapter.
+    """
+    what = (
+        f"Differences of {inline(record.tuned)} from {inline(record.base)} in one bit a weight, as a LoRA adapter for "
+        f"llama.cpp (signs and diagonals): {export.tensors_changed} tensors differ from the base (digest of "
+        f"its files {inline(record.base_fingerprint)})."
+    )
+    title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}, for llama.cpp"
+    front = {"library_name": "gguf", "pipeline_tag": "text-generation"}
+    load, limits = loading(export, None, needs_us=False), [*map(with_code, export.notes), *_SCOPE, _CHECK]
+    return _card(
+        record, base, front, title=title, what=what, load=load, limits=limits, whom=JUDGED, ships="the adapter"
+    )
+
+
 def _card(
-    record: Record, base: Path, front: Mapping[str, str], *, title: str, what: str, load: list[str], limits: list[str]
+    record: Record,
+    base: Path,
+    front: Mapping[str, str],
+    *,
+    title: str,
+    what: str,
+    load: list[str],
+    limits: list[str],
+    whom: str = "the fine-tune",
+    ships: str = "the variant",
 ) -> str:
     # the base's licence and languages hold for every work that is made from it
     metadata = {**kept_metadata(_own(base)), **front, "tags": ["gtqlora", "bitdelta"]}
@@ -75,8 +105,8 @@ def _card(
             "---",
             *(f"# {title}", "", what, ""),
             *("## Safety floor", "", *_how_it_was_judged(record), ""),
-            *_table("the fine-tune", record.against_tuned),
-            *_table("the base", record.against_base),
+            *_table(whom, ships, record.against_tuned),
+            *_table("the base", ships, record.against_base),
             *("## How to load it", "", *load, ""),
             *("## Limits", "", *(f"- {limit}" for limit in limits), ""),
         ]
@@ -99,7 +129,7 @@ def _own(folder: Path) -> str:
         return stream.read(_LONGEST)
 
 
-def _table(whom: str, verdict: FormVerdict) -> list[str]:
+def _table(whom: str, ships: str, verdict: FormVerdict) -> list[str]:
     rows = [
         f"| {inline(kind)} | {row.refusal_before.n} | {_shown(row.refusal_before)} | {_shown(row.refusal_after)} | "
         f"{_shown(row.accuracy_before)} | {_shown(row.accuracy_after)} |"
@@ -108,7 +138,7 @@ def _table(whom: str, verdict: FormVerdict) -> list[str]:
     return [
         f"Against {whom}, the safety floor's verdict is **{verdict.floor.verdict}** ({verdict.floor.reason}).",
         "",
-        f"| prompts | n | refused by {whom} | by the variant | accuracy of {whom} | of the variant |",
+        f"| prompts | n | refused by {whom} | by {ships} | accuracy of {whom} | of {ships} |",
         "|---|---|---|---|---|---|",
         *rows,
         "",

@@ -32,7 +32,7 @@ from gtqlora.bitdelta.container import (
 from gtqlora.bitdelta.distil import Distilled
 from gtqlora.bitdelta.lowrank import refuse_adapters
 from gtqlora.bitdelta.onebit import OneBit, decode, encode
-from gtqlora.bitdelta.verdict import Judged, Sayings, check_rows, judged, said
+from gtqlora.bitdelta.verdict import Judged, Original, check_rows, check_settings, judged, said
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.config.values import require
@@ -84,8 +84,7 @@ def compress(
         FloorError: the variant does not keep the fine-tune's refusals, or not the base's.
         RunError: OUT exists, or lies in one of the two.
     """
-    require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
-    require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
+    check_settings(config)
     fits = not distill or config.split not in (_TRAINING, "all")
     require(fits, f"split = {config.split!r}: scales are fitted on the training rows")
     refuse_existing(out)
@@ -111,7 +110,6 @@ def compress(
         asked = ask(both, made.tensors, own, rows.rows, judge, config)
         if asked.own:
             made = replace(made, files={**made.files, **_own_files(both, staged)})
-        sayings = Sayings(tuned=before, base=asked.base, variant=asked.variant)
         inputs = {
             "adapter": sha256_json(made.files),
             "tuned": both.tuned.digest,
@@ -119,7 +117,11 @@ def compress(
             "contrast": fingerprint(config.contrast),
             "judge": judge.identity,
         }
-        found = judged(config, both.base.model, staged, rows=rows.rows, sayings=sayings, inputs=inputs, judge=judge)
+        held = {
+            "tuned": Original.of(both.tuned.model, "the fine-tune", before),
+            "base": Original.of(both.base.model, "the base", asked.base),
+        }
+        found = judged(config, staged, held, asked.variant, rows=rows.rows, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else
         write_record(staged, record)

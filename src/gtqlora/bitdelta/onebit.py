@@ -97,6 +97,11 @@ def _divided(values: Tensor, by: Tensor) -> Tensor:
     return torch.where(by > 0, values / by, torch.zeros_like(values))
 
 
+def matrix(delta: OneBit, expert: int) -> OneBit:
+    """Return one expert's difference [N, K] of a stack of them."""
+    return OneBit(signs_NB=delta.signs_NB[expert], row_N=delta.row_N[expert], column_K=delta.column_K[expert])
+
+
 def decode(delta: OneBit) -> Tensor:
     """Return the difference in fp32, [N, K] or [E, N, K]."""
     # in place: the signs in fp32 are as large as the result

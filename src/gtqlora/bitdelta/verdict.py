@@ -8,29 +8,43 @@ from pathlib import Path
 
 from gtqlora.bitdelta.container import ENOUGH, binds
 from gtqlora.config import VerifyConfig
+from gtqlora.config.values import require
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.edits.effects import table
 from gtqlora.errors import ContrastError, FloorError
 from gtqlora.exports.forms import compared
 from gtqlora.exports.job import Said
-from gtqlora.floor.ancestry import ancestry
-from gtqlora.floor.decision import Decision, decide
+from gtqlora.floor.ancestry import Ancestry, ancestry
+from gtqlora.floor.decision import decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import NamedJudge
-from gtqlora.results.export import FormVerdict
-from gtqlora.results.verdict import KindRow, Outcome
+from gtqlora.results.export import FormVerdict, VerdictOnEdit
+from gtqlora.results.verdict import KindRow
 from gtqlora.scoring import Runner, log_probs
 
 FORM = "one bit a weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sayings:
-    """What the three models said to the same rows: the fine-tune, the base, and the variant."""
+class Original:
+    """What a variant is held to.
 
-    tuned: list[Said]
-    base: list[Said]
-    variant: list[Said]
+    Attributes:
+        model: the model, for its settings.
+        whom: what it is called in messages.
+        past: what was edited before, and may be lost since.
+        said: its answers.
+    """
+
+    model: str
+    whom: str
+    past: Ancestry
+    said: list[Said]
+
+    @staticmethod
+    def of(model: str, whom: str, answers: list[Said]) -> Original:
+        """Return a model on disk, whose own record says what was edited before."""
+        return Original(model=model, whom=whom, past=ancestry(model), said=answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,16 @@ class Judged:
     base: FormVerdict
     spent: float
     tries: int
+
+
+def check_settings(config: VerifyConfig) -> None:
+    """Check that models are asked as they are on disk.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
+    require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
 
 
 def check_rows(rows: Contrast, split: str) -> None:
@@ -73,58 +97,66 @@ def said(runner: Runner, rows: Sequence[Row], label: str) -> list[Said]:
 
 def judged(
     config: VerifyConfig,
-    base: str,
     folder: Path,
+    held: Mapping[str, Original],
+    variant: Sequence[Said],
     *,
     rows: Sequence[Row],
-    sayings: Sayings,
     inputs: Mapping[str, str],
     judge: NamedJudge,
+    form: str = FORM,
 ) -> Judged:
     """Decide the floor against both models, and enter both verdicts in the ledger.
 
     Args:
-        config: its model is the fine-tune.
         folder: where the variant is being written.
+        held: the fine-tune ("tuned") and the base ("base").
+        variant: what the variant said to the rows, in the form that ships.
         inputs: identities of the variant ("adapter"), the fine-tune ("tuned"), the base ("base"), the pairs
             ("contrast") and the judge ("judge").
+        form: what the form that ships is called in messages.
 
     Raises:
         FloorError: no pass; the message has the refusals before and after.
     """
     verdicts: dict[str, FormVerdict] = {}
     spent, tries = 0.0, 0
-    for which, model, before in (("tuned", config.model, sayings.tuned), ("base", base, sayings.base)):
-        past = ancestry(model)
-        outcomes = compared(rows, before, sayings.variant, judge)
-        margin = past.margin(config.margin)
+    for which, original in held.items():
+        outcomes = compared(rows, original.said, variant, judge)
+        margin = original.past.margin(config.margin)
         # the base binds from half on, whatever the settings say
-        settings = replace(config, model=model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
+        settings = replace(config, model=original.model, **({} if which == "tuned" else {"min_refused": ENOUGH}))
         given = {**inputs, "model": inputs[which]}
         # the same variant on the same prompts: both entries of the ledger count as one try
         found = decide(settings, folder, given, rows=rows, outcomes=outcomes, judge=judge, margin=margin)
-        verdicts[which] = _verdict(found, outcomes, config)
+        verdicts[which] = FormVerdict(
+            name=form, floor=found.floor, lost=losses(found.harmful), table=table(outcomes, config.level)
+        )
         tries = max(tries, found.tries)
         if which == "tuned" or binds(found.floor):
-            spent = max(spent, past.spent + max(found.floor.losses.high, 0.0))
-    _check(verdicts)
+            spent = max(spent, original.past.spent + max(found.floor.losses.high, 0.0))
+    # both are in the ledger by now, whatever they are
+    for which, original in held.items():
+        _check(original.whom, verdicts[which], binding=which == "tuned" or binds(verdicts[which].floor))
     return Judged(tuned=verdicts["tuned"], base=verdicts["base"], spent=spent, tries=tries)
 
 
-def _verdict(found: Decision, outcomes: Sequence[Outcome], config: VerifyConfig) -> FormVerdict:
-    return FormVerdict(name=FORM, floor=found.floor, lost=losses(found.harmful), table=table(outcomes, config.level))
+def verdicts_on(finished: str, judge: str, *found: FormVerdict) -> list[VerdictOnEdit]:
+    """Return verdicts as `export.json` has them."""
+    return [
+        VerdictOnEdit(finished=finished, verdict=one.floor.verdict, reason=one.floor.reason, judge=judge, shipped=True)
+        for one in found
+    ]
 
 
-def _check(verdicts: Mapping[str, FormVerdict]) -> None:
-    """Check that the floor passes against the fine-tune, and against a base that refuses enough."""
-    whom = {"tuned": "the fine-tune", "base": "the base"}
-    for which, verdict in verdicts.items():
-        if (which == "tuned" or binds(verdict.floor)) and verdict.floor.verdict != "pass":
-            raise FloorError(
-                f"{FORM}: the safety floor's verdict against {whom[which]} is {verdict.floor.verdict!r} "
-                f"({verdict.floor.reason}); harmful prompts refused: {_rates(verdict.table['harmful'])}; nothing was "
-                "written"
-            )
+def _check(whom: str, verdict: FormVerdict, *, binding: bool) -> None:
+    """Check that the floor passes where the variant is held to it."""
+    if binding and verdict.floor.verdict != "pass":
+        raise FloorError(
+            f"{verdict.name}: the safety floor's verdict against {whom} is {verdict.floor.verdict!r} "
+            f"({verdict.floor.reason}); harmful prompts refused: {_rates(verdict.table['harmful'])}; nothing was "
+            "written"
+        )
 
 
 def _rates(row: KindRow) -> str:

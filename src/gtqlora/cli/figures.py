@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gtqlora.results.verdict import Mediation
     from gtqlora.stats import Interval
 
 _EXACT_BELOW = 1_000_000
@@ -19,9 +18,9 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def interval(found: Interval | Mediation | None, digits: int = 3) -> str:
+def interval(found: Interval | None, digits: int = 3) -> str:
     """Return an estimate with its 95 % interval, as in `0.988 [0.976, 0.997]`, or "-" where there is none."""
-    if found is None or found.value is None:
+    if found is None:
         return "-"
     # adding 0.0 turns the -0.0 of a rounded small negative number into 0.0
     value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
     from gtqlora.bitdelta.apply import Applied
     from gtqlora.bitdelta.compress import Compressed
+    from gtqlora.bitdelta.llama_cpp import Adapted
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Outcome
     from gtqlora.exports.provenance import Provenance
     from gtqlora.results.diagnosis import Diagnosis
+    from gtqlora.results.export import FormVerdict
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
@@ -159,11 +161,7 @@ def show_verdict(found: Verdict) -> None:
     draw(console, tables.held_out(found))
     draw(console, tables.drift(found))
     say(console, f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token")
-    say(
-        console,
-        "mediation: with the original routing replayed, this share of the repaired refusals comes back: "
-        + interval(found.mediation),
-    )
+    _show_ways(console, found)
     console.print()
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
@@ -172,6 +170,17 @@ def show_verdict(found: Verdict) -> None:
     floor = found.floor
     shown = (floor.verdict, tables.floor_style(floor.verdict))
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
+
+
+def _show_ways(console: Console, found: Verdict) -> None:
+    """Print by which ways the edit works: through the routing or past it, by its gates or by LoRA."""
+    if found.mediation.direct:
+        draw(console, tables.mediation(found.mediation))
+    role, reason = found.mediation.routing, found.mediation.reason
+    say(console, f"the change of routing, for the repair: {role} ({reason})", accent=(role, "bold"))
+    if found.factorial:
+        draw(console, tables.factorial(found.factorial))
+        say(console, found.factorial.sentence, "yellow" if found.factorial.gates_idle else "")
 
 
 def _show_losses(console: Console, found: Verdict) -> None:
@@ -222,12 +231,27 @@ def show_compressed(found: Compressed) -> None:
         f"{size(record.size.one_bit)} for what takes {size(record.size.covered)} in 16 bits ({record.size.ratio:.1f} "
         f"times smaller), and {size(record.size.dense)} whole; {record.energy_lost:.1%} of the energy lost",
     )
-    for whom, verdict in (("the fine-tune", record.against_tuned), ("the base", record.against_base)):
-        say(console, f"before: {whom}; after: the variant", "bold")
-        draw(console, tables.held_out(verdict))
-        floor = verdict.floor
-        shown = (floor.verdict, tables.floor_style(floor.verdict))
-        say(console, f"safety floor against {whom}: {floor.verdict} ({floor.reason})", accent=shown)
+    _show_held(console, "the fine-tune", "the variant", record.against_tuned)
+    _show_held(console, "the base", "the variant", record.against_base)
+
+
+def _show_held(console: Console, whom: str, what: str, verdict: FormVerdict) -> None:
+    """Print what was measured of one form of an edit against a model, and the floor's verdict."""
+    say(console, f"before: {whom}; after: {what}", "bold")
+    draw(console, tables.held_out(verdict))
+    floor = verdict.floor
+    shown = (floor.verdict, tables.floor_style(floor.verdict))
+    say(console, f"safety floor against {whom}: {floor.verdict} ({floor.reason})", accent=shown)
+
+
+def show_adapted(found: Adapted) -> None:
+    """Print where a variant's adapter for llama.cpp is, what it lost, and its refusals."""
+    console = open_console()
+    say_whole(console, f"{found.folder}: the variant as an adapter for llama.cpp, {size(found.n_bytes)}")
+    _show_held(console, "the variant as it was judged", "the adapter", found.judged.tuned)
+    _show_held(console, "the base", "the adapter", found.judged.base)
+    for note in found.notes:
+        say(console, note)
 
 
 def show_applied(found: Applied) -> None:

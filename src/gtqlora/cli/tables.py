@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.export import FormVerdict
+    from gtqlora.results.mediation import Factorial, Mediation, Shares
     from gtqlora.results.verdict import Verdict
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
@@ -28,7 +29,7 @@ COMPONENTS = {
     "interaction": "interaction",
 }
 _COLOURS = {"pass": "bold green", "fail": "bold red"}
-_ORIGINAL_ROUTING = "over-refused with original routing"
+_WAYS = ("over-refused with original routing", "repaired by routing alone", "repaired by gates / LoRA alone")
 _EDITS = {"projection": "projection", "lora": "LoRA", "gates": "gates", "gt": "GT-QLoRA"}
 
 
@@ -156,6 +157,31 @@ def drift(found: Verdict) -> Sheet:
     return Sheet(title="Routing drift on prompts", columns=columns, rows=rows)
 
 
+def mediation(found: Mediation) -> Sheet:
+    """Return what repaired prompts do with routing replayed, both ways and as a control."""
+    shown = {
+        "edited, original's routing": found.direct,
+        "original, edited model's routing": found.indirect,
+        "edited, another prompt's routing": found.control,
+    }
+    rows = [(name, *_does(shares), f"{shares.refuses.n:,}") for name, shares in shown.items() if shares]
+    gloss = "broken: neither a refusal nor the edited model's answer"
+    columns = ("model", "refuses", "as edited", "broken", "n")
+    return Sheet(title="Repaired lookalike prompts, routing replayed", columns=columns, rows=rows, gloss=gloss)
+
+
+def factorial(found: Factorial) -> Sheet:
+    """Return what prompts do with gates alone, LoRA alone, neither and both."""
+    names = {"original": "original", "gates": "gates alone", "lora": "LoRA alone", "edited": "both"}
+    rows = [(name, *_does(found.lookalike[arm]), interval(found.harmful[arm])) for arm, name in names.items()]
+    columns = ("parts of the edit", "over-refused", "as edited", "broken", "harmful refused")
+    return Sheet(title="Which part of the edit does it", columns=columns, rows=rows, spared="broken")
+
+
+def _does(found: Shares) -> tuple[str, str, str]:
+    return interval(found.refuses), interval(found.as_edited), interval(found.broken)
+
+
 def ablation(found: AblationStudy) -> Sheet:
     """Return refusal of harmful prompts over the number of experts ablated: ranked ones and, beside them, random."""
     listed = (found.before, found.after, found.after_reranked)
@@ -187,15 +213,17 @@ def edits(numbers: Numbers) -> Sheet:
             f"{share(row.lookalike_accuracy)} / {share(row.benign_accuracy)}",
             _floor(row.floor),
             share(row.replayed_lookalike_refusal),
+            share(row.repaired_by_routing),
+            f"{share(row.repaired_by_gates)} / {share(row.repaired_by_lora)}",
         )
         for edit, row in numbers.edits.items()
     ]
     accuracy = "accuracy (over-refusal / benign)"
     return Sheet(
         title="",
-        columns=("edit", "harmful refused", "over-refused", accuracy, "floor", _ORIGINAL_ROUTING),
+        columns=("edit", "harmful refused", "over-refused", accuracy, "floor", *_WAYS),
         rows=rows,
-        gloss=f"{_ORIGINAL_ROUTING}: high: the repair works through the routing",
+        gloss=f"{_WAYS[0]}: high: the routing is necessary; {_WAYS[1]}: high: it is sufficient",
     )
 
 
@@ -205,9 +233,11 @@ __all__ = [
     "drift",
     "edits",
     "experts",
+    "factorial",
     "floor_style",
     "held_out",
     "interventions",
+    "mediation",
     "parts",
     "rows_by_split",
     "shares",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,7 +16,7 @@ from gtqlora.capture import Subject, direction_removed, open_subject
 from gtqlora.config import Dtype, ModelConfig
 from gtqlora.edits.adapters import Adapter, read_adapter, wrapped
 from gtqlora.edits.merging import Edit, Projected, merged, plan
-from gtqlora.edits.wrapping import adapters_off
+from gtqlora.edits.wrapping import Part, Parts, switched
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.tensor_files import TensorFiles
@@ -44,6 +44,9 @@ class WeightsReplaced:
 
     def __init__(self, others: list[tuple[nn.Parameter, Tensor]]) -> None:
         self._others, self._enabled = others, False
+
+    def __len__(self) -> int:
+        return len(self._others)
 
     def _swap(self, enabled: bool) -> None:
         if enabled != self._enabled:
@@ -117,27 +120,33 @@ def _direction(subject: Subject, adapter: Adapter) -> Tensor:
     return direction_D.to(subject.device)
 
 
-def _weights_merged(subject: Subject, model: str, adapter: Adapter) -> WeightsReplaced:
+def _weights_merged(subject: Subject, model: str, adapter: Adapter, paths: Iterable[str]) -> WeightsReplaced:
     base, family = cast(PreTrainedModel, language_model(subject.model)), subject.anatomy.family
     folder, shards = weight_files(model)
     with TensorFiles([folder / shard for shard in shards]) as files:
         names = TensorNames(base, family, files.where)
-        return weights_merged(subject, model, files, names, plan(adapter, subject.anatomy, names))
+        return weights_merged(subject, model, files, names, plan(adapter, subject.anatomy, names), paths)
 
 
 def weights_merged(
-    subject: Subject, model: str, files: TensorFiles, names: TensorNames, edits: Mapping[str, Edit]
+    subject: Subject,
+    model: str,
+    files: TensorFiles,
+    names: TensorNames,
+    edits: Mapping[str, Edit],
+    paths: Iterable[str] | None = None,
 ) -> WeightsReplaced:
     """Return the checkpoint's tensors with the edit, rounded as they would be written, then cast as they are loaded.
 
     Args:
         subject: the model or a layer of it.
+        paths: of the modules whose weights are wanted; None: of all that an edit can change.
 
     Raises:
         RunError: a tensor is not there, or of another shape.
     """
     base, others = language_model(subject.model), []
-    for path in (*subject.anatomy.lora_targets, *subject.anatomy.routers):
+    for path in (*subject.anatomy.lora_targets, *subject.anatomy.routers) if paths is None else paths:
         name = names.whole(f"{path}.weight")
         if name not in edits:
             continue
@@ -158,7 +167,10 @@ def _as_written(files: TensorFiles, name: str, edit: Edit) -> Tensor:
 
 
 class Edited:
-    """A subject with an edit that can be switched off: `subject` runs edited, within `original()` as it was.
+    """A subject with an edit that can be switched off, whole or in parts: `subject` runs edited.
+
+    Attributes:
+        parts: what the edit changes, by path; None of a projection, which has no parts.
 
     Args:
         shipped: the model that the subject was opened from; its tensors with the edit, rounded to the checkpoint's
@@ -172,35 +184,61 @@ class Edited:
         self.info, family = adapter.info, subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")
-        self.subject, self._change = subject, None
-        if self.info.kind != PROJECTION and shipped is None:
-            self.subject = replace(subject, model=wrapped(subject.model, subject.anatomy, adapter))
-            return
-        self._change: Change | None = self._merge(subject, adapter, shipped)
-        self._change.enable()
+        self.subject, self.parts = subject, None
+        if self.info.kind == PROJECTION:
+            self._changes: dict[str, Change] = {PROJECTION: self._projected(adapter, shipped)}
+        else:
+            self.parts = Parts.of(subject.anatomy, self.info.mode, self.info.target)
+            self._changes = dict(self._changed(adapter, shipped, self.parts))
+        for change in self._changes.values():
+            change.enable()
 
-    def _merge(self, subject: Subject, adapter: Adapter, shipped: str | None) -> Change:
-        if self.info.kind != PROJECTION:
-            assert shipped is not None
-            return _weights_merged(subject, shipped, adapter)
-        direction_D, keep = _direction(subject, adapter), self.info.norm_preserving
+    def _projected(self, adapter: Adapter, shipped: str | None) -> Change:
+        direction_D, keep = _direction(self.subject, adapter), self.info.norm_preserving
         # what is written are projected weights; frozen experts have none to project, and are not exported so
-        if shipped is not None and not _has_frozen_experts(subject):
-            return weights_projected(subject, direction_D, norm_preserving=keep, as_written=True)
-        return removal(subject, direction_D, norm_preserving=keep)
+        if shipped is not None and not _has_frozen_experts(self.subject):
+            return weights_projected(self.subject, direction_D, norm_preserving=keep, as_written=True)
+        return removal(self.subject, direction_D, norm_preserving=keep)
+
+    def _changed(self, adapter: Adapter, shipped: str | None, parts: Parts) -> Iterator[tuple[Part, Change]]:
+        """Give the change that each part of the edit makes, with the count of what it changes asserted."""
+        plain = self.subject
+        if shipped is None:
+            self.subject = replace(plain, model=wrapped(plain.model, plain.anatomy, adapter))
+        for part, paths in parts.named():
+            change = (
+                switched(self.subject.model, part)
+                if shipped is None
+                else _weights_merged(plain, shipped, adapter, paths)
+            )
+            if len(change) != len(paths):
+                raise RunError(
+                    f"{adapter.path}: {len(change)} of {len(paths)} modules of its {part} part can be switched"
+                )
+            yield part, change
+
+    def original(self) -> AbstractContextManager[None]:
+        """Let the model compute what it computed before the edit."""
+        return self._without(*self._changes)
+
+    def gates_only(self) -> AbstractContextManager[None]:
+        """Let the model compute with the edited routers alone, LoRA out of the way."""
+        return self._without("lora")
+
+    def lora_only(self) -> AbstractContextManager[None]:
+        """Let the model compute with LoRA alone, its routers as they were."""
+        return self._without("gates")
 
     @contextmanager
-    def original(self) -> Iterator[None]:
-        """Let the model compute what it computed before the edit."""
-        if self._change is None:
-            with adapters_off(self.subject.model):
-                yield
-            return
-        self._change.disable()
+    def _without(self, *parts: str) -> Iterator[None]:
+        changes = [self._changes[part] for part in parts]
+        for change in changes:
+            change.disable()
         try:
             yield
         finally:
-            self._change.enable()
+            for change in changes:
+                change.enable()
 
 
 def _has_frozen_experts(subject: Subject) -> bool:

@@ -1,13 +1,11 @@
-"""What an edit did to refusals and accuracy: rates before and after, their paired change, and how much of it returns
-with the original's routing.
-"""
+"""What an edit did to refusals and accuracy: rates before and after, and their paired change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gtqlora.contrasts import KINDS, groupings
-from gtqlora.results.verdict import KindRow, Mediation, Outcome, of_kind
+from gtqlora.results.verdict import KindRow, Outcome, of_kind
 from gtqlora.stats import Interval, benjamini_hochberg, mcnemar, paired_difference, rate
 
 
@@ -26,11 +24,9 @@ def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
 def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindRow:
     groups = groupings(outcomes)[-1]  # topics where the rows carry them, else pairs
     old, new = [o.refused_before for o in outcomes], [o.refused_after for o in outcomes]
-    replayed = [o.refused_replayed for o in outcomes if o.refused_replayed is not None]
     return KindRow(
         refusal_before=rate(old, level, groups),
         refusal_after=rate(new, level, groups),
-        refusal_replayed=rate(replayed, level, groups) if replayed else None,
         drop=paired_difference(old, new, level, groups),
         p=p,
         q=q,
@@ -43,12 +39,3 @@ def _accuracy(correct: Sequence[bool | None], groups: Sequence[str], level: floa
     """Return the share of correct answers among the rows that give an expected one; None if no row does."""
     known = [(right, group) for right, group in zip(correct, groups, strict=True) if right is not None]
     return rate([right for right, _ in known], level, [group for _, group in known]) if known else None
-
-
-def mediation(outcomes: Sequence[Outcome], level: float) -> Mediation:
-    """Return how many repaired lookalike prompts (refused before, answered after) are refused under the old routing."""
-    repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and not o.refused_after]
-    # in every lookalike row; None stands in rows of other kinds only
-    back = [bool(o.refused_replayed) for o in repaired]
-    found = rate(back, level, groupings(repaired)[-1] if repaired else None)
-    return Mediation(value=found.value if back else None, low=found.low, high=found.high, n=found.n)

@@ -6,10 +6,10 @@ What trains is named here in full, and asserted; the routers' original weights s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -40,6 +40,10 @@ def peft_targets_kept() -> Iterator[None]:
         transformers_weight_conversion._convert_peft_config_moe = convert
 
 
+Part = Literal["lora", "gates"]
+"""A part of an edit that can be in place without the other."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What of a model an edit changes, by path: linears that carry LoRA, and whole routers."""
@@ -57,6 +61,10 @@ class Parts:
         applied = covered(anatomy.family, target)
         kept = tuple(path for path in lora if in_layer(anatomy.family, path) in applied.lora)
         return Parts(kept, gates if applied.gates else ())
+
+    def named(self) -> list[tuple[Part, tuple[str, ...]]]:
+        """Return each part with its paths, maybe none."""
+        return [("lora", self.lora), ("gates", self.gates)]
 
 
 def check_trains(family: Family, mode: Mode, target: Target | None) -> None:
@@ -157,21 +165,49 @@ def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
                 raise TrainingError(f"{path}.{name} moved; it must stay frozen")
 
 
+class Switched:
+    """PEFT's layers of one part of an edit, which can be taken out of the way, in passes without gradients.
+
+    `PeftModel.disable_adapter` does the same for all of them with a status report and rounds of `requires_grad` that
+    cost more than the forward pass of a small model, and who uses this switches once a step.
+    """
+
+    def __init__(self, layers: Sequence[BaseTunerLayer | AuxiliaryTrainingWrapper]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def _switch(self, off: bool) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = off
+
+    def enable(self) -> None:
+        """Put them in place."""
+        self._switch(False)
+
+    def disable(self) -> None:
+        """Take them out of the way."""
+        self._switch(True)
+
+
+def switched(model: nn.Module, part: Part) -> Switched:
+    """Return the layers of one part of the edit on a wrapped model."""
+    kind = BaseTunerLayer if part == "lora" else AuxiliaryTrainingWrapper
+    return Switched([module for module in model.modules() if isinstance(module, kind)])
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the model without its edit, in passes without gradients.
-
-    `PeftModel.disable_adapter` does the same with a status report and rounds of `requires_grad` that cost more than the
-    forward pass of a small model, and both callers switch once a step.
-    """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for layer in layers:
-        layer._disable_adapters = True
+    """Run the model without its edit, in passes without gradients."""
+    parts = switched(model, "lora"), switched(model, "gates")
+    for part in parts:
+        part.disable()
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for part in parts:
+            part.enable()
 
 
 def edit_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

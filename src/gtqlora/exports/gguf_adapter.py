@@ -8,7 +8,7 @@ Shape letters: D hidden (what a matrix writes), I inputs, R rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from gtqlora.errors import RunError
 from gtqlora.exports.gguf.header import header, padded
 from gtqlora.exports.gguf.patch import Patch
 from gtqlora.exports.gguf.reading import STRING, Value, read_gguf
-from gtqlora.exports.gguf.types import BY_NAME, quantized
+from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
 from gtqlora.exports.gguf.values import Checkpoint, unrounded
 from gtqlora.exports.gguf.whole import Plan
-from gtqlora.exports.job import Job, Written
+from gtqlora.exports.job import EditedModel, Job, Written
 from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.families import identify
 from gtqlora.families.coverage import check_covered
@@ -32,7 +32,9 @@ from gtqlora.results.adapter import PROJECTION
 
 FILE = "adapter.gguf"
 """What the adapter is called in the folder."""
-_F32 = BY_NAME["F32"]
+F32 = BY_NAME["F32"]
+Kind = tuple[GgmlType, tuple[int, ...]]
+"""What a tensor is in a GGUF."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,18 @@ def write(job: Job, staged: Path) -> Written:
     if job.config.base is not None:
         read_gguf(Path(job.config.base).expanduser())
     identity = identify(job.model)
-    base, kind, made = _base(job, staged)
+    base, kind, made = base_of(job, staged, job.config.base, "--base", job.config.tokenizer)
     checkpoint = Checkpoint.of(job)
     factors = {name: factors_of(checkpoint, one) for name, one in made.items()}
     write_adapter(staged / FILE, Layout.of(job.model, job.names).architecture, factors)
-    form = LlamaCpp(job, base=base, adapter=staged / FILE, label=f"GGUF adapter on {kind}")
+    form = LlamaCpp.of(job, base, adapter=staged / FILE, label=f"GGUF adapter on {kind}")
     identity.check_unchanged()
     return Written(
         changed=sorted(factors),
         gate_values_changed=checkpoint.gate_values_changed(),
         digest=identity.digest,
         form=form,
-        notes=[*_notes(job, kind), *form.notes()],
+        notes=[*_notes(job, kind), *form.notes(job.certificate.outcomes)],
     )
 
 
@@ -79,30 +81,42 @@ def check_whole(job: Job) -> None:
     adapter, anatomy = job.certificate.adapter, job.anatomy
     if adapter.info.kind == PROJECTION:
         raise RunError(
-            f"{adapter.path}: a projection changes the embedding and the routed experts, which llama.cpp applies no "
-            "adapter to; export it merged, with --to gguf or --to gguf --onto USER.gguf"
+            f"{adapter.path}: a projection changes the embedding and the routed experts, of which this format holds "
+            "no change; export it merged, with --to gguf or --to gguf --onto USER.gguf"
         )
     lora = [path for path in anatomy.lora_targets if f"{path}.lora_A" in adapter.tensors]
     gates = any(f"{path}.weight" in adapter.tensors for path in anatomy.routers)
     check_covered(anatomy.family, "llama.cpp", lora, gates)
 
 
-def _base(job: Job, staged: Path) -> tuple[Path, str, Mapping[str, Made]]:
-    """Return a GGUF of the base, the type of most of it, and its tensors that the edit changes."""
-    if job.config.base is not None:
-        path = Path(job.config.base).expanduser()
-        found = Patch.of(job, path, rewritten=False)
+def base_of(
+    edited: EditedModel, staged: Path, given: str | None, option: str, donor: str | None = None
+) -> tuple[Path, str, Mapping[str, Made]]:
+    """Return a GGUF of the base, the type of most of it, and its tensors that the edit changes.
+
+    Args:
+        staged: the folder that is being written; a GGUF that is made for now lies beside it.
+        given: the user's own GGUF, which the `option` of this name would be.
+        donor: a GGUF of which the tokenizer is taken.
+
+    Raises:
+        ModelError: the user's GGUF is malformed, or not of the base.
+        RunError: there is none, and none can be made.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        found = Patch.of(edited, path, rewritten=False)
         return path, found.most, found.changed
     try:
-        plan = Plan.of(job)
+        plan = Plan.of(edited, donor)
     except RunError as error:
         raise RunError(
-            f"{error}; or give the GGUF that the adapter is for with --base: it is judged on that"
+            f"{error}; or give the GGUF that the adapter is for with {option}: it is judged on that"
         ) from error
     # in the hidden folder that goes with what is staged there, also if this process is killed
     path = staged.with_name(f"{staged.name}.base.gguf")
     plan.write(path, None)
-    return path, plan.dtype, {name: one for name, one in plan.layout.made.items() if one.sources & job.edits.keys()}
+    return path, plan.dtype, {name: one for name, one in plan.layout.made.items() if one.sources & edited.edits.keys()}
 
 
 def factors_of(checkpoint: Checkpoint, made: Made) -> Factors:
@@ -114,7 +128,7 @@ def factors_of(checkpoint: Checkpoint, made: Made) -> Factors:
     if len(made.parts) != 1 or len(made.shape) != 2:
         raise RunError(f"{made.name}: is made of several tensors in this GGUF, so no adapter fits it; use --onto")
     (part,) = made.parts
-    edit: Edit = checkpoint.job.edits[part.disk]
+    edit: Edit = checkpoint.edited.edits[part.disk]
     edit.check(tuple(checkpoint.headers[part.disk].shape))
     if isinstance(edit, LowRank):
         return reordered(Factors(edit.a_RI.float(), edit.b_DR.float()), part.take)
@@ -135,26 +149,38 @@ def reordered(factors: Factors, take: Take) -> Factors:
     if take is as_is:
         return factors
     outputs, inputs = factors.b_DR.shape[0], factors.a_RI.shape[1]
-    # Where the rows and columns of a matrix end up: one of both stays as it is. fp32 counts exactly far enough.
+    rows, columns = order(take, outputs, inputs)
+    return Factors(factors.a_RI[:, columns], factors.b_DR[rows])
+
+
+def order(take: Take, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Return which rows and which columns of a matrix `take` takes, in its order; one of both stays as it is."""
+    # fp32 counts exactly far enough
     rows_DI = take(torch.arange(outputs, dtype=torch.float32)[:, None].repeat(1, inputs))
     columns_DI = take(torch.arange(inputs, dtype=torch.float32)[None].repeat(outputs, 1))
-    return Factors(factors.a_RI[:, columns_DI[0].long()], factors.b_DR[rows_DI[:, 0].long()])
+    return rows_DI[:, 0].long(), columns_DI[0].long()
 
 
 def write_adapter(path: Path, architecture: str, factors: Mapping[str, Factors]) -> None:
     """Write a LoRA adapter for llama.cpp in F32, by name of the changed tensors."""
+    shapes: dict[str, Kind] = {}
+    for name, found in factors.items():
+        shapes |= {f"{name}.lora_a": (F32, tuple(found.a_RI.shape)), f"{name}.lora_b": (F32, tuple(found.b_DR.shape))}
+    every = (tensor for found in factors.values() for tensor in (found.a_RI, found.b_DR))
+    write_tensors(path, architecture, shapes, (quantized(tensor, F32) for tensor in every))
+
+
+def write_tensors(path: Path, architecture: str, shapes: Mapping[str, Kind], contents: Iterable[bytes]) -> None:
+    """Write a LoRA adapter for llama.cpp from the bytes of its tensors, in their order."""
     metadata = {
         "general.type": Value(STRING, "adapter"),
         "general.architecture": Value(STRING, architecture),
         "adapter.type": Value(STRING, "lora"),
     }
-    tensors: dict[str, Tensor] = {}
-    for name, found in factors.items():
-        tensors |= {f"{name}.lora_a": found.a_RI, f"{name}.lora_b": found.b_DR}
     with path.open("xb") as out:
-        out.write(header(metadata, {name: (_F32, tuple(tensor.shape)) for name, tensor in tensors.items()}))
-        for tensor in tensors.values():
-            out.write(quantized(tensor, _F32))
+        out.write(header(metadata, shapes))
+        for content in contents:
+            out.write(content)
             out.write(bytes(padded(out.tell()) - out.tell()))
 
 

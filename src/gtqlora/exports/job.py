@@ -32,25 +32,41 @@ _WHOLE = 0.9995
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One certified edit, and what is to be made of it.
+class EditedModel:
+    """A model, and what happens to its tensors.
 
     Attributes:
+        model: a folder, or a hub id pinned to its commit.
         edits: what happens to each tensor of the checkpoint, by its name on disk.
         gates: the names on disk of the routers' weights.
     """
 
-    certificate: Certificate
-    config: ExportConfig
+    model: str
     anatomy: Anatomy
     names: TensorNames
     edits: Mapping[str, Edit]
     gates: frozenset[str]
 
-    @property
-    def model(self) -> str:
-        """Return the model that was edited: a folder, or a hub id pinned to its commit."""
-        return self.certificate.verdict.model
+
+def edited_model(model: str, edits: Callable[[Anatomy, TensorNames], Mapping[str, Edit]]) -> EditedModel:
+    """Return a model with these edits of it; nothing is read but its headers.
+
+    Raises:
+        ModelError: the model's files are not in order.
+    """
+    family, settings = load_config(model)
+    skeleton = meta_model(family, settings)
+    anatomy, names = bind(skeleton, family), tensor_names(model, family, skeleton)
+    gates = frozenset(names.whole(f"{path}.weight") for path in anatomy.routers)
+    return EditedModel(model=model, anatomy=anatomy, names=names, edits=edits(anatomy, names), gates=gates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(EditedModel):
+    """One certified edit, and what is to be made of it."""
+
+    certificate: Certificate
+    config: ExportConfig
 
     @staticmethod
     def of(certificate: Certificate, config: ExportConfig) -> Job:
@@ -63,16 +79,15 @@ class Job:
         model = certificate.verdict.model
         if config.to.startswith("gguf") and quantization(model) == packed.FP8:
             raise RunError(f"{model}: is in FP8, whose edits are written as safetensors or peft, not as {config.to}")
-        family, settings = load_config(model)
-        skeleton = meta_model(family, settings)
-        anatomy, names = bind(skeleton, family), tensor_names(model, family, skeleton)
+        found = edited_model(model, lambda anatomy, names: plan(certificate.adapter, anatomy, names))
         return Job(
             certificate=certificate,
             config=config,
-            anatomy=anatomy,
-            names=names,
-            edits=plan(certificate.adapter, anatomy, names),
-            gates=frozenset(names.whole(f"{path}.weight") for path in anatomy.routers),
+            model=model,
+            anatomy=found.anatomy,
+            names=found.names,
+            edits=found.edits,
+            gates=found.gates,
         )
 
 

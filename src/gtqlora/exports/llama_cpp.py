@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gtqlora.contrasts import encode_prompt
+from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.contrasts.template import encode_answers, rendered, tokens
 from gtqlora.exports.job import Job, Said
 from gtqlora.exports.llama_server import Reply, Request, Scale, Server, serving
@@ -75,16 +75,27 @@ class LlamaCpp:
     """The form of GGUF files: a base, and the edit of it as another file or as an adapter.
 
     Attributes:
+        model: what the files were made from: its tokenizer reads the prompts, and its stops end the answers.
+        max_new_tokens: of an answer, at most.
         base, edited: GGUF files, each the first one where it is split.
         adapter: loaded on `base` instead of another file.
         label: what the files are called in messages, e.g. "GGUF (Q4_K)".
     """
 
-    job: Job
+    model: str
+    max_new_tokens: int
     base: Path
     edited: Path | None = None
     adapter: Path | None = None
     label: str = "GGUF"
+
+    @staticmethod
+    def of(
+        job: Job, base: Path, *, edited: Path | None = None, adapter: Path | None = None, label: str = "GGUF"
+    ) -> LlamaCpp:
+        """Return the form of a certified edit, with answers as long as those that were certified."""
+        limit = job.certificate.config.max_new_tokens
+        return LlamaCpp(job.model, limit, base, edited, adapter, label)
 
     @property
     def name(self) -> str:
@@ -93,21 +104,20 @@ class LlamaCpp:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.job.model)
+        return load_tokenizer(self.model)
 
     @cached_property
     def _stops(self) -> set[int]:
-        return _stop_ids(self.job.model, self._tokenizer)
+        return _stop_ids(self.model, self._tokenizer)
 
-    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+    def said(self, rows: Sequence[Row | Outcome], *, edited: bool) -> list[Said]:
         """Return what the base, or the edit, says to these rows' prompts, greedily, from the run's own token ids.
 
         Raises:
             RunError: llama.cpp does not load a file, dies, or has too short a context.
         """
-        limit = self.job.certificate.config.max_new_tokens
         asked: list[Request] = [
-            {"prompt": encode_prompt(self._tokenizer, row.prompt), "n_predict": limit} for row in rows
+            {"prompt": encode_prompt(self._tokenizer, row.prompt), "n_predict": self.max_new_tokens} for row in rows
         ]
         harmful = [row for row in rows if row.kind == "harmful"]
         forced = [self._forced(row) for row in harmful]
@@ -120,13 +130,13 @@ class LlamaCpp:
         found = {row.number: total for row, total in zip(harmful, ready, strict=True)}
         return [self._said(reply, found.get(row.number)) for row, reply in zip(rows, answers, strict=True)]
 
-    def notes(self) -> list[str]:
-        """Return a sentence on the tokenizer of the GGUF where it reads held-out prompts unlike the model's own.
+    def notes(self, rows: Sequence[Row | Outcome]) -> list[str]:
+        """Return a sentence on the tokenizer of the GGUF where it reads these rows' prompts unlike the model's own.
 
         Raises:
             RunError: llama.cpp does not load the base.
         """
-        share = self.tokenizer_agreement()
+        share = self.tokenizer_agreement(rows)
         if share == 1:
             return []
         return [
@@ -134,10 +144,9 @@ class LlamaCpp:
             "judged on the model's tokens, so what users type may be answered otherwise."
         ]
 
-    def tokenizer_agreement(self, limit: int = 500) -> float:
-        """Return the share of held-out prompts, of the first `limit`, that the GGUF's tokenizer reads as ours does."""
-        rows = self.job.certificate.outcomes[:limit]
-        texts = [rendered(self._tokenizer, row.prompt, generation=True) for row in rows]
+    def tokenizer_agreement(self, rows: Sequence[Row | Outcome], limit: int = 500) -> float:
+        """Return the share of these prompts, of the first `limit`, that the GGUF's tokenizer reads as ours does."""
+        texts = [rendered(self._tokenizer, row.prompt, generation=True) for row in rows[:limit]]
         with serving(self.base, context=1) as server:
             found = server.tokenize(texts)
         same = [tokens(self._tokenizer, text) == ids for text, ids in zip(texts, found, strict=True)]
@@ -148,7 +157,7 @@ class LlamaCpp:
             return self.base, []
         return (self.base if self.edited is None else self.edited), [] if self.adapter is None else [self.adapter]
 
-    def _forced(self, row: Outcome) -> Request:
+    def _forced(self, row: Row | Outcome) -> Request:
         """Return the request that makes llama.cpp say the row's `rejected`, and tell how likely it was."""
         prompt, (ids,) = encode_answers(self._tokenizer, row.prompt, row.rejected)
         # what the template puts behind the completion is no part of it

@@ -8,7 +8,7 @@ A merged checkpoint, or a merged GGUF, is applied whole by every program.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gtqlora.config import Target
@@ -62,6 +62,7 @@ class _Part:
 
 
 _EVERYTHING = ("",)
+_HEAD = "lm_head"
 _MLA = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa")
 _KV_B = "self_attn.kv_b_proj"
 
@@ -71,7 +72,7 @@ def _llama_cpp(file: str, but: tuple[str, ...] = ()) -> _Part:
 
 
 # `build_lora_mm` adds an adapter's product, and a bare `ggml_mul_mat` does not: the latter is what MLA is made of.
-_DEEPSEEK2 = _llama_cpp("deepseek2", but=(*_MLA, _KV_B))
+_DEEPSEEK2 = _llama_cpp("deepseek2", but=(*_MLA, _KV_B, _HEAD))
 _IN_LLAMA_CPP = {
     "deepseek_v3": _DEEPSEEK2,
     "kimi_k25": _DEEPSEEK2,
@@ -173,6 +174,35 @@ def check_covered(family: Family, target: Target, lora: Iterable[str], gates: bo
         raise RunError(
             f"{target} applies no adapter to {_listed(lost)} of {family.model_type} ({applied.source}), so that this "
             f"part of the edit would be lost; export it merged{train}"
+        )
+
+
+def check_tensors_covered(family: Family, tensors: Mapping[str, int], *, tied: bool) -> None:
+    """Check that llama.cpp would apply a change of any of a model's tensors whole, as an adapter.
+
+    It does so for all that multiplies: also for routed experts, dense MLPs, the embedding and the gate of a shared
+    expert; and for the head, but where the same family's attention is not.
+
+    Args:
+        tensors: by name in the language model, how many dimensions each tensor that changes has on disk.
+        tied: whether the head is the embedding.
+
+    Raises:
+        RunError: it would not; the message names what would be lost, and what to do.
+    """
+    name = _SAME.get(family.model_type, family.model_type)
+    part, experts = _IN_LLAMA_CPP[name], f"{family.experts}."
+    groups = {in_layer(family, tensor): dimensions for tensor, dimensions in tensors.items()}
+    lost = {group for group, dimensions in groups.items() if dimensions != 2 and not group.startswith(experts)}
+    lost |= {group for group in groups if part.but and group.startswith(part.but)}
+    if tied:
+        lost |= {group for group in groups if group == f"{family.embedding}.weight"}
+    if lost:
+        what = _listed(sorted(group.removesuffix(".weight") for group in lost))
+        raise RunError(
+            f"llama.cpp applies no adapter to {what} of {family.model_type} ({part.source}), so that this part of the "
+            "variant would be lost; make weights of it (`gtqlora bitdelta apply` without --to) and convert those, or "
+            "fine-tune with these parts frozen"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gtqlora.reporting.artefacts import Peer
 from gtqlora.reporting.figures import Plot, Spec, axis_of, errors_of, layout_of, plain
-from gtqlora.reporting.words import MANY, mode, returned, way
+from gtqlora.reporting.words import MANY, NONE, WAYS, mode, returned
 
 
 def trade_off(peers: Sequence[Peer]) -> Plot:
@@ -32,9 +32,9 @@ def trade_off(peers: Sequence[Peer]) -> Plot:
 
 
 def _share(peer: Peer) -> float:
-    """Return the share of the effect that goes through the routing; 0 where too few refusals were repaired to say."""
+    """Return the share of repaired refusals that return under the original's routing; 0 where too few were repaired."""
     found = peer.verdict.mediation
-    return found.value if found.value is not None and found.n >= MANY else 0.0
+    return found.direct.refuses.value if found.direct and found.repaired >= MANY else 0.0
 
 
 def _edits(peers: Sequence[Peer], shares: Sequence[float]) -> Spec:
@@ -60,7 +60,7 @@ def _edits(peers: Sequence[Peer], shares: Sequence[float]) -> Spec:
             "line": {"width": 1.5, "color": "var(--card)"},
         },
         "text": [plain(f"{peer.label}: {mode(peer.info)}") for peer in peers],
-        "customdata": [plain(f"{returned(found)} return ({way(found)})") for found in ways],
+        "customdata": [plain(f"{returned(found)} return ({WAYS.get(found.routing, NONE)})") for found in ways],
         "hovertemplate": (
             "<b>%{text}</b><br>lookalike refused %{x:.1%}<br>harmful refused %{y:.1%}<br>%{customdata}<extra></extra>"
         ),

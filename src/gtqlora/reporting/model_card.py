@@ -76,7 +76,7 @@ def model_card(verdict: Verdict, record: ExportRecord, base: Base) -> str:
         ],
         "## Before and after": _before_and_after(verdict, record),
         "## In the form that ships": _in_form(record),
-        "## Good to know": [f"- {_with_code(note)}" for note in record.notes],
+        "## Good to know": [f"- {with_code(note)}" for note in record.notes],
         "## How to load it": loading(record, base.hub_id, needs_us=base.packed_by_us),
         "## How it was made": _how_it_was_made(record),
         "## Limits": [_LIMITS],
@@ -228,7 +228,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text)
 
 
-def _with_code(note: str) -> str:
+def with_code(note: str) -> str:
     """Return a note as `inline` does, but with its code as code."""
     parts = _CODE.split(_printable(note))
     return "".join(f"`{part}`" if i % 2 else _escaped(part) for i, part in enumerate(parts))

@@ -14,6 +14,7 @@ from gtqlora.reporting.tables import Table
 from gtqlora.results.adapter import Projection
 from gtqlora.results.verdict import KindRow, Verdict
 
+_PARTS = "Which part of the edit does it"
 _BEFORE = Style(tint="control", shape="ring", meaning="before")
 
 
@@ -79,22 +80,31 @@ def before_after(table: Mapping[str, KindRow]) -> Figure:
 
 def mediation(verdict: Verdict) -> Figure:
     """Draw the mediation test: lookalike refusals before, after, and after with the original routing replayed."""
-    row, style = verdict.table["lookalike"], Style(tint="lookalike")
-    found = {
+    row, style, found = verdict.table["lookalike"], Style(tint="lookalike"), verdict.mediation
+    shown = {
         "Before": row.refusal_before,
         "After the edit": row.refusal_after,
-        "After, original routing replayed": row.refusal_replayed,
+        "After, original routing replayed": found.refusal_replayed,
     }
-    # nothing is replayed where no lookalike prompt is there
-    lines = [line(label, [(interval, style)], Scale()) for label, interval in found.items() if interval]
+    lines = [line(label, [(interval, style)], Scale()) for label, interval in shown.items()]
     forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
     return Figure(
         id="mediation",
         title="By which way it works",
-        caption=words.mediation(verdict.mediation),
-        tables=[],
+        caption=words.mediation(found),
+        tables=[tables.ways(found)],
         forest=forest,
     )
+
+
+def factorial(verdict: Verdict) -> Figure:
+    """Tell what gates and LoRA do, each alone and together."""
+    found = verdict.factorial
+    if found is None:
+        caption = "The edit has not both gates and LoRA, so there are no parts of it to try alone."
+        return Figure(id="factorial", title=_PARTS, caption=caption, tables=[])
+    caption = f"{words.capital(found.sentence)}."
+    return Figure(id="factorial", title=_PARTS, caption=caption, tables=tables.factorial(found), open=True)
 
 
 def ablation(verdict: Verdict) -> Figure | None:
@@ -129,7 +139,7 @@ def drift(verdict: Verdict) -> Figure:
 
 def edit_figures(verdict: Verdict) -> list[Figure]:
     """Return all figures of the edit that come after the floor."""
-    figures = (mediation(verdict), ablation(verdict), drift(verdict))
+    figures = (mediation(verdict), factorial(verdict), ablation(verdict), drift(verdict))
     return [figure for figure in figures if figure]
 
 

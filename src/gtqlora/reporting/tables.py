@@ -9,10 +9,11 @@ from typing import cast
 from gtqlora.reporting.artefacts import Peer, Stages
 from gtqlora.reporting.figures import thinned
 from gtqlora.reporting.words import (
+    ARM_NAMES,
     FLOOR_SYMBOL,
     KINDS,
     NONE,
-    Estimate,
+    WAYS,
     capital,
     cause,
     count,
@@ -26,7 +27,6 @@ from gtqlora.reporting.words import (
     span,
     span_points,
     value_of,
-    way,
 )
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
@@ -34,6 +34,7 @@ from gtqlora.results.association import EXPECTED_FALSE, STABLE, Association, fir
 from gtqlora.results.diagnosis import Cell, Diagnosis, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
+from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
 from gtqlora.results.metrics import Metrics
 from gtqlora.results.verdict import Drift, KindRow
 from gtqlora.stats import Interval
@@ -52,7 +53,7 @@ class Table:
     note: str = ""
 
 
-def share(interval: Estimate | None) -> str:
+def share(interval: Interval | None) -> str:
     """Return a share over its interval."""
     return f"{percent(value_of(interval))}\n{span(interval)}" if interval else NONE
 
@@ -270,6 +271,31 @@ def before_after(table: Mapping[str, KindRow]) -> Table:
     return Table("Before and after, by kind of prompt", columns, rows)
 
 
+def ways(found: Mediation) -> Table:
+    """Return what repaired prompts do with routing replayed, both ways and as a control."""
+    replays = {"original_routing": found.direct, "edited_routing": found.indirect, "other_routing": found.control}
+    known = {arm: shares for arm, shares in replays.items() if shares}
+    return _arms("Repaired lookalike prompts, with routing replayed", known)
+
+
+def _arms(caption: str, found: Mapping[str, Shares]) -> Table:
+    rows = [
+        [ARM_NAMES[arm], share(did.refuses), share(did.as_edited), share(did.broken), count(did.refuses.n)]
+        for arm, did in found.items()
+    ]
+    return Table(caption, ["Model", "Refuses", "As edited", "Broken", "Prompts"], rows)
+
+
+def factorial(found: Factorial) -> list[Table]:
+    """Return what lookalike and harmful prompts do with gates alone, LoRA alone, neither and both."""
+    lookalike = {arm: found.lookalike[arm] for arm in FACTORIAL}
+    harmful = [[ARM_NAMES[arm], share(found.harmful[arm]), count(found.harmful[arm].n)] for arm in FACTORIAL]
+    return [
+        _arms("Lookalike prompts", lookalike),
+        Table("Harmful prompts", ["Model", "Refuses", "Prompts"], harmful),
+    ]
+
+
 def side_by_side(peers: Sequence[Peer]) -> Table:
     """Return one row for each edit."""
     rows = []
@@ -284,15 +310,15 @@ def side_by_side(peers: Sequence[Peer]) -> Table:
                 floor + ("\nof another adapter" if peer.stale else ""),
                 share(harmful.refusal_after),
                 share(lookalike.refusal_after),
-                share(lookalike.refusal_replayed),
+                share(way_of.refusal_replayed),
                 share(lookalike.accuracy_after),
                 share(benign.accuracy_after),
-                f"{returned(way_of)}\n{way(way_of)}",
+                f"{returned(way_of)}\n{WAYS.get(way_of.routing, NONE)}",
             ]
         )
     columns = [
         "Run", "Edit", "Safety floor", "Harmful refused", "Lookalike refused", "… under original routing",
-        "Lookalike right", "Benign right", "Share through routing",
+        "Lookalike right", "Benign right", "Return with it",
     ]  # fmt: skip
     return Table("Edits side by side, after the edit", columns, rows, texts=3)
 

@@ -11,11 +11,9 @@ from gtqlora.results.adapter import Info, Projection, Training
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import MIN_PAIRS, Diagnosis
 from gtqlora.results.experts import ExpertEffect, ExpertId
-from gtqlora.results.verdict import LOST, KindRow, Mediation, Verdict
+from gtqlora.results.mediation import Mediation
+from gtqlora.results.verdict import LOST, KindRow, Verdict
 from gtqlora.stats import Interval
-
-Estimate = Interval | Mediation
-"""A value, which may not be known, with the ends of its interval."""
 
 # thin spaces, dashes and minus signs as they are printed, not as they are typed
 NARROW = "\u202f"
@@ -89,9 +87,9 @@ def points(value: float | None) -> str:
     return f"{'−' if value < 0 and size != '0' else ''}{size}"
 
 
-def span(interval: Estimate | None, digits: int | None = None) -> str:
+def span(interval: Interval | None, digits: int | None = None) -> str:
     """Return an interval's ends, in per cent or with so many significant digits."""
-    if interval is None or interval.value is None:
+    if interval is None:
         return NONE
     if digits is not None:
         return f"{number(interval.low, digits)} to {number(interval.high, digits)}"
@@ -131,7 +129,7 @@ def arrow(before: Interval | None, after: Interval | None) -> str:
     return f"{percent(value_of(before))} → {percent(value_of(after))}"
 
 
-def value_of(interval: Estimate | None) -> float | None:
+def value_of(interval: Interval | None) -> float | None:
     """Return an interval's point estimate, None where there is none."""
     return None if interval is None else interval.value
 
@@ -149,40 +147,64 @@ def mode(info: Info | None) -> str:
     return MODES.get(str(config.get("mode")), info.kind) + hardened + served
 
 
-def way(interval: Mediation) -> str:
-    """Return by which way the edit works, from the share of repaired refusals that return: a short label."""
-    if interval.n < MANY:
-        return "too few to say"
-    # a side is named only if the interval leaves the middle third
-    if interval.low > 2 / 3:
-        return "through the routing"
-    if interval.high < 1 / 3:
-        return "past the routing"
-    return "partly through the routing"
+WAYS: dict[str, str] = {
+    "both": "through the routing",
+    "necessary": "through the routing, with more",
+    "sufficient": "by the routing, or past it",
+    "neither": "past the routing",
+    "partly": "partly through the routing",
+    "cannot tell": "cannot tell",
+}
+"""What the routing is to the repair -> by which way the edit works, as a short label."""
+_MEDIATES: dict[str, str] = {
+    "both": "The routing mediates the repair: its change is necessary and sufficient",
+    "necessary": "The routing mediates the repair: its change is necessary, not sufficient",
+    "sufficient": "A change of routing is sufficient for the repair, not necessary",
+    "neither": "The edit works past the routing, whose change is neither necessary nor sufficient",
+    "partly": "The routing mediates the repair for a part of the prompts",
+}
 
 
-def returned(interval: Mediation) -> str:
+def returned(found: Mediation) -> str:
     """Return the share of repaired refusals that return, or the bare count where that is too small for a share."""
-    if interval.value is None:
+    if found.direct is None:
         return NONE
-    if interval.n >= MANY:
-        return percent(interval.value)
-    return f"{round(interval.value * interval.n)} of {interval.n}"
+    back = found.direct.refuses
+    return percent(back.value) if back.n >= MANY else f"{round(back.value * back.n)} of {back.n}"
 
 
-def mediation(interval: Mediation) -> str:
-    """Return the mediation test in one sentence."""
-    n = interval.n
-    if not n:
-        return "No lookalike refusal was repaired, so there is nothing to replay."
-    back = f"{percent(interval.value)} (95{NARROW}% interval {span(interval)})"
-    if n < MANY:
-        return (
-            f"Too few to say by which way the edit works: {returned(interval)} repaired refusals return when the "
-            "original routing is replayed."
-        )
-    tail = f"{back} of the {count(n)} repaired lookalike refusals return when the original routing is replayed."
-    return f"The edit works {way(interval)}: {tail}"
+def mediation(found: Mediation) -> str:
+    """Return what the routing is to the repair, both ways and with the control, in a few sentences."""
+    verdict = _MEDIATES.get(found.routing, f"What the routing is to the repair cannot be told: {found.reason}")
+    if found.direct is None or found.indirect is None:
+        return f"{verdict}."
+    control = found.control
+    kept = (
+        f" With the original’s routing on another, benign prompt {_percent(control.as_edited)} stay repaired (control)."
+        if control
+        else ""
+    )
+    return (
+        f"{verdict}. Of {count(found.repaired)} repaired refusals {returned(found)} return when the original’s routing "
+        f"is replayed, {_percent(found.direct.as_edited)} stay repaired (natural direct effect) and "
+        f"{percent(found.direct.broken.value)} break; the original repairs {_percent(found.indirect.as_edited)} with "
+        f"the edited model’s routing (natural indirect effect).{kept}"
+    )
+
+
+def _percent(interval: Interval) -> str:
+    return f"{percent(interval.value)} (95{NARROW}% interval {span(interval)})"
+
+
+ARM_NAMES: dict[str, str] = {
+    "original": "Original",
+    "edited": "Edited",
+    "gates": "Gates alone",
+    "lora": "LoRA alone",
+    "original_routing": "Edited, original’s routing",
+    "edited_routing": "Original, edited model’s routing",
+    "other_routing": "Edited, another prompt’s routing",
+}
 
 
 def capital(text: str) -> str:

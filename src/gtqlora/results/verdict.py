@@ -11,6 +11,7 @@ from pathlib import Path
 from gtqlora.contrasts import KINDS, Messages, Row
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
+from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
 from gtqlora.results.typed import Mismatch, to_json
 from gtqlora.stats import Floor, Interval
 from gtqlora.storage.atomic import write_json
@@ -33,7 +34,6 @@ class KindRow:
     """Refusal and accuracy of one kind of held-out prompts, before and after the edit.
 
     Attributes:
-        refusal_replayed: of lookalike prompts, by the edited model with the original's routing replayed.
         drop: paired change of refusal, before - after.
         p: that refusal did not change (McNemar, exact); `q` the same, controlled over the kinds.
         accuracy_before, accuracy_after: None where the rows give no expected answer.
@@ -41,7 +41,6 @@ class KindRow:
 
     refusal_before: Interval
     refusal_after: Interval
-    refusal_replayed: Interval | None
     drop: Interval
     p: float
     q: float
@@ -60,19 +59,6 @@ class Drift:
 
     kl: Interval
     overlap: Interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mediation:
-    """Share of the repaired lookalike refusals that come back when the original routing is replayed.
-
-    `value` is None where no refusal was repaired (`n` is 0); then the interval says nothing, 0 to 1.
-    """
-
-    value: float | None
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +83,7 @@ class Verdict:
         floor: the safety floor's verdict on the harmful prompts.
         kl_benign: KL(original || edited) in nats per completion token.
         drift: kind of prompts -> drift of their routing.
+        factorial: what gates and LoRA do alone; None of an edit that has not both.
         ablation: it has no part in the floor's verdict; None if it was switched off, or experts could not be ranked.
         judge: what judged, see `judging.trust.identity`.
         lost: why refusals count as lost -> how many.
@@ -113,6 +100,7 @@ class Verdict:
     kl_benign: Interval
     drift: dict[str, Drift]
     mediation: Mediation
+    factorial: Factorial | None
     ablation: AblationStudy | None = None
     judge: str
     prompts: HeldOut
@@ -146,7 +134,6 @@ class Outcome:
     Attributes:
         prompt_json: its messages.
         tokens_before, ended_before: of the completion, and whether it ended by itself.
-        refused_replayed: of lookalike rows, edited with the original's routing.
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
         lost: of harmful rows that the original refuses: why the refusal is not kept; None if it is.
     """
@@ -166,7 +153,6 @@ class Outcome:
     ended_after: bool
     refused_before: bool
     refused_after: bool
-    refused_replayed: bool | None
     correct_before: bool | None
     correct_after: bool | None
     rejected_log_prob_before: float | None
@@ -174,7 +160,7 @@ class Outcome:
     lost: str | None
 
     @classmethod
-    def of(cls, row: Row | Outcome, before: Reply, after: Reply, *, refused_replayed: bool | None = None) -> Outcome:
+    def of(cls, row: Row | Outcome, before: Reply, after: Reply) -> Outcome:
         """Return a row, or what is recorded of it, with what was said to it; what counts as lost is decided later."""
         return cls(
             number=row.number,
@@ -192,7 +178,6 @@ class Outcome:
             ended_after=after.ended,
             refused_before=before.refused,
             refused_after=after.refused,
-            refused_replayed=refused_replayed,
             correct_before=before.correct,
             correct_after=after.correct,
             rejected_log_prob_before=before.rejected_log_prob,
@@ -216,10 +201,11 @@ def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.kind == kind]
 
 
-def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome]) -> None:
-    """Write the outcomes and, once they are there, the verdict on them."""
+def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome], arms: Sequence[ArmOutcome]) -> None:
+    """Write the outcomes, also those in every arm, and, once they are there, the verdict on them."""
     # the verdict last: where there is one, the outcomes that it stands on are there
     write_rows(run / SCORES, outcomes)
+    write_rows(run / ARMS, arms)
     write_json(run / VERDICT, to_json(verdict))
 
 
@@ -231,11 +217,16 @@ def read_verdict(run: Path) -> Verdict:
     """
     found = read_record(Verdict, run, VERDICT, "verify")
     # readers index by kind, so a kind that is missing must be an error here, where the file can be named
-    for key, kinds in (("table", found.table), ("drift", found.drift)):
-        if missing := [kind for kind in KINDS if kind not in kinds]:
+    keyed: list[tuple[str, Sequence[str], Mapping[str, object]]]
+    keyed = [("table", KINDS, found.table), ("drift", KINDS, found.drift)]
+    if found.factorial:
+        keyed += [("lookalike", FACTORIAL, found.factorial.lookalike), ("harmful", FACTORIAL, found.factorial.harmful)]
+    for key, wanted, there in keyed:
+        if missing := [name for name in wanted if name not in there]:
             raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no kind"), run, "verify")
+        if unknown := [name for name in there if name not in wanted]:
+            what = "kind" if wanted is KINDS else "part of an edit"
+            raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no {what}"), run, "verify")
     return found
 
 

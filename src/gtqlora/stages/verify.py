@@ -14,8 +14,10 @@ from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import read_adapter
+from gtqlora.edits.arms import run_arms
 from gtqlora.edits.drift import drift
 from gtqlora.edits.edited import Edited
+from gtqlora.edits.mediation import Arms, factorial, mediation
 from gtqlora.errors import ContrastError, RunError
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
@@ -24,6 +26,7 @@ from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.localize.expert_ablation import ablation_study
 from gtqlora.results.ablation import AblationStudy
+from gtqlora.results.mediation import ARMS, ArmOutcome
 from gtqlora.results.verdict import (
     HISTORY,
     SCORES,
@@ -37,7 +40,7 @@ from gtqlora.results.verdict import (
     write_verdict,
 )
 from gtqlora.run import PATHS, Run, fingerprint
-from gtqlora.scoring import Answer, Runner, log_probs, routed_as
+from gtqlora.scoring import Answer, Runner, log_probs
 
 
 def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
@@ -61,7 +64,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
-        stage.outputs += [VERDICT, SCORES, HISTORY]
+        stage.outputs += [VERDICT, SCORES, ARMS, HISTORY]
         if stage.fresh:
             return read_verdict(run.path)
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
@@ -77,10 +80,11 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
             runner, edited.original, seen, rows.of_kind("harmful"), of_kind(outcomes, "harmful"), config
         )
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
-        verdict = _verdict(config, runner, edited, rows, outcomes, decision, inputs, ablation)
+        arms = run_arms(runner, edited, rows.rows, outcomes, limit=config.mediation_prompts, seed=config.seed)
+        verdict = _verdict(config, runner, edited, rows, outcomes, arms, decision, inputs, ablation)
         lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()
-        write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes])
+        write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes], arms)
         return verdict
 
 
@@ -115,19 +119,14 @@ def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contra
 
 
 def _measure(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
-    """Ask every row before and after the edit; lookalike ones also edited with the original's routing."""
-    harmful, lookalike = rows.of_kind("harmful"), rows.of_kind("lookalike")
+    """Ask every row before and after the edit."""
+    harmful = rows.of_kind("harmful")
     with edited.original():
         before = runner.answers(rows.rows, label="before")
         ready_before = _readiness(runner, harmful)
     after, ready_after = runner.answers(rows.rows, label="after"), _readiness(runner, harmful)
-    replayed = runner.answers(lookalike, routed_as(edited.original), label="original routing replayed")
-    again = {row.number: answer.refused for row, answer in zip(lookalike, replayed, strict=True)}
     was, now = _replies(rows.rows, before, ready_before), _replies(rows.rows, after, ready_after)
-    return [
-        Outcome.of(row, b, a, refused_replayed=again.get(row.number))
-        for row, b, a in zip(rows.rows, was, now, strict=True)
-    ]
+    return [Outcome.of(row, b, a) for row, b, a in zip(rows.rows, was, now, strict=True)]
 
 
 def _readiness(runner: Runner, rows: Sequence[Row]) -> dict[int, float]:
@@ -156,11 +155,12 @@ def _verdict(
     edited: Edited,
     rows: Contrast,
     outcomes: list[Outcome],
+    arms: list[ArmOutcome],
     decision: Decision,
     inputs: Mapping[str, str],
     ablation: AblationStudy | None,
 ) -> Verdict:
-    drifted = drift(runner, edited, rows, seed=config.seed)
+    drifted, ways = drift(runner, edited, rows, seed=config.seed), Arms.of(arms, outcomes, config.level)
     return Verdict(
         adapter=inputs["adapter"],
         kind=edited.info.kind,
@@ -169,7 +169,8 @@ def _verdict(
         floor=decision.floor,
         kl_benign=drifted.kl_benign,
         drift=drifted.routing,
-        mediation=effects.mediation(outcomes, config.level),
+        mediation=mediation(ways),
+        factorial=factorial(ways),
         expert_format=config.expert_format,
         ablation=ablation,
         judge=inputs["judge"],

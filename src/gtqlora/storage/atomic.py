@@ -225,7 +225,7 @@ def refuse_inside(target: Path, *folders: Path) -> None:
     place = Path(os.path.realpath(checked_path(target)))
     for folder in folders:
         if place.is_relative_to(os.path.realpath(folder)):
-            raise RunError(f"{target}: lies inside {folder}, which has to stay as it is; choose another place")
+            raise RunError(f"{target}: lies inside {folder}, which has to stay as it is; choose another folder")
 
 
 @contextmanager

@@ -36,19 +36,19 @@ def write(job: Job, staged: Path) -> Written:
 def _onto(job: Job, staged: Path, source: Path) -> Written:
     found = Patch.of(job, source)
     kept = found.write(staged)
-    form = LlamaCpp(job, base=source, edited=staged / source.name, label=f"GGUF ({found.most})")
+    form = LlamaCpp.of(job, source, edited=staged / source.name, label=f"GGUF ({found.most})")
     return Written(
         changed=sorted(found.changed),
         gate_values_changed=found.checkpoint.gate_values_changed(),
         digest="",
         kept=kept,
         form=form,
-        notes=[*found.notes(), *form.notes()],
+        notes=[*found.notes(), *form.notes(job.certificate.outcomes)],
     )
 
 
 def _whole(job: Job, staged: Path) -> Written:
-    plan = Plan.of(job)
+    plan = Plan.of(job, job.config.tokenizer)
     plan.write(staged / FILE, rounded)
     kept = plan.kept()
     return Written(
@@ -56,6 +56,6 @@ def _whole(job: Job, staged: Path) -> Written:
         gate_values_changed=plan.checkpoint.gate_values_changed(),
         digest="",
         kept=kept,
-        form=Converted(plan, staged / FILE),
-        notes=LlamaCpp(job, base=staged / FILE).notes(),
+        form=Converted(job, plan, staged / FILE),
+        notes=LlamaCpp.of(job, staged / FILE).notes(job.certificate.outcomes),
     )

@@ -17,7 +17,7 @@ from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.gguf.reading import Gguf, TensorInfo, Value, raw_bytes, read_gguf
 from gtqlora.exports.gguf.types import dequantized, quantized, why_not
 from gtqlora.exports.gguf.values import Checkpoint, rounded, unrounded
-from gtqlora.exports.job import Job
+from gtqlora.exports.job import EditedModel
 from gtqlora.families.identity import state_of
 from gtqlora.families.llama_cpp import Layout, Made
 from gtqlora.progress import track
@@ -54,7 +54,7 @@ class Patch:
     exact: bool
 
     @staticmethod
-    def of(job: Job, path: Path, *, rewritten: bool = True) -> Patch:
+    def of(edited: EditedModel, path: Path, *, rewritten: bool = True) -> Patch:
         """Return the patch for a GGUF.
 
         Args:
@@ -66,11 +66,11 @@ class Patch:
         """
         source = read_gguf(path)
         states = {file: state_of(file) for file in source.files}
-        layout, checkpoint = Layout.of(job.model, job.names), Checkpoint.of(job)
+        layout, checkpoint = Layout.of(edited.model, edited.names), Checkpoint.of(edited)
         made = layout.fitting(source.tensors)
-        _check_facts(source, layout, job)
+        _check_facts(source, layout, edited)
         _check_tensors(source, made, layout)
-        changed = {name: one for name, one in made.items() if one.sources & job.edits.keys()}
+        changed = {name: one for name, one in made.items() if one.sources & edited.edits.keys()}
         if rewritten:
             _check_types(source, changed)
         # Norms and biases are F32 in every file and cheap: another revision shows there as well.
@@ -153,7 +153,7 @@ class _Kept:
 # --- is it a GGUF of this base? --------------------------------------------------------------------------------------
 
 
-def _check_facts(source: Gguf, layout: Layout, job: Job) -> None:
+def _check_facts(source: Gguf, layout: Layout, edited: EditedModel) -> None:
     config, where = layout.config, source.files[0]
     found = source.get("general.architecture")
     if found != layout.architecture:
@@ -162,8 +162,8 @@ def _check_facts(source: Gguf, layout: Layout, job: Job) -> None:
         )
     wanted = (
         config.hidden_size,
-        job.anatomy.spec.n_experts,
-        job.anatomy.spec.top_k,
+        edited.anatomy.spec.n_experts,
+        edited.anatomy.spec.top_k,
         getattr(config, "num_attention_heads", None),
     )
     for key, value in zip(_SAME, wanted, strict=True):
@@ -176,7 +176,7 @@ def _check_facts(source: Gguf, layout: Layout, job: Job) -> None:
         raise ModelError(f"{where}: has {blocks} layers, the model that was edited {config.num_hidden_layers}")
     # without it llama.cpp takes softmax in silence
     gating = source.metadata.get(f"{found}.expert_gating_func", Value(4, 0)).value
-    if layout.is_softmax_by_default and job.anatomy.spec.score == "sigmoid" and gating != 2:
+    if layout.is_softmax_by_default and edited.anatomy.spec.score == "sigmoid" and gating != 2:
         raise ModelError(
             f"{where}: does not say that its routers are sigmoid ones, and llama.cpp would run them as softmax; "
             "convert the model again, with scoring_func in its config.json"
@@ -266,7 +266,7 @@ def _check_base(source: Gguf, checkpoint: Checkpoint, one: Made, route: Route) -
         raise ModelError(
             f"{info.file}: tensor {one.name} ({info.kind.name}) is not the base's; the file is of another model or "
             "revision, was edited already, or was quantized from something else; give the GGUF that was made from "
-            f"{public_name(checkpoint.job.model)} as it was"
+            f"{public_name(checkpoint.edited.model)} as it was"
         )
     return exact
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from gtqlora.errors import ModelError, RunError
 from gtqlora.exports.gguf.reading import BOOL, FLOAT32, INT32, STRING, UINT32, Gguf, Scalar, Value, read_gguf
-from gtqlora.exports.job import Job
+from gtqlora.exports.job import EditedModel
 from gtqlora.families.files import FAST_TOKENIZER, has, read_json, small_files
 from gtqlora.families.llama_cpp import Layout
 from gtqlora.families.tokenizers import chat_template
@@ -20,7 +20,7 @@ _WORD = "▁"
 """What SentencePiece writes for the space before a word."""
 
 
-def tokenizer(job: Job, layout: Layout, donor: str | None) -> dict[str, Value]:
+def tokenizer(edited: EditedModel, layout: Layout, donor: str | None) -> dict[str, Value]:
     """Return the tokenizer's metadata.
 
     Args:
@@ -30,7 +30,7 @@ def tokenizer(job: Job, layout: Layout, donor: str | None) -> dict[str, Value]:
         RunError: there is no donor, and the tokenizer is not one of words; the message says what to do.
         ModelError: the donor has another vocabulary.
     """
-    folder, vocabulary = small_files(job.model), layout.config.vocab_size
+    folder, vocabulary = small_files(edited.model), layout.config.vocab_size
     if donor is not None:
         given = read_gguf(Path(donor).expanduser())
         _check_donor(given, folder, vocabulary)
@@ -39,8 +39,8 @@ def tokenizer(job: Job, layout: Layout, donor: str | None) -> dict[str, Value]:
     model, words = found.get("model"), _is_words(found)
     if not words or not isinstance(model, dict):
         raise RunError(
-            f"{job.model}: its tokenizer is not written anew for llama.cpp; give --tokenizer with a GGUF of the same "
-            "model to take it from, or convert with llama.cpp's own converter and export with --onto that file"
+            f"{edited.model}: its tokenizer is not written anew for llama.cpp; give --tokenizer with a GGUF of the "
+            "same model to take it from, or convert with llama.cpp's own converter and export with --onto that file"
         )
     return _of_words(folder, cast("dict[str, object]", model), layout)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gtqlora.edits.merging import Edit
 from gtqlora.errors import ModelError, RunError
-from gtqlora.exports.job import Job
+from gtqlora.exports.job import EditedModel
 from gtqlora.families.files import weight_files, weight_map
 from gtqlora.families.headers import Header, opened, read_headers
 from gtqlora.families.llama_cpp import Made, Part, as_is
@@ -42,19 +42,19 @@ class Checkpoint:
         headers: by name of a tensor.
     """
 
-    job: Job
+    edited: EditedModel
     folder: Path
     headers: Mapping[str, Header]
 
     @staticmethod
-    def of(job: Job) -> Checkpoint:
-        """Return a job's checkpoint; its headers are read.
+    def of(edited: EditedModel) -> Checkpoint:
+        """Return the checkpoint of a model that is edited; its headers are read.
 
         Raises:
             ModelError: its files are not in order.
         """
-        folder, files = weight_files(job.model)
-        return Checkpoint(job, folder, read_headers(folder, files, weight_map(folder)))
+        folder, files = weight_files(edited.model)
+        return Checkpoint(edited, folder, read_headers(folder, files, weight_map(folder)))
 
     def check(self, made: Mapping[str, Made]) -> None:
         """Check that everything that is needed is there, as floats.
@@ -67,7 +67,7 @@ class Checkpoint:
             if header is None or header.dtype not in _FLOATS:
                 what = "is not in the checkpoint as one tensor of floats" if header is None else f"is {header.dtype}"
                 raise ModelError(
-                    f"{self.job.model}: tensor {disk} {what}; a GGUF of its own needs the bf16, fp16 or fp32 "
+                    f"{self.edited.model}: tensor {disk} {what}; a GGUF of its own needs the bf16, fp16 or fp32 "
                     "checkpoint; with --onto, a GGUF that you have is enough for what trains"
                 )
 
@@ -91,7 +91,11 @@ class Checkpoint:
 
     def _changed(self, part: Part, stored: Stored, change: Change | None) -> Iterator[Tensor]:
         """Yield a part's values in fp32: rows of it where these are what is taken, in the blocks of a merge."""
-        shape, edit = self.headers[part.disk].shape, self.job.edits.get(part.disk)
+        if part.expert is not None and change is None:
+            # without the edit, which may be of a whole stack and read from disk
+            yield stored[part.expert].float()
+            return
+        shape, edit = self.headers[part.disk].shape, self.edited.edits.get(part.disk)
         if part.expert is None and part.take is as_is and len(shape) == 2 and not (edit and edit.by_columns):
             # In just these blocks: the rounding of a product hangs on its shape, and `verify` judged these.
             for block in blocks(shape, by_columns=False):
@@ -103,8 +107,8 @@ class Checkpoint:
 
     def gate_values_changed(self) -> int:
         """Return how many values of the routers' weights a merge changes."""
-        gates = [Made(name, self.headers[name].shape, (Part(name, as_is),)) for name in self.job.gates]
-        edited = (gate for gate in gates if gate.name in self.job.edits)
+        gates = [Made(name, self.headers[name].shape, (Part(name, as_is),)) for name in self.edited.gates]
+        edited = (gate for gate in gates if gate.name in self.edited.edits)
         pairs = (zip(self.parts(gate), self.parts(gate, rounded), strict=True) for gate in edited)
         return sum(int((before != after).sum()) for each in pairs for before, after in each)
 

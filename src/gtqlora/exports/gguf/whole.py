@@ -11,7 +11,7 @@ from gtqlora.exports.gguf.reading import BOOL, FLOAT32, INT32, STRING, UINT32, V
 from gtqlora.exports.gguf.tokenizer import tokenizer
 from gtqlora.exports.gguf.types import BY_NAME, GgmlType, quantized
 from gtqlora.exports.gguf.values import Change, Checkpoint, rounded, unrounded
-from gtqlora.exports.job import Form, Job, Said
+from gtqlora.exports.job import EditedModel, Form, Job, Said
 from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.families.llama_cpp import Layout, Made, Setting, settings
 from gtqlora.families.patching import Tally
@@ -37,15 +37,18 @@ class Plan:
     dtype: str
 
     @staticmethod
-    def of(job: Job) -> Plan:
-        """Return the plan of a job's GGUF.
+    def of(edited: EditedModel, donor: str | None = None) -> Plan:
+        """Return the plan of an edited model's GGUF.
+
+        Args:
+            donor: a GGUF of the same model, of which the tokenizer is taken.
 
         Raises:
             ModelError: the model is none that can be written as a GGUF.
             RunError: it needs a tokenizer from elsewhere.
         """
-        layout, checkpoint = Layout.of(job.model, job.names), Checkpoint.of(job)
-        found = {**_typed(settings(job.model, job.anatomy, layout)), **tokenizer(job, layout, job.config.tokenizer)}
+        layout, checkpoint = Layout.of(edited.model, edited.names), Checkpoint.of(edited)
+        found = {**_typed(settings(edited.model, edited.anatomy, layout)), **tokenizer(edited, layout, donor)}
         checkpoint.check(layout.made)
         types = {name: BY_NAME["F32" if one.is_float else checkpoint.dtype(one)] for name, one in layout.made.items()}
         # Files are called by the type of most of their weights, though vectors and routers are always F32.
@@ -67,7 +70,7 @@ class Plan:
 
     def kept(self) -> dict[str, float]:
         """Return by name how much of each changed tensor's change survives rounding to the checkpoint's dtype."""
-        edited = {n: one for n, one in self.layout.made.items() if one.sources & self.checkpoint.job.edits.keys()}
+        edited = {n: one for n, one in self.layout.made.items() if one.sources & self.checkpoint.edited.edits.keys()}
         return {name: self._kept(one) for name, one in edited.items()}
 
     def _kept(self, one: Made) -> float:
@@ -89,6 +92,7 @@ def _typed(found: Mapping[str, Setting]) -> dict[str, Value]:
 class Converted(Form):
     """The whole GGUF in llama.cpp against one of the base, which is there only while it is asked."""
 
+    job: Job
     plan: Plan
     edited: Path
 
@@ -99,13 +103,12 @@ class Converted(Form):
 
     def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
         """Return what it says to these rows' prompts."""
-        job = self.plan.checkpoint.job
         if edited:
-            return LlamaCpp(job, base=self.edited).said(rows, edited=True)
+            return LlamaCpp.of(self.job, self.edited).said(rows, edited=True)
         # beside the other, so that it goes with it if this process is killed
         base = self.edited.with_name("base.gguf")
         self.plan.write(base, None)
         try:
-            return LlamaCpp(job, base=base).said(rows, edited=False)
+            return LlamaCpp.of(self.job, base).said(rows, edited=False)
         finally:
             base.unlink()

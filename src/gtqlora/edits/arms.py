@@ -1,0 +1,108 @@
+"""Drawn held-out prompts in every arm: parts of the edit alone, and routing replayed from one model in the other."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+from gtqlora.contrasts import Row, encode_prompt
+from gtqlora.edits.edited import Edited
+from gtqlora.judging.folding import flat
+from gtqlora.results.mediation import Arm, ArmOutcome, Does
+from gtqlora.results.verdict import Outcome
+from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
+
+
+def has_parts(edited: Edited) -> bool:
+    """Tell whether gates and LoRA of the edit can be in place one without the other."""
+    return edited.parts is not None and bool(edited.parts.lora) and bool(edited.parts.gates)
+
+
+def run_arms(
+    runner: Runner, edited: Edited, rows: Sequence[Row], outcomes: Sequence[Outcome], *, limit: int, seed: int
+) -> list[ArmOutcome]:
+    """Ask held-out prompts, drawn by seed, in every arm that the edit has.
+
+    Args:
+        runner: of the edited model.
+        outcomes: of these rows, before and after the edit.
+        limit: lookalike prompts that are drawn at most, and harmful ones.
+    """
+    asked = _Asked(runner, dict(zip((row.number for row in rows), rows, strict=True)))
+    lookalike, harmful = (_drawn(outcomes, kind, limit, seed) for kind in ("lookalike", "harmful"))
+    found = _known([*lookalike, *harmful])
+    if has_parts(edited):
+        found += asked.run("gates", [*lookalike, *harmful], Change(switch=edited.gates_only))
+        found += asked.run("lora", [*lookalike, *harmful], Change(switch=edited.lora_only))
+    found += asked.run("original_routing", lookalike, routed_as(edited.original))
+    found += asked.run("edited_routing", lookalike, routed_as(nullcontext, ours=edited.original))
+    others = _others(lookalike, outcomes, asked.tokens, seed)
+    with_other = [outcome for outcome in lookalike if outcome.number in others]
+    replayed = routed_as(edited.original, [others[outcome.number] for outcome in with_other])
+    return found + asked.run("other_routing", with_other, replayed)
+
+
+def _drawn(outcomes: Sequence[Outcome], kind: str, limit: int, seed: int) -> list[Outcome]:
+    """Draw the outcomes of at most `limit` prompts of a kind; they keep their order."""
+    ours = [outcome for outcome in outcomes if outcome.kind == kind]
+    return sorted(random.Random(seed).sample(ours, min(limit, len(ours))), key=lambda outcome: outcome.number)
+
+
+def _known(outcomes: Sequence[Outcome]) -> list[ArmOutcome]:
+    """Return what is known of the original and the edited model already."""
+    found = list[ArmOutcome]()
+    for o in outcomes:
+        found.append(_line(o, "original", o.text_before, o.refused_before, o.correct_before))
+        found.append(_line(o, "edited", o.text_after, o.refused_after, o.correct_after))
+    return found
+
+
+def _line(outcome: Outcome, arm: Arm, text: str, refused: bool, correct: bool | None) -> ArmOutcome:
+    return ArmOutcome(
+        number=outcome.number, kind=outcome.kind, arm=arm, text=text, does=_does(outcome, text, refused, correct)
+    )
+
+
+def _does(outcome: Outcome, text: str, refused: bool, correct: bool | None) -> Does:
+    if refused:
+        return "refuses"
+    return "as edited" if correct or flat(text) == flat(outcome.text_after) else "broken"
+
+
+class _Asked:
+    """Rows that are asked again, and their prompts in tokens."""
+
+    def __init__(self, runner: Runner, rows: dict[int, Row]) -> None:
+        self.runner, self.rows = runner, rows
+
+    def tokens(self, outcome: Outcome) -> list[int]:
+        return encode_prompt(self.runner.model.tokenizer, outcome.prompt)
+
+    def run(self, arm: Arm, outcomes: Sequence[Outcome], change: Changes) -> list[ArmOutcome]:
+        """Return what prompts do under the change that makes the arm."""
+        rows = [self.rows[outcome.number] for outcome in outcomes]
+        answers = self.runner.answers(rows, change, label=arm.replace("_", " "))
+        return [_line(o, arm, a.text, a.refused, a.correct) for o, a in zip(outcomes, answers, strict=True)]
+
+
+def _others(
+    drawn: Sequence[Outcome], outcomes: Sequence[Outcome], tokens: Callable[[Outcome], Tokens], seed: int
+) -> dict[int, Tokens]:
+    """Draw another prompt for each one, by row number: benign, answered by the original, of as many tokens.
+
+    Its own pair's comes first: it carries all but what makes the prompt look harmful. Some have none.
+    """
+    by_length: dict[int, list[tuple[Outcome, Tokens]]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.kind == "benign" and not outcome.refused_before:
+            encoded = tokens(outcome)
+            by_length[len(encoded)].append((outcome, encoded))
+    rng, found = random.Random(seed), dict[int, Tokens]()
+    for outcome in drawn:
+        others = by_length[len(tokens(outcome))]
+        own = [other for other in others if other[0].pair_id == outcome.pair_id]
+        if others:
+            found[outcome.number] = rng.choice(own or others)[1]
+    return found
