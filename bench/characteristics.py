@@ -286,7 +286,7 @@ def _area_missed(groups: int, shift: float, r: float, draws: int) -> float:
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few draws")
-    draws = 20 if parser.parse_args(given).quick else 500
+    draws = 20 if parser.parse_args(given).quick else 1200
     started = time.process_time()
     beyond.clear()
     rates(draws)
