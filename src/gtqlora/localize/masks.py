@@ -133,7 +133,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a candidate and its control take off the log-odds_N when ablated, and give back when restored."""
+    """What a candidate and its control take off the log-odds_N when ablated, and add to them when restored."""
 
     parts: tuple[NDArray[np.floating], NDArray[np.floating]]
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
