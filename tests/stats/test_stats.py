@@ -371,6 +371,24 @@ def test_mcnemar_by_hand(drops: int, gains: int, p: float) -> None:
     assert stats.mcnemar(*_pairs(drops, gains, 40, both=10)) == pytest.approx(p)
 
 
+def test_mcnemar_turns_whole_groups() -> None:
+    """Of the eight sums of +-3, +-2, +-1 two are as far from 0 as 6; alone, all six drops are one of 2^6 twice."""
+    before, after = np.ones(6, dtype=bool), np.zeros(6, dtype=bool)
+    assert stats.mcnemar(before, after, [0, 0, 0, 1, 1, 2]) == pytest.approx(2 / 8)
+    assert stats.mcnemar(before, after) == stats.mcnemar(before, after, list(range(6))) == pytest.approx(2 / 64)
+    assert stats.mcnemar([1, 0, 1], [0, 1, 1], ["a", "a", "b"]) == 1.0
+
+
+def test_mcnemar_of_alike_pairs_rarely_sees_what_is_not_there() -> None:
+    """Groups of three that change together, as often to as fro."""
+    rng, groups, seen = np.random.default_rng(0), np.repeat(np.arange(40), 3).tolist(), np.zeros(2)
+    for _ in range(400):
+        change = np.repeat(rng.choice([-1, 0, 0, 1], size=40), 3)
+        pair = change == 1, change == -1
+        seen += [stats.mcnemar(*pair, groups) < 0.05, stats.mcnemar(*pair) < 0.05]
+    assert seen[0] / 400 <= 0.06 < 0.15 < seen[1] / 400
+
+
 # --- values that come in groups
 
 

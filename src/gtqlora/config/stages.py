@@ -141,7 +141,8 @@ class ProjectConfig(StageConfig):
         split: the pairs that are read: "train", "validation", "heldout" or "all".
         max_pairs: pairs that the directions are measured on, at most; more make them steadier.
         direction: the direction removed: all flagged prompts less their twins, lookalike ones less theirs, or the
-            latter without its part along harmful prompts less theirs.
+            latter without its part along harmful prompts less theirs (single-vector ablation against false refusal,
+            Wang et al. 2024, arXiv 2410.03415).
         norm_preserving: whether weights keep the lengths they had, column by column; needs `expert_format` "bf16".
         layer: the decoder layer whose direction is removed; without one all are tried and the best is kept.
     """

@@ -16,9 +16,15 @@ def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
         level: of the intervals, such as 0.95.
     """
     kinds = {kind: of_kind(outcomes, kind) for kind in KINDS}
-    p_values = [mcnemar([o.refused_before for o in rows], [o.refused_after for o in rows]) for rows in kinds.values()]
+    p_values = [_changed(rows) for rows in kinds.values()]
     q_values = map(float, benjamini_hochberg(p_values))
     return {kind: _row(rows, level, p, q) for (kind, rows), p, q in zip(kinds.items(), p_values, q_values, strict=True)}
+
+
+def _changed(outcomes: Sequence[Outcome]) -> float:
+    """Return the p-value that refusals changed."""
+    before, after = [o.refused_before for o in outcomes], [o.refused_after for o in outcomes]
+    return mcnemar(before, after, groupings(outcomes)[-1])
 
 
 def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindRow:

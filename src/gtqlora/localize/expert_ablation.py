@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gtqlora.capture import Decision, Mask, Subject, observe
 from gtqlora.config import VerifyConfig
-from gtqlora.contrasts import Contrast, Row
+from gtqlora.contrasts import Contrast, Row, groupings
 from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
 from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
 from gtqlora.results.ablation import AblationPoint, AblationStudy
@@ -117,12 +117,13 @@ class AblationCurve:
 
         The prompts are dealt out to the random draws, so that their interval, too, is over prompts.
         """
-        whole = rate(intact, self.level)
+        groups = groupings(self.rows)[-1]  # topics where the rows carry them, else pairs
+        whole = rate(intact, self.level, groups)
         points = [AblationPoint(ablated=0, targeted=whole, random=whole if any(plan.random) else None)]
         for targeted, draws in zip(plan.targeted, plan.random, strict=True):
             count = sum(map(len, targeted.values()))
-            found = rate(self._refused([targeted], f"{label}: {count} ablated"), self.level)
-            control = rate(self._refused(draws, f"{label}: {count} at random"), self.level) if draws else None
+            found = rate(self._refused([targeted], f"{label}: {count} ablated"), self.level, groups)
+            control = rate(self._refused(draws, f"{label}: {count} at random"), self.level, groups) if draws else None
             points.append(AblationPoint(ablated=count, targeted=found, random=control))
         return points
 

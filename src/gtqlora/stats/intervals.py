@@ -171,8 +171,19 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.floating]:
     return st.false_discovery_control(p.ravel(), method="bh").reshape(p.shape) if p.size else p
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
-    """Return the exact two-sided p-value that paired 0/1 outcomes changed (McNemar, Psychometrika 1947)."""
-    x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    b, c = discordant(x, y)
-    return 1.0 if b + c == 0 else float(st.binomtest(b, b + c).pvalue)
+def mcnemar(before: ArrayLike, after: ArrayLike, groups: Groups = None) -> float:
+    """Return the exact two-sided p-value that paired 0/1 outcomes changed (McNemar, Psychometrika 1947).
+
+    Before and after are exchanged group by group, so that pairs of one group may be alike; pairs without change, and
+    groups that gain as much as they lose, say nothing.
+    """
+    x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    net = np.abs(np.rint(group_sums(x - y, groups))).astype(int)
+    reach = int(net.sum())
+    # law[i] is the probability that the net changes, with random signs, add up to i - reach
+    law = np.zeros(2 * reach + 1)
+    law[reach] = 1.0
+    for change in net[net > 0]:
+        law = (np.roll(law, change) + np.roll(law, -change)) / 2
+    far = np.abs(np.arange(-reach, reach + 1)) >= abs(round(float((x - y).sum())))
+    return min(1.0, float(law[far].sum()))
