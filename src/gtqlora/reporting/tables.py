@@ -272,16 +272,7 @@ def before_after(table: Mapping[str, KindRow]) -> Table:
         ]
         for kind, row in ((kind, table[kind]) for kind in KINDS)
     ]
-    columns = [
-        "Kind",
-        "Refused before",
-        "Refused after",
-        "Drop, points",
-        "q",
-        "Right before",
-        "Right after",
-        "Prompts",
-    ]
+    columns = ["Kind", "Refused before", "Refused after", "Drop, points", "q", "Right before", "Right after", "Prompts"]
     return Table("Before and after, by kind of prompt", columns, rows)
 
 
