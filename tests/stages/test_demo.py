@@ -61,7 +61,7 @@ def check_what_the_command_prints(
     """Print these numbers as `demo` does, which itself takes minutes."""
     outcomes = {"routed": Outcome(found, sentence, Path("report.html"), Path("exported"))}
     monkeypatch.setattr(demo, "demo", lambda _out, _on_event: (outcomes, 1.23))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"organisms": {"routed": to_json(found)}, "seconds": 1.2}
     assert main(["demo"]) == 0
