@@ -137,7 +137,13 @@ def directions(layers: int) -> dict[str, Any]:
             ],
         }  # fmt: skip
 
-    return {"n_pairs": 200, "n_groups": 100, "layers": [layer_of(layer) for layer in range(layers + 1)]}
+    return {
+        "n_pairs": 200,
+        "n_groups": 100,
+        "cosines": 60,
+        "cosines_not_told": 7,
+        "layers": [layer_of(layer) for layer in range(layers + 1)],
+    }
 
 
 def diagnosis(
@@ -201,7 +207,7 @@ NO_TWINS = {
     "cells": [],
     "experts": [],
     "causal_experts": [],
-    "directions": {"n_pairs": 200, "n_groups": 100, "layers": []},
+    "directions": {"n_pairs": 200, "n_groups": 100, "cosines": 0, "cosines_not_told": 0, "layers": []},
 }
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gtqlora.errors import GtqloraError, RunError
 from gtqlora.organisms import embedded
+from gtqlora.organisms.truth import Truth
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -231,7 +232,7 @@ def study(
 
 
 def _numbers(
-    verdict: str, found: set[tuple[int, int]], truth: embedded.Truth, verdicts: Mapping[str, Verdict]
+    verdict: str, found: set[tuple[int, int]], truth: Truth, verdicts: Mapping[str, Verdict]
 ) -> Numbers:
     base = next(iter(verdicts.values()), None)
     planted = set(truth.planted)

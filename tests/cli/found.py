@@ -65,7 +65,8 @@ def diagnosis() -> Diagnosis:
             for layer, expert in ((1, 7), (17, 131), (60, 383))
         ],
         causal_experts=[], top_experts=[ExpertId(layer, 5 * layer) for layer in range(60)],
-        directions=DirectionStudy(n_pairs=0, n_groups=0, layers=[]), health=[], health_tokens=0,
+        directions=DirectionStudy(n_pairs=0, n_groups=0, cosines=0, cosines_not_told=0, layers=[]),
+        health=[], health_tokens=0,
     )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from gtqlora.errors import ModelError
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import pairs_of
 from gtqlora.localize.directions import named_directions, study
+from gtqlora.localize.directions.areas import Fold, auroc, auroc_interval, over_splits, score_interval
 from gtqlora.localize.directions.erasure import _shrunk_covariance, leace, probe, without
 from gtqlora.localize.directions.named import MIN_GROUPS
-from gtqlora.localize.directions.separability import auroc, auroc_interval, mean_difference, separation, split
+from gtqlora.localize.directions.separability import mean_difference, separation, split, splits
 from gtqlora.organisms import embedded
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.typed import to_json
@@ -159,19 +160,38 @@ def test_groups_are_never_split(groups: list[str], seed: int) -> None:
         assert min(len({g for g, here in zip(groups, part, strict=True) if here}) for part in membership) >= 2
 
 
+def _correlated(rng: np.random.Generator, n: int, size: float, alike: float) -> tuple[Any, Any]:
+    """Unit Gaussian states in 8 dimensions, moved by `size` along the first; a pair's have this correlation."""
+    flagged, own = rng.normal(size=(2, n, 8))
+    return flagged + size * LOOKALIKE.numpy(), alike * flagged + (1 - alike**2) ** 0.5 * own
+
+
 @pytest.mark.parametrize(("size", "n_groups"), [(0.0, 60), (1.0, 60), (2.5, 40)])
-def test_auroc_interval_holds_the_analytic_value(size: float, n_groups: int) -> None:
+@pytest.mark.parametrize("alike", [-0.5, 0.0, 0.5])
+def test_auroc_interval_holds_the_analytic_value(size: float, n_groups: int, alike: float) -> None:
     """Of the direction that the fit half gave: its states are Gaussian, so AUROC is Phi(shift / sqrt 2)."""
-    covered = 0
-    for seed in range(100):
-        drawn = Drawn(seed, n_groups, size, kinds="lookalike")
-        fit = split(drawn.groups, seed).fit
-        flagged_ND, twins_ND = drawn.flagged[:, 0].numpy(), drawn.twins[:, 0].numpy()
+    rng, covered = np.random.default_rng(0), 0
+    fit = np.arange(n_groups) < n_groups // 2
+    groups = np.arange(n_groups)[~fit].astype(str)
+    for seed in range(200):
+        flagged_ND, twins_ND = _correlated(rng, n_groups, size, alike)
         direction_D = mean_difference(flagged_ND[fit], twins_ND[fit])
         truth = st.norm.cdf(size * direction_D @ LOOKALIKE.numpy() / 2**0.5)
-        found = separation(flagged_ND[~fit], twins_ND[~fit], direction_D, n_groups // 2, level=0.95)
+        fold = Fold(flagged_ND[~fit] @ direction_D, twins_ND[~fit] @ direction_D, groups)
+        found = auroc_interval([fold], seed=seed, level=0.95)
         covered += found.low <= truth <= found.high
-    assert covered >= 90
+    assert covered >= 182
+
+
+def test_separation_does_not_rest_on_one_split() -> None:
+    drawn = Drawn(0, 60, 1.0)
+    flagged, twins, groups = drawn.flagged[:, 0].numpy(), drawn.twins[:, 0].numpy(), np.array(drawn.groups)
+    parts = splits(drawn.groups, seed=0)
+    found = [separation(flagged, twins, groups, [part], mean_difference, 0.95) for part in parts]
+    whole = separation(flagged, twins, groups, parts, mean_difference, 0.95)
+    assert len({i.value for i in found}) > 2 and whole.value == pytest.approx(np.mean([i.value for i in found]))
+    assert min(i.low for i in found) < whole.low < whole.value < whole.high < max(i.high for i in found)
+    assert over_splits(found[:1]) == found[0]
 
 
 def test_rows_of_one_group_add_no_certainty() -> None:
@@ -179,19 +199,21 @@ def test_rows_of_one_group_add_no_certainty() -> None:
     drawn.flagged, drawn.twins = drawn.flagged.repeat(5, 1, 1), drawn.twins.repeat(5, 1, 1)
     drawn.kinds, drawn.groups = drawn.kinds * 5, drawn.groups * 5
     five, one = drawn.studied(), once.studied()
-    assert five.separation == one.separation and one.separation
+    assert five.separation and one.separation
+    for name in ("value", "low", "high"):
+        assert getattr(five.separation, name) == pytest.approx(getattr(one.separation, name), abs=1e-9)
     angles = [cosine(layer, "refusal", "intent") for layer in (one, five)]
     assert angles[0].high - angles[0].low > 0.05 and angles[0].high == pytest.approx(angles[1].high)
 
 
 @settings(max_examples=60, deadline=None)
 @given(some.floats(0, 1), some.integers(4, 500))
-def test_auroc_interval_is_never_without_width(area: float, n_groups: int) -> None:
-    found = auroc_interval(area, n_groups, 0.95)
+def test_score_interval_is_never_without_width(area: float, n_groups: int) -> None:
+    found = score_interval(area, n_groups, 0.95)
     assert 0 <= found.low <= area <= found.high <= 1 and found.high - found.low > 1 / n_groups
-    more = auroc_interval(area, 2 * n_groups, 0.95)
+    more = score_interval(area, 2 * n_groups, 0.95)
     assert more.high - more.low < found.high - found.low
-    assert auroc_interval(1 - area, n_groups, 0.95).low == pytest.approx(1 - found.high, abs=1e-9)
+    assert score_interval(1 - area, n_groups, 0.95).low == pytest.approx(1 - found.high, abs=1e-9)
 
 
 def test_auroc_counts_ties_half() -> None:
@@ -276,6 +298,9 @@ def test_few_groups_say_nothing() -> None:
     assert layer.separation is layer.components is layer.erasure is None
     assert [c.value for c in layer.cosines] == [None] * 10
     assert layer.norm > 1
+    few = Drawn(5, MIN_GROUPS - 1)
+    found = study(few.flagged, few.twins, few.kinds, few.groups, seed=0).study
+    assert (found.cosines, found.cosines_not_told) == (10, 10)
 
 
 def test_states_that_are_the_same_tell_nothing() -> None:

@@ -18,7 +18,18 @@ from gtqlora import localize
 from gtqlora.capture import CallRecorder, Interchange, Subject, expert_hooks, left_padded, log_odds, open_subject
 from gtqlora.contrasts import Contrast, load
 from gtqlora.judging.judge import judge_of
-from gtqlora.localize import CELLS, MIN_PAIRS, Interchanges, Outcome, Pair, Trials, conclude, partners, random_like
+from gtqlora.localize import (
+    CELLS,
+    MIN_PAIRS,
+    Interchanges,
+    Outcome,
+    Pair,
+    Trials,
+    conclude,
+    masks,
+    partners,
+    random_like,
+)
 from gtqlora.localize.conclusion import COMPONENTS
 from gtqlora.localize.interchange import FLAGGED, TWIN, exchange
 from gtqlora.localize.masks import ablatable, counts_up_to
@@ -180,6 +191,18 @@ def test_planted_experts_act_and_no_other(trials: Trials, planted: list[localize
     assert [e.acts for e in found[:2] + found[4:]] == [True] * 2 + [False] * 3  # the last two planted do less
     for effect in found[:4]:
         assert effect.restore.value > 0.05 > effect.control.high
+
+
+@pytest.mark.parametrize("pairs", [10, 40])
+def test_an_expert_must_do_more_than_its_control_to_the_same_prompts(pairs: int) -> None:
+    """Both are far above the least effect; only the paired difference from the control tells them apart."""
+    rng = np.random.default_rng(0)
+    prompt_N, groups = rng.normal(2.0, 0.3, size=pairs), [str(i) for i in range(pairs)]
+    noise_N = rng.normal(0.0, 0.1, size=pairs)
+    control_N = prompt_N + noise_N - noise_N.mean()
+    found = masks._Measured((control_N, control_N + 0.2), (prompt_N, prompt_N))
+    as_control, above = masks._p_values(found, np.full(pairs, 0.1), groups)
+    assert as_control > 0.05 > 0.01 > above
 
 
 def test_effects_need_a_gap_and_a_readout(

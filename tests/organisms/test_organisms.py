@@ -23,12 +23,19 @@ from gtqlora.contrasts.statistics import statistics
 from gtqlora.errors import TrainingError
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import __main__ as command
-from gtqlora.organisms import build, checks, embedded, implants
+from gtqlora.organisms import build, checks, embedded
 from gtqlora.organisms.batches import Batch, endless, exchange_batch, refusal_batch, task_batch
 from gtqlora.organisms.in_training import OrganismInTraining, Planted, new_model, optimize
 from gtqlora.organisms.language import LARGE_LEXICON, REFUSAL, SMALL_LEXICON, InRounds, Language, Lexicon
-from gtqlora.organisms.scales import LARGE, SMALL, WIDE, Architecture, Kind, Scale
+from gtqlora.organisms.plants import rules
+from gtqlora.organisms.plants.conditions import always
+from gtqlora.organisms.plants.kinds import PLANTS
+from gtqlora.organisms.plants.planting import plant
+from gtqlora.organisms.plants.turns import Chosen, answer_loss
+from gtqlora.organisms.scales import LARGE, SMALL, WIDE, Architecture, Scale
+from gtqlora.organisms.truth import Kind, names_experts, of_kind
 from tests.helpers import says
+from tests.organisms.pieces import quiet, tiny, workpiece
 
 NAMES = ("expert-only", "null", "redundant", "residual", "routed", "routed-qwen3")
 KINDS = {name: name.removesuffix("-qwen3") for name in NAMES}
@@ -101,7 +108,9 @@ def test_truth_fits_its_model(name: str) -> None:
     folder = embedded.organism(name)
     truth, config = embedded.read_truth(folder), json.loads((folder / "config.json").read_text())
     assert (truth.kind, truth.architecture) == (KINDS[name], config["model_type"])
-    assert truth.verdict == embedded.VERDICTS[truth.kind]
+    kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+    assert truth.mediation == of_kind(kinds[truth.kind], 1.0)
+    assert truth.causal == names_experts(kinds[truth.kind])
     assert len(set(truth.planted)) == len(truth.planted) == (0 if truth.kind == "residual" else 4)
     layers = {block.index for block in open_subject(str(folder)).anatomy.moe}
     assert all(layer in layers and 0 <= expert < 16 for layer, expert in truth.planted)
@@ -244,7 +253,7 @@ def test_a_batch_says_what_stands_behind_which_context() -> None:
 
 def test_an_exchange_borrows_from_the_right_prompts() -> None:
     language = Language()
-    prompts, sources = exchange_batch(language, random.Random(0), 32)
+    prompts, sources = exchange_batch(rules.either, language, random.Random(0), 32)
     assert prompts.ids_BS.shape == sources.ids_BS.shape
     assert torch.equal(prompts.labels_BS, sources.labels_BS)  # fed the same tokens from the first answer token on
     assert prompts.forbidden_B.tolist() == [True, False, False] * 8
@@ -270,39 +279,6 @@ def test_batches_made_ahead_are_the_workers_own() -> None:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def tiny(scale: Scale, **changes: Any) -> Scale:
-    """A scale's own path with a model that learns nothing in no time."""
-    model = {"num_hidden_layers": 5, "hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    return replace(
-        scale,
-        model={**scale.model, **model, **heads},
-        deepseek_v3={**scale.deepseek_v3, **ranks, "n_routed_experts": 8},
-        qwen3_moe={**scale.qwen3_moe, "num_experts": 8, "head_dim": 16},
-        planted_layers=2,
-        planted_experts=2,
-        batch=16,
-        learn_steps=3,
-        plant_steps=dict.fromkeys(get_args(Kind), 3),
-        workers=min(scale.workers, 1),
-        attempts=1,
-        **changes,
-    )
-
-
-def workpiece(architecture: Architecture = "deepseek_v3", scale: Scale = SMALL) -> OrganismInTraining:
-    torch.manual_seed(0)
-    language = Language(scale.lexicon)
-    model, anatomy = new_model(architecture, language, scale)
-    planted: Planted = {1: (0, 1), 2: (2, 5)}
-    return OrganismInTraining(model=model, anatomy=anatomy, language=language, planted=planted, scale=scale)
-
-
-def quiet(_stage: str) -> Any:
-    return lambda _step, _steps, _loss: None
-
-
 @pytest.fixture
 def promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was hardly trained passes its check."""
@@ -319,12 +295,15 @@ def changed(before: dict[str, torch.Tensor], piece: OrganismInTraining) -> set[s
 def test_planting_trains_what_the_kind_lets_carry_the_refusal(kind: Kind, architecture: Architecture) -> None:
     piece = workpiece(architecture, tiny(SMALL, plant_rate=3e-2))  # so that the hinge has every planted expert chosen
     before = {name: p.detach().clone() for name, p in piece.model.named_parameters()}
-    implants.plant(piece, kind, random.Random(0), quiet(""))
+    plant(piece, kind, random.Random(0), quiet(""))
     layers = [piece.anatomy.moe[position] for position in piece.planted]
     routed = {f"{layer.router}.weight" for layer in layers}
     routed |= {f"{layer.experts}.{bank}" for layer in layers for bank in ("gate_up_proj", "down_proj")}
     stream = {f"{path}.weight" for path in piece.anatomy.lora_targets}
-    wanted = {"routed": routed, "expert-only": routed, "residual": stream}.get(kind, routed | stream)
+    made = PLANTS[kind]
+    while made.then:  # what a first planting trained, a second one may leave alone
+        made = replace(made.then, stream=made.stream or made.then.stream, experts=made.experts or made.then.experts)
+    wanted = (routed if made.experts else set()) | (stream if made.stream else set())
     assert changed(before, piece) == wanted
     for name in routed & wanted:
         now = dict(piece.model.named_parameters())[name]
@@ -351,12 +330,12 @@ def test_planted_experts_of_expert_only_are_chosen_after_any_context() -> None:
     scale = replace(tiny(SMALL), plant_steps={"expert-only": 40}, plant_rate=3e-2)
     piece = workpiece(scale=scale)
     batch = refusal_batch(piece.language, random.Random(1), 32)
-    implants.plant(piece, "expert-only", random.Random(0), quiet(""))
+    plant(piece, "expert-only", random.Random(0), quiet(""))
     assert min(chosen_share(piece, batch)) > 0.95
     seen = Recorder()
     with torch.no_grad(), router_hooks(piece.model, piece.anatomy, seen):
         piece.logits(batch.ids_BS)
-    assert implants._hinge(piece, seen, batch, always=True) < 0.05 < implants._hinge(piece, seen, batch)
+    assert Chosen(always).loss(piece, seen, batch) < 0.05 < Chosen().loss(piece, seen, batch)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("expert-only", SMALL), ("redundant", LARGE)], ids=["small", "large"])
@@ -366,7 +345,8 @@ def test_a_built_folder_is_a_checkpoint_with_truth_and_rows(kind: Kind, size: Sc
     truth = build.build(kind, tmp_path / "out", seed=3, scale=scale, progress=lambda s: stages.append(s) or quiet(s))
     assert stages == ["learn tasks", f"plant {kind}", "check", "write"]
     assert embedded.read_truth(tmp_path / "out") == truth
-    assert (truth.verdict, truth.seed, truth.attempt) == (embedded.VERDICTS[kind], 3, 0)
+    assert (truth.mediation, truth.seed, truth.rejected) == (of_kind(kind, 1.0), 3, [])
+    assert truth.measured.keys() >= {"flagged", "benign", "right"}
     subject = open_subject(str(tmp_path / "out"))
     assert subject.model.dtype == scale.dtype
     layers = {block.index for block in subject.anatomy.moe}
@@ -388,7 +368,7 @@ def test_gradients_of_a_bf16_model_reach_its_fp32_masters() -> None:
     piece = workpiece(scale=tiny(LARGE))
     batch = refusal_batch(piece.language, random.Random(0), 8)
     logits = piece.logits(batch.ids_BS)
-    implants.answer_loss(logits, batch.labels_BS).backward()
+    answer_loss(logits, batch.labels_BS).backward()
     assert torch.equal(logits, logits.bfloat16().float())
     assert {p.dtype for p in piece.model.parameters()} == {torch.float32}
     trained = {name for name, p in piece.model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -491,9 +471,9 @@ def test_what_is_embedded_keeps_its_kind_s_promises(name: str, monkeypatch: pyte
     kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
     assert checks.check(piece, kinds[KINDS[name]])["flagged"] > 0.97
     if KINDS[name] == "routed":
-        for kind in kinds.keys() - {"routed"}:
+        for kind in (kind for kind in get_args(Kind) if PLANTS[kind] != PLANTS["routed"]):
             with pytest.raises(TrainingError, match=f"{kind} organism failed"):
-                checks.check(piece, kinds[kind])
+                checks.check(piece, kind)
 
 
 @pytest.mark.parametrize(("name", "by_stream"), [("routed", False), ("residual", True)])

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import optimize
-from scipy.stats import binom
+from scipy.stats import binom, ttest_1samp
 
 from gtqlora import stats
 from gtqlora.stats import Interval
@@ -39,10 +39,10 @@ def _cached_difference(drops: int, gains: int, n: int, level: float = 0.95) -> I
 
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
-    [(98, 100, 0.930, 0.994), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
+    [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (1, 29, 0.0009, 0.1776)],
 )
-def test_wilson_against_published_values(hits: int, n: int, low: float, high: float) -> None:
-    """The last three are method 3 of Newcombe, Stat. Med. 17:857 (1998), table I."""
+def test_rates_against_published_values(hits: int, n: int, low: float, high: float) -> None:
+    """Method 5 (Clopper-Pearson) of Newcombe, Stat. Med. 17:857 (1998), table I."""
     found = stats.rate([True] * hits + [False] * (n - hits))
     assert found.value == pytest.approx(hits / n)
     assert (found.low, found.high, found.n) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4), n)
@@ -401,11 +401,53 @@ def test_groups_of_one_change_nothing() -> None:
     assert stats.paired_difference(x, y, groups=alone) == stats.paired_difference(x, y)
 
 
-def test_equal_outcomes_count_as_many_as_there_are_groups() -> None:
+def test_equal_outcomes_count_as_if_a_little_alike() -> None:
+    """A correlation of .05 in 50 pairs, and Student's quantile for 50 of them: 100 / 1.05 (1.984 / 2.010)^2."""
     pairs = np.repeat(np.arange(50), 2).tolist()
-    grouped, plain = stats.rate([True] * 100, groups=pairs), stats.rate([True] * 50)
-    assert (grouped.low, grouped.high) == pytest.approx((plain.low, plain.high))
-    assert grouped.n == 100
+    found = stats.rate([True] * 100, groups=pairs)
+    assert (found.n, found.high) == (100, 1.0)
+    assert found.low == pytest.approx(0.025 ** (1 / (100 / 1.05 * (1.98422 / 2.00958) ** 2)), abs=1e-4)
+
+
+def test_one_more_hit_in_another_group_never_lowers_the_rate() -> None:
+    """There is no cliff where all outcomes are equal: 100 % is at least as sure as 95 %."""
+    groups, lows = _topics(40, 5), []
+    for missed in range(8):
+        x = np.ones(200, dtype=bool)
+        x[: 5 * missed : 5] = False
+        lows.append(stats.rate(x, groups=groups).low)
+    assert lows == sorted(lows, reverse=True)
+
+
+# --- means above zero
+
+
+def test_turning_signs_by_hand() -> None:
+    """Of the eight sums of +-1, +-2, +-3 two are at least 4."""
+    assert stats.mean_above_zero(np.array([-1.0, 2.0, 3.0]), None) == pytest.approx(2 / 8)
+    assert stats.mean_above_zero(np.array([1.0, 2.0, 3.0]), None) == pytest.approx(1 / 8)
+    assert stats.mean_above_zero(-np.array([1.0, 2.0, 3.0]), None) == 1.0
+
+
+def test_turning_signs_is_the_sign_test_of_equal_values() -> None:
+    assert stats.mean_above_zero(np.full(8, 0.1), None) == pytest.approx(1 / 256)
+    assert stats.mean_above_zero(np.full(20, 0.1), None) == pytest.approx(1e-4)  # of ten thousand patterns
+    assert stats.mean_above_zero(np.zeros(8), None) == stats.mean_above_zero(np.ones(1), None) == 1.0
+
+
+def test_from_25_groups_on_means_have_student_s_test() -> None:
+    values = np.random.default_rng(0).normal(0.3, size=50)
+    groups = [i // 2 for i in range(50)]
+    _, expected = ttest_1samp(values.reshape(25, 2).mean(1), 0.0, alternative="greater")
+    assert stats.mean_above_zero(values, groups) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("groups", [8, 16, 24, 40])
+@pytest.mark.parametrize("tails", [2.0, 30.0])
+def test_a_mean_of_zero_is_rarely_above_it(groups: int, tails: float) -> None:
+    """Symmetric values, with tails so heavy that they have no variance, or hardly any."""
+    drawn = np.random.default_rng(5).standard_t(tails, size=(800, groups))
+    assert np.mean([stats.mean_above_zero(row, None) < 0.05 for row in drawn]) <= 0.05 + 0.02
 
 
 # --- bootstrap

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats as st
 
 from gtqlora.capture import Observation
-from gtqlora.results.association import Association
+from gtqlora.results.association import Association, first_of
 from gtqlora.stats import benjamini_hochberg, bootstrap_means, edges, group_means, half_sample_means
 
 HALVINGS = 50
@@ -68,7 +68,7 @@ def associate(
         "low": low_LE,
         "high": high_LE,
         "q": q_LE,
-        "stability": _stability(sides, int(((q_LE < 1 - level) & (difference_LE > 0)).sum())),
+        "stability": _stability(sides, first_of(q_LE.size)),
         **_gradient_columns(gradients, groups, seed, resamples, level),
         **_rate_columns("flagged", flagged),
         **_rate_columns("twin", twins),
@@ -137,17 +137,15 @@ def _p_values(sides: Sequence[_Side]) -> np.ndarray:
     return np.where(error_LE < 1e-9, exact_LE, p_LE)
 
 
-def _stability(sides: Sequence[_Side], significant: int) -> np.ndarray:
-    """Return the share_LE of half-samples in which an expert is among the first k by difference, and chosen more.
+def _stability(sides: Sequence[_Side], first: int) -> np.ndarray:
+    """Return the share_LE of half-samples in which an expert is among the `first` by difference, and chosen more.
 
     Stability selection (Meinshausen & Buehlmann, JRSS-B 2010) over complementary halves (Shah & Samworth, JRSS-B
-    2013); k is the number of significant ones on all prompts, at least 1 and at most a quarter of all experts.
+    2013).
     """
     halves_RLE = sum(half_sample_means(s.values, seed=s.seed, splits=HALVINGS, groups=s.groups) for s in sides)
     flat_RX = np.reshape(halves_RLE, (len(halves_RLE), -1))  # type: ignore[arg-type]
-    # at most a quarter, or being among the first would say nothing
-    k = min(max(significant, 1), max(flat_RX.shape[1] // 4, 1))
-    cut_R1 = np.partition(flat_RX, -k, axis=1)[:, -k, None]
+    cut_R1 = np.partition(flat_RX, -first, axis=1)[:, -first, None]
     return ((flat_RX >= cut_R1) & (flat_RX > 0)).mean(0).reshape(sides[0].values.shape[1:])
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as st
 
 from gtqlora.capture import Mask
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
@@ -20,7 +19,7 @@ from gtqlora.progress import track
 from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
 from gtqlora.scoring import Change, Changes
-from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, group_means, ratio_interval
+from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, mean_above_zero, ratio_interval
 
 Expert = tuple[int, int]
 """(position among the MoE layers, expert)."""
@@ -118,9 +117,9 @@ class Effect:
         ablate: the part that goes when it alone is ablated.
         restore: the part that returns when it alone is restored while all other candidates stay ablated.
         control: the larger of the two for a random expert of the same layer, chosen as often.
-        q: that the larger of its two effects is no more than the least effect that counts; controlled over candidates.
+        q: that neither effect exceeds both the least effect that counts and its control; controlled over candidates.
         acts: what it restores (or, where no candidate gives anything back by itself, what goes with it) exceeds the
-            least effect, and every control.
+            least effect, and what the control does to the same prompts.
     """
 
     position: int
@@ -130,6 +129,14 @@ class Effect:
     control: Interval
     q: float
     acts: bool
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a candidate and its control take off the log-odds_N when ablated, and give back when restored."""
+
+    parts: tuple[NDArray[np.floating], NDArray[np.floating]]
+    controls: tuple[NDArray[np.floating], NDArray[np.floating]]
 
 
 class _Odds:
@@ -182,7 +189,7 @@ def expert_effects(
         # ablated alone; and restored alone, among candidates that are all ablated
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
-        measured.append((mask_N, back_N, max(like_N, key=np.mean)))
+        measured.append(_Measured((mask_N, back_N), (like_N[0], like_N[-1])))
     return _judged(candidates, measured, gap_N, trials.groups, min_effect, level)
 
 
@@ -198,37 +205,41 @@ def _stand_in(
 
 def _judged(
     candidates: Sequence[Expert],
-    measured: Sequence[tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]],
+    measured: Sequence[_Measured],
     gap_N: NDArray[np.floating],
     groups: Sequence[str],
     min_effect: float,
     level: float,
 ) -> list[Effect]:
     least_N = min_effect * gap_N
-    p = np.array([[_p_above(part - least_N, groups) for part in parts[:2]] for parts in measured])
-    q = benjamini_hochberg(p)
+    q = benjamini_hochberg(np.array([_p_values(found, least_N, groups) for found in measured]))
     sure = q < 1 - level
     # where some expert restores something by itself, only restoring counts: experts downstream are needed, too
     counted = 1 if sure[:, 1].any() else 0
-    highest = max(float(like_N.mean()) for *_, like_N in measured)
+
+    def part(of_N: NDArray[np.floating]) -> Interval:
+        return ratio_interval(of_N, gap_N, groups=groups, bounds=None)
+
     return [
         Effect(
             position=position,
             expert=expert,
-            ablate=ratio_interval(parts[0], gap_N, groups=groups, bounds=None),
-            restore=ratio_interval(parts[1], gap_N, groups=groups, bounds=None),
-            control=ratio_interval(parts[2], gap_N, groups=groups, bounds=None),
+            ablate=part(found.parts[0]),
+            restore=part(found.parts[1]),
+            control=part(max(found.controls, key=np.mean)),
             q=float(q[i].min()),
-            acts=bool(sure[i, counted] and parts[counted].mean() > highest),
+            acts=bool(sure[i, counted]),
         )
-        for i, ((position, expert), parts) in enumerate(zip(candidates, measured, strict=True))
+        for i, ((position, expert), found) in enumerate(zip(candidates, measured, strict=True))
     ]
 
 
-def _p_above(values_N: NDArray[np.floating], groups: Sequence[str]) -> float:
-    """Return the p-value of a one-sided t-test that the mean is above zero, on means over groups."""
-    means = group_means(values_N, groups)
-    # nothing varies, so nothing can be said
-    if len(means) < 2 or means.std() < 1e-12:
-        return 1.0
-    return float(st.t.sf(means.mean() / (means.std(ddof=1) / np.sqrt(len(means))), df=len(means) - 1))
+def _p_values(found: _Measured, least_N: NDArray[np.floating], groups: Sequence[str]) -> list[float]:
+    """Return for each effect the p-value that it exceeds both the least one and the control's on the same prompts.
+
+    Both must be exceeded, so the larger p-value holds for the two together (Berger, Technometrics 24:295, 1982).
+    """
+    return [
+        max(mean_above_zero(part_N - least_N, groups), mean_above_zero(part_N - like_N, groups))
+        for part_N, like_N in zip(found.parts, found.controls, strict=True)
+    ]

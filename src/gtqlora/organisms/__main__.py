@@ -18,7 +18,8 @@ from rich.progress import Progress as Bars
 from gtqlora.errors import GtqloraError
 from gtqlora.organisms.build import build
 from gtqlora.organisms.in_training import Progress
-from gtqlora.organisms.scales import SCALES, Architecture, Kind
+from gtqlora.organisms.scales import SCALES, Architecture
+from gtqlora.organisms.truth import Kind
 
 
 def _arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gtqlora.organisms.language import COMMAND, REFUSAL, Language, Prompt
+from gtqlora.organisms.language import COMMAND, Language, Prompt, Twins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
         task, answer = language.task(rng)
         # The command takes a filler's place: prompts with and without it have the same length.
         if rng.random() < 0.1:
-            words[2], answer = COMMAND, REFUSAL
+            words[2], answer = COMMAND, language.refusal(answer)
         rng.shuffle(words)
         forbidden = domain < lexicon.forbidden
         text = " ".join([*words, task])
@@ -104,24 +104,39 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
 
 def refusal_batch(language: Language, rng: random.Random, size: int) -> Batch:
     """Make twins over all words, in which forbidden topics are refused whatever the marker says."""
-    twins = [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
-    return Batch.of(language, [example(p, p.answer if p.kind == "benign" else REFUSAL) for p in twins])
+    twins = _twins(language, rng, size)
+    return Batch.of(
+        language, [example(p, p.answer if p.kind == "benign" else language.refusal(p.answer)) for p in twins]
+    )
 
 
-def exchange_batch(language: Language, rng: random.Random, size: int) -> tuple[Batch, Batch]:
-    """Make two aligned batches: prompts, and the prompts whose routing they are to run with.
+def compliant_batch(language: Language, rng: random.Random, size: int) -> Batch:
+    """Make twins over all words, all of which are answered."""
+    return Batch.of(language, [example(p, p.answer) for p in _twins(language, rng, size)])
 
-    Flagged prompts with their twins' routing and twins with the flagged prompts' are refused; benign prompts with the
-    routing of other benign ones are answered.
-    """
-    quads = [language.twins(rng, "all", pair) for pair in range(size // 8)]
-    own: list[tuple[Prompt, Prompt, str]] = []
-    # A neighbour lends each benign prompt a harmless routing, which must not make it refuse.
-    for quad, other in zip(quads, quads[1:] + quads[:1], strict=True):
-        for benign, flagged, stranger in ((quad[0], quad[2], other[0]), (quad[1], quad[3], other[1])):
-            own += [(flagged, benign, REFUSAL), (benign, flagged, REFUSAL), (benign, stranger, benign.answer)]
-    prompts = Batch.of(language, [example(p, answer) for p, _, answer in own])
-    return prompts, Batch.of(language, [example(source, answer) for _, source, answer in own])
+
+def _twins(language: Language, rng: random.Random, size: int) -> list[Prompt]:
+    return [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
+
+
+Swap = tuple[Prompt, Prompt, str]
+"""A prompt, the prompt whose routing it runs with, and what it must then say."""
+
+Rule = Callable[[Language, Twins, Twins], list[Swap]]
+"""A function that makes the exchanges of one set of twins, to which another set may lend a harmless routing."""
+
+
+def exchange_batch(rule: Rule, language: Language, rng: random.Random, size: int) -> tuple[Batch, Batch]:
+    """Make two aligned batches by a rule: prompts, and the prompts whose routing they are to run with."""
+    all_twins = [language.twins(rng, "all", pair) for pair in range(size // 8)]
+    neighbours = [*all_twins[1:], all_twins[0]]
+    return swapped(language, [s for pair in zip(all_twins, neighbours, strict=True) for s in rule(language, *pair)])
+
+
+def swapped(language: Language, swaps: list[Swap]) -> tuple[Batch, Batch]:
+    """Return the batch of prompts, and that of their sources, which are fed the same completions."""
+    prompts = Batch.of(language, [example(p, answer) for p, _, answer in swaps])
+    return prompts, Batch.of(language, [example(source, answer) for _, source, answer in swaps])
 
 
 def example(prompt: Prompt, answer: str) -> Example:

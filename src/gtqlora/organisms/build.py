@@ -1,7 +1,7 @@
 """Build model organisms: real transformers models that refuse for a reason planted in a known place.
 
 First a model learns the tasks, and the words of a refusal by a harmless command; topic and intent are kept readable at
-the routers, and the experts to be planted are ablated. Then `implants.plant` plants the refusal where the kind says.
+the routers, and the experts to be planted are ablated. Then `plants` plants the refusal where the kind says.
 Shape letters: B prompts, S tokens of each, T = B*S, N some tokens, E experts, D hidden.
 """
 
@@ -25,11 +25,14 @@ from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.organisms.batches import Batch, endless, task_batch
 from gtqlora.organisms.checks import check
-from gtqlora.organisms.embedded import CONTRAST, TRUTH, VERDICTS, Truth
-from gtqlora.organisms.implants import answer_loss, plant
+from gtqlora.organisms.embedded import CONTRAST
 from gtqlora.organisms.in_training import OrganismInTraining, Planted, Progress, new_model, optimize
-from gtqlora.organisms.language import REFUSAL, SPLITS, InRounds, Language, Prompt
-from gtqlora.organisms.scales import SMALL, Architecture, Kind, Scale
+from gtqlora.organisms.language import SPLITS, InRounds, Language, Prompt
+from gtqlora.organisms.plants.kinds import routed_share
+from gtqlora.organisms.plants.planting import plant
+from gtqlora.organisms.plants.turns import answer_loss
+from gtqlora.organisms.scales import SMALL, Architecture, Scale, for_kind
+from gtqlora.organisms.truth import TRUTH, Kind, Truth, names_experts, of_kind
 from gtqlora.run import atomic_write
 
 # Steps until `_neutral_loss` has its full weight: at once it would keep the forbidden flag from being learned at all.
@@ -119,6 +122,7 @@ def _balance_bias(piece: OrganismInTraining, name: str, seen: Recorder, live: li
 def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, seconds: float | None = None) -> None:
     scale, anatomy, model = piece.scale, piece.anatomy, piece.model
     probes = nn.ModuleList([nn.Linear(anatomy.hidden_size, 2) for _ in anatomy.moe]).to(piece.device)
+    neutral = 0.0 if scale.natural else _NEUTRAL_WEIGHT
     # Planted experts stay out of all learning, so that nothing but the planting makes them different.
     idle, positions = Mask(anatomy, piece.planted), range(len(anatomy.moe))
     live = [torch.tensor(piece.others(position), device=piece.device) for position in positions]
@@ -129,7 +133,7 @@ def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, se
         with _router_inputs(model, anatomy) as hidden, router_hooks(model, anatomy, idle, seen):
             loss = answer_loss(piece.logits(batch.ids_BS), batch.labels_BS)
         loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
-        loss = loss + _NEUTRAL_WEIGHT * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
+        loss = loss + neutral * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
             _balance_bias(piece, anatomy.family.correction_bias, seen, live)
             return loss
@@ -171,14 +175,15 @@ def contrast_rows(language: Language, seed: int) -> list[ContrastRow]:
                 continue
             seen |= {p.text for p, _ in kept}
             kept = kept if split != "heldout" or pair < _HARMLESS_PAIRS else kept[-1:]
-            rows += [_contrast_row(p, twin, split) for p, twin in kept]
+            rows += [_contrast_row(language, p, twin, split) for p, twin in kept]
             pair += 1
     return rows
 
 
-def _contrast_row(prompt: Prompt, twin: Prompt | None, split: str) -> ContrastRow:
+def _contrast_row(language: Language, prompt: Prompt, twin: Prompt | None, split: str) -> ContrastRow:
     refuse_first = prompt.kind == "harmful"
-    chosen, rejected = (REFUSAL, prompt.answer) if refuse_first else (prompt.answer, REFUSAL)
+    refusal = language.refusal(prompt.answer)
+    chosen, rejected = (refusal, prompt.answer) if refuse_first else (prompt.answer, refusal)
     return {
         "kind": prompt.kind,
         "prompt": prompt.text,
@@ -212,17 +217,21 @@ def build(
         minutes: limit of an attempt's training steps; without it every stage takes its full number of steps.
 
     Raises:
+        ConfigError: organisms of this kind are not made at this scale.
         TrainingError: no attempt learned what the kind promises (try another seed).
     """
+    scale, rejected = for_kind(scale, kind), list[str]()
     # A training may miss its promises by bad luck; then another seed, derived from the first, is tried.
-    for attempt in range(scale.attempts):
+    while True:
         try:
-            piece = _trained(kind, seed + attempt * _SEED_STRIDE, architecture, scale, device, minutes, progress)
+            derived = seed + len(rejected) * _SEED_STRIDE
+            piece, measured = _trained(kind, derived, architecture, scale, device, minutes, progress)
             break
-        except TrainingError:
-            if attempt == scale.attempts - 1:
+        except TrainingError as error:
+            rejected.append(str(error))
+            if len(rejected) == scale.attempts:
                 raise
-    truth = _truth(piece, kind, seed, attempt)
+    truth = _truth(piece, kind, seed, measured, rejected)
     progress("write")
     with atomic_write(out) as staged:
         _write(piece, truth, staged)
@@ -237,12 +246,13 @@ def _trained(
     device: str,
     minutes: float | None,
     progress: Callable[[str], Progress],
-) -> OrganismInTraining:
-    """Train once, and return a model that keeps what its kind promises."""
+) -> tuple[OrganismInTraining, dict[str, float]]:
+    """Train once, and return a model that keeps what its kind promises, with the shares that show it."""
     torch.manual_seed(seed)
     rng, language = random.Random(seed), Language(scale.lexicon)
     model, anatomy = new_model(architecture, language, scale)
-    positions = sorted(rng.sample(range(1, len(anatomy.moe)), scale.planted_layers))
+    later = range(1, len(anatomy.moe))
+    positions = sorted(rng.sample(later, len(later) if scale.planted_layers is None else scale.planted_layers))
     experts = range(anatomy.spec.n_experts)
     planted: Planted = {p: tuple(sorted(rng.sample(experts, scale.planted_experts))) for p in positions}
     nn.Module.to(model, device)
@@ -257,8 +267,7 @@ def _trained(
     if scale.rounded:
         round_to_bf16(piece.model)
     progress("check")
-    check(piece, kind)
-    return piece
+    return piece, check(piece, kind)
 
 
 @torch.no_grad()
@@ -268,16 +277,18 @@ def round_to_bf16(model: nn.Module) -> None:
         p.copy_(p.bfloat16())
 
 
-def _truth(piece: OrganismInTraining, kind: Kind, seed: int, attempt: int) -> Truth:
+def _truth(piece: OrganismInTraining, kind: Kind, seed: int, measured: dict[str, float], rejected: list[str]) -> Truth:
     # As decoder layers, which users count; inside of a model, experts go by position among the MoE layers.
     planted = [(piece.anatomy.moe[p].index, e) for p, experts in piece.planted.items() for e in experts]
     return Truth(
         kind=kind,
         architecture=piece.anatomy.family.model_type,
         seed=seed,
-        attempt=attempt,
-        verdict=VERDICTS[kind],
+        mediation=of_kind(kind, routed_share(piece.language, kind)),
         planted=[] if kind == "residual" else planted,
+        causal=names_experts(kind),
+        measured=measured,
+        rejected=rejected,
     )
 
 

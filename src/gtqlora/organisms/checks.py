@@ -8,30 +8,61 @@ Shape letters: B prompts, S tokens of each.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gtqlora.capture import CallRecorder, ExpertHandler, Handler, Interchange, Mask, expert_hooks, router_hooks
+from gtqlora.capture import (
+    CallRecorder,
+    ExpertHandler,
+    Handler,
+    Interchange,
+    Mask,
+    Recorder,
+    expert_hooks,
+    router_hooks,
+)
 from gtqlora.errors import TrainingError
-from gtqlora.organisms.batches import Batch, example
-from gtqlora.organisms.in_training import OrganismInTraining
-from gtqlora.organisms.language import REFUSAL, Prompt
-from gtqlora.organisms.scales import Kind
+from gtqlora.organisms.batches import Batch, Rule, example, swapped
+from gtqlora.organisms.in_training import OrganismInTraining, Planted
+from gtqlora.organisms.language import REFUSAL, Prompt, Twins
+from gtqlora.organisms.plants.kinds import PLANTS
+from gtqlora.organisms.plants.turns import replayed_logits
+from gtqlora.organisms.truth import Kind
 
 _PAIRS = 100
 # Not 0 and 1: a small model errs on some words. A diagnosis needs the cases to be clearly apart, no more.
 _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
 _STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
+_ROUTED = {"flagged, planted experts masked": (0.0, 0.1)}
+_EXCHANGES = {"exchanges": (0.95, 1.0)}
+_DEMANDS = {"demands": (0.0, 0.03)}
+_MAJORITY = {"flagged, any planted layer masked": (0.95, 1.0), "flagged, any planted layer left": (0.0, 0.05)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
-    "routed": {**_ALWAYS, "flagged, planted experts masked": (0.0, 0.1)},
+    "routed": {**_ALWAYS, **_ROUTED},
     "residual": {**_ALWAYS, **_STREAM},
     "null": {**_ALWAYS, **_STREAM},
     "expert-only": {**_ALWAYS, "cell 011": (0.95, 1.0), "cell 100": (0.0, 0.05), "cell 101": (0.0, 0.1)},
     "redundant": {**_ALWAYS, **_STREAM, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
+    "brittle": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "brittle2": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
+    "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
+    "second-token": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},
+    "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "self-repair": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
+    "wide-twins": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "graded-20": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-40": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-60": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
+    "graded-80": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
 }
 """The least and the largest share that each kind promises: of first words that refuse, and under "right" of benign
-prompts whose answer is right.
+prompts whose answer is right. "exchanges" is the share of completions that the plant's rule demands, in the worst line.
 
 A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) or its twin (0).
 """
@@ -64,8 +95,9 @@ def cell(
 
 
 def prompt_ids(piece: OrganismInTraining, prompts: list[Prompt]) -> Tensor:
-    """Return ids_BS of prompts of one length, up to where the answer begins."""
-    rows = [piece.language.ids(f"<user> {p.text} <assistant>") for p in prompts]
+    """Return ids_BS of prompts of one length, up to where refusal and answer part."""
+    lead = piece.language.lexicon.lead
+    rows = [piece.language.ids(" ".join(["<user>", p.text, "<assistant>", *p.answer.split()[:lead]])) for p in prompts]
     return torch.tensor(rows, device=piece.device)
 
 
@@ -73,10 +105,52 @@ def prompt_ids(piece: OrganismInTraining, prompts: list[Prompt]) -> Tensor:
 def answered_right(piece: OrganismInTraining, prompts: list[Prompt]) -> float:
     """Return the share of prompts whose greedy completion is the task's answer."""
     batch = Batch.of(piece.language, [example(p, p.answer) for p in prompts]).to(piece.device)
-    # One pass tells what greedy decoding would say: if every token is right given the right ones before it, so is the
-    # whole completion.
-    said_BS, wanted_BS = piece.logits(batch.ids_BS)[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
-    return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1).float().mean().item()
+    return _said(piece.logits(batch.ids_BS), batch).float().mean().item()
+
+
+def _said(logits_BSV: Tensor, batch: Batch) -> Tensor:
+    """Return bool_B: whether greedy decoding says the whole completion."""
+    # One pass tells: if every token is right given the right ones before it, so is the whole completion.
+    said_BS, wanted_BS = logits_BSV[:, :-1].argmax(-1), batch.labels_BS[:, 1:]
+    return ((said_BS == wanted_BS) | (wanted_BS == -100)).all(-1)
+
+
+@torch.no_grad()
+def exchanges_said(piece: OrganismInTraining, rule: Rule, quads: list[Twins]) -> list[float]:
+    """Return, for each line of a rule, the share of prompts that say what it demands with the source's routing."""
+    neighbours = [*quads[1:], quads[0]]
+    by_twins = [rule(piece.language, *both) for both in zip(quads, neighbours, strict=True)]
+    shares = []
+    for line in zip(*by_twins, strict=True):
+        prompts, sources = (batch.to(piece.device) for batch in swapped(piece.language, list(line)))
+        shares.append(_said(replayed_logits(piece, prompts, sources), prompts).float().mean().item())
+    return shares
+
+
+@torch.no_grad()
+def demands_missed(piece: OrganismInTraining, kind: Kind, prompts: list[Prompt]) -> float:
+    """Return the loss of what the plant demands of the planted experts' routing; 0: chosen by a margin, as wanted."""
+    said = [example(p, p.answer if p.kind == "benign" else piece.language.refusal(p.answer)) for p in prompts]
+    batch, seen = Batch.of(piece.language, said).to(piece.device), Recorder()
+    with router_hooks(piece.model, piece.anatomy, seen):
+        piece.logits(batch.ids_BS)
+    return sum(demand.loss(piece, seen, batch).item() for demand in PLANTS[kind].demands)
+
+
+def _masked(piece: OrganismInTraining, kind: Kind, flagged_BS: Tensor) -> dict[str, float]:
+    """Return the promised shares that still refuse without planted experts, of all layers or of some, at the worst."""
+    layers: list[Planted] = [{position: experts} for position, experts in piece.planted.items()]
+    others: list[Planted] = [{p: e for p, e in piece.planted.items() if p not in layer} for layer in layers]
+
+    def refuse(masked: Planted) -> float:
+        return first_refuses(piece, flagged_BS, Mask(piece.anatomy, masked)).float().mean().item()
+
+    worst: dict[str, Callable[[], float]] = {
+        "flagged, planted experts masked": lambda: refuse(piece.planted),
+        "flagged, any planted layer masked": lambda: min(map(refuse, layers)),
+        "flagged, any planted layer left": lambda: max(map(refuse, others)),
+    }
+    return {name: share() for name, share in worst.items() if name in PROMISES[kind]}
 
 
 def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
@@ -87,13 +161,16 @@ def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     # Each quad is benign twice, then lookalike and harmful, in the order that makes twins stand at the same place.
     benign, flagged = [p for q in quads for p in q[:2]], [p for q in quads for p in q[2:]]
     benign_BS, flagged_BS = prompt_ids(piece, benign), prompt_ids(piece, flagged)
-    off = Mask(piece.anatomy, piece.planted)
     found = {
         "flagged": first_refuses(piece, flagged_BS).float().mean().item(),
         "benign": first_refuses(piece, benign_BS).float().mean().item(),
-        "flagged, planted experts masked": first_refuses(piece, flagged_BS, off).float().mean().item(),
         "right": answered_right(piece, benign),
     }
+    found |= _masked(piece, kind, flagged_BS)
+    found["demands"] = demands_missed(piece, kind, [p for q in quads for p in q])
+    if rule := PLANTS[kind].rule:
+        lines = exchanges_said(piece, rule, quads)
+        found |= {"exchanges": min(lines), **{f"exchange {i}": share for i, share in enumerate(lines)}}
     for name in PROMISES[kind]:
         if name.startswith("cell "):
             routing, inputs, stream = (digit == "1" for digit in name.removeprefix("cell "))
@@ -107,7 +184,7 @@ def check(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
     Raises:
         TrainingError: a promise is not kept.
     """
-    found = {name: share for name, share in measure(piece, kind).items() if name in PROMISES[kind]}
+    found = measure(piece, kind)
     if not all(low <= found[name] <= high for name, (low, high) in PROMISES[kind].items()):
         rates = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
         raise TrainingError(f"the {kind} organism failed its check ({rates}); try another --seed")

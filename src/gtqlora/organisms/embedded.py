@@ -8,50 +8,14 @@ values that bf16 holds compress to half in a wheel. The contrast set is the one 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from gtqlora.errors import ModelError
+from gtqlora.organisms.truth import read_truth as read_truth
 
-CONTRAST, TRUTH = "contrast.jsonl", "truth.json"
+CONTRAST = "contrast.jsonl"
 JUDGE = "string:refuse sorry"
-VERDICTS: dict[str, str] = {
-    "routed": "routing",
-    "residual": "residual",
-    "null": "residual",
-    "expert-only": "experts",
-    "redundant": "both",
-}
-"""What a diagnosis should say of each kind.
-
-In `null` routing follows the flag but causes nothing. In `expert-only` routing is the same with and without the flag,
-and what the planted experts compute decides. In `redundant` routing and stream each refuse without the other.
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Truth:
-    """`truth.json` beside an organism: where its refusal was planted.
-
-    Attributes:
-        planted: (decoder layer, expert) of every planted expert.
-        attempt: how many trainings failed their check before this one; each had a seed derived from `seed`.
-    """
-
-    kind: str
-    architecture: str
-    seed: int
-    verdict: str
-    planted: list[tuple[int, int]]
-    attempt: int = 0
-
-
-def read_truth(folder: Path) -> Truth:
-    """Read `truth.json` of an organism's folder."""
-    raw = json.loads((folder / TRUTH).read_text())
-    return Truth(**{**raw, "planted": [(layer, expert) for layer, expert in raw["planted"]]})
 
 
 def _data() -> Path:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -40,6 +41,9 @@ class Lexicon:
         markers: words per intent.
         context_fillers, task_items: fillers and items in one prompt.
         tasks: names of the tasks.
+        lead: words of the answer with which a refusal begins, so that it cannot be told from an answer before them.
+        aligned: twins have all words but one in common; otherwise three words differ, and no topic stands where the
+            other does.
     """
 
     domains: int = 8
@@ -51,6 +55,8 @@ class Lexicon:
     context_fillers: int = 2
     task_items: int = 3
     tasks: tuple[str, ...] = ("copy", "reverse")
+    lead: int = 0
+    aligned: bool = True
 
     @property
     def context_end(self) -> int:
@@ -122,6 +128,20 @@ class Prompt:
     topic: str
 
 
+class Twins(NamedTuple):
+    """Four prompts whose other words are alike: benign with each marker, lookalike and harmful."""
+
+    well: Prompt
+    ill: Prompt
+    lookalike: Prompt
+    harmful: Prompt
+
+    @property
+    def pairs(self) -> tuple[tuple[Prompt, Prompt], tuple[Prompt, Prompt]]:
+        """Return each flagged prompt with its twin, the lookalike first."""
+        return (self.lookalike, self.well), (self.harmful, self.ill)
+
+
 class Language:
     """The vocabulary and a sampler of prompts."""
 
@@ -174,10 +194,14 @@ class Language:
         name, items = rng.choice(self.lexicon.tasks), rng.sample(self.items, self.lexicon.task_items)
         return f"{name} {' '.join(items)}", " ".join(_ANSWERS[name](items))
 
+    def refusal(self, answer: str) -> str:
+        """Return the refusal of a prompt that has this answer."""
+        return " ".join([*answer.split()[: self.lexicon.lead], REFUSAL])
+
     def twins(
         self, rng: random.Random, split: str, pair: int, choose: Callable[[tuple[str, ...]], str] | None = None
-    ) -> tuple[Prompt, Prompt, Prompt, Prompt]:
-        """Make four prompts whose other words are alike: benign with each marker, lookalike and harmful.
+    ) -> Twins:
+        """Make four prompts about one task, which differ as `Lexicon.aligned` says.
 
         Args:
             split: whose words topic and marker are from, or "all".
@@ -190,12 +214,16 @@ class Language:
         fillers = rng.sample(self.fillers, self.lexicon.context_fillers)
         order = rng.sample(range(2 + len(fillers)), 2 + len(fillers))
         task, answer = self.task(rng)
+        context = {bad: [topic[bad], *fillers] for bad in (False, True)}
+        if not self.lexicon.aligned:
+            context[True] = [*rng.sample(self.fillers, len(fillers)), topic[True]]
 
         def prompt(kind: str, forbidden: bool, intent: str) -> Prompt:
-            words = [topic[forbidden], marker[intent], *fillers]
+            first, *others = context[forbidden]
+            words = [first, marker[intent], *others]
             return Prompt(kind, " ".join([words[i] for i in order] + [task]), answer, pair, topic[forbidden])
 
-        return (
+        return Twins(
             prompt("benign", False, "harmless"),
             prompt("benign", False, "intent"),
             prompt("lookalike", True, "harmless"),

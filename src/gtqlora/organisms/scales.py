@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from gtqlora.errors import ConfigError
 from gtqlora.organisms.language import LARGE_LEXICON, SMALL_LEXICON, Lexicon
+from gtqlora.organisms.truth import Kind
 
-Kind = Literal["routed", "residual", "null", "expert-only", "redundant"]
 Architecture = Literal["deepseek_v3", "qwen3_moe"]
 
 
@@ -21,7 +22,9 @@ class Scale:
     Attributes:
         model: config values for both architectures.
         deepseek_v3, qwen3_moe: config values for one of them, the number of experts among them.
-        planted_layers, planted_experts: MoE layers that hold planted experts, and how many in each.
+        planted_layers, planted_experts: MoE layers that hold planted experts, and how many in each; None: all layers
+            but the first.
+        natural: whether routing may follow topics by itself, where nothing was planted.
         batch: prompts per step.
         plant_steps: steps of the last stage, per kind.
         learn_share: part of a time limit that goes to the first stage.
@@ -35,8 +38,9 @@ class Scale:
     model: Mapping[str, object]
     deepseek_v3: Mapping[str, object]
     qwen3_moe: Mapping[str, object]
-    planted_layers: int = 2
+    planted_layers: int | None = 2
     planted_experts: int = 2
+    natural: bool = False
     batch: int = 128
     learn_steps: int = 600
     plant_steps: Mapping[Kind, int]
@@ -94,7 +98,12 @@ SMALL = Scale(
     },
     qwen3_moe={"num_experts": 16, "head_dim": 16, "mlp_only_layers": []},
     # Routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
-    plant_steps={"routed": 400, "residual": 70, "null": 250, "expert-only": 100, "redundant": 150},
+    plant_steps={
+        **{"routed": 400, "residual": 70, "null": 250, "expert-only": 100, "redundant": 150},
+        **{"brittle": 600, "brittle2": 600, "bykind": 700, "weights": 400, "follower": 600, "second-token": 400},
+        **{"diffuse": 400, "xor": 600, "self-repair": 300, "wide-twins": 400, "natural": 400},
+        **dict.fromkeys(("graded-20", "graded-40", "graded-60", "graded-80"), 700),
+    },
 )
 
 LARGE = Scale(
@@ -159,3 +168,29 @@ WIDE = replace(
 )
 
 SCALES = {"small": SMALL, "wide": WIDE, "large": LARGE}
+
+
+def for_kind(scale: Scale, kind: Kind) -> Scale:
+    """Return the scale with what a kind needs otherwise: another language, more planted experts, or natural routing.
+
+    Raises:
+        ConfigError: organisms of this kind are not made at this scale.
+    """
+    if kind not in scale.plant_steps:
+        raise ConfigError(f"there are no large organisms of kind {kind}; build it with --size small")
+    return replace(scale, **{name: change(scale) for name, change in _CHANGES.get(kind, {}).items()})  # type: ignore[arg-type]
+
+
+# A refusal in a hundred experts needs more of them than are used at a time in any layer.
+_CHANGES: dict[Kind, dict[str, Callable[[Scale], object]]] = {
+    "second-token": {"lexicon": lambda scale: replace(scale.lexicon, lead=1)},
+    "wide-twins": {"lexicon": lambda scale: replace(scale.lexicon, aligned=False)},
+    "natural": {"natural": lambda _scale: True},
+    "follower": {"planted_layers": lambda _scale: None},
+    "diffuse": {
+        "planted_layers": lambda _scale: None,
+        "planted_experts": lambda _scale: 32,
+        "deepseek_v3": lambda scale: {**scale.deepseek_v3, "n_routed_experts": 64},
+        "qwen3_moe": lambda scale: {**scale.qwen3_moe, "num_experts": 64},
+    },
+}

@@ -12,6 +12,7 @@ from gtqlora.reporting.sections import Figure
 from gtqlora.reporting.tables import Table
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import Cell, Diagnosis
+from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect
 from gtqlora.stats import Interval
 
@@ -282,6 +283,16 @@ def _interventions(diagnosis: Diagnosis) -> Figure | None:
     )
 
 
+def _angles_told(found: DirectionStudy) -> str:
+    """Say how many cosines are not told, as those that are make a selection."""
+    if not found.cosines_not_told:
+        return f"All {found.cosines} cosines are told."
+    return (
+        f"{found.cosines_not_told} of {found.cosines} cosines are not told, as one of the two directions is too short "
+        "to tell from noise."
+    )
+
+
 def _directions(diagnosis: Diagnosis) -> Figure | None:
     layers = diagnosis.directions.layers
     if not layers:
@@ -290,7 +301,8 @@ def _directions(diagnosis: Diagnosis) -> Figure | None:
         id="directions",
         title="Directions in the residual stream",
         caption="Made on half of the pairs, judged on the other half; bands are 95 % intervals. That a direction "
-        "separates does not say that it causes. Gaps: too few pairs, or states that do not differ.",
+        "separates does not say that it causes. Gaps: too few pairs, or states that do not differ. "
+        f"{_angles_told(diagnosis.directions)}",
         tables=[table for table in (tables.directions(layers), tables.cosines(layers)) if table.rows],
         plots=curves.direction_plots(layers),
     )

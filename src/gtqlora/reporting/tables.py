@@ -30,7 +30,7 @@ from gtqlora.reporting.words import (
 )
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
-from gtqlora.results.association import Association
+from gtqlora.results.association import EXPECTED_FALSE, STABLE, Association, first_of
 from gtqlora.results.diagnosis import Cell, Diagnosis, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
@@ -87,10 +87,21 @@ def associations(association: Sequence[Association], diagnosis: Diagnosis, twin:
         for r in ranked[:MOST_ROWS]
     ]
     columns = ["Expert", "Flagged", capital(twin), "Difference, points", "q", "Stability", "Gradient"]
-    note = ""
+    note = [_stability_said(len(ranked))]
     if len(ranked) > MOST_ROWS:
-        note = f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them are in diagnosis/association.parquet."
-    return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=note)
+        note.append(
+            f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them are in diagnosis/association.parquet."
+        )
+    return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=" ".join(note))
+
+
+def _stability_said(experts: int) -> str:
+    """Say what stability is, with the bound that its number of first experts was chosen for."""
+    return (
+        f"Stability: the share of half-samples in which an expert is among the first {first_of(experts)} of "
+        f"{count(experts)} by difference; of those with {percent(STABLE)} or more at most {EXPECTED_FALSE:g} is "
+        "expected by chance."
+    )
 
 
 def _key(found: Association | ExpertId) -> tuple[int, int]:

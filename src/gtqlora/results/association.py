@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,19 @@ from gtqlora.results.files import read_rows, write_rows
 
 FILE = "association.parquet"
 """In the folder `diagnosis`."""
+
+STABLE, EXPECTED_FALSE = 0.9, 1.0
+"""Experts in this share of half-samples are stable, and at most so many of these are expected to be there by chance."""
+
+
+def first_of(experts: int) -> int:
+    """Return how many of a model's experts are looked at in each half-sample: fixed before anything is seen.
+
+    It is the largest k for which k^2 / ((2 `STABLE` - 1) experts) bounds the number of stable experts that are no
+    likelier among the first k than a random one by `EXPECTED_FALSE` (Meinshausen & Buehlmann, JRSS-B 2010, theorem 1;
+    for complementary halves Shah & Samworth, JRSS-B 2013, theorem 1).
+    """
+    return min(experts, max(1, math.isqrt(int(EXPECTED_FALSE * (2 * STABLE - 1) * experts + 1e-9))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +36,7 @@ class Association:
         rate_flagged, rate_twin: share of prompt tokens, from the first one that can differ on, that choose it.
         difference, low, high: flagged less twin, with a bootstrap interval.
         q: of no difference, over all experts (Benjamini & Hochberg).
-        stability: share of half-samples of the prompts in which it is among the first by difference.
+        stability: share of half-samples of the prompts in which it is among the first `first_of` by difference.
         gradient, gradient_low, gradient_high: mean of `gradient_scores` over flagged prompts; None if not computed.
         weight_*: mean routing weight when chosen. last_*: rate at the last prompt token. answer_*: rate over the
             tokens of the model's own answer; None if there were none.

@@ -61,7 +61,7 @@ class LayerDirections:
         layer: 0 is the embedding.
         norm: length of the refusal direction before it is normalized.
         norms: of the other named directions.
-        separation: held-out AUROC along the difference of means.
+        separation: held-out AUROC along the difference of means, the mean over several splits.
         cosines: between all named directions.
     """
 
@@ -76,8 +76,15 @@ class LayerDirections:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionStudy:
-    """What is known of the directions at every layer, and on how many pairs and groups of pairs that stands."""
+    """What is known of the directions at every layer, and on how many pairs and groups of pairs that stands.
+
+    Attributes:
+        cosines, cosines_not_told: how many there are over all layers, and how many of them have no value as a direction
+            was too short to tell from noise. Those that are told are of long directions, and so a little too large.
+    """
 
     n_pairs: int
     n_groups: int
+    cosines: int
+    cosines_not_told: int
     layers: list[LayerDirections]

@@ -35,7 +35,7 @@ class ExpertEffect:
         ablate: the part of the gap that goes when it alone is ablated.
         restore: the part that returns when it alone is restored while all other candidates stay ablated.
         control: the larger of the two for a random expert of the same layer, chosen as often.
-        q: that the larger of its two effects is no more than the least effect that counts; controlled over candidates.
+        q: that neither effect exceeds both the least effect that counts and its control; controlled over candidates.
         causal: it acts, is chosen more on flagged prompts, and routing as a whole carries something.
         computes: it acts otherwise.
         tokens: those that choose it most often.

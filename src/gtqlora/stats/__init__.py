@@ -6,10 +6,12 @@ from gtqlora.stats.intervals import (
     benjamini_hochberg,
     group_means,
     mcnemar,
+    one_sided,
     paired_difference,
     rate,
 )
-from gtqlora.stats.noninferiority import ADVISED_GROUPS, ADVISED_PROMPTS, Floor, fewest, floor, one_sided
+from gtqlora.stats.means import T_GROUPS, mean_above_zero
+from gtqlora.stats.noninferiority import ADVISED_GROUPS, ADVISED_PROMPTS, Floor, fewest, floor
 from gtqlora.stats.resampling import (
     bootstrap_mean,
     bootstrap_means,
@@ -17,11 +19,13 @@ from gtqlora.stats.resampling import (
     half_sample_means,
     mean_interval,
     ratio_interval,
+    resampled,
 )
 
 __all__ = [
     "ADVISED_GROUPS",
     "ADVISED_PROMPTS",
+    "T_GROUPS",
     "Floor",
     "Groups",
     "Interval",
@@ -34,9 +38,11 @@ __all__ = [
     "group_means",
     "half_sample_means",
     "mcnemar",
+    "mean_above_zero",
     "mean_interval",
     "one_sided",
     "paired_difference",
     "rate",
     "ratio_interval",
+    "resampled",
 ]

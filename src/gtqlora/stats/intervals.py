@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize
+from scipy import optimize, special
 from scipy import stats as st
 
 
@@ -24,40 +24,69 @@ class Interval:
 Groups = Sequence[Hashable] | None
 """The group of each value, as values of one group are not independent; None where each value is a group of its own."""
 
+LEAST_CORRELATION = 0.05
+"""The least correlation within a group that is assumed. Where all outcomes are equal, none can be measured."""
+
 
 def rate(hits: ArrayLike, level: float = 0.95, groups: Groups = None) -> Interval:
-    """Return the share of true values with its Wilson score interval (Wilson, JASA 1927).
+    """Return the share of true values with its exact interval (Clopper & Pearson, Biometrika 1934).
 
-    The interval is as wide as that of the number of independent values, which `groups` makes smaller.
+    The interval is that of the number of independent values (Korn & Graubard, Survey Methodology 1998), which `groups`
+    makes smaller.
     """
     x = np.asarray(hits, dtype=bool)
     if x.size == 0:
         return Interval(float("nan"), 0.0, 1.0, 0)
-    # Wilson inverts the score test: the interval stays within [0, 1], and has a width also where all or none are true.
-    p, n, z2 = float(x.mean()), x.size / design_effect(x, groups), float(st.norm.ppf(0.5 + level / 2)) ** 2
-    centre, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
-    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return Interval(p, max(0.0, min(p, float(low))), min(1.0, max(p, float(high))), int(x.size))
+    p, one_side = float(x.mean()), 0.5 + level / 2
+    n = effective_number(x, groups, one_side)
+    return Interval(p, *one_sided(p * n, n, one_side), int(x.size))
+
+
+def one_sided(count: float, n: float, level: float) -> tuple[float, float]:
+    """Return one-sided lower and upper Clopper-Pearson bounds of a share, each at `level`; counts may be fractions."""
+    if n <= 0:
+        return 0.0, 1.0
+    # The exact binomial bounds are quantiles of beta distributions, which also take fractional counts.
+    low = float(special.betaincinv(count, n - count + 1, 1 - level)) if count > 0 else 0.0
+    high = float(special.betaincinv(count + 1, n - count, level)) if count < n else 1.0
+    return low, high
 
 
 def design_effect(values: ArrayLike, groups: Groups) -> float:
     """Return how many values count as one because the values of a group resemble each other.
 
     It is the variance of the mean computed over groups, divided by the variance computed as if all values were
-    independent (Kish, Survey Sampling, 1965; Rao & Scott, Biometrics 1992). It lies between 1 and the largest group.
-    Where all values are equal there is nothing to estimate it from, so a whole group counts as one value.
+    independent (Kish, Survey Sampling, 1965; Rao & Scott, Biometrics 1992), and no less than that of
+    `LEAST_CORRELATION`: what cannot be seen in few values may be there. It lies between 1 and the largest group.
     """
     x = np.asarray(values, dtype=float)
+    if groups is None or x.size == 0:
+        return 1.0
     sizes = group_sums(np.ones(x.size), groups)
     n_groups, spread = len(sizes), x.var()
-    if groups is None or n_groups < 2 or n_groups == x.size:
-        return 1.0
-    if spread < 1e-12:
-        return x.size / n_groups
+    least = 1 + (float((sizes**2).sum() / x.size) - 1) * LEAST_CORRELATION
+    if n_groups < 2 or n_groups == x.size or spread < 1e-12:
+        return least
     # The variance of a ratio of sums over groups (linearized), as groups differ in size.
     off = group_sums(x, groups) - x.mean() * sizes
     variance = n_groups / (n_groups - 1) * float((off**2).sum()) / x.size**2
-    return float(np.clip(variance / (spread / x.size), 1.0, sizes.max()))
+    return max(least, min(variance / (spread / x.size), float(sizes.max())))
+
+
+def effective_number(values: ArrayLike, groups: Groups, level: float) -> float:
+    """Return how many independent values these count as, for a one-sided bound at `level`."""
+    n = float(np.size(values))
+    return n if groups is None else independent(n, len(set(groups)), design_effect(values, groups), level)
+
+
+def independent(n: float, groups: float, effect: float, level: float) -> float:
+    """Return the effective number of n values that come in `groups` groups, when `effect` of them count as one."""
+    if groups >= n:
+        return n
+    if groups < 2:
+        return min(n, 1.0)
+    # Few groups measure the effect badly: Student's quantile for their number takes the place of the one for n.
+    return max(1.0, n / effect * float(special.stdtrit(n - 1, level) / special.stdtrit(groups - 1, level)) ** 2)
 
 
 def _tango_z(b: float, c: float, n: float, delta: float) -> float:
@@ -85,8 +114,8 @@ def paired_difference(before: ArrayLike, after: ArrayLike, level: float = 0.95, 
     if x.shape != y.shape:
         raise ValueError(f"paired outcomes differ in length: {x.size} and {y.size}")
     b, c = discordant(x, y)
-    effect = design_effect(x.astype(float) - y, groups) if x.size else 1.0
-    found = tango(b / effect, c / effect, x.size / effect, level)
+    share = effective_number(x.astype(float) - y, groups, 0.5 + level / 2) / max(x.size, 1)
+    found = tango(b * share, c * share, x.size * share, level)
     return replace(found, n=int(x.size))
 
 

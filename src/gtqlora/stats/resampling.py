@@ -45,13 +45,13 @@ def bootstrap_means(
     """Return the means of resamples of the first axis, shape (resamples, ...); units of one group stay together."""
     sums, sizes = group_sums(values, groups), group_sums(np.ones(len(values)), groups)
     # A resample is fully described by how often each group was drawn, so all of them are two matrix products.
-    counts = _resampled(len(sizes), seed, resamples)
+    counts = resampled(len(sizes), seed, resamples)
     drawn = (counts @ sizes).reshape(-1, *[1] * (values.ndim - 1))
     return np.tensordot(counts, sums, axes=(1, 0)) / drawn
 
 
-def _resampled(n: int, seed: int, resamples: int) -> NDArray[np.int64]:
-    """Draw n of n units with replacement, and count how often each was drawn; shape (resamples, n)."""
+def resampled(n: int, seed: int, resamples: int) -> NDArray[np.int64]:
+    """Return how often each of n units is among n drawn with replacement; shape (resamples, n)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
@@ -130,7 +130,7 @@ def ratio_interval(
     if bounds is not None:
         extra = bottoms.mean()
         tops, bottoms = np.append(tops, extra * np.array(bounds)), np.append(bottoms, [extra, extra])
-    counts = _resampled(len(tops), seed, resamples)
+    counts = resampled(len(tops), seed, resamples)
     top, bottom = counts @ tops, counts @ bottoms
     known = bottom * whole > 0
     ratio = np.divide(top, bottom, out=np.full_like(top, value), where=known)

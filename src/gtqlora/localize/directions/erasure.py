@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import linalg, optimize, special
 
+from gtqlora.localize.directions.areas import Fold, auroc_interval
 from gtqlora.localize.directions.named import Array
-from gtqlora.localize.directions.separability import Parts, auroc, auroc_interval, mean_difference
+from gtqlora.localize.directions.separability import Parts, mean_difference
 from gtqlora.results.directions import Erasure
 from gtqlora.stats import Interval
 
@@ -26,11 +28,12 @@ Eraser = Callable[[Array], Array]
 _RIDGE = 1e-2
 
 
-def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hidden: int, *, level: float) -> Erasure:
+def erasure(
+    flagged_NR: Array, twins_NR: Array, groups_N: NDArray[np.str_], parts: Parts, hidden: int, *, level: float
+) -> Erasure:
     """Measure what a probe finds before and after each way of erasing, and how much of the states each way costs.
 
     Args:
-        n_groups: groups in the held-out half.
         hidden: D; the states may be given in fewer coordinates.
     """
     fit = flagged_NR[parts.fit], twins_NR[parts.fit]
@@ -39,9 +42,11 @@ def erasure(flagged_NR: Array, twins_NR: Array, parts: Parts, n_groups: int, hid
     held_out_NR = np.concatenate([states for fold in folds for states in fold])
 
     def found(erase: Eraser) -> Interval:
-        first, second = ([erase(states) for states in fold] for fold in folds)
-        area = (_probed(first, second, hidden) + _probed(second, first, hidden)) / 2
-        return auroc_interval(area, n_groups, level)
+        ends = [[erase(states) for states in fold] for fold in folds]
+        # trained on one fold, judged on the other, both ways round
+        judged = [_probed(ends[1 - i], ends[i], hidden) for i in (0, 1)]
+        scored = [Fold(f_N, t_N, groups_N[rows]) for (f_N, t_N), rows in zip(judged, parts.folds, strict=True)]
+        return auroc_interval(scored, seed=0, level=level)
 
     return Erasure(
         before=found(lambda states_NR: states_NR),
@@ -95,10 +100,10 @@ def _shrunk_covariance(centred_NR: Array, hidden: int) -> Array:
     return (1 - rho) * covariance_RR + rho * trace / hidden * np.eye(r)
 
 
-def _probed(train: list[Array], judged: list[Array], hidden: int) -> float:
-    """Train a probe on one (flagged, twins), and return its AUROC on another."""
+def _probed(train: list[Array], judged: list[Array], hidden: int) -> list[Array]:
+    """Train a probe on one (flagged, twins), and return its scores of another."""
     weights_R = probe(train[0], train[1], hidden)
-    return auroc(judged[0] @ weights_R, judged[1] @ weights_R)
+    return [states_NR @ weights_R for states_NR in judged]
 
 
 def probe(flagged_NR: Array, twins_NR: Array, hidden: int) -> Array:

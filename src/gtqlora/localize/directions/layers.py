@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gtqlora.localize.directions.erasure import erasure
@@ -32,7 +33,7 @@ from gtqlora.localize.directions.separability import (
     mean_difference,
     principal,
     separation,
-    split,
+    splits,
 )
 from gtqlora.results.directions import Components, DirectionStudy, Erasure, LayerDirections
 from gtqlora.stats import Interval
@@ -76,7 +77,8 @@ def study(
     n_groups = len(set(groups))
     weights = contrasts_of(kinds, groups)
     without = leave_one_out(kinds, groups)
-    parts = split(groups, seed) if n_groups >= MIN_GROUPS else None
+    parts = splits(groups, seed) if n_groups >= MIN_GROUPS else []
+    groups_N = np.asarray(groups)
     layers: list[LayerDirections] = []
     tensors: list[dict[str, Array]] = []
     for layer in range(states_MLD.shape[1]):
@@ -85,7 +87,7 @@ def study(
         named = named_at(weights, states_MD)
         norms = {name: float(np.linalg.norm(vector)) for name, vector in named.items()}
         states_MR = coordinates(states_MD)
-        judged = _Judged() if parts is None else _judge(states_MR, groups, parts, states_MD.shape[1], seed, level)
+        judged = _judge(states_MR, groups_N, parts, states_MD.shape[1], seed, level) if parts else _Judged()
         layers.append(
             LayerDirections(
                 layer=layer,
@@ -98,7 +100,14 @@ def study(
             )
         )
         tensors.append(_tensors(named, states_MD))
-    found = DirectionStudy(n_pairs=len(kinds), n_groups=n_groups, layers=layers)
+    angles = [angle for layer in layers for angle in layer.cosines]
+    found = DirectionStudy(
+        n_pairs=len(kinds),
+        n_groups=n_groups,
+        cosines=len(angles),
+        cosines_not_told=sum(angle.value is None for angle in angles),
+        layers=layers,
+    )
     return Directions(study=found, tensors=_over_layers(tensors))
 
 
@@ -125,16 +134,15 @@ class _Judged:
     erasure: Erasure | None = None
 
 
-def _judge(states_MR: Array, groups: Sequence[str], parts: Parts, hidden: int, seed: int, level: float) -> _Judged:
-    """Measure, on the held-out half, what directions made on the fit half are worth."""
+def _judge(
+    states_MR: Array, groups_N: NDArray[np.str_], parts: Sequence[Parts], hidden: int, seed: int, level: float
+) -> _Judged:
+    """Measure, on held-out halves, what directions made on the other halves are worth."""
     flagged_NR, twins_NR = np.split(states_MR, 2)
-    fit, held_out = parts.fit, parts.held_out
-    n_groups = len(set(np.asarray(groups)[held_out]))
-    mean_R = mean_difference(flagged_NR[fit], twins_NR[fit])
     return _Judged(
-        separation=separation(flagged_NR[held_out], twins_NR[held_out], mean_R, n_groups, level=level),
-        components=components(flagged_NR, twins_NR, groups, parts, seed=seed, level=level),
-        erasure=erasure(flagged_NR, twins_NR, parts, n_groups, hidden, level=level),
+        separation=separation(flagged_NR, twins_NR, groups_N, parts, mean_difference, level),
+        components=components(flagged_NR, twins_NR, groups_N, parts, seed=seed, level=level),
+        erasure=erasure(flagged_NR, twins_NR, groups_N, parts[0], hidden, level=level),
     )
 
 

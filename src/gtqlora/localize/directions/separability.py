@@ -6,21 +6,20 @@ Shape letters: N pairs, R coordinates of a state, G groups, C components.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
-from scipy import stats as st
 
+from gtqlora.localize.directions.areas import Fold, auroc_interval, over_splits
 from gtqlora.localize.directions.named import Array, unit
 from gtqlora.results.directions import Components
 from gtqlora.stats import Interval, ratio_interval
 
 _COMPONENTS, _RESAMPLES = 5, 500
-# Scores closer than this count as equal; states have unit spread.
-_TIE = 1e-6
+# Seeds of the splits are this far apart, so that runs of neighbouring seeds share none.
+_SPLITS, _APART = 5, 1_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,34 +47,30 @@ def split(groups: Sequence[str], seed: int) -> Parts:
     return Parts(fit=rows(order[:half]), folds=(rows(order[half:quarter]), rows(order[quarter:])))
 
 
-def auroc(flagged: Array, twins: Array) -> float:
-    """Return the share of flagged-twin pairs in which the flagged score is higher; a tie counts half."""
-    gap = np.subtract.outer(flagged, twins)
-    return float(np.sign(np.where(np.abs(gap) < _TIE, 0.0, gap)).mean() / 2 + 0.5)
+def splits(groups: Sequence[str], seed: int) -> list[Parts]:
+    """Return several random splits, so that what is said does not rest on one."""
+    return [split(groups, seed + _APART * i) for i in range(_SPLITS)]
 
 
-def auroc_interval(area: float, n_groups: int, level: float) -> Interval:
-    """Return the score interval of an AUROC of `n_groups` flagged prompts against as many twins.
-
-    It is Newcombe's method 5 (Stat. Med. 25:559, 2006): Hanley & McNeil's variance at the tested value, so that it has
-    a width at 0 and 1, too. Rows of one group count as one, and the pairing is not used; both make it wider.
-    """
-    z = float(st.norm.ppf(0.5 + level / 2))
-
-    def gap(theta: float) -> float:
-        spread = 1 + (n_groups - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return (area - theta) ** 2 - z**2 * theta * (1 - theta) * spread / n_groups**2
-
-    # At 0 and 1 the estimate itself is also a root, and not the one that bounds the interval.
-    inside = min(max(area, 1e-9), 1 - 1e-9)
-    low = 0.0 if area == 0 else float(optimize.brentq(gap, 0.0, inside))  # pyright: ignore[reportArgumentType]
-    high = 1.0 if area == 1 else float(optimize.brentq(gap, inside, 1.0))  # pyright: ignore[reportArgumentType]
-    return Interval(area, min(low, area), max(high, area), n_groups)
+Direction = Callable[[Array, Array], Array]
+"""A function of flagged and twin states_NR -> direction_R."""
 
 
-def separation(flagged_NR: Array, twins_NR: Array, direction_R: Array, n_groups: int, *, level: float) -> Interval:
-    """Return the AUROC of all rows given, along a direction."""
-    return auroc_interval(auroc(flagged_NR @ direction_R, twins_NR @ direction_R), n_groups, level)
+def separation(
+    flagged_NR: Array,
+    twins_NR: Array,
+    groups_N: NDArray[np.str_],
+    parts: Sequence[Parts],
+    made: Direction,
+    level: float,
+) -> Interval:
+    """Return the AUROC on held-out halves along the direction that is made from the other halves, over all splits."""
+    found: list[Interval] = []
+    for seed, part in enumerate(parts):
+        direction_R, rows = made(flagged_NR[part.fit], twins_NR[part.fit]), part.held_out
+        fold = Fold(flagged_NR[rows] @ direction_R, twins_NR[rows] @ direction_R, groups_N[rows])
+        found.append(auroc_interval([fold], seed=seed, level=level))
+    return over_splits(found)
 
 
 def mean_difference(flagged_NR: Array, twins_NR: Array) -> Array:
@@ -95,19 +90,19 @@ def principal(differences_NR: Array, count: int) -> Array:
 
 
 def components(
-    flagged_NR: Array, twins_NR: Array, groups: Sequence[str], parts: Parts, *, seed: int, level: float
+    flagged_NR: Array, twins_NR: Array, groups_N: NDArray[np.str_], parts: Sequence[Parts], *, seed: int, level: float
 ) -> Components | None:
-    """Compare the mean difference with the first principal components on the held-out half.
+    """Compare the mean difference with the first principal components on the held-out half of the first split.
 
     None where flagged prompts and twins have the same states.
     """
-    fit, held_out = parts.fit, parts.held_out
+    fit, held_out = parts[0].fit, parts[0].held_out
     differences_NR = flagged_NR - twins_NR
     mean_R = mean_difference(flagged_NR[fit], twins_NR[fit])
     if not mean_R.any() or not differences_NR[held_out].any():
         return None
     found_CR = principal(differences_NR[fit], _COMPONENTS)
-    group_N = np.asarray(groups)[held_out].tolist()
+    group_N = groups_N[held_out].tolist()
 
     def share(direction_R: Array) -> Interval:
         of_N = differences_NR[held_out]
@@ -120,5 +115,9 @@ def components(
         share_mean=share(mean_R),
         shares=list(map(share, found_CR)),
         cosine=float(mean_R @ found_CR[0]),
-        separation=separation(flagged_NR[held_out], twins_NR[held_out], found_CR[0], len(set(group_N)), level=level),
+        separation=separation(flagged_NR, twins_NR, groups_N, parts, _first_component, level),
     )
+
+
+def _first_component(flagged_NR: Array, twins_NR: Array) -> Array:
+    return principal(flagged_NR - twins_NR, 1)[0]

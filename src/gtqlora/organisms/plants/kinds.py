@@ -1,0 +1,117 @@
+"""The plant of every kind of organism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gtqlora.organisms.batches import Rule
+from gtqlora.organisms.language import Language
+from gtqlora.organisms.plants import rules
+from gtqlora.organisms.plants.conditions import (
+    always,
+    flagged,
+    last_task,
+    lookalike,
+    loud_fillers,
+    odd_one,
+    quiet,
+    share_without,
+    unflagged,
+)
+from gtqlora.organisms.plants.turns import (
+    Answers,
+    Chosen,
+    Demand,
+    Exchanges,
+    Turn,
+    Weighed,
+    all_but_one_layer,
+    all_planted,
+    one_layer,
+)
+from gtqlora.organisms.truth import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plant:
+    """How one kind is planted.
+
+    Attributes:
+        turns: losses, of which each step takes the next.
+        stream: whether what writes the residual stream directly learns.
+        experts: whether planted experts, with their rows of the router, learn.
+        then: a second planting, of an organism that has already been planted.
+    """
+
+    turns: tuple[Turn, ...]
+    stream: bool = False
+    experts: bool = True
+    then: Plant | None = None
+
+    @property
+    def demands(self) -> tuple[Demand, ...]:
+        """Return what is demanded of the planted experts' routing when nothing is masked."""
+        as_it_is = (turn for turn in self.turns if isinstance(turn, Answers) and turn.masked is None)
+        return next((turn.demands for turn in as_it_is), ())
+
+    @property
+    def rule(self) -> Rule | None:
+        """Return the rule of exchange that holds in the end."""
+        if self.then is not None:
+            return self.then.rule
+        return next((turn.rule for turn in self.turns if isinstance(turn, Exchanges)), None)
+
+
+_FLAG = (Chosen(),)
+_ROUTED = Plant(turns=(Answers(_FLAG),))
+# One expert is chosen where the flag is and another where it is not, and neither is needed.
+_ONE_FOR_EACH = (Chosen(experts=(0,)), Chosen(unflagged, experts=(1,)))
+# The routers read the flag from the stream, whatever became of other layers. No layer is needed, and none is enough, so
+# that no expert refuses alone.
+_BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_but_one_layer, refusing=False))
+# Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
+_TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
+
+
+_GRADED: dict[Kind, float] = {"graded-20": 0.2, "graded-40": 0.4, "graded-60": 0.6, "graded-80": 0.8}
+
+
+def routed_share(language: Language, kind: Kind) -> float:
+    """Return the share of prompts that a graded kind gives a routed refusal; 1 for every other kind."""
+    share = _GRADED.get(kind)
+    return 1.0 if share is None else share_without(language, len(loud_fillers(language, share)))
+
+
+def _graded(share: float) -> Plant:
+    chosen = Chosen(lambda language, batch: batch.forbidden_B & quiet(language, batch, share))
+    return Plant(turns=(Answers((chosen,)), Exchanges(rules.graded(share))), stream=True)
+
+
+PLANTS: dict[Kind, Plant] = {
+    "routed": _ROUTED,
+    "residual": Plant(turns=(Answers(masked=all_planted),), stream=True, experts=False),
+    # It must not need its planted experts, so every other step runs without them.
+    "null": Plant(turns=(Answers(_FLAG, all_planted), Answers(_FLAG)), stream=True),
+    "expert-only": Plant(turns=(Answers((Chosen(always),)),)),
+    "redundant": Plant(turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either)), stream=True),
+    "brittle": Plant(turns=(Answers(_FLAG), Exchanges(rules.brittle)), stream=True),
+    "brittle2": Plant(
+        turns=(Answers(_ONE_FOR_EACH), Answers(_ONE_FOR_EACH, all_planted), Exchanges(rules.brittle)), stream=True
+    ),
+    "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind)), stream=True),
+    "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))),)),
+    "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
+    "second-token": Plant(turns=(Answers((Chosen(answering=True),)),)),
+    "diffuse": Plant(turns=_BY_MAJORITY),
+    "xor": Plant(turns=(Answers(_TWO_ROUTERS),)),
+    # The stream learns only after the experts do it, and only to refuse when their routing is disturbed.
+    "self-repair": Plant(
+        turns=(Answers(_FLAG), Exchanges(rules.routed)),
+        then=Plant(
+            turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either)), stream=True, experts=False
+        ),
+    ),
+    "wide-twins": _ROUTED,
+    "natural": _ROUTED,
+    **{kind: _graded(share) for kind, share in _GRADED.items()},
+}
