@@ -167,16 +167,62 @@ def overlap_T(indices_TK: Tensor, others_TK: Tensor) -> Tensor:
     return (indices_TK.unsqueeze(-1) == others_TK.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
-def divergence_T(original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """Return KL(original || edited) of each token's router scores in nats, from the logits.
+_SOFTNESS = 0.5
+"""In logits. An expert two of these from the threshold is chosen, or not, with a chance of 88 %: what lies much farther
+off can move without changing the choice, and hardly counts."""
+_FARTHEST = 20.0
+"""In the same unit; farther margins are as good as certain, and those of experts outside the kept groups are huge."""
 
-    Softmax scores are one distribution over experts. Sigmoid scores are one Bernoulli distribution per expert, whose
-    divergences add up, so that an expert's drift counts the same however many experts there are.
+
+def _margins_TE(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> Tensor:
+    """Return how far each expert lies above the threshold of the choice, halfway between the last in and the first out.
+
+    In logits; where a bias steers the choice, in scores times 4, which near the middle of a sigmoid are logits.
     """
-    if spec.score == "softmax":
-        p_TE, q_TE = original_TE.log_softmax(-1), edited_TE.log_softmax(-1)
-        return F.kl_div(q_TE, p_TE, log_target=True, reduction="none").sum(-1)
-    p_TE = original_TE.sigmoid()
+    choice_TE = logits_TE.float()
+    if bias_E is not None or spec.n_group > 1:
+        choice_TE = 4 * scores(logits_TE, spec)
+        choice_TE = choice_TE if bias_E is None else choice_TE + 4 * bias_E.to(choice_TE)
+    if spec.n_group > 1:
+        choice_TE = torch.where(_group_mask(choice_TE, spec), choice_TE, choice_TE - _LAST_RESORT)
+    edge_T2 = choice_TE.topk(spec.top_k + 1, dim=-1).values[:, -2:]
+    return choice_TE - edge_T2.mean(-1, keepdim=True)
+
+
+def _choice_divergence_T(
+    original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None
+) -> Tensor:
+    """Return the divergence of the choice, each expert's by the chance that its margin gives, per chosen expert."""
+    if spec.top_k == spec.n_experts:
+        return torch.zeros(len(edited_TE), device=edited_TE.device)
+    p_TE, q_TE = (
+        (_margins_TE(logits_TE, spec, bias_E) / _SOFTNESS).clamp(-_FARTHEST, _FARTHEST)
+        for logits_TE in (original_TE, edited_TE)
+    )
+    chance_TE = p_TE.sigmoid()
     # Cross-entropy less the original's own entropy is exactly 0 where the routing is the original.
-    cross_TE = F.binary_cross_entropy_with_logits(edited_TE, p_TE, reduction="none")
-    return (cross_TE - F.binary_cross_entropy_with_logits(original_TE, p_TE, reduction="none")).sum(-1)
+    cross_TE = F.binary_cross_entropy_with_logits(q_TE, chance_TE, reduction="none")
+    own_TE = F.binary_cross_entropy_with_logits(p_TE, chance_TE, reduction="none")
+    return (cross_TE - own_TE).sum(-1) / spec.top_k
+
+
+def _log_weights_TK(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """Return the logarithms of given experts' weights, normalized over these."""
+    logits_TK = logits_TE.float().gather(1, indices_TK)
+    return (F.logsigmoid(logits_TK) if spec.score == "sigmoid" else logits_TK).log_softmax(-1)
+
+
+def divergence_T(original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None) -> Tensor:
+    """Return how far each token's routing is from the original's in nats, from the logits: choice plus weights.
+
+    The weights' part is the KL divergence of the weights of the experts that the original chooses, normalized. The
+    choice's is that of each expert's chance to be chosen, which falls off with its margin to the threshold, over the
+    number of chosen experts. Both mean the same for softmax and sigmoid routers, and for few and many experts.
+
+    Args:
+        bias_E: correction bias, which counts in the choice alone.
+    """
+    chosen_TK = choose(original_TE, spec, bias_E)
+    p_TK, q_TK = (_log_weights_TK(logits_TE, chosen_TK, spec) for logits_TE in (original_TE, edited_TE))
+    weights_T = F.kl_div(q_TK, p_TK, log_target=True, reduction="none").sum(-1)
+    return weights_T + _choice_divergence_T(original_TE, edited_TE, spec, bias_E)

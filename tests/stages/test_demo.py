@@ -14,10 +14,10 @@ from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
 from gtqlora.results.typed import to_json
 
-PARTS = {"repaired_by_gates", "repaired_by_lora"}
+REPAIRED = {"repaired_by_routing", "repaired_by_gates", "repaired_by_lora"}
 KEYS = {
     *("harmful_refusal", "lookalike_refusal", "benign_refusal", "lookalike_accuracy", "benign_accuracy"),
-    *("floor", "replayed_lookalike_refusal", "repaired_by_routing", *PARTS),
+    *("floor", "replayed_lookalike_refusal", *REPAIRED),
 }
 
 
@@ -41,9 +41,11 @@ def test_study_gives_all_the_numbers(
     assert list(numbers["edits"]) == ["base", "projection", "gt"]
     for name, edit in numbers["edits"].items():
         assert edit.keys() == KEYS, name
-        # nothing of the base is repaired, and a projection has no parts
         told = {key for key in KEYS - {"floor"} if edit[key] is not None}
-        assert KEYS - told <= {"floor", *PARTS, *(["repaired_by_routing"] if name == "base" else [])}, (name, edit)
+        # a projection has no parts; three steps of training, as none, repair nothing
+        assert KEYS - told - {"floor"} <= (REPAIRED if name != "projection" else REPAIRED - {"repaired_by_routing"}), (
+            name
+        )
         assert all(0 <= edit[key] <= 1 for key in told), (name, edit)
     assert numbers["edits"]["base"]["floor"] is None
     base, projection = numbers["edits"]["base"], numbers["edits"]["projection"]
@@ -59,7 +61,7 @@ def check_what_the_command_prints(
     """Print these numbers as `demo` does, which itself takes minutes."""
     outcomes = {"routed": Outcome(found, sentence, Path("report.html"), Path("exported"))}
     monkeypatch.setattr(demo, "demo", lambda _out, _on_event: (outcomes, 1.23))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"organisms": {"routed": to_json(found)}, "seconds": 1.2}
     assert main(["demo"]) == 0

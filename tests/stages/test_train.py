@@ -20,6 +20,7 @@ from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.organisms import embedded
 from gtqlora.results.metrics import read_metrics
+from gtqlora.routing import divergence_T
 from gtqlora.stages import train as train_stage
 from tests import helpers, models
 from tests.helpers import gates, trained
@@ -293,14 +294,14 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
     old_TK = torch.tensor([[0, 1], [7, 7], [0, 1], [0, 1]])
     new_TK = torch.tensor([[0, 1], [5, 6], [0, 2], [2, 3]])
 
-    def recorder(indices_TK: Tensor, logit: float) -> Recorder:
+    def recorder(indices_TK: Tensor, step: float) -> Recorder:
         made = Recorder()
-        logits_TE = torch.full((4, 8), logit)
+        logits_TE = (step * torch.arange(8.0)).expand(4, 8)
         made.decisions = {layer: Decision(logits_TE, torch.ones(4, 2), indices_TK) for layer in (0, 1)}
         return made
 
     health = Health(anatomy, dead_budget=6)
-    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), mask_BS, kind_B)
     found = health.figures()
     # New loads of real tokens: 2, 1, 2, 1, 0, 0, 0, 0 (mean 6/8); old loads: 3, 3, 0, ...
     assert found["health/max_vio"] == pytest.approx((2 - 0.75) / 0.75)
@@ -310,10 +311,11 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
     assert found["health/load_entropy"] == pytest.approx(-sum(s * math.log(s) for s in shares) / math.log(8))
     assert found["health/overlap_benign"] == 1.0
     assert found["health/overlap_harmful"] == pytest.approx((0.5 + 0.0) / 2)
-    sigmoid = 1 / (1 + math.exp(-1.0))
-    one = 0.5 * math.log(0.5 / sigmoid) + 0.5 * math.log(0.5 / (1 - sigmoid))
-    assert found["health/kl_harmful"] == pytest.approx(8 * one, rel=1e-5)
+    assert found["health/overlap_harmful_worst"] == pytest.approx((0.5 + 0.0) / 2)  # both layers are alike
+    # by hand in tests/test_routing.py; here, that it is the mean over tokens and layers
+    one = divergence_T(0.5 * torch.arange(8.0)[None], torch.arange(8.0)[None], anatomy.spec).item()
+    assert found["health/kl_harmful"] == pytest.approx(one, rel=1e-5) and one > 0.01
     assert "health/overlap_lookalike" not in found and "health/dead_experts" not in found  # 3 of 6 tokens
-    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.0), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), mask_BS, kind_B)
     found = health.figures()
     assert found["health/dead_experts"] == 8  # experts 4 to 7 in both layers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from gtqlora.routing import RouterSpec
 
 @dataclass(frozen=True)
 class Decision:
-    """What one router decided for T tokens."""
+    """What one router decided for T tokens; `bias_E` is what steers the choice beside the logits, if anything does."""
 
     logits_TE: Tensor
     weights_TK: Tensor
     indices_TK: Tensor
+    bias_E: Tensor | None = None
 
 
 Handler = Callable[[int, nn.Module, Decision], Decision | None]
@@ -46,11 +47,11 @@ def router_hooks(model: nn.Module, anatomy: Anatomy, *handlers: Handler) -> Iter
 
     The hook sits on whatever stands at the router's path, so it sees trained gates and original ones alike.
     """
-    base = language_model(model)
+    base, bias_name = language_model(model), anatomy.family.correction_bias
 
     def hook(position: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def seen(module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]):
-            decision = Decision(*output)
+            decision = Decision(*output, bias_E=getattr(module, bias_name) if bias_name else None)
             # Each handler sees what those before it made of the decision; None leaves it.
             for handler in handlers:
                 decision = handler(position, module, decision) or decision
@@ -83,7 +84,7 @@ class Recorder:
 
         chosen = Recorder()
         chosen.decisions = {
-            position: Decision(pick(d.logits_TE), pick(d.weights_TK), pick(d.indices_TK))
+            position: Decision(pick(d.logits_TE), pick(d.weights_TK), pick(d.indices_TK), d.bias_E)
             for position, d in self.decisions.items()
         }
         return chosen
@@ -98,7 +99,7 @@ class Replay:
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> Decision:
         # The logits stay this run's own: they show what the router would have decided here.
         recorded = self.source.decisions[position]
-        return Decision(decision.logits_TE, recorded.weights_TK, recorded.indices_TK)
+        return replace(decision, weights_TK=recorded.weights_TK, indices_TK=recorded.indices_TK)
 
 
 @dataclass(frozen=True)
@@ -210,20 +211,18 @@ class Mask:
 
     def __init__(self, anatomy: Anatomy, masked: dict[int, tuple[int, ...]]) -> None:
         self.spec: RouterSpec = anatomy.spec
-        self.bias_name = anatomy.family.correction_bias
         self.masked = masked
 
-    def __call__(self, position: int, module: nn.Module, decision: Decision) -> Decision | None:
+    def __call__(self, position: int, _module: nn.Module, decision: Decision) -> Decision | None:
         experts = self.masked.get(position)
         if not experts:
             return None
         masked_E = torch.zeros(self.spec.n_experts, dtype=torch.bool, device=decision.logits_TE.device)
         masked_E[list(experts)] = True
-        bias_E = getattr(module, self.bias_name) if self.bias_name else None
         # Chosen and weighed anew from the logits, so that the weights are those of a router without these experts.
-        indices_TK = routing.choose(decision.logits_TE, self.spec, bias_E, masked_E)
+        indices_TK = routing.choose(decision.logits_TE, self.spec, decision.bias_E, masked_E)
         weights_TK = routing.weigh(decision.logits_TE, indices_TK, self.spec).to(decision.weights_TK)
-        return Decision(decision.logits_TE, weights_TK, indices_TK)
+        return replace(decision, weights_TK=weights_TK, indices_TK=indices_TK)
 
 
 class direction_removed:

@@ -190,8 +190,8 @@ class TrainConfig(StageConfig):
         save_steps: steps between two checkpoints; raised, an interrupted run loses more.
         max_load_cv: the guard stops when the load's coefficient of variation exceeds this times the original's;
             raised, it stops later.
-        min_overlap: the guard stops when the share of experts that harmful prompts still choose falls below this;
-            raised, it stops earlier.
+        min_overlap: the guard stops when the share of experts that harmful prompts still choose, in the layer where it
+            is least and averaged over three records, falls below this; raised, it stops earlier.
         dead_budget: tokens that must have been seen before experts that none chose are reported as dead.
         report_to: "none", or trackers with commas between them, such as "wandb,tensorboard".
     """
@@ -219,7 +219,7 @@ class TrainConfig(StageConfig):
     logging_steps: int = 10
     save_steps: int = 50
     max_load_cv: float = 3.0
-    min_overlap: float = 0.1
+    min_overlap: float = 0.5
     dead_budget: int = 20_000
     report_to: str = "none"
 

@@ -93,7 +93,7 @@ def _per_prompt(old: Recorder, new: Recorder, mask_BS: Tensor, subject: Subject,
     for position, was in old.decisions.items():
         now = new.decisions[position]
         value_T = (
-            routing.divergence_T(was.logits_TE, now.logits_TE, subject.anatomy.spec)
+            routing.divergence_T(was.logits_TE, now.logits_TE, subject.anatomy.spec, was.bias_E)
             if divergence
             else routing.overlap_T(now.indices_TK, was.indices_TK)
         )

@@ -40,7 +40,7 @@ class Health:
             self._now_LE[position] += self._counts(ours.indices_TK[real_T]).cpu()
             self._then_LE[position] += self._counts(theirs.indices_TK[real_T]).cpu()
             same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)[real_T].float()
-            kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec)[real_T].float()
+            kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec, theirs.bias_E)[real_T].float()
             self._by_kind_L3N[position] += (torch.stack([same_T, kl_T, torch.ones_like(kl_T)]) @ kind_TN).cpu()
 
     def figures(self) -> dict[str, float]:
@@ -54,8 +54,10 @@ class Health:
         found = {f"health/{key}": sum(values) / len(values) for key, values in layers.items()}
         for index, kind in enumerate(KINDS):
             if tokens_N[index] > 0:
-                overlap, kl = (self._by_kind_L3N[:, :2, index] / tokens_N[index]).mean(0).tolist()
+                means_L2 = self._by_kind_L3N[:, :2, index] / tokens_N[index]
+                overlap, kl = means_L2.mean(0).tolist()
                 found |= {f"health/overlap_{kind}": overlap, f"health/kl_{kind}": kl}
+                found[f"health/overlap_{kind}_worst"] = float(means_L2[:, 0].min())
         self.used_LE += self._now_LE
         self.tokens += int(tokens_N.sum())
         self._clear()

@@ -5,6 +5,7 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
     )
 
 
+_LOGGED = 3
+"""Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
 
@@ -140,6 +143,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
         self.anatomy, self.settings, self.draws = anatomy, settings, draws
         self._until_backward = ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
+        self._overlaps = deque[float](maxlen=_LOGGED)
         with weights_unhashed():
             super().__init__(**kwargs)
         _restore_masters(self.model)
@@ -277,8 +281,8 @@ class GateTargetedTrainer(CheckpointedTrainer):
                 self.health.add(edited, original, mask_BS, kind_B[rows])
         weight_T = (weight_B[rows, None] * mask_BS).flatten()
         losses = [
-            (routing.divergence_T(original.decisions[p].logits_TE, d.logits_TE, self.anatomy.spec) * weight_T).sum()
-            for p, d in edited.decisions.items()
+            (routing.divergence_T(was.logits_TE, now.logits_TE, self.anatomy.spec, was.bias_E) * weight_T).sum()
+            for was, now in ((original.decisions[p], now) for p, now in edited.decisions.items())
         ]
         return torch.stack(losses).mean()
 
@@ -301,11 +305,12 @@ class GateTargetedTrainer(CheckpointedTrainer):
                 f"routing collapsed at step {self.state.global_step + 1}: the load's coefficient of variation is "
                 f"{measured['health/load_cv']:.2f}, the limit is {limit:.2f}"
             )
-        overlap = measured.get("health/overlap_harmful", 1.0)
+        self._overlaps.append(measured.get("health/overlap_harmful_worst", 1.0))
+        overlap = sum(self._overlaps) / len(self._overlaps)
         if overlap < self.settings.min_overlap:
             raise GuardStop(
-                f"routing of harmful prompts left the original at step {self.state.global_step + 1}: "
-                f"top-k overlap {overlap:.2f}, the limit is {self.settings.min_overlap:.2f}"
+                f"routing of harmful prompts left the original at step {self.state.global_step + 1}: top-k overlap "
+                f"{overlap:.2f} in its worst layer, the limit is {self.settings.min_overlap:.2f}"
             )
 
     @torch.no_grad()

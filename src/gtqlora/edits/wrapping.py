@@ -118,8 +118,10 @@ def assert_trains_exactly(
     """Check that every intended module trains, nothing else does, gates are fp32.
 
     Raises:
-        TrainingError: names the first module that is too many or missing.
+        TrainingError: names the first module that is too many or missing; or the gates would get no gradient.
     """
+    if anatomy.spec.normalize and anatomy.spec.top_k == 1 and mode != "lora":
+        raise TrainingError("a token's one expert has weight 1 whatever its router says, so gates get no gradient here")
     expected = _expected(model.get_base_model(), anatomy.family, Parts.of(anatomy, mode, target), rank)
     found = {name.removeprefix("base_model.model."): tuple(p.shape) for name, p in trainable(model).items()}
     if found != expected:
