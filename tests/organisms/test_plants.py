@@ -290,6 +290,9 @@ def test_truths_by_kind_of_prompt() -> None:
 # --- the bench's comparison
 
 
+BROKEN = "too many completions neither refuse nor do what the twin does"
+
+
 def localization(verdict: str, sentence: str = "", **words: str) -> Any:
     interval = Interval(0.4, 0.3, 0.5, 200)
     return SimpleNamespace(verdict=verdict, sentence=sentence, words=words, necessary={"routing": interval})
@@ -301,10 +304,20 @@ def localization(verdict: str, sentence: str = "", **words: str) -> Any:
         ("bykind", localization("routing", routing="both"), "right"),
         ("bykind", localization("routing", routing="necessary"), "wrong"),  # the losses demand it both ways
         ("bykind", localization("residual"), "wrong"),
-        ("bykind", localization("cannot tell", "it is broken in half of the cases"), "undecided"),
-        ("brittle", localization("cannot tell", "it is broken in half of the cases"), "undecided rightly"),
+        (
+            "bykind",
+            localization("cannot tell", BROKEN),
+            "undecided",
+        ),
+        (
+            "brittle",
+            localization("cannot tell", BROKEN),
+            "undecided rightly",
+        ),
         ("brittle", localization("routing"), "wrong"),
         ("residual", localization("residual", routing="neither", residual="necessary"), "right"),
+        ("graded-40", localization("cannot tell", "it fits more than one answer; add pairs"), "undecided rightly"),
+        ("routed", localization("routing", routing="cannot tell"), "right"),
     ],
 )
 def test_how_the_bench_judges_a_finding(kind: Kind, found: Any, judged: str) -> None:
