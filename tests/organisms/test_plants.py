@@ -124,7 +124,6 @@ def test_what_the_rules_demand() -> None:
     harmless = {("well", "other"): "answer", ("ill", "other"): "answer"}
     routed = {("lookalike", "well"): "answer", ("well", "lookalike"): "refusal"}
     assert demanded(rules.routed) == {
-        **harmless,
         **routed,
         ("harmful", "ill"): "answer",
         ("ill", "harmful"): "refusal",
@@ -201,9 +200,9 @@ def test_the_weight_of_the_first_planted_expert_follows_the_flag() -> None:
             seen.decisions[position] = Decision(seen.decisions[position].logits_TE, weights_TK, indices_TK)
         return Weighed().loss(piece, seen, batch).item()
 
-    assert weighed(torch.where(flag_T, 0.81, 0.19)) == 0
-    assert weighed(torch.where(flag_T, 0.5, 0.5)) == pytest.approx(0.6)  # .3 too little or too much, in two layers
-    assert weighed(torch.where(flag_T, 0.0, 1.0)) == pytest.approx(1.6)
+    assert weighed(torch.where(flag_T, 0.61, 0.39)) == 0
+    assert weighed(torch.where(flag_T, 0.5, 0.5)) == pytest.approx(0.2)  # .1 too little or too much, in two layers
+    assert weighed(torch.where(flag_T, 0.0, 1.0)) == pytest.approx(1.2)
 
 
 def test_maskings_of_layers() -> None:

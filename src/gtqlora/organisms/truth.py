@@ -101,7 +101,7 @@ _OF_BOTH: dict[Kind, Mediation] = {
     "redundant": _EITHER,
     "brittle": _BRITTLE,
     "brittle2": _BRITTLE_STREAM,
-    "weights": _ROUTED,
+    "weights": _ROUTED_BOTH_WAYS,
     "follower": _ROUTED_BOTH_WAYS,
     "second-token": _ROUTED,
     "diffuse": _ROUTED,
