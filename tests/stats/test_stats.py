@@ -438,7 +438,7 @@ def test_turning_signs_is_the_sign_test_of_equal_values() -> None:
 def test_from_25_groups_on_means_have_student_s_test() -> None:
     values = np.random.default_rng(0).normal(0.3, size=50)
     groups = [i // 2 for i in range(50)]
-    expected = ttest_1samp(values.reshape(25, 2).mean(1), 0.0, alternative="greater").pvalue
+    _, expected = ttest_1samp(values.reshape(25, 2).mean(1), 0.0, alternative="greater")
     assert stats.mean_above_zero(values, groups) == pytest.approx(expected)
 
 
