@@ -36,7 +36,7 @@ ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
 RIGHT, EXCUSED, UNDECIDED, WRONG = "right", "undecided rightly", "undecided", "wrong"
 COMPONENTS = {"routing": "routing", "experts": "experts", "stream": "residual"}
 """Names of components in a truth, and in a diagnosis."""
-REASONS = {"broken": "neither refuse nor do what the twin does", "between": "add pairs"}
+REASONS = {"broken": "are broken", "between": "add pairs"}
 """What a diagnosis says for each true reason to be undecided."""
 
 Job = tuple[Kind, int]

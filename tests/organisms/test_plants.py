@@ -289,7 +289,7 @@ def test_truths_by_kind_of_prompt() -> None:
 # --- the bench's comparison
 
 
-BROKEN = "too many completions neither refuse nor do what the twin does"
+BROKEN = "too many completions are broken, neither a refusal nor what the twin does"
 
 
 def localization(verdict: str, sentence: str = "", **words: str) -> Any:
