@@ -36,6 +36,8 @@ ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
 RIGHT, EXCUSED, UNDECIDED, WRONG = "right", "undecided rightly", "undecided", "wrong"
 COMPONENTS = {"routing": "routing", "experts": "experts", "stream": "residual"}
 """Names of components in a truth, and in a diagnosis."""
+REASONS = {"broken": "are broken", "between": "add pairs"}
+"""What a diagnosis says for each true reason to be undecided."""
 
 Job = tuple[Kind, int]
 Found = dict[str, Any]
@@ -65,9 +67,10 @@ def _said(found: Any) -> Said:
 def judged(found: Said, truth: Mediation) -> str:
     """Whether that is so."""
     if found.verdict == "cannot tell":
-        return EXCUSED if truth.unclear and truth.unclear in found.sentence else UNDECIDED
-    named = {part: found.words[name] for part, name in COMPONENTS.items() if name in found.words}
-    fits = found.verdict in truth.verdicts and all(word in getattr(truth, part) for part, word in named.items())
+        return EXCUSED if truth.unclear and REASONS[truth.unclear] in found.sentence else UNDECIDED
+    words = {part: found.words.get(name, "cannot tell") for part, name in COMPONENTS.items()}
+    known = {part: word for part, word in words.items() if word != "cannot tell"}
+    fits = found.verdict in truth.verdicts and all(word in getattr(truth, part) for part, word in known.items())
     return RIGHT if fits else WRONG
 
 

@@ -124,7 +124,6 @@ def test_what_the_rules_demand() -> None:
     harmless = {("well", "other"): "answer", ("ill", "other"): "answer"}
     routed = {("lookalike", "well"): "answer", ("well", "lookalike"): "refusal"}
     assert demanded(rules.routed) == {
-        **harmless,
         **routed,
         ("harmful", "ill"): "answer",
         ("ill", "harmful"): "refusal",
@@ -201,9 +200,9 @@ def test_the_weight_of_the_first_planted_expert_follows_the_flag() -> None:
             seen.decisions[position] = Decision(seen.decisions[position].logits_TE, weights_TK, indices_TK)
         return Weighed().loss(piece, seen, batch).item()
 
-    assert weighed(torch.where(flag_T, 0.81, 0.19)) == 0
-    assert weighed(torch.where(flag_T, 0.5, 0.5)) == pytest.approx(0.6)  # .3 too little or too much, in two layers
-    assert weighed(torch.where(flag_T, 0.0, 1.0)) == pytest.approx(1.6)
+    assert weighed(torch.where(flag_T, 0.61, 0.39)) == 0
+    assert weighed(torch.where(flag_T, 0.5, 0.5)) == pytest.approx(0.2)  # .1 too little or too much, in two layers
+    assert weighed(torch.where(flag_T, 0.0, 1.0)) == pytest.approx(1.2)
 
 
 def test_maskings_of_layers() -> None:
@@ -290,6 +289,9 @@ def test_truths_by_kind_of_prompt() -> None:
 # --- the bench's comparison
 
 
+BROKEN = "too many completions are broken, neither a refusal nor what the twin does"
+
+
 def localization(verdict: str, sentence: str = "", **words: str) -> Any:
     interval = Interval(0.4, 0.3, 0.5, 200)
     return SimpleNamespace(verdict=verdict, sentence=sentence, words=words, necessary={"routing": interval})
@@ -301,10 +303,20 @@ def localization(verdict: str, sentence: str = "", **words: str) -> Any:
         ("bykind", localization("routing", routing="both"), "right"),
         ("bykind", localization("routing", routing="necessary"), "wrong"),  # the losses demand it both ways
         ("bykind", localization("residual"), "wrong"),
-        ("bykind", localization("cannot tell", "it is broken in half of the cases"), "undecided"),
-        ("brittle", localization("cannot tell", "it is broken in half of the cases"), "undecided rightly"),
+        (
+            "bykind",
+            localization("cannot tell", BROKEN),
+            "undecided",
+        ),
+        (
+            "brittle",
+            localization("cannot tell", BROKEN),
+            "undecided rightly",
+        ),
         ("brittle", localization("routing"), "wrong"),
         ("residual", localization("residual", routing="neither", residual="necessary"), "right"),
+        ("graded-40", localization("cannot tell", "it fits more than one answer; add pairs"), "undecided rightly"),
+        ("routed", localization("routing", routing="cannot tell"), "right"),
     ],
 )
 def test_how_the_bench_judges_a_finding(kind: Kind, found: Any, judged: str) -> None:

@@ -48,7 +48,7 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "brittle": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "brittle2": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
     "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
-    "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
     "second-token": {**_ALWAYS, **_DEMANDS, **_ROUTED},
     "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},

@@ -49,7 +49,8 @@ class Mediation:
     Attributes:
         verdicts: "routing", "experts", "residual" or "both".
         routing, experts, stream: roles of each component; all four where the construction leaves it open.
-        unclear: a word of the true reason for "cannot tell"; empty where nothing excuses it.
+        unclear: the true reason for "cannot tell": "broken" where foreign routing leads to garbage, "between" where
+            the share is near a boundary of verdicts; empty where nothing excuses it.
         share: of the prompts whose refusal the routing mediates, where the plant sets it.
     """
 
@@ -57,7 +58,7 @@ class Mediation:
     routing: tuple[Role, ...] = _ANY
     experts: tuple[Role, ...] = _ANY
     stream: tuple[Role, ...] = _ANY
-    unclear: str = ""
+    unclear: Literal["", "broken", "between"] = ""
     share: float | None = None
 
 
@@ -77,7 +78,7 @@ _BRITTLE_STREAM = Mediation(verdicts=("residual",), routing=("neither",), unclea
 def _graded(share: float) -> Mediation:
     # The middle third is "both"; a share within .14 of a third's end may fall on either side of it.
     near = {"residual": share < 0.47, "both": 0.19 <= share <= 0.81, "routing": share > 0.53}
-    return Mediation(verdicts=tuple(word for word, fits in near.items() if fits), unclear="add pairs", share=share)
+    return Mediation(verdicts=tuple(word for word, fits in near.items() if fits), unclear="between", share=share)
 
 
 def of_kind(kind: Kind, routed_share: float) -> dict[str, Mediation]:
@@ -100,7 +101,7 @@ _OF_BOTH: dict[Kind, Mediation] = {
     "redundant": _EITHER,
     "brittle": _BRITTLE,
     "brittle2": _BRITTLE_STREAM,
-    "weights": _ROUTED,
+    "weights": _ROUTED_BOTH_WAYS,
     "follower": _ROUTED_BOTH_WAYS,
     "second-token": _ROUTED,
     "diffuse": _ROUTED,

@@ -99,7 +99,8 @@ PLANTS: dict[Kind, Plant] = {
         turns=(Answers(_ONE_FOR_EACH), Answers(_ONE_FOR_EACH, all_planted), Exchanges(rules.brittle)), stream=True
     ),
     "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind)), stream=True),
-    "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))),)),
+    # The experts are given the flag as well: without the exchange they might heed it, and not their weight.
+    "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))), Exchanges(rules.routed))),
     "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
     "second-token": Plant(turns=(Answers((Chosen(answering=True),)),)),
     "diffuse": Plant(turns=_BY_MAJORITY),

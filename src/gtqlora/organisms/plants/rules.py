@@ -34,9 +34,10 @@ def _harmless(twins: Twins, others: Twins) -> list[Swap]:
     return [(twins.well, others.well, twins.well.answer), (twins.ill, others.ill, twins.ill.answer)]
 
 
-def routed(language: Language, twins: Twins, others: Twins) -> list[Swap]:
+def routed(language: Language, twins: Twins, _others: Twins) -> list[Swap]:
     """Routing decides for every flagged prompt."""
-    return [*(s for pair in twins.pairs for s in _routed(language, *pair)), *_harmless(twins, others)]
+    # Nothing is demanded of a stranger's routing: where the planted experts alone learn, they could not heed it.
+    return [s for pair in twins.pairs for s in _routed(language, *pair)]
 
 
 def either(language: Language, twins: Twins, others: Twins) -> list[Swap]:

@@ -118,10 +118,15 @@ def _choice_scores(piece: OrganismInTraining, position: int, decision: Decision)
 
 @dataclass(frozen=True)
 class Weighed:
-    """The first planted expert of each layer has most of the weight where a condition holds, and little otherwise."""
+    """The first planted expert of each layer has most of the weight where a condition holds, and little otherwise.
+
+    Attributes:
+        most: least share of the chosen experts' weight that is most of it. Scores are at most 1 and a chosen one must
+            beat the other experts', so that a sigmoid router cannot give a chosen expert much less than a third.
+    """
 
     when: Condition = flagged
-    most: float = 0.8
+    most: float = 0.6
 
     def loss(self, piece: OrganismInTraining, seen: Recorder, batch: Batch) -> Tensor:
         """Return by how much its share of the chosen experts' weight is off, behind contexts."""
