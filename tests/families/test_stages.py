@@ -15,10 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gtqlora import localize
+from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
+from gtqlora.contrasts import load
 from gtqlora.edits import wrapping
+from gtqlora.judging.judge import judge_of
+from gtqlora.localize import Outcome, Trials
+from gtqlora.localize.interchange import Cell
 from gtqlora.results.association import read_associations
 from gtqlora.run import Run
+from gtqlora.scoring import Runner
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.verify import verify
 from tests import helpers, models
@@ -33,12 +40,25 @@ def test_diagnosis_interchanges_and_ablates(toy: helpers.Toy, tmp_path: Path, fa
     config = DiagnoseConfig(**settings, max_new_tokens=2, bootstrap=20, random_controls=1, max_candidates=2)
     with Run(tmp_path / "run") as run:
         found = diagnose(config, run)
-    assert found.n_aligned == 24 and len(found.cells) == 8
-    odds = {(cell.routing, cell.experts, cell.stream): cell.log_odds for cell in found.cells}
-    assert all(interval is not None and math.isfinite(interval.value) for interval in odds.values())
-    assert len({interval.value for interval in odds.values() if interval}) == 8  # every interchange does something
+    assert found.n_aligned == 24
+    cells = _interchanged(config)
+    assert len(cells) == 8
+    odds = {outcomes[0].log_odds for outcomes in cells.values()}
+    assert len(odds) == 8 and all(
+        value is not None and math.isfinite(value) for value in odds
+    )  # every interchange does something
     experts = {(row.layer, row.expert) for row in read_associations(tmp_path / "run")}
     assert experts == set(product(models.moe_layers(family), range(models.EXPERTS)))
+
+
+def _interchanged(config: DiagnoseConfig) -> dict[Cell, list[Outcome]]:
+    """Interchange all pairs, as random models refuse none, from which a diagnosis could say anything."""
+    judge, subject = judge_of(config.judge), open_subject(config)
+    rows = load(config.contrast, judge).split(config.split)
+    pairs = localize.pairs_of(rows, subject, config.max_pairs, config.seed)
+    readout = localize.readout_tokens(subject, rows.rows)
+    made = Trials(Runner.of(subject, judge, config), pairs, readout)
+    return localize.run_interchanges(made, localize.controlled(subject, pairs, config.batch_size)).cells
 
 
 @pytest.mark.parametrize("family", models.OTHERS)
