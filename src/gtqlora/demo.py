@@ -66,7 +66,7 @@ class Numbers:
     """One organism's numbers; the names of the fields are the stable keys of `gtqlora demo --json`.
 
     Attributes:
-        verdict: where the diagnosis says that refusal sits; `truth` is where it was implanted.
+        verdict: what the diagnosis says mediates false refusals; `truth` is where it was implanted.
         planted_precision, planted_recall: of the experts found; None where no expert was implanted (or found).
         edits: "base" and every edit -> its rates.
     """
