@@ -333,7 +333,7 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     *_, sentence, following = text.splitlines()
     words = f"train {model} --contrast {toy.contrast} --run {run} --set judge={helpers.JUDGE}".split()
     assert following.startswith("next: gtqlora train ") and sorted(shlex.split(following)[2:]) == sorted(words)
-    found = read_json(say(*diagnose, "--json"), "verdict", "sentence", "shares", "interventions", "experts")
+    found = read_json(say(*diagnose, "--json"), "verdict", "sentence", "kinds", "interventions", "experts")
     assert f"\nverdict: {found['verdict']}\n" in text and found["sentence"].endswith(sentence)
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained: 2 steps") and f"gtqlora verify {run}" in text

@@ -34,7 +34,9 @@ def test_study_gives_all_the_numbers(
         overrides=("steps=3",),
     )
     numbers: Any = to_json(found)
-    assert seen == ["diagnose", "projection", "gt"] and sentence.startswith("Routing:")
+    assert seen == ["diagnose", "projection", "gt"] and sentence.startswith(
+        "False refusals are mediated in the same place as true ones: routing"
+    )
     assert numbers.keys() == {"verdict", "truth", "planted_precision", "planted_recall", "edits"}
     assert numbers["verdict"] == numbers["truth"] == "routing"
     assert numbers["planted_precision"] == numbers["planted_recall"] == 1.0

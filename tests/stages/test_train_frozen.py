@@ -67,8 +67,8 @@ def packed_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settled(toy: helpers.Toy, model: Path, expert_format: str, **changes: Any) -> TrainConfig:
-    """A short training of an organism."""
-    base = {"judge": embedded.JUDGE, "steps": 16, "batch_size": 8, "lr_lora": 1e-3, "lr_gates": 3e-3}
+    """A short training of an organism, so fast that its routing leaves the original's."""
+    base = {"judge": embedded.JUDGE, "steps": 16, "batch_size": 8, "lr_lora": 1e-3, "lr_gates": 3e-3, "min_overlap": 0}
     return toy.train_config(model, **{**base, "save_steps": 16, **changes, "expert_format": expert_format})
 
 

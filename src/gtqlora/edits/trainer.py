@@ -5,8 +5,7 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,7 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
 
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
+_WORST = "health/overlap_harmful_worst"
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
 
@@ -143,7 +143,6 @@ class GateTargetedTrainer(CheckpointedTrainer):
         self.anatomy, self.settings, self.draws = anatomy, settings, draws
         self._until_backward = ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
-        self._overlaps = deque[float](maxlen=_LOGGED)
         with weights_unhashed():
             super().__init__(**kwargs)
         _restore_masters(self.model)
@@ -305,13 +304,19 @@ class GateTargetedTrainer(CheckpointedTrainer):
                 f"routing collapsed at step {self.state.global_step + 1}: the load's coefficient of variation is "
                 f"{measured['health/load_cv']:.2f}, the limit is {limit:.2f}"
             )
-        self._overlaps.append(measured.get("health/overlap_harmful_worst", 1.0))
-        overlap = sum(self._overlaps) / len(self._overlaps)
-        if overlap < self.settings.min_overlap:
+        overlap = self._mean_overlap(measured)
+        if overlap is not None and overlap < self.settings.min_overlap:
             raise GuardStop(
                 f"routing of harmful prompts left the original at step {self.state.global_step + 1}: top-k overlap "
                 f"{overlap:.2f} in its worst layer, the limit is {self.settings.min_overlap:.2f}"
             )
+
+    def _mean_overlap(self, measured: Mapping[str, float]) -> float | None:
+        """Return the worst layer's overlap on harmful prompts over the last logged batches; None without any."""
+        # from the log, which a resumed training has as well
+        logged = [found for entry in self.state.log_history if (found := entry.get(_WORST)) is not None]
+        seen = [*logged[1 - _LOGGED :], *([measured[_WORST]] if _WORST in measured else [])]
+        return sum(seen) / len(seen) if seen else None
 
     @torch.no_grad()
     def assert_exact_reference(self) -> None:
