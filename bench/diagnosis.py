@@ -29,8 +29,6 @@ from typing import Any
 
 KINDS = ("routed", "residual", "expert-only", "redundant", "null")
 ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
-STABLE = 0.9
-"""Share of half-samples from which on an expert counts as stably selected."""
 METHODS = ("causal", "frequency", "stability")
 
 Job = tuple[str, int]
@@ -83,6 +81,7 @@ def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
     """What a diagnosis says, the experts that each method names, and all of its intervals by name."""
     from gtqlora.config import DiagnoseConfig, build
     from gtqlora.organisms import embedded
+    from gtqlora.results.association import STABLE
     from gtqlora.run import Run, read_parquet
     from gtqlora.stages.diagnose import FOLDER, diagnose
 
