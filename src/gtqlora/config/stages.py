@@ -234,16 +234,16 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
+        for name in ("lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value}: must be positive")
         require(
             self.gate_step is None or self.lr_gates is None,
             f"gate_step = {self.gate_step} and lr_gates = {self.lr_gates} both say how fast gates train; set one of "
             "them, and the other to 'none'",
         )
-        if self.lr_gates is None and self.gate_step is None:
+        if self.gate_step is None and self.lr_gates is None:
             object.__setattr__(self, "gate_step", GATE_STEP)
-        for name in ("lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} = {value}: must be positive")
         require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
         require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
         trackers(self.report_to)

@@ -65,12 +65,14 @@ class TrainResult:
     """What training left: the adapter folder, the steps done, and why it stopped early, if it did.
 
     Attributes:
+        moved: how far router logits were from the original's when it was last logged.
         fresh: these settings had left it before, so nothing was trained now.
     """
 
     adapter: Path
     steps: int
     stopped: str | None
+    moved: Moved | None = None
     fresh: bool = field(default=False, compare=False)
 
 
@@ -103,7 +105,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         new = stage.renewed()
         edit.save(new)
         _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
-        return TrainResult(run / ADAPTER, edit.steps, edit.stopped)
+        return TrainResult(run / ADAPTER, edit.steps, edit.stopped, edit.moved)
 
 
 def _copy_figures(source: Path, target: Path) -> None:
@@ -118,7 +120,7 @@ def _trained_before(adapter: Path) -> TrainResult:
     made = read_info(adapter).details
     if not isinstance(made, Training) or made.steps is None:
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, made.steps, made.stopped, fresh=True)
+    return TrainResult(adapter, made.steps, made.stopped, made.moved, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class _Edit:
     info: Info
     steps: int
     stopped: str | None
+    moved: Moved | None
 
     def save(self, folder: Path) -> None:
         save(self.trainer.model, folder / ADAPTER, self.info)
@@ -163,7 +166,7 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     moved = _moved(run / CHECKPOINTS / METRICS, steps)
     made = Training(asdict(config), steps, stopped, trainer.gate_rates, trainer.reference, moved)
     info = info_of(model.model, subject.anatomy.family.model_type, made)
-    return _Edit(trainer, rows, info, steps, stopped)
+    return _Edit(trainer, rows, info, steps, stopped, moved)
 
 
 def _moved(metrics: Path, steps: int) -> Moved | None:
