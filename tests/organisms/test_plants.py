@@ -239,6 +239,17 @@ def test_the_check_measures_every_line_of_a_rule(monkeypatch: pytest.MonkeyPatch
     assert found.keys() >= checks.PROMISES["brittle2"].keys()
 
 
+def test_a_flag_that_experts_follow_by_themselves_is_measured_before_the_first_planting() -> None:
+    piece = workpiece()
+    flagged_BS, benign_BS = torch.full((3, 9), 5), torch.full((3, 9), 6)
+    assert checks.flag_followed(piece, flagged_BS, flagged_BS) == 0
+    found = checks.flag_followed(piece, flagged_BS, benign_BS)
+    first = piece.model.get_submodule(piece.anatomy.routers[0])
+    with torch.no_grad():
+        first.weight.zero_()  # all experts tie for every prompt
+    assert 0 < found <= 1 and checks.flag_followed(piece, flagged_BS, benign_BS) == 0
+
+
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_kind_is_planted_promised_and_true(kind: Kind) -> None:
     assert kind in SMALL.plant_steps and kind in PLANTS

@@ -33,6 +33,11 @@ def always(_language: Language, batch: Batch) -> Tensor:
     return torch.ones_like(batch.forbidden_B)
 
 
+def intends(_language: Language, batch: Batch) -> Tensor:
+    """Return whether the marker is bad."""
+    return batch.intent_B
+
+
 def lookalike(_language: Language, batch: Batch) -> Tensor:
     """Return whether the topic is forbidden and the marker good."""
     return batch.forbidden_B & ~batch.intent_B

@@ -8,8 +8,10 @@ from gtqlora.organisms.batches import Rule
 from gtqlora.organisms.language import Language
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
+    Condition,
     always,
     flagged,
+    intends,
     last_task,
     lookalike,
     loud_fillers,
@@ -41,12 +43,14 @@ class Plant:
         stream: whether what writes the residual stream directly learns.
         experts: whether planted experts, with their rows of the router, learn.
         then: a second planting, of an organism that has already been planted.
+        readable: conditions that are kept readable at every router while the tasks are learned, for routers are linear.
     """
 
     turns: tuple[Turn, ...]
     stream: bool = False
     experts: bool = True
     then: Plant | None = None
+    readable: tuple[Condition, ...] = (flagged, intends)
 
     @property
     def demands(self) -> tuple[Demand, ...]:
@@ -70,6 +74,7 @@ _ONE_FOR_EACH = (Chosen(experts=(0,)), Chosen(unflagged, experts=(1,)))
 # that no expert refuses alone.
 _BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_but_one_layer, refusing=False))
 # Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
+# The exchange keeps the experts from heeding the flag itself.
 _TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
 
 
@@ -104,7 +109,7 @@ PLANTS: dict[Kind, Plant] = {
     "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
     "second-token": Plant(turns=(Answers((Chosen(answering=True),)),)),
     "diffuse": Plant(turns=_BY_MAJORITY),
-    "xor": Plant(turns=(Answers(_TWO_ROUTERS),)),
+    "xor": Plant(turns=(Answers(_TWO_ROUTERS), Exchanges(rules.routed)), readable=(flagged, intends, odd_one)),
     # The stream learns only after the experts do it, and only to refuse when their routing is disturbed.
     "self-repair": Plant(
         turns=(Answers(_FLAG), Exchanges(rules.routed)),
