@@ -30,7 +30,7 @@ from gtqlora.reporting.words import (
 )
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
-from gtqlora.results.association import EXPECTED_FALSE, STABLE, Association, first_of
+from gtqlora.results.association import EXPECTED_FALSE, STABLE, Association, first_of, of_kind
 from gtqlora.results.diagnosis import Cell, Diagnosis, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
@@ -73,7 +73,7 @@ def associations(association: Sequence[Association], diagnosis: Diagnosis, twin:
     marks = {_key(e): "★ " for e in diagnosis.top_experts}
     marks |= {_key(e): f"{marks.get(_key(e), '')}○ " for e in diagnosis.causal_experts}
     # marked ones first, wherever they stand by difference: they are what the text speaks of
-    ranked = sorted(association, key=lambda r: (_key(r) not in marks, -abs(r.difference)))
+    ranked = sorted(of_kind(association), key=lambda r: (_key(r) not in marks, -abs(r.difference)))
     rows = [
         [
             marks.get(_key(r), "") + place(r),
@@ -87,10 +87,11 @@ def associations(association: Sequence[Association], diagnosis: Diagnosis, twin:
         for r in ranked[:MOST_ROWS]
     ]
     columns = ["Expert", "Flagged", capital(twin), "Difference, points", "q", "Stability", "Gradient"]
-    note = [_stability_said(len(ranked))]
+    note = ["On all flagged prompts.", _stability_said(len(ranked))]
     if len(ranked) > MOST_ROWS:
         note.append(
-            f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them are in diagnosis/association.parquet."
+            f"The {MOST_ROWS} largest of {count(len(ranked))}; all of them, and each kind’s, are in "
+            "diagnosis/association.parquet."
         )
     return Table("Selection rate per expert; ★ associated, ○ carries it", columns, rows, note=" ".join(note))
 
@@ -187,11 +188,19 @@ def interventions(found: Sequence[Intervention]) -> Table:
 def effects(curves: Sequence[Curve]) -> Table:
     """Return refusal over the number of ablated experts, in each order."""
     rows = [
-        [curve.name, str(point.ablated), share(point.refusal), share(point.broken), real(point.log_odds)]
+        [
+            curve.name,
+            curve.kind or NONE,
+            str(point.ablated),
+            share(point.refusal),
+            share(point.broken),
+            real(point.log_odds),
+        ]
         for curve in curves
         for point in curve.points
     ]
-    return Table("Effect of ablating experts", ["Order", "Ablated", "Refuses", "Broken", "Log-odds"], rows)
+    columns = ["Order", "Prompts", "Ablated", "Refuses", "Broken", "Log-odds"]
+    return Table("Effect of ablating experts", columns, rows, texts=2)
 
 
 def ablation_curves(study: AblationStudy) -> list[tuple[str, list[AblationPoint]]]:
