@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gtqlora.reporting import curves, tables, words
+from gtqlora.reporting import curves, expert_tables, tables, words
 from gtqlora.reporting.forest import Forest, Line, Scale, Style, holding, line, mark, told
 from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
@@ -71,7 +71,7 @@ def atlas(diagnosis: Diagnosis, association: Sequence[Association]) -> Atlas | N
         f"{_others(diagnosis)}. That is association; whether it causes is tested below. "
         "Choose a cell for all that is known of that expert.",
         map=heat_map(diagnosis, association, twin),
-        table=tables.associations(association, diagnosis, twin),
+        table=expert_tables.associations(association, diagnosis, twin),
         tested=_tested(diagnosis.experts),
         twin=twin,
         others=_others(diagnosis),
@@ -98,7 +98,7 @@ def _tested(effects: Sequence[ExpertEffect]) -> list[Tested]:
             layer=layer,
             expert=expert,
             kinds=[(e.kind, words.cause(e), _alone(e)) for e in found],
-            tokens=tables.tokens(found[0].tokens),
+            tokens=expert_tables.tokens(found[0].tokens),
         )
         for (layer, expert), found in experts.items()
     ]
@@ -299,7 +299,7 @@ def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
         "prompts. Computes it: the same, and it is chosen alike. Contributes: it brings a part back, but is neither "
         "needed nor enough. "
         f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
-        tables=[tables.tested(diagnosis.experts)],
+        tables=[expert_tables.tested(diagnosis.experts)],
         forest=forest,
     )
 
@@ -313,7 +313,7 @@ def _effects(diagnosis: Diagnosis) -> Figure | None:
         caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
         "experts of like frequency in the same layers are the control: an order tells something where it leaves "
         "their band.",
-        tables=[tables.effects(diagnosis.curves)],
+        tables=[expert_tables.effects(diagnosis.curves)],
         plots=curves.effect_plots(diagnosis.curves),
     )
 
