@@ -248,7 +248,8 @@ def test_planted_experts_act_and_no_other(trials: Trials, planted: list[localize
     assert list(by_kind) == ["lookalike", "harmful"]
     for found in by_kind.values():
         assert [(e.position, e.expert) for e in found] == [*planted, *others]
-        assert [e.acts for e in found[:2] + found[4:]] == [True] * 2 + [False] * 3  # the last two planted do less
+        assert [e.acts for e in found] == [True] * 4 + [False] * 3
+        assert not any(e.contributes for e in found)
         for effect in found[:4]:
             assert effect.restore.value > 0.05 > effect.control.high
 
@@ -260,9 +261,33 @@ def test_an_expert_must_do_more_than_its_control_to_the_same_prompts(pairs: int)
     prompt_N, groups = rng.normal(2.0, 0.3, size=pairs), [str(i) for i in range(pairs)]
     noise_N = rng.normal(0.0, 0.1, size=pairs)
     control_N = prompt_N + noise_N - noise_N.mean()
-    found = masks._Measured((control_N, control_N + 0.2), (prompt_N, prompt_N))
-    as_control, above = masks._p_values(found, np.full(pairs, 0.1), groups)
-    assert as_control > 0.05 > 0.01 > above
+    as_control, above = (
+        masks._p_values(masks._Measured((part_N, part_N), (prompt_N, prompt_N), part_N), 0.1, np.ones(pairs), groups)
+        for part_N in (control_N, control_N + 0.2)
+    )
+    assert min(as_control) > 0.05 > 0.01 > max(above)
+
+
+def _judged(*measured: tuple[float, float, float]) -> list[str]:
+    """Return what experts of one layer do of which each takes, brings back, and brings with its layer, such a part."""
+    rng, ones = np.random.default_rng(0), np.ones(30)
+
+    def noisy(part: float) -> np.ndarray:
+        return part + rng.normal(0, 0.005, size=30)
+
+    made = [masks._Measured((noisy(t), noisy(b)), (noisy(0), noisy(0)), noisy(layer)) for t, b, layer in measured]
+    found = masks._judged([(0, i) for i in range(len(made))], made, ones, [str(i) for i in range(30)], 0.03, 0.95)
+    return ["acts" if effect.acts else "contributes" if effect.contributes else "" for effect in found]
+
+
+def test_an_expert_acts_that_is_needed_or_enough() -> None:
+    assert _judged((0.7, 0.2, 0.2)) == ["acts"]  # needed
+    assert _judged((0.0, 0.7, 0.7)) == ["acts"]  # enough
+    assert _judged((0.0, 0.4, 0.7), (0.0, 0.3, 0.7), (0.0, 0.0, 0.7)) == ["acts", "acts", ""]  # two of them together
+    assert _judged((0.1, 0.3, 0.4), (0.02, 0.15, 0.4)) == ["contributes"] * 2  # as routers that only relay it
+    # needed by what is downstream, and brings nothing back; where none does, that is all there is to go by
+    assert _judged((0.7, 0.0, 0.2), (0.7, 0.2, 0.2)) == ["", "acts"]
+    assert _judged((0.7, 0.0, 0.0), (0.0, 0.0, 0.0)) == ["acts", ""]
 
 
 def test_effects_need_a_gap_and_a_readout(

@@ -284,6 +284,7 @@ def _effects(
             computes=effect.acts
             and found.verdict != CANNOT_TELL
             and (effect.position, effect.expert) not in chosen_more,
+            contributes=effect.contributes and found.verdict != CANNOT_TELL,
             tokens=tokens[effect.position, effect.expert],
         )
         for effect in measured
