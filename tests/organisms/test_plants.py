@@ -16,7 +16,7 @@ import torch
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.errors import ConfigError
 from gtqlora.organisms import checks
-from gtqlora.organisms.batches import Batch, compliant_batch, example, refusal_batch
+from gtqlora.organisms.batches import Batch, compliant_batch, refusal_batch
 from gtqlora.organisms.language import REFUSAL, SMALL_LEXICON, Language, Twins
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
