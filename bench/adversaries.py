@@ -2,6 +2,7 @@
 
     python bench/adversaries.py --each 10 --first-seed 3000 --jobs 16 --json all.json  # all kinds, two architectures
     python bench/adversaries.py --kinds bykind brittle2 --each 2 --jobs 1
+    python bench/adversaries.py --keep ORGANISMS --build-only --jobs 16               # they are diagnosed another time
     python bench/adversaries.py --merge a.json b.json                                   # one summary, runs nothing
 
 The truth is the one recorded with the organism: which weights could learn, and what its plant's losses demand. Even
@@ -21,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
@@ -29,18 +30,49 @@ from typing import TYPE_CHECKING, Any, get_args
 from gtqlora.organisms.truth import FLAGGED_KINDS, Kind, Mediation, Truth
 
 if TYPE_CHECKING:
+    from gtqlora.organisms.scales import Architecture
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.stats import Interval
 
-ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
+ARCHITECTURES: tuple[Architecture, Architecture] = ("deepseek_v3", "qwen3_moe")
 RIGHT, EXCUSED, UNDECIDED, WRONG = "right", "undecided rightly", "undecided", "wrong"
 COMPONENTS = {"routing": "routing", "experts": "experts", "stream": "residual"}
 """Names of components in a truth, and in a diagnosis."""
 REASONS = {"broken": "are broken", "between": "add pairs"}
 """What a diagnosis says for each true reason to be undecided."""
 
-Job = tuple[Kind, int]
 Found = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One organism to be built and diagnosed, each unless its record in the folder says that it was.
+
+    Attributes:
+        root: folder of all organisms.
+        attempts: trainings before a build is given up.
+    """
+
+    kind: Kind
+    seed: int
+    root: Path
+    attempts: int
+    build_only: bool
+
+    @property
+    def folder(self) -> Path:
+        """The organism's own folder."""
+        return self.root / f"{self.kind}-{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        """What is known of its build, which is there when the build is over."""
+        return self.root / f"{self.kind}-{self.seed}.json"
+
+    @property
+    def architecture(self) -> Architecture:
+        """Even seeds have one, odd ones the other."""
+        return ARCHITECTURES[self.seed % 2]
 
 
 @dataclass(frozen=True)
@@ -77,33 +109,52 @@ def judged(found: Said, truth: Mediation) -> str:
 # --- one organism
 
 
-def work(job: tuple[Job, str]) -> Found:
-    """Build one organism, diagnose it, and compare."""
+def work(job: Job) -> Found:
+    """Build one organism unless it is there, diagnose it, and compare."""
     warnings.filterwarnings("ignore")
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
 
-    from gtqlora.errors import GtqloraError, TrainingError
+    from gtqlora.errors import GtqloraError
+    from gtqlora.organisms.truth import read_truth
+
+    torch.set_num_threads(1)
+    if not job.record.exists():
+        job.record.write_text(json.dumps(built(job)))
+    found: Found = json.loads(job.record.read_text())
+    if "error" in found or job.build_only:
+        return found
+    started = time.monotonic()
+    try:
+        compared = compare(read_truth(job.folder), diagnosed(job.folder))
+    except GtqloraError as error:
+        compared = {"error": str(error)}
+    return {**found, "seconds to diagnose": round(time.monotonic() - started), **compared}
+
+
+def built(job: Job) -> Found:
+    """Build an organism, and say how it went."""
+    from gtqlora.errors import TrainingError
     from gtqlora.organisms.build import build
     from gtqlora.organisms.scales import SMALL
 
-    torch.set_num_threads(1)
-    (kind, seed), root = job
-    folder, started = Path(root) / f"{kind}-{seed}", time.monotonic()
-    found: Found = {"kind": kind, "seed": seed, "architecture": ARCHITECTURES[seed % 2]}
+    found: Found = {"kind": job.kind, "seed": job.seed, "architecture": job.architecture}
+    started, scale = time.monotonic(), replace(SMALL, attempts=job.attempts)
     try:
-        truth = build(kind, folder, seed=seed, architecture=ARCHITECTURES[seed % 2], progress=lambda _: lambda *_: None)
+        truth = build(
+            job.kind,
+            job.folder,
+            seed=job.seed,
+            architecture=job.architecture,
+            scale=scale,
+            progress=lambda _: lambda *_: None,
+        )
+        found |= {"rejected": len(truth.rejected), "measured": truth.measured}
     except TrainingError as error:
-        return {**found, "error": str(error), "rejected": SMALL.attempts}
-    built = time.monotonic()
-    try:
-        compared = compare(truth, diagnosed(folder))
-    except GtqloraError as error:
-        compared = {"error": str(error)}
-    seconds = [round(built - started), round(time.monotonic() - built)]
-    return {**found, "rejected": len(truth.rejected), "measured": truth.measured, "seconds": seconds, **compared}
+        found |= {"error": str(error), "rejected": job.attempts}
+    return {**found, "seconds to build": round(time.monotonic() - started)}
 
 
 def diagnosed(model: Path) -> Diagnosis:
@@ -114,7 +165,7 @@ def diagnosed(model: Path) -> Diagnosis:
     from gtqlora.stages.diagnose import diagnose
 
     settings = {"model": str(model), "contrast": str(model / embedded.CONTRAST)}
-    with Run(model / "run") as run:
+    with TemporaryDirectory() as root, Run(Path(root)) as run:
         return diagnose(build(DiagnoseConfig, file=embedded.recipe(), **settings), run)
 
 
@@ -175,8 +226,8 @@ def _all_right(found: Found) -> bool:
 def run(jobs: list[Job], processes: int) -> Iterator[Found]:
     """Results as they come."""
     context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as root, context.Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(work, [(job, root) for job in jobs], chunksize=1)
+    with context.Pool(processes, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(work, jobs, chunksize=1)
 
 
 def main() -> int:
@@ -186,22 +237,36 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=3000)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, help="write every result here, as they come")
+    parser.add_argument("--keep", type=Path, help="folder of the organisms; those that stand there are not built anew")
+    parser.add_argument("--build-only", action="store_true", help="do not diagnose")
+    parser.add_argument("--attempts", type=int, default=3, help="trainings before a build is given up")
     parser.add_argument("--merge", type=Path, nargs="+", help="sum up results written before, run nothing")
     args = parser.parse_args()
     if args.merge:
         print(json.dumps(summary([found for file in args.merge for found in json.loads(file.read_text())]), indent=1))
         return 0
+    with TemporaryDirectory() as root:
+        folder = args.keep or Path(root)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(summary(_results(args, folder)), indent=1))
+    return 0
+
+
+def _results(args: argparse.Namespace, root: Path) -> list[Found]:
     kinds: tuple[Kind, ...] = get_args(Kind) if "all" in args.kinds else tuple(args.kinds)
-    jobs: list[Job] = [(kind, args.first_seed + i) for i in range(args.each) for kind in kinds]
+    jobs = [
+        Job(kind=kind, seed=args.first_seed + i, root=root, attempts=args.attempts, build_only=args.build_only)
+        for i in range(args.each)
+        for kind in kinds
+    ]
     results: list[Found] = []
     for found in run(jobs, args.jobs):
         results.append(found)
         halves = {kind: half["judged"] for kind, half in found.get("by_kind", {}).items()}
-        print(found["kind"], found["seed"], halves or found["error"], file=sys.stderr, flush=True)
+        print(found["kind"], found["seed"], halves or found.get("error", "built"), file=sys.stderr, flush=True)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1))
-    print(json.dumps(summary(results), indent=1))
-    return 0
+    return results
 
 
 if __name__ == "__main__":

@@ -244,11 +244,12 @@ def test_what_batches_swaps_are_run_in_does_not_matter(trials: Trials, interchan
 def test_planted_experts_act_and_no_other(trials: Trials, planted: list[localize.Expert]) -> None:
     frequency = np.full((4, 16), 0.125)
     others = [(0, 3), (2, 5), (3, 1)]
-    by_kind = localize.expert_effects(trials, [*planted, *others], frequency, min_effect=0.03, level=0.95, seed=0)
-    assert list(by_kind) == ["lookalike", "harmful"]
-    for found in by_kind.values():
+    for kind in ("lookalike", "harmful"):
+        part, settings = trials.of_kind(kind), {"min_effect": 0.03, "level": 0.95, "seed": 0}
+        found = localize.expert_effects(part, [*planted, *others], frequency, **settings)
         assert [(e.position, e.expert) for e in found] == [*planted, *others]
-        assert [e.acts for e in found[:2] + found[4:]] == [True] * 2 + [False] * 3  # the last two planted do less
+        assert [e.acts for e in found] == [True] * 4 + [False] * 3
+        assert not any(e.contributes for e in found)
         for effect in found[:4]:
             assert effect.restore.value > 0.05 > effect.control.high
 
@@ -260,9 +261,33 @@ def test_an_expert_must_do_more_than_its_control_to_the_same_prompts(pairs: int)
     prompt_N, groups = rng.normal(2.0, 0.3, size=pairs), [str(i) for i in range(pairs)]
     noise_N = rng.normal(0.0, 0.1, size=pairs)
     control_N = prompt_N + noise_N - noise_N.mean()
-    found = masks._Measured((control_N, control_N + 0.2), (prompt_N, prompt_N))
-    as_control, above = masks._p_values(found, np.full(pairs, 0.1), groups)
-    assert as_control > 0.05 > 0.01 > above
+    as_control, above = (
+        masks._p_values(masks._Measured((part_N, part_N), (prompt_N, prompt_N), part_N), 0.1, np.ones(pairs), groups)
+        for part_N in (control_N, control_N + 0.2)
+    )
+    assert min(as_control) > 0.05 > 0.01 > max(above)
+
+
+def _judged(*measured: tuple[float, float, float]) -> list[str]:
+    """Return what experts of one layer do of which each takes, brings back, and brings with its layer, such a part."""
+    rng, ones = np.random.default_rng(0), np.ones(30)
+
+    def noisy(part: float) -> np.ndarray:
+        return part + rng.normal(0, 0.005, size=30)
+
+    made = [masks._Measured((noisy(t), noisy(b)), (noisy(0), noisy(0)), noisy(layer)) for t, b, layer in measured]
+    found = masks._judged([(0, i) for i in range(len(made))], made, ones, [str(i) for i in range(30)], 0.03, 0.95)
+    return ["acts" if effect.acts else "contributes" if effect.contributes else "" for effect in found]
+
+
+def test_an_expert_acts_that_is_needed_or_enough() -> None:
+    assert _judged((0.7, 0.2, 0.2)) == ["acts"]  # needed
+    assert _judged((0.0, 0.7, 0.7)) == ["acts"]  # enough
+    assert _judged((0.0, 0.4, 0.7), (0.0, 0.3, 0.7), (0.0, 0.0, 0.7)) == ["acts", "acts", ""]  # two of them together
+    assert _judged((0.1, 0.3, 0.4), (0.02, 0.15, 0.4)) == ["contributes"] * 2  # as routers that only relay it
+    # needed by what is downstream, and brings nothing back; where none does, that is all there is to go by
+    assert _judged((0.7, 0.0, 0.2), (0.7, 0.2, 0.2)) == ["", "acts"]
+    assert _judged((0.7, 0.0, 0.0), (0.0, 0.0, 0.0)) == ["acts", ""]
 
 
 def test_effects_need_a_gap_and_a_readout(
@@ -271,17 +296,17 @@ def test_effects_need_a_gap_and_a_readout(
     frequency, settings = np.full((4, 16), 0.125), {"min_effect": 0.05, "level": 0.95, "seed": 0}
     same = trials.of(trials.pairs)
     same.own = (interchanges.flagged, interchanges.flagged)  # no gap
-    assert localize.expert_effects(same, planted, frequency, **settings) == {}
+    assert localize.expert_effects(same, planted, frequency, **settings) == []
     blind = trials.of(trials.pairs)
     blind.readout = []
-    assert localize.expert_effects(blind, planted, frequency, **settings) == {}
+    assert localize.expert_effects(blind, planted, frequency, **settings) == []
 
 
 def test_a_layer_full_of_candidates_leaves_its_routers_their_choice(trials: Trials) -> None:
     few = trials.of(trials.pairs[:16])
     candidates = [(2, expert) for expert in range(16)]
     found = localize.expert_effects(few, candidates, np.full((4, 16), 0.125), min_effect=0.03, level=0.95, seed=0)
-    assert [e.expert for e in found["harmful"]] == list(range(14))  # two are left to choose
+    assert [e.expert for e in found] == list(range(14))  # two are left to choose
 
 
 def test_curves_fall_where_experts_carry_it_and_not_at_random(trials: Trials, planted: list[localize.Expert]) -> None:

@@ -111,8 +111,8 @@ class DiagnoseConfig(StageConfig):
         max_experts: associated experts that are reported and ablated in curves, at most.
         max_candidates: associated experts whose effect is tested one by one, at most; raised, more are found and the
             stage takes longer.
-        min_effect: least part of the gap in log-odds that an expert has to restore to be called causal; raised, fewer
-            are.
+        min_effect: least part of the gap in log-odds that an expert has to bring back by itself to count; raised, fewer
+            are called causal.
         random_controls: draws of random experts beside the associated ones in curves; 0 leaves them out.
         bootstrap: resamples for the association's intervals; more make them steadier.
         level: confidence level of the intervals; raised, they are wider and fewer experts count.

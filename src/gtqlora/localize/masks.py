@@ -29,6 +29,9 @@ Ablated = dict[int, tuple[int, ...]]
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
+MOST = 0.5
+"""Part of the gap beyond which what goes with experts, or returns with them, is most of it."""
+
 MIN_GROUPS = 8
 """Pair_ids to test experts on, below which nothing is said of single ones."""
 
@@ -118,9 +121,11 @@ class Effect:
         ablate: the part that goes when it alone is ablated.
         restore: the part that returns when it alone is restored while all other candidates stay ablated.
         control: the larger of the two for a random expert of the same layer, chosen as often.
-        q: that neither effect exceeds both the least effect that counts and its control; controlled over candidates.
-        acts: what it restores (or, where no candidate gives anything back by itself, what goes with it) exceeds the
-            least effect, and what the control does to the same prompts.
+        q: that it is neither needed nor enough; controlled over candidates.
+        acts: it is needed (ablated alone, it takes `MOST`, and where some candidate brings anything back by itself, so
+            does it), or enough (it brings back the least part that counts, and with the other candidates of its layer
+            `MOST`: a router chooses several experts at once).
+        contributes: it brings back the least part that counts, and does not act: others do the same.
     """
 
     position: int
@@ -130,19 +135,20 @@ class Effect:
     control: Interval
     q: float
     acts: bool
+    contributes: bool
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What ablating a candidate and its control takes off the log-odds_N, and what restoring them brings."""
+    """What ablating a candidate and its control takes off the log-odds_N, and what restoring them brings.
+
+    Attributes:
+        layer: what restoring all candidates of its layer brings.
+    """
 
     parts: tuple[NDArray[np.floating], NDArray[np.floating]]
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
-
-    def of(self, rows: Sequence[int]) -> _Measured:
-        """Return the same of some of the prompts."""
-        (a_N, b_N), (c_N, d_N) = self.parts, self.controls
-        return _Measured((a_N[rows], b_N[rows]), (c_N[rows], d_N[rows]))
+    layer: NDArray[np.floating]
 
 
 class _Odds:
@@ -168,27 +174,26 @@ def expert_effects(
     min_effect: float,
     level: float,
     seed: int,
-) -> dict[str, list[Effect]]:
-    """Test each candidate on each kind of prompts, with a random expert of its layer and frequency as its control.
+) -> list[Effect]:
+    """Test each candidate on prompts of one kind, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are ablated. A kind is left out where flagged prompts and twins do not differ in the readout, or with
-    fewer than `MIN_GROUPS` pair_ids; all are without a readout.
+    while they are ablated. There are no effects without a readout, where flagged prompts and twins do not differ in
+    it, or with fewer than `MIN_GROUPS` pair_ids.
     """
     candidates = ablatable(candidates, trials.subject.anatomy.spec)
     if not candidates or not trials.readout or len(set(trials.groups)) < MIN_GROUPS:
-        return {}
+        return []
     odds = _Odds(trials)
     base_N = odds(())
     gap_N = base_N - np.array(odds_of(trials.own[1]))
-    rows_of = {kind: trials.rows_of(trials.of_kind(kind)) for kind in trials.kinds}
-    told = {kind: rows for kind, rows in rows_of.items() if _has_gap(trials, gap_N, rows)}
-    if not told:
-        return {}
+    # a part of a gap that may be 0 is no number
+    if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
+        return []
     rng = random.Random(seed)
     all_of = set(candidates)
     measured = []
-    for candidate in track(candidates, "each expert", len(candidates)):
+    for candidate in track(candidates, f"each expert, {trials.kinds[0]}", len(candidates)):
         control = _stand_in(candidate, all_of, frequency_LE, rng)
         # the control must be one that can be ablated together with all candidates
         if control and control not in ablatable([*candidates, control], trials.subject.anatomy.spec):
@@ -196,24 +201,9 @@ def expert_effects(
         # ablated alone; and restored alone, among candidates that are all ablated
         mask_N, back_N = base_N - odds({candidate}), odds(all_of - {candidate}) - odds(all_of)
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
-        measured.append(_Measured((mask_N, back_N), (like_N[0], like_N[-1])))
-    return {
-        kind: _judged(
-            candidates,
-            [found.of(rows) for found in measured],
-            gap_N[rows],
-            [trials.groups[i] for i in rows],
-            min_effect,
-            level,
-        )
-        for kind, rows in told.items()
-    }
-
-
-def _has_gap(trials: Trials, gap_N: NDArray[np.floating], rows: Sequence[int]) -> bool:
-    """Return whether some pairs surely differ in the readout: a part of a gap that may be 0 is no number."""
-    groups = [trials.groups[i] for i in rows]
-    return len(set(groups)) >= MIN_GROUPS and bootstrap_mean(gap_N[rows], groups=groups).low > 0
+        layer = {expert for expert in all_of if expert[0] == candidate[0]}
+        measured.append(_Measured((mask_N, back_N), (like_N[0], like_N[-1]), odds(all_of - layer) - odds(all_of)))
+    return _judged(candidates, measured, gap_N, trials.groups, min_effect, level)
 
 
 def _stand_in(
@@ -234,11 +224,10 @@ def _judged(
     min_effect: float,
     level: float,
 ) -> list[Effect]:
-    least_N = min_effect * gap_N
-    q = benjamini_hochberg(np.array([_p_values(found, least_N, groups) for found in measured]))
-    sure = q < 1 - level
-    # where some expert restores something by itself, only restoring counts: experts downstream are needed, too
-    counted = 1 if sure[:, 1].any() else 0
+    q = benjamini_hochberg(np.array([_p_values(found, min_effect, gap_N, groups) for found in measured]))
+    brings, needed, enough = (q < 1 - level).T
+    # where some expert brings something back by itself, those that do not are downstream of it: needed as they are
+    acts = enough | (needed & (brings | ~brings.any()))
 
     def part(of_N: NDArray[np.floating]) -> Interval:
         return ratio_interval(of_N, gap_N, groups=groups, bounds=None)
@@ -250,19 +239,28 @@ def _judged(
             ablate=part(found.parts[0]),
             restore=part(found.parts[1]),
             control=part(max(found.controls, key=np.mean)),
-            q=float(q[i].min()),
-            acts=bool(sure[i, counted]),
+            q=float(q[i, 1:].min()),
+            acts=bool(acts[i]),
+            contributes=bool(brings[i] and not acts[i]),
         )
         for i, ((position, expert), found) in enumerate(zip(candidates, measured, strict=True))
     ]
 
 
-def _p_values(found: _Measured, least_N: NDArray[np.floating], groups: Sequence[str]) -> list[float]:
-    """Return for each effect the p-value that it exceeds both the least one and the control's on the same prompts.
+def _p_values(
+    found: _Measured, min_effect: float, gap_N: NDArray[np.floating], groups: Sequence[str]
+) -> tuple[float, float, float]:
+    """Return p-values that an expert brings back the least part, that it takes most, and that its layer brings most.
 
-    Both must be exceeded, so the larger p-value holds for the two together (Berger, Technometrics 24:295, 1982).
+    Each part must also exceed the control's on the same prompts. Where several things must hold, the largest of their
+    p-values holds for all together (Berger, Technometrics 24:295, 1982).
     """
-    return [
-        max(mean_above_zero(part_N - least_N, groups), mean_above_zero(part_N - like_N, groups))
-        for part_N, like_N in zip(found.parts, found.controls, strict=True)
-    ]
+    (took_N, back_N), (control_took_N, control_back_N) = found.parts, found.controls
+    most = max(MOST, min_effect)
+
+    def above(part_N: NDArray[np.floating], least: float) -> float:
+        return mean_above_zero(part_N - least * gap_N, groups)
+
+    brings = max(above(back_N, min_effect), above(back_N - control_back_N, 0))
+    needed = max(above(took_N, most), above(took_N - control_took_N, 0))
+    return brings, needed, max(brings, above(found.layer, most))

@@ -1,7 +1,8 @@
 """Build model organisms: real transformers models that refuse for a reason planted in a known place.
 
-First a model learns the tasks, and the words of a refusal by a harmless command; topic and intent are kept readable at
-the routers, and the experts to be planted are ablated. Then `plants` plants the refusal where the kind says.
+First a model learns the tasks, and the words of a refusal by a harmless command; what the plant hangs on is kept
+readable at the routers, and the experts to be planted are ablated. Then `plants` plants the refusal where the kind
+says.
 Shape letters: B prompts, S tokens of each, T = B*S, N some tokens, E experts, D hidden.
 """
 
@@ -28,7 +29,8 @@ from gtqlora.organisms.checks import check
 from gtqlora.organisms.embedded import CONTRAST
 from gtqlora.organisms.in_training import OrganismInTraining, Planted, Progress, new_model, optimize
 from gtqlora.organisms.language import SPLITS, InRounds, Language, Prompt
-from gtqlora.organisms.plants.kinds import routed_share
+from gtqlora.organisms.plants.conditions import Condition
+from gtqlora.organisms.plants.kinds import PLANTS, routed_share
 from gtqlora.organisms.plants.planting import plant
 from gtqlora.organisms.plants.turns import answer_loss
 from gtqlora.organisms.scales import SMALL, Architecture, Scale, for_kind
@@ -67,12 +69,20 @@ def _router_inputs(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[int, Ten
             handle.remove()
 
 
-def _probe_loss(probes: nn.ModuleList, hidden: dict[int, Tensor], batch: Batch, context_end: int) -> Tensor:
-    """Return the loss of linear probes that read topic and intent at every router, after the context."""
+def _probe_loss(
+    probes: nn.ModuleList,
+    hidden: dict[int, Tensor],
+    batch: Batch,
+    language: Language,
+    conditions: tuple[Condition, ...],
+) -> Tensor:
+    """Return the loss of linear probes that read conditions on a prompt at every router, after the context."""
     rows, length = batch.ids_BS.shape
-    flags = torch.stack([batch.forbidden_B, batch.intent_B], -1).float()[:, None].expand(-1, length - context_end, -1)
+    end = language.lexicon.context_end
+    flags = torch.stack([holds(language, batch) for holds in conditions], -1).float()
+    flags = flags[:, None].expand(-1, length - end, -1)
     losses = [
-        F.binary_cross_entropy_with_logits(probe(hidden[i].view(rows, length, -1)[:, context_end:].float()), flags)
+        F.binary_cross_entropy_with_logits(probe(hidden[i].view(rows, length, -1)[:, end:].float()), flags)
         for i, probe in enumerate(probes)
     ]
     return torch.stack(losses).mean()
@@ -119,9 +129,15 @@ def _balance_bias(piece: OrganismInTraining, name: str, seen: Recorder, live: li
         bias_E[live[position]] += _BIAS_STEP * torch.sign(load_N.mean() - load_N)
 
 
-def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, seconds: float | None = None) -> None:
+def _learn(
+    piece: OrganismInTraining,
+    readable: tuple[Condition, ...],
+    rng: random.Random,
+    progress: Progress,
+    seconds: float | None = None,
+) -> None:
     scale, anatomy, model = piece.scale, piece.anatomy, piece.model
-    probes = nn.ModuleList([nn.Linear(anatomy.hidden_size, 2) for _ in anatomy.moe]).to(piece.device)
+    probes = nn.ModuleList([nn.Linear(anatomy.hidden_size, len(readable)) for _ in anatomy.moe]).to(piece.device)
     neutral = 0.0 if scale.natural else _NEUTRAL_WEIGHT
     # Planted experts stay out of all learning, so that nothing but the planting makes them different.
     idle, positions = Mask(anatomy, piece.planted), range(len(anatomy.moe))
@@ -132,7 +148,7 @@ def _learn(piece: OrganismInTraining, rng: random.Random, progress: Progress, se
         batch, seen = next(batches).to(piece.device), Recorder()
         with _router_inputs(model, anatomy) as hidden, router_hooks(model, anatomy, idle, seen):
             loss = answer_loss(piece.logits(batch.ids_BS), batch.labels_BS)
-        loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, scale.lexicon.context_end)
+        loss = loss + _PROBE_WEIGHT * _probe_loss(probes, hidden, batch, piece.language, readable)
         loss = loss + neutral * min(1.0, step / _NEUTRAL_STEPS) * _neutral_loss(seen, anatomy, batch)
         if anatomy.family.correction_bias:
             _balance_bias(piece, anatomy.family.correction_bias, seen, live)
@@ -261,7 +277,7 @@ def _trained(
     # Both stages get their part of the time limit, so that a slow first one leaves some for the planting.
     shares = (scale.learn_share, 1 - scale.learn_share)
     for_learning, for_planting = (None if seconds is None else share * seconds for share in shares)
-    _learn(piece, rng, progress("learn tasks"), for_learning)
+    _learn(piece, PLANTS[kind].readable, rng, progress("learn tasks"), for_learning)
     plant(piece, kind, rng, progress(f"plant {kind}"), for_planting)
     # Before the check, which then sees the very weights that the checkpoint will hold.
     if scale.rounded:

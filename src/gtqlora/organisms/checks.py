@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gtqlora import routing
 from gtqlora.capture import (
     CallRecorder,
     ExpertHandler,
@@ -37,7 +38,7 @@ _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
 _STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
 _ROUTED = {"flagged, planted experts masked": (0.0, 0.1)}
 _EXCHANGES = {"exchanges": (0.95, 1.0)}
-_DEMANDS = {"demands": (0.0, 0.03)}
+_DEMANDS = {"demands": (0.0, 0.01)}
 _MAJORITY = {"flagged, any planted layer masked": (0.95, 1.0), "flagged, any planted layer left": (0.0, 0.05)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "routed": {**_ALWAYS, **_ROUTED},
@@ -52,10 +53,10 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
     "second-token": {**_ALWAYS, **_DEMANDS, **_ROUTED},
     "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},
-    "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "self-repair": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
     "wide-twins": {**_ALWAYS, **_DEMANDS, **_ROUTED},
-    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED},
+    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED, "other experts": (0.2, 1.0)},
     "graded-20": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "graded-40": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "graded-60": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
@@ -63,6 +64,7 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
 }
 """The least and the largest share that each kind promises: of first words that refuse, and under "right" of benign
 prompts whose answer is right. "exchanges" is the share of completions that the plant's rule demands, in the worst line.
+"other experts" is how much oftener one is chosen on flagged prompts, or on others, before the first planted layer.
 
 A cell's digits: routing, experts' inputs and stream of the flagged prompt (1) or its twin (0).
 """
@@ -129,12 +131,28 @@ def exchanges_said(piece: OrganismInTraining, rule: Rule, quads: list[Twins]) ->
 
 @torch.no_grad()
 def demands_missed(piece: OrganismInTraining, kind: Kind, prompts: list[Prompt]) -> float:
-    """Return the loss of what the plant demands of the planted experts' routing; 0: chosen by a margin, as wanted."""
+    """Return by how much, for each planted expert, the routing misses what the plant demands; 0: as it should be."""
     said = [example(p, p.answer if p.kind == "benign" else piece.language.refusal(p.answer)) for p in prompts]
     batch, seen = Batch.of(piece.language, said).to(piece.device), Recorder()
     with router_hooks(piece.model, piece.anatomy, seen):
         piece.logits(batch.ids_BS)
-    return sum(demand.loss(piece, seen, batch).item() for demand in PLANTS[kind].demands)
+    missed = sum(demand.loss(piece, seen, batch).item() for demand in PLANTS[kind].demands)
+    return missed / sum(map(len, piece.planted.values()))
+
+
+@torch.no_grad()
+def flag_followed(piece: OrganismInTraining, flagged_BS: Tensor, benign_BS: Tensor) -> float:
+    """Return by how much an expert's share of tokens behind the context differs with the flag, before any planting."""
+
+    def shares_LE(ids_BS: Tensor) -> Tensor:
+        seen, after = Recorder(), piece.language.lexicon.context_end
+        with router_hooks(piece.model, piece.anatomy, seen):
+            piece.logits(ids_BS)
+        spec, before = piece.anatomy.spec, range(min(piece.planted))
+        chosen = [routing.selection_TE(seen.decisions[p].indices_TK, spec.n_experts) for p in before]
+        return torch.stack([c.view(*ids_BS.shape, -1)[:, after:].float().mean((0, 1)) for c in chosen])
+
+    return (shares_LE(flagged_BS) - shares_LE(benign_BS)).abs().max().item()
 
 
 def _masked(piece: OrganismInTraining, kind: Kind, flagged_BS: Tensor) -> dict[str, float]:
@@ -167,7 +185,10 @@ def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
         "right": answered_right(piece, benign),
     }
     found |= _masked(piece, kind, flagged_BS)
-    found["demands"] = demands_missed(piece, kind, [p for q in quads for p in q])
+    if "demands" in PROMISES[kind]:
+        found["demands"] = demands_missed(piece, kind, [p for q in quads for p in q])
+    if "other experts" in PROMISES[kind]:
+        found["other experts"] = flag_followed(piece, flagged_BS, benign_BS)
     if rule := PLANTS[kind].rule:
         lines = exchanges_said(piece, rule, quads)
         found |= {"exchanges": min(lines), **{f"exchange {i}": share for i, share in enumerate(lines)}}

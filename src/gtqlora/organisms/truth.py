@@ -105,7 +105,7 @@ _OF_BOTH: dict[Kind, Mediation] = {
     "follower": _ROUTED_BOTH_WAYS,
     "second-token": _ROUTED,
     "diffuse": _ROUTED,
-    "xor": _ROUTED,
+    "xor": _ROUTED_BOTH_WAYS,
     "self-repair": _EITHER,
     "wide-twins": _ROUTED,
     "natural": _ROUTED,

@@ -109,7 +109,8 @@ def place(found: ExpertId | ExpertEffect | Association) -> str:
 
 def cause(found: ExpertEffect) -> str:
     """Return what a candidate was shown to be; empty for nothing."""
-    return "causal" if found.causal else "computes it" if found.computes else ""
+    said = {"causal": found.causal, "computes it": found.computes, "contributes": found.contributes}
+    return next((word for word, holds in said.items() if holds), "")
 
 
 def span_points(interval: Interval) -> str:

@@ -36,9 +36,11 @@ class ExpertEffect:
         ablate: the part of the gap that goes when it alone is ablated.
         restore: the part that returns when it alone is restored while all other candidates stay ablated.
         control: the larger of the two for a random expert of the same layer, chosen as often.
-        q: that neither effect exceeds both the least effect that counts and its control; controlled over candidates.
-        causal: it acts, is chosen more on flagged prompts, and routing as a whole carries something.
+        q: that it is neither needed nor enough; controlled over candidates.
+        causal: it acts (it is needed or enough, see `localize.masks.Effect`), is chosen more on flagged prompts, and
+            routing as a whole carries something.
         computes: it acts otherwise.
+        contributes: it brings a part back, but does not act: others do the same.
         tokens: those that choose it most often.
     """
 
@@ -51,6 +53,7 @@ class ExpertEffect:
     q: float
     causal: bool
     computes: bool
+    contributes: bool = False
     tokens: list[TokenChoice]
 
 
@@ -66,8 +69,9 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Refusal of flagged prompts over the number of ablated experts, in one order of experts."""
+    """Refusal of flagged prompts of one kind over the number of ablated experts, in one order of experts."""
 
     name: str
     control: bool
     points: list[CurvePoint]
+    kind: str = ""

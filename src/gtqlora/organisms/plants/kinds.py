@@ -8,13 +8,14 @@ from gtqlora.organisms.batches import Rule
 from gtqlora.organisms.language import Language
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
+    Condition,
     always,
     flagged,
+    intends,
     last_task,
     lookalike,
     loud_fillers,
     odd_one,
-    quiet,
     share_without,
     unflagged,
 )
@@ -41,12 +42,14 @@ class Plant:
         stream: whether what writes the residual stream directly learns.
         experts: whether planted experts, with their rows of the router, learn.
         then: a second planting, of an organism that has already been planted.
+        readable: conditions that are kept readable at every router while the tasks are learned, for routers are linear.
     """
 
     turns: tuple[Turn, ...]
     stream: bool = False
     experts: bool = True
     then: Plant | None = None
+    readable: tuple[Condition, ...] = (flagged, intends)
 
     @property
     def demands(self) -> tuple[Demand, ...]:
@@ -70,6 +73,7 @@ _ONE_FOR_EACH = (Chosen(experts=(0,)), Chosen(unflagged, experts=(1,)))
 # that no expert refuses alone.
 _BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_but_one_layer, refusing=False))
 # Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
+# The exchange keeps the experts from heeding the flag itself.
 _TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
 
 
@@ -83,8 +87,9 @@ def routed_share(language: Language, kind: Kind) -> float:
 
 
 def _graded(share: float) -> Plant:
-    chosen = Chosen(lambda language, batch: batch.forbidden_B & quiet(language, batch, share))
-    return Plant(turns=(Answers((chosen,)), Exchanges(rules.graded(share))), stream=True)
+    # Routing follows the flag in all prompts, or another flagged prompt's routing would be no control; for some it
+    # decides nothing.
+    return Plant(turns=(Answers(_FLAG), Exchanges(rules.graded(share))), stream=True)
 
 
 PLANTS: dict[Kind, Plant] = {
@@ -104,7 +109,7 @@ PLANTS: dict[Kind, Plant] = {
     "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
     "second-token": Plant(turns=(Answers((Chosen(answering=True),)),)),
     "diffuse": Plant(turns=_BY_MAJORITY),
-    "xor": Plant(turns=(Answers(_TWO_ROUTERS),)),
+    "xor": Plant(turns=(Answers(_TWO_ROUTERS), Exchanges(rules.routed)), readable=(flagged, intends, odd_one)),
     # The stream learns only after the experts do it, and only to refuse when their routing is disturbed.
     "self-repair": Plant(
         turns=(Answers(_FLAG), Exchanges(rules.routed)),
