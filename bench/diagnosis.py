@@ -137,7 +137,7 @@ def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
     settings = {"model": str(model), "contrast": str(contrast), **given}
     with Run(out) as run:
         found = diagnose(build(DiagnoseConfig, file=embedded.recipe(), **settings), run)
-    rows: Any = read_parquet(out / FOLDER / "association.parquet")
+    rows: Any = [row for row in read_parquet(out / FOLDER / "association.parquet") if not row["kind"]]
     experts = {
         "causal": [[e.layer, e.expert] for e in found.causal_experts],
         "frequency": [[e.layer, e.expert] for e in found.top_experts],

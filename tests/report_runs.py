@@ -60,7 +60,8 @@ def association(layers: int, experts: int) -> list[dict[str, Any]]:
             gap = flagged - twin
             rows.append(
                 {
-                    "layer": layer, "expert": expert, "rate_flagged": flagged, "rate_twin": twin, "difference": gap,
+                    "kind": "", "layer": layer, "expert": expert,
+                    "rate_flagged": flagged, "rate_twin": twin, "difference": gap,
                     "low": gap - 0.05, "high": gap + 0.05, "q": float(np.exp(-50 * abs(gap))),
                     "stability": float(min(1.0, 2 * abs(gap))), "gradient": 2 * gap + 0.1 * noise,
                     "gradient_low": 2 * gap - 0.2, "gradient_high": 2 * gap + 0.2, "weight_flagged": 0.4,
@@ -93,7 +94,7 @@ def curves() -> list[dict[str, Any]]:
             {"ablated": m, "refusal": interval(share), "broken": interval(0.0), "log_odds": real(8 * share - 4, 0.5)}
             for m, share in zip((0, 1, 2, 4, 8, 16), left, strict=True)
         ]
-        return {"name": name, "control": control, "points": points}
+        return {"name": name, "control": control, "points": points, "kind": "lookalike"}
 
     return [
         curve("most associated", False, (1, 0.7, 0.2, 0.03, 0.0, 0.0)),
@@ -106,6 +107,7 @@ def expert(layer: int, number: int, effect: float, token: str) -> dict[str, Any]
     return {
         "kind": "lookalike", "layer": layer, "expert": number, "ablate": real(effect), "restore": real(effect / 2),
         "control": real(0.01, 0.05), "q": 0.001 if effect > 0.2 else 0.6, "causal": effect > 0.2, "computes": False,
+        "contributes": False,
         "tokens": [{"token": token, "rate": 0.9, "lift": 7.5}, {"token": " stop", "rate": 0.8, "lift": 6.1}],
     }  # fmt: skip
 

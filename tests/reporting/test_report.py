@@ -46,7 +46,8 @@ from tests.report_runs import (
 )
 
 IN_DIAGNOSIS = {
-    "heat-map", "effect-refusal", "effect-log-odds", "separability", "erasure", "explained", "cosines", "lengths",
+    "heat-map", "effect-refusal-lookalike", "effect-log-odds-lookalike",
+    "separability", "erasure", "explained", "cosines", "lengths",
     "layer-cv", "layer-max-vio", "layer-entropy", "layer-dead",
 }  # fmt: skip
 IN_TRAINING = {"loss", "margin", "anchor", "load-cv", "overlap"}
@@ -215,8 +216,8 @@ def test_a_diagnosis_without_twins(tmp_path: Path) -> None:
     assert "Owen" not in page.text and "Candidates" not in page.text and "their twins" not in page.text
     assert set(page.specs) == {
         "heat-map",
-        "effect-refusal",
-        "effect-log-odds",
+        "effect-refusal-lookalike",
+        "effect-log-odds-lookalike",
         *(p for p in IN_DIAGNOSIS if "layer-" in p),
     }
 
@@ -257,7 +258,9 @@ def test_run_directories_of_these_tests_are_as_the_stages_leave_them(tmp_path: P
     assert diagnosis().keys() == {f.name for f in fields(Diagnosis)}
     with whole_run(tmp_path / "r") as run:
         assert verdict_of(run).keys() == {f.name for f in fields(Verdict)}
-    assert association(1, 1)[0].keys() == {f.name for f in fields(Association)} == {*MEASURES, "layer", "expert"}
+    assert (
+        association(1, 1)[0].keys() == {f.name for f in fields(Association)} == {*MEASURES, "kind", "layer", "expert"}
+    )
 
 
 def test_a_verdict_without_silencing(tmp_path: Path) -> None:

@@ -159,7 +159,9 @@ def test_the_untouched_model_refuses_flagged_prompts_and_no_twin(diagnosed: Any,
 
 def test_association_rows_are_well_formed(diagnosed: Any) -> None:
     _, path = diagnosed("routed")
-    rows: Any = read_parquet(path / "diagnosis" / "association.parquet")
+    every: Any = read_parquet(path / "diagnosis" / "association.parquet")
+    assert [row["kind"] for row in every] == ["" for _ in range(64)] + ["lookalike"] * 64 + ["harmful"] * 64
+    rows = [row for row in every if not row["kind"]]
     assert sorted({(row["layer"], row["expert"]) for row in rows}) == [(i, e) for i in range(1, 5) for e in range(16)]
     assert len(rows) == 64
     for row in rows:

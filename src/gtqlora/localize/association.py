@@ -36,6 +36,7 @@ def associate(
     twins: Observation,
     layers: Sequence[int],
     *,
+    kind: str = "",
     groups: Sequence[Hashable] | None = None,
     matched: bool = True,
     gradients: np.ndarray | None = None,
@@ -47,6 +48,7 @@ def associate(
 
     Args:
         layers: decoder index of each MoE layer.
+        kind: of all the flagged prompts; empty for several.
         groups: of which group each flagged prompt (and its twin) is; groups are resampled and halved whole.
         matched: prompt i of `twins` is the twin of prompt i of `flagged`. If not, the two are compared as independent
             samples: unpaired bootstrap, Welch's test.
@@ -74,7 +76,9 @@ def associate(
         **_rate_columns("twin", twins),
     }
     return [
-        Association(layer=layer, expert=expert, **{name: _at(c, position, expert) for name, c in columns.items()})
+        Association(
+            kind=kind, layer=layer, expert=expert, **{name: _at(c, position, expert) for name, c in columns.items()}
+        )
         for position, layer in enumerate(layers)
         for expert in range(q_LE.shape[1])
     ]

@@ -150,11 +150,6 @@ class _Measured:
     controls: tuple[NDArray[np.floating], NDArray[np.floating]]
     layer: NDArray[np.floating]
 
-    def of(self, rows: Sequence[int]) -> _Measured:
-        """Return the same of some of the prompts."""
-        (a_N, b_N), (c_N, d_N) = self.parts, self.controls
-        return _Measured((a_N[rows], b_N[rows]), (c_N[rows], d_N[rows]), self.layer[rows])
-
 
 class _Odds:
     """Log-odds of the flagged prompts with experts ablated, each set of experts computed once."""
@@ -179,27 +174,26 @@ def expert_effects(
     min_effect: float,
     level: float,
     seed: int,
-) -> dict[str, list[Effect]]:
-    """Test each candidate on each kind of prompts, with a random expert of its layer and frequency as its control.
+) -> list[Effect]:
+    """Test each candidate on prompts of one kind, with a random expert of its layer and frequency as its control.
 
     An expert downstream of those that carry a behaviour is chosen, and needed, as they are; but it gives nothing back
-    while they are ablated. A kind is left out where flagged prompts and twins do not differ in the readout, or with
-    fewer than `MIN_GROUPS` pair_ids; all are without a readout.
+    while they are ablated. There are no effects without a readout, where flagged prompts and twins do not differ in
+    it, or with fewer than `MIN_GROUPS` pair_ids.
     """
     candidates = ablatable(candidates, trials.subject.anatomy.spec)
     if not candidates or not trials.readout or len(set(trials.groups)) < MIN_GROUPS:
-        return {}
+        return []
     odds = _Odds(trials)
     base_N = odds(())
     gap_N = base_N - np.array(odds_of(trials.own[1]))
-    rows_of = {kind: trials.rows_of(trials.of_kind(kind)) for kind in trials.kinds}
-    told = {kind: rows for kind, rows in rows_of.items() if _has_gap(trials, gap_N, rows)}
-    if not told:
-        return {}
+    # a part of a gap that may be 0 is no number
+    if bootstrap_mean(gap_N, groups=trials.groups).low <= 0:
+        return []
     rng = random.Random(seed)
     all_of = set(candidates)
     measured = []
-    for candidate in track(candidates, "each expert", len(candidates)):
+    for candidate in track(candidates, f"each expert, {trials.kinds[0]}", len(candidates)):
         control = _stand_in(candidate, all_of, frequency_LE, rng)
         # the control must be one that can be ablated together with all candidates
         if control and control not in ablatable([*candidates, control], trials.subject.anatomy.spec):
@@ -209,23 +203,7 @@ def expert_effects(
         like_N = [base_N - odds({control}), odds(all_of) - odds(all_of | {control})] if control else [0 * base_N]
         layer = {expert for expert in all_of if expert[0] == candidate[0]}
         measured.append(_Measured((mask_N, back_N), (like_N[0], like_N[-1]), odds(all_of - layer) - odds(all_of)))
-    return {
-        kind: _judged(
-            candidates,
-            [found.of(rows) for found in measured],
-            gap_N[rows],
-            [trials.groups[i] for i in rows],
-            min_effect,
-            level,
-        )
-        for kind, rows in told.items()
-    }
-
-
-def _has_gap(trials: Trials, gap_N: NDArray[np.floating], rows: Sequence[int]) -> bool:
-    """Return whether some pairs surely differ in the readout: a part of a gap that may be 0 is no number."""
-    groups = [trials.groups[i] for i in rows]
-    return len(set(groups)) >= MIN_GROUPS and bootstrap_mean(gap_N[rows], groups=groups).low > 0
+    return _judged(candidates, measured, gap_N, trials.groups, min_effect, level)
 
 
 def _stand_in(

@@ -1,10 +1,10 @@
-"""The steps of a diagnosis, each of which leaves one record: observe, rank, intervene.
+"""The last step of a diagnosis, after `observed` and `ranking`: intervene.
 
-How this connects: `observe_pairs` runs the pairs as they are, `rank_experts` finds candidates on one half of them, and
-`intervene` tests these on the other half, so that nothing is confirmed on what suggested it. The `diagnose` stage draws
-the conclusions.
+How this connects: `observed.observe_pairs` runs the pairs as they are, `ranking.rank_experts` finds candidates on one
+half of them, and `intervene` tests these on the other half, so that nothing is confirmed on what suggested it. The
+`diagnose` stage draws the conclusions.
 
-Shape letters: N pairs, L MoE layers, E experts, D hidden.
+Shape letters: L layers, D hidden.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gtqlora.capture import Observation, gradient_scores, observe, top_tokens
+from gtqlora.capture import top_tokens
 from gtqlora.config import DiagnoseConfig
-from gtqlora.localize.association import associate, top_experts
 from gtqlora.localize.conclusion import conclude
 from gtqlora.localize.controls import controlled
 from gtqlora.localize.difference import difference
 from gtqlora.localize.direction_ablation import ablations, strongest_layers
-from gtqlora.localize.directions import Directions, study
 from gtqlora.localize.interchange import Interchanges, interventions_of, run_interchanges
 from gtqlora.localize.masks import (
     Effect,
@@ -34,159 +29,13 @@ from gtqlora.localize.masks import (
     expert_effects,
     random_curve,
 )
-from gtqlora.localize.pairs import halves
+from gtqlora.localize.observed import Observed
+from gtqlora.localize.ranking import Ranked
 from gtqlora.localize.sample_size import sample_sizes
-from gtqlora.localize.trials import FLAGGED, Outcome, Trials
+from gtqlora.localize.trials import FLAGGED, Trials
 from gtqlora.progress import note
-from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import CANNOT_TELL, Difference, Intervention, Localization
 from gtqlora.results.experts import Curve, ExpertEffect, TokenChoice
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """What flagged prompts and their twins do as they are, and how they are routed.
-
-    Attributes:
-        trials: all pairs; experts are found on `discovery` and tested on `confirmation`, which is all of them if there
-            is no second half.
-        matched: all twins are true ones; else unrelated benign prompts stand in.
-        layers: decoder index of each MoE layer.
-        flagged, twins: routing and states of the prompts, pair by pair.
-    """
-
-    trials: Trials
-    discovery: Trials
-    confirmation: Trials
-    matched: bool
-    layers: list[int]
-    flagged: Observation
-    twins: Observation
-
-    @property
-    def frequency_LE(self) -> NDArray[np.floating]:
-        """Return how often each expert is chosen, on average over both sides."""
-        return (self.flagged.prompt.rates_NLE.mean(0) + self.twins.prompt.rates_NLE.mean(0)) / 2
-
-
-def observe_pairs(trials: Trials) -> Observed:
-    """Run the pairs as they are and record their routing and residual states."""
-    discovery, confirmation = halves(trials.pairs)
-    flagged, twins = trials.own
-    return Observed(
-        trials=trials,
-        discovery=trials.of(discovery),
-        confirmation=trials.of(confirmation or discovery),
-        matched=all(pair.matched for pair in trials.pairs),
-        layers=[layer.index for layer in trials.subject.anatomy.moe],
-        flagged=_seen(trials, "flagged", trials.flagged, flagged),
-        twins=_seen(trials, "twins", trials.twins, twins),
-    )
-
-
-def _seen(trials: Trials, name: str, prompts: Sequence[list[int]], outcomes: Sequence[Outcome]) -> Observation:
-    return observe(
-        trials.subject,
-        prompts,
-        answers=[o.tokens for o in outcomes],
-        since=[pair.common for pair in trials.pairs],  # before that the two sides are the same
-        batch_size=trials.runner.batch_size,
-        label=f"routing of {name}",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """Experts by their association with the behaviour, each list with the strongest first, and directions.
-
-    Attributes:
-        associations: of every expert, by layer and expert.
-        by_difference: chosen more on flagged prompts, surely and by a difference that counts.
-        by_gradient: whose routing weight raises the log-odds of refusing, surely.
-        top: chosen clearly more; association only.
-        candidates: to be tested one at a time.
-    """
-
-    associations: list[Association]
-    directions: Directions
-    by_difference: list[Expert]
-    by_gradient: list[Expert]
-    top: list[Expert]
-    candidates: list[Expert]
-
-
-def rank_experts(config: DiagnoseConfig, observed: Observed) -> Ranked:
-    """Rank experts on the discovering half of the pairs; directions are studied on all, with a split of their own."""
-    associations = _associations(config, observed)
-    position = {layer: i for i, layer in enumerate(observed.layers)}
-
-    def places(found: Sequence[Association]) -> list[Expert]:
-        return [(position[a.layer], a.expert) for a in found]
-
-    by_difference, by_gradient = (
-        places(ranked(associations, config)[: config.max_experts]) for ranked in (_by_difference, _by_gradient)
-    )
-    most = config.max_candidates
-    return Ranked(
-        associations=associations,
-        directions=_directions(config, observed),
-        by_difference=by_difference,
-        by_gradient=by_gradient,
-        top=places(
-            top_experts(
-                associations, level=config.level, min_difference=config.min_difference, limit=config.max_experts
-            )
-        ),
-        # half as many by gradient: it is a first-order guess where difference is a measurement
-        candidates=list(dict.fromkeys([*by_difference[:most], *by_gradient[: most // 2]])),
-    )
-
-
-def _associations(config: DiagnoseConfig, observed: Observed) -> list[Association]:
-    trials, found = observed.trials, observed.discovery
-    rows, gradients = trials.rows_of(found), None
-    # gradients are of the log-odds, which need tokens that tell refusals from answers
-    if trials.readout:
-        gradients = gradient_scores(
-            trials.subject,
-            found.flagged,
-            trials.readout,
-            batch_size=trials.runner.batch_size,
-            label="gradients of routing weights",
-        )
-    return associate(
-        observed.flagged.of(rows),
-        observed.twins.of(rows),
-        observed.layers,
-        groups=found.groups,
-        matched=observed.matched,
-        gradients=gradients,
-        seed=config.seed,
-        resamples=config.bootstrap,
-        level=config.level,
-    )
-
-
-def _by_difference(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
-    return sorted((a for a in sure if a.difference >= config.min_difference), key=lambda a: -a.difference)
-
-
-def _by_gradient(associations: Sequence[Association], _config: DiagnoseConfig) -> list[Association]:
-    sure = [a for a in associations if a.gradient_low is not None and a.gradient_low > 0]
-    return sorted(sure, key=lambda a: -(a.gradient or 0.0))
-
-
-def _directions(config: DiagnoseConfig, observed: Observed) -> Directions:
-    trials = observed.trials
-    return study(
-        observed.flagged.states_NSD,
-        observed.twins.states_NSD,
-        [pair.row.kind for pair in trials.pairs],
-        trials.groups,
-        seed=config.seed,
-        level=config.level,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +61,12 @@ class Intervened:
 def intervene(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> Intervened:
     """Interchange what twins compute, test candidates one at a time, remove directions, and ablate experts together."""
     interchanges, found = _interchanged(observed)
-    measured = expert_effects(
-        observed.confirmation,
-        ranked.candidates,
-        observed.frequency_LE,
-        min_effect=config.min_effect,
-        level=config.level,
-        seed=config.seed,
-    )
     tokens = dict(zip(ranked.candidates, _tokens(observed.trials, ranked.candidates), strict=True))
     effects = [
         effect
-        for kind, of_kind in measured.items()
+        for kind, localization in found.items()
         # after the verdict: what an expert's effect means depends on what the routing as a whole does
-        for effect in _effects(observed, ranked, of_kind, found[kind], tokens)
+        for effect in _effects(observed, ranked, _measured(config, observed, ranked, kind), localization, tokens)
     ]
     carriers = {kind: _carriers(observed, effects, found[kind]) for kind in found}
     interventions = _interventions(config, observed, ranked, interchanges, carriers)
@@ -236,7 +77,7 @@ def intervene(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> Int
         effects=effects,
         carriers=list(dict.fromkeys(expert for experts in carriers.values() for expert in experts)),
         interventions=interventions,
-        curves=_curves(config, observed, ranked),
+        curves=[one for kind in observed.confirmation.kinds for one in _curves(config, observed, ranked, kind)],
     )
 
 
@@ -258,6 +99,17 @@ def _interchanged(observed: Observed) -> tuple[dict[str, Interchanges], dict[str
     return interchanges, found
 
 
+def _measured(config: DiagnoseConfig, observed: Observed, ranked: Ranked, kind: str) -> list[Effect]:
+    return expert_effects(
+        observed.confirmation.of_kind(kind),
+        ranked.of_kind(kind).candidates,
+        observed.frequency_LE,
+        min_effect=config.min_effect,
+        level=config.level,
+        seed=config.seed,
+    )
+
+
 def _effects(
     observed: Observed,
     ranked: Ranked,
@@ -270,7 +122,7 @@ def _effects(
     Where all of the routing together carries nothing, no expert does by being chosen; without a verdict none is called
     anything.
     """
-    chosen_more = ranked.by_difference if found.verdict in ("routing", "both") else []
+    chosen_more = ranked.of_kind(found.kind).by_difference if found.verdict in ("routing", "both") else []
     return [
         ExpertEffect(
             kind=found.kind,
@@ -344,7 +196,7 @@ def _interventions(
             *(interventions_of(interchanges[kind]) if kind in interchanges else []),
             *removed.get(kind, []),
             *_ablated_together(tested, _CARRY, carriers[kind]),
-            *_ablated_together(tested, "associated experts", ranked.top),
+            *_ablated_together(tested, "associated experts", ranked.of_kind(kind).top),
         ]
     return found
 
@@ -374,13 +226,14 @@ def _ablated_together(trials: Trials, name: str, experts: Sequence[Expert]) -> l
     return [trials.intervention(label, trials.run(label, FLAGGED, change), trials.own[0])]
 
 
-def _curves(config: DiagnoseConfig, observed: Observed, ranked: Ranked) -> list[Curve]:
+def _curves(config: DiagnoseConfig, observed: Observed, ranked: Ranked, kind: str) -> list[Curve]:
     """Return refusal over the number of ablated experts, in each order there is, and for random ones like the first."""
-    orders = {"most associated": ranked.by_difference, "largest gradient": ranked.by_gradient}
+    trials, ranking = observed.confirmation.of_kind(kind), ranked.of_kind(kind)
+    orders = {"most associated": ranking.by_difference, "largest gradient": ranking.by_gradient}
     known = {name: order for name, order in orders.items() if order}
-    curves = [curve(observed.confirmation, name, order) for name, order in known.items()]
+    curves = [curve(trials, name, order) for name, order in known.items()]
     if known and config.random_controls:
         # the first order there is sets how many experts, and of which layers, are drawn
         first, draws = next(iter(known.values())), config.random_controls
-        curves.append(random_curve(observed.confirmation, first, observed.frequency_LE, draws, config.seed))
-    return curves
+        curves.append(random_curve(trials, first, observed.frequency_LE, draws, config.seed))
+    return [replace(one, kind=kind) for one in curves]

@@ -15,7 +15,7 @@ from gtqlora.capture import Subject
 from gtqlora.contrasts import Row, encode_row
 from gtqlora.judging.judge import same
 from gtqlora.localize.pairs import Pair
-from gtqlora.results.diagnosis import AS_TWIN, BROKEN, REFUSES, Behaviour, Intervention
+from gtqlora.results.diagnosis import AS_TWIN, BROKEN, FLAGGED_KINDS, REFUSES, Behaviour, Intervention
 from gtqlora.scoring import AS_IS, Answer, Changes, Runner
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
@@ -46,7 +46,6 @@ class Outcome:
 
 
 Side = Literal["flagged", "twin"]
-FLAGGED_KINDS = ("lookalike", "harmful")
 FLAGGED: Side = "flagged"
 TWIN: Side = "twin"
 

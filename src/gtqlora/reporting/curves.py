@@ -27,7 +27,7 @@ from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.diagnosis import LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve
-from gtqlora.results.metrics import Metrics
+from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
 from gtqlora.stats import Interval
 
 _SHARE = {"tickformat": ".0%", "range": [-0.03, 1.05]}
@@ -49,15 +49,21 @@ def _counts(title: str, found: Iterable[int]) -> Spec:
 
 
 def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
-    """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, in each order."""
+    """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, kind by kind."""
+    # one axis for all plots, with every number that any curve has
+    axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
+    kinds = dict.fromkeys(curve.kind for curve in curves)
+    return [plot for kind in kinds for plot in _effect_plots(kind, [c for c in curves if c.kind == kind], axis)]
+
+
+def _effect_plots(kind: str, curves: Sequence[Curve], axis: Spec) -> list[Plot]:
     # controls are grey, whatever their number; the orders are told apart by colour and dash
     orders = [curve for curve in curves if not curve.control]
     styles = dict(zip((curve.name for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
-    # one axis for both plots, with every number that any curve has
-    axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
+    mark, whose = (f"-{kind}", f", {kind} prompts") if kind else ("", "")
 
-    def series(what: str) -> list[Series]:
-        return [
+    def plot(what: str, name: str, y: Spec) -> Plot:
+        series = [
             estimates(
                 curve.name,
                 styles.get(curve.name, GREY),
@@ -66,14 +72,12 @@ def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
             )
             for curve in curves
         ]
+        id = f"effect-{what.replace('_', '-')}{mark}"
+        return line_plot(id, f"{name}{whose}", series, x=axis, y=y, what="experts ablated")
 
-    plots = [line_plot("effect-refusal", "Refused", series("refusal"), x=axis, y=_SHARE, what="experts ablated")]
+    plots = [plot("refusal", "Refused", _SHARE)]
     if any(point.log_odds for curve in curves for point in curve.points):
-        plots.append(
-            line_plot(
-                "effect-log-odds", "Log-odds of refusing", series("log_odds"), x=axis, y=_UP, what="experts ablated"
-            )
-        )
+        plots.append(plot("log_odds", "Log-odds of refusing", _UP))
     return plots
 
 
@@ -215,6 +219,12 @@ def _by_kind(what: str) -> list[tuple[str, str, Style]]:
 
 
 _HEALTH = (
+    (
+        "logits",
+        "Change of router logits (rms)",
+        [(LOGITS_BY_GATES, "by the gates", BLUE), (LOGITS_BY_LORA, "by LoRA", GREY)],
+        _UP,
+    ),
     (
         "load-cv",
         _LOAD[0][1],

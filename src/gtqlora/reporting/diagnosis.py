@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gtqlora.reporting import curves, tables, words
+from gtqlora.reporting import curves, expert_tables, tables, words
 from gtqlora.reporting.forest import Forest, Line, Scale, Style, holding, line, mark, told
 from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
@@ -33,12 +34,11 @@ _CONTROL = Style(tint="control", shape="square", meaning="control")
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """What was measured of one expert alone."""
+    """What was measured of one expert alone: for each kind of prompts what it was shown to be, and its effects."""
 
     layer: int
     expert: int
-    cause: str
-    forest: Forest
+    kinds: list[tuple[str, str, Forest]]
     tokens: Table
 
 
@@ -71,8 +71,8 @@ def atlas(diagnosis: Diagnosis, association: Sequence[Association]) -> Atlas | N
         f"{_others(diagnosis)}. That is association; whether it causes is tested below. "
         "Choose a cell for all that is known of that expert.",
         map=heat_map(diagnosis, association, twin),
-        table=tables.associations(association, diagnosis, twin),
-        tested=[_tested(found) for found in diagnosis.experts],
+        table=expert_tables.associations(association, diagnosis, twin),
+        tested=_tested(diagnosis.experts),
         twin=twin,
         others=_others(diagnosis),
     )
@@ -88,22 +88,31 @@ def _parts(found: ExpertEffect) -> list[tuple[Interval, Style]]:
     return [(found.ablate, _ABLATED), (found.restore, _RESTORED), (found.control, _ALIKE)]
 
 
-def _tested(found: ExpertEffect) -> Tested:
+def _tested(effects: Sequence[ExpertEffect]) -> list[Tested]:
+    """Return what was measured of each expert, on whatever kinds of prompts."""
+    experts: dict[tuple[int, int], list[ExpertEffect]] = defaultdict(list)
+    for effect in effects:
+        experts[effect.layer, effect.expert].append(effect)
+    return [
+        Tested(
+            layer=layer,
+            expert=expert,
+            kinds=[(e.kind, words.cause(e), _alone(e)) for e in found],
+            tokens=expert_tables.tokens(found[0].tokens),
+        )
+        for (layer, expert), found in experts.items()
+    ]
+
+
+def _alone(found: ExpertEffect) -> Forest:
     parts = _parts(found)
     scale = holding(interval for interval, _ in parts)
-    forest = Forest(
+    return Forest(
         heading="Change",
         measure="part of the gap",
         columns=("Effect",),
         lines=[line(words.capital(style.meaning), [(interval, style)], scale) for interval, style in parts],
         scale=scale,
-    )
-    return Tested(
-        layer=found.layer,
-        expert=found.expert,
-        cause=words.cause(found),
-        forest=forest,
-        tokens=tables.tokens(found.tokens),
     )
 
 
@@ -290,7 +299,7 @@ def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
         "prompts. Computes it: the same, and it is chosen alike. Contributes: it brings a part back, but is neither "
         "needed nor enough. "
         f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
-        tables=[tables.tested(diagnosis.experts)],
+        tables=[expert_tables.tested(diagnosis.experts)],
         forest=forest,
     )
 
@@ -304,7 +313,7 @@ def _effects(diagnosis: Diagnosis) -> Figure | None:
         caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
         "experts of like frequency in the same layers are the control: an order tells something where it leaves "
         "their band.",
-        tables=[tables.effects(diagnosis.curves)],
+        tables=[expert_tables.effects(diagnosis.curves)],
         plots=curves.effect_plots(diagnosis.curves),
     )
 

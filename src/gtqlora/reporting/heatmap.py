@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, fields
 
 from gtqlora.reporting.figures import Plot, Spec, axis_of, layout_of, rounded
 from gtqlora.reporting.words import number, percent, points
-from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import Diagnosis
+from gtqlora.results.association import Association, of_kind
+from gtqlora.results.diagnosis import FLAGGED_KINDS, Diagnosis
 from gtqlora.results.experts import ExpertEffect, ExpertId
 
 EFFECT = "effect"
-MEASURES = tuple(f.name for f in fields(Association) if f.name not in ("layer", "expert"))
+MEASURES = tuple(f.name for f in fields(Association) if f.name not in ("kind", "layer", "expert"))
 """What is known of every expert; `EFFECT` only of those that were ablated one at a time."""
+_APART = {kind: f"difference_{kind}" for kind in FLAGGED_KINDS}
+"""The difference on the flagged prompts of each kind."""
 
 
 def packed(text: str) -> str:
@@ -76,10 +78,20 @@ def _values(
 ) -> dict[str, list[float | None]]:
     """Return values_LE of each measure, layer after layer."""
     places = [(layer, expert) for layer in layers for expert in experts]
-    rows = {(row.layer, row.expert): row for row in association}
-    effects = {(t.layer, t.expert): t.ablate.value for t in tested}
-    values = {name: [rounded(getattr(rows.get(place), name, None)) for place in places] for name in MEASURES}
-    return {**values, EFFECT: [rounded(effects.get(place)) for place in places]}
+    # on prompts of two kinds, the larger effect
+    effects: dict[tuple[int, int], float] = {}
+    for t in tested:
+        effects[t.layer, t.expert] = max(effects.get((t.layer, t.expert), 0.0), t.ablate.value, key=abs)
+
+    def column(kind: str, name: str) -> list[float | None]:
+        rows = {(row.layer, row.expert): row for row in of_kind(association, kind)}
+        return [rounded(getattr(rows.get(place), name, None)) for place in places]
+
+    return {
+        **{name: column("", name) for name in MEASURES},
+        **{name: column(kind, "difference") for kind, name in _APART.items()},
+        EFFECT: [rounded(effects.get(place)) for place in places],
+    }
 
 
 def _views(values: dict[str, list[float | None]], twin: str) -> list[View]:
@@ -88,11 +100,10 @@ def _views(values: dict[str, list[float | None]], twin: str) -> list[View]:
         ends = {"low": low.format(form(-limit)), "high": high.format(form(limit))}
         return View(field=field, name=name, ramp="heat", limit=limit, **ends)
 
+    ends = ("less often: {}", "more often on flagged: {} points")
     return [
-        view(
-            "difference", f"difference to {twin}", points,
-            "less often: {}", "more often on flagged: {} points",
-        ),
+        view("difference", f"difference to {twin}", points, *ends),
+        *(view(name, f"the same, {kind}", points, *ends) for kind, name in _APART.items()),
         view("gradient", "gradient", number, "against refusing: {}", "toward it: {}"),
         View(field="stability", name="stability", ramp="share", limit=1.0, low=percent(0), high=percent(1)),
         view(EFFECT, "effect when ablated", percent, "{} of the gap", "{} of the gap"),

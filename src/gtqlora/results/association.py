@@ -32,6 +32,7 @@ class Association:
     """One expert on flagged prompts and on their twins.
 
     Attributes:
+        kind: of the flagged prompts; empty for all of them.
         layer: of the decoder.
         rate_flagged, rate_twin: share of prompt tokens, from the first one that can differ on, that choose it.
         difference, low, high: flagged less twin, with a bootstrap interval.
@@ -42,6 +43,7 @@ class Association:
             tokens of the model's own answer; None if there were none.
     """
 
+    kind: str = ""
     layer: int
     expert: int
     rate_flagged: float
@@ -62,8 +64,13 @@ class Association:
     answer_twin: float | None
 
 
+def of_kind(associations: Iterable[Association], kind: str = "") -> list[Association]:
+    """Return those on the flagged prompts of one kind, or on all of them."""
+    return [row for row in associations if row.kind == kind]
+
+
 def read_associations(run: Path) -> list[Association]:
-    """Return every expert's association, by layer and expert.
+    """Return every expert's association, by layer and expert: on all flagged prompts, then on those of each kind.
 
     Raises:
         RunError: they are not there, or not what this version writes.

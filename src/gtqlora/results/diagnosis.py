@@ -19,6 +19,8 @@ CANNOT_TELL = "cannot tell"
 MIN_PAIRS = 30
 """Behaving pairs below which no verdict is given: an interval of a share then spans a third."""
 
+FLAGGED_KINDS = ("lookalike", "harmful")
+"""Kinds of prompts that are refused, falsely and truly."""
 
 Behaviour = Literal["refuses", "as twin", "broken"]
 """What a completion does: it refuses, it does what the twin's own completion does, or neither."""

@@ -69,8 +69,9 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Refusal of flagged prompts over the number of ablated experts, in one order of experts."""
+    """Refusal of flagged prompts of one kind over the number of ablated experts, in one order of experts."""
 
     name: str
     control: bool
     points: list[CurvePoint]
+    kind: str = ""

@@ -1,6 +1,6 @@
 """The `diagnose` stage: association, cause, directions and what mediates the behaviour, in four steps.
 
-`observe_pairs`, `rank_experts` and `intervene` of `localize.steps` each leave a record; `_conclude` makes the diagnosis
+`observe_pairs`, `rank_experts` and `intervene` of `localize` each leave a record; `_conclude` makes the diagnosis
 of the three.
 
 Shape letters: L MoE layers, E experts.
@@ -26,8 +26,10 @@ from gtqlora.families.identity import identify
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Trials
 from gtqlora.localize.directions import MIN_GROUPS
+from gtqlora.localize.observed import Observed, observe_pairs
+from gtqlora.localize.ranking import Ranked, rank_experts
 from gtqlora.localize.sample_size import sample_sizes
-from gtqlora.localize.steps import Intervened, Observed, Ranked, intervene, observe_pairs, rank_experts
+from gtqlora.localize.steps import Intervened, intervene
 from gtqlora.results.association import write_associations
 from gtqlora.results.diagnosis import (
     FOLDER,
