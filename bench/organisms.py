@@ -27,13 +27,13 @@ FRONT: dict[str, list[tuple[str, ...]]] = {
     "gates": [
         (f"lr_gates={rate}", f"anchor_harmful={anchor}")
         for rate in ("3e-3", "1e-2", "3e-2")
-        for anchor in ("0", "0.5", "3")
+        for anchor in ("0", "2", "12")
     ],
     "gt": [
         (f"lr_lora={lora}", f"lr_gates={gates}", f"anchor_harmful={anchor}")
         for gates, loras in (("1e-2", ("5e-5", "1e-4", "1.5e-4", "3e-4")), ("3e-3", ("1.5e-4",)))
         for lora in loras
-        for anchor in ("0", "0.5", "3")
+        for anchor in ("0", "2", "12")
     ],
 }
 

@@ -38,6 +38,12 @@ from tests import models
 
 ROOT = Path(__file__).parents[1]
 JUDGE = "tests.helpers:refuses"
+VERIFY = [
+    word
+    for setting in ("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20")
+    for word in ("--set", setting)
+]
+"""Settings of `verify` on the command line, as those of `Toy.verify_config`."""
 
 
 def refuses(text: str) -> bool:
