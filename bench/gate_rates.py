@@ -27,6 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -42,6 +43,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from gtqlora import contrasts
 from gtqlora.capture import Subject
+from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.config import TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import KINDS
 from gtqlora.edits.checkpoint_files import Origin
@@ -51,6 +53,7 @@ from gtqlora.families.anatomy import is_norm
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.organisms.language import Language
+from gtqlora.results.adapter import Deviation, Training, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics, read_metrics
 from gtqlora.run import Run
 from gtqlora.stages import train as stage
@@ -71,7 +74,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3_moe", {**_GQA, "hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8}),
     "olmoe": (
         "olmoe",
-        {**_GQA, "hidden_size": 2048, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        {"hidden_size": 2048, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}
+        | {"num_key_value_heads": 4},
     ),
     "glm4": (
         "glm4_moe",
@@ -92,9 +96,9 @@ _INNER = 32
 
 def width(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
     """One shape at one rate, gates alone; the first line is logged before any step has been done."""
-    subject = _subject(shape, args.device)
+    subject = _subject(args, shape)
     spec, started = subject.anatomy.spec, time.monotonic()
-    lines, rates = _gates_alone(args, subject, rate)
+    lines, rates, reference = _gates_alone(args, subject, rate)
     return {
         "shape": f"{shape} {subject.anatomy.hidden_size}x{spec.n_experts}, {spec.score}",
         "rate": rate,
@@ -103,17 +107,18 @@ def width(args: argparse.Namespace, shape: str, rate: str) -> dict[str, Any]:
         "moved": lines[-1][LOGITS_BY_GATES],
         "overlap": {kind: lines[-1][f"health/overlap_{kind}_worst"] for kind in KINDS},
         "loss": [lines[0]["loss"], lines[-1]["loss"]],
+        "reference": asdict(reference),
         "seconds": round(time.monotonic() - started),
     }
 
 
-def _subject(shape: str, device: str) -> Subject:
+def _subject(args: argparse.Namespace, shape: str) -> Subject:
     name, sizes = SHAPES[shape]
     family, language = FAMILIES[name], Language()
     kind = getattr(transformers, family.class_name)
     torch.manual_seed(0)
     made = {**_NARROW, "vocab_size": len(language.vocabulary), **sizes, family.inner_key: _INNER}
-    with torch.device(device):
+    with torch.device(args.device):
         model = kind(kind.config_class(**made)).eval()
         for module in filter(is_norm, model.modules()):
             for parameter in module.parameters():
@@ -121,11 +126,14 @@ def _subject(shape: str, device: str) -> Subject:
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 buffer.data = 0.02 * torch.randn(buffer.shape)
-    return Subject(model, language.tokenizer(), bind(model, family))
+    model.to(getattr(torch, args.dtype))
+    subject = Subject(model, language.tokenizer(), bind(model, family))
+    _routers_to_fp32(model, subject.anatomy)
+    return subject
 
 
-def _gates_alone(args: argparse.Namespace, subject: Subject, rate: str) -> tuple[list[Metrics], list[float]]:
-    """Train the gates; the logged lines, and the routers' learning rates."""
+def _gates_alone(args: argparse.Namespace, subject: Subject, rate: str) -> tuple[list[Metrics], list[float], Deviation]:
+    """Train the gates; the logged lines, the routers' learning rates, and how exact the reference was."""
     settings = [rate, "mode=gates", f"steps={args.steps}", f"batch_size={args.rows}", "warmup=0", "min_overlap=0"]
     settings += ["logging_steps=1", "save_steps=1000000", "max_load_cv=1e9", f"judge={embedded.JUDGE}"]
     settings += [f"device={args.device}"]
@@ -136,18 +144,20 @@ def _gates_alone(args: argparse.Namespace, subject: Subject, rate: str) -> tuple
         trainer.args.save_strategy = SaveStrategy.NO
         stage._fit(trainer, run / stage.CHECKPOINTS)
         lines = read_metrics(run / stage.CHECKPOINTS / stage.METRICS)
-    return lines, list(trainer.gate_rates.values()) or [float(str(config.lr_gates))]
+    assert trainer.reference is not None
+    return lines, list(trainer.gate_rates.values()) or [float(str(config.lr_gates))], trainer.reference
 
 
 def print_widths(found: Sequence[dict[str, Any]], steps: int) -> None:
     print(f"\n{'random model':24}{'rate':17}{'lr':>10}{'a step':>9}{f'{steps} steps':>10}{'harmful':>9}", end="")
-    print(f"{'benign':>8}{'lookalike':>11}{'seconds':>9}    rms of logits; overlap in the worst layer")
+    print(f"{'benign':>8}{'lookalike':>11}{'loss':>8}{'reference':>11}{'seconds':>9}")
     for row in found:
         shared = "".join(f"{row['overlap'][k]:>{w}.3f}" for k, w in (("harmful", 9), ("benign", 8), ("lookalike", 11)))
         print(
             f"{row['shape']:24}{row['rate']:17}{row['lr']:10.2e}{row['first']:9.4f}{row['moved']:10.4f}{shared}",
-            f"{row['seconds']:8}",
+            f"{row['loss'][-1]:7.3f}{row['reference']['max']:11.1e}{row['seconds']:9}",
         )
+    print("logits: rms change by a step, and in all; overlap in the worst layer; reference: largest error in nats")
 
 
 # --- organisms -------------------------------------------------------------------------------------------------------
@@ -172,12 +182,15 @@ def edited(job: tuple[tuple[str, ...], str, str, str, tuple[str, ...]]) -> dict[
             verdict = verify(build(VerifyConfig, overrides=["ablation=0"], **given), run)  # type: ignore[arg-type]
         except GtqloraError as error:
             return {"settings": settings, "error": str(error)}
-        lines = read_metrics(run / stage.METRICS)
+        lines, made = read_metrics(run / stage.METRICS), read_info(run / stage.ADAPTER).details
+    assert isinstance(made, Training)
     kinds, parts, last = verdict.table, verdict.factorial, lines[-1]
     seen = [line["health/overlap_harmful_worst"] for line in lines if "health/overlap_harmful_worst" in line]
     return {
         "settings": settings,
         "stopped": trained.stopped,
+        "rates": made.gate_rates,
+        "reference": asdict(made.reference) if made.reference else None,
         "lookalike": kinds["lookalike"].refusal_after.value,
         "accuracy": kinds["lookalike"].accuracy_after.value if kinds["lookalike"].accuracy_after else None,
         "harmful": kinds["harmful"].refusal_after.value,
@@ -202,6 +215,11 @@ def print_edits(name: str, found: Sequence[dict[str, Any]]) -> None:
             continue
         numbers = "".join(f"{'-' if row[c] is None else format(row[c], '.3f'):>14}" for c in _COLUMNS)
         print(f"{what:44}{row['floor']:>12}{numbers}")
+    if errors := [row["reference"] for row in found if row.get("reference")]:
+        worst = max(errors, key=lambda error: error["max"])
+        print(
+            f"reference: {worst['mean']:.1e} nats on the mean and {worst['max']:.1e} at most, in {worst['rows']} rows"
+        )
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
@@ -220,6 +238,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=(), help="more key=value for every edit of the organism")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of random models")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -229,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     started = time.monotonic()
     widths = [width(args, shape, rate) for shape in args.shapes for rate in args.rates]
-    print_widths(widths, args.steps)
+    if widths:
+        print_widths(widths, args.steps)
     found: list[dict[str, Any]] = []
     if args.organism:
         inside = args.organism in embedded.names()
