@@ -342,7 +342,7 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained already") and (run / "manifest.json").read_text() == record
     found = read_json(train(say, toy, model, run, "--json"))
-    assert found == {"adapter": str(run / "adapter"), "steps": 2, "stopped": None, "fresh": True}
+    assert found == {"adapter": str(run / "adapter"), "steps": 2, "stopped": None, "moved": None, "fresh": True}
     verify = ("verify", run, *helpers.VERIFY)
     code, text, _ = say(*verify)
     assert code == 0 and "safety floor: pass" in text
