@@ -288,6 +288,7 @@ def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy,
             anatomy=anatomy, settings=settings, args=arguments, data_collator=collator, **shared
         )
     assert_trains_exactly(trainer.model, anatomy, mode="gt", rank=settings.rank)
+    trainer.measure_gate_rates()
     return trainer
 
 
