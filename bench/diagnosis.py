@@ -246,7 +246,7 @@ def print_table(results: Sequence[Found]) -> None:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "".join(f"{cell:>18}" for cell in cells)
+    return "".join(f"{cell:>19}" for cell in cells)
 
 
 def _print_experts(good: Sequence[Found]) -> None:

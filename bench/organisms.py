@@ -27,13 +27,13 @@ FRONT: dict[str, list[tuple[str, ...]]] = {
     "gates": [
         (f"gate_step={step}", f"anchor_harmful={anchor}")
         for step in ("0.03", "0.1", "0.3")
-        for anchor in ("0", "0.5", "3")
+        for anchor in ("0", "3", "12")
     ],
     "gt": [
         (f"lr_lora={lora}", f"gate_step={step}", f"anchor_harmful={anchor}")
         for step, loras in (("0.1", ("5e-5", "1e-4", "1.5e-4", "3e-4")), ("0.03", ("1.5e-4",)))
         for lora in loras
-        for anchor in ("0", "0.5", "3")
+        for anchor in ("0", "3", "12")
     ],
 }
 

@@ -38,6 +38,12 @@ from tests import models
 
 ROOT = Path(__file__).parents[1]
 JUDGE = "tests.helpers:refuses"
+VERIFY = [
+    word
+    for setting in ("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20")
+    for word in ("--set", setting)
+]
+"""Settings of `verify` on the command line, as those of `Toy.verify_config`."""
 
 
 def refuses(text: str) -> bool:
@@ -92,8 +98,11 @@ class Toy:
         return TrainConfig(**{**settings, **changes})
 
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
-        settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}
-        return VerifyConfig(**{**settings, "max_new_tokens": 2, "margin": 0.05, "ablation": 2, **changes})
+        settings: dict[str, Any] = {
+            **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
+            **{"max_new_tokens": 2, "margin": 0.05, "ablation": 2, "ablation_prompts": 20},
+        }
+        return VerifyConfig(**{**settings, **changes})
 
     def project_config(self, model: Path, **changes: Any) -> ProjectConfig:
         settings: dict[str, Any] = {"model": str(model), "contrast": str(self.contrast), "judge": JUDGE}

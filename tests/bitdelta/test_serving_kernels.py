@@ -1,6 +1,6 @@
 """The kernels for rows of different variants against exact products: on a GPU, or slowly in Triton's interpreter.
 
-`test_serving_interpreter.py` runs this file interpreted; the variable must be set before Triton is imported.
+`experts/test_interpreter.py` runs this file interpreted; the variable must be set before Triton is imported.
 """
 
 from __future__ import annotations

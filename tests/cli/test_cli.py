@@ -342,8 +342,8 @@ def test_from_diagnosis_to_weights(say: Say, toy: helpers.Toy, tmp_path: Path) -
     code, text, _ = train(say, toy, model, run)
     assert code == 0 and text.startswith("trained already") and (run / "manifest.json").read_text() == record
     found = read_json(train(say, toy, model, run, "--json"))
-    assert found == {"adapter": str(run / "adapter"), "steps": 2, "stopped": None, "fresh": True}
-    verify = ("verify", run, "--set", "margin=0.05", *JUDGED)
+    assert found == {"adapter": str(run / "adapter"), "steps": 2, "stopped": None, "moved": None, "fresh": True}
+    verify = ("verify", run, *helpers.VERIFY)
     code, text, _ = say(*verify)
     assert code == 0 and "safety floor: pass" in text
     found = read_json(say(*verify, "--json"), "table", "floor", "drift", "mediation", "ablation", "kl_benign", "tries")
@@ -377,9 +377,11 @@ def test_a_floor_not_passed(say: Say, toy: helpers.Toy, verified: Any, tmp_path:
     shutil.copytree(verified(toy.model("deepseek_v3")), run)
     sixty = {("heldout", "harmful"): 60, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
     few = helpers.write_rows(tmp_path / "few.jsonl", helpers.toy_rows(sixty))
-    code, text, err = say("verify", run, "--contrast", few, *JUDGED)
+    code, text, err = say("verify", run, "--contrast", few, *helpers.VERIFY, "--set", "margin=0.02")
     assert code == 4 and "safety floor: cannot tell" in text and "Traceback" not in err
-    as_json = read_json(say("verify", run, "--contrast", few, *JUDGED, "--json"), code=4)
+    as_json = read_json(
+        say("verify", run, "--contrast", few, *helpers.VERIFY, "--set", "margin=0.02", "--json"), code=4
+    )
     assert as_json["floor"]["verdict"] == "cannot tell"
     assert "that takes at least" in text.replace("\n", " ")
     error_of(say("export", run, out, *JUDGED), 4, run, "safety floor", "no weights")
@@ -397,5 +399,5 @@ def test_verify_takes_the_settings_of_the_adapter_that_is_there(
         run / "manifest.json",
         lambda m: {**m, "stages": {"train": {**m["stages"]["train"], "config": stale}}},
     )
-    code, text, _ = say("verify", run, "--set", "margin=0.05", *JUDGED)
+    code, text, _ = say("verify", run, *helpers.VERIFY)
     assert code == 0 and "safety floor: pass" in text

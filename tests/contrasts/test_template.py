@@ -41,8 +41,9 @@ ASKED: list[dict[str, str]] = [{"role": "user", "content": "copy reverse"}]
 
 
 @pytest.fixture
-def build() -> Build:
-    """A toy tokenizer with this chat template."""
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """A toy tokenizer with this chat template, of which nothing has been rendered yet."""
+    monkeypatch.setattr(rendering, "_texts", {})
 
     def made(text: str) -> Any:
         tokenizer = Language().tokenizer()
@@ -131,11 +132,35 @@ def test_a_template_that_is_slow_each_time_ends_too(build: Build, monkeypatch: p
     slow = build("{% for i in range(9) %}{% for i in range(99999) %}{% endfor %}{% endfor %}{{ messages }}")
 
     def all_rows() -> None:
-        for _ in range(1000):
-            encode_prompt(slow, ASKED)
+        for i in range(1000):
+            encode_prompt(slow, [{"role": "user", "content": f"copy {' reverse' * i}"}])
 
     with pytest.raises(ModelError, match=r"takes 0\.\d+ s for one rendering"):
         all_rows()
+
+
+def test_the_same_is_rendered_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renderings of one prompt must not differ, and their process costs more than a small model's forward pass."""
+    asked = list[Any]()
+    ask = rendering._renderer.ask
+    monkeypatch.setattr(rendering._renderer, "ask", lambda request: asked.append(request) or ask(request))
+    tokenizer = build(PLAIN)
+    assert encode_prompt(tokenizer, ASKED) == encode_prompt(build(PLAIN), list(ASKED)) and len(asked) == 1
+    template.rendered(tokenizer, ASKED, generation=False)
+    encode_prompt(tokenizer, [{**ASKED[0], "role": "system"}])
+    encode_prompt(build(THINKING), ASKED)
+    assert len(asked) == 4
+    monkeypatch.setattr(rendering, "_LONGEST", 10)
+    for _ in range(2):
+        encode_prompt(tokenizer, [{"role": "user", "content": "copy"}])
+    assert len(asked) == 6
+
+
+def test_what_is_remembered_is_bounded(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_TEXTS", 3)
+    for i in range(9):
+        encode_prompt(build(PLAIN), [{"role": "user", "content": "copy" + " copy" * i}])
+    assert len(rendering._texts) == 3
 
 
 def test_long_prompts_may_be_long(build: Build) -> None:

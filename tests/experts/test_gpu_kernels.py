@@ -1,17 +1,13 @@
 """The products for GPUs against exact ones with the dequantized weights: on a GPU, or slowly in Triton's interpreter.
 
-One test that needs no GPU runs this file again, interpreted; the variable must be set before Triton is imported.
+`test_interpreter.py` runs this file interpreted; the variable must be set before Triton is imported.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +19,7 @@ from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.kernels.reference import reference
 from tests import models
-from tests.helpers import outputs_and_gradients
+from tests.helpers import fresh_process, outputs_and_gradients
 
 pytest.importorskip("triton")
 from gtqlora.experts.kernels import chunk, fused, row_kernels
@@ -400,29 +396,11 @@ def test_a_gpu_that_is_not_the_current_one(product: str) -> None:
 # --- without one
 
 
-def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what starts this")
-def test_everything_in_the_interpreter() -> None:
-    done = _python("-m", "pytest", "-p", "no:cacheprovider", "-n", "0", __file__, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 50, done.stdout
-
-
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 from gtqlora.errors import ModelError
 from gtqlora.experts import FrozenExperts, format_of
-from tests import models
-from tests.helpers import outputs_and_gradients
 import torch
 sizes = dict(n_experts=2, hidden_size=64, intermediate_size=32)
 frozen = FrozenExperts(format=format_of("nf4"), act_fn=torch.nn.SiLU(), **sizes)
@@ -441,6 +419,6 @@ for frozen.kernel in ("fused", "chunk"):
 
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")
 def test_triton_is_needed_by_these_products_only() -> None:
-    done = _python("-c", WITHOUT_TRITON)
+    done = fresh_process(WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pip install triton") == 2

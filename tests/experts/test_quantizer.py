@@ -367,16 +367,6 @@ def test_config_survives_json() -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-_PEAK = "import sys; from bench.loading import child; child(*sys.argv[1:])"
-
-
-def excess(small: Path, big: Path, expert_format: str) -> int:
-    """Bytes of anonymous memory that a load takes at its peak beyond what the model takes afterwards."""
-    done = helpers.fresh_process(_PEAK, small, big, expert_format)
-    assert done.returncode == 0, done.stderr
-    peak, final = map(int, done.stdout.split()[:2])
-    return peak - final
-
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -386,13 +376,39 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save_tiny(folder, "qwen3_moe", dtype=torch.bfloat16, tokenizer=False, max_shard_size="20MB", **sizes)
 
 
-@pytest.mark.parametrize("expert_format", ["nf4", "int4-g32", "bf16"])
-def test_peak_memory_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, big: Path, expert_format: str) -> None:
+_PEAKS = """
+import os, sys
+import transformers.integrations.moe, transformers.models.qwen3_moe.modeling_qwen3_moe
+from bench.loading import child
+from gtqlora.experts import load_model
+for expert_format in sys.argv[3:]:
+    if os.fork() == 0:
+        child(*sys.argv[1:3], expert_format)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+"""Loads in each format in a child of its own; the parent has only imported what they need, which takes seconds."""
+FORMATS_LOADED = ("nf4", "int4-g32", "bf16")
+
+
+@pytest.fixture(scope="module")
+def excess(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """By format: bytes of anonymous memory that a load takes at its peak beyond what the model takes afterwards."""
+    small = saved(tmp_path_factory.mktemp("small") / "m", "qwen3_moe", torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that freed memory is restored and not counted
+        done = helpers.fresh_process(_PEAKS, small, big, *FORMATS_LOADED)
+    assert done.returncode == 0, done.stderr
+    lines = [map(int, line.split()) for line in done.stdout.splitlines()]
+    return {name: peak - final for name, (peak, final) in zip(FORMATS_LOADED, lines, strict=True)}
+
+
+@pytest.mark.parametrize("expert_format", FORMATS_LOADED)
+def test_peak_memory_of_loading(excess: dict[str, int], expert_format: str) -> None:
     """Frozen experts need the final size and little more; transformers' own merge of a layer, the control, does not."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that freed memory is restored and not counted
-    small = saved(tmp_path / "small", "qwen3_moe", torch.bfloat16)
     matrix, overhead = 2 * 768 * 512, 6 * 2**20
-    assert (excess(small, big, expert_format) <= 2 * matrix + overhead) == (expert_format != "bf16")
+    assert (excess[expert_format] <= 2 * matrix + overhead) == (expert_format != "bf16")
 
 
 @pytest.mark.gpu

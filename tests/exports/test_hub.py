@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -241,8 +242,11 @@ def test_no_network(export: Export, hub: Hub, monkeypatch: pytest.MonkeyPatch) -
 def test_interrupted_by_the_user(export: Export, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     def meanwhile(path: str) -> None:
         if "/commit/" in path:
-            # whoever pushes is waiting for an answer by then, and no place where Python drops an exception is left
-            time.sleep(0.2)
+            # only once whoever pushes waits for an answer: elsewhere there are places where Python drops an exception
+            for _ in range(500):
+                if sys._current_frames()[pushing].f_code.co_name in ("read", "readinto"):
+                    break
+                time.sleep(0.01)
             signal.pthread_kill(pushing, signal.SIGINT)
             time.sleep(0.2)
 

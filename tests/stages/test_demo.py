@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from gtqlora import demo
+from gtqlora import contrasts, demo
 from gtqlora.cli import main
 from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
 from gtqlora.results.typed import to_json
+from tests import helpers
 
 REPAIRED = {"repaired_by_routing", "repaired_by_gates", "repaired_by_lora"}
 KEYS = {
@@ -25,10 +26,13 @@ def test_study_gives_all_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
+    # all that is diagnosed, and enough of the others: to edit by, and for a floor that fails
+    counts = {("validation", kind): 250 for kind in contrasts.KINDS}
+    counts |= {(split, kind): 100 for split in ("train", "heldout") for kind in contrasts.KINDS}
     found, sentence = study(
         embedded.organism("routed"),
-        embedded.contrast(),
-        tmp_path,
+        helpers.write_rows(tmp_path / "contrast.jsonl", helpers.toy_rows(counts)),
+        tmp_path / "study",
         edits=("projection", "gt"),
         on_stage=seen.append,
         overrides=("steps=3",),

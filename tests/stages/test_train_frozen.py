@@ -278,7 +278,7 @@ def in_nf4(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained and passed with nf4 experts, by the command line's defaults; copy it before changing it."""
     model, path = toy.model("deepseek_v3", **INNER), tmp_path_factory.mktemp("runs") / "nf4"
     trained(toy.train_config(model, expert_format="nf4", max_new_tokens=2), path)
-    assert main(["verify", str(path), "--set", "margin=0.05", *JUDGED]) == 0
+    assert main(["verify", str(path), *helpers.VERIFY]) == 0
     return path
 
 
@@ -304,7 +304,7 @@ def test_a_verdict_on_other_experts_does_not_ship(
     refuse(run, out, rf"verified with nf4 experts, .* \(bf16\); run `gtqlora verify {run} --expert-format bf16` first")
     assert main(["export", str(run), str(out), *JUDGED]) == FloorError.exit_code
     assert "--expert-format bf16" in capsys.readouterr().err and not out.exists()
-    assert main(["verify", str(run), "--expert-format", "bf16", "--set", "margin=0.05", *JUDGED]) == 0
+    assert main(["verify", str(run), "--expert-format", "bf16", *helpers.VERIFY]) == 0
     assert "routed experts: bf16" in capsys.readouterr().out and verdict_of(run).expert_format == "bf16"
     exported(run, out)
     base, merged = tensors_of(toy.model("deepseek_v3", **INNER)), tensors_of(out)
@@ -353,9 +353,7 @@ def test_a_verdict_from_before_there_was_a_choice(
 def test_a_packed_checkpoint_ships_its_packed_experts(toy: helpers.Toy, tmp_path: Path, family: str) -> None:
     model, path, out = packed(tmp_path / "model", family, seed=1), tmp_path / "run", tmp_path / "out"
     trained(toy.train_config(model, expert_format="native", max_new_tokens=2), path)
-    assert (
-        main(["verify", str(path), "--set", "margin=0.05", *JUDGED]) == 0 and verdict_of(path).expert_format == "native"
-    )
+    assert main(["verify", str(path), *helpers.VERIFY]) == 0 and verdict_of(path).expert_format == "native"
     result = exported(path, out)
     base, merged = tensors_of(model), tensors_of(out)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import select
@@ -29,6 +30,8 @@ _WAIT = 60.0
 _MEMORY = 2**29
 _CHARACTERS, _TIMES = 50_000, 10
 """A rendering may hold this many characters, and so many times those of its messages."""
+_TEXTS, _LONGEST = 10_000, 10_000
+"""So many renderings are remembered, of so many characters each at most."""
 _WORKER = Path(__file__).with_name("render_worker.py")
 
 
@@ -149,11 +152,14 @@ atexit.register(_renderer.close)
 os.register_at_fork(after_in_child=_renderer.__init__)
 _spent: dict[str, tuple[int, float]] = {}
 """Renderings by template, and their processor time."""
+_texts: dict[bytes, str] = {}
+"""Renderings by the hash of what was asked for: a stage renders each prompt a dozen times, and they must not differ."""
 
 
 def warm_up() -> None:
     """Start the renderer, which takes a second, while something else is done."""
-    _renderer.warm_up()
+    if not _texts:  # else there was one, or what it said is known
+        _renderer.warm_up()
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
@@ -163,19 +169,30 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
         ContrastError: it refuses these messages, e.g. a system role it does not know.
         ModelError: it fails, takes too long, or renders nothing or too much.
     """
-    template = _template(tokenizer)
     request: Request = {
-        "template": template,
+        "template": _template(tokenizer),
         "messages": [dict(message) for message in messages],
         "generation": generation,
         "variables": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "characters": _CHARACTERS + _TIMES * sum(len(message["content"]) for message in messages),
     }
+    asked = hashlib.sha256(json.dumps(request).encode()).digest()
+    if asked not in _texts:
+        text = _rendered(tokenizer, request)
+        if len(text) > _LONGEST:
+            return text
+        if len(_texts) >= _TEXTS:
+            _texts.clear()
+        _texts[asked] = text
+    return _texts[asked]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request) -> str:
     try:
         reply = _renderer.ask(request)
     except _Lost as error:
         raise _fault(tokenizer, str(error)) from error
-    _account(tokenizer, template, reply["seconds"])
+    _account(tokenizer, request["template"], reply["seconds"])
     if "refused" in reply:
         raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
     if "text" not in reply:
