@@ -178,7 +178,22 @@ def localization(kind: str, levels: dict[str, float]) -> dict[str, Any]:
         "necessary_log_odds": {},
         "sufficient_log_odds": {},
         "cells": cells(),
+        "depth": depth(),
     }
+
+
+def depth() -> dict[str, Any]:
+    """Decided in the first two of four layers."""
+
+    def moved(part: float) -> dict[str, Any]:
+        return {"log_odds": real(part, 0.05), "as_twin": interval(part)}
+
+    lasts, up_to, after = (None, 1, 2, 3, 4), (0, 0.1, 0.8, 0.85, 0.9), (0.9, 0.8, 0.1, 0.05, 0)
+    points = [
+        {"layers": layers, "last": last, "up_to": moved(first), "after": moved(second)}
+        for layers, (last, first, second) in enumerate(zip(lasts, up_to, after, strict=True))
+    ]
+    return {"sentence": "The routing decides in MoE layers 1 to 2.", "generated": 40, "points": points}
 
 
 NOTHING_KNOWN: dict[str, Any] = {
@@ -195,6 +210,7 @@ NOTHING_KNOWN: dict[str, Any] = {
     "necessary": {},
     "sufficient": {},
     "cells": [],
+    "depth": None,
 }
 
 

@@ -47,6 +47,7 @@ from tests.report_runs import (
 
 IN_DIAGNOSIS = {
     "heat-map", "effect-refusal-lookalike", "effect-log-odds-lookalike",
+    "depth-log-odds-lookalike", "depth-as-twin-lookalike", "depth-log-odds-harmful", "depth-as-twin-harmful",
     "separability", "erasure", "explained", "cosines", "lengths",
     "layer-cv", "layer-max-vio", "layer-entropy", "layer-dead",
 }  # fmt: skip

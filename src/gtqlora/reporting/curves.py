@@ -24,7 +24,7 @@ from gtqlora.reporting.figures import (
 from gtqlora.reporting.tables import ablation_curves
 from gtqlora.reporting.words import KINDS
 from gtqlora.results.ablation import AblationStudy
-from gtqlora.results.diagnosis import LayerHealth
+from gtqlora.results.diagnosis import Depth, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve
 from gtqlora.results.metrics import Metrics
@@ -105,6 +105,24 @@ def ablation_plots(study: AblationStudy) -> list[Plot]:
 
 
 # --- per layer
+
+
+def depth_plots(kind: str, depth: Depth) -> list[Plot]:
+    """Draw what goes with the twin's routing in the layers up to one, and in those after it, over the layers."""
+    ends = {None: "none<br>(as it is)", depth.points[-1].last: f"{depth.points[-1].last}<br>(all of them)"}
+    x = [ends.get(point.last, str(point.last)) for point in depth.points]
+    axis: Spec = {"title": "MoE layers up to", "type": "category", "categoryarray": x}
+
+    def plot(what: str, title: str) -> Plot:
+        parts = (("in the layers up to it", BLUE, "up_to"), ("in the layers after it only", ORANGE, "after"))
+        series = [
+            estimates(n, style, x, [getattr(getattr(p, part), what) for p in depth.points]) for n, style, part in parts
+        ]
+        return line_plot(f"depth-{what.replace('_', '-')}-{kind}", title, series, x=axis, y=_SHARE, what="MoE layers")
+
+    plots = [plot("log_odds", "Part of the gap in log-odds"), plot("as_twin", "Does as the twin")]
+    return [found for found in plots if found.spec["data"]]
+
 
 _NAMED = (
     ("false_refusal", "true_refusal", BLUE),
@@ -265,6 +283,7 @@ def health_plots(metrics: Sequence[Metrics]) -> list[Plot]:
 
 __all__ = [
     "ablation_plots",
+    "depth_plots",
     "direction_plots",
     "effect_plots",
     "health_plots",

@@ -12,7 +12,7 @@ from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
 from gtqlora.reporting.tables import Table
 from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import Cell, Diagnosis, Localization
+from gtqlora.results.diagnosis import Cell, Depth, Diagnosis, Localization
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect
 from gtqlora.stats import Interval
@@ -168,7 +168,21 @@ def difference(diagnosis: Diagnosis) -> list[Figure]:
 def _of_kind(found: Localization) -> list[Figure]:
     figures = [_components(found)] if found.necessary else []
     figures += [_shares(found)] if found.shares or found.shares_log_odds else []
-    return [*figures, *([_cells(found)] if found.cells else [])]
+    figures += [_cells(found)] if found.cells else []
+    return [*figures, *([_depth(found.kind, found.depth)] if found.depth else [])]
+
+
+def _depth(kind: str, found: Depth) -> Figure:
+    return Figure(
+        id=f"depth-{kind}",
+        title="In which layers the routing decides",
+        caption=f"{found.sentence} What goes when only the routing of these layers is the twin’s, and the routers of "
+        "all others run free: routers that only follow need no interchange of their own. At the left end no layer’s is "
+        "the twin’s in the first line, and every layer’s in the second; at the right end it is the other way round. "
+        f"Bands are 95 % intervals; completions are of {found.generated} pairs.",
+        tables=[tables.depth(found)],
+        plots=curves.depth_plots(kind, found),
+    )
 
 
 def _shares(found: Localization) -> Figure:
