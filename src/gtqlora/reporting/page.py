@@ -13,7 +13,7 @@ from pathlib import PurePath
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from gtqlora.reporting import diagnosis, sections, tables, words
+from gtqlora.reporting import diagnosis, experts, sections, tables, words
 from gtqlora.reporting.artefacts import Artefacts
 from gtqlora.reporting.forest import Mark, Scale, Style, mark
 from gtqlora.reporting.heatmap import packed
@@ -140,7 +140,7 @@ def _sections(artefacts: Artefacts) -> dict[str, object]:
     return {
         "difference": diagnosis.difference(found) if found else [],
         "kinds": diagnosis.by_kind(found) if found else [],
-        "atlas": diagnosis.atlas(found, artefacts.association) if found else None,
+        "atlas": experts.atlas(found, artefacts.association) if found else None,
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
         "before_after": sections.before_after(verdict.table) if verdict else None,
         "floor": floor_picture(verdict.floor) if verdict else None,
