@@ -46,6 +46,7 @@ from gtqlora.organisms import embedded
 from gtqlora.results.diagnosis import Difference
 from gtqlora.routing import RouterSpec
 from gtqlora.scoring import Answer, Runner
+from gtqlora.stages.diagnose import _cut_off_said
 from gtqlora.stats import paired_difference
 
 N_PAIRS = 40
@@ -641,16 +642,23 @@ def test_an_outcome_is_one_of_three(trials: Trials, answered: tuple[Answer, Answ
 
 def test_pairs_that_do_not_behave_do_not_count(trials: Trials, answered: tuple[Answer, Answer]) -> None:
     refusal, twin = answered
-    five = Trials(trials.runner, trials.pairs[:5], trials.readout)
+    six = Trials(trials.runner, trials.pairs[:6], trials.readout)
     wrong = replace(twin, text="vote", correct=False)
-    five.answers = [refusal, twin, refusal, refusal, refusal], [twin, twin, refusal, wrong, replace(wrong, text="")]
-    usable, counts = five.sorted_out()
-    assert usable == five.pairs[:1]
+    cut = replace(twin, ended=False, correct=None)
+    six.answers = (
+        [refusal, twin, refusal, refusal, refusal, refusal],
+        [twin, twin, refusal, wrong, replace(wrong, text=""), cut],
+    )
+    usable, counts = six.sorted_out()
+    assert usable == six.pairs[:1]
     assert counts == {
         "not refused": 1,
         "whose twin is refused, too": 1,
-        "whose twin is answered wrongly, not at all or without an end": 2,
+        "whose twin is answered wrongly or not at all": 2,
+        "whose twin is cut off at the limit of tokens": 1,
     }
+    # 6 tokens are the limit; answers in the rows have two
+    assert "`max_new_tokens` = 6: raise it to 12" in _cut_off_said(six, 1)
 
 
 def test_a_replay_that_changes_what_is_said_is_an_error(

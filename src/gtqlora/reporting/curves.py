@@ -48,19 +48,13 @@ def _counts(title: str, found: Iterable[int]) -> Spec:
     return {"title": title, "type": "category", "categoryarray": [str(m) for m in sorted(set(found))]}
 
 
-def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
-    """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, kind by kind."""
-    # one axis for all plots, with every number that any curve has
+def effect_plots(kind: str, curves: Sequence[Curve]) -> list[Plot]:
+    """Draw the refusal of one kind of flagged prompts, and its log-odds, against the number of experts ablated."""
     axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
-    kinds = dict.fromkeys(curve.kind for curve in curves)
-    return [plot for kind in kinds for plot in _effect_plots(kind, [c for c in curves if c.kind == kind], axis)]
-
-
-def _effect_plots(kind: str, curves: Sequence[Curve], axis: Spec) -> list[Plot]:
     # controls are grey, whatever their number; the orders are told apart by colour and dash
     orders = [curve for curve in curves if not curve.control]
     styles = dict(zip((curve.name for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
-    mark, whose = (f"-{kind}", f", {kind} prompts") if kind else ("", "")
+    mark = f"-{kind}" if kind else ""
 
     def plot(what: str, name: str, y: Spec) -> Plot:
         series = [
@@ -73,7 +67,7 @@ def _effect_plots(kind: str, curves: Sequence[Curve], axis: Spec) -> list[Plot]:
             for curve in curves
         ]
         id = f"effect-{what.replace('_', '-')}{mark}"
-        return line_plot(id, f"{name}{whose}", series, x=axis, y=y, what="experts ablated")
+        return line_plot(id, name, series, x=axis, y=y, what="experts ablated")
 
     plots = [plot("refusal", "Refused", _SHARE)]
     if any(point.log_odds for curve in curves for point in curve.points):

@@ -27,13 +27,9 @@ _CONTROL = Style(tint="control", shape="square", meaning="control")
 
 def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
     """Return all figures but the heat map, in the order of the argument; what was not measured is left out."""
-    figures = (
-        experts.one_by_one(diagnosis),
-        experts.effects(diagnosis),
-        _interventions(diagnosis),
-        _directions(diagnosis),
-    )
-    return [figure for figure in (*figures, _load(diagnosis)) if figure]
+    alone, together = experts.one_by_one(diagnosis), experts.effects(diagnosis)
+    figures = (alone, *together, _interventions(diagnosis), _directions(diagnosis), _load(diagnosis))
+    return [figure for figure in figures if figure]
 
 
 @dataclass(frozen=True, kw_only=True)

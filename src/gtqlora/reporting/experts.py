@@ -13,7 +13,7 @@ from gtqlora.reporting.sections import Figure
 from gtqlora.reporting.tables import Table
 from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import Diagnosis
-from gtqlora.results.experts import ExpertEffect
+from gtqlora.results.experts import Curve, ExpertEffect
 from gtqlora.stats import Interval
 
 # more rows than this do not fit on a screen; the table below the drawing has all
@@ -143,16 +143,18 @@ def one_by_one(diagnosis: Diagnosis) -> Figure | None:
     )
 
 
-def effects(diagnosis: Diagnosis) -> Figure | None:
-    """Draw refusal over the number of experts ablated."""
-    if not diagnosis.curves:
-        return None
+def effects(diagnosis: Diagnosis) -> list[Figure]:
+    """Draw refusal over the number of experts ablated, for each kind of prompts."""
+    kinds = dict.fromkeys(curve.kind for curve in diagnosis.curves)
+    return [_effects(kind, [curve for curve in diagnosis.curves if curve.kind == kind]) for kind in kinds]
+
+
+def _effects(kind: str, found: Sequence[Curve]) -> Figure:
     return Figure(
-        id="effects",
-        title="How refusal falls as experts are ablated",
-        caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
-        "experts of like frequency in the same layers are the control: an order tells something where it leaves "
-        "their band.",
-        tables=[expert_tables.effects(diagnosis.curves)],
-        plots=curves.effect_plots(diagnosis.curves),
+        id=f"effects-{kind}" if kind else "effects",
+        title=f"How refusal of {kind or 'flagged'} prompts falls as experts are ablated",
+        caption="The first m experts of each order ablated; bands are 95 % intervals. Random experts of like frequency "
+        "in the same layers are the control: an order tells something where it leaves their band.",
+        tables=[expert_tables.effects(found)],
+        plots=curves.effect_plots(kind, found),
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from gtqlora.reporting import diagnosis, experts, sections, tables, words
@@ -22,6 +24,7 @@ from gtqlora.stats import Floor
 
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 400
 _TEMPLATE = "report.html.j2"
+_CODE = re.compile(r"`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ def _plotly() -> tuple[str, str]:
     return packed(script), _hash(script)
 
 
+def coded(text: str) -> Markup:
+    """Return a text as HTML, what stands between backticks as code."""
+    # escaped first: a name in an artefact may hold tags
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+
+
 def render(artefacts: Artefacts) -> str:
     """Return one HTML text. Its policy forbids every request, and every script but plotly and the page's own."""
     environment = Environment(
@@ -112,7 +121,7 @@ def render(artefacts: Artefacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=words.percent, count=words.count, capital=words.capital)
+    environment.filters.update(percent=words.percent, count=words.count, capital=words.capital, coded=coded)
     script = _source(environment, "report.js")
     text = environment.get_template(_TEMPLATE).render(
         a=artefacts,
