@@ -2,18 +2,24 @@
 
     python bench/diagnosis.py --seeds 8 --first-seed 1000                 # 40 organisms, about 90 minutes on 2 cores
     python bench/diagnosis.py --kinds routed null --seeds 2 --json a.json
+    python bench/diagnosis.py --embedded                                  # those that ship with the package, 5 minutes
     python bench/diagnosis.py --merge a.json b.json                       # one table of several runs
 
 Even seeds have DeepSeek-V3's architecture, odd ones Qwen3-MoE's. Everything is fp32 on the CPU, one thread a worker.
 The diagnosis has the demo's settings and sees the validation words' pairs. Beside ours: the experts that selection
-frequency alone names, and those that stability selection names (as SAFEx does, arXiv 2506.17368; here with twins, which
-it has not); either says "routing" where it names any expert. Coverage: every interval is compared with the same
-quantity on three times as many fresh pairs of the same organism, whose own error is allowed for.
+frequency alone names, those that stability selection names, and those that SteerMoE's and SAFEx's rankings name under
+their own causal check; and the edit that ablates the single direction of false refusals (all three: `baselines.py`).
+
+A method that only names experts says that their being chosen is necessary, which is what a mask shows, where it names
+any, and that no choice of experts is where it names none. Coverage: every interval is compared with the same quantity
+on three times as many fresh pairs of the same organism, whose own error is allowed for; embedded organisms have no more
+pairs to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,16 +28,27 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 KINDS = ("routed", "residual", "expert-only", "redundant", "null")
 ARCHITECTURES = ("deepseek_v3", "qwen3_moe")
-METHODS = ("causal", "frequency", "stability")
+METHODS = {
+    "causal": "ours",
+    "frequency": "frequency alone",
+    "stability": "stability alone",
+    "SteerMoE": "SteerMoE, checked",
+    "SAFEx": "SAFEx, checked",
+}
+"""What names experts, by the heading of its column."""
+DIRECTION = "false_refusal_orthogonal"
 
-Job = tuple[str, int]
+Job = tuple[str, int | None]
+"""(kind, seed) of an organism to be built, or the name of an embedded one and None."""
 Found = dict[str, Any]
 
 
@@ -53,27 +70,59 @@ def work(job: tuple[Job, str]) -> Found:
         return {"job": [kind, seed], "error": str(error)}
 
 
-def _study(kind: str, seed: int, folder: Path) -> Found:
-    from gtqlora.organisms.build import build
-    from gtqlora.organisms.embedded import CONTRAST, read_truth
+def _study(kind: str, seed: int | None, out: Path) -> Found:
+    from gtqlora.organisms.embedded import read_truth
 
     started = time.monotonic()
-    architecture = ARCHITECTURES[seed % 2]
-    build(kind, folder, seed=seed, architecture=architecture, progress=lambda _stage: lambda *_: None)  # type: ignore[arg-type]
-    truth = read_truth(folder)
+    model, contrast = _organism(kind, seed, out)
+    truth = read_truth(model)
+    true = truth.mediation["lookalike"]  # a verdict is of what an edit is to remove
     built = time.monotonic()
-    found = _diagnosed(folder, folder / CONTRAST, folder / "run")
+    found = _diagnosed(model, contrast, out / "run")
     diagnosed = time.monotonic()
-    larger = _diagnosed(folder, _fresh_pairs(folder, seed), folder / "larger", max_pairs=3 * found["n_pairs"])
+    beside = _baselines(model, contrast, out)
+    compared = time.monotonic()
+    coverage: dict[str, list[int]] = {}
+    if seed is not None:
+        larger = _diagnosed(model, _fresh_pairs(out, seed), out / "larger", max_pairs=3 * found["n_pairs"])
+        coverage = _coverage(found["intervals"], larger["intervals"])
+    times = (started, built, diagnosed, compared, time.monotonic())
     return {
-        "architecture": architecture,
-        "truth": truth.verdict,
+        "architecture": truth.architecture,
+        "truth": true.verdicts,
+        "routing": true.routing,
         "planted": [list(place) for place in truth.planted],
         "verdict": found["verdict"],
         "sentence": found["sentence"],
-        "experts": {name: found["experts"][name] for name in METHODS},
-        "coverage": _coverage(found["intervals"], larger["intervals"]),
-        "seconds": [round(built - started), round(diagnosed - built), round(time.monotonic() - diagnosed)],
+        "experts": {**found["experts"], **beside.pop("experts")},
+        **beside,
+        "coverage": coverage,
+        "seconds": [round(after - before) for before, after in itertools.pairwise(times)],
+    }
+
+
+def _organism(kind: str, seed: int | None, folder: Path) -> tuple[Path, Path]:
+    """An organism's folder and its contrast set."""
+    from gtqlora.organisms import embedded
+    from gtqlora.organisms.build import build
+
+    if seed is None:
+        return embedded.organism(kind), embedded.contrast()
+    architecture = ARCHITECTURES[seed % 2]
+    build(kind, folder, seed=seed, architecture=architecture, progress=lambda _stage: lambda *_: None)  # type: ignore[arg-type]
+    return folder, folder / embedded.CONTRAST
+
+
+def _baselines(model: Path, contrast: Path, out: Path) -> Found:
+    """What published methods name after their own causal check, and what the edit by one direction does."""
+    from baselines import baselines, by_direction, observed_of
+
+    observed = observed_of(model, contrast)
+    methods = baselines(observed, seed=0)
+    return {
+        "experts": {m.name: [[observed.layers[position], e] for position, e in m.named] for m in methods},
+        "masked": {m.name: m.does for m in methods},
+        "direction": asdict(by_direction(model, contrast, DIRECTION, out / "direction")),
     }
 
 
@@ -157,11 +206,12 @@ def _coverage(found: dict[str, list[float]], larger: dict[str, list[float]]) -> 
 # --- what is printed
 
 
-def _said(found: Found, method: str) -> str:
-    """A method's verdict; one that only ranks experts says routing where it names any."""
+def _right(found: Found, method: str) -> bool:
+    """Whether what a method says can be said of the organism."""
     if method == "causal":
-        return found["verdict"]
-    return "routing" if found["experts"][method] else "residual"
+        return found["verdict"] in found["truth"]
+    said = {"necessary", "both"} if found["experts"][method] else {"neither", "sufficient"}
+    return not said.isdisjoint(found["routing"])
 
 
 def _hits(found: Found, method: str) -> tuple[int, int, int]:
@@ -174,32 +224,33 @@ def print_table(results: Sequence[Found]) -> None:
     for found in results:
         kind, seed = found["job"]
         if "error" in found:
-            print(f"{kind:12} {seed:5} {found['error']}")
+            print(f"{kind:12} {seed or '':5} {found['error']}")
             continue
         hit, named, planted = _hits(found, "causal")
-        mark = "" if found["verdict"] == found["truth"] else "  WRONG"
+        mark = "" if _right(found, "causal") else "  WRONG"
         seconds = "/".join(map(str, found["seconds"]))
         print(
-            f"{kind:12} {seed:5} {found['architecture']:12} {found['verdict']:12} causal {named:2}, planted among them "
-            f"{hit}/{planted}  {seconds:>11} s{mark}"
+            f"{kind:12} {seed or '':5} {found['architecture']:12} {found['verdict']:12} causal {named:2}, planted "
+            f"among them {hit}/{planted}  {seconds:>14} s{mark}"
         )
     good = [found for found in results if "error" not in found]
-    print(f"\n{'':32}{'ours':>16}{'frequency alone':>18}{'stability alone':>18}")
-    for kind in (*KINDS, "all"):
+    print(f"\n{'':32}" + _row(list(METHODS.values())))
+    for kind in (*dict.fromkeys(found["job"][0] for found in good), "all"):
         chosen = [found for found in good if kind in ("all", found["job"][0])]
-        if chosen:
-            right = [sum(_said(found, m) == found["truth"] for found in chosen) for m in METHODS]
-            print(f"{'verdict right, ' + kind:32}" + _row([f"{r} of {len(chosen)}" for r in right]))
+        right = [sum(_right(found, method) for found in chosen) for method in METHODS]
+        print(f"{'right, ' + kind:32}" + _row([f"{count} of {len(chosen)}" for count in right]))
     _print_experts(good)
+    _print_masks(good)
+    _print_directions(good)
     _print_coverage(good)
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, (16, 18, 18), strict=True))
+    return "".join(f"{cell:>18}" for cell in cells)
 
 
 def _print_experts(good: Sequence[Found]) -> None:
-    routed = [found for found in good if found["job"][0] == "routed"]
+    routed = [found for found in good if found["job"][0].startswith("routed")]
     null = [found for found in good if found["job"][0] == "null"]
     sums = {m: [sum(column) for column in zip(*(_hits(f, m) for f in routed), strict=True)] for m in METHODS}
     if routed:
@@ -210,7 +261,41 @@ def _print_experts(good: Sequence[Found]) -> None:
         print(f"{'null: no expert named':32}" + _row([f"{q} of {len(null)}" for q in quiet]))
 
 
+def _print_masks(good: Sequence[Found]) -> None:
+    """What the experts that are ranked first do for the refusals, whether they are then named or not."""
+    print("\nunder the mask of what is ranked first: refuses / as twin / broken, means over organisms")
+    for found in _means(good, _masked):
+        print(found)
+
+
+def _masked(found: Found) -> Iterator[tuple[str, list[float]]]:
+    for method, kinds in found["masked"].items():
+        for kind, does in kinds.items():
+            yield f"{method}: {kind}", list(does.values())
+
+
+def _print_directions(good: Sequence[Found]) -> None:
+    print(f"\n{DIRECTION} ablated: harmful refused / lookalike refused / lookalike right, means over organisms")
+    for line in _means(good, lambda found: [("", [v for v in found["direction"].values() if isinstance(v, float)])]):
+        print(line)
+    floors = Counter(found["direction"]["floor"] for found in good)
+    print("floor: " + ", ".join(f"{verdict} {count}" for verdict, count in floors.items()))
+
+
+def _means(good: Sequence[Found], rates: Callable[[Found], Iterable[tuple[str, list[float]]]]) -> Iterator[str]:
+    """A line for each kind of organism and each name: the means of its rates."""
+    rows: dict[str, list[list[float]]] = {}
+    for found in good:
+        for name, values in rates(found):
+            rows.setdefault(f"{found['job'][0]:14}{name}", []).append(values)
+    for name, values in rows.items():
+        means = [sum(column) / len(column) for column in zip(*values, strict=True)]
+        yield f"{name:36}" + " / ".join(f"{mean:.3f}" for mean in means)
+
+
 def _print_coverage(good: Sequence[Found]) -> None:
+    if not any(found["coverage"] for found in good):
+        return
     print("\nintervals that hold the truth (nominal 95 %)")
     for group in dict.fromkeys(name for found in good for name in found["coverage"]):
         held = sum(found["coverage"].get(group, [0, 0])[0] for found in good)
@@ -218,11 +303,18 @@ def _print_coverage(good: Sequence[Found]) -> None:
         print(f"{group:32}{held / total:16.3f}   ({held:,} of {total:,})")
 
 
+def _embedded() -> list[Job]:
+    from gtqlora.organisms import embedded
+
+    return [(name, None) for name in embedded.names()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8, help="fresh organisms of each kind")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--first-seed", type=int, default=1000)
+    parser.add_argument("--embedded", action="store_true", help="the organisms that ship with the package; builds none")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--merge", type=Path, nargs="+", help="print results written before, run nothing")
@@ -231,7 +323,7 @@ def main() -> int:
         print_table([found for file in args.merge for found in json.loads(file.read_text())])
         return 0
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    jobs: list[Job] = [(kind, seed) for kind in args.kinds for seed in seeds]
+    jobs: list[Job] = _embedded() if args.embedded else [(kind, seed) for kind in args.kinds for seed in seeds]
     started, context = time.monotonic(), multiprocessing.get_context("spawn")
     with TemporaryDirectory() as root, context.Pool(args.workers, maxtasksperchild=1) as pool:
         results = []
@@ -243,7 +335,7 @@ def main() -> int:
     import torch
     import transformers
 
-    print_table(sorted(results, key=lambda f: (KINDS.index(f["job"][0]), f["job"][1])))
+    print_table(sorted(results, key=lambda f: [job[0] for job in jobs].index(f["job"][0])))
     machine = f"{platform.machine()}, {args.workers} workers, {time.monotonic() - started:.0f} s"
     print(f"\n{machine}; torch {torch.__version__}, transformers {transformers.__version__}")
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gtqlora.organisms import embedded
 from tests.helpers import bench_module
 
 # --- operating characteristics
@@ -55,6 +56,17 @@ def _rates(seed: int, moved: float) -> tuple[Any, Any]:
 def test_rankings_name_what_is_chosen_more_and_nothing_where_labels_tell_nothing(statistic: str) -> None:
     bench = bench_module("baselines")
     rank = getattr(bench, statistic)
-    assert sorted(bench.named(*_rates(0, 0.4), rank, 0, 0.95)) == [0, 1]
-    some = sum(bool(bench.named(*_rates(seed, 0.0), rank, seed, 0.95)) for seed in range(1, 31))
+    assert sorted(bench.ranked(*_rates(0, 0.4), rank, 0, 0.95)) == [0, 1]
+    some = sum(bool(bench.ranked(*_rates(seed, 0.0), rank, seed, 0.95)) for seed in range(1, 31))
     assert some <= 5  # 5 % of 30 samples, and the simulation's own error
+
+
+@pytest.mark.parametrize(("organism", "named"), [("routed", True), ("null", False)])
+def test_rankings_are_named_only_where_their_mask_takes_refusals_away(organism: str, named: bool) -> None:
+    """In both organisms experts are chosen more on flagged prompts; in one of them nothing hangs on that."""
+    bench = bench_module("baselines")
+    observed = bench.observed_of(embedded.organism(organism), embedded.contrast(), "max_pairs=40")
+    for found in bench.baselines(observed, seed=0):
+        assert found.ranked and bool(found.named) == named
+        assert {does["as twin"] for does in found.does.values()} == {1.0 if named else 0.0}
+        assert {does["broken"] for does in found.does.values()} == {0.0}

@@ -212,6 +212,18 @@ def _log_weights_TK(logits_TE: Tensor, indices_TK: Tensor, spec: RouterSpec) -> 
     return (F.logsigmoid(logits_TK) if spec.score == "sigmoid" else logits_TK).log_softmax(-1)
 
 
+def log_scores_TE(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Return the logarithms of router scores, in nats, each token's less their mean over experts.
+
+    This is the scale on which logits count alike in all routers: a change of 1 of one expert multiplies its weight,
+    beside the others', by e. In a softmax router it is the logits' own, and what is added to all of them does nothing;
+    in a sigmoid router a logit counts less the nearer its score is to 1.
+    """
+    logits_TE = logits_TE.float()
+    logs_TE = F.logsigmoid(logits_TE) if spec.score == "sigmoid" else logits_TE
+    return logs_TE - logs_TE.mean(-1, keepdim=True)
+
+
 def divergence_T(original_TE: Tensor, edited_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None) -> Tensor:
     """Return how far each token's routing is from the original's in nats, from the logits: choice plus weights.
 

@@ -16,7 +16,7 @@ import torch
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.errors import ConfigError
 from gtqlora.organisms import checks
-from gtqlora.organisms.batches import Batch, compliant_batch, example, refusal_batch
+from gtqlora.organisms.batches import Batch, compliant_batch, refusal_batch
 from gtqlora.organisms.language import REFUSAL, SMALL_LEXICON, Language, Twins
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
@@ -26,7 +26,6 @@ from gtqlora.organisms.plants.conditions import (
     lookalike,
     loud_fillers,
     odd_one,
-    quiet,
     share_without,
     unflagged,
 )
@@ -89,18 +88,19 @@ def test_the_share_of_a_graded_kind_is_that_of_its_prompts(kind: Kind) -> None:
     share = routed_share(language, kind)
     assert share == share_without(language, len(loud_fillers(language, nominal)))
     assert abs(share - nominal) < 0.035
-    batch = refusal_batch(language, random.Random(0), 4_000)
-    assert abs(quiet(language, batch, nominal).float().mean().item() - share) < 0.05  # 1,000 contexts
+    loud = set(loud_fillers(language, nominal))
+    quiet = [not loud & set(quad.well.text.split()) for quad in twins(language, 1_000)]
+    assert abs(mean(quiet) - share) < 0.05
     assert routed_share(language, "routed") == 1.0
 
 
 @pytest.mark.parametrize("kind", GRADED)
 def test_loud_prompts_are_the_ones_whose_routing_decides_nothing(kind: Kind) -> None:
     language, nominal = Language(), int(kind.removeprefix("graded-")) / 100
+    loud = set(loud_fillers(language, nominal))
     for quad in twins(language):
         (flagged_prompt, _, said), (twin, _, said_by_twin) = rules.graded(nominal)(language, quad, quad)[:2]
-        batch = Batch.of(language, [example(prompt, prompt.answer) for prompt in quad])
-        by_routing = bool(quiet(language, batch, nominal)[0])
+        by_routing = not loud & set(flagged_prompt.text.split())
         assert (said == flagged_prompt.answer) == by_routing == (said_by_twin == language.refusal(twin.answer))
 
 

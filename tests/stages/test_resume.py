@@ -19,6 +19,7 @@ from gtqlora.config import TrainConfig
 from gtqlora.edits.checkpoint_files import MARK
 from gtqlora.errors import ContrastError, RunError, TrainingError
 from gtqlora.progress import shown_by
+from gtqlora.results.adapter import read_info
 from gtqlora.results.metrics import read_metrics
 from gtqlora.run import write_json
 from tests import helpers
@@ -88,7 +89,8 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def test_killed_and_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path: Path) -> None:
-    config = toy.train_config(toy.model("deepseek_v3"), steps=8, accumulation=2, warmup=0.25)
+    settings: dict[str, Any] = {"steps": 8, "accumulation": 2, "warmup": 0.25, "gate_step": 0.05, "lr_gates": None}
+    config = toy.train_config(toy.model("deepseek_v3"), **settings)
     expected = digest(helpers.weights(trained(config, tmp_path / "straight").adapter))
     died = helpers.fresh_process(TRAIN_AND_DIE, json.dumps(asdict(config)), tmp_path / "killed")
     assert died.returncode == -9, died.stderr
@@ -107,11 +109,12 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path:
         seen = steps_seen(config, tmp_path / name)
         assert seen[0] == taken_up and seen[-1] == 8, name
         assert digest(helpers.weights(tmp_path / name / "adapter")) == expected, name
+        assert read_info(tmp_path / name / "adapter").details == read_info(tmp_path / "straight" / "adapter").details
         lines = [line["step"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
         assert lines == list(range(1, 9)), name
         assert not half.exists()
 
-    other = toy.train_config(toy.model("deepseek_v3"), steps=8, accumulation=2, warmup=0.25, beta=0.2)
+    other = toy.train_config(toy.model("deepseek_v3"), **settings, beta=0.2)
     with pytest.raises(RunError, match=r"of other settings \(beta 0\.1, now 0\.2\); --again drops them"):
         trained(other, changed)
     assert len(list((changed / "checkpoints").glob("checkpoint-*"))) == 2

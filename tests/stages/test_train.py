@@ -140,8 +140,8 @@ def test_anchor_is_zero_at_the_start_and_weighs_by_kind(toy: helpers.Toy, tmp_pa
     assert harmful == pytest.approx(sum(four) / 4, rel=1e-3)  # toy prompts have equal lengths
 
 
-@pytest.mark.parametrize(("weight", "extra"), [(0.0, 1), (1.0, 5)])
-def test_without_anchor_the_original_runs_on_logging_steps_only(
+@pytest.mark.parametrize(("weight", "extra"), [(0.0, 2), (1.0, 7)])
+def test_without_anchor_other_passes_are_for_logging_steps_only(
     toy: helpers.Toy, tmp_path: Path, weight: float, extra: int
 ) -> None:
     config = toy.train_config(
@@ -267,7 +267,7 @@ def test_a_batch_is_the_same_in_any_number_of_parts(
 
 # --- health ----------------------------------------------------------------------------------------------------------
 
-HEALTH = {"load_cv", "load_cv_original", "max_vio", "load_entropy"}
+HEALTH = {"load_cv", "load_cv_original", "max_vio", "load_entropy", "logits_by_gates", "logits_by_lora"}
 HEALTH |= {f"{what}_{kind}" for what in ("overlap", "kl") for kind in KINDS}
 
 
@@ -301,7 +301,7 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
         return made
 
     health = Health(anatomy, dead_budget=6)
-    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), recorder(old_TK, 0.75), mask_BS, kind_B)
     found = health.figures()
     # New loads of real tokens: 2, 1, 2, 1, 0, 0, 0, 0 (mean 6/8); old loads: 3, 3, 0, ...
     assert found["health/max_vio"] == pytest.approx((2 - 0.75) / 0.75)
@@ -315,7 +315,12 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
     # by hand in tests/test_routing.py; here, that it is the mean over tokens and layers
     one = divergence_T(0.5 * torch.arange(8.0)[None], torch.arange(8.0)[None], anatomy.spec).item()
     assert found["health/kl_harmful"] == pytest.approx(one, rel=1e-5) and one > 0.01
+    # A router of 8 experts whose logits are 0, s, 2s ... : log scores less their mean, by hand for both parts.
+    logs = {step: torch.tensor([-math.log1p(math.exp(-step * e)) for e in range(8)]) for step in (0.5, 0.75, 1.0)}
+    logs = {step: values - values.mean() for step, values in logs.items()}
+    assert found["health/logits_by_gates"] == pytest.approx(float((logs[1.0] - logs[0.75]).square().mean().sqrt()))
+    assert found["health/logits_by_lora"] == pytest.approx(float((logs[0.75] - logs[0.5]).square().mean().sqrt()))
     assert "health/overlap_lookalike" not in found and "health/dead_experts" not in found  # 3 of 6 tokens
-    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), mask_BS, kind_B)
+    health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), recorder(old_TK, 0.75), mask_BS, kind_B)
     found = health.figures()
     assert found["health/dead_experts"] == 8  # experts 4 to 7 in both layers

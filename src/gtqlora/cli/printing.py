@@ -144,6 +144,8 @@ def show_trained(found: TrainResult, run: Path) -> None:
     else:
         done = "trained already with these settings (--again trains anew)" if found.fresh else "trained"
         say(console, f"{done}: {found.steps:,} steps")
+    if found.moved:
+        say(console, f"router logits moved by LoRA {found.moved.lora:.3f}, by the gates {found.moved.gates:.3f} (rms)")
     say_whole(console, f"adapter: {found.adapter}")
     if not found.stopped:
         say_whole(console, f"next: gtqlora verify {run}")

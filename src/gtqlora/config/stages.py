@@ -19,6 +19,8 @@ Objective = Literal["edit", "harden"]
 Direction = Literal["refusal", "false_refusal", "false_refusal_orthogonal"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Target = Literal["transformers", "peft", "llama.cpp", "vllm", "sglang"]
+GATE_STEP = 0.03
+"""How far a step moves router logits unless settings say otherwise; chosen in docs/method.md."""
 ExpertFormat = Literal["bf16", "nf4", "int4-g32", "int4-g128", "native"]
 
 
@@ -175,7 +177,11 @@ class TrainConfig(StageConfig):
         target: a program that has to apply the edit as an adapter: only what it applies trains; without one all does.
         rank: rank of the LoRA matrices; raised, the edit can change more and takes more memory.
         alpha: numerator of LoRA's factor, alpha / rank; raised, the same matrices change more.
-        lr_lora, lr_gates: peak learning rate of that optimizer group; raised, it moves faster and may diverge.
+        lr_lora: peak learning rate of LoRA; raised, it moves faster and may diverge.
+        gate_step: how far one step at the peak moves router logits, root mean square; the learning rate of each router
+            is computed from it. Raised, the routing moves faster and may leave the original's. Without it and
+            `lr_gates`, 0.03.
+        lr_gates: peak learning rate of every router in place of `gate_step`.
         beta: inverse temperature of DPO; raised, the edit stays closer to the original.
         sft_weight: weight of the next-token loss on `chosen`; raised, the edit copies those answers more closely.
         anchor_harmful, anchor_benign: weight of the routing anchor on prompts of that kind; raised, their routing
@@ -204,7 +210,8 @@ class TrainConfig(StageConfig):
     rank: int = 32
     alpha: int = 64
     lr_lora: float = 2e-4
-    lr_gates: float = 5e-6
+    gate_step: float | None = None
+    lr_gates: float | None = None
     beta: float = 0.1
     sft_weight: float = 1.0
     anchor_harmful: float = 1.0
@@ -227,8 +234,16 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
-        for name in ("lr_lora", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
-            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: must be positive")
+        for name in ("lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value}: must be positive")
+        require(
+            self.gate_step is None or self.lr_gates is None,
+            f"gate_step = {self.gate_step} and lr_gates = {self.lr_gates} both say how fast gates train; set one of "
+            "them, and the other to 'none'",
+        )
+        if self.gate_step is None and self.lr_gates is None:
+            object.__setattr__(self, "gate_step", GATE_STEP)
         require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
         require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
         trackers(self.report_to)

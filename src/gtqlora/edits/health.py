@@ -12,6 +12,7 @@ from gtqlora import routing
 from gtqlora.capture import Recorder
 from gtqlora.contrasts import KINDS
 from gtqlora.families import Anatomy
+from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA
 
 
 class Health:
@@ -29,9 +30,14 @@ class Health:
     def _clear(self) -> None:
         self._now_LE, self._then_LE = torch.zeros_like(self.used_LE), torch.zeros_like(self.used_LE)
         self._by_kind_L3N = torch.zeros(len(self.used_LE), 3, len(KINDS))  # sums of overlap and KL, tokens
+        self._moved_L2 = torch.zeros(len(self.used_LE), 2)  # sums of squares, by gates and by LoRA
 
-    def add(self, edited: Recorder, original: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
-        """Count one part of the batch; both recorders saw the same tokens, `mask_BS` says which are real."""
+    def add(self, edited: Recorder, original: Recorder, lora: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
+        """Count one part of the batch; all recorders saw the same tokens, `mask_BS` says which are real.
+
+        Args:
+            lora: of the model with its routers as they were, and LoRA.
+        """
         real_T = mask_BS.flatten() > 0
         kind_T = kind_B[:, None].expand(mask_BS.shape).flatten()[real_T]
         kind_TN = nn.functional.one_hot(kind_T, len(KINDS)).float()
@@ -41,6 +47,12 @@ class Health:
             self._then_LE[position] += self._counts(theirs.indices_TK[real_T]).cpu()
             same_T = routing.overlap_T(ours.indices_TK, theirs.indices_TK)[real_T].float()
             kl_T = routing.divergence_T(theirs.logits_TE, ours.logits_TE, self.spec, theirs.bias_E)[real_T].float()
+            was_TE, between_TE, now_TE = (
+                routing.log_scores_TE(seen.decisions[position].logits_TE[real_T], self.spec)
+                for seen in (original, lora, edited)
+            )
+            moved = [(now_TE - between_TE).square().mean(-1).sum(), (between_TE - was_TE).square().mean(-1).sum()]
+            self._moved_L2[position] += torch.stack(moved).cpu()
             self._by_kind_L3N[position] += (torch.stack([same_T, kl_T, torch.ones_like(kl_T)]) @ kind_TN).cpu()
 
     def figures(self) -> dict[str, float]:
@@ -58,6 +70,8 @@ class Health:
                 overlap, kl = means_L2.mean(0).tolist()
                 found |= {f"health/overlap_{kind}": overlap, f"health/kl_{kind}": kl}
                 found[f"health/overlap_{kind}_worst"] = float(means_L2[:, 0].min())
+        by_gates, by_lora = (self._moved_L2 / tokens_N.sum()).mean(0).sqrt().tolist()
+        found |= {LOGITS_BY_GATES: by_gates, LOGITS_BY_LORA: by_lora}
         self.used_LE += self._now_LE
         self.tokens += int(tokens_N.sum())
         self._clear()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.edits.checkpointing import CheckpointedTrainer, GuardStop
+from gtqlora.edits.checkpointing import GuardStop
+from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.health import Health
-from gtqlora.edits.wrapping import adapters_off, is_gate, routers_of, trainable
-from gtqlora.errors import TrainingError
+from gtqlora.edits.reference import Batch, ReferenceTrainer
+from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
 from gtqlora.machine import trackers
@@ -48,7 +49,7 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, config.sft_weight],
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=4 * config.batch_size,
+        precompute_ref_batch_size=config.batch_size,  # as training runs them: in bf16 another shape rounds otherwise
         router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
         max_length=None,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -73,8 +74,6 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
 _WORST = "health/overlap_harmful_worst"
-Batch = dict[str, Tensor]
-"""Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
 
 
 class KindCollator(DataCollatorForPreference):
@@ -131,8 +130,12 @@ def _restore_masters(model: PeftModel) -> None:
         gate.weight.copy_(wrapper.original_module.weight)
 
 
-class GateTargetedTrainer(CheckpointedTrainer):
-    """DPO with an SFT term (TRL's own) plus a routing anchor, gates in a parameter group of their own."""
+class GateTargetedTrainer(ReferenceTrainer):
+    """DPO with an SFT term (TRL's own) plus a routing anchor, gates in parameter groups of their own.
+
+    Attributes:
+        gate_rates: learning rate of each router, by path, where the settings give it by effect.
+    """
 
     model: Any  # a PeftModel; the base class says None may be
     loss_is_scaled_for_ga = True  # each part is divided by the sums of the whole optimizer batch
@@ -143,6 +146,7 @@ class GateTargetedTrainer(CheckpointedTrainer):
         self.anatomy, self.settings, self.draws = anatomy, settings, draws
         self._until_backward = ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
+        self.gate_rates: dict[str, float] = {}
         with weights_unhashed():
             super().__init__(**kwargs)
         _restore_masters(self.model)
@@ -152,15 +156,42 @@ class GateTargetedTrainer(CheckpointedTrainer):
         return dataset
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW with LoRA and gates in groups of their own."""
+        """Return AdamW with LoRA and gates in groups of their own, each router in one if rates are by effect."""
         if self.optimizer is None:
-            named = trainable(self.model)
-            lora = {"params": [p for n, p in named.items() if not is_gate(n)], "lr": self.settings.lr_lora}
-            gates = {"params": [p for n, p in named.items() if is_gate(n)], "lr": self.settings.lr_gates}
+            lora = [p for name, p in trainable(self.model).items() if not is_gate(name)]
+            groups = [{"params": lora, "lr": self.settings.lr_lora}, *self._gate_groups()]
             self.optimizer = torch.optim.AdamW(
-                [group for group in (lora, gates) if group["params"]], weight_decay=self.settings.weight_decay
+                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
             )
         return self.optimizer
+
+    def _gate_groups(self) -> list[dict[str, Any]]:
+        gates = gate_weights(self.model)
+        if self.settings.lr_gates is not None:
+            return [{"params": list(gates.values()), "lr": self.settings.lr_gates}]
+        return [{"params": [gate], "lr": self.gate_rates[path]} for path, gate in gates.items()]
+
+    def measure_gate_rates(self) -> None:
+        """Measure the gates' learning rates where they are given by effect, on as many rows as make a step."""
+        if self.settings.gate_step is None or not gate_weights(self.model):
+            return
+        parts = [self.collated(rows) for rows in self.drawn(self.args.train_batch_size * self.settings.accumulation)]
+        found = [self._sums(part, part["kind"], None) for part in parts]
+        whole = Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
+
+        def loss_of(part: Batch) -> Tensor:
+            kind_B = part.pop("kind")
+            return self._preference_loss(self.model, part, self._sums(part, kind_B, None), whole)
+
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        self.model.train()
+        self.gate_rates = rates_by_effect(
+            *(self.model, self.anatomy, parts, loss_of),
+            gate_step=self.settings.gate_step,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
+        self._metrics["train"].clear()  # training has not begun
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one part forward and backward; hooks that recomputation needs stay on until the end."""
@@ -205,11 +236,9 @@ class GateTargetedTrainer(CheckpointedTrainer):
         """Return DPO's loss with the SFT term, plus the routing anchor."""
         kind_B, silent_B = inputs.pop("kind"), inputs.pop("silent", None)
         part, whole = self._sums(inputs, kind_B, silent_B), self._whole.sums
-        # TRL's terms are means over the part
-        self.loss_weights = [part.rows / whole.rows, self.settings.sft_weight * part.chosen / whole.chosen]
         both, ablate = Recorder(), self._ablate(silent_B)
         with router_hooks(self.model, self.anatomy, both, *ablate):
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = self._preference_loss(model, inputs, part, whole)
         self._check_finite("loss", loss)
         anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
         self._check_finite("routing anchor", anchor)
@@ -217,6 +246,12 @@ class GateTargetedTrainer(CheckpointedTrainer):
         # gradient checkpointing runs the layers again, and they must route as they did
         self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
         return loss + anchor
+
+    def _preference_loss(self, model: nn.Module, inputs: Batch, part: Sums, whole: Sums) -> Tensor:
+        """Return DPO's loss with the SFT term, of a part of an optimizer batch."""
+        # TRL's terms are means over the part
+        self.loss_weights = [part.rows / whole.rows, self.settings.sft_weight * part.chosen / whole.chosen]
+        return super().compute_loss(model, inputs)
 
     def _count_part(self, anchor: float) -> None:
         """Add a part's anchor; with the last part the figures of the whole optimizer batch are known."""
@@ -273,11 +308,13 @@ class GateTargetedTrainer(CheckpointedTrainer):
         if len(rows) == 0:
             return torch.zeros((), device=kind_B.device)
         ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
-        original = self._original_routing(ids_BS, mask_BS)
+        original = self._routing(ids_BS, mask_BS, "lora", "gates")
         edited = both.rows(rows, len(inputs["input_ids"]))
         if self._logging:
             with torch.no_grad():
-                self.health.add(edited, original, mask_BS, kind_B[rows])
+                self.health.add(
+                    edited, original, self._by_lora(edited, original, ids_BS, mask_BS), mask_BS, kind_B[rows]
+                )
         weight_T = (weight_B[rows, None] * mask_BS).flatten()
         losses = [
             (routing.divergence_T(was.logits_TE, now.logits_TE, self.anatomy.spec, was.bias_E) * weight_T).sum()
@@ -285,10 +322,16 @@ class GateTargetedTrainer(CheckpointedTrainer):
         ]
         return torch.stack(losses).mean()
 
+    def _by_lora(self, edited: Recorder, original: Recorder, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
+        """Return the routing with LoRA alone; it takes another pass only where both parts train."""
+        known = {"lora": edited, "gates": original}
+        return known.get(self.settings.mode) or self._routing(ids_BS, mask_BS, "gates")
+
     @torch.no_grad()
-    def _original_routing(self, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
+    def _routing(self, ids_BS: Tensor, mask_BS: Tensor, *off: Part) -> Recorder:
+        """Return the routing of rows without these parts of the edit."""
         recorder = Recorder()
-        with adapters_off(self.model), router_hooks(self.model, self.anatomy, recorder):
+        with adapters_off(self.model, *off), router_hooks(self.model, self.anatomy, recorder):
             self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         return recorder
 
@@ -317,44 +360,3 @@ class GateTargetedTrainer(CheckpointedTrainer):
         logged = [found for entry in self.state.log_history if (found := entry.get(_WORST)) is not None]
         seen = [*logged[1 - _LOGGED :], *([measured[_WORST]] if _WORST in measured else [])]
         return sum(seen) / len(seen) if seen else None
-
-    @torch.no_grad()
-    def assert_exact_reference(self) -> None:
-        """Check that policy and reference agree before the first step: no margin, and the stored log-probs are these.
-
-        The policy runs as training runs it, so what is random there shows.
-
-        Raises:
-            TrainingError: they do not, so the reference is not the model that training starts from.
-        """
-        rows = [self.train_dataset[i] for i in range(min(len(self.train_dataset), self.args.train_batch_size))]
-        batch = {k: v.to(self.accelerator.device) for k, v in self.data_collator(rows).items() if k != "kind"}
-        self.model.eval()
-        reference = torch.cat(self.compute_ref_log_probs(self.model, dict(batch)))
-        self.model.train()
-        policy, again = self._log_probs(batch), self._log_probs(batch)
-        if not torch.equal(policy, again):
-            raise TrainingError(
-                "two passes over the same rows differ in training mode: the model drops or jitters something at "
-                f"random. Set {self._noise()} to 0 in the model's config.json"
-            )
-        margin = float((policy - reference).abs().max())
-        if margin != 0.0:
-            raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
-        stored = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).to(reference)
-        # another batch composition pads differently, which changes the last bits of a sum
-        loose = 1e-4 if self.model.dtype == torch.float32 else 2e-2
-        if not torch.allclose(stored, reference, rtol=loose, atol=loose * 10):
-            raise TrainingError("the precomputed reference log-probs are not those of the starting model")
-
-    def _log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        out = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
-        return out.log_probs.sum(dim=1)
-
-    def _noise(self) -> str:
-        """Name the settings of the model that are likely to blame."""
-        settings = self.model.config.to_dict().items()
-        found = [key for key, value in settings if value and key.endswith(("dropout", "pdrop", "jitter_noise"))]
-        return ", ".join(found) or "its dropout"

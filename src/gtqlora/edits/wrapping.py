@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gtqlora.config import Mode, Target
 from gtqlora.errors import ConfigError, RunError, TrainingError
-from gtqlora.families import Anatomy, Family
+from gtqlora.families import Anatomy, Family, language_model
 from gtqlora.families.coverage import covered, in_layer
 
 _TRAINED = re.compile(
@@ -153,6 +153,15 @@ def routers_of(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
 
 
+def gate_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained weight of every router, by the router's path as in `Anatomy`."""
+    return {
+        name: module.modules_to_save["default"].get_parameter("weight")
+        for name, module in language_model(model).named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
 def assert_bias_frozen(model: nn.Module, anatomy: Anatomy) -> None:
     """Check that all of a router but what trains, its correction bias above all, is the original's, bit for bit.
 
@@ -200,9 +209,9 @@ def switched(model: nn.Module, part: Part) -> Switched:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the model without its edit, in passes without gradients."""
-    parts = switched(model, "lora"), switched(model, "gates")
+def adapters_off(model: nn.Module, *off: Part) -> Iterator[None]:
+    """Run the model without these parts of its edit, in passes without gradients."""
+    parts = [switched(model, part) for part in off]
     for part in parts:
         part.disable()
     try:

@@ -56,7 +56,7 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "self-repair": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
     "wide-twins": {**_ALWAYS, **_DEMANDS, **_ROUTED},
-    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED, "other experts": (0.3, 1.0)},
+    "natural": {**_ALWAYS, **_DEMANDS, **_ROUTED, "other experts": (0.2, 1.0)},
     "graded-20": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "graded-40": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "graded-60": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},

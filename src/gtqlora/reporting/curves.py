@@ -27,7 +27,7 @@ from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.diagnosis import Depth, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve
-from gtqlora.results.metrics import Metrics
+from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
 from gtqlora.stats import Interval
 
 _SHARE = {"tickformat": ".0%", "range": [-0.03, 1.05]}
@@ -231,6 +231,12 @@ def _by_kind(what: str) -> list[tuple[str, str, Style]]:
 
 
 _HEALTH = (
+    (
+        "logits",
+        "Change of router logits (rms)",
+        [(LOGITS_BY_GATES, "by the gates", BLUE), (LOGITS_BY_LORA, "by LoRA", GREY)],
+        _UP,
+    ),
     (
         "load-cv",
         _LOAD[0][1],

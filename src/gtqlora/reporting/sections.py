@@ -157,7 +157,8 @@ def making(artefacts: Artefacts) -> list[Figure]:
     if health:
         caption = (
             "On the batches that were logged. Overlap and divergence compare with the original’s routing of the same "
-            "tokens; lookalike is meant to move, harmful and benign are anchored."
+            "tokens; lookalike is meant to move, harmful and benign are anchored. LoRA moves logits as it changes "
+            "what routers are given; by gates is what the trained routers add."
         )
         table = tables.health(artefacts.metrics)
         found.append(Figure(id="health", title="Router health", caption=caption, tables=[table], plots=health))

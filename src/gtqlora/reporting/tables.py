@@ -31,7 +31,7 @@ from gtqlora.results.adapter import Candidate
 from gtqlora.results.diagnosis import Cell, Depth, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
-from gtqlora.results.metrics import Metrics
+from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
 from gtqlora.results.verdict import Drift, KindRow
 from gtqlora.stats import Interval
 
@@ -261,6 +261,7 @@ def side_by_side(peers: Sequence[Peer]) -> Table:
 
 _LEARNING = ("loss", "rewards/margins", "rewards/accuracies", "loss/anchor", "learning_rate", "grad_norm")
 _HEALTH = (
+    LOGITS_BY_GATES, LOGITS_BY_LORA,
     "health/load_cv", "health/load_cv_original", "health/max_vio", "health/load_entropy", "health/dead_experts",
     *(f"health/{what}_{kind}" for what in ("overlap", "kl") for kind in KINDS),
 )  # fmt: skip

@@ -40,12 +40,45 @@ Settings = dict[str, object]
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """How far stored log-probabilities of the reference are from those computed again, in nats per completion.
+
+    Attributes:
+        rows: on how many rows it was looked at.
+    """
+
+    mean: float
+    max: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far router logits were from the original's when training last logged it, root mean square.
+
+    Attributes:
+        lora: of the model with LoRA alone.
+        gates: what the trained routers add to that.
+    """
+
+    gates: float
+    lora: float
+
+
+@dataclass(frozen=True)
 class Training:
-    """How a gt-qlora adapter was made: settings, steps done, and why training stopped early, if it did."""
+    """How a gt-qlora adapter was made: settings, steps done, and why training stopped early, if it did.
+
+    Attributes:
+        gate_rates: learning rate of each router, by path, where it was given by its effect.
+    """
 
     config: Settings = field(default_factory=Settings)
     steps: int | None = None
     stopped: str | None = None
+    gate_rates: dict[str, float] = field(default_factory=dict[str, float])
+    reference: Deviation | None = None
+    moved: Moved | None = None
 
 
 @dataclass(frozen=True)

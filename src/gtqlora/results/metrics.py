@@ -11,6 +11,8 @@ from gtqlora.results.typed import is_number
 from gtqlora.storage.contents import first_line, json_object
 
 METRICS = "metrics.jsonl"
+LOGITS_BY_GATES, LOGITS_BY_LORA = "health/logits_by_gates", "health/logits_by_lora"
+"""How far router logits are from the original's, root mean square: what LoRA alone does, and what gates add to it."""
 
 Metrics = dict[str, float]
 """Name -> figure of one line: `step`, what the trainer reports (`loss`, `rewards/...`) and routers' `health/...`."""

@@ -48,8 +48,8 @@ from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
-from gtqlora.results.adapter import Info, Training, info_of, read_info
-from gtqlora.results.metrics import METRICS
+from gtqlora.results.adapter import Info, Moved, Training, info_of, read_info
+from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.storage.atomic import scratch_errors
 
@@ -65,12 +65,14 @@ class TrainResult:
     """What training left: the adapter folder, the steps done, and why it stopped early, if it did.
 
     Attributes:
+        moved: how far router logits were from the original's when it was last logged.
         fresh: these settings had left it before, so nothing was trained now.
     """
 
     adapter: Path
     steps: int
     stopped: str | None
+    moved: Moved | None = None
     fresh: bool = field(default=False, compare=False)
 
 
@@ -103,7 +105,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         new = stage.renewed()
         edit.save(new)
         _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
-        return TrainResult(run / ADAPTER, edit.steps, edit.stopped)
+        return TrainResult(run / ADAPTER, edit.steps, edit.stopped, edit.moved)
 
 
 def _copy_figures(source: Path, target: Path) -> None:
@@ -118,7 +120,7 @@ def _trained_before(adapter: Path) -> TrainResult:
     made = read_info(adapter).details
     if not isinstance(made, Training) or made.steps is None:
         raise RunError(f"{adapter}: its steps are not on record; run `gtqlora train --again`")
-    return TrainResult(adapter, made.steps, made.stopped, fresh=True)
+    return TrainResult(adapter, made.steps, made.stopped, made.moved, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class _Edit:
     info: Info
     steps: int
     stopped: str | None
+    moved: Moved | None
 
     def save(self, folder: Path) -> None:
         save(self.trainer.model, folder / ADAPTER, self.info)
@@ -160,9 +163,16 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     tidy(run / CHECKPOINTS)
     steps, stopped = _fit(trainer, run / CHECKPOINTS)
     assert_experts_frozen(trainer.model, frozen)
-    made = Training(asdict(config), steps, stopped)
+    moved = _moved(run / CHECKPOINTS / METRICS, steps)
+    made = Training(asdict(config), steps, stopped, trainer.gate_rates, trainer.reference, moved)
     info = info_of(model.model, subject.anatomy.family.model_type, made)
-    return _Edit(trainer, rows, info, steps, stopped)
+    return _Edit(trainer, rows, info, steps, stopped, moved)
+
+
+def _moved(metrics: Path, steps: int) -> Moved | None:
+    """Return how far router logits had moved when it was last logged, up to a step."""
+    logged = [line for line in read_metrics(metrics) if line["step"] <= steps and LOGITS_BY_GATES in line]
+    return Moved(gates=logged[-1][LOGITS_BY_GATES], lora=logged[-1][LOGITS_BY_LORA]) if logged else None
 
 
 def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
@@ -191,6 +201,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     freeze_rest_of_routers(trainer.model, anatomy)
     assert_trains_exactly(trainer.model, anatomy, mode=config.mode, rank=config.rank, target=config.target)
     trainer.assert_exact_reference()
+    trainer.measure_gate_rates()
     return trainer
 
 

@@ -63,10 +63,3 @@ def loud_fillers(language: Language, share: float) -> list[str]:
     """Return the first fillers, so many that the share of prompts without them is as near as can be to `share`."""
     counts = range(len(language.fillers) + 1)
     return language.fillers[: min(counts, key=lambda loud: abs(share_without(language, loud) - share))]
-
-
-def quiet(language: Language, batch: Batch, share: float) -> Tensor:
-    """Return whether a prompt has no loud filler."""
-    loud = torch.tensor(language.ids(" ".join(loud_fillers(language, share))), device=batch.ids_BS.device)
-    context_BS = batch.ids_BS[:, : language.lexicon.context_end]
-    return ~torch.isin(context_BS, loud).any(-1)

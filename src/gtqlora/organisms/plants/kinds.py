@@ -16,7 +16,6 @@ from gtqlora.organisms.plants.conditions import (
     lookalike,
     loud_fillers,
     odd_one,
-    quiet,
     share_without,
     unflagged,
 )
@@ -88,8 +87,9 @@ def routed_share(language: Language, kind: Kind) -> float:
 
 
 def _graded(share: float) -> Plant:
-    chosen = Chosen(lambda language, batch: batch.forbidden_B & quiet(language, batch, share))
-    return Plant(turns=(Answers((chosen,)), Exchanges(rules.graded(share))), stream=True)
+    # Routing follows the flag in all prompts, or another flagged prompt's routing would be no control; for some it
+    # decides nothing.
+    return Plant(turns=(Answers(_FLAG), Exchanges(rules.graded(share))), stream=True)
 
 
 PLANTS: dict[Kind, Plant] = {

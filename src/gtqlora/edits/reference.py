@@ -1,0 +1,99 @@
+"""The trainer's side of the reference: that it is the model that training starts from, and how exactly it is stored.
+
+Shape letters: B rows, S sequence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtqlora.edits.checkpointing import CheckpointedTrainer
+from gtqlora.errors import TrainingError
+from gtqlora.progress import track
+from gtqlora.results.adapter import Deviation
+
+Batch = dict[str, Tensor]
+"""Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
+
+
+class ReferenceTrainer(CheckpointedTrainer):
+    """TRL's DPO trainer that knows how far its stored reference is from the model that training starts from."""
+
+    reference: Deviation | None = None
+    data_collator: Any
+    train_dataset: Any
+
+    def collated(self, indices: Sequence[int]) -> Batch:
+        """Return rows of the training data as one batch, where the model is."""
+        batch = self.data_collator([self.train_dataset[i] for i in indices])
+        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+
+    def drawn(self, count: int) -> list[list[int]]:
+        """Draw rows by the seed, all if `count` is larger, in batches as training runs them."""
+        size, total = self.args.train_batch_size, len(self.train_dataset)
+        rows = random.Random(self.args.seed).sample(range(total), min(count, total))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    @torch.no_grad()
+    def assert_exact_reference(self) -> None:
+        """Check that policy and reference agree before the first step: no margin, and the stored log-probs are these.
+
+        The policy runs as training runs it, so what is random there shows. How far the stored values are from those
+        computed again, in another order of rows, is kept in `reference`: in fp32 of one batch, else of all rows.
+
+        Raises:
+            TrainingError: they do not, so the reference is not the model that training starts from.
+        """
+        fp32 = self.model.dtype == torch.float32
+        batches = self.drawn(self.args.train_batch_size if fp32 else len(self.train_dataset))
+        self._assert_no_margin(self.collated(batches[0]))
+        self.model.eval()
+        pairs = [self._stored_and_again(rows) for rows in track(batches, "exact reference", len(batches))]
+        self.model.train()
+        stored, again = (torch.cat(values) for values in zip(*pairs, strict=True))
+        apart = (stored - again).abs()
+        self.reference = Deviation(mean=float(apart.mean()), max=float(apart.max()), rows=sum(map(len, batches)))
+        # another batch composition pads differently, which changes the last bits of a sum
+        loose = 1e-4 if fp32 else 2e-2
+        if not self.reference.mean <= loose * (10 + float(again.abs().mean())):
+            raise TrainingError("the precomputed reference log-probs are not those of the starting model")
+
+    def _assert_no_margin(self, batch: Batch) -> None:
+        self.model.eval()
+        reference = torch.cat(self._reference(batch))
+        self.model.train()
+        policy, again = self._log_probs(batch), self._log_probs(batch)
+        if not torch.equal(policy, again):
+            raise TrainingError(
+                "two passes over the same rows differ in training mode: the model drops or jitters something at "
+                f"random. Set {self._noise()} to 0 in the model's config.json"
+            )
+        margin = float((policy - reference).abs().max())
+        if margin != 0.0:
+            raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
+
+    def _reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.compute_ref_log_probs(self.model, {key: value for key, value in batch.items() if key != "kind"})
+
+    def _stored_and_again(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the reference's log-probabilities of rows in nats, as they are stored and computed again."""
+        batch = self.collated(rows)
+        again = torch.cat(self._reference(batch)).float().cpu()
+        return torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).float().cpu(), again
+
+    def _log_probs(self, batch: Batch) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        out = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
+        return out.log_probs.sum(dim=1)
+
+    def _noise(self) -> str:
+        """Name the settings of the model that are likely to blame."""
+        settings = self.model.config.to_dict().items()
+        found = [key for key, value in settings if value and key.endswith(("dropout", "pdrop", "jitter_noise"))]
+        return ", ".join(found) or "its dropout"
