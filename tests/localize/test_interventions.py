@@ -265,7 +265,7 @@ def test_the_twin_s_routing_on_the_prompt_only_and_on_what_is_generated_only(int
 
 
 def test_the_layers_that_decide_are_the_planted_ones(interchanges: Interchanges) -> None:
-    found = depth_of(interchanges)
+    found = depth_of(interchanges, "routing")
     assert found is not None and found.generated == N_PAIRS
     assert [(point.layers, point.last) for point in found.points] == [(0, None), (1, 1), (2, 2), (3, 3), (4, 4)]
     first, last = found.points[0], found.points[-1]
@@ -276,7 +276,9 @@ def test_the_layers_that_decide_are_the_planted_ones(interchanges: Interchanges)
         second, third = (getattr(point.up_to, part).value for point in found.points[2:4])
         assert second == pytest.approx(third, abs=0.05)
     assert "The routing decides on the false refusals in MoE layers 2 to 4" in found.sentence
-    assert depth_of(interchanges.of("harmful")) is None  # too few
+    assert depth_of(interchanges.of("harmful"), "routing") is None  # too few
+    unknown = depth_of(interchanges, "cannot tell")
+    assert unknown is not None and unknown.points == found.points and "is not said" in unknown.sentence
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,10 @@ def test_in_which_layers_the_routing_decides(up_to: tuple[float, ...], after: tu
         return {count: part + noise for count, part in enumerate(parts)}
 
     swept = _Swept(up_to=columns(up_to), after=columns(after), unit=np.ones(60), groups=[str(i) for i in range(60)])
-    assert said in _sentence(swept, range(5), (1, 3, 5, 7), "false refusals")
+    assert said in _sentence(swept, swept, range(5), (1, 3, 5, 7), "false refusals")
+    # garbage: the log-odds fall with fewer layers than it takes to do as the twin
+    late = replace(swept, up_to=columns((0, 0, 0, 0, 1)), after=columns((1, 0, 0, 0, 0)))
+    assert "in MoE layers 1 to 7" in _sentence(swept, late, range(5), (1, 3, 5, 7), "false refusals")
 
 
 # --- masks

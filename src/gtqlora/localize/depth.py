@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,12 @@ class _Swept:
         return ratio_interval(values_N, self.after[0], groups=self.groups)
 
 
-def depth_of(found: Interchanges) -> Depth | None:
-    """Return in which layers the routing of pairs of one kind decides; None for fewer pairs than a verdict needs."""
+def depth_of(found: Interchanges, verdict: str) -> Depth | None:
+    """Return in which layers the routing of pairs of one kind decides; None for fewer pairs than a verdict needs.
+
+    Args:
+        verdict: of this kind; which layers decide is said only where the routing mediates.
+    """
     layers = [layer.index for layer in found.trials.subject.anatomy.moe]
     if len(found.pairs) < MIN_PAIRS:
         return None
@@ -76,8 +81,11 @@ def depth_of(found: Interchanges) -> Depth | None:
         )
         for count in counts
     ]
-    telling = next((swept for swept in (odds, said) if swept and swept.of_behaviour(swept.after[0]).low > 1 / 3), None)
-    sentence = _sentence(telling, counts, layers, WHOSE[found.trials.kinds[0]])
+    whose = WHOSE[found.trials.kinds[0]]
+    if verdict not in ("routing", "both"):
+        sentence = f"Which layers decide is not said, as the routing is not found to mediate the {whose}."
+    else:
+        sentence = _sentence(odds, said, counts, layers, whose)
     return Depth(sentence=sentence, generated=min(GENERATED, len(found.pairs)), points=points)
 
 
@@ -137,27 +145,31 @@ def _swept(
     return _Swept(up_to=up_to, after=after, unit=unit, groups=groups)
 
 
-def _sentence(swept: _Swept | None, counts: Sequence[int], layers: Sequence[int], whose: str) -> str:
-    if swept is None:
+def _sentence(odds: _Swept | None, said: _Swept, counts: Sequence[int], layers: Sequence[int], whose: str) -> str:
+    # the first of the two that the whole routing moves
+    moved = next((swept for swept in (odds, said) if swept and swept.of_behaviour(swept.after[0]).low > 1 / 3), None)
+    if moved is None:
         return f"The routing as a whole moves too little of the {whose} to ask in which layers it decides."
 
-    def most(values_N: Values) -> bool:
-        return swept.of_routing(values_N).low >= MOST
+    def most(part: Literal["up_to", "after"], count: int) -> bool:
+        of_moved, of_said = (swept.of_routing(getattr(swept, part)[count]) for swept in (moved, said))
+        # log-odds also fall where completions turn to garbage
+        return of_moved.low >= MOST and of_said.value > 0.5
 
-    # the first layers that are enough, and the last: what is not among them is neither
-    last = next(count for count in counts if count == counts[-1] or most(swept.up_to[count]))
-    start = next(count for count in reversed(counts) if not count or most(swept.after[count]))
-    said = [
+    # the shortest first part and the shortest last part that are enough: what is not in both is not needed
+    last = next(count for count in counts if count == counts[-1] or most("up_to", count))
+    start = next(count for count in reversed(counts) if not count or most("after", count))
+    told = [
         f"of what the whole routing moves, that up to layer {layers[last - 1]} moves "
-        f"{percent(swept.of_routing(swept.up_to[last]))}"
+        f"{percent(moved.of_routing(moved.up_to[last]))}"
     ]
     if start:
-        said.append(f"that from layer {layers[start]} on {percent(swept.of_routing(swept.after[start]))}")
+        told.append(f"that from layer {layers[start]} on {percent(moved.of_routing(moved.after[start]))}")
     if start >= last:
-        return f"Some MoE layers’ routing stands in for others’ in the {whose}: {' and '.join(said)}."
+        return f"Some MoE layers’ routing stands in for others’ in the {whose}: {' and '.join(told)}."
     if last < counts[-1]:
-        left = swept.of_routing(swept.after[last])
+        left = moved.of_routing(moved.after[last])
         rest = "only follow" if left.high < 1 / 3 else "take part"
-        said.append(f"that of the layers after layer {layers[last - 1]} alone {percent(left)}, so these {rest}")
+        told.append(f"that of the layers after layer {layers[last - 1]} alone {percent(left)}, so these {rest}")
     where = f"layer {layers[start]}" if start == last - 1 else f"layers {layers[start]} to {layers[last - 1]}"
-    return f"The routing decides on the {whose} in MoE {where}: {'; '.join(said)}."
+    return f"The routing decides on the {whose} in MoE {where}: {'; '.join(told)}."

@@ -98,7 +98,7 @@ def _interchanged(observed: Observed) -> tuple[dict[str, Interchanges], dict[str
         unusable = {**counts, **({"without another of equal token count as control": alone} if alone else {})}
         found[kind] = conclude(kind, interchanges.get(kind), unusable)
         if kind in interchanges:
-            found[kind] = replace(found[kind], depth=depth_of(interchanges[kind]))
+            found[kind] = replace(found[kind], depth=depth_of(interchanges[kind], found[kind].verdict))
     return interchanges, found
 
 
