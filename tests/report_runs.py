@@ -183,7 +183,7 @@ def localization(kind: str, levels: dict[str, float]) -> dict[str, Any]:
 
 
 def depth() -> dict[str, Any]:
-    """Decided in the first two of four layers."""
+    """Mediated in the first two of four layers."""
 
     def moved(part: float) -> dict[str, Any]:
         return {"log_odds": real(part, 0.05), "as_twin": interval(part)}
@@ -193,7 +193,7 @@ def depth() -> dict[str, Any]:
         {"layers": layers, "last": last, "up_to": moved(first), "after": moved(second)}
         for layers, (last, first, second) in enumerate(zip(lasts, up_to, after, strict=True))
     ]
-    return {"sentence": "The routing decides in MoE layers 1 to 2.", "generated": 40, "points": points}
+    return {"sentence": "The routing mediates in MoE layers 1 to 2.", "generated": 40, "points": points}
 
 
 NOTHING_KNOWN: dict[str, Any] = {

@@ -264,7 +264,7 @@ def test_the_twin_s_routing_on_the_prompt_only_and_on_what_is_generated_only(int
     assert "flagged, routing of its twin on what is generated only" in names
 
 
-def test_the_layers_that_decide_are_the_planted_ones(interchanges: Interchanges) -> None:
+def test_the_layers_that_mediate_are_the_planted_ones(interchanges: Interchanges) -> None:
     found = depth_of(interchanges, "routing")
     assert found is not None and found.generated == N_PAIRS
     assert [(point.layers, point.last) for point in found.points] == [(0, None), (1, 1), (2, 2), (3, 3), (4, 4)]
@@ -275,10 +275,10 @@ def test_the_layers_that_decide_are_the_planted_ones(interchanges: Interchanges)
         assert abs(getattr(found.points[1].up_to, part).value) < 0.05 < 0.9 < getattr(found.points[1].after, part).value
         second, third = (getattr(point.up_to, part).value for point in found.points[2:4])
         assert second == pytest.approx(third, abs=0.05)
-    assert "The routing decides on the false refusals in MoE layers 2 to 4" in found.sentence
+    assert "The routing mediates the false refusals in MoE layers 2 to 4" in found.sentence
     assert depth_of(interchanges.of("harmful"), "routing") is None  # too few
     unknown = depth_of(interchanges, "cannot tell")
-    assert unknown is not None and unknown.points == found.points and "is not said" in unknown.sentence
+    assert unknown is not None and unknown.points == found.points and "No layers are named" in unknown.sentence
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_the_layers_that_decide_are_the_planted_ones(interchanges: Interchanges)
         ((0, 0.9, 1, 1, 1), (1, 1, 1, 0.9, 0), "stands in for others"),
     ],
 )
-def test_in_which_layers_the_routing_decides(up_to: tuple[float, ...], after: tuple[float, ...], said: str) -> None:
+def test_in_which_layers_the_routing_mediates(up_to: tuple[float, ...], after: tuple[float, ...], said: str) -> None:
     noise = np.random.default_rng(0).normal(0, 0.01, size=60)
 
     def columns(parts: tuple[float, ...]) -> dict[int, np.ndarray]:

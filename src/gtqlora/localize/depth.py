@@ -1,4 +1,4 @@
-"""In which layers the routing decides: the twin's routing in the layers up to one, and in the layers after it.
+"""In which layers the routing mediates: the twin's routing in the layers up to one, and in the layers after it.
 
 The routing of later layers may only follow what earlier ones decided. Interchanged all at once the two look alike;
 with the routing of the first layers interchanged, the routers behind them run free and show which it is.
@@ -57,10 +57,10 @@ class _Swept:
 
 
 def depth_of(found: Interchanges, verdict: str) -> Depth | None:
-    """Return in which layers the routing of pairs of one kind decides; None for fewer pairs than a verdict needs.
+    """Return in which layers the routing of pairs of one kind mediates; None for fewer pairs than a verdict needs.
 
     Args:
-        verdict: of this kind; which layers decide is said only where the routing mediates.
+        verdict: of this kind; the layers are named only where the routing mediates.
     """
     layers = [layer.index for layer in found.trials.subject.anatomy.moe]
     if len(found.pairs) < MIN_PAIRS:
@@ -83,7 +83,7 @@ def depth_of(found: Interchanges, verdict: str) -> Depth | None:
     ]
     whose = WHOSE[found.trials.kinds[0]]
     if verdict not in ("routing", "both"):
-        sentence = f"Which layers decide is not said, as the routing is not found to mediate the {whose}."
+        sentence = f"No layers are named, as the routing is not found to mediate the {whose}."
     else:
         sentence = _sentence(odds, said, counts, layers, whose)
     return Depth(sentence=sentence, generated=min(GENERATED, len(found.pairs)), points=points)
@@ -149,7 +149,7 @@ def _sentence(odds: _Swept | None, said: _Swept, counts: Sequence[int], layers: 
     # the first of the two that the whole routing moves
     moved = next((swept for swept in (odds, said) if swept and swept.of_behaviour(swept.after[0]).low > 1 / 3), None)
     if moved is None:
-        return f"The routing as a whole moves too little of the {whose} to ask in which layers it decides."
+        return f"The routing as a whole moves too little of the {whose} to ask in which layers."
 
     def most(part: Literal["up_to", "after"], count: int) -> bool:
         of_moved, of_said = (swept.of_routing(getattr(swept, part)[count]) for swept in (moved, said))
@@ -172,4 +172,4 @@ def _sentence(odds: _Swept | None, said: _Swept, counts: Sequence[int], layers: 
         rest = "only follow" if left.high < 1 / 3 else "take part"
         told.append(f"that of the layers after layer {layers[last - 1]} alone {percent(left)}, so these {rest}")
     where = f"layer {layers[start]}" if start == last - 1 else f"layers {layers[start]} to {layers[last - 1]}"
-    return f"The routing decides on the {whose} in MoE {where}: {'; '.join(told)}."
+    return f"The routing mediates the {whose} in MoE {where}: {'; '.join(told)}."

@@ -85,7 +85,7 @@ def _of_kind(found: Localization) -> list[Figure]:
 def _depth(kind: str, found: Depth) -> Figure:
     return Figure(
         id=f"depth-{kind}",
-        title="In which layers the routing decides",
+        title="In which layers the routing mediates",
         caption=f"{found.sentence} What goes when only the routing of these layers is the twin’s, and the routers of "
         "all others run free: routers that only follow need no interchange of their own. At the left end no layer’s is "
         "the twin’s in the first line, and every layer’s in the second; at the right end it is the other way round. "

@@ -99,7 +99,7 @@ class DepthPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """In which layers the routing decides on the refusals of one kind of prompts.
+    """In which layers the routing mediates the refusals of one kind of prompts.
 
     Attributes:
         generated: pairs of which completions were generated.
@@ -133,7 +133,7 @@ class Localization:
         sufficient: the part that comes when only this component is the flagged prompt's, beyond the control.
         necessary_log_odds, sufficient_log_odds: the same of the log-odds.
         cells: each combination of components; empty without usable pairs.
-        depth: in which layers the routing decides; None with too few usable pairs.
+        depth: in which layers the routing mediates; None with too few usable pairs.
     """
 
     kind: str
