@@ -29,7 +29,14 @@ def _seen(rates_NLE: NDArray[np.floating], answers: bool = True) -> Observation:
     def region(factor: float) -> Region:
         counts_LE = np.ones(rates_NLE.shape[1:], np.int64)
         weight_LE = np.full(rates_NLE.shape[1:], 0.1 * factor, np.float32)
-        return Region(rates_NLE=factor * rates_NLE, counts_LE=counts_LE, weight_LE=weight_LE, tokens=len(rates_NLE))
+        mass_NLE = 0.1 * factor * rates_NLE
+        return Region(
+            rates_NLE=factor * rates_NLE,
+            mass_NLE=mass_NLE,
+            counts_LE=counts_LE,
+            weight_LE=weight_LE,
+            tokens=len(rates_NLE),
+        )
 
     return Observation(
         prompt=region(1.0),
@@ -75,6 +82,9 @@ def test_columns_are_what_was_seen() -> None:
     difference = (flagged - twins).mean(0)
     np.testing.assert_allclose(_grid(found, "difference"), difference)
     assert (_grid(found, "low") < difference).all() and (difference < _grid(found, "high")).all()
+    # the made routing weight is a tenth wherever an expert is chosen
+    np.testing.assert_allclose(_grid(found, "mass"), difference / 10)
+    np.testing.assert_allclose(_grid(found, "mass_q"), _grid(found, "q"))
     assert {(a.gradient, a.gradient_low, a.gradient_high) for a in found} == {(None, None, None)}
     bare = associate(_seen(flagged, answers=False), _seen(twins, answers=False), LAYERS)
     assert {(a.answer_flagged, a.answer_twin) for a in bare} == {(None, None)}
