@@ -100,9 +100,9 @@ SMALL = Scale(
     # Routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
     plant_steps={
         **{"routed": 400, "residual": 70, "null": 250, "expert-only": 100, "redundant": 150},
-        **{"brittle": 600, "brittle2": 600, "bykind": 500, "weights": 500, "follower": 600, "second-token": 1000},
-        **{"diffuse": 400, "xor": 500, "self-repair": 300, "wide-twins": 400, "natural": 500},
-        **dict.fromkeys(("graded-20", "graded-40", "graded-60", "graded-80"), 550),
+        **{"brittle": 600, "brittle2": 600, "bykind": 450, "weights": 400, "follower": 600, "second-token": 1000},
+        **{"diffuse": 400, "xor": 400, "self-repair": 300, "wide-twins": 400, "natural": 500},
+        **dict.fromkeys(("graded-20", "graded-40", "graded-60", "graded-80"), 450),
     },
 )
 
