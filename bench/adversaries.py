@@ -6,9 +6,10 @@
     python bench/adversaries.py --merge a.json b.json                                   # one summary, runs nothing
 
 The truth is the one recorded with the organism: which weights could learn, and what its plant's losses demand. Even
-seeds have DeepSeek-V3's architecture, odd ones Qwen3-MoE's; graded organisms have one share after another. fp32 on the CPU, one thread a job. Of each kind of prompt a
-finding is *right*; *undecided rightly* ("cannot tell" for the true reason); *undecided* for another; or *wrong*, which
-it also is where a component's role contradicts the truth. Builds that failed their check are counted.
+seeds have DeepSeek-V3's architecture, odd ones Qwen3-MoE's; graded organisms have one share after another. fp32 on the
+CPU, one thread a job. Of each kind of prompt a finding is *right*; *undecided rightly* ("cannot tell" for the true
+reason); *undecided* for another; or *wrong*, which it also is where a component's role contradicts the truth. Builds
+that failed their check are counted.
 """
 
 from __future__ import annotations

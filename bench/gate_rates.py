@@ -22,12 +22,13 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -139,6 +140,7 @@ def _gates_alone(args: argparse.Namespace, subject: Subject, rate: str) -> tuple
     settings += [f"device={args.device}"]
     config = build(TrainConfig, model="random", contrast=str(embedded.contrast()), overrides=settings)
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split(config.split)
+    rows = replace(rows, rows=tuple(random.Random(0).sample(rows.rows, args.pairs)))
     with TemporaryDirectory() as folder, Run(Path(folder) / "run") as run:
         trainer = stage._trainer(config, subject, rows, run, Origin({}, {}))
         trainer.args.save_strategy = SaveStrategy.NO
@@ -231,6 +233,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=RATES, help="key=value of what gates train at")
     parser.add_argument("--loras", nargs="*", default=LORAS, help="key=value of what LoRA trains at")
     parser.add_argument("--steps", type=int, default=30, help="of random models")
+    parser.add_argument("--pairs", type=int, default=480, help="that random models train on")
     parser.add_argument("--rows", type=int, default=16, help="pairs of a step, of random models")
     parser.add_argument(
         "--organism", help="an embedded organism, or the folder of one; random models only if asked for"

@@ -25,19 +25,19 @@ EDITS = ("projection", "gt")
 FRONT: dict[str, list[tuple[str, ...]]] = {
     "lora": [(f"lr_lora={rate}",) for rate in ("5e-5", "1e-4", "1.5e-4", "3e-4", "1e-3")],
     "gates": [
-        (f"lr_gates={rate}", f"anchor_harmful={anchor}")
-        for rate in ("3e-3", "1e-2", "3e-2")
+        (f"gate_step={step}", f"anchor_harmful={anchor}")
+        for step in ("0.03", "0.1", "0.3")
         for anchor in ("0", "0.5", "3")
     ],
     "gt": [
-        (f"lr_lora={lora}", f"lr_gates={gates}", f"anchor_harmful={anchor}")
-        for gates, loras in (("1e-2", ("5e-5", "1e-4", "1.5e-4", "3e-4")), ("3e-3", ("1.5e-4",)))
+        (f"lr_lora={lora}", f"gate_step={step}", f"anchor_harmful={anchor}")
+        for step, loras in (("0.1", ("5e-5", "1e-4", "1.5e-4", "3e-4")), ("0.03", ("1.5e-4",)))
         for lora in loras
         for anchor in ("0", "0.5", "3")
     ],
 }
 
-FRONT_STEPS = "steps=150"
+FRONT_SETTINGS = ("steps=150", "min_overlap=0")  # without an anchor the guard would stop
 
 Job = tuple[str, str, int, tuple[str, ...]]
 """(organism kind, edit or "claims", seed, settings)."""
@@ -176,7 +176,7 @@ def main() -> int:
     claims: list[Job] = [(kind, "claims", seed, ()) for kind in args.kinds for seed in seeds]
     front_seeds = range(args.first_seed, args.first_seed + args.front_seeds)
     front: list[Job] = [
-        ("routed", edit, seed, (*settings, FRONT_STEPS))
+        ("routed", edit, seed, (*settings, *FRONT_SETTINGS))
         for seed in (front_seeds if args.front else ())
         for edit, grid in FRONT.items()
         for settings in grid

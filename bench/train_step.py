@@ -260,6 +260,7 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
         steps=steps,
         gradient_checkpointing=not args.no_checkpointing,
         logging_steps=steps + 1,  # router health, which a logging step measures, is not part of a plain step
+        lr_gates=5e-6,  # measuring rates is no part of a step
         anchor_harmful=1.0 if args.anchor else 0.0,
         anchor_benign=0.1 if args.anchor else 0.0,
         max_load_cv=1e6,

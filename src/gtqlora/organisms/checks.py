@@ -51,7 +51,7 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
-    # Experts that hear of the flag by the time of the answer have one token to act on, where the others have the prompt.
+    # Experts that are chosen only while the answer is said have one token to act on, where others have half the prompt.
     "second-token": {**_ALWAYS, "flagged": (0.9, 1.0), **_DEMANDS, **_ROUTED},
     "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},
     "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
