@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gtqlora.localize.masks import Ablated, Expert, ablatable, ablated_of, ablating, random_like
-from gtqlora.localize.steps import Observed, observe_pairs
+from gtqlora.localize.observed import Observed, observe_pairs
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, REFUSES
 from gtqlora.stats import Interval, group_means, paired_difference, resampled
