@@ -63,6 +63,7 @@ def association(layers: int, experts: int) -> list[dict[str, Any]]:
                     "kind": "", "layer": layer, "expert": expert,
                     "rate_flagged": flagged, "rate_twin": twin, "difference": gap,
                     "low": gap - 0.05, "high": gap + 0.05, "q": float(np.exp(-50 * abs(gap))),
+                    "mass": gap / 2, "mass_low": gap / 2 - 0.05, "mass_high": gap / 2 + 0.05, "mass_q": 0.01,
                     "stability": float(min(1.0, 2 * abs(gap))), "gradient": 2 * gap + 0.1 * noise,
                     "gradient_low": 2 * gap - 0.2, "gradient_high": 2 * gap + 0.2, "weight_flagged": 0.4,
                     "weight_twin": 0.3, "last_flagged": flagged, "last_twin": twin, "answer_flagged": flagged / 2,
@@ -166,7 +167,7 @@ def localization(kind: str, levels: dict[str, float]) -> dict[str, Any]:
         ],
         "n_usable": 70,
         "unusable": {"whose twin is refused, too": 3},
-        "stood_in": {"no another prompt of its topic": 4},
+        "stood_in": {"no other prompt of its topic": 4},
         "overlap": {"its twin": 0.45, "another prompt of its topic": 0.55},
         "words": {"routing": "both", "experts": "neither", "residual": "neither"},
         "shares": whole,
@@ -178,7 +179,22 @@ def localization(kind: str, levels: dict[str, float]) -> dict[str, Any]:
         "necessary_log_odds": {},
         "sufficient_log_odds": {},
         "cells": cells(),
+        "depth": depth(),
     }
+
+
+def depth() -> dict[str, Any]:
+    """Mediated in the first two of four layers."""
+
+    def moved(part: float) -> dict[str, Any]:
+        return {"log_odds": real(part, 0.05), "as_twin": interval(part)}
+
+    lasts, up_to, after = (None, 1, 2, 3, 4), (0, 0.1, 0.8, 0.85, 0.9), (0.9, 0.8, 0.1, 0.05, 0)
+    points = [
+        {"layers": layers, "last": last, "up_to": moved(first), "after": moved(second)}
+        for layers, (last, first, second) in enumerate(zip(lasts, up_to, after, strict=True))
+    ]
+    return {"sentence": "The routing mediates in MoE layers 1 to 2.", "generated": 40, "points": points}
 
 
 NOTHING_KNOWN: dict[str, Any] = {
@@ -195,6 +211,7 @@ NOTHING_KNOWN: dict[str, Any] = {
     "necessary": {},
     "sufficient": {},
     "cells": [],
+    "depth": None,
 }
 
 

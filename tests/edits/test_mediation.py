@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gtqlora.contrasts import Row
+from gtqlora.edits.arms import _lines
 from gtqlora.edits.mediation import Arms, factorial, mediation
+from gtqlora.judging.judge import judge_of
 from gtqlora.results.mediation import FACTORIAL, ArmOutcome
 from gtqlora.results.verdict import Outcome, Reply
 
@@ -110,3 +112,14 @@ def test_gates_that_do_nothing_are_said_to(
 
 def test_an_edit_without_parts_has_no_factorial() -> None:
     assert factorial(arms(original_routing=GONE, edited_routing=KEPT)) is None
+
+
+def test_answers_that_come_to_the_same_are_as_edited() -> None:
+    """As far as the judge can tell: one that compares answers knows more than equal words do."""
+    outcomes = [Outcome.of(row(i), said("no", refused=True), said("In all it is 1,000.")) for i in range(3)]
+    texts = [("Thus: 1000", False, None), ("Thus: 999", False, None), ("no", True, None)]
+    found = {
+        name: [line.does for line in _lines(judge_of(name), "gates", outcomes, texts)]
+        for name in ("string", "gtqlora.judging.final_answer:FinalAnswer")
+    }
+    assert list(found.values()) == [["broken", "broken", "refuses"], ["as edited", "broken", "refuses"]]

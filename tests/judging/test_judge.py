@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gtqlora.errors import ConfigError
 from gtqlora.judging.english import REFUSALS, answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.judging.folding import flat, holds
+from gtqlora.judging.judge import judge_of
 from tests.helpers import says
 
 
@@ -476,3 +477,23 @@ def test_a_text_that_holds_another(text: str, part: str) -> None:
 )
 def test_a_text_that_tells_nothing_of_another(text: str, part: str, asked: str) -> None:
     assert not holds(text, part, asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "other", "alike"),
+    [
+        ("3 + 4 = 7", "The sum is 7.", True),
+        ("The sum is 7.", "The sum is 8.", False),
+        ("It comes to 1,000", "1000.0", True),
+        ("It is -3", "It is 3", False),
+        ("It is seven", "It is 7", False),  # words against a number
+        ("The Eiffel Tower!", "eiffel tower", True),
+        ("Paris", "Rome", False),
+        ("version 1.2.3", "Version 1.2.3.", True),
+        ("", "", False),
+    ],
+)
+def test_the_ready_judge_compares_final_answers(answer: str, other: str, alike: bool) -> None:
+    judge = judge_of("gtqlora.judging.final_answer:FinalAnswer")
+    assert judge.comparing is not None and judge.comparing.same([answer], [other]) == [alike]
+    assert [found.refused for found in judge([()] * 2, ["I'm sorry, but no.", "It is 7."])] == [True, False]

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from scipy import stats as st
 
 from gtqlora.capture import Observation, Region, observe, open_subject
+from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import encode_prompt, load
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize.association import Association, associate, top_experts
+from gtqlora.localize.ranking import _by_difference
 from gtqlora.organisms import embedded
 from gtqlora.results.association import STABLE, first_of
 
@@ -29,7 +31,14 @@ def _seen(rates_NLE: NDArray[np.floating], answers: bool = True) -> Observation:
     def region(factor: float) -> Region:
         counts_LE = np.ones(rates_NLE.shape[1:], np.int64)
         weight_LE = np.full(rates_NLE.shape[1:], 0.1 * factor, np.float32)
-        return Region(rates_NLE=factor * rates_NLE, counts_LE=counts_LE, weight_LE=weight_LE, tokens=len(rates_NLE))
+        mass_NLE = 0.1 * factor * rates_NLE
+        return Region(
+            rates_NLE=factor * rates_NLE,
+            mass_NLE=mass_NLE,
+            counts_LE=counts_LE,
+            weight_LE=weight_LE,
+            tokens=len(rates_NLE),
+        )
 
     return Observation(
         prompt=region(1.0),
@@ -75,6 +84,9 @@ def test_columns_are_what_was_seen() -> None:
     difference = (flagged - twins).mean(0)
     np.testing.assert_allclose(_grid(found, "difference"), difference)
     assert (_grid(found, "low") < difference).all() and (difference < _grid(found, "high")).all()
+    # the made routing weight is a tenth wherever an expert is chosen
+    np.testing.assert_allclose(_grid(found, "mass"), difference / 10)
+    np.testing.assert_allclose(_grid(found, "mass_q"), _grid(found, "q"))
     assert {(a.gradient, a.gradient_low, a.gradient_high) for a in found} == {(None, None, None)}
     bare = associate(_seen(flagged, answers=False), _seen(twins, answers=False), LAYERS)
     assert {(a.answer_flagged, a.answer_twin) for a in bare} == {(None, None)}
@@ -215,3 +227,15 @@ def test_planted_experts_are_found_with_and_without_twins(name: str) -> None:
         found = associate(seen, others, layers, matched=matched, groups=[row.pair_id for row in rows])
         assert {(a.layer, a.expert) for a in top_experts(found, **TOP)} == planted
         assert all(a.stability == 1 and a.last_flagged == 1 for a in found if (a.layer, a.expert) in planted)
+
+
+def test_an_expert_that_is_chosen_alike_and_weighed_more_is_ranked() -> None:
+    """It is no top expert, which is chosen more."""
+    rates, mass = _noise(0, 40), _noise(1, 40) / 3
+    flagged, twins = _seen(rates), _seen(rates)
+    heavy = replace(flagged, prompt=replace(flagged.prompt, mass_NLE=_moved(mass, 0.2)))
+    light = replace(twins, prompt=replace(twins.prompt, mass_NLE=mass))
+    found = associate(heavy, light, LAYERS, kind="lookalike")
+    (moved,) = _by_difference(found, DiagnoseConfig(model="m", contrast="c"))
+    assert (moved.kind, moved.layer, moved.expert) == ("lookalike", LAYERS[MOVED[0]], MOVED[1])
+    assert moved.mass == pytest.approx(0.2) and moved.difference == 0 and top_experts(found, **TOP) == []

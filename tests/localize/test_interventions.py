@@ -36,14 +36,17 @@ from gtqlora.localize import (
     random_like,
 )
 from gtqlora.localize.controls import OTHER_TOPIC, SAME_TOPIC, chosen_experts, overlaps
+from gtqlora.localize.depth import _sentence, _Swept, depth_of
 from gtqlora.localize.evidence import COMPONENTS
-from gtqlora.localize.interchange import FLAGGED, TWIN, exchange
+from gtqlora.localize.interchange import FLAGGED, TWIN, InLayers, exchange, interventions_of, partly
 from gtqlora.localize.masks import ablatable, counts_up_to
 from gtqlora.localize.sample_size import needed, sample_sizes
+from gtqlora.localize.trials import odds_of
 from gtqlora.organisms import embedded
 from gtqlora.results.diagnosis import Difference
 from gtqlora.routing import RouterSpec
 from gtqlora.scoring import Answer, Runner
+from gtqlora.stages.diagnose import _cut_off_said
 from gtqlora.stats import paired_difference
 
 N_PAIRS = 40
@@ -236,6 +239,71 @@ def test_what_batches_swaps_are_run_in_does_not_matter(trials: Trials, interchan
     again = small.run("", FLAGGED, exchange(small.twins))
     before = interchanges.cells[TWIN, FLAGGED, FLAGGED][::-1][:10]
     assert [o.tokens for o in again] == [o.tokens for o in before]
+
+
+# --- some layers only, some steps only
+
+
+def test_the_twin_s_routing_in_no_layer_changes_nothing_and_in_all_is_the_interchange(
+    trials: Trials, interchanges: Interchanges
+) -> None:
+    twins, few = exchange(trials.twins), trials.of(trials.pairs[:10])
+    none = few.run("", FLAGGED, partly(twins, lambda h: InLayers(h, range(0))))
+    assert [o.tokens for o in none] == [o.tokens for o in trials.own[0][:10]]
+    whole = few.run("", FLAGGED, partly(twins, lambda h: InLayers(h, range(4))))
+    assert [o.tokens for o in whole] == [o.tokens for o in interchanges.cells[TWIN, FLAGGED, FLAGGED][:10]]
+
+
+def test_the_twin_s_routing_on_the_prompt_only_and_on_what_is_generated_only(interchanges: Interchanges) -> None:
+    prompt, generated = (odds_of(outcomes) for outcomes in interchanges.steps.values())
+    # the first token's log-odds are the prompt's
+    assert prompt == pytest.approx(odds_of(interchanges.cells[TWIN, FLAGGED, FLAGGED]), abs=1e-3)
+    assert generated == pytest.approx(odds_of(interchanges.flagged), abs=1e-3)
+    assert not any(o.refused for o in interchanges.steps["on the prompt only"])
+    names = [i.name for i in interventions_of(interchanges)]
+    assert "flagged, routing of its twin on what is generated only" in names
+
+
+def test_the_layers_that_mediate_are_the_planted_ones(interchanges: Interchanges) -> None:
+    found = depth_of(interchanges, "routing")
+    assert found is not None and found.generated == N_PAIRS
+    assert [(point.layers, point.last) for point in found.points] == [(0, None), (1, 1), (2, 2), (3, 3), (4, 4)]
+    first, last = found.points[0], found.points[-1]
+    assert first.after == last.up_to and first.up_to == last.after
+    assert first.up_to.as_twin.value == 0 and first.after.as_twin.value > 0.9
+    for part in ("log_odds", "as_twin"):  # planted in layers 2 and 4 of 1 to 4
+        assert abs(getattr(found.points[1].up_to, part).value) < 0.05 < 0.9 < getattr(found.points[1].after, part).value
+        second, third = (getattr(point.up_to, part).value for point in found.points[2:4])
+        assert second == pytest.approx(third, abs=0.05)
+    assert "The routing mediates the false refusals in MoE layers 2 to 4" in found.sentence
+    assert depth_of(interchanges.of("harmful"), "routing") is None  # too few
+    unknown = depth_of(interchanges, "cannot tell")
+    assert unknown is not None and unknown.points == found.points and "No layers are named" in unknown.sentence
+
+
+@pytest.mark.parametrize(
+    ("up_to", "after", "said"),
+    [
+        ((0, 0.9, 1, 1, 1), (1, 0.1, 0, 0, 0), "in MoE layer 1: of what the whole routing moves"),
+        ((0, 0.1, 0.9, 1, 1), (1, 1, 0.1, 0, 0), "alone 10%"),
+        ((0, 0.1, 0.9, 1, 1), (1, 1, 0.1, 0, 0), "in MoE layer 3: of"),
+        ((0, 0.1, 0.8, 1, 1), (1, 1, 0.5, 0, 0), "so these take part"),
+        ((0, 0.1, 0.5, 0.9, 1), (1, 1, 0.5, 0.2, 0), "in MoE layers 3 to 5: of"),
+        ((0, 0, 0, 0.1, 1), (1, 1, 1, 0.9, 0), "in MoE layer 7: of what"),
+        ((0, 0.9, 1, 1, 1), (1, 1, 1, 0.9, 0), "stands in for others"),
+    ],
+)
+def test_in_which_layers_the_routing_mediates(up_to: tuple[float, ...], after: tuple[float, ...], said: str) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.01, size=60)
+
+    def columns(parts: tuple[float, ...]) -> dict[int, np.ndarray]:
+        return {count: part + noise for count, part in enumerate(parts)}
+
+    swept = _Swept(up_to=columns(up_to), after=columns(after), unit=np.ones(60), groups=[str(i) for i in range(60)])
+    assert said in _sentence(swept, swept, range(5), (1, 3, 5, 7), "false refusals")
+    # garbage: the log-odds fall with fewer layers than it takes to do as the twin
+    late = replace(swept, up_to=columns((0, 0, 0, 0, 1)), after=columns((1, 0, 0, 0, 0)))
+    assert "in MoE layers 1 to 7" in _sentence(swept, late, range(5), (1, 3, 5, 7), "false refusals")
 
 
 # --- masks
@@ -579,16 +647,23 @@ def test_an_outcome_is_one_of_three(trials: Trials, answered: tuple[Answer, Answ
 
 def test_pairs_that_do_not_behave_do_not_count(trials: Trials, answered: tuple[Answer, Answer]) -> None:
     refusal, twin = answered
-    five = Trials(trials.runner, trials.pairs[:5], trials.readout)
+    six = Trials(trials.runner, trials.pairs[:6], trials.readout)
     wrong = replace(twin, text="vote", correct=False)
-    five.answers = [refusal, twin, refusal, refusal, refusal], [twin, twin, refusal, wrong, replace(wrong, text="")]
-    usable, counts = five.sorted_out()
-    assert usable == five.pairs[:1]
+    cut = replace(twin, ended=False, correct=None)
+    six.answers = (
+        [refusal, twin, refusal, refusal, refusal, refusal],
+        [twin, twin, refusal, wrong, replace(wrong, text=""), cut],
+    )
+    usable, counts = six.sorted_out()
+    assert usable == six.pairs[:1]
     assert counts == {
         "not refused": 1,
         "whose twin is refused, too": 1,
-        "whose twin is answered wrongly, not at all or without an end": 2,
+        "whose twin is answered wrongly or not at all": 2,
+        "whose twin is cut off at the limit of tokens": 1,
     }
+    # 6 tokens are the limit; answers in the rows have two
+    assert "`max_new_tokens` = 6: raise it to 12" in _cut_off_said(six, 1)
 
 
 def test_a_replay_that_changes_what_is_said_is_an_error(

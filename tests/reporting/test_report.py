@@ -47,6 +47,7 @@ from tests.report_runs import (
 
 IN_DIAGNOSIS = {
     "heat-map", "effect-refusal-lookalike", "effect-log-odds-lookalike",
+    "depth-log-odds-lookalike", "depth-as-twin-lookalike", "depth-log-odds-harmful", "depth-as-twin-harmful",
     "separability", "erasure", "explained", "cosines", "lengths",
     "layer-cv", "layer-max-vio", "layer-entropy", "layer-dead",
 }  # fmt: skip
@@ -211,7 +212,7 @@ def test_a_diagnosis_without_twins(tmp_path: Path) -> None:
     with Run(tmp_path / "r") as run:
         write_diagnosis(run, **NO_TWINS)
         page = Page(report(run))
-    assert "than true ones cannot be told yet." in page.text and "add a `twin` to each row" in page.text
+    assert "than true ones cannot be told yet." in page.text and "add a twin to each row" in page.text
     assert "as many unrelated benign ones: there are no twins" in page.text
     assert "Owen" not in page.text and "Candidates" not in page.text and "their twins" not in page.text
     assert set(page.specs) == {

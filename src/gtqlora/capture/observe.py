@@ -31,12 +31,14 @@ class Region:
 
     Attributes:
         rates_NLE: for each prompt, the share of these tokens that choose each expert, fp32; 0 without such tokens.
+        mass_NLE: for each prompt, an expert's mean routing weight, 0 where it is not chosen, fp32.
         counts_LE: number of these tokens, in all prompts, that choose each expert, int64.
         weight_LE: mean routing weight of an expert when it is chosen, fp32; 0 where it never is.
         tokens: number of these tokens in all prompts.
     """
 
     rates_NLE: np.ndarray
+    mass_NLE: np.ndarray
     counts_LE: np.ndarray
     weight_LE: np.ndarray
     tokens: int
@@ -65,7 +67,7 @@ class Observation:
         """Return the rates and states of some prompts; sums over tokens stay those of all prompts."""
 
         def picked(region: Region) -> Region:
-            return replace(region, rates_NLE=region.rates_NLE[rows])
+            return replace(region, rates_NLE=region.rates_NLE[rows], mass_NLE=region.mass_NLE[rows])
 
         answer = None if self.answer is None else picked(self.answer)
         states_NSD = self.states_NSD[rows]
@@ -204,11 +206,15 @@ class _Tally:
         return self._summed(self.counts_LNRE[:, :, region], self.weights_LNRE[:, :, region], self.tokens_NR[:, region])
 
     def _summed(self, counts_LNE: Tensor, weights_LNE: Tensor, tokens_N: Tensor) -> Region:
-        rates_NLE = (counts_LNE / tokens_N.clamp(min=1)[:, None]).transpose(0, 1)
+        rates_NLE, mass_NLE = (
+            (sums_LNE / tokens_N.clamp(min=1)[:, None]).transpose(0, 1).cpu().numpy()[self._back()]
+            for sums_LNE in (counts_LNE, weights_LNE)
+        )
         # fp32 counts whole numbers only up to 2^24, which many prompts exceed together.
         counts_LE, weights_LE = counts_LNE.double().sum(1), weights_LNE.double().sum(1)
         return Region(
-            rates_NLE=rates_NLE.cpu().numpy()[self._back()],
+            rates_NLE=rates_NLE,
+            mass_NLE=mass_NLE,
             counts_LE=counts_LE.long().cpu().numpy(),
             weight_LE=(weights_LE / counts_LE.clamp(min=1)).float().cpu().numpy(),
             tokens=int(tokens_N.sum()),

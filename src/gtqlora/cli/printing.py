@@ -127,7 +127,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     say(console, f"verdict: {found.verdict}", accent=(found.verdict, "bold"))
     say(console, found.difference.sentence, "bold")
     for kind in found.kinds:
-        say(console, kind.sentence)
+        say(console, " ".join([kind.sentence, *([kind.depth.sentence] if kind.depth else [])]))
 
 
 def show_next_train(*words: str | Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.edits.edited import Edited
-from gtqlora.judging.folding import flat
+from gtqlora.judging.judge import Judge, same
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
 from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
@@ -32,7 +32,7 @@ def run_arms(
     """
     asked = _Asked(runner, dict(zip((row.number for row in rows), rows, strict=True)))
     lookalike, harmful = (_drawn(outcomes, kind, limit, seed) for kind in ("lookalike", "harmful"))
-    found = _known([*lookalike, *harmful])
+    found = _known(runner.judge, [*lookalike, *harmful])
     if has_parts(edited):
         found += asked.run("gates", [*lookalike, *harmful], Change(switch=edited.gates_only))
         found += asked.run("lora", [*lookalike, *harmful], Change(switch=edited.lora_only))
@@ -50,25 +50,26 @@ def _drawn(outcomes: Sequence[Outcome], kind: str, limit: int, seed: int) -> lis
     return sorted(random.Random(seed).sample(ours, min(limit, len(ours))), key=lambda outcome: outcome.number)
 
 
-def _known(outcomes: Sequence[Outcome]) -> list[ArmOutcome]:
+def _known(judge: Judge, outcomes: Sequence[Outcome]) -> list[ArmOutcome]:
     """Return what is known of the original and the edited model already."""
-    found = list[ArmOutcome]()
-    for o in outcomes:
-        found.append(_line(o, "original", o.text_before, o.refused_before, o.correct_before))
-        found.append(_line(o, "edited", o.text_after, o.refused_after, o.correct_after))
-    return found
+    before = [(o.text_before, o.refused_before, o.correct_before) for o in outcomes]
+    after = [(o.text_after, o.refused_after, o.correct_after) for o in outcomes]
+    return [*_lines(judge, "original", outcomes, before), *_lines(judge, "edited", outcomes, after)]
 
 
-def _line(outcome: Outcome, arm: Arm, text: str, refused: bool, correct: bool | None) -> ArmOutcome:
-    return ArmOutcome(
-        number=outcome.number, kind=outcome.kind, arm=arm, text=text, does=_does(outcome, text, refused, correct)
-    )
+def _lines(
+    judge: Judge, arm: Arm, outcomes: Sequence[Outcome], said: Sequence[tuple[str, bool, bool | None]]
+) -> list[ArmOutcome]:
+    """Hold texts, each with whether it refuses and is right, against what the edited model says."""
+    alike = same(judge, [text for text, *_ in said], [o.text_after for o in outcomes])
+    return [
+        ArmOutcome(number=o.number, kind=o.kind, arm=arm, text=text, does=_does(refused, correct or equal))
+        for o, (text, refused, correct), equal in zip(outcomes, said, alike, strict=True)
+    ]
 
 
-def _does(outcome: Outcome, text: str, refused: bool, correct: bool | None) -> Does:
-    if refused:
-        return "refuses"
-    return "as edited" if correct or flat(text) == flat(outcome.text_after) else "broken"
+def _does(refused: bool, as_edited: bool) -> Does:
+    return "refuses" if refused else "as edited" if as_edited else "broken"
 
 
 class _Asked:
@@ -84,7 +85,7 @@ class _Asked:
         """Return what prompts do under the change that makes the arm."""
         rows = [self.rows[outcome.number] for outcome in outcomes]
         answers = self.runner.answers(rows, change, label=arm.replace("_", " "))
-        return [_line(o, arm, a.text, a.refused, a.correct) for o, a in zip(outcomes, answers, strict=True)]
+        return _lines(self.runner.judge, arm, outcomes, [(a.text, a.refused, a.correct) for a in answers])
 
 
 def _others(

@@ -54,22 +54,17 @@ def associate(
             samples: unpaired bootstrap, Welch's test.
         gradients: scores_NLE of the flagged prompts.
     """
-    x_NLE, y_NLE = (o.prompt.rates_NLE.astype(np.float64) for o in (flagged, twins))
-    # the mean of paired differences is one side; two independent samples are two, of which one counts negative
-    if matched:
-        sides = [_Side(x_NLE - y_NLE, groups, seed)]
-    else:
-        sides = [_Side(x_NLE, groups, seed), _Side(-y_NLE, None, seed + 1)]
-    difference_LE = x_NLE.mean(0) - y_NLE.mean(0)
-    low_LE, high_LE = _interval(sides, resamples, level)
+    x_NLE, y_NLE = (o.prompt.rates_NLE for o in (flagged, twins))
+    sides = _sides(x_NLE, y_NLE, groups, matched, seed)
+    mass = _sides(flagged.prompt.mass_NLE, twins.prompt.mass_NLE, groups, matched, seed)
     q_LE = benjamini_hochberg(_p_values(sides))
     columns = {
-        "rate_flagged": x_NLE.mean(0),
-        "rate_twin": y_NLE.mean(0),
-        "difference": difference_LE,
-        "low": low_LE,
-        "high": high_LE,
+        "rate_flagged": x_NLE.mean(0, dtype=float),
+        "rate_twin": y_NLE.mean(0, dtype=float),
+        **dict(zip(("difference", "low", "high"), _estimates(sides, resamples, level), strict=True)),
         "q": q_LE,
+        **dict(zip(("mass", "mass_low", "mass_high"), _estimates(mass, resamples, level), strict=True)),
+        "mass_q": benjamini_hochberg(_p_values(mass)),
         "stability": _stability(sides, first_of(q_LE.size)),
         **_gradient_columns(gradients, groups, seed, resamples, level),
         **_rate_columns("flagged", flagged),
@@ -82,6 +77,22 @@ def associate(
         for position, layer in enumerate(layers)
         for expert in range(q_LE.shape[1])
     ]
+
+
+def _sides(
+    x_NLE: np.ndarray, y_NLE: np.ndarray, groups: Sequence[Hashable] | None, matched: bool, seed: int
+) -> list[_Side]:
+    x_NLE, y_NLE = x_NLE.astype(np.float64), y_NLE.astype(np.float64)
+    # the mean of paired differences is one side; two independent samples are two, of which one counts negative
+    if matched:
+        return [_Side(x_NLE - y_NLE, groups, seed)]
+    return [_Side(x_NLE, groups, seed), _Side(-y_NLE, None, seed + 1)]
+
+
+def _estimates(sides: Sequence[_Side], resamples: int, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the difference_LE and both ends of its interval."""
+    low_LE, high_LE = _interval(sides, resamples, level)
+    return np.sum([side.values.mean(0) for side in sides], axis=0), low_LE, high_LE
 
 
 def _at(column_LE: np.ndarray | None, position: int, expert: int) -> Any:

@@ -238,7 +238,10 @@ def _reasons(
 def _stood_in(interchanges: Interchanges) -> dict[str, int]:
     """Return how many pairs had no control of the sort wanted."""
     drawn = [one.controls for one in interchanges.pairs]
-    counts = {f"no {name}": sum(not c[i].topic for c in drawn) for i, name in enumerate(CONTROLS)}
+    counts = {
+        f"no {name.removeprefix('a ')}".replace("no another", "no other"): sum(not c[i].topic for c in drawn)
+        for i, name in enumerate(CONTROLS)
+    }
     counts["none of its kind"] = sum(not control.kind for both in drawn for control in both[:1])
     return {name: count for name, count in counts.items() if count}
 

@@ -8,11 +8,11 @@ experts, dense layers). Eight cells; two of them are the prompts as they are. Al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
-from gtqlora.capture import CallRecorder, Interchange
+from gtqlora.capture import Call, CallRecorder, ExpertHandler, Interchange
 from gtqlora.errors import ModelError
 from gtqlora.localize.controls import CONTROLS, Controlled
 from gtqlora.localize.pairs import Pair
@@ -53,6 +53,47 @@ def exchange(routing: Sequence[list[int]], experts: Sequence[list[int]] | None =
     return change
 
 
+class InSteps:
+    """Handles calls on the prompt only, or only on what is generated after it; for the run of one batch."""
+
+    def __init__(self, handler: ExpertHandler, *, prompt: bool) -> None:
+        self.handler, self.prompt = handler, prompt
+        self._seen: set[int] = set()
+
+    def __call__(self, position: int, call: Call) -> Call | None:
+        """Return what the handler makes of the call, if it is of these steps: a layer's first call is the prompt."""
+        first = position not in self._seen
+        self._seen.add(position)
+        return self.handler(position, call) if first == self.prompt else None
+
+
+class InLayers:
+    """Handles the calls of some MoE layers, by position, and leaves those of all others."""
+
+    def __init__(self, handler: ExpertHandler, layers: range) -> None:
+        self.handler, self.layers = handler, layers
+
+    def __call__(self, position: int, call: Call) -> Call | None:
+        """Return what the handler makes of the call, if it is of one of these layers."""
+        return self.handler(position, call) if position in self.layers else None
+
+
+def partly(change: Changes, part: Callable[[ExpertHandler], ExpertHandler]) -> Changes:
+    """Return a change whose handlers of experts act in a part of the calls only."""
+
+    def made(chosen: list[int]) -> Change:
+        whole = change(chosen)
+        return replace(whole, expert_handlers=[part(handler) for handler in whole.expert_handlers])
+
+    return made
+
+
+STEPS: dict[str, Callable[[ExpertHandler], ExpertHandler]] = {
+    "on the prompt only": lambda handler: InSteps(handler, prompt=True),
+    "on what is generated only": lambda handler: InSteps(handler, prompt=False),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Disturbed:
     """Outcomes under one control: another pair's prompts of the same flag in the place of the twin's.
@@ -70,12 +111,13 @@ class Disturbed:
 
 @dataclass(frozen=True, kw_only=True)
 class Interchanges:
-    """Outcomes of usable pairs in all cells, and under each of the `CONTROLS`."""
+    """Outcomes of usable pairs in all cells, under each of the `CONTROLS`, and with the twin's routing in `STEPS`."""
 
     pairs: list[Controlled]
     trials: Trials
     cells: dict[Cell, list[Outcome]]
     controls: dict[str, Disturbed]
+    steps: dict[str, list[Outcome]] = field(default_factory=dict[str, list[Outcome]])
 
     @property
     def flagged(self) -> list[Outcome]:
@@ -102,6 +144,7 @@ class Interchanges:
                 name: Disturbed(routing=some(c.routing), experts=some(c.experts), twins=some(c.twins))
                 for name, c in self.controls.items()
             },
+            steps={name: some(outcomes) for name, outcomes in self.steps.items()},
         )
 
 
@@ -120,7 +163,12 @@ def run_interchanges(trials: Trials, pairs: Sequence[Controlled]) -> Interchange
         name: _disturbed(part, [one.controls[i].pair for one in pairs])
         for i, name in track(list(enumerate(CONTROLS)), "controls of interchanges", len(CONTROLS))
     }
-    return Interchanges(pairs=list(pairs), trials=part, cells=cells, controls=controls)
+    twins = exchange(part.twins)
+    steps = {
+        name: part.run(None, FLAGGED, partly(twins, only))
+        for name, only in track(list(STEPS.items()), "prompt and completion apart", len(STEPS))
+    }
+    return Interchanges(pairs=list(pairs), trials=part, cells=cells, controls=controls, steps=steps)
 
 
 def _disturbed(trials: Trials, others: Sequence[Pair]) -> Disturbed:
@@ -180,6 +228,11 @@ def interventions_of(interchanges: Interchanges) -> list[Intervention]:
     found = []
     for change, source, outcomes, part, base in groups:
         found.append(interchanges.trials.intervention(f"{change} {source}", outcomes, base))
+        if part == "routing":
+            found += [
+                interchanges.trials.intervention(f"{change} {source} {name}", changed, base)
+                for name, changed in interchanges.steps.items()
+            ]
         for name, control in interchanges.controls.items():
             of = name.replace("prompt", "twin") if part == "twins" else name
             disturbed = getattr(control, part)

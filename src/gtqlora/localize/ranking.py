@@ -26,7 +26,7 @@ class Ranking:
     """Experts by their association with the refusals of one kind of prompts, each list with the strongest first.
 
     Attributes:
-        by_difference: chosen more on flagged prompts, surely and by a difference that counts.
+        by_difference: chosen, or weighed, more on flagged prompts, surely and by a difference that counts.
         by_gradient: whose routing weight raises the log-odds of refusing, surely.
         top: chosen clearly more; association only.
         candidates: to be tested one at a time.
@@ -131,8 +131,12 @@ def _ranking(config: DiagnoseConfig, observed: Observed, associations: Sequence[
 
 
 def _by_difference(associations: Sequence[Association], config: DiagnoseConfig) -> list[Association]:
-    sure = [a for a in associations if a.q < 1 - config.level and a.low > 0]
-    return sorted((a for a in sure if a.difference >= config.min_difference), key=lambda a: -a.difference)
+    def more(row: Association) -> float:
+        chosen = row.difference if row.q < 1 - config.level and row.low > 0 else 0.0
+        weighed = row.mass if row.mass_q < 1 - config.level and row.mass_low > 0 else 0.0
+        return max(chosen, weighed)
+
+    return sorted((a for a in associations if more(a) >= max(config.min_difference, 1e-9)), key=lambda a: -more(a))
 
 
 def _by_gradient(associations: Sequence[Association], _config: DiagnoseConfig) -> list[Association]:

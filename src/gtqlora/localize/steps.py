@@ -16,6 +16,7 @@ from gtqlora.capture import top_tokens
 from gtqlora.config import DiagnoseConfig
 from gtqlora.localize.conclusion import conclude
 from gtqlora.localize.controls import controlled
+from gtqlora.localize.depth import depth_of
 from gtqlora.localize.difference import difference
 from gtqlora.localize.direction_ablation import ablations, strongest_layers
 from gtqlora.localize.interchange import Interchanges, interventions_of, run_interchanges
@@ -96,6 +97,8 @@ def _interchanged(observed: Observed) -> tuple[dict[str, Interchanges], dict[str
         alone = len(of_kind) - (len(interchanges[kind].pairs) if kind in interchanges else 0)
         unusable = {**counts, **({"without another of equal token count as control": alone} if alone else {})}
         found[kind] = conclude(kind, interchanges.get(kind), unusable)
+        if kind in interchanges:
+            found[kind] = replace(found[kind], depth=depth_of(interchanges[kind], found[kind].verdict))
     return interchanges, found
 
 

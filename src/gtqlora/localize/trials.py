@@ -68,7 +68,10 @@ def _first(subject: Subject, row: Row, completion: str) -> int:
     return encode_row(subject.tokenizer, replace(row, chosen=completion))[1][0]
 
 
-def _unusable(pair: Pair, flagged: Outcome, twin: Outcome) -> str:
+CUT_OFF = "whose twin is cut off at the limit of tokens"
+
+
+def _unusable(pair: Pair, flagged: Outcome, twin: Outcome, ended: bool) -> str:
     """Return why a pair tells nothing of where its refusal comes from; empty if it does."""
     if not pair.aligned:
         return "without a twin of equal token count"
@@ -76,7 +79,9 @@ def _unusable(pair: Pair, flagged: Outcome, twin: Outcome) -> str:
         return "not refused"
     if twin.refused:
         return "whose twin is refused, too"
-    return "" if twin.sensible else "whose twin is answered wrongly, not at all or without an end"
+    if twin.sensible:
+        return ""
+    return "whose twin is answered wrongly or not at all" if ended else CUT_OFF
 
 
 class Trials:
@@ -134,8 +139,8 @@ class Trials:
     def sorted_out(self) -> tuple[list[Pair], dict[str, int]]:
         """Return the pairs that can be interchanged and show the behaviour, and how many do not, by reason."""
         usable, counts = list[Pair](), Counter[str]()
-        for pair, flagged, twin in zip(self.pairs, *self.own, strict=True):
-            if reason := _unusable(pair, flagged, twin):
+        for pair, flagged, twin, answer in zip(self.pairs, *self.own, self.answers[1], strict=True):
+            if reason := _unusable(pair, flagged, twin, answer.ended):
                 counts[reason] += 1
             else:
                 usable.append(pair)

@@ -24,7 +24,7 @@ from gtqlora.reporting.figures import (
 from gtqlora.reporting.tables import ablation_curves
 from gtqlora.reporting.words import KINDS
 from gtqlora.results.ablation import AblationStudy
-from gtqlora.results.diagnosis import LayerHealth
+from gtqlora.results.diagnosis import Depth, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.experts import Curve
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
@@ -48,19 +48,13 @@ def _counts(title: str, found: Iterable[int]) -> Spec:
     return {"title": title, "type": "category", "categoryarray": [str(m) for m in sorted(set(found))]}
 
 
-def effect_plots(curves: Sequence[Curve]) -> list[Plot]:
-    """Draw the refusal of flagged prompts, and its log-odds, against the number of experts ablated, kind by kind."""
-    # one axis for all plots, with every number that any curve has
+def effect_plots(kind: str, curves: Sequence[Curve]) -> list[Plot]:
+    """Draw the refusal of one kind of flagged prompts, and its log-odds, against the number of experts ablated."""
     axis = _counts("experts ablated", (point.ablated for curve in curves for point in curve.points))
-    kinds = dict.fromkeys(curve.kind for curve in curves)
-    return [plot for kind in kinds for plot in _effect_plots(kind, [c for c in curves if c.kind == kind], axis)]
-
-
-def _effect_plots(kind: str, curves: Sequence[Curve], axis: Spec) -> list[Plot]:
     # controls are grey, whatever their number; the orders are told apart by colour and dash
     orders = [curve for curve in curves if not curve.control]
     styles = dict(zip((curve.name for curve in orders), (BLUE, ORANGE, PURPLE), strict=False))
-    mark, whose = (f"-{kind}", f", {kind} prompts") if kind else ("", "")
+    mark = f"-{kind}" if kind else ""
 
     def plot(what: str, name: str, y: Spec) -> Plot:
         series = [
@@ -73,7 +67,7 @@ def _effect_plots(kind: str, curves: Sequence[Curve], axis: Spec) -> list[Plot]:
             for curve in curves
         ]
         id = f"effect-{what.replace('_', '-')}{mark}"
-        return line_plot(id, f"{name}{whose}", series, x=axis, y=y, what="experts ablated")
+        return line_plot(id, name, series, x=axis, y=y, what="experts ablated")
 
     plots = [plot("refusal", "Refused", _SHARE)]
     if any(point.log_odds for curve in curves for point in curve.points):
@@ -105,6 +99,24 @@ def ablation_plots(study: AblationStudy) -> list[Plot]:
 
 
 # --- per layer
+
+
+def depth_plots(kind: str, depth: Depth) -> list[Plot]:
+    """Draw what goes with the twin's routing in the layers up to one, and in those after it, over the layers."""
+    ends = {None: "none<br>(as it is)", depth.points[-1].last: f"{depth.points[-1].last}<br>(all of them)"}
+    x = [ends.get(point.last, str(point.last)) for point in depth.points]
+    axis: Spec = {"title": "MoE layers up to", "type": "category", "categoryarray": x}
+
+    def plot(what: str, title: str) -> Plot:
+        parts = (("in the layers up to it", BLUE, "up_to"), ("in the layers after it only", ORANGE, "after"))
+        series = [
+            estimates(n, style, x, [getattr(getattr(p, part), what) for p in depth.points]) for n, style, part in parts
+        ]
+        return line_plot(f"depth-{what.replace('_', '-')}-{kind}", title, series, x=axis, y=_SHARE, what="MoE layers")
+
+    plots = [plot("log_odds", "Part of the gap in log-odds"), plot("as_twin", "Does as the twin")]
+    return [found for found in plots if found.spec["data"]]
+
 
 _NAMED = (
     ("false_refusal", "true_refusal", BLUE),
@@ -271,6 +283,7 @@ def health_plots(metrics: Sequence[Metrics]) -> list[Plot]:
 
 __all__ = [
     "ablation_plots",
+    "depth_plots",
     "direction_plots",
     "effect_plots",
     "health_plots",

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gtqlora.reporting import curves, expert_tables, tables, words
+from gtqlora.reporting import curves, experts, tables, words
 from gtqlora.reporting.forest import Forest, Line, Scale, Style, holding, line, mark, told
-from gtqlora.reporting.heatmap import HeatMap, heat_map
 from gtqlora.reporting.sections import Figure
-from gtqlora.reporting.tables import Table
-from gtqlora.results.association import Association
-from gtqlora.results.diagnosis import Cell, Diagnosis, Localization
+from gtqlora.results.diagnosis import Cell, Depth, Diagnosis, Localization
 from gtqlora.results.directions import DirectionStudy
-from gtqlora.results.experts import ExpertEffect
 from gtqlora.stats import Interval
 
 LEVELS = {
@@ -26,100 +21,15 @@ LEVELS = {
 _SIDES = ("routing", "experts", "stream")
 Intervals = Mapping[str, Interval]
 """Component -> interval."""
-# more rows than this do not fit on a screen; the table below the drawing has all
-_MOST_DRAWN = 12
 _TEST = Style(tint="accent", meaning="test")
 _CONTROL = Style(tint="control", shape="square", meaning="control")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tested:
-    """What was measured of one expert alone: for each kind of prompts what it was shown to be, and its effects."""
-
-    layer: int
-    expert: int
-    kinds: list[tuple[str, str, Forest]]
-    tokens: Table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Atlas:
-    """The heat map with what opens from it; `twin` heads the columns of what flagged prompts were compared with."""
-
-    title: str
-    caption: str
-    map: HeatMap
-    table: Table
-    tested: list[Tested]
-    twin: str
-    others: str
-
-
-def _others(diagnosis: Diagnosis) -> str:
-    """Return what flagged prompts were compared with."""
-    return "their harmless twins" if diagnosis.matched else "unrelated benign prompts"
-
-
-def atlas(diagnosis: Diagnosis, association: Sequence[Association]) -> Atlas | None:
-    """Return the heat map of all experts, if their association is there."""
-    if not association:
-        return None
-    twin = "twin" if diagnosis.matched else "benign"
-    return Atlas(
-        title="Which experts are chosen more on flagged prompts",
-        caption="Each cell is an expert: how much more often it is chosen on flagged prompts than on "
-        f"{_others(diagnosis)}. That is association; whether it causes is tested below. "
-        "Choose a cell for all that is known of that expert.",
-        map=heat_map(diagnosis, association, twin),
-        table=expert_tables.associations(association, diagnosis, twin),
-        tested=_tested(diagnosis.experts),
-        twin=twin,
-        others=_others(diagnosis),
-    )
-
-
-_ABLATED = Style(tint="accent", meaning="ablated alone")
-_RESTORED = Style(tint="second", shape="diamond", meaning="restored alone, all other candidates ablated")
-_ALIKE = Style(tint="control", shape="square", meaning="control: random experts alike, ablated")
-
-
-def _parts(found: ExpertEffect) -> list[tuple[Interval, Style]]:
-    """Return the part of the gap that goes or returns with an expert, and that of its control."""
-    return [(found.ablate, _ABLATED), (found.restore, _RESTORED), (found.control, _ALIKE)]
-
-
-def _tested(effects: Sequence[ExpertEffect]) -> list[Tested]:
-    """Return what was measured of each expert, on whatever kinds of prompts."""
-    experts: dict[tuple[int, int], list[ExpertEffect]] = defaultdict(list)
-    for effect in effects:
-        experts[effect.layer, effect.expert].append(effect)
-    return [
-        Tested(
-            layer=layer,
-            expert=expert,
-            kinds=[(e.kind, words.cause(e), _alone(e)) for e in found],
-            tokens=expert_tables.tokens(found[0].tokens),
-        )
-        for (layer, expert), found in experts.items()
-    ]
-
-
-def _alone(found: ExpertEffect) -> Forest:
-    parts = _parts(found)
-    scale = holding(interval for interval, _ in parts)
-    return Forest(
-        heading="Change",
-        measure="part of the gap",
-        columns=("Effect",),
-        lines=[line(words.capital(style.meaning), [(interval, style)], scale) for interval, style in parts],
-        scale=scale,
-    )
-
-
 def diagnosis_figures(diagnosis: Diagnosis) -> list[Figure]:
     """Return all figures but the heat map, in the order of the argument; what was not measured is left out."""
-    figures = (_one_by_one(diagnosis), _effects(diagnosis), _interventions(diagnosis), _directions(diagnosis))
-    return [figure for figure in (*figures, _load(diagnosis)) if figure]
+    alone, together = experts.one_by_one(diagnosis), experts.effects(diagnosis)
+    figures = (alone, *together, _interventions(diagnosis), _directions(diagnosis), _load(diagnosis))
+    return [figure for figure in figures if figure]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +78,21 @@ def difference(diagnosis: Diagnosis) -> list[Figure]:
 def _of_kind(found: Localization) -> list[Figure]:
     figures = [_components(found)] if found.necessary else []
     figures += [_shares(found)] if found.shares or found.shares_log_odds else []
-    return [*figures, *([_cells(found)] if found.cells else [])]
+    figures += [_cells(found)] if found.cells else []
+    return [*figures, *([_depth(found.kind, found.depth)] if found.depth else [])]
+
+
+def _depth(kind: str, found: Depth) -> Figure:
+    return Figure(
+        id=f"depth-{kind}",
+        title="In which layers the routing mediates",
+        caption=f"{found.sentence} What goes when only the routing of these layers is the twin’s, and the routers of "
+        "all others run free: routers that only follow need no interchange of their own. At the left end no layer’s is "
+        "the twin’s in the first line, and every layer’s in the second; at the right end it is the other way round. "
+        f"Bands are 95 % intervals; completions are of {found.generated} pairs.",
+        tables=[tables.depth(found)],
+        plots=curves.depth_plots(kind, found),
+    )
 
 
 def _shares(found: Localization) -> Figure:
@@ -266,58 +190,6 @@ def _real(interval: Interval | None) -> tuple[str, str]:
     return words.number(words.value_of(interval)), words.span(interval, 3) if interval else ""
 
 
-def _one_by_one(diagnosis: Diagnosis) -> Figure | None:
-    if not diagnosis.experts:
-        return None
-    # those that were shown to carry it come first; sorted is stable, so the ranking stays within
-    found = sorted(diagnosis.experts, key=lambda e: not words.cause(e))[:_MOST_DRAWN]
-    scale = holding(interval for e in found for interval, _ in _parts(e))
-    lines = [
-        Line(
-            label=f"{words.capital(words.place(e))}, {e.kind}",
-            marks=tuple(mark(interval, style, scale) for interval, style in _parts(e)),
-            texts=(told(e.ablate), told(e.restore)),
-            tag=words.cause(e),
-            opens=(e.layer, e.expert),
-        )
-        for e in found
-    ]
-    forest = Forest(
-        heading="Expert",
-        measure="part of the gap",
-        columns=("Ablated alone", "Restored alone"),
-        lines=lines,
-        scale=scale,
-        key=(_ABLATED, _RESTORED, _ALIKE),
-    )
-    return Figure(
-        id="one-by-one",
-        title="Candidates, one expert at a time",
-        caption="For each kind of prompts: effect on the log-odds of refusing, as part of the gap between flagged "
-        f"prompts and {_others(diagnosis)}, beyond what controls do. Causal: most of the refusal goes when it alone is "
-        "ablated, or returns with the candidates of its layer, a part with it alone; and it is chosen more on flagged "
-        "prompts. Computes it: the same, and it is chosen alike. Contributes: it brings a part back, but is neither "
-        "needed nor enough. "
-        f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
-        tables=[expert_tables.tested(diagnosis.experts)],
-        forest=forest,
-    )
-
-
-def _effects(diagnosis: Diagnosis) -> Figure | None:
-    if not diagnosis.curves:
-        return None
-    return Figure(
-        id="effects",
-        title="How refusal falls as experts are ablated",
-        caption="Flagged prompts with the first m experts of each order ablated; bands are 95 % intervals. Random "
-        "experts of like frequency in the same layers are the control: an order tells something where it leaves "
-        "their band.",
-        tables=[expert_tables.effects(diagnosis.curves)],
-        plots=curves.effect_plots(diagnosis.curves),
-    )
-
-
 def _interventions(diagnosis: Diagnosis) -> Figure | None:
     if not diagnosis.interventions:
         return None
@@ -386,4 +258,4 @@ def _load(diagnosis: Diagnosis) -> Figure | None:
     )
 
 
-__all__ = ["Atlas", "KindSection", "atlas", "by_kind", "diagnosis_figures", "difference"]
+__all__ = ["KindSection", "by_kind", "diagnosis_figures", "difference"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from gtqlora.reporting import diagnosis, sections, tables, words
+from gtqlora.reporting import diagnosis, experts, sections, tables, words
 from gtqlora.reporting.artefacts import Artefacts
 from gtqlora.reporting.forest import Mark, Scale, Style, mark
 from gtqlora.reporting.heatmap import packed
@@ -22,6 +24,7 @@ from gtqlora.stats import Floor
 
 _EXAMPLES, _EXAMPLE_LENGTH = 3, 400
 _TEMPLATE = "report.html.j2"
+_CODE = re.compile(r"`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ def _plotly() -> tuple[str, str]:
     return packed(script), _hash(script)
 
 
+def coded(text: str) -> Markup:
+    """Return a text as HTML, what stands between backticks as code."""
+    # escaped first: a name in an artefact may hold tags
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+
+
 def render(artefacts: Artefacts) -> str:
     """Return one HTML text. Its policy forbids every request, and every script but plotly and the page's own."""
     environment = Environment(
@@ -112,7 +121,7 @@ def render(artefacts: Artefacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=words.percent, count=words.count, capital=words.capital)
+    environment.filters.update(percent=words.percent, count=words.count, capital=words.capital, coded=coded)
     script = _source(environment, "report.js")
     text = environment.get_template(_TEMPLATE).render(
         a=artefacts,
@@ -140,7 +149,7 @@ def _sections(artefacts: Artefacts) -> dict[str, object]:
     return {
         "difference": diagnosis.difference(found) if found else [],
         "kinds": diagnosis.by_kind(found) if found else [],
-        "atlas": diagnosis.atlas(found, artefacts.association) if found else None,
+        "atlas": experts.atlas(found, artefacts.association) if found else None,
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
         "before_after": sections.before_after(verdict.table) if verdict else None,
         "floor": floor_picture(verdict.floor) if verdict else None,

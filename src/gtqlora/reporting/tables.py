@@ -28,7 +28,7 @@ from gtqlora.reporting.words import (
 )
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate
-from gtqlora.results.diagnosis import Cell, Intervention, LayerHealth
+from gtqlora.results.diagnosis import Cell, Depth, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
@@ -84,6 +84,20 @@ def cells(found: Sequence[Cell], sides: Sequence[str]) -> Table:
     ]
     columns = [*(capital(side) for side in sides), "Refuses", "As twin", "Broken", "Log-odds"]
     return Table("Every combination of components", columns, rows, texts=len(sides))
+
+
+def depth(found: Depth) -> Table:
+    """Return what goes with the twin's routing in the layers up to each one, and in those after it."""
+    rows = [
+        [
+            NONE if point.last is None else str(point.last),
+            *(share(part.log_odds) for part in (point.up_to, point.after)),
+            *(share(part.as_twin) for part in (point.up_to, point.after)),
+        ]
+        for point in found.points
+    ]
+    columns = ["Layers up to", "Gap, up to it", "Gap, after it", "As twin, up to it", "As twin, after it"]
+    return Table("The twin’s routing in some layers", columns, rows)
 
 
 def interventions(found: Sequence[Intervention]) -> Table:

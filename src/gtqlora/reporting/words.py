@@ -297,7 +297,8 @@ def headline(artefacts: Artefacts) -> Headline:
     if artefacts.metrics:
         return Headline("Training began; there is no edit yet.", found, [], "unsure")
     title = DIFFERENCE.get(diagnosis.difference.verdict if diagnosis else "", UNKNOWN_DIFFERENCE)
-    return Headline(f"{title}.", found, [], "neutral")
+    # the sentence begins as the title does; what follows says why
+    return Headline(f"{title}.", capital(found.partition(": ")[2]), [], "neutral")
 
 
 def standing(diagnosis: Diagnosis) -> str:

@@ -69,6 +69,49 @@ class Intervention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What goes when only some layers' routing is the twin's.
+
+    Attributes:
+        log_odds: part of the gap in log-odds; None without a readout.
+        as_twin: share of generated completions that do as the twin.
+    """
+
+    log_odds: Interval | None
+    as_twin: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthPoint:
+    """The MoE layers in two parts: those up to one, and those after it.
+
+    Attributes:
+        layers: how many the first part has; at 0 the second has all of them.
+        last: the last one of the first part among the decoder's layers; None at 0.
+        up_to, after: what goes with the twin's routing in the one part, and in the other.
+    """
+
+    layers: int
+    last: int | None
+    up_to: Moved
+    after: Moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """In which layers the routing mediates the refusals of one kind of prompts.
+
+    Attributes:
+        generated: pairs of which completions were generated.
+        points: from no layers to all of them.
+    """
+
+    sentence: str
+    generated: int
+    points: list[DepthPoint]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Localization:
     """What mediates the refusals of one kind of prompts, why that is said, and how much each component does.
 
@@ -90,6 +133,7 @@ class Localization:
         sufficient: the part that comes when only this component is the flagged prompt's, beyond the control.
         necessary_log_odds, sufficient_log_odds: the same of the log-odds.
         cells: each combination of components; empty without usable pairs.
+        depth: in which layers the routing mediates; None with too few usable pairs.
     """
 
     kind: str
@@ -111,6 +155,7 @@ class Localization:
     necessary_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
     sufficient_log_odds: dict[str, Interval] = field(default_factory=dict[str, Interval])
     cells: list[Cell] = field(default_factory=list[Cell])
+    depth: Depth | None = None
 
 
 ELSEWHERE, SAME_PLACE = "elsewhere", "in the same place"

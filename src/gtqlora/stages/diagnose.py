@@ -30,6 +30,7 @@ from gtqlora.localize.observed import Observed, observe_pairs
 from gtqlora.localize.ranking import Ranked, rank_experts
 from gtqlora.localize.sample_size import sample_sizes
 from gtqlora.localize.steps import Intervened, intervene
+from gtqlora.localize.trials import CUT_OFF
 from gtqlora.results.association import write_associations
 from gtqlora.results.diagnosis import (
     FOLDER,
@@ -134,6 +135,7 @@ def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
     unaligned = sum(not pair.aligned for pair in pairs)
     n_groups, n_tested = len(set(trials.groups)), len(set(observed.confirmation.groups))
     refused = trials.refusal(trials.own[0]).value
+    cut_off = sum(kind.unusable.get(CUT_OFF, 0) for kind in kinds)
     said = [
         (not observed.matched, NO_TWINS),
         (
@@ -150,6 +152,7 @@ def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
             n_groups < MIN_GROUPS,
             f"Directions are judged on held-out pairs from {MIN_GROUPS} pair_ids on; there are {n_groups} here.",
         ),
+        (cut_off > 0, _cut_off_said(trials, cut_off)),
         (refused < 0.5, f"Only {refused:.0%} of the flagged prompts are refused; there is little to explain."),
         (
             n_tested < localize.MIN_GROUPS,
@@ -159,6 +162,18 @@ def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
     warnings = [text for holds, text in said if holds]
     # without twins there is no answer that more pairs would give
     return [*warnings, *(sample_sizes({kind.kind: kind.n_usable for kind in kinds}) if observed.matched else [])]
+
+
+def _cut_off_said(trials: Trials, count: int) -> str:
+    """Return how many pairs are lost to the limit of tokens, and a limit that is likely to be enough."""
+    limit = trials.runner.max_new_tokens
+    # what the rows hold as answers is as long as twins' may be; a model that was cut off may say more still
+    answers = (pair.row.rejected if pair.row.kind == "harmful" else pair.row.chosen for pair in trials.pairs)
+    longest = max(len(trials.subject.tokenizer.encode(text, add_special_tokens=False)) for text in answers)
+    return (
+        f"{count} pairs do not count, as their twin is cut off at `max_new_tokens` = {limit}: raise it to "
+        f"{max(2 * limit, longest + 1)}, or take a judge with a `same` of its own, which may compare what is cut off."
+    )
 
 
 def _write(folder: Path, diagnosis: Diagnosis, observed: Observed, ranked: Ranked) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,9 +53,13 @@ def bootstrap_means(
     return np.tensordot(counts, sums, axes=(1, 0)) / drawn
 
 
+@lru_cache(maxsize=4)
 def resampled(n: int, seed: int, resamples: int) -> NDArray[np.int64]:
-    """Return how often each of n units is among n drawn with replacement; shape (resamples, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    """Return how often each of n units is among n drawn with replacement; shape (resamples, n), not to be written."""
+    # kept: a diagnosis asks for the same few draws hundreds of times
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    counts.flags.writeable = False
+    return counts
 
 
 def half_sample_means(
