@@ -2,7 +2,7 @@
 
     python bench/diagnosis.py --seeds 8 --first-seed 1000                 # 40 organisms, about 90 minutes on 2 cores
     python bench/diagnosis.py --kinds routed null --seeds 2 --json a.json
-    python bench/diagnosis.py --embedded                                  # those that ship with the package, 5 minutes
+    python bench/diagnosis.py --embedded                                  # those that ship with the package, 3 minutes
     python bench/diagnosis.py --merge a.json b.json                       # one table of several runs
 
 Even seeds have DeepSeek-V3's architecture, odd ones Qwen3-MoE's. Everything is fp32 on the CPU, one thread a worker.
