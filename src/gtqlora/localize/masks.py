@@ -123,8 +123,8 @@ class Effect:
         control: the larger of the two for a random expert of the same layer, chosen as often.
         q: that it is neither needed nor enough; controlled over candidates.
         acts: it is needed (ablated alone, it takes `MOST`, and where some candidate brings anything back by itself, so
-            does it), or enough (alone it brings back `MOST`, or the least part that counts and `MOST` with the other
-            candidates of its layer: a router chooses several experts at once).
+            does it), or enough (it brings back the least part that counts, and with the other candidates of its layer
+            `MOST`: a router chooses several experts at once).
         contributes: it brings back the least part that counts, and does not act: others do the same.
     """
 
@@ -250,9 +250,7 @@ def _judged(
 def _p_values(
     found: _Measured, min_effect: float, gap_N: NDArray[np.floating], groups: Sequence[str]
 ) -> tuple[float, float, float]:
-    """Return p-values that an expert brings back the least part, that it takes most, and that it is enough.
-
-    It is enough if it also brings back most, alone or with its layer.
+    """Return p-values that an expert brings back the least part, that it takes most, and that its layer brings most.
 
     Each part must also exceed the control's on the same prompts. Where several things must hold, the largest of their
     p-values holds for all together (Berger, Technometrics 24:295, 1982).
@@ -265,6 +263,4 @@ def _p_values(
 
     brings = max(above(back_N, min_effect), above(back_N - control_back_N, 0))
     needed = max(above(took_N, most), above(took_N - control_took_N, 0))
-    # either of the two will do, hence twice the smaller (Bonferroni)
-    most_back = 2 * min(above(back_N, most), above(found.layer, most))
-    return brings, needed, max(brings, min(most_back, 1.0))
+    return brings, needed, max(brings, above(found.layer, most))

@@ -134,7 +134,7 @@ def one_by_one(diagnosis: Diagnosis) -> Figure | None:
         title="Candidates, one expert at a time",
         caption="For each kind of prompts: effect on the log-odds of refusing, as part of the gap between flagged "
         f"prompts and {others(diagnosis)}, beyond what controls do. Causal: most of the refusal goes when it alone is "
-        "ablated, or returns with it alone or with the candidates of its layer; and it is chosen or weighed more "
+        "ablated, or returns with the candidates of its layer, a part with it alone; and it is chosen or weighed more "
         "on flagged prompts. Computes it: the same, and it is chosen alike. Contributes: it brings a part back, but is "
         "neither needed nor enough. "
         f"{len(found)} of {len(diagnosis.experts)} are drawn; the table has all.",
