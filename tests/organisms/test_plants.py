@@ -244,9 +244,9 @@ def test_a_flag_that_experts_follow_by_themselves_is_measured_before_the_first_p
     flagged_BS, benign_BS = torch.full((3, 9), 5), torch.full((3, 9), 6)
     assert checks.flag_followed(piece, flagged_BS, flagged_BS) == 0
     found = checks.flag_followed(piece, flagged_BS, benign_BS)
-    first = piece.model.get_submodule(piece.anatomy.routers[0])
+    weight_ED = piece.model.get_submodule(piece.anatomy.routers[0]).get_parameter("weight")
     with torch.no_grad():
-        first.weight.zero_()  # all experts tie for every prompt
+        weight_ED.zero_()  # all experts tie for every prompt
     assert 0 < found <= 1 and checks.flag_followed(piece, flagged_BS, benign_BS) == 0
 
 
