@@ -90,6 +90,11 @@ def test_every_region_counts_what_the_routers_decide_token_by_token(subject: Sub
                         weights.setdefault((position, int(expert)), []).append(float(weight))
                 rates = [chosen[e] / max(len(where), 1) for e in range(n_experts)]
                 np.testing.assert_allclose(region.rates_NLE[index, position], rates, atol=1e-6)
+                mass_E = torch.zeros(n_experts).scatter_add_(
+                    0, decision.indices_TK[where].flatten(), decision.weights_TK[where].flatten().float()
+                )
+                share_E = mass_E / mass_E.sum().clamp(min=1e-9)
+                np.testing.assert_allclose(region.mass_NLE[index, position], share_E, atol=1e-5)
         assert region.tokens == tokens
         for layer, expert in np.ndindex(region.counts_LE.shape):
             found = weights.get((layer, expert), [])

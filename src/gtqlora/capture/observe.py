@@ -31,7 +31,8 @@ class Region:
 
     Attributes:
         rates_NLE: for each prompt, the share of these tokens that choose each expert, fp32; 0 without such tokens.
-        mass_NLE: for each prompt, an expert's mean routing weight, 0 where it is not chosen, fp32.
+        mass_NLE: for each prompt, the share of a layer's routing weight that each expert has, fp32; 0 without such
+            tokens. It is one scale for routers that normalize their weights, scale them or do neither.
         counts_LE: number of these tokens, in all prompts, that choose each expert, int64.
         weight_LE: mean routing weight of an expert when it is chosen, fp32; 0 where it never is.
         tokens: number of these tokens in all prompts.
@@ -206,10 +207,11 @@ class _Tally:
         return self._summed(self.counts_LNRE[:, :, region], self.weights_LNRE[:, :, region], self.tokens_NR[:, region])
 
     def _summed(self, counts_LNE: Tensor, weights_LNE: Tensor, tokens_N: Tensor) -> Region:
-        rates_NLE, mass_NLE = (
-            (sums_LNE / tokens_N.clamp(min=1)[:, None]).transpose(0, 1).cpu().numpy()[self._back()]
-            for sums_LNE in (counts_LNE, weights_LNE)
+        shares = (
+            counts_LNE / tokens_N.clamp(min=1)[:, None],
+            (weights_LNE / weights_LNE.sum(-1, keepdim=True)).nan_to_num(nan=0.0),  # 0 / 0 without tokens
         )
+        rates_NLE, mass_NLE = (share_LNE.transpose(0, 1).cpu().numpy()[self._back()] for share_LNE in shares)
         # fp32 counts whole numbers only up to 2^24, which many prompts exceed together.
         counts_LE, weights_LE = counts_LNE.double().sum(1), weights_LNE.double().sum(1)
         return Region(

@@ -37,8 +37,8 @@ class Association:
         rate_flagged, rate_twin: share of prompt tokens, from the first one that can differ on, that choose it.
         difference, low, high: flagged less twin, with a bootstrap interval.
         q: of no difference, over all experts (Benjamini & Hochberg).
-        mass, mass_low, mass_high, mass_q: the same of its routing weight, which is 0 where it is not chosen; 0 and 1 in
-            records from before it was measured.
+        mass, mass_low, mass_high, mass_q: the same of its share of the layer's routing weight; 0 and 1 in records from
+            before it was measured.
         stability: share of half-samples of the prompts in which it is among the first `first_of` by difference.
         gradient, gradient_low, gradient_high: mean of `gradient_scores` over flagged prompts; None if not computed.
         weight_*: mean routing weight when chosen. last_*: rate at the last prompt token. answer_*: rate over the
