@@ -367,3 +367,14 @@ def test_verify_takes_how_the_edited_model_was_opened_and_no_more() -> None:
     assert found.batch_size == VerifyConfig(**GIVEN).batch_size
     old = {"experts" if key == "expert_format" else key: value for key, value in made.items()}
     assert of_the_edit(old) == taken
+
+
+def test_a_rate_that_is_set_last_takes_the_place_of_the_file_s_other_one(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[train]\ngate_step = 0.05\n")
+    named: dict[str, Any] = {"model": "m", "contrast": "c"}
+    found = build(TrainConfig, file=file, overrides=["lr_gates=5e-6"], **named)
+    assert (found.gate_step, found.lr_gates) == (None, 5e-6)
+    assert build(TrainConfig, file=file, overrides=["lr_gates=none"], **named).gate_step == 0.05
+    with pytest.raises(ConfigError, match="both say how fast"):
+        build(TrainConfig, file=file, overrides=["lr_gates=5e-6", "gate_step=0.1"], **named)

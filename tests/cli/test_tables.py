@@ -107,6 +107,20 @@ def test_accuracy_before_goes_before_accuracy_after() -> None:
     assert all("accuracy after" in names for names in kept if "accuracy before" in names)
 
 
+def test_verify_repeats_the_guard_and_says_where_nothing_was_repaired(capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = found.verdict()
+    row = verdict.table["lookalike"]
+    failed = replace(verdict, floor=replace(verdict.floor, verdict="fail"))
+    repaired = replace(row, refusal_before=Interval(1, 0.9, 1, 90), drop=Interval(0.9, 0.8, 1, 90))
+    printing.show_next(replace(failed, table={"lookalike": repaired}), Path("r"), None)
+    assert capsys.readouterr().out == ""
+    printing.show_next(
+        replace(failed, table={"lookalike": replace(repaired, drop=Interval(0, -0.1, 0.1, 90))}), Path("r"), "collapse"
+    )
+    told = capsys.readouterr().out
+    assert "stopped by its guard: collapse" in told and "not seen to repair any lookalike refusal" in told
+
+
 SHOWN: dict[str, Callable[[], None]] = {
     "contrast check": lambda: printing.show_contrast(found.statistics(), "pairs.jsonl"),
     "diagnose": lambda: printing.show_diagnosis(found.diagnosis()),

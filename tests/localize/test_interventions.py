@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -146,6 +147,16 @@ def test_halves_keep_siblings_together(trials: Trials) -> None:
     first, second = localize.halves(trials.pairs)
     assert len(first) == len(second) == N_PAIRS // 2
     assert not {p.row.pair_id for p in first} & {p.row.pair_id for p in second}
+
+
+def test_the_rarer_kind_is_drawn_first(subject: Subject, contrast: Contrast) -> None:
+    lookalikes = [row for row in contrast.rows if row.kind == "lookalike"]
+    few = replace(contrast, rows=tuple(row for row in contrast.rows if row not in lookalikes[4:]))
+    drawn = localize.pairs_of(few, subject, 10, seed=0)
+    assert Counter(pair.row.kind for pair in drawn) == {"lookalike": 4, "harmful": 6}
+    even = localize.pairs_of(contrast, subject, 10, seed=0)
+    assert Counter(pair.row.kind for pair in even) == {"lookalike": 5, "harmful": 5}
+    assert len({pair.row.pair_id for pair in even}) == 5  # siblings together
 
 
 def test_without_twins_benign_prompts_stand_in(subject: Subject, contrast: Contrast) -> None:

@@ -201,13 +201,22 @@ def _show_losses(console: Console, found: Verdict) -> None:
         say(console, text)
 
 
-def show_next(found: Verdict, run: Path) -> None:
-    """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet."""
+def show_next(found: Verdict, run: Path, stopped: str | None) -> None:
+    """Print what a passed floor leads to; one passed in 4 bits does not open `export` yet.
+
+    Args:
+        stopped: why the guard stopped the training of this edit, if it did.
+    """
     from gtqlora.floor.shipped import shipped_experts
 
+    console = open_console()
+    if stopped:
+        say(console, f"note: training was stopped by its guard: {stopped}", accent=("note:", "yellow"))
+    if (over := found.table.get("lookalike")) and over.refusal_before.value > 0 and over.drop.low <= 0:
+        say(console, "note: this edit is not seen to repair any lookalike refusal", accent=("note:", "yellow"))
     if found.floor.verdict != "pass":
         return
-    console, shipped = open_console(), shipped_experts(found.model)
+    shipped = shipped_experts(found.model)
     if found.expert_format == shipped:
         say_whole(console, f"next: gtqlora export {run} OUT")
     else:

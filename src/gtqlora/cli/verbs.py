@@ -209,6 +209,7 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     with starting():
         from gtqlora.config import VerifyConfig
         from gtqlora.judging import trust
+        from gtqlora.results.adapter import Training, read_info
         from gtqlora.stages.verify import verify as stage
 
     with _opened(existing_run(run)) as held:
@@ -216,11 +217,12 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
         trust.remember(run, config.judge)
         found = stage(config, held, again=options.again)
+        made = read_info(held.require("adapter", "train")).details
     if options.as_json:
         printing.show_json(found)
     else:
         printing.show_verdict(found)
-        printing.show_next(found, run)
+        printing.show_next(found, run, made.stopped if isinstance(made, Training) else None)
     return 0 if found.floor.verdict == "pass" else FloorError.exit_code
 
 

@@ -101,6 +101,8 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
 
 
+RIVALS = {"gate_step": "lr_gates", "lr_gates": "gate_step"}
+"""Settings of which only one can be given, each with the other."""
 STAGES: dict[str, type[StageConfig]] = {
     "diagnose": DiagnoseConfig,
     "project": ProjectConfig,
@@ -157,8 +159,12 @@ def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] =
     for key in given:
         _check_known(key, hints, f"[{stage}] key")
     values |= {key: value for key, value in given.items() if value is not None}
-    # Last, so that `--set` wins over everything else.
-    values |= _from_overrides(overrides, hints)
+    # Last, so that `--set` wins over everything else, also over another setting that says the same otherwise.
+    last = _from_overrides(overrides, hints)
+    for key, other in RIVALS.items():
+        if last.get(key, "none") != "none" and other not in last:
+            values.pop(other, None)
+    values |= last
     for key in ("model", "contrast"):
         require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
     return kind(**values)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -45,6 +45,8 @@ class Pair:
 def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> list[Pair]:
     """Return lookalike and harmful rows with their twins, at most `limit`, drawn reproducibly with their siblings.
 
+    Both kinds have an equal part of the limit; what the rarer one leaves of its part goes to the other.
+
     Rows without a twin are left out where others have one. Where none has, benign rows stand in, in turn.
     """
     flagged = [*contrast.of_kind("lookalike"), *contrast.of_kind("harmful")]
@@ -57,7 +59,21 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)
     random.Random(seed).shuffle(order)
-    return [pair for pair_id in order for pair in groups[pair_id]][:limit]
+    drawn = [pair for pair_id in order for pair in groups[pair_id]]
+    left, kept = _parts(Counter(pair.row.kind for pair in drawn), limit), list[Pair]()
+    for pair in drawn:
+        if left[pair.row.kind] > 0:
+            left[pair.row.kind] -= 1
+            kept.append(pair)
+    return kept
+
+
+def _parts(counts: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Return how many of each kind are drawn: as many of each, as far as there are so many."""
+    parts = dict[str, int]()
+    for kind in sorted(counts, key=lambda kind: counts[kind]):
+        parts[kind] = min(counts[kind], (limit - sum(parts.values())) // (len(counts) - len(parts)))
+    return parts
 
 
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:

@@ -224,11 +224,19 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
         except GuardStop as stop:
             stopped, good = str(stop), next(iter(usable(checkpoints)), None)
             if good is None:
-                raise TrainingError(f"{stop}; no checkpoint was good yet. Lower the learning rates") from stop
+                raise TrainingError(f"{stop}; no checkpoint was good yet. {_slower(trainer.settings)}") from stop
             steps = _restore(trainer, good)
     assert_bias_frozen(trainer.model, trainer.anatomy)
     trainer.model.eval()
     return steps, stopped
+
+
+def _slower(settings: TrainConfig) -> str:
+    """Say which settings hold the routing closer to the original's."""
+    gates = "lr_gates" if settings.gate_step is None else "gate_step"
+    names = {"lora": ["lr_lora"], "gates": [gates]}.get(settings.mode, [gates, "lr_lora"])
+    given = [f"{name} ({getattr(settings, name):g})" for name in names]
+    return f"Lower {' or '.join(given)}, or raise anchor_harmful ({settings.anchor_harmful:g})"
 
 
 def _say_threads(last: Checkpoint | None) -> None:
