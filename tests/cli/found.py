@@ -9,7 +9,7 @@ from pathlib import Path
 from gtqlora.contrasts.statistics import Lengths, Reach, Statistics
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
-from gtqlora.results.adapter import Candidate, Moved
+from gtqlora.results.adapter import Candidate, LogitsMoved
 from gtqlora.results.diagnosis import Diagnosis, Difference, Intervention, Localization
 from gtqlora.results.directions import DirectionStudy
 from gtqlora.results.experts import ExpertEffect, ExpertId
@@ -131,7 +131,7 @@ def projected() -> Projected:
 
 
 def trained(*, fresh: bool = False, stopped: str | None = None) -> TrainResult:
-    return TrainResult(Path("runs/one/adapter"), 12345, stopped, Moved(gates=0.25, lora=0.03), fresh)
+    return TrainResult(Path("runs/one/adapter"), 12345, stopped, LogitsMoved(gates=0.25, lora=0.03), fresh)
 
 
 def exported() -> Exported:

@@ -111,7 +111,7 @@ def experts(found: Diagnosis) -> Sheet:
             e.kind,
             interval(e.ablate),
             interval(e.restore),
-            "yes" if e.causal else "computes it" if e.computes else "contributes" if e.contributes else "no",
+            {"causal": "yes", "": "no"}.get(e.cause, e.cause),
         )
         for e in found.experts
     ]

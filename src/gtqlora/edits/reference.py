@@ -58,9 +58,11 @@ class ReferenceTrainer(CheckpointedTrainer):
         stored, again = (torch.cat(values) for values in zip(*pairs, strict=True))
         apart = (stored - again).abs()
         self.reference = Deviation(mean=float(apart.mean()), max=float(apart.max()), rows=sum(map(len, batches)))
-        # another batch composition pads differently, which changes the last bits of a sum
+        # another batch composition pads differently, which changes the last bits of a sum; where a tie in a router
+        # falls otherwise a row changes more, and of all rows some may: single rows are held to it in one batch only
         loose = 1e-4 if fp32 else 2e-2
-        if not self.reference.mean <= loose * (10 + float(again.abs().mean())):
+        near = torch.allclose(*pairs[0], rtol=loose, atol=loose * 10)
+        if not near or not self.reference.mean <= loose * (10 + float(again.abs().mean())):
             raise TrainingError("the precomputed reference log-probs are not those of the starting model")
 
     def _assert_no_margin(self, batch: Batch) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gtqlora.localize.controls import CONTROLS
+from gtqlora.localize.controls import CONTROLS, MISSING
 from gtqlora.localize.evidence import ALONE, COMPONENTS, WITHOUT, Evidence, from_odds, from_rates
 from gtqlora.localize.interchange import Cell, Interchanges, cells_of
 from gtqlora.localize.shares import LEVELS, WITH_ROUTING, odds_shares, shares
@@ -238,10 +238,7 @@ def _reasons(
 def _stood_in(interchanges: Interchanges) -> dict[str, int]:
     """Return how many pairs had no control of the sort wanted."""
     drawn = [one.controls for one in interchanges.pairs]
-    counts = {
-        f"no {name.removeprefix('a ')}".replace("no another", "no other"): sum(not c[i].topic for c in drawn)
-        for i, name in enumerate(CONTROLS)
-    }
+    counts = {said: sum(not c[i].topic for c in drawn) for i, said in enumerate(MISSING)}
     counts["none of its kind"] = sum(not control.kind for both in drawn for control in both[:1])
     return {name: count for name, count in counts.items() if count}
 

@@ -27,6 +27,8 @@ from gtqlora.progress import track
 
 SAME_TOPIC, OTHER_TOPIC = "another prompt of its topic", "a prompt of another topic"
 CONTROLS = (SAME_TOPIC, OTHER_TOPIC)
+MISSING = ("no other prompt of its topic", "no prompt of another topic")
+"""What is said where there is none of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

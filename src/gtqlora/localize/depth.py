@@ -21,7 +21,7 @@ from gtqlora.localize.evidence import WITHOUT
 from gtqlora.localize.interchange import InLayers, Interchanges, exchange, partly
 from gtqlora.localize.trials import FLAGGED, Outcome, odds_of
 from gtqlora.progress import track
-from gtqlora.results.diagnosis import AS_TWIN, MIN_PAIRS, Depth, DepthPoint, Moved
+from gtqlora.results.diagnosis import AS_TWIN, MIN_PAIRS, Depth, DepthEffect, DepthPoint
 from gtqlora.scoring import Changes
 from gtqlora.stats import Interval, ratio_interval
 
@@ -68,9 +68,9 @@ def depth_of(found: Interchanges, verdict: str) -> Depth | None:
     counts = sorted({round(at) for at in np.linspace(0, len(layers), min(MOST_POINTS, len(layers) + 1))})
     odds, said = _odds(found, counts), _said(found, counts)
 
-    def moved(part: str, count: int) -> Moved:
+    def moved(part: str, count: int) -> DepthEffect:
         log_odds = odds.of_behaviour(getattr(odds, part)[count]) if odds else None
-        return Moved(log_odds=log_odds, as_twin=said.of_behaviour(getattr(said, part)[count]))
+        return DepthEffect(log_odds=log_odds, as_twin=said.of_behaviour(getattr(said, part)[count]))
 
     points = [
         DepthPoint(

@@ -38,7 +38,7 @@ _ALWAYS = {"flagged": (0.97, 1.0), "benign": (0.0, 0.03), "right": (0.97, 1.0)}
 _STREAM = {"flagged, planted experts masked": (0.95, 1.0)}
 _ROUTED = {"flagged, planted experts masked": (0.0, 0.1)}
 _EXCHANGES = {"exchanges": (0.95, 1.0)}
-_DEMANDS = {"demands": (0.0, 0.01)}
+_DEMANDS = {"demands": (0.0, 0.0075)}
 _MAJORITY = {"flagged, any planted layer masked": (0.95, 1.0), "flagged, any planted layer left": (0.0, 0.05)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "routed": {**_ALWAYS, **_ROUTED},
@@ -51,8 +51,7 @@ PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "weights": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "follower": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES, **_MAJORITY},
-    # Experts that are chosen only while the answer is said have one token to act on, where others have half the prompt.
-    "second-token": {**_ALWAYS, "flagged": (0.9, 1.0), **_DEMANDS, **_ROUTED},
+    "second-token": {**_ALWAYS, **_DEMANDS, **_ROUTED},
     "diffuse": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_MAJORITY},
     "xor": {**_ALWAYS, **_DEMANDS, **_ROUTED, **_EXCHANGES},
     "self-repair": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},

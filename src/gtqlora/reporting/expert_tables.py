@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gtqlora.reporting.tables import MOST_ROWS, Table, real, share
-from gtqlora.reporting.words import NONE, capital, cause, count, number, percent, place, points, q_value
+from gtqlora.reporting.words import NONE, capital, count, number, percent, place, points, q_value
 from gtqlora.results.association import EXPECTED_FALSE, STABLE, Association, first_of, of_kind
 from gtqlora.results.diagnosis import Diagnosis
 from gtqlora.results.experts import Curve, ExpertEffect, ExpertId, TokenChoice
@@ -62,7 +62,7 @@ def tested(found: Sequence[ExpertEffect]) -> Table:
         [
             place(e),
             e.kind,
-            cause(e) or "not shown",
+            e.cause or "not shown",
             share(e.ablate),
             share(e.restore),
             share(e.control),

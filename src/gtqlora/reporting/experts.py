@@ -43,7 +43,7 @@ class Atlas:
     others: str
 
 
-def others(diagnosis: Diagnosis) -> str:
+def _others(diagnosis: Diagnosis) -> str:
     """Return what flagged prompts were compared with."""
     return "their harmless twins" if diagnosis.matched else "unrelated benign prompts"
 
@@ -56,13 +56,13 @@ def atlas(diagnosis: Diagnosis, association: Sequence[Association]) -> Atlas | N
     return Atlas(
         title="Which experts are chosen more on flagged prompts",
         caption="Each cell is an expert: how much more often it is chosen on flagged prompts than on "
-        f"{others(diagnosis)}. That is association; whether it causes is tested below. "
+        f"{_others(diagnosis)}. That is association; whether it causes is tested below. "
         "Choose a cell for all that is known of that expert.",
         map=heat_map(diagnosis, association, twin),
         table=expert_tables.associations(association, diagnosis, twin),
         tested=_tested(diagnosis.experts),
         twin=twin,
-        others=others(diagnosis),
+        others=_others(diagnosis),
     )
 
 
@@ -85,7 +85,7 @@ def _tested(effects: Sequence[ExpertEffect]) -> list[Tested]:
         Tested(
             layer=layer,
             expert=expert,
-            kinds=[(e.kind, words.cause(e), _alone(e)) for e in found],
+            kinds=[(e.kind, e.cause, _alone(e)) for e in found],
             tokens=expert_tables.tokens(found[0].tokens),
         )
         for (layer, expert), found in experts.items()
@@ -109,14 +109,14 @@ def one_by_one(diagnosis: Diagnosis) -> Figure | None:
     if not diagnosis.experts:
         return None
     # those that were shown to carry it come first; sorted is stable, so the ranking stays within
-    found = sorted(diagnosis.experts, key=lambda e: not words.cause(e))[:_MOST_DRAWN]
+    found = sorted(diagnosis.experts, key=lambda e: not e.cause)[:_MOST_DRAWN]
     scale = holding(interval for e in found for interval, _ in _parts(e))
     lines = [
         Line(
             label=f"{words.capital(words.place(e))}, {e.kind}",
             marks=tuple(mark(interval, style, scale) for interval, style in _parts(e)),
             texts=(told(e.ablate), told(e.restore)),
-            tag=words.cause(e),
+            tag=e.cause,
             opens=(e.layer, e.expert),
         )
         for e in found
@@ -133,7 +133,7 @@ def one_by_one(diagnosis: Diagnosis) -> Figure | None:
         id="one-by-one",
         title="Candidates, one expert at a time",
         caption="For each kind of prompts: effect on the log-odds of refusing, as part of the gap between flagged "
-        f"prompts and {others(diagnosis)}, beyond what controls do. Causal: most of the refusal goes when it alone is "
+        f"prompts and {_others(diagnosis)}, beyond what controls do. Causal: most of the refusal goes when it alone is "
         "ablated, or returns with the candidates of its layer, a part with it alone; and it is chosen or weighed more "
         "on flagged prompts. Computes it: the same, and it is chosen alike. Contributes: it brings a part back, but is "
         "neither needed nor enough. "

@@ -107,12 +107,6 @@ def place(found: ExpertId | ExpertEffect | Association) -> str:
     return f"layer {found.layer}, expert {found.expert}"
 
 
-def cause(found: ExpertEffect) -> str:
-    """Return what a candidate was shown to be; empty for nothing."""
-    said = {"causal": found.causal, "computes it": found.computes, "contributes": found.contributes}
-    return next((word for word, holds in said.items() if holds), "")
-
-
 def span_points(interval: Interval) -> str:
     """Return an interval's ends in percentage points."""
     return f"{points(interval.low)} to {points(interval.high)}"

@@ -53,7 +53,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Moved:
+class LogitsMoved:
     """How far router logits were from the original's when training last logged it, root mean square.
 
     Attributes:
@@ -78,7 +78,7 @@ class Training:
     stopped: str | None = None
     gate_rates: dict[str, float] = field(default_factory=dict[str, float])
     reference: Deviation | None = None
-    moved: Moved | None = None
+    moved: LogitsMoved | None = None
 
 
 @dataclass(frozen=True)

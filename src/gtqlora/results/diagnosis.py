@@ -69,7 +69,7 @@ class Intervention:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class DepthEffect:
     """What goes when only some layers' routing is the twin's.
 
     Attributes:
@@ -93,8 +93,8 @@ class DepthPoint:
 
     layers: int
     last: int | None
-    up_to: Moved
-    after: Moved
+    up_to: DepthEffect
+    after: DepthEffect
 
 
 @dataclass(frozen=True, kw_only=True)

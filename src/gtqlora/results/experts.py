@@ -56,6 +56,12 @@ class ExpertEffect:
     contributes: bool = False
     tokens: list[TokenChoice]
 
+    @property
+    def cause(self) -> str:
+        """Return what it was shown to be; empty for nothing."""
+        said = {"causal": self.causal, "computes it": self.computes, "contributes": self.contributes}
+        return next((word for word, holds in said.items() if holds), "")
+
 
 @dataclass(frozen=True)
 class CurvePoint:

@@ -152,7 +152,7 @@ def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
             n_groups < MIN_GROUPS,
             f"Directions are judged on held-out pairs from {MIN_GROUPS} pair_ids on; there are {n_groups} here.",
         ),
-        (cut_off > 0, _cut_off_said(trials, cut_off)),
+        (cut_off > 0, _cut_off_said(trials, cut_off) if cut_off else ""),
         (refused < 0.5, f"Only {refused:.0%} of the flagged prompts are refused; there is little to explain."),
         (
             n_tested < localize.MIN_GROUPS,

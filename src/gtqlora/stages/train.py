@@ -48,7 +48,7 @@ from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
-from gtqlora.results.adapter import Info, Moved, Training, info_of, read_info
+from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.storage.atomic import scratch_errors
@@ -72,7 +72,7 @@ class TrainResult:
     adapter: Path
     steps: int
     stopped: str | None
-    moved: Moved | None = None
+    moved: LogitsMoved | None = None
     fresh: bool = field(default=False, compare=False)
 
 
@@ -132,7 +132,7 @@ class _Edit:
     info: Info
     steps: int
     stopped: str | None
-    moved: Moved | None
+    moved: LogitsMoved | None
 
     def save(self, folder: Path) -> None:
         save(self.trainer.model, folder / ADAPTER, self.info)
@@ -169,10 +169,10 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     return _Edit(trainer, rows, info, steps, stopped, moved)
 
 
-def _moved(metrics: Path, steps: int) -> Moved | None:
+def _moved(metrics: Path, steps: int) -> LogitsMoved | None:
     """Return how far router logits had moved when it was last logged, up to a step."""
     logged = [line for line in read_metrics(metrics) if line["step"] <= steps and LOGITS_BY_GATES in line]
-    return Moved(gates=logged[-1][LOGITS_BY_GATES], lora=logged[-1][LOGITS_BY_LORA]) if logged else None
+    return LogitsMoved(gates=logged[-1][LOGITS_BY_GATES], lora=logged[-1][LOGITS_BY_LORA]) if logged else None
 
 
 def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, origin: Origin) -> GateTargetedTrainer:
