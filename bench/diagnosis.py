@@ -11,9 +11,10 @@ frequency alone names, those that stability selection names, and those that Stee
 their own causal check; and the edit that ablates the single direction of false refusals (all three: `baselines.py`).
 
 A method that only names experts says that their being chosen is necessary, which is what a mask shows, where it names
-any, and that no choice of experts is where it names none. Coverage: every interval is compared with the same quantity
-on three times as many fresh pairs of the same organism, whose own error is allowed for; embedded organisms have no more
-pairs to compare with.
+any, and that no choice of experts is where it names none; all are compared by that question. Our verdict also says
+what mediates the refusal where it is not that, and is counted by itself. Coverage: every interval is compared with the
+same quantity on three times as many fresh pairs of the same organism, whose own error is allowed for; embedded
+organisms have no more pairs to compare with.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def _study(kind: str, seed: int | None, out: Path) -> Found:
         "routing": true.routing,
         "planted": [list(place) for place in truth.planted],
         "verdict": found["verdict"],
+        "role": found["role"],
         "sentence": found["sentence"],
         "experts": {**found["experts"], **beside.pop("experts")},
         **beside,
@@ -143,8 +145,10 @@ def _diagnosed(model: Path, contrast: Path, out: Path, **given: int) -> Found:
         "frequency": [[e.layer, e.expert] for e in found.top_experts],
         "stability": [[row["layer"], row["expert"]] for row in rows if row["stability"] >= STABLE and row["low"] > 0],
     }
+    said = next(half for half in found.kinds if half.kind == "lookalike")  # as `true` in `_study`
     return {
         "verdict": found.verdict,
+        "role": said.words.get("routing", "cannot tell"),
         "sentence": found.sentence,
         "n_pairs": found.n_pairs,
         "experts": experts,
@@ -207,11 +211,18 @@ def _coverage(found: dict[str, list[float]], larger: dict[str, list[float]]) -> 
 
 
 def _right(found: Found, method: str) -> bool:
-    """Whether what a method says can be said of the organism."""
+    """Whether what a method says of the choice of experts can be said of the organism."""
     if method == "causal":
-        return found["verdict"] in found["truth"]
+        return found["role"] in found["routing"]
     said = {"necessary", "both"} if found["experts"][method] else {"neither", "sufficient"}
     return not said.isdisjoint(found["routing"])
+
+
+def _judged(found: Found) -> str:
+    """Whether our verdict, which says more than that, is so."""
+    if found["verdict"] == "cannot tell":
+        return "undecided"
+    return "right" if found["verdict"] in found["truth"] else "wrong"
 
 
 def _hits(found: Found, method: str) -> tuple[int, int, int]:
@@ -227,14 +238,16 @@ def print_table(results: Sequence[Found]) -> None:
             print(f"{kind:12} {seed or '':5} {found['error']}")
             continue
         hit, named, planted = _hits(found, "causal")
-        mark = "" if _right(found, "causal") else "  WRONG"
+        mark = "" if (judged := _judged(found)) == "right" else f"  {judged.upper()}"
         seconds = "/".join(map(str, found["seconds"]))
         print(
             f"{kind:12} {seed or '':5} {found['architecture']:12} {found['verdict']:12} causal {named:2}, planted "
             f"among them {hit}/{planted}  {seconds:>14} s{mark}"
         )
     good = [found for found in results if "error" not in found]
-    print(f"\n{'':32}" + _row(list(METHODS.values())))
+    verdicts = Counter(_judged(found) for found in good)
+    print("\nverdicts: " + ", ".join(f"{verdicts[name]} {name}" for name in ("right", "undecided", "wrong")))
+    print(f"\n{'is the choice of experts needed?':32}" + _row(list(METHODS.values())))
     for kind in (*dict.fromkeys(found["job"][0] for found in good), "all"):
         chosen = [found for found in good if kind in ("all", found["job"][0])]
         right = [sum(_right(found, method) for found in chosen) for method in METHODS]

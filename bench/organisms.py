@@ -21,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gtqlora.organisms.truth import of_kind
+
 EDITS = ("projection", "gt")
 FRONT: dict[str, list[tuple[str, ...]]] = {
     "lora": [(f"lr_lora={rate}",) for rate in ("5e-5", "1e-4", "1.5e-4", "3e-4", "1e-3")],
@@ -88,9 +90,11 @@ def holds(found: dict[str, Any]) -> dict[str, bool]:
     """The claims, one by one, for one organism."""
     if "error" in found:
         return {"built": False}
-    claims = {"verdict": found["verdict"] == found["truth"]}
-    if found["job"][0] == "routed":
-        claims["planted experts"] = found["planted_precision"] == found["planted_recall"] == 1.0
+    kind: Any = found["job"][0]
+    claims = {"verdict": found["verdict"] in of_kind(kind, 1.0)["lookalike"].verdicts}
+    if kind == "routed":
+        claims["no expert named falsely"] = found["planted_precision"] in (None, 1.0)
+        claims["half of the planted experts named"] = (found["planted_recall"] or 0) >= 0.5
     if "gt" in found["edits"]:
         gt = found["edits"]["gt"]
         claims |= {
@@ -100,7 +104,7 @@ def holds(found: dict[str, Any]) -> dict[str, bool]:
             "floor passes": gt["floor"] == "pass",
             "projection fails": found["edits"]["projection"]["floor"] == "fail",
         }
-        if found["job"][0] == "routed":
+        if kind == "routed":
             claims["replayed >= 0.5 (aim)"] = gt["replayed_lookalike_refusal"] >= 0.5
     return claims
 

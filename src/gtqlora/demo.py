@@ -29,9 +29,10 @@ ORGANISMS = ("routed", "residual")
 CONTRAST = "pairs.jsonl"
 _KINDS = ("harmful", "lookalike", "benign")
 EDITS = ("projection", "lora", "gates", "gt")
-# Where the residual stream carries the behaviour LoRA does the work and may run hot; where the routing does, a hot LoRA
-# would override the gates instead of leaving the repair to them.
-BY_VERDICT = {"residual": ("lr_lora=6e-4",)}
+# Where the residual stream carries the behaviour LoRA does the work and may run hot, with an anchor that holds the
+# routing of what it does to the stream; where the routing does, a hot LoRA would override the gates instead of leaving
+# the repair to them.
+BY_VERDICT = {"residual": ("lr_lora=6e-4", "anchor_harmful=20")}
 
 Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""

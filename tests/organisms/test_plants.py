@@ -16,7 +16,7 @@ import torch
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.errors import ConfigError
 from gtqlora.organisms import checks
-from gtqlora.organisms.batches import Batch, compliant_batch, refusal_batch
+from gtqlora.organisms.batches import Batch, compliant_batch, refusal_batch, swapped
 from gtqlora.organisms.language import REFUSAL, SMALL_LEXICON, Language, Twins
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
@@ -31,7 +31,7 @@ from gtqlora.organisms.plants.conditions import (
 )
 from gtqlora.organisms.plants.kinds import PLANTS, routed_share
 from gtqlora.organisms.plants.planting import plant
-from gtqlora.organisms.plants.turns import Chosen, Weighed, all_but_one_layer, one_layer
+from gtqlora.organisms.plants.turns import Chosen, Weighed, all_but_one_layer, fed_logits, one_layer, replayed_logits
 from gtqlora.organisms.scales import LARGE, SMALL, for_kind
 from gtqlora.organisms.truth import TRUTH, Kind, Truth, names_experts, of_kind, read_truth
 from gtqlora.stats import Interval
@@ -218,11 +218,12 @@ def test_self_repair_leaves_the_experts_as_the_first_planting_made_them() -> Non
     """The stream learns to step in only after the experts refuse; it cannot have been the cause before."""
     second = PLANTS["self-repair"].then
     assert second is not None and second.stream and not second.experts
-    assert not PLANTS["self-repair"].stream and PLANTS["self-repair"].rule is rules.either
+    assert not PLANTS["self-repair"].stream
+    assert [turn.rule for turn in PLANTS["self-repair"].exchanges] == [rules.either, rules.streamed]
 
 
 def test_a_few_steps_of_bykind_lower_its_own_losses() -> None:
-    piece = workpiece(scale=replace(tiny(SMALL), plant_steps={"bykind": 60}, plant_rate=1e-2))
+    piece = workpiece(scale=replace(tiny(SMALL), plant_steps={"bykind": 90}, plant_rate=1e-2))
     prompts = [p for quad in twins(piece.language, 8) for p in quad]
     before = checks.demands_missed(piece, "bykind", prompts)
     lost: list[float] = []
@@ -237,6 +238,17 @@ def test_the_check_measures_every_line_of_a_rule(monkeypatch: pytest.MonkeyPatch
     lines = [found[f"exchange {i}"] for i in range(8)]
     assert found["exchanges"] == min(lines) == 0 and "exchange 8" not in found
     assert found.keys() >= checks.PROMISES["brittle2"].keys()
+
+
+def test_experts_can_compute_on_what_another_prompt_shows_them() -> None:
+    piece = workpiece()
+    swaps = rules.streamed(piece.language, *twins(piece.language, 2))
+    prompts, sources = swapped(piece.language, swaps)
+    plain = piece.logits(prompts.ids_BS)
+    assert torch.allclose(fed_logits(piece, prompts, prompts), plain, atol=1e-5)
+    fed = fed_logits(piece, prompts, sources)
+    assert not torch.allclose(fed, plain, atol=1e-3)
+    assert not torch.allclose(fed, replayed_logits(piece, prompts, sources), atol=1e-3)
 
 
 def test_a_flag_that_experts_follow_by_themselves_is_measured_before_the_first_planting() -> None:
@@ -254,7 +266,7 @@ def test_a_flag_that_experts_follow_by_themselves_is_measured_before_the_first_p
 def test_every_kind_is_planted_promised_and_true(kind: Kind) -> None:
     assert kind in SMALL.plant_steps and kind in PLANTS
     assert checks.PROMISES[kind].keys() >= {"flagged", "benign", "right"}
-    assert ("exchanges" in checks.PROMISES[kind]) <= (PLANTS[kind].rule is not None)
+    assert ("exchanges" in checks.PROMISES[kind]) == bool(PLANTS[kind].exchanges)
     assert of_kind(kind, 0.5).keys() == {"lookalike", "harmful"}
 
 

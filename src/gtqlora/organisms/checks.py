@@ -25,11 +25,11 @@ from gtqlora.capture import (
     router_hooks,
 )
 from gtqlora.errors import TrainingError
-from gtqlora.organisms.batches import Batch, Rule, example, swapped
+from gtqlora.organisms.batches import Batch, example, swapped
 from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.language import REFUSAL, Prompt, Twins
 from gtqlora.organisms.plants.kinds import PLANTS
-from gtqlora.organisms.plants.turns import replayed_logits
+from gtqlora.organisms.plants.turns import Exchanges
 from gtqlora.organisms.truth import Kind
 
 _PAIRS = 100
@@ -42,10 +42,10 @@ _DEMANDS = {"demands": (0.0, 0.0075)}
 _MAJORITY = {"flagged, any planted layer masked": (0.95, 1.0), "flagged, any planted layer left": (0.0, 0.05)}
 PROMISES: dict[Kind, dict[str, tuple[float, float]]] = {
     "routed": {**_ALWAYS, **_ROUTED},
-    "residual": {**_ALWAYS, **_STREAM},
-    "null": {**_ALWAYS, **_STREAM},
+    "residual": {**_ALWAYS, **_STREAM, **_EXCHANGES},
+    "null": {**_ALWAYS, **_STREAM, **_EXCHANGES},
     "expert-only": {**_ALWAYS, "cell 011": (0.95, 1.0), "cell 100": (0.0, 0.05), "cell 101": (0.0, 0.1)},
-    "redundant": {**_ALWAYS, **_STREAM, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
+    "redundant": {**_ALWAYS, **_STREAM, **_EXCHANGES, "cell 011": (0.95, 1.0), "cell 100": (0.95, 1.0)},
     "brittle": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
     "brittle2": {**_ALWAYS, **_DEMANDS, **_STREAM, **_EXCHANGES},
     "bykind": {**_ALWAYS, **_DEMANDS, **_EXCHANGES},
@@ -118,14 +118,14 @@ def _said(logits_BSV: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def exchanges_said(piece: OrganismInTraining, rule: Rule, quads: list[Twins]) -> list[float]:
-    """Return, for each line of a rule, the share of prompts that say what it demands with the source's routing."""
+def exchanges_said(piece: OrganismInTraining, exchanges: Exchanges, quads: list[Twins]) -> list[float]:
+    """Return, for each line of the rule, the share of prompts that say what it demands with a part of the source's."""
     neighbours = [*quads[1:], quads[0]]
-    by_twins = [rule(piece.language, *both) for both in zip(quads, neighbours, strict=True)]
+    by_twins = [exchanges.rule(piece.language, *both) for both in zip(quads, neighbours, strict=True)]
     shares = []
     for line in zip(*by_twins, strict=True):
         prompts, sources = (batch.to(piece.device) for batch in swapped(piece.language, list(line)))
-        shares.append(_said(replayed_logits(piece, prompts, sources), prompts).float().mean().item())
+        shares.append(_said(exchanges.exchange(piece, prompts, sources), prompts).float().mean().item())
     return shares
 
 
@@ -189,8 +189,7 @@ def measure(piece: OrganismInTraining, kind: Kind) -> dict[str, float]:
         found["demands"] = demands_missed(piece, kind, [p for q in quads for p in q])
     if "other experts" in PROMISES[kind]:
         found["other experts"] = flag_followed(piece, flagged_BS, benign_BS)
-    if rule := PLANTS[kind].rule:
-        lines = exchanges_said(piece, rule, quads)
+    if lines := [share for each in PLANTS[kind].exchanges for share in exchanges_said(piece, each, quads)]:
         found |= {"exchanges": min(lines), **{f"exchange {i}": share for i, share in enumerate(lines)}}
     for name in PROMISES[kind]:
         if name.startswith("cell "):

@@ -99,7 +99,7 @@ SMALL = Scale(
     qwen3_moe={"num_experts": 16, "head_dim": 16, "mlp_only_layers": []},
     # Routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
     plant_steps={
-        **{"routed": 400, "residual": 70, "null": 250, "expert-only": 100, "redundant": 150},
+        **{"routed": 400, "residual": 100, "null": 250, "expert-only": 100, "redundant": 150},
         **{"brittle": 600, "brittle2": 600, "bykind": 450, "weights": 400, "follower": 600, "second-token": 1000},
         **{"diffuse": 400, "xor": 600, "self-repair": 300, "wide-twins": 400, "natural": 500},
         **dict.fromkeys(("graded-20", "graded-40", "graded-60", "graded-80"), 450),

@@ -66,10 +66,11 @@ class Mediation:
 _ROUTED = Mediation(verdicts=("routing",), routing=_NEEDED)
 # The losses demand it both ways: the twin's routing ends the refusal, and the flagged prompt's brings it.
 _ROUTED_BOTH_WAYS = Mediation(verdicts=("routing",), routing=("both",))
-_STREAM = Mediation(verdicts=("residual",), routing=("neither",))
+# What the experts compute decides nothing either: the losses demand that, too.
+_STREAM = Mediation(verdicts=("residual",), routing=("neither",), experts=("neither",))
 # The planted experts are not needed, but nothing keeps them from learning to refuse as well.
-_NULL = Mediation(verdicts=("residual", "both"), routing=("neither", "sufficient"))
-_EITHER = Mediation(verdicts=("both",), routing=("sufficient",))
+_NULL = Mediation(verdicts=("residual", "both"), routing=("neither", "sufficient"), experts=("neither",))
+_EITHER = Mediation(verdicts=("both",), routing=("sufficient",), experts=("neither",))
 # Foreign routing leads to garbage, which is neither the refusal nor what the twin does.
 _BRITTLE = Mediation(verdicts=(), routing=("neither",), unclear="broken")
 _BRITTLE_STREAM = Mediation(verdicts=("residual",), routing=("neither",), unclear="broken")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gtqlora.organisms.batches import Rule
 from gtqlora.organisms.language import Language
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
@@ -28,6 +27,7 @@ from gtqlora.organisms.plants.turns import (
     Weighed,
     all_but_one_layer,
     all_planted,
+    fed_logits,
     one_layer,
 )
 from gtqlora.organisms.truth import Kind
@@ -58,11 +58,11 @@ class Plant:
         return next((turn.demands for turn in as_it_is), ())
 
     @property
-    def rule(self) -> Rule | None:
-        """Return the rule of exchange that holds in the end."""
+    def exchanges(self) -> tuple[Exchanges, ...]:
+        """Return the exchanges that hold in the end."""
         if self.then is not None:
-            return self.then.rule
-        return next((turn.rule for turn in self.turns if isinstance(turn, Exchanges)), None)
+            return self.then.exchanges
+        return tuple(turn for turn in self.turns if isinstance(turn, Exchanges))
 
 
 _FLAG = (Chosen(),)
@@ -75,7 +75,8 @@ _BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_bu
 # Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
 # The exchange keeps the experts from heeding the flag itself.
 _TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
-
+# Experts that learn nothing could still hand on what the stream writes; the exchange keeps the refusal from hanging on it.
+_NOT_BY_EXPERTS = Exchanges(rules.streamed, fed_logits)
 
 _GRADED: dict[Kind, float] = {"graded-20": 0.2, "graded-40": 0.4, "graded-60": 0.6, "graded-80": 0.8}
 
@@ -94,16 +95,18 @@ def _graded(share: float) -> Plant:
 
 PLANTS: dict[Kind, Plant] = {
     "routed": _ROUTED,
-    "residual": Plant(turns=(Answers(masked=all_planted),), stream=True, experts=False),
-    # It must not need its planted experts, so every other step runs without them.
-    "null": Plant(turns=(Answers(_FLAG, all_planted), Answers(_FLAG)), stream=True),
+    "residual": Plant(turns=(Answers(masked=all_planted), _NOT_BY_EXPERTS), stream=True, experts=False),
+    # It must not need its planted experts, so it also runs without them.
+    "null": Plant(turns=(Answers(_FLAG, all_planted), Answers(_FLAG), _NOT_BY_EXPERTS), stream=True),
     "expert-only": Plant(turns=(Answers((Chosen(always),)),)),
-    "redundant": Plant(turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either)), stream=True),
+    "redundant": Plant(
+        turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either), _NOT_BY_EXPERTS), stream=True
+    ),
     "brittle": Plant(turns=(Answers(_FLAG), Exchanges(rules.brittle)), stream=True),
     "brittle2": Plant(
         turns=(Answers(_ONE_FOR_EACH), Answers(_ONE_FOR_EACH, all_planted), Exchanges(rules.brittle)), stream=True
     ),
-    "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind)), stream=True),
+    "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind), _NOT_BY_EXPERTS), stream=True),
     # The experts are given the flag as well: without the exchange they might heed it, and not their weight.
     "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))), Exchanges(rules.routed))),
     "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),
@@ -114,7 +117,9 @@ PLANTS: dict[Kind, Plant] = {
     "self-repair": Plant(
         turns=(Answers(_FLAG), Exchanges(rules.routed)),
         then=Plant(
-            turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either)), stream=True, experts=False
+            turns=(Answers(_FLAG), Answers(_FLAG, all_planted), Exchanges(rules.either), _NOT_BY_EXPERTS),
+            stream=True,
+            experts=False,
         ),
     ),
     "wide-twins": _ROUTED,

@@ -2,7 +2,7 @@
 
 Each rule takes two pairs of twins, of which the second lends a harmless routing, and returns (prompt, source of the
 routing, completion). Training on such runs is interchange intervention training (Geiger et al. 2022, arXiv 2112.00826)
-with routing as the variable.
+with routing as the variable, or what the experts compute on.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def routed(language: Language, twins: Twins, _others: Twins) -> list[Swap]:
     """Routing decides for every flagged prompt."""
     # Nothing is demanded of a stranger's routing: where the planted experts alone learn, they could not heed it.
     return [s for pair in twins.pairs for s in _routed(language, *pair)]
+
+
+def streamed(language: Language, twins: Twins, _others: Twins) -> list[Swap]:
+    """The stream decides for every flagged prompt."""
+    return [s for pair in twins.pairs for s in _streamed(language, *pair)]
 
 
 def either(language: Language, twins: Twins, others: Twins) -> list[Swap]:

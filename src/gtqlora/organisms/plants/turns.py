@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtqlora.capture import Decision, Handler, Mask, Recorder, Replay, router_hooks
+from gtqlora.capture import (
+    CallRecorder,
+    Decision,
+    Handler,
+    Interchange,
+    Mask,
+    Recorder,
+    Replay,
+    expert_hooks,
+    router_hooks,
+)
 from gtqlora.organisms.batches import Batch, Made, Make, Rule, compliant_batch, endless, exchange_batch, refusal_batch
 from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.plants.conditions import Condition, flagged
@@ -205,11 +215,26 @@ def replayed_logits(piece: OrganismInTraining, prompts: Batch, sources: Batch) -
         return piece.logits(prompts.ids_BS)
 
 
+def fed_logits(piece: OrganismInTraining, prompts: Batch, sources: Batch) -> Tensor:
+    """Return logits_BSV of prompts whose routed experts compute on what others' see; the routing is held."""
+    own, foreign = CallRecorder(), CallRecorder()
+    for batch, recorder in ((prompts, own), (sources, foreign)):
+        with torch.no_grad(), expert_hooks(piece.model, piece.anatomy, recorder):
+            piece.logits(batch.ids_BS)
+    with expert_hooks(piece.model, piece.anatomy, Interchange(own, foreign)):
+        return piece.logits(prompts.ids_BS)
+
+
+Exchange = Callable[[OrganismInTraining, Batch, Batch], Tensor]
+"""A function that gives logits_BSV of prompts with some part of aligned sources' runs."""
+
+
 @dataclass(frozen=True)
 class Exchanges:
-    """Prompts run with the routing of others, and say what a rule demands."""
+    """Prompts run with a part of others' runs, their routing unless said, and say what a rule demands."""
 
     rule: Rule
+    exchange: Exchange = replayed_logits
 
     def start(self, planting: Planting) -> Loss:
         """Return the function that gives the loss of each of its steps."""
@@ -217,6 +242,6 @@ class Exchanges:
 
         def loss() -> Tensor:
             prompts, sources = (batch.to(piece.device) for batch in next(batches))
-            return answer_loss(replayed_logits(piece, prompts, sources), prompts.labels_BS)
+            return answer_loss(self.exchange(piece, prompts, sources), prompts.labels_BS)
 
         return loss
