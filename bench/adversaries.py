@@ -204,7 +204,17 @@ def summary(results: list[Found]) -> Found:
     """Counts for each kind, and for all kinds together."""
     kinds = [kind for kind in get_args(Kind) if any(found["kind"] == kind for found in results)]
     rows = {kind: _row([found for found in results if found["kind"] == kind]) for kind in kinds}
-    return {**rows, "all": _row(results)}
+    rates = {"rate right, or rightly undecided": _rate(results, RIGHT, EXCUSED), "rate wrong": _rate(results, WRONG)}
+    return {**rows, "all": {**_row(results), **rates}}
+
+
+def _rate(results: list[Found], *judged: str) -> list[float]:
+    """The share of findings that are judged so, with its interval; the findings of an organism are one group."""
+    from gtqlora.stats import rate
+
+    halves = [(half["judged"], i) for i, found in enumerate(results) for half in found.get("by_kind", {}).values()]
+    found = rate([said in judged for said, _ in halves], groups=[organism for _, organism in halves])
+    return [round(value, 4) for value in (found.value, found.low, found.high)]
 
 
 def _row(results: list[Found]) -> Found:
