@@ -75,7 +75,7 @@ _BY_MAJORITY = (Answers(_FLAG), Answers(_FLAG, one_layer), Answers(_FLAG, all_bu
 # Whether the first router's or the second's experts are chosen says nothing; whether exactly one of them are, all.
 # The exchange keeps the experts from heeding the flag itself.
 _TWO_ROUTERS = (Chosen(odd_one, layers=(0,)), Chosen(last_task, layers=(1,)))
-# Experts that learn nothing could still hand on what the stream writes; the exchange keeps the refusal from hanging on it.
+# Experts that learn nothing could still hand on what the stream writes; the exchange keeps refusals from hanging on it.
 _NOT_BY_EXPERTS = Exchanges(rules.streamed, fed_logits)
 
 _GRADED: dict[Kind, float] = {"graded-20": 0.2, "graded-40": 0.4, "graded-60": 0.6, "graded-80": 0.8}
