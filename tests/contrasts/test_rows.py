@@ -161,6 +161,17 @@ def test_missing_split_is_80_10_10_by_pair(tmp_path: Path) -> None:
         (row(prompt=[{"role": "user"}]), "a message must be"),
         (row(prompt=["a"]), "a message must be"),
         (row(prompt=[{"role": "user", "content": None}]), "prompt content is NoneType"),
+        (row(prompt=[{"role": "user", "content": []}]), "prompt content is empty"),
+        (row(prompt=[{"role": "user", "content": ["a"]}]), "prompt content has a part of type 'str'; only text"),
+        (row(prompt=[{"role": "user", "content": [{"type": "image"}]}]), "has a part of type 'image'; only text"),
+        (row(prompt=[{"role": "user", "content": [{"type": "text", "text": ""}]}]), "prompt content is empty"),
+        (row(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "prompt content is NoneType"),
+        (
+            row(prompt=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
+            "tool_calls, which are not rendered",
+        ),
+        (row(prompt=[{"role": "developer", "content": "a"}]), "role 'developer' .*write 'system'"),
+        (row() | {"tools": [{"name": "search"}]}, "tools are not rendered here"),
         (row(chosen=[{"role": "user", "content": "a"}]), "single assistant message"),
         (row(twin=""), "twin is empty"),
         (row(twin="BAKE bread"), "twin is the prompt itself"),
@@ -184,10 +195,21 @@ def test_bad_rows_are_named(tmp_path: Path, bad: Any, pattern: str) -> None:
     refuse(tmp_path, [row("harmful", "x"), bad], pattern)
 
 
-def test_implicit_prompt_form_is_refused_with_the_fix(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    implicit = {"kind": "benign", "chosen": turns, "rejected": turns}
-    refuse(tmp_path, [implicit], "chosen holds 2 messages.*move the shared messages into `prompt`")
+def test_an_implicit_prompt_is_what_both_conversations_begin_with(tmp_path: Path) -> None:
+    def turns(asked: str, said: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    implicit = {"kind": "benign", "chosen": turns("a", "b"), "rejected": turns("a", NO)}
+    row_, _ = load(write(tmp_path, [implicit, row("harmful", "x")]), ENGLISH).rows
+    assert (row_.prompt, row_.chosen, row_.rejected) == (({"role": "user", "content": "a"},), "b", NO)
+    refuse(tmp_path, [implicit | {"rejected": turns("z", NO)}], "chosen holds 2 messages.*share into `prompt`")
+    refuse(tmp_path, [implicit | {"kind": "harmful"}], "chosen of a harmful row must be a refusal")
+
+
+def test_text_in_parts_is_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "How do I "}, {"type": "text", "text": "bake?"}]
+    found = load(write(tmp_path, [row(prompt=[{"role": "user", "content": parts}]), row("harmful", "x")]), ENGLISH)
+    assert found.rows[0].prompt == ({"role": "user", "content": "How do I bake?"},)
 
 
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
@@ -574,7 +596,9 @@ def test_to_preference(tmp_path: Path) -> None:
     [
         ("absent.jsonl", "no such file"),
         ("data/absent.parquet", "no such file"),
-        ("/no/such/folder", "no such file; give a .jsonl"),
+        ("/no/such/folder", "no such file; give a file"),
+        ("data/absent.csv", "no such file"),
+        ("word:config@split", "no such file"),
         ("just-a-word", "no such file"),
     ],
 )
@@ -584,11 +608,11 @@ def test_missing_sources(source: str, pattern: str) -> None:
 
 
 def test_unreadable_sources(tmp_path: Path) -> None:
-    write(tmp_path, [row()], "pairs.csv")
+    write(tmp_path, [row()], "pairs.xml")
     write(tmp_path, [row()], "pairs.parquet")
     (tmp_path / "empty").mkdir()
     for name, pattern in (
-        ("pairs.csv", "a .csv file is not known"),
+        ("pairs.xml", "a .xml file is not known"),
         ("pairs.parquet", "cannot be read"),
         ("empty", "the dataset cannot be loaded"),
     ):

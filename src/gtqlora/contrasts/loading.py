@@ -17,7 +17,7 @@ from gtqlora.run import write_parquet
 
 
 def load(source: str | Path, judge: Judge) -> Contrast:
-    """Load the rows of a JSONL or Parquet file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
+    """Load the rows of a file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
 
     Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
     of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
@@ -93,9 +93,23 @@ def _topic(record: Mapping[str, object]) -> str | None:
     return None if column is None else a_name(column, record[column])
 
 
+def _unfolded(record: dict[str, object]) -> dict[str, object]:
+    """Return a record with the prompt that both of its conversations begin with (TRL's implicit prompt)."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if "prompt" in record or not isinstance(chosen, list) or not isinstance(rejected, list):
+        return record
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+        return record
+    return {**record, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
 def _row(number: int, raw: object, hub_split: str | None) -> Row:
     # Parquet has every column in every row: null means that this row lacks the value.
-    record = {name: value for name, value in parsed(raw).items() if value is not None}
+    record = _unfolded({name: value for name, value in parsed(raw).items() if value is not None})
+    if record.get("tools"):
+        raise ContrastError(
+            "tools are not rendered here, and the prompt means something else without them; drop the row"
+        )
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
     chosen = a_completion("chosen", record["chosen"]) if "chosen" in record else ""

@@ -1,4 +1,4 @@
-"""Read contrast rows from JSONL and Parquet files, dataset folders and the hub, and check the type of each value.
+"""Read contrast rows from files, dataset folders and the hub, and check the type of each value.
 
 What rows mean (kinds, splits, the one-way rule) is checked in `rows`.
 """
@@ -9,33 +9,33 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, file_records
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message, Messages
 from gtqlora.storage.contents import first_line
 
 _HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation"}
 _HUB_SPLITS |= {"test": "heldout", "heldout": "heldout"}
-_JSON_LINES = (".jsonl", ".json", ".ndjson")
-_SOURCES = "give a .jsonl or .parquet file, a dataset folder, or a hub id such as org/name or org/name:split"
+_SOURCES = (
+    f"give a file ({', '.join(ENDINGS)}), a dataset folder, or a hub id such as org/name, org/name:split or "
+    "org/name:config@split"
+)
+# A hub id or a folder, then a split, or the name of a configuration and a split.
+_NAMED = re.compile(r"(?P<name>[^:]+)(?::(?P<config>\w[\w.-]*)@(?P<both>\w[\w.-]*)|:(?P<split>\w[\w.-]*))?")
 
 # Problems, and row numbers of one problem, that a message shows.
 _SHOWN = 10
 # Python refuses to read integers of more than some thousand digits, with an error that names no row.
 _DIGITS = 100
-LONGEST = 1_000_000
-"""Characters of a text: more than a context holds, and still read in about a second."""
 
 _ROLES = ("system", "user", "assistant", "tool")
-
-Records = Iterator[tuple[int, Any, str | None]]
 
 
 @dataclass
@@ -76,70 +76,88 @@ def records(source: str) -> Records:
     """
     path = Path(source).expanduser()
     # Whatever exists on disk comes before the hub: a local folder `org/name` is what its owner means.
-    folder, _, split = source.rpartition(":")
     if path.is_file():
-        return _file_records(source, path)
+        found = file_records(source, path)
+        if found is None:
+            raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
+        return found
     if path.is_dir():
-        return _dataset_records(source, str(path), None)
-    if folder and Path(folder).expanduser().is_dir():
-        return _dataset_records(source, str(Path(folder).expanduser()), split)
+        return _dataset_records(source, str(path), None, None)
+    named = _NAMED.fullmatch(source)
     # `org/data.jsonl` is a file that is missing, and must not be asked of the hub.
-    is_file_name = path.suffix in (*_JSON_LINES, ".parquet")
-    hub = None if is_file_name else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*))?", source)
-    if hub is None:
+    if named is None or path.suffix in ENDINGS:
         raise ContrastError(f"{source}: no such file; {_SOURCES}")
-    return _dataset_records(source, hub[1], hub[2])
+    name, split = named["name"], named["both"] or named["split"]
+    if Path(name).expanduser().is_dir():
+        return _dataset_records(source, str(Path(name).expanduser()), named["config"], split)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        raise ContrastError(f"{source}: no such file; {_SOURCES}")
+    return _dataset_records(source, name, named["config"], split)
 
 
-def _file_records(source: str, path: Path) -> Records:
-    try:
-        if path.suffix in _JSON_LINES:
-            # Split bytes, not text: str.splitlines also breaks at U+2028, which JSON strings may hold.
-            lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-            return ((number, line, None) for number, line in lines if line.strip() not in (b"", b"\xef\xbb\xbf"))
-        if path.suffix == ".parquet":
-            return ((number, record, None) for number, record in enumerate(_parquet_rows(source, path), start=1))
-    except (OSError, pa.ArrowException) as error:
-        raise ContrastError(f"{source}: cannot be read ({first_line(error)})") from error
-    raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
-
-
-def _parquet_rows(source: str, path: Path) -> list[dict[str, object]]:
-    with pq.ParquetFile(path) as file:
-        table = file.read()
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if twice:
-        raise ContrastError(f"{source}: the column {twice[0]!r} stands twice, so one would hide the other; keep one")
-    columns = [_values(source, name, table.column(name)) for name in table.column_names]
-    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _values(source: str, name: str, column: pa.ChunkedArray) -> list[object]:
-    """Return a column's values as Python's."""
-    # Arrow holds values that Python does not, such as dates beyond the year 9999 and text that is not UTF-8.
-    found = []
-    for number, value in enumerate(column, start=1):
-        try:
-            found.append(value.as_py())
-        except (ValueError, OverflowError, TypeError) as error:
-            problem = f"column {name!r} holds a {column.type} that cannot be read ({first_line(error)})"
-            raise ContrastError(f"{source}: row {number}: {problem}; correct it or leave the column out") from error
-    return found
-
-
-def _dataset_records(source: str, name: str, split: str | None) -> Records:
+def _dataset_records(source: str, name: str, config: str | None, split: str | None) -> Records:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        data: Any = load_dataset(name, split=split)
+        if _is_saved(Path(name)):
+            return _saved_records(source, Path(name), split)
+        data: Any = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ContrastError(f"{source}: the dataset cannot be loaded ({first_line(error)}); {_SOURCES}") from error
     # Without a split the library gives all of them by name.
-    parts = {split: data} if split else dict(data)
+    return _by_split(source, {split: data} if split else dict(data))
+
+
+def _by_split(source: str, parts: Mapping[str, Any]) -> Records:
     names = _split_names(source, list(parts))
     named = ((record, names[part]) for part, table in parts.items() for record in table)
     return _readable(source, ((number, record, name) for number, (record, name) in enumerate(named, start=1)))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _saved_records(source: str, folder: Path, split: str | None) -> Records:
+    """Return the records of a dataset, or of several by split, that `save_to_disk` wrote.
+
+    Raises:
+        ContrastError: there is no such split, or a part of it names a file outside of the folder.
+    """
+    from datasets import load_from_disk
+
+    try:
+        _check_names(folder)
+        data: Any = load_from_disk(str(folder))
+    except ContrastError as error:
+        raise ContrastError(f"{source}: {error}") from error
+    except Exception as error:  # the library raises whatever a broken file leads to
+        raise ContrastError(f"{source}: the saved dataset is broken ({first_line(error)}); save it anew") from error
+    if not isinstance(data, dict):
+        if split is not None:
+            raise ContrastError(f"{source}: this folder is a single dataset without splits; leave {split!r} out")
+        return _by_split(source, {"": data})
+    if split is not None and split not in data:
+        raise ContrastError(f"{source}: no split {split!r}; splits present: {', '.join(data)}")
+    return _by_split(source, data if split is None else {split: data[split]})
+
+
+def _check_names(folder: Path) -> None:
+    """Check that a saved dataset is made of its own folder's files: names in files are not trusted."""
+    index = folder / "dataset_dict.json"
+    splits = json.loads(index.read_bytes())["splits"] if index.is_file() else []
+    parts = [folder / _own(index, split) for split in splits] or [folder]
+    for part in parts:
+        for file in json.loads((part / "state.json").read_bytes())["_data_files"]:
+            _own(part / "state.json", file["filename"])
+
+
+def _own(listing: Path, name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ContrastError(f"{listing} names {name!r}, which is no file or folder beside it")
+    return name
 
 
 def _readable(source: str, rows: Records) -> Records:
@@ -160,8 +178,13 @@ def _split_names(source: str, parts: Sequence[str]) -> dict[str, str | None]:
         return {parts[0]: None}
     unknown = [part for part in parts if part not in _HUB_SPLITS]
     if unknown:
-        raise ContrastError(f"{source}: unknown dataset splits {', '.join(unknown)}; choose one as {source}:SPLIT")
+        raise ContrastError(f"{source}: unknown dataset splits {', '.join(unknown)}; choose one as {_example(source)}")
     return {part: _HUB_SPLITS[part] for part in parts}
+
+
+def _example(source: str) -> str:
+    """Return how one split of a source is asked for, whose configuration may be named already."""
+    return f"{source}@SPLIT" if ":" in source else f"{source}:SPLIT"
 
 
 def parsed(raw: object) -> Mapping[str, object]:
@@ -217,10 +240,26 @@ def a_text(name: str, value: object) -> str:
 
 
 def _message(name: str, value: object) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
+    if not isinstance(value, Mapping) or "role" not in value or not {"content", "tool_calls"} & value.keys():
         raise ContrastError(f'{name}: a message must be {{"role": ..., "content": ...}}')
+    if value.get("tool_calls"):
+        raise ContrastError(
+            f"{name} has tool_calls, which are not rendered here; write the call as text, or drop the row"
+        )
+    if value["role"] == "developer":
+        raise ContrastError(f"{name} role 'developer' is not known to most chat templates; write 'system'")
     role = one_of(f"{name} role", a_text(f"{name} role", value["role"]), _ROLES)
-    return {"role": role, "content": a_text(f"{name} content", value["content"])}
+    return {"role": role, "content": _content(f"{name} content", value.get("content"))}
+
+
+def _content(name: str, value: object) -> str:
+    """Return the text of a message, which may come in parts, as of models that also see."""
+    if not isinstance(value, list):
+        return a_text(name, value)
+    types = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
+    if other := [kind for kind in types if kind != "text"]:
+        raise ContrastError(f"{name} has a part of type {other[0]!r}; only text is read, so drop the row")
+    return a_text(name, "".join(a_text(name, part.get("text")) for part in value))
 
 
 def a_prompt(name: str, value: object) -> Messages:
@@ -249,7 +288,7 @@ def a_completion(name: str, value: object) -> str:
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ContrastError(
             f"{name} holds {len(messages)} messages, not the single assistant message; "
-            "TRL's implicit-prompt form is not taken: move the shared messages into `prompt`"
+            "move those that chosen and rejected share into `prompt`"
         )
     return messages[0]["content"]
 
