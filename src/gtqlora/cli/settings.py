@@ -39,7 +39,8 @@ class StageOptions:
     """Hold the options that every verb has which runs a stage on a model."""
 
     contrast: Annotated[
-        str | None, Parameter(name="--contrast", help="JSONL, Parquet, or hub dataset with the pairs.")
+        str | None,
+        Parameter(name="--contrast", help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs."),
     ] = None
     config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
     settings: Annotated[

@@ -83,7 +83,9 @@ def inspect(
 
 
 def check(
-    file: Annotated[str, Parameter(help="JSONL, Parquet, or hub dataset with the pairs; or organism.")],
+    file: Annotated[
+        str, Parameter(help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs; or organism.")
+    ],
     *,
     model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
     judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
