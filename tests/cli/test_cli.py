@@ -270,6 +270,29 @@ def test_contrast_check_as_json(say: Say, tmp_path: Path) -> None:
     assert (found["rows"], found["counts"]["train"]["harmful"]) == (6, 2) and out.is_file()
 
 
+def test_problems_of_a_contrast_set_as_json(say: Say, tmp_path: Path) -> None:
+    bad = [{**ROWS[0], "prompt": ""}, {**ROWS[0], "kind": "odd"}]
+    code, out, err = check(say, helpers.write_rows(tmp_path / "pairs.jsonl", [*ROWS, *bad, ROWS[0]]), "--json")
+    found = json.loads(out)["problems"]
+    assert code == 2 and "3 problems" in err
+    assert [(one["rows"], one["excess"]) for one in found] == [([7], [7]), ([8], [8]), ([1, 9], [9])]
+    assert "prompt is empty" in found[0]["problem"]
+
+
+def test_rows_with_problems_are_left_out_on_demand(say: Say, tmp_path: Path) -> None:
+    bad = [{**ROWS[0], "prompt": ""}, ROWS[0], {**ROWS[0], "prompt": "Tell me <user> twice " * 40}]
+    file, out = helpers.write_rows(tmp_path / "pairs.jsonl", [*ROWS, *bad]), tmp_path / "clean.parquet"
+    error_of(check(say, file, "--drop"), 2, "--out clean.parquet")
+    error_of(check(say, file, "--out", out), 2, "2 problems")
+    assert not out.exists()
+    code, text, _ = check(say, file, "--drop", "--out", out, "--model", "organism:routed")
+    assert code == 0 and "left out: 3 rows" in text and "row 7: prompt is empty" in text and "row 8: the same" in text
+    assert "row 9: the prompt alone longer than 64 tokens" in text
+    assert read_json(check(say, out, "--json"), "rows")["rows"] == 6
+    again = check(say, file, "--drop", "--out", tmp_path / "b.parquet", "--model", "organism:routed", "--json")
+    assert [one["excess"] for one in read_json(again, "rows")["dropped"]] == [[7], [8], [9]]
+
+
 def test_errors_stay_one_line_and_keep_standard_output_empty(say: Say, tmp_path: Path) -> None:
     for verb in ("inspect", "verify", "report"):
         done = say(verb, tmp_path / "nowhere", "--json")

@@ -33,7 +33,7 @@ from gtqlora.contrasts import (
     load,
     save,
 )
-from gtqlora.contrasts.sources import LONGEST
+from gtqlora.contrasts.sources import LONGEST, ContrastProblems, Problem
 from gtqlora.contrasts.statistics import statistics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging.judge import Judgement, Messages, TextJudge, judge_of
@@ -251,6 +251,40 @@ def test_several_kinds_of_problem_come_together(tmp_path: Path) -> None:
     assert "row 2: chosen of a harmful row" in message
     assert "row 4: chosen of a benign row" in message
     assert "rows 1, 3: the same row" in message
+
+
+def cleaned(tmp_path: Path, rows: list[Any]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Return the numbers of rows that are kept, and those left out for each problem."""
+    dropped: list[Problem] = []
+    path = write(tmp_path, rows)
+    kept = load(path, ENGLISH, dropped=dropped)
+    with pytest.raises(ContrastProblems):
+        load(path, ENGLISH)
+    return [r.number for r in kept.rows], [one.excess for one in dropped]
+
+
+def test_rows_that_break_a_rule_can_be_left_out(tmp_path: Path) -> None:
+    good = [row("benign", "a"), row("harmful", "x")]
+    assert cleaned(tmp_path, [*good, "{", row(prompt=""), row("harmful", "y", chosen="Sure.")]) == (
+        [1, 2],
+        [(3,), (4,), (5,)],
+    )
+    assert cleaned(tmp_path, [*good, good[0], good[0]]) == ([1, 2], [(3, 4)])
+    third = row("benign", "b")
+    assert cleaned(tmp_path, [*good, row("lookalike", "A", rejected=NO), third]) == ([2, 4], [(1, 3)])
+    dropped: list[Problem] = []
+    with pytest.raises(ContrastError, match="no harmful rows"):
+        load(write(tmp_path, [good[0], row("harmful", "y", chosen="Sure.")]), ENGLISH, dropped=dropped)
+
+
+def test_what_leaks_between_splits_stays_held_out(tmp_path: Path) -> None:
+    rows = [row("benign", "a", pair_id="1", split="train"), row("harmful", "x", pair_id="1", split="heldout")]
+    rows += [
+        row("benign", "b", pair_id="2", split="train"),
+        row("lookalike", "c", twin="b", pair_id="3", split="validation"),
+    ]
+    rows += [row("benign", "d", pair_id="4", split="train")]
+    assert cleaned(tmp_path, rows) == ([2, 4, 5], [(1,), (3,)])
 
 
 # Sets that break the rules

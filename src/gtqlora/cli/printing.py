@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gtqlora.bitdelta.apply import Applied
     from gtqlora.bitdelta.compress import Compressed
     from gtqlora.bitdelta.llama_cpp import Adapted
+    from gtqlora.contrasts.sources import Problem
     from gtqlora.contrasts.statistics import Statistics
     from gtqlora.demo import Outcome
     from gtqlora.exports.provenance import Provenance
@@ -109,6 +110,16 @@ def show_contrast(found: Statistics, source: str) -> None:
     say(console, "the one-way rule holds in every row", "green")
     if found.floor.note:
         say(console, f"note: {found.floor.note}", accent=("note:", "yellow"))
+
+
+def show_dropped(dropped: Sequence[Problem]) -> None:
+    """Print which rows were left out of what was written, and why."""
+    console = open_console()
+    if dropped:
+        say(console, f"left out: {len({row for one in dropped for row in one.excess}):,} rows", "yellow")
+    for one in dropped:
+        rows = ", ".join(map(str, one.excess))
+        say(console, f"  row{'s' if len(one.excess) > 1 else ''} {rows}: {one.problem}")
 
 
 def show_diagnosis(found: Diagnosis) -> None:

@@ -10,21 +10,34 @@ from pathlib import Path
 
 from gtqlora.contrasts.one_way import check_row, judged_rows
 from gtqlora.contrasts.rows import KINDS, SPLITS, TOPICS, Contrast, Row, digest, prompt_key
-from gtqlora.contrasts.sources import Problems, a_completion, a_name, a_prompt, a_text, one_of, parsed, records
+from gtqlora.contrasts.sources import (
+    Problem,
+    Problems,
+    a_completion,
+    a_name,
+    a_prompt,
+    a_text,
+    one_of,
+    parsed,
+    records,
+)
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Judge, Messages
 from gtqlora.run import write_parquet
 
 
-def load(source: str | Path, judge: Judge) -> Contrast:
+def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = None) -> Contrast:
     """Load the rows of a file, a dataset folder or a hub dataset: TRL's preference form and `kind`.
 
     Optional columns are `pair_id` (by default a hash of the prompt), `twin`, `answer`, `split` (by default from a hash
     of the pair id), and `topic` (or `category`, or `source`), which says what rows have in common.
 
+    Args:
+        dropped: rows that break a rule are left out, and why is added here; without it nothing is loaded.
+
     Raises:
-        ContrastError: the source cannot be read, or rows break the schema, leak between splits or break the one-way
-            rule; up to ten problems are shown together, with row numbers and the fix.
+        ContrastError: the source cannot be read, rows break the schema, leak between splits or break the one-way
+            rule (up to ten problems are shown together, with row numbers and the fix), or a kind is missing.
     """
     name = str(source)
     problems = Problems(name)
@@ -42,10 +55,24 @@ def load(source: str | Path, judge: Judge) -> Contrast:
             rows.append(row)
         except ContrastError as error:
             problems.add([number], str(error))
-    _check_set(rows, problems)
-    problems.stop()
+    rows = _check_set(rows, problems) if dropped is None else _dropping(rows, problems, dropped)
     check_kinds(rows, name)
     return Contrast(source=name, rows=tuple(rows))
+
+
+def _dropping(rows: Sequence[Row], problems: Problems, dropped: list[Problem]) -> Sequence[Row]:
+    """Return the rows without those that break a rule; what one rule takes out may mend what another one finds."""
+    dropped += problems.found
+    for check in (_check_repeated, _check_one_kind, _check_leaks):
+        while True:
+            problems = Problems(problems.source)
+            check(rows, problems)
+            if not problems.found:
+                break
+            dropped += problems.found
+            excess = problems.excess
+            rows = [row for row in rows if row.number not in excess]
+    return rows
 
 
 def _parsed(number: int, raw: object, hub_split: str | None) -> tuple[int, Row | ContrastError]:
@@ -159,14 +186,31 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[li
     return (group for group in groups.values() if len(group) > 1)
 
 
-def _check_set(rows: Sequence[Row], problems: Problems) -> None:
+def _check_set(rows: Sequence[Row], problems: Problems) -> Sequence[Row]:
+    """Check the rows together, and stop if anything was found wrong with them."""
+    for check in (_check_repeated, _check_one_kind, _check_leaks):
+        check(rows, problems)
+    problems.stop()
+    return rows
+
+
+def _check_repeated(rows: Sequence[Row], problems: Problems) -> None:
     for group in repeated(rows):
-        problems.add(_numbers(group), "the same row more than once; keep one of them")
+        numbers = _numbers(group)
+        problems.add(numbers, "the same row more than once; keep one of them", excess=numbers[1:])
+
+
+def _check_one_kind(rows: Sequence[Row], problems: Problems) -> None:
     for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
         if len({row.kind for row in group}) > 1:
             problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
+
+
+def _check_leaks(rows: Sequence[Row], problems: Problems) -> None:
     for group, message in leaking(rows):
-        problems.add(_numbers(group), message)
+        # held-out rows are the rarest, and what a verdict hangs on
+        kept = max((row.split for row in group), key=SPLITS.index)
+        problems.add(_numbers(group), message, excess=[row.number for row in group if row.split != kept])
 
 
 def repeated(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -38,34 +38,63 @@ _DIGITS = 100
 _ROLES = ("system", "user", "assistant", "tool")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with some rows of a source.
+
+    Attributes:
+        rows: their numbers.
+        problem: what is wrong, and the fix.
+        excess: those of them without which nothing is wrong: all, unless one may stay.
+    """
+
+    rows: tuple[int, ...]
+    problem: str
+    excess: tuple[int, ...]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.rows) - _SHOWN} more" if len(self.rows) > _SHOWN else ""
+        return f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows[:_SHOWN]))}{more}: {self.problem}"
+
+
+class ContrastProblems(ContrastError):
+    """Rows have problems; the message shows the first ten, and `problems` has all."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        rest = len(problems) - _SHOWN
+        shown = [*map(str, problems[:_SHOWN]), *([f"and {rest} more"] if rest > 0 else [])]
+        message = f"{source}: {problems[0]}"
+        if len(problems) > 1:
+            message = "\n  ".join([f"{source}: {len(problems)} problems", *shown])
+        super().__init__(message)
+
+
 @dataclass
 class Problems:
     """Problems of one source, gathered so that the user mends them in one go."""
 
     source: str
-    found: list[str] = field(default_factory=list)
+    found: list[Problem] = field(default_factory=list[Problem])
 
-    def add(self, numbers: Sequence[int], problem: str) -> None:
-        """Add a problem of the rows with these numbers."""
-        self.found.append(f"{_rows(numbers)}: {problem}")
+    def add(self, numbers: Sequence[int], problem: str, *, excess: Sequence[int] | None = None) -> None:
+        """Add a problem of the rows with these numbers, all of which are in excess unless some are named."""
+        chosen = numbers if excess is None else excess
+        self.found.append(Problem(rows=tuple(numbers), problem=problem, excess=tuple(chosen)))
 
     def stop(self) -> None:
         """Stop if there are problems.
 
         Raises:
-            ContrastError: there are; the message shows the first ten.
+            ContrastProblems: there are.
         """
-        if len(self.found) == 1:
-            raise ContrastError(f"{self.source}: {self.found[0]}")
         if self.found:
-            rest = len(self.found) - _SHOWN
-            shown = self.found[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
-            raise ContrastError("\n  ".join([f"{self.source}: {len(self.found)} problems", *shown]))
+            raise ContrastProblems(self.source, self.found)
 
-
-def _rows(numbers: Sequence[int]) -> str:
-    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
+    @property
+    def excess(self) -> set[int]:
+        """Return the numbers of all rows that would have to go."""
+        return {number for problem in self.found for number in problem.excess}
 
 
 def records(source: str) -> Records:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gtqlora.config import VerifyConfig
-from gtqlora.contrasts.loading import leaking, repeated
+from gtqlora.contrasts.loading import check_kinds, leaking, repeated
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
-from gtqlora.contrasts.sources import Problems
+from gtqlora.contrasts.sources import Problem, Problems
 from gtqlora.contrasts.template import answered, rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError
 from gtqlora.judging.judge import Messages
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SUFFICIENT = 10
-"""After so many rows that a template refuses, the rest is left unread."""
+"""After so many rows that a template refuses, the rest is left unread: a broken one refuses every row alike."""
 # Put around a message to see whether the template shows a change to it.
 _OTHER = "something else"
 
@@ -173,17 +173,8 @@ def check_rendering(
         ContrastError: rows that the template refuses, leaves out in part, renders like others, or makes too long.
         ModelError: the template or the tokenizer is at fault.
     """
-    # A broken template refuses every row alike; the first ones say enough.
-    problems, found = Problems(contrast.source), list[_Rendered]()
-    for row in contrast.rows:
-        try:
-            found.append(_render(tokenizer, row))
-        except ContrastError as error:
-            problems.add([row.number], str(error))
-            if len(problems.found) >= _SUFFICIENT:
-                break
-    _check_lengths(found, max_length, problems)
-    _check_distinct(found, problems)
+    problems = Problems(contrast.source)
+    found = _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
     problems.stop()
     _check_vocabulary(found, tokenizer, vocabulary)
     _note_opened(found)
@@ -191,6 +182,45 @@ def check_rendering(
         "prompt_tokens": _summary([row.prompt_tokens for row in found]),
         "full_tokens": _summary([row.full_tokens for row in found]),
     }
+
+
+def without_misrendered(
+    contrast: Contrast, tokenizer: PreTrainedTokenizerBase, max_length: int | None, dropped: list[Problem]
+) -> Contrast:
+    """Return the rows that `check_rendering` takes; why others are left out is added to `dropped`.
+
+    Raises:
+        ContrastError: a kind is missing in what is left.
+        ModelError: as `check_rendering`.
+    """
+    problems = Problems(contrast.source)
+    _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=len(contrast.rows))
+    dropped += problems.found
+    excess = problems.excess
+    rows = tuple(row for row in contrast.rows if row.number not in excess)
+    check_kinds(rows, contrast.source)
+    return replace(contrast, rows=rows)
+
+
+def _rendered_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    problems: Problems,
+    *,
+    most: int,
+) -> list[_Rendered]:
+    found = list[_Rendered]()
+    for row in rows:
+        try:
+            found.append(_render(tokenizer, row))
+        except ContrastError as error:
+            problems.add([row.number], str(error))
+            if len(problems.found) >= most:
+                break
+    _check_lengths(found, max_length, problems)
+    _check_distinct(found, problems)
+    return found
 
 
 def _check_lengths(found: Sequence[_Rendered], max_length: int | None, problems: Problems) -> None:
