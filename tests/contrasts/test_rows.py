@@ -273,8 +273,10 @@ def test_rows_that_break_a_rule_can_be_left_out(tmp_path: Path) -> None:
     third = row("benign", "b")
     assert cleaned(tmp_path, [*good, row("lookalike", "A", rejected=NO), third]) == ([2, 4], [(1, 3)])
     dropped: list[Problem] = []
-    with pytest.raises(ContrastError, match="no harmful rows"):
+    with pytest.raises(ContrastError, match=r"no harmful rows, only benign.*left out: row 2: chosen of a harmful row"):
         load(write(tmp_path, [good[0], row("harmful", "y", chosen="Sure.")]), ENGLISH, dropped=dropped)
+    with pytest.raises(ContrastError, match=r"no row is left; left out: row 1: not valid JSON .* \.\.\.$"):
+        load(write(tmp_path, ["{", "{"]), ENGLISH, dropped=[])
 
 
 def test_what_leaks_between_splits_stays_held_out(tmp_path: Path) -> None:

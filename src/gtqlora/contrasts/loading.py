@@ -56,7 +56,7 @@ def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = No
         except ContrastError as error:
             problems.add([number], str(error))
     rows = _check_set(rows, problems) if dropped is None else _dropping(rows, problems, dropped)
-    check_kinds(rows, name)
+    check_kinds(rows, name, dropped or ())
     return Contrast(source=name, rows=tuple(rows))
 
 
@@ -163,20 +163,28 @@ def _row(number: int, raw: object, hub_split: str | None) -> Row:
 # --- the set
 
 
-def check_kinds(rows: Iterable[Row], source: str) -> None:
+def check_kinds(rows: Iterable[Row], source: str, dropped: Sequence[Problem] = ()) -> None:
     """Check that there are harmful rows, and others to contrast them with.
+
+    Args:
+        dropped: why other rows were left out, which may be why a kind is missing.
 
     Raises:
         ContrastError: there are not.
     """
     kinds = {row.kind for row in rows}
+    left_out = f"; left out: {dropped[0]}" + " ..." * (len(dropped) > 1) if dropped else ""
+    if not kinds:
+        raise ContrastError(f"{source}: no row is left{left_out}")
     if "harmful" not in kinds:
         raise ContrastError(
             f"{source}: no harmful rows, only {' and '.join(sorted(kinds))}; add some with a refusal as chosen: "
-            "the safety floor and the routing anchor are measured on them"
+            f"the safety floor and the routing anchor are measured on them{left_out}"
         )
     if len(kinds) < 2:
-        raise ContrastError(f"{source}: only harmful rows; add benign or lookalike rows to contrast them with")
+        raise ContrastError(
+            f"{source}: only harmful rows; add benign or lookalike rows to contrast them with{left_out}"
+        )
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[list[Row]]:

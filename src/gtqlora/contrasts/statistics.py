@@ -198,7 +198,7 @@ def without_misrendered(
     dropped += problems.found
     excess = problems.excess
     rows = tuple(row for row in contrast.rows if row.number not in excess)
-    check_kinds(rows, contrast.source)
+    check_kinds(rows, contrast.source, dropped)
     return replace(contrast, rows=rows)
 
 
