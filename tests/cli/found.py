@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from gtqlora.contrasts.statistics import Lengths, Reach, Statistics
+from gtqlora.contrasts.statistics import Lengths, Reach, Statistics, Twins
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.adapter import Candidate, LogitsMoved
@@ -48,6 +48,7 @@ def statistics() -> Statistics:
         pairs=1801850, with_twin=1700001, unique_prompts=3599999, duplicates=0,
         leaks=0, floor=Reach(prompts=98, groups=17, fewest=150, reachable=False, note="98 prompts in 17 topics"),
         prompt_tokens=lengths, full_tokens=lengths,
+        twins={"train": {"lookalike": Twins(rows=1234567, with_twin=765432, swappable=543210)}},
     )  # fmt: skip
 
 

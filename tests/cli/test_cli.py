@@ -124,6 +124,16 @@ def test_contrast_check_counts(say: Say, tmp_path: Path) -> None:
     assert (tmp_path / "c.parquet").is_file()
 
 
+def test_contrast_check_says_where_pairs_are_too_few_to_interchange(say: Say, tmp_path: Path) -> None:
+    file = helpers.write_rows(tmp_path / "pairs.jsonl", ROWS)
+    _, out, _ = check(say, file, "--model", "organism:routed")
+    words = " ".join(out.split())
+    assert (
+        "note: diagnose reads the validation split, where 0 lookalike and 0 harmful pairs can be interchanged" in words
+    )
+    assert "a verdict needs 30 of a kind. All splits have 2 lookalike and 2 harmful (--set split=all)" in words
+
+
 # --- bad pairs -------------------------------------------------------------------------------------------------------
 
 ROWS = helpers.toy_rows({("train", kind): 2 for kind in ("benign", "lookalike", "harmful")})

@@ -45,6 +45,7 @@ def sheets(kimi: Inspection) -> list[Sheet]:
     return [
         tables.parts(kimi),
         tables.rows_by_split(found.statistics(), "pairs.jsonl: 3,603,701 rows"),
+        tables.twins(found.statistics().twins or {}),
         tables.interventions(diagnosis),
         *map(tables.components, diagnosis.kinds),
         tables.experts(diagnosis),

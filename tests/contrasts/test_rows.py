@@ -34,7 +34,7 @@ from gtqlora.contrasts import (
     save,
 )
 from gtqlora.contrasts.sources import LONGEST, ContrastProblems, Problem
-from gtqlora.contrasts.statistics import statistics
+from gtqlora.contrasts.statistics import Twins, statistics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging.judge import Judgement, Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
@@ -817,6 +817,25 @@ def test_token_lengths(tmp_path: Path) -> None:
     # <user> + words + <assistant>, then the longer completion (8 words, 3 words) + <eos>
     assert dataclasses.astuple(found.prompt_tokens) == (4, 5.0, 6, 6)
     assert dataclasses.astuple(found.full_tokens) == (10, 11.5, 13, 13)
+
+
+def test_twins_that_can_be_interchanged_are_counted(tmp_path: Path) -> None:
+    """Own twins and benign rows of the pair, in every split; those of another length and rows without one are not."""
+    words = Language().fillers
+    a, b, c, d = (" ".join(words[i : i + 3]) for i in range(4))
+    rows = [
+        row("benign", a, pair_id="1", split="train"),
+        row("lookalike", b, pair_id="1", split="train"),
+        row("lookalike", f"{c} {words[9]}", pair_id="1", split="train"),
+        row("harmful", c, twin=d, split="validation"),
+        row("harmful", d, twin=words[0], split="validation"),
+        row("harmful", words[7], split="validation"),
+    ]
+    found = statistics(load(write(tmp_path, rows), ENGLISH), TOKENIZER).twins
+    assert found == {
+        "train": {"lookalike": Twins(rows=2, with_twin=2, swappable=1)},
+        "validation": {"harmful": Twins(rows=3, with_twin=2, swappable=1)},
+    }
 
 
 def test_rows_over_max_length_are_named(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gtqlora.bitdelta.compress import Compressed
     from gtqlora.bitdelta.llama_cpp import Adapted
     from gtqlora.contrasts.sources import Problem
-    from gtqlora.contrasts.statistics import Statistics
+    from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Outcome
     from gtqlora.exports.provenance import Provenance
     from gtqlora.results.diagnosis import Diagnosis
@@ -106,10 +106,38 @@ def show_contrast(found: Statistics, source: str) -> None:
         if lengths:
             span = f"{lengths.minimum:,} to {lengths.maximum:,}, median {lengths.median:,g}, 95 % {lengths.p95:,}"
             say(console, f"tokens, {name}: {span}")
+    if found.twins:
+        draw(console, tables.twins(found.twins))
     say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
     say(console, "the one-way rule holds in every row", "green")
     if found.floor.note:
         say(console, f"note: {found.floor.note}", accent=("note:", "yellow"))
+    if found.twins and (lacking := _too_few(found.twins)):
+        say(console, f"note: {lacking}", accent=("note:", "yellow"))
+
+
+def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
+    """Say where a diagnosis would not find enough pairs to interchange; "" if it does."""
+    from gtqlora.config import DiagnoseConfig
+    from gtqlora.results.diagnosis import FLAGGED_KINDS, MIN_PAIRS
+
+    def count(*splits: str) -> dict[str, int]:
+        found = {
+            kind: [twins[split][kind] for split in splits if kind in twins.get(split, {})] for kind in FLAGGED_KINDS
+        }
+        return {kind: sum(one.swappable for one in each) for kind, each in found.items() if kind in kinds}
+
+    kinds = {kind for each in twins.values() for kind in each}
+    few = {kind: n for kind, n in count(DiagnoseConfig.split).items() if n < MIN_PAIRS}
+    if not few:
+        return ""
+    have = " and ".join(f"{n:,} {kind}" for kind, n in few.items())
+    everywhere = count(*twins)
+    more = " and ".join(f"{everywhere[kind]:,} {kind}" for kind in few)
+    return (
+        f"diagnose reads the {DiagnoseConfig.split} split, where {have} pairs can be interchanged; a verdict needs "
+        f"{MIN_PAIRS} of a kind. All splits have {more} (--set split=all); a twin needs as many tokens as its prompt"
+    )
 
 
 def show_dropped(dropped: Sequence[Problem]) -> None:

@@ -8,7 +8,9 @@ from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
 
 if TYPE_CHECKING:
-    from gtqlora.contrasts.statistics import Statistics
+    from collections.abc import Mapping
+
+    from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
@@ -42,6 +44,16 @@ def rows_by_split(found: Statistics, title: str) -> Sheet:
     """Return how many rows of each kind every split of a contrast set has."""
     rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in KINDS)) for split, counts in found.counts.items()]
     return Sheet(title=title, columns=("split", *KINDS.values()), rows=rows)
+
+
+def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
+    """Return how many flagged rows of each split a diagnosis can interchange with their twins."""
+    rows = [
+        (split, KINDS[kind], f"{one.rows:,}", f"{one.with_twin:,}", f"{one.swappable:,}")
+        for split, kinds in found.items()
+        for kind, one in kinds.items()
+    ]
+    return Sheet(title="Twins", columns=("split", "kind", "rows", "with a twin", "of as many tokens"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:
@@ -244,6 +256,7 @@ __all__ = [
     "mediation",
     "parts",
     "rows_by_split",
+    "twins",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +40,21 @@ class Lengths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Flagged rows of one kind in one split.
+
+    Attributes:
+        rows: how many there are.
+        with_twin: those that have a twin, their own or the benign row of their pair.
+        swappable: those whose twin has as many tokens, so that the routing of the two can be interchanged.
+    """
+
+    rows: int
+    with_twin: int
+    swappable: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reach:
     """Whether the held-out harmful prompts can carry the safety floor at all, at its default margin and level.
 
@@ -69,6 +85,7 @@ class Statistics:
         floor: whether the held-out harmful prompts can carry the safety floor.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
+        twins: flagged rows by split, then by kind, and how many of them a diagnosis can interchange with their twins.
     """
 
     rows: int
@@ -83,6 +100,16 @@ class Statistics:
     floor: Reach
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
+    twins: dict[str, dict[str, Twins]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """What a set is after the chat template; the attributes are those of `Statistics`."""
+
+    prompt_tokens: Lengths
+    full_tokens: Lengths
+    twins: dict[str, dict[str, Twins]]
 
 
 def _summary(lengths: Sequence[int]) -> Lengths:
@@ -101,6 +128,8 @@ class _Rendered:
 
     Attributes:
         opened: what the generation prompt opens and conversations lack, such as a thought; mostly "".
+        own_tokens, twin_tokens: tokens of the prompt, and of the row's own twin if it has one.
+        prompt_tokens: tokens of the longer of the two.
         full_tokens: tokens of prompt and longer completion.
         largest: largest token id.
     """
@@ -108,9 +137,15 @@ class _Rendered:
     row: Row
     prompt: str
     opened: str
-    prompt_tokens: int
+    own_tokens: int
+    twin_tokens: int | None
     full_tokens: int
     largest: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of the longest prompt that the row brings."""
+        return max(self.own_tokens, self.twin_tokens or 0)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
@@ -134,7 +169,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
         row=row,
         prompt=prompts[0],
         opened=texts[0].opened,
-        prompt_tokens=max(map(len, encoded)),
+        own_tokens=len(encoded[0]),
+        twin_tokens=len(encoded[1]) if len(encoded) > 1 else None,
         full_tokens=max(map(len, fulls)),
         largest=max(max(ids, default=0) for ids in (*encoded, *fulls)),
     )
@@ -160,7 +196,7 @@ def check_rendering(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     vocabulary: int | None = None,
-) -> dict[str, Lengths]:
+) -> Rendering:
     """Check every row as the model reads it: nothing left out, within context and embedding; return lengths in tokens.
 
     Every stage that reads pairs calls it, so that what `contrast check` refuses no other stage takes.
@@ -178,10 +214,24 @@ def check_rendering(
     problems.stop()
     _check_vocabulary(found, tokenizer, vocabulary)
     _note_opened(found)
-    return {
-        "prompt_tokens": _summary([row.prompt_tokens for row in found]),
-        "full_tokens": _summary([row.full_tokens for row in found]),
-    }
+    return Rendering(
+        prompt_tokens=_summary([row.prompt_tokens for row in found]),
+        full_tokens=_summary([row.full_tokens for row in found]),
+        twins=_twins(contrast, found),
+    )
+
+
+def _twins(contrast: Contrast, found: Sequence[_Rendered]) -> dict[str, dict[str, Twins]]:
+    # The twin that is no row's own is the prompt of another row.
+    lengths = {prompt_key(one.row.prompt): one.own_tokens for one in found}
+    counts: dict[str, dict[str, Twins]] = {split: {} for split in SPLITS}
+    for split, kind in product(SPLITS, ("lookalike", "harmful")):
+        ours = [one for one in found if (one.row.split, one.row.kind) == (split, kind)]
+        twins = [(one, twin) for one in ours if (twin := contrast.twin_of(one.row)) is not None]
+        alike = (one.own_tokens == (one.twin_tokens or lengths.get(prompt_key(twin))) for one, twin in twins)
+        if ours:
+            counts[split][kind] = Twins(rows=len(ours), with_twin=len(twins), swappable=sum(alike))
+    return {split: kinds for split, kinds in counts.items() if kinds}
 
 
 def without_misrendered(
@@ -310,5 +360,5 @@ def statistics(
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),
-        **(check_rendering(contrast, tokenizer, max_length, vocabulary) if tokenizer is not None else {}),
+        **({} if tokenizer is None else vars(check_rendering(contrast, tokenizer, max_length, vocabulary))),
     )
