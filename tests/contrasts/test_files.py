@@ -102,7 +102,12 @@ def test_bare_texts(tmp_path: Path) -> None:
         ("a.json", '[{"prompt": "a", "prompt": "b"}]', "row 1: the key 'prompt' stands twice"),
         ("a.json", '[{"pair_id": ' + "9" * 5000 + "}]", "row 1: a number has 5000 digits"),
         ("a.json", "[" * 100_000, "element 1 of the array is not valid JSON"),
-        ("a.json", json.dumps({"rows": ROWS}, indent=1), "problems"),
+        ("a.json", json.dumps({"rows": ROWS}, indent=1), r"one object over many lines.*lists in the object: 'rows'"),
+        ("a.json", json.dumps(ROWS[0], indent=1), r"one object over many lines.*lists in the object: none"),
+        ("a.jsonl", json.dumps(ROWS, indent=1), "a JSON array over many lines; let the name end in .json"),
+        ("a.jsonl", json.dumps(ROWS[0], indent=1), "one object over many lines"),
+        ("a.csv", "kind;prompt\nbenign;a\n", "separated by ';'; save it with commas"),
+        ("a.csv", "kind\tprompt\nbenign\ta\n", r"separated by '\\t'; save it with commas, or tabs as .tsv"),
     ],
 )
 def test_what_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, pattern: str) -> None:
@@ -195,7 +200,7 @@ def test_a_configuration_of_a_dataset(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "README.md").write_text(card + "---\n")
     found = load(f"{folder}:hard@harmful", ENGLISH)
     assert all(r.prompt[0]["content"].startswith("hard ") for r in found.rows)
-    with pytest.raises(ContrastError, match=r"Config name is missing|plain"):
+    with pytest.raises(ContrastError, match=r"Config name is missing.*\['plain', 'hard'\]"):
         load(str(folder), ENGLISH)
     with pytest.raises(ContrastError, match="cannot be loaded"):
         load(f"{folder}:none@harmful", ENGLISH)

@@ -57,6 +57,7 @@ def _lines(source: str, path: Path) -> Iterator[tuple[int, bytes]]:
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ContrastError(f"{source}: UTF-16, not UTF-8; save it as UTF-8")
+    _check_lines(source, data)
     # Split bytes, not text: str.splitlines also breaks at U+2028, which JSON strings may hold.
     lines = enumerate(data.split(b"\n"), start=1)
     return ((number, line) for number, line in lines if line.strip() not in (b"", b"\xef\xbb\xbf"))
@@ -64,9 +65,27 @@ def _lines(source: str, path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _json(source: str, path: Path) -> Iterator[tuple[int, bytes | Mapping[str, object]]]:
     """Return what stands in a `.json` file, which has one array, or one object per line."""
-    if path.read_bytes()[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-        return _lines(source, path)
-    return iter(list(enumerate(_elements(source, _text(source, path.read_bytes())), start=1)))
+    data = path.read_bytes()
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        return iter(list(enumerate(_elements(source, _text(source, data)), start=1)))
+    return _lines(source, path)
+
+
+def _check_lines(source: str, data: bytes) -> None:
+    """Check that a file is not one array or object over many lines, each of which would be called wrong."""
+    if b"\n" not in data.strip():
+        return
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(found, list):
+        raise ContrastError(f"{source}: a JSON array over many lines; let the name end in .json")
+    lists = ", ".join(repr(key) for key, value in found.items() if isinstance(value, list)) or "none"
+    raise ContrastError(
+        f"{source}: one object over many lines; a .json file holds an array of rows, or a row per line (lists in the "
+        f"object: {lists})"
+    )
 
 
 def _elements(source: str, text: str) -> Iterator[bytes | Mapping[str, object]]:
@@ -140,6 +159,8 @@ def _cell(source: str, number: int, text: str) -> object:
 
 def _check_header(source: str, names: list[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise ContrastError(f"{source}: its columns are separated by {other!r}; save it with commas, or tabs as .tsv")
     if not names or "" in names or twice:
         fault = f"has the column {twice[0]!r} twice" if twice else "does not name every column"
         raise ContrastError(f"{source}: the first line {fault}; a CSV file begins with the names of its columns")

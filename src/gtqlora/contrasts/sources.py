@@ -133,7 +133,9 @@ def _dataset_records(source: str, name: str, config: str | None, split: str | No
             return _saved_records(source, Path(name), split)
         data: Any = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ContrastError(f"{source}: the dataset cannot be loaded ({first_line(error)}); {_SOURCES}") from error
+        # where a configuration must be named, the second line has their names
+        what = " ".join(str(error).splitlines()[:2]) if "Config name is missing" in str(error) else first_line(error)
+        raise ContrastError(f"{source}: the dataset cannot be loaded ({what}); {_SOURCES}") from error
     # Without a split the library gives all of them by name.
     return _by_split(source, {split: data} if split else dict(data))
 
