@@ -82,6 +82,7 @@ def test_bare_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [
+        ("a.csv", table([row("benign", '[{"role": "user", "role": "user"}]')]), "the key 'role' stands twice"),
         ("a.csv", "", "does not name every column"),
         ("a.csv", "prompt,,kind\n", "does not name every column"),
         ("a.csv", "prompt,kind,prompt\n", "has the column 'prompt' twice"),

@@ -680,6 +680,13 @@ def test_a_dataset_folder_keeps_its_splits(hub_cache: Path) -> None:
         load(f"{hub_cache}:nope", ENGLISH)
 
 
+def test_a_folder_whose_name_holds_a_colon(hub_cache: Path) -> None:
+    folder = hub_cache.rename(hub_cache.with_name("a:b@c"))
+    write(folder, pair(0), "train.jsonl")
+    write(folder, pair(1), "test.jsonl")
+    assert {r.pair_id for r in load(f"{folder}:test", ENGLISH).rows} == {"p1"}
+
+
 def test_a_lone_dataset_split_is_divided_by_pair(hub_cache: Path) -> None:
     rows = [r for n in range(40) for r in pair(n)]
     write(hub_cache, rows, "train.jsonl")

@@ -23,6 +23,8 @@ LONGEST = 1_000_000
 Records = Iterator[tuple[int, Any, str | None]]
 """Each row's number, what stands there (bytes of JSON, or an object), and its split where the source has some."""
 
+# Python refuses to read integers of more than some thousand digits, with an error that names no row.
+_DIGITS = 100
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -51,6 +53,31 @@ def _text(source: str, data: bytes) -> str:
 
 
 # --- JSON
+
+
+def decoded(text: str) -> object:
+    """Return what JSON says.
+
+    Raises:
+        ContrastError: an object names a key twice, or a number has too many digits.
+        ValueError, RecursionError: it is not JSON, or nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object whose keys all differ."""
+    # Of two equal keys the checks would see one, and another reader of the file might take the other.
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ContrastError(f"the key {twice[0]!r} stands twice in one object; keep one")
+    return dict(pairs)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ContrastError(f"a number has {len(digits)} digits, more than {_DIGITS}; write it as text, in quotes")
+    return int(digits)
 
 
 def _lines(source: str, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -149,7 +176,9 @@ def _cell(source: str, number: int, text: str) -> object:
     if not re.match(r"""\[\s*\{\s*["'](role|content)["']\s*:""", text):
         return text
     try:
-        return json.loads(text)
+        return decoded(text)
+    except ContrastError as error:
+        raise ContrastError(f"{source}: row {number}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ContrastError(
             f"{source}: row {number} holds messages that are not valid JSON ({error}); "

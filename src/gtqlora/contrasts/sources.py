@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, file_records
+from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, decoded, file_records
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message, Messages
 from gtqlora.storage.contents import first_line
@@ -27,14 +26,11 @@ _SOURCES = (
     f"give a file ({', '.join(ENDINGS)}), a dataset folder, or a hub id such as org/name, org/name:split or "
     "org/name:config@split"
 )
-# A hub id or a folder, then a split, or the name of a configuration and a split.
-_NAMED = re.compile(r"(?P<name>[^:]+)(?::(?P<config>\w[\w.-]*)@(?P<both>\w[\w.-]*)|:(?P<split>\w[\w.-]*))?")
+# A hub id or a folder, whose own name may hold colons, then a split, or the name of a configuration and a split.
+_NAMED = re.compile(r"(?P<name>.+?)(?::(?P<config>\w[\w.-]*)@(?P<both>\w[\w.-]*)|:(?P<split>\w[\w.-]*))?")
 
 # Problems, and row numbers of one problem, that a message shows.
 _SHOWN = 10
-# Python refuses to read integers of more than some thousand digits, with an error that names no row.
-_DIGITS = 100
-
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -226,27 +222,12 @@ def parsed(raw: object) -> Mapping[str, object]:
     """
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once, parse_int=_integer)
+            raw = decoded(raw.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ContrastError(f"not valid JSON ({error}); write one JSON object per line") from error
     if not isinstance(raw, Mapping):
         raise ContrastError(f"a {type(raw).__name__}, not a JSON object; write one JSON object per line")
     return raw
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object whose keys all differ."""
-    # Of two equal keys the checks would see one, and another reader of the file might take the other.
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ContrastError(f"the key {twice[0]!r} stands twice in one object; keep one")
-    return dict(pairs)
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _DIGITS:
-        raise ContrastError(f"a number has {len(digits)} digits, more than {_DIGITS}; write it as text, in quotes")
-    return int(digits)
 
 
 def a_text(name: str, value: object) -> str:
