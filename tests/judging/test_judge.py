@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gtqlora.errors import ConfigError
@@ -184,6 +184,7 @@ def test_a_phrase_of_nothing_visible_is_none() -> None:
         says("string:" + "\ufdfa" * 30)  # one character, eighteen when written out
 
 
+@example("\u2034")  # a triple prime
 @given(st.text(max_size=60))
 def test_folding_folds_once(text: str) -> None:
     assert flat(flat(text)) == flat(text)

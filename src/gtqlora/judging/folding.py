@@ -71,7 +71,8 @@ def fold(text: str) -> str:
     Both sides of a comparison must be folded: words of other scripts come out in mixed letters.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
+        # after the normalization, too: a triple prime becomes three primes
+        text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
         text = _MARKED.sub(r"\1", unicodedata.normalize("NFKD", text))
         text = unicodedata.normalize("NFC", text)
