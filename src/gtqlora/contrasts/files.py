@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,13 @@ def decoded(text: str) -> object:
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object whose keys all differ."""
     # Of two equal keys the checks would see one, and another reader of the file might take the other.
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
+    if twice := _twice(name for name, _ in pairs):
         raise ContrastError(f"the key {twice[0]!r} stands twice in one object; keep one")
     return dict(pairs)
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _integer(digits: str) -> int:
@@ -81,7 +84,10 @@ def _integer(digits: str) -> int:
 
 
 def _lines(source: str, path: Path) -> Iterator[tuple[int, bytes]]:
-    data = path.read_bytes()
+    return _rows_of(source, path.read_bytes())
+
+
+def _rows_of(source: str, data: bytes) -> Iterator[tuple[int, bytes]]:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ContrastError(f"{source}: UTF-16, not UTF-8; save it as UTF-8")
     _check_lines(source, data)
@@ -94,8 +100,8 @@ def _json(source: str, path: Path) -> Iterator[tuple[int, bytes | Mapping[str, o
     """Return what stands in a `.json` file, which has one array, or one object per line."""
     data = path.read_bytes()
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        return iter(list(enumerate(_elements(source, _text(source, data)), start=1)))
-    return _lines(source, path)
+        return enumerate(_elements(source, _text(source, data)), start=1)
+    return _rows_of(source, data)
 
 
 def _check_lines(source: str, data: bytes) -> None:
@@ -147,7 +153,7 @@ def _csv(delimiter: str) -> Callable[[str, Path], Iterator[tuple[int, Mapping[st
         lines = io.StringIO(_text(source, path.read_bytes()), newline="")
         # The library's own limit, 128 KiB, is for the whole process, and below what a text may have here.
         csv.field_size_limit(LONGEST)
-        return iter(list(_csv_rows(source, csv.reader(lines, delimiter=delimiter, strict=True))))
+        return _csv_rows(source, csv.reader(lines, delimiter=delimiter, strict=True))
 
     return read
 
@@ -187,7 +193,7 @@ def _cell(source: str, number: int, text: str) -> object:
 
 
 def _check_header(source: str, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    twice = _twice(names)
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
         raise ContrastError(f"{source}: its columns are separated by {other!r}; save it with commas, or tabs as .tsv")
     if not names or "" in names or twice:
@@ -203,8 +209,7 @@ def _texts(source: str, path: Path) -> Iterator[tuple[int, Mapping[str, object]]
 def _parquet(source: str, path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with pq.ParquetFile(path) as file:
         table = file.read()
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if twice:
+    if twice := _twice(table.column_names):
         raise ContrastError(f"{source}: the column {twice[0]!r} stands twice, so one would hide the other; keep one")
     columns = [_values(source, name, table.column(name)) for name in table.column_names]
     rows = (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
