@@ -37,18 +37,29 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
+from gtqlora.config.judges import kind_of
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
+from gtqlora.judging.messages import Message, Messages
 from gtqlora.judging.thoughts import final
 from gtqlora.storage.contents import fingerprint, first_line
 
-Message = dict[str, str]
-"""A message of a conversation: its `role` and its `content`."""
-Messages = tuple[Message, ...]
-"""A prompt: messages up to where the assistant answers."""
+__all__ = [
+    "MOST_AT_ONCE",
+    "Comparing",
+    "Judge",
+    "Message",
+    "Messages",
+    "NamedJudge",
+    "TextJudge",
+    "judge_of",
+    "labels",
+    "refusals",
+    "same",
+]
 
 MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
@@ -121,8 +132,32 @@ class NamedJudge:
 
     @property
     def is_code(self) -> bool:
-        """Tell whether it is the user's own code, and not phrases."""
+        """Tell whether it is the user's own code, and neither phrases nor a model."""
         return is_code(self.name)
+
+    @property
+    def by_phrases(self) -> bool:
+        """Tell whether it looks for phrases, so that it can be asked about pieces of text of any length."""
+        return kind_of(self.name) == "string"
+
+    @property
+    def objects_only(self) -> bool:
+        """Tell whether it finds answers that should not have been given, and has no opinion of any other."""
+        return bool(getattr(_told(self.judge), "objects_only", False))
+
+    @property
+    def judges(self) -> tuple[NamedJudge, ...]:
+        """Return the judges that are asked: itself, or both of a pair."""
+        return (self,)
+
+    def labels_by(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[tuple[Label, ...]]:
+        """Return what each of the judges that are asked says of each answer."""
+        return [(judgement.label,) for judgement in self(prompts, answers)]
+
+    def joint(self, said: Sequence[Label]) -> Label:
+        """Return what the judges that are asked say together of one answer."""
+        (label,) = said
+        return label
 
     @property
     def comparing(self) -> Comparing | None:
