@@ -91,10 +91,9 @@ def test_the_second_judge_is_a_setting(tmp_path: Path) -> None:
 def test_a_recipe_names_neither_code_nor_a_server_elsewhere(tmp_path: Path, judge: str, key: str) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'[verify]\n{key} = "{judge}"\n')
-    given = {"model": "m", "contrast": "c"}
     with pytest.raises(ConfigError, match=f"only if this call says so; .*--set {key}={judge}"):
-        build(VerifyConfig, file=recipe, **given)
-    found = build(VerifyConfig, overrides=[f"{key}={judge}"], **given)
+        build(VerifyConfig, file=recipe, model="m", contrast="c")
+    found = build(VerifyConfig, overrides=[f"{key}={judge}"], model="m", contrast="c")
     assert getattr(found, key) == judge
 
 

@@ -43,8 +43,8 @@ class JudgePair(NamedJudge):
         One that only objects has no part in it where it does not.
         """
         told = zip(self.judges, said, strict=True)
-        opinions = {label for judge, label in told if label != UNDECIDED or not judge.objects_only}
-        return opinions.pop() if len(opinions) == 1 else UNDECIDED
+        opinions: set[Label] = {label for judge, label in told if label != UNDECIDED or not judge.objects_only}
+        return next(iter(opinions)) if len(opinions) == 1 else UNDECIDED
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Return what both say of every answer.
