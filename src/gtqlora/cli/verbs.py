@@ -32,6 +32,7 @@ from gtqlora.cli.settings import (
     embedded_model,
     existing_run,
     judge_of_verdict,
+    judges_in,
     named_judge,
     same_prompts,
     say_what_judges,
@@ -149,7 +150,8 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
     with _opened(path) as run:
         # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
-        trust.remember(path, config.judge)
+        for judge in judges_in(config):
+            trust.remember(path, judge)
         return stage(config, run, again=again)
 
 
@@ -230,7 +232,8 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
-        trust.remember(run, config.judge)
+        for judge in judges_in(config):
+            trust.remember(run, judge)
         found = stage(config, held, again=options.again)
         made = read_info(held.require("adapter", "train")).details
     if options.as_json:
