@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gtqlora.exports.provenance import Provenance
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.export import FormVerdict
-    from gtqlora.results.verdict import Verdict
+    from gtqlora.results.verdict import Agreement, Verdict
     from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
@@ -212,12 +212,22 @@ def show_verdict(found: Verdict) -> None:
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
+    if found.agreement:
+        _show_agreement(console, found.agreement)
     _show_losses(console, found)
     floor = found.floor
     shown = (floor.verdict, tables.floor_style(floor.verdict))
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
     if found.wrapped:
         _show_wrapped(console, found.wrapped)
+
+
+def _show_agreement(console: Console, found: Agreement) -> None:
+    """Print how often two judges agree, and on which harmful rows they do not."""
+    say(console, f"both judges say the same: {interval(found.before)} before, {interval(found.after)} after")
+    if found.differ:
+        shown = ", ".join(map(str, found.differ[:20])) + (" ..." if len(found.differ) > 20 else "")
+        say(console, f"they differ on {len(found.differ):,} harmful prompts, which are undecided: rows {shown}")
 
 
 def _show_wrapped(console: Console, found: WrappedFloor) -> None:

@@ -218,8 +218,16 @@ def project(model: Model, *, run: RunDir, options: StageOptions = NO_OPTIONS) ->
         printing.show_projected(found)
 
 
-def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
-    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation.
+def verify(
+    run: MadeRun,
+    *,
+    rejudge: Annotated[
+        bool,
+        Parameter(help="Judge the texts of the last verdict anew, e.g. by another judge; no decoding.", negative=()),
+    ] = False,
+    options: StageOptions = NO_OPTIONS,
+) -> int:
+    """Prove it: before and after on held-out prompts, the safety floors, drift, mediation.
 
     Pairs, judge and expert format are those that the edit was trained with, unless an option names others.
     """
@@ -234,7 +242,7 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
         for judge in judges_in(config):
             trust.remember(run, judge)
-        found = stage(config, held, again=options.again)
+        found = stage(config, held, again=options.again, rejudge=rejudge)
         made = read_info(held.require("adapter", "train")).details
     if options.as_json:
         printing.show_json(found)

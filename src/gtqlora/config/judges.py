@@ -31,7 +31,8 @@ def is_loopback(url: str) -> bool:
         host = urlsplit(url).hostname
     except ValueError:
         return False
-    return host in ("localhost", "::1") or ((host or "").startswith("127.") and host.replace(".", "").isdigit())
+    host = host or ""
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def must_be_named(judge: str) -> bool:

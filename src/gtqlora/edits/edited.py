@@ -181,6 +181,7 @@ class Edited:
     """
 
     def __init__(self, subject: Subject, adapter: Adapter, *, shipped: str | None = None) -> None:
+        self.digest = adapter.digest
         self.info, family = adapter.info, subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")
