@@ -167,8 +167,13 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int) -> Decoded:
+def decode(
+    subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int, begun: Tokens = ()
+) -> Decoded:
     """Complete a batch of prompts greedily under a change.
+
+    Args:
+        begun: the last tokens of every prompt, where they are part of the answer and so of its text.
 
     Raises:
         ModelError: the logits hold NaN.
@@ -195,7 +200,7 @@ def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, 
         step_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
     tokens = _cut(torch.stack(out, 1), stops)
-    texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = subject.tokenizer.batch_decode([[*begun, *ids] for ids in tokens], skip_special_tokens=True)
     return Decoded([text.strip() for text in texts], tokens, logits[0], done_B.tolist())
 
 
@@ -280,6 +285,7 @@ class Runner:
         *,
         label: str | None,
         prompts: Sequence[Tokens] | None = None,
+        begun: Tokens = (),
         readout: Sequence[int] = (),
     ) -> list[Answer]:
         """Complete every row's prompt under a change and have it judged, in batches of like length.
@@ -287,12 +293,13 @@ class Runner:
         Args:
             label: shown as progress; None: whoever asks shows its own.
             prompts: the rows' prompts in tokens, where they are at hand.
+            begun: what their answers have said already at the end of `prompts`.
             readout: tokens whose log-odds as the first token are wanted.
         """
         tokens, found = self.encoded(rows) if prompts is None else prompts, dict[int, Answer]()
         for chosen in _shown(by_length(tokens, self.batch_size), label):
             batch = [tokens[i] for i in chosen]
-            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens)
+            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens, begun=begun)
             found.update(zip(chosen, self._judged([rows[i] for i in chosen], decoded, readout), strict=True))
         return [found[i] for i in range(len(rows))]
 

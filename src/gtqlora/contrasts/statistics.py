@@ -14,7 +14,8 @@ from gtqlora.config import VerifyConfig
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problem, Problems
-from gtqlora.contrasts.template import answered, rendered, tokens
+from gtqlora.contrasts.prompting import Prompting, prompting_of
+from gtqlora.contrasts.template import all_answered, rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError
 from gtqlora.judging.judge import Messages
 from gtqlora.progress import note
@@ -158,7 +159,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
     prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
     for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
         _check_kept(tokenizer, messages or (), text)
-    texts = [answered(tokenizer, row.prompt, prompts[0], answer) for answer in (row.chosen, row.rejected)]
+    texts = all_answered(tokenizer, row.prompt, prompts[0], (row.chosen, row.rejected))
     if texts[0].full == texts[1].full:
         raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
     encoded = [tokens(tokenizer, text) for text in prompts]
@@ -213,7 +214,7 @@ def check_rendering(
     found = _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
     problems.stop()
     _check_vocabulary(found, tokenizer, vocabulary)
-    _note_opened(found)
+    _note_beginning(found, tokenizer)
     return Rendering(
         prompt_tokens=_summary([row.prompt_tokens for row in found]),
         full_tokens=_summary([row.full_tokens for row in found]),
@@ -301,15 +302,18 @@ def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizer
             )
 
 
-def _note_opened(found: Sequence[_Rendered]) -> None:
+def _note_beginning(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> None:
     # It is the template's doing, so that one row tells it for all.
-    for one in found:
-        if one.opened:
-            note(
-                f"the chat template's generation prompt opens {one.opened!r}, which its conversations lack; "
-                "answers are trained and judged as what follows it, so write chosen and rejected in that way"
-            )
-            return
+    opened = next((one.opened for one in found if one.opened), "")
+    if opened:
+        note(
+            f"the chat template's generation prompt opens {opened!r}, which its conversations lack; "
+            "answers are trained and judged as what follows it, so write chosen and rejected in that way"
+        )
+        return
+    found = prompting_of(tokenizer)
+    if found.thinks:
+        note(f"the chat template {found.sentence}")
 
 
 def reach(rows: Sequence[Row]) -> Reach:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from gtqlora.capture import Subject
-from gtqlora.contrasts import Contrast, Messages, Row, encode_prompt
+from gtqlora.contrasts import Contrast, Messages, Row
+from gtqlora.contrasts.template import encode_opening
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Pair:
     """A flagged prompt and its twin: same words but for what makes it flagged; equal token counts if `aligned`.
 
     Attributes:
-        prompt, twin: in tokens.
+        prompt, twin: in tokens, up to where refusals and answers differ: with what the chat template, or every
+            completion, has before that.
         twin_messages: the twin as it is written, for the judge.
         matched: the twin is a true one; else an unrelated benign prompt stands in for it.
     """
@@ -42,20 +44,23 @@ class Pair:
         )
 
 
-def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> list[Pair]:
+def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int, begun: Sequence[int] = ()) -> list[Pair]:
     """Return lookalike and harmful rows with their twins, at most `limit`, drawn reproducibly with their siblings.
 
     Both kinds have an equal part of the limit; what the rarer one leaves of its part goes to the other.
 
     Rows without a twin are left out where others have one. Where none has, benign rows stand in, in turn.
+
+    Args:
+        begun: tokens that every completion begins with, put behind the prompts; see `contrasts.readout`.
     """
     flagged = [*contrast.of_kind("lookalike"), *contrast.of_kind("harmful")]
     twins = [(row, twin) for row in flagged if (twin := contrast.twin_of(row)) is not None]
     strangers = zip(flagged, cycle([row.prompt for row in contrast.of_kind("benign")]), strict=False)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for row, twin in twins or strangers:
-        prompt_tokens, twin_tokens = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
-        groups[row.pair_id].append(Pair(row, prompt_tokens, twin_tokens, twin, matched=bool(twins)))
+        prompt, other = ([*encode_opening(subject.tokenizer, text), *begun] for text in (row.prompt, twin))
+        groups[row.pair_id].append(Pair(row, prompt, other, twin, matched=bool(twins)))
     # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)
     random.Random(seed).shuffle(order)

@@ -20,6 +20,7 @@ from gtqlora import localize, routing
 from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import Contrast, load
+from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import identify
@@ -70,8 +71,8 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         # between hashing and loading somebody may have written to the model
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
-        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed)
-        readout = localize.readout_tokens(subject, contrast.rows)
+        readout = find_readout(subject.tokenizer, contrast.rows)
+        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed, readout.begun)
         observed = observe_pairs(Trials(Runner.of(subject, judge, config), pairs, readout))
         ranked = rank_experts(config, observed)
         diagnosis = _conclude(observed, ranked, intervene(config, observed, ranked))
