@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from gtqlora import localize
 from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
-from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts import load
+from gtqlora.contrasts.readout import find_readout
 from gtqlora.edits import wrapping
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Outcome, Trials

@@ -8,8 +8,9 @@ from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from gtqlora.contrasts.agreement import Agreement
     from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
@@ -54,6 +55,15 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
         for kind, one in kinds.items()
     ]
     return Sheet(title="Twins", columns=("split", "kind", "rows", "with a twin", "of as many tokens"), rows=rows)
+
+
+def agreement(found: Sequence[Agreement]) -> Sheet:
+    """Return how often the judge takes the pairs' completions for what they are meant to be."""
+    rows = [
+        (f"{one.kind} {one.column}", "refusal" if one.refusal else "answer", f"{one.agreeing:,} of {one.rows:,}")
+        for one in found
+    ]
+    return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:

@@ -45,8 +45,9 @@ def is_code(judge: str) -> bool:
 
 # What `apply_chat_template` gives a template by itself, or takes for itself.
 _NOT_VARIABLES = frozenset(
-    "messages conversation conversations tools documents add_generation_prompt continue_final_message chat_template "
-    "tokenize return_dict return_assistant_tokens_mask padding truncation max_length tokenizer_kwargs".split()
+    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
+    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"padding", "truncation", "max_length"}
 )
 
 

@@ -12,7 +12,6 @@ from typing import Literal, cast, get_args, get_origin
 
 from gtqlora.errors import ConfigError
 
-
 Scalar = bool | int | float | str
 """A value that a table of a user's own keys holds."""
 

@@ -47,8 +47,8 @@ class Prompting:
             )
         if self.before_answers:
             return (
-                f"has {self.before_answers.strip()!r} before answers, which its generation prompt lacks: that is no part "
-                f"of what is trained, and a model that is asked may write its own thought there{mending}"
+                f"has {self.before_answers.strip()!r} before answers, which its generation prompt lacks: that is no "
+                f"part of what is trained, and a model that is asked may write a thought of its own there{mending}"
             )
         return f"closes the thought ({self.closes}) before answers" if self.closes else "has nothing before answers"
 
@@ -83,7 +83,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _switch(tokenizer: PreTrainedTokenizerBase, known: tuple[str, ...]) -> str:
     """Return the setting that switches thinking off, tried out."""
-    from gtqlora.families.rendering import with_variables, variables_of
+    from gtqlora.families.rendering import variables_of, with_variables
 
     for name in (name for name in known if "think" in name):
         other = with_variables(copy.copy(tokenizer), {**variables_of(tokenizer), name: False})

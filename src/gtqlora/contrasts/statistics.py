@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gtqlora.config import VerifyConfig
+from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
+from gtqlora.contrasts.prompting import Prompting, prompting_of
+from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problem, Problems
-from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.contrasts.template import all_answered, rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError
-from gtqlora.judging.judge import Messages
+from gtqlora.judging.judge import Judge, Messages
 from gtqlora.progress import note
 from gtqlora.stats import ADVISED_GROUPS, ADVISED_PROMPTS, fewest, floor
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _SUFFICIENT = 10
 """After so many rows that a template refuses, the rest is left unread: a broken one refuses every row alike."""
+_SAMPLE = 2000
+"""Rows that show how refusals and answers begin."""
 # Put around a message to see whether the template shows a change to it.
 _OTHER = "something else"
 
@@ -86,7 +90,11 @@ class Statistics:
         floor: whether the held-out harmful prompts can carry the safety floor.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
+        max_length: the most tokens that prompt and completion may have.
         twins: flagged rows by split, then by kind, and how many of them a diagnosis can interchange with their twins.
+        template: what the chat template reads, and where it has answers begin.
+        readout: tokens that tell refusals from answers, where the two first differ; none if they begin alike.
+        agreement: whether the judge sees in `chosen` and `rejected` what they are meant to be.
     """
 
     rows: int
@@ -101,7 +109,11 @@ class Statistics:
     floor: Reach
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
+    max_length: int | None = None
     twins: dict[str, dict[str, Twins]] | None = None
+    template: Prompting | None = None
+    readout: list[str] | None = None
+    agreement: list[Agreement] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,7 @@ class Rendering:
     prompt_tokens: Lengths
     full_tokens: Lengths
     twins: dict[str, dict[str, Twins]]
+    template: Prompting
 
 
 def _summary(lengths: Sequence[int]) -> Lengths:
@@ -214,11 +227,13 @@ def check_rendering(
     found = _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
     problems.stop()
     _check_vocabulary(found, tokenizer, vocabulary)
-    _note_beginning(found, tokenizer)
+    template = prompting_of(tokenizer)
+    _note_beginning(found, template)
     return Rendering(
         prompt_tokens=_summary([row.prompt_tokens for row in found]),
         full_tokens=_summary([row.full_tokens for row in found]),
         twins=_twins(contrast, found),
+        template=template,
     )
 
 
@@ -280,7 +295,7 @@ def _check_lengths(found: Sequence[_Rendered], max_length: int | None, problems:
     fulls = [one.row.number for one in found if one.prompt_tokens <= limit < one.full_tokens]
     for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
         if numbers:
-            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
+            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise `max_length`")
 
 
 def _check_distinct(found: Sequence[_Rendered], problems: Problems) -> None:
@@ -302,7 +317,7 @@ def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizer
             )
 
 
-def _note_beginning(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> None:
+def _note_beginning(found: Sequence[_Rendered], template: Prompting) -> None:
     # It is the template's doing, so that one row tells it for all.
     opened = next((one.opened for one in found if one.opened), "")
     if opened:
@@ -310,10 +325,8 @@ def _note_beginning(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBa
             f"the chat template's generation prompt opens {opened!r}, which its conversations lack; "
             "answers are trained and judged as what follows it, so write chosen and rejected in that way"
         )
-        return
-    found = prompting_of(tokenizer)
-    if found.thinks:
-        note(f"the chat template {found.sentence}")
+    elif template.thinks:
+        note(f"the chat template {template.sentence}")
 
 
 def reach(rows: Sequence[Row]) -> Reach:
@@ -339,8 +352,12 @@ def statistics(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    judge: Judge | None = None,
 ) -> Statistics:
     """Count a set's rows and, with a tokenizer, its tokens after the chat template.
+
+    Args:
+        judge: is asked about `chosen` and `rejected` of every row.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.
@@ -349,6 +366,8 @@ def statistics(
     if max_length is not None and tokenizer is None:
         raise ConfigError("max_length is counted in tokens; give the tokenizer too")
     rows = contrast.rows
+    # First, as it says which rows cannot be read.
+    rendering = {} if tokenizer is None else vars(check_rendering(contrast, tokenizer, max_length, vocabulary))
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         if kinds := Counter(row.kind for row in rows if row.split == split):
@@ -364,5 +383,13 @@ def statistics(
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),
-        **({} if tokenizer is None else vars(check_rendering(contrast, tokenizer, max_length, vocabulary))),
+        max_length=max_length,
+        agreement=None if judge is None else agreements(rows, judge),
+        readout=None if tokenizer is None else _readout(rows, tokenizer),
+        **rendering,
     )
+
+
+def _readout(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    sample = rows[:: len(rows) // _SAMPLE + 1]
+    return [str(tokenizer.decode([token])) for token in find_readout(tokenizer, sample).tokens]

@@ -138,8 +138,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, rest: str, answer: str) -> int:
 def _check_thoughtless(answer: str, closes: str) -> None:
     if closes in answer:
         raise ContrastError(
-            f"the chat template's generation prompt has closed its thought ({closes}), and this answer holds one of its "
-            "own; take it out of the answer, or switch thinking on in `template`"
+            f"the chat template's generation prompt has closed its thought ({closes}), and this answer holds another "
+            "one; take it out of the answer, or switch thinking on in `template`"
         )
 
 

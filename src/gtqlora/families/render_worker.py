@@ -53,7 +53,7 @@ def _reply(request: Request) -> dict[str, object]:
     try:
         if request["messages"] is None:
             return {"reads": _read_by(request["template"])}
-        return {"text": _rendered(request)}
+        return {"text": _rendered(request, request["messages"])}
     except (TemplateSyntaxError, SecurityError) as error:
         return {"failed": str(error)[:SHOWN]}
     except TemplateError as error:
@@ -75,10 +75,10 @@ def _read_by(template: str) -> list[str]:
     return sorted(find_undeclared_variables(tree) - environment.globals.keys() - (own - optional))
 
 
-def _rendered(request: Request) -> str:
+def _rendered(request: Request, messages: list[dict[str, str]]) -> str:
     variables: dict[str, Any] = {**request["variables"]}
     text = render_jinja_template(
-        conversations=[request["messages"]],
+        conversations=[messages],
         chat_template=request["template"],
         add_generation_prompt=request["generation"],
         **variables,
