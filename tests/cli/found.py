@@ -53,7 +53,7 @@ def statistics() -> Statistics:
         twins={"train": {"lookalike": Twins(rows=1234567, with_twin=765432, swappable=543210)}},
         max_length=262144, readout=[],
         template=Prompting(
-            reads=("enable_thinking",), opens="<think>", closes="", before_answers="", switch="template.enable_thinking=false"
+            reads=("enable_thinking",), opens="<think>", closes="", before_answers="", switch="template.thinking=false"
         ),
         agreement=[Agreement(kind="lookalike", column="rejected", refusal=True, rows=2345678, agreeing=1234568)],
     )  # fmt: skip

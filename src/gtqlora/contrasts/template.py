@@ -151,7 +151,7 @@ def _in_thought(tokenizer: PreTrainedTokenizerBase, prompt: str, full: str, answ
         raise ContrastError("the answer is a thought and no more; give what the model says after it, too")
     _, _, after = _parted(full, visible.strip(), opens)
     if closes:
-        begun = thought.strip().removeprefix(opens).lstrip()
+        begun = thought.lstrip().removeprefix(opens).lstrip()
         return Answered(f"{prompt}{begun}{closes}{visible.rstrip()}{after}", len(prompt))
     before = f"{prompt}{before_answers(tokenizer)}"
     return Answered(f"{before}{answer.strip()}{after}", len(before))
