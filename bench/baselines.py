@@ -175,9 +175,10 @@ def observed_of(model: Path, contrast: Path, *overrides: str) -> Observed:
     )
     judge, subject = judge_of(config.judge), open_subject(config)
     rows = load(config.contrast, judge).split(config.split)
-    readout = find_readout(subject.tokenizer, rows.rows)
-    pairs = localize.pairs_of(rows, subject, config.max_pairs, config.seed, readout.begun)
-    return observe_pairs(localize.Trials(Runner.of(subject, judge, config), pairs, readout))
+    pairs = localize.pairs_of(rows, subject, config.max_pairs, config.seed)
+    runner = Runner.of(subject, judge, config)
+    readout = localize.readable(runner, pairs, find_readout(subject.tokenizer, rows.rows))
+    return observe_pairs(localize.Trials(runner, [pair.answered_with(readout.begun) for pair in pairs], readout))
 
 
 @dataclass(frozen=True)

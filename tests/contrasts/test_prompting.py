@@ -174,7 +174,7 @@ def test_what_a_template_does_is_said(
         ("{% set effort = effort | default('low') %}{{ effort }}{{ messages }}", ["effort"]),
         ("{% for m in messages %}{% set own = m %}{{ own }}{% endfor %}{{ raise_exception('x') }}", []),
         (
-            "{{ bos_token }}{{ eos_token }}{{ messages }}{{ tools }}{{ add_generation_prompt }}{{ strftime_now('%d') }}",
+            "{{ bos_token }}{{ messages }}{{ tools }}{{ add_generation_prompt }}{{ strftime_now('%d') }}",
             [],
         ),
         ("{% macro f(x) %}{{ x }}{{ style }}{% endmacro %}{{ f(messages) }}", ["style"]),

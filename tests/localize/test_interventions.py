@@ -184,6 +184,25 @@ def test_a_refusal_s_first_token_may_begin_few_answers(
     assert subject.tokenizer.convert_ids_to_tokens(find_readout(subject.tokenizer, rows).tokens) == readout
 
 
+def test_a_beginning_that_the_model_never_says_is_not_put_into_its_mouth(trials: Trials) -> None:
+    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    behind = Readout([sorry], [refuse])
+    assert localize.readable(trials.runner, trials.pairs, behind) == Readout([], [])  # twins begin otherwise
+    assert localize.readable(trials.runner, trials.pairs, Readout([refuse], [])).tokens == [refuse]
+    alike = [replace(pair, twin=pair.prompt) for pair in trials.pairs]
+    assert localize.readable(trials.runner, alike, behind) == behind
+
+
+def test_what_has_begun_is_judged_with_what_follows(trials: Trials) -> None:
+    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    pairs = [pair.answered_with([refuse]) for pair in trials.pairs]
+    found = Trials(trials.runner, pairs, Readout([sorry], [refuse])).run("", FLAGGED)
+    plain = trials.run("", FLAGGED)
+    assert [o.refused for o in found] == [o.refused for o in plain] and any(o.refused for o in found)
+    assert [[refuse, *o.tokens] for o in found if o.refused] == [o.tokens for o in plain if o.refused]
+    assert all(o.log_odds is not None and o.log_odds > 0 for o in found if o.refused)
+
+
 # --- interchanges
 
 

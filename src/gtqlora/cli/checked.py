@@ -31,7 +31,8 @@ def show_contrast(found: Statistics, source: str) -> None:
     if found.template:
         show_prompting(console, found.template)
     if found.readout:
-        say(console, f"refusals are told from answers by the token {' or '.join(map(repr, found.readout))}")
+        behind = f" behind {found.begun!r}, with which all begin" if found.begun else ""
+        say(console, f"refusals are told from answers by the token {' or '.join(map(repr, found.readout))}{behind}")
     if found.twins:
         draw(console, tables.twins(found.twins))
     if found.agreement:

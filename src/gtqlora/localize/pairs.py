@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 from gtqlora.capture import Subject
@@ -18,8 +18,7 @@ class Pair:
     """A flagged prompt and its twin: same words but for what makes it flagged; equal token counts if `aligned`.
 
     Attributes:
-        prompt, twin: in tokens, up to where refusals and answers differ: with what the chat template, or every
-            completion, has before that.
+        prompt, twin: in tokens, with what the chat template has before answers, such as an empty thought.
         twin_messages: the twin as it is written, for the judge.
         matched: the twin is a true one; else an unrelated benign prompt stands in for it.
     """
@@ -29,6 +28,10 @@ class Pair:
     twin: list[int]
     twin_messages: Messages
     matched: bool = True
+
+    def answered_with(self, begun: Sequence[int]) -> Pair:
+        """Return the same pair, both of whose answers have begun with these tokens."""
+        return replace(self, prompt=[*self.prompt, *begun], twin=[*self.twin, *begun])
 
     @property
     def aligned(self) -> bool:
@@ -44,22 +47,19 @@ class Pair:
         )
 
 
-def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int, begun: Sequence[int] = ()) -> list[Pair]:
+def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> list[Pair]:
     """Return lookalike and harmful rows with their twins, at most `limit`, drawn reproducibly with their siblings.
 
     Both kinds have an equal part of the limit; what the rarer one leaves of its part goes to the other.
 
     Rows without a twin are left out where others have one. Where none has, benign rows stand in, in turn.
-
-    Args:
-        begun: tokens that every completion begins with, put behind the prompts; see `contrasts.readout`.
     """
     flagged = [*contrast.of_kind("lookalike"), *contrast.of_kind("harmful")]
     twins = [(row, twin) for row in flagged if (twin := contrast.twin_of(row)) is not None]
     strangers = zip(flagged, cycle([row.prompt for row in contrast.of_kind("benign")]), strict=False)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for row, twin in twins or strangers:
-        prompt, other = ([*encode_opening(subject.tokenizer, text), *begun] for text in (row.prompt, twin))
+        prompt, other = (encode_opening(subject.tokenizer, text) for text in (row.prompt, twin))
         groups[row.pair_id].append(Pair(row, prompt, other, twin, matched=bool(twins)))
     # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)

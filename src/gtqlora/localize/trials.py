@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gtqlora.capture import Subject
+from gtqlora.capture import Subject, by_length
 from gtqlora.contrasts.readout import Readout
 from gtqlora.judging.judge import same
 from gtqlora.localize.pairs import Pair
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, FLAGGED_KINDS, REFUSES, Behaviour, Intervention
-from gtqlora.scoring import AS_IS, Answer, Changes, Runner
+from gtqlora.scoring import AS_IS, Answer, Changes, Runner, decode
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
 
@@ -48,6 +48,25 @@ class Outcome:
 Side = Literal["flagged", "twin"]
 FLAGGED: Side = "flagged"
 TWIN: Side = "twin"
+
+_ALIKE = 0.9
+"""Share of the model's own answers that must begin as every completion of the pairs does."""
+
+
+def readable(runner: Runner, pairs: Sequence[Pair], readout: Readout) -> Readout:
+    """Return the readout, or none where all completions begin alike and the model's own answers do not begin so.
+
+    What the model never says would have to be put into its mouth, and then something else is diagnosed.
+    """
+    if not readout.begun:
+        return readout
+    prompts = [prompt for pair in pairs for prompt in (pair.prompt, pair.twin)]
+    said = list[list[int]]()
+    for chosen in by_length(prompts, runner.batch_size):
+        batch = [prompts[i] for i in chosen]
+        said += decode(runner.model, batch, max_new_tokens=len(readout.begun)).tokens
+    return readout if sum(ids == readout.begun for ids in said) >= _ALIKE * len(said) else Readout([], [])
+
 
 CUT_OFF = "whose twin is cut off at the limit of tokens"
 
