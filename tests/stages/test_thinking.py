@@ -212,7 +212,7 @@ def test_the_check_as_json(toy: Toy, model: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["template"]["reads"] == ["enable_thinking"] and found["readout"] == ["refuse"]
     assert found["template"]["switch"] == "template.enable_thinking=false" and found["max_length"] == 64
-    assert {"kind": "lookalike", "column": "rejected", "refusal": True, "rows": 24, "agreeing": 24} in found[
+    assert {"kind": "lookalike", "column": "rejected", "meant": "refusal", "rows": 24, "agreeing": 24} in found[
         "agreement"
     ]
 

@@ -59,10 +59,10 @@ def _weak(found: Statistics) -> Iterator[str]:
         )
     for one in found.agreement or ():
         if not one.enough:
-            what = "a refusal" if one.refusal else "an answer"
             yield (
-                f"the judge takes only {one.agreeing:,} of {one.rows:,} {one.kind} `{one.column}` for {what}; mend "
-                "them, or take a judge that knows how this model refuses"
+                f"the judge takes only {one.agreeing:,} of {one.rows:,} {one.kind} `{one.column}` for "
+                f"{'an' if one.meant == 'answer' else 'a'} {one.meant}; mend them, or take a judge that knows how this "
+                "model refuses"
             )
 
 

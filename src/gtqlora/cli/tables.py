@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
+from gtqlora.judging.labels import LABELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,10 +60,7 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
 
 def agreement(found: Sequence[Agreement]) -> Sheet:
     """Return how often the judge takes the pairs' completions for what they are meant to be."""
-    rows = [
-        (f"{one.kind} {one.column}", "refusal" if one.refusal else "answer", f"{one.agreeing:,} of {one.rows:,}")
-        for one in found
-    ]
+    rows = [(f"{one.kind} {one.column}", one.meant, f"{one.agreeing:,} of {one.rows:,}") for one in found]
     return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
 
 
@@ -171,6 +169,22 @@ def held_out(found: Verdict | FormVerdict) -> Sheet:
         rows=rows,
         spared="accuracy after",
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
+    )
+
+
+def labels(found: Verdict | FormVerdict) -> Sheet:
+    """Return how many answers to held-out prompts have each label, before and after."""
+    counted = {kind: (found.table[kind].labels_before, found.table[kind].labels_after) for kind in KINDS}
+    rows = [
+        (KINDS[kind], *(f"{before.get(label, 0):,} → {after.get(label, 0):,}" for label in LABELS))
+        for kind, (before, after) in counted.items()
+    ]
+    return Sheet(
+        title="What the answers are",
+        columns=("kind", *LABELS),
+        rows=rows,
+        gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
+        "ended inside its thought, or no opinion",
     )
 
 

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gtqlora.contrasts.rows import Row
-from gtqlora.judging.judge import Judge, refusals
+from gtqlora.judging.judge import Judge, labels
+from gtqlora.judging.labels import ANSWER, REFUSAL, Label
 
 ENOUGH = 0.9
 """Share of the completions on which the judge and the pairs should agree."""
-# Of benign rows nothing is expected of `rejected`: it may be a refusal or any other bad answer.
-_EXPECTED = {
-    ("benign", "chosen"): False,
-    ("lookalike", "chosen"): False,
-    ("lookalike", "rejected"): True,
-    ("harmful", "chosen"): True,
-    ("harmful", "rejected"): False,
+# Of benign rows nothing is expected of `rejected`, which may be a refusal or any other bad answer; and of harmful ones
+# it is too short to be more than no refusal, which the one-way rule sees to.
+_MEANT: dict[tuple[str, str], Label] = {
+    ("benign", "chosen"): ANSWER,
+    ("lookalike", "chosen"): ANSWER,
+    ("lookalike", "rejected"): REFUSAL,
+    ("harmful", "chosen"): REFUSAL,
 }
 
 
@@ -25,13 +26,13 @@ class Agreement:
     """What the judge makes of one column of the rows of one kind.
 
     Attributes:
-        refusal: whether it is meant to be a refusal.
-        agreeing: how many the judge takes for what they are meant to be.
+        meant: what they are meant to be.
+        agreeing: how many the judge takes for that.
     """
 
     kind: str
     column: str
-    refusal: bool
+    meant: Label
     rows: int
     agreeing: int
 
@@ -44,9 +45,9 @@ class Agreement:
 def agreements(rows: Sequence[Row], judge: Judge) -> list[Agreement]:
     """Return what the judge makes of `chosen` and `rejected` of each kind."""
     found = list[Agreement]()
-    for (kind, column), refusal in _EXPECTED.items():
+    for (kind, column), meant in _MEANT.items():
         own = [row for row in rows if row.kind == kind]
         texts = [row.chosen if column == "chosen" else row.rejected for row in own]
-        agreeing = sum(refused == refusal for refused in refusals(judge, [row.prompt for row in own], texts))
-        found.append(Agreement(kind=kind, column=column, refusal=refusal, rows=len(own), agreeing=agreeing))
+        agreeing = sum(label == meant for label in labels(judge, [row.prompt for row in own], texts))
+        found.append(Agreement(kind=kind, column=column, meant=meant, rows=len(own), agreeing=agreeing))
     return [one for one in found if one.rows]

@@ -6,8 +6,9 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtqlora.contrasts.template import before_answers, closed_thought, opened_thought, rendered
+from gtqlora.contrasts.template import before_answers, rendered
 from gtqlora.errors import ContrastError
+from gtqlora.judging.thoughts import closed_by, opened_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,12 +64,12 @@ def prompting_of(tokenizer: PreTrainedTokenizerBase) -> Prompting:
     from gtqlora.families.rendering import reads
 
     known, ends, before = reads(tokenizer), _ends(tokenizer), before_answers(tokenizer)
-    opens = opened_thought(ends)
+    opens = opened_by(ends)
     needed = bool(opens or before)
     return Prompting(
         reads=known,
         opens=opens,
-        closes=closed_thought(ends),
+        closes=closed_by(ends),
         before_answers="" if opens else before,
         switch=_switch(tokenizer, known) if needed else "",
     )
@@ -87,6 +88,6 @@ def _switch(tokenizer: PreTrainedTokenizerBase, known: tuple[str, ...]) -> str:
 
     for name in (name for name in known if "think" in name):
         other = with_variables(copy.copy(tokenizer), {**variables_of(tokenizer), name: False})
-        if not opened_thought(_ends(other)) and not before_answers(other):
+        if not opened_by(_ends(other)) and not before_answers(other):
             return f"template.{name}=false"
     return ""

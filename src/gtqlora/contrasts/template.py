@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gtqlora.errors import ContrastError, ModelError
 from gtqlora.judging.judge import Message
+from gtqlora.judging.thoughts import PAIRS, closed_by, final, kept_marks, opened_by
 from gtqlora.storage.contents import first_line
 
 if TYPE_CHECKING:
@@ -51,25 +53,34 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return tokens(tokenizer, rendered(tokenizer, messages, generation=True))
 
 
-THOUGHTS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("[THINK]", "[/THINK]"),
-)
-"""What begins and what ends a thought, in the templates of models that think before they answer."""
+_TAIL = 16
+"""Tokens at the end of a prompt that hold the mark with which its template begins a thought."""
 
 
-def opened_thought(prompt: str) -> str:
-    """Return what opens the thought inside of which a rendered prompt ends; "" if it ends outside of any."""
-    return next((opens for opens, _ in THOUGHTS if prompt.rstrip().endswith(opens)), "")
+def completions(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[str]:
+    """Return the texts of what a model said after prompts, all in tokens, with thoughts that prompts begin.
+
+    Special tokens are left out, but for the marks of thoughts.
+    """
+    special = set(tokenizer.all_special_tokens)
+    kept = kept_marks(special)
+    texts = tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=not kept)
+    tails = tokenizer.batch_decode([list(prompt[-_TAIL:]) for prompt in prompts])
+    if kept:
+        left_out = re.compile("|".join(map(re.escape, sorted(special - set(kept), key=len, reverse=True))) or "(?!)")
+        texts = [left_out.sub("", text) for text in texts]
+    opened = map(opened_by, tails)
+    return [f"{begins}\n{text.strip()}" if begins else text.strip() for begins, text in zip(opened, texts, strict=True)]
 
 
-def closed_thought(prompt: str) -> str:
-    """Return what closes the thought behind which a rendered prompt ends; "" if it ends behind none."""
-    return next((closes for _, closes in THOUGHTS if prompt.rstrip().endswith(closes)), "")
+def answer_length(tokenizer: PreTrainedTokenizerBase, text: str, answer: Sequence[int]) -> int:
+    """Return how many tokens of a completion are its answer and not its thoughts; its text is of `completions`."""
+    said = final(text)
+    if said == text:
+        return len(answer)
+    return len(tokenizer.encode(said or "", add_special_tokens=False))
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,8 @@ def before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
         ]
     except (ContrastError, ModelError):  # it may demand other messages; then rows are rendered as they are
         return ""
-    if opens := opened_thought(prompt):
-        return f"\n{dict(THOUGHTS)[opens]}\n\n"
+    if opens := opened_by(prompt):
+        return f"\n{dict(PAIRS)[opens]}\n\n"
     written = fulls[0][: _shared(*fulls)].removeprefix(prompt)
     # White space belongs to the answer's first token in some tokenizers, so that it goes with the answer.
     return written if fulls[0].startswith(prompt) and written.strip() else ""
@@ -119,11 +130,11 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         ContrastError, ModelError: as `rendered`, or it cannot be told where the answer begins.
     """
     full = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
-    if closes := closed_thought(prompt):
+    if closes := closed_by(prompt):
         _check_thoughtless(answer, closes)
     if full.startswith(prompt):
         return Answered(full, len(prompt) + _written(tokenizer, full[len(prompt) :], answer))
-    return _in_thought(tokenizer, prompt, full, answer) if opened_thought(prompt) else _behind(prompt, full, answer)
+    return _in_thought(tokenizer, prompt, full, answer) if opened_by(prompt) else _behind(prompt, full, answer)
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, rest: str, answer: str) -> int:
@@ -145,8 +156,8 @@ def _check_thoughtless(answer: str, closes: str) -> None:
 
 def _in_thought(tokenizer: PreTrainedTokenizerBase, prompt: str, full: str, answer: str) -> Answered:
     """Return a prompt that ends inside a thought with an answer: the thought is closed first, if it does not do so."""
-    opens = opened_thought(prompt)
-    thought, closes, visible = answer.rpartition(dict(THOUGHTS)[opens])
+    opens = opened_by(prompt)
+    thought, closes, visible = answer.rpartition(dict(PAIRS)[opens])
     if not visible.strip():
         raise ContrastError("the answer is a thought and no more; give what the model says after it, too")
     _, _, after = _parted(full, visible.strip(), opens)

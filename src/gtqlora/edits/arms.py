@@ -7,12 +7,32 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+from gtqlora.capture import Recorder, Replay
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.edits.edited import Edited
 from gtqlora.judging.judge import Judge, same
+from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
+from gtqlora.scoring import Change, Changes, Runner, SourceRun, Switch, Tokens
+
+
+def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
+    """Return the change that replays, at every step, the routing that the model has in another of its states.
+
+    Args:
+        switch: puts the model into the state whose routing is replayed.
+        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
+        ours: puts it into the state in which the routing is replayed.
+    """
+    recorder = Recorder()
+
+    def change(chosen: list[int]) -> Change:
+        theirs = None if prompts is None else [prompts[i] for i in chosen]
+        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
+        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+
+    return change
 
 
 def has_parts(edited: Edited) -> bool:
@@ -97,7 +117,7 @@ def _others(
     """
     by_length: dict[int, list[tuple[Outcome, Tokens]]] = defaultdict(list)
     for outcome in outcomes:
-        if outcome.kind == "benign" and not outcome.refused_before:
+        if outcome.kind == "benign" and outcome.label_before == ANSWER:
             encoded = tokens(outcome)
             by_length[len(encoded)].append((outcome, encoded))
     rng, found = random.Random(seed), dict[int, Tokens]()
