@@ -13,6 +13,7 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import Mask, Recorder, Subject, by_length, left_padded, open_subject, router_hooks
 from gtqlora.contrasts import Contrast, Row
+from gtqlora.edits.arms import routed_as
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
 from gtqlora.scoring import Change, Runner, SourceRun, decode, log_probs
@@ -218,8 +219,7 @@ def test_log_probs_are_of_the_words_alone(runner: Runner, rows: tuple[Row, ...])
 
 
 def test_a_toy_model_whose_logits_are_not_numbers_is_named(toy: helpers.Toy, rows: tuple[Row, ...]) -> None:
-    from gtqlora.edits.arms import routed_as
-from gtqlora.errors import ModelError
+    from gtqlora.errors import ModelError
 
     subject = open_subject(str(toy.model("qwen3_moe")))
     subject.model.lm_head.weight.data.fill_(float("nan"))
