@@ -103,6 +103,21 @@ def test_what_all_completions_begin_with_is_passed_over() -> None:
     assert find_readout(tokenizer, [one(chosen="I", rejected="I")]).tokens == []
 
 
+@pytest.mark.parametrize("closing", ["</think>", "\n</think>\n\n"])
+def test_a_thought_is_closed_as_conversations_close_it(closing: str) -> None:
+    """Kimi-K2.5's template opens a thought, and has it closed at once before answers of a conversation."""
+    tokenizer = made("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{{ '<think>" + repr(closing)[1:-1] + "' }}"
+        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    prompt, chosen = encode_row(tokenizer, one())
+    assert words(tokenizer, prompt).endswith(f"assistant: <think>{closing}")
+    assert words(tokenizer, chosen) == "Rub it.<|im_end|>"
+    assert prompt == template.encode_opening(tokenizer, ASKED) and prompting_of(tokenizer).opens == "<think>"
+
+
 # --- answers with thoughts of their own -----------------------------------------------------------------------------
 
 THOUGHT = "<think>\nhm\n</think>\n\nRub it."

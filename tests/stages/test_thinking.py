@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from gtqlora.cli import main
-from gtqlora.config import DiagnoseConfig, build, of_the_edit
+from gtqlora.cli.settings import StageOptions, same_prompts
+from gtqlora.config import STAGES, DiagnoseConfig, build, of_the_edit
 from gtqlora.contrasts import encode_prompt, load
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.edits.edited import load as load_edited
@@ -117,6 +118,19 @@ def test_what_an_edit_is_trained_with_goes_to_its_verdict_and_its_card(toy: Toy,
     assert "enable_thinking" in (tmp_path / "out" / "chat_template.jinja").read_text()
     original = (model / "chat_template.jinja").read_bytes()
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == original
+
+
+def test_the_next_command_asks_in_the_same_way() -> None:
+    options = StageOptions(contrast="c", settings=["template.enable_thinking=false", "steps=3", " template.n = 2"])
+    assert same_prompts(options) == ["--contrast", "c", "--set", options.settings[0], "--set", options.settings[2]]  # type: ignore[index]
+
+
+def test_the_recipes_of_thinking_models_switch_thinking_off() -> None:
+    for file, name in (("qwen3_30b_a3b", "enable_thinking"), ("kimi_k25", "thinking")):
+        recipe = helpers.ROOT / "recipes" / f"{file}.toml"
+        for kind in STAGES.values():
+            settled = build(kind, file=recipe, model="m", contrast="c", overrides=["device=cpu"])
+            assert settled.template == {name: False}
 
 
 def test_another_way_of_asking_is_another_verdict(toy: Toy, model: Path, tmp_path: Path) -> None:

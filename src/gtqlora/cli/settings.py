@@ -207,7 +207,9 @@ def same_prompts(options: StageOptions) -> list[str]:
         "--expert-format": options.expert_format or options.experts,
         "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
     }
-    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    variables = (override for override in options.settings or () if override.strip().startswith("template."))
+    return [*words, *(word for override in variables for word in ("--set", override))]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

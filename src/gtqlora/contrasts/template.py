@@ -99,6 +99,10 @@ class Answered:
     opened: str = ""
 
 
+_PROBES = ("A", "B")
+"""Answers by which one sees what a template writes before any."""
+
+
 def before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what stands between the generation prompt and an answer: mostly "", or an empty thought.
 
@@ -113,14 +117,12 @@ def before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
         ]
     except (ContrastError, ModelError):  # it may demand other messages; then rows are rendered as they are
         return ""
-    if opens := opened_by(prompt):
-        return f"\n{dict(PAIRS)[opens]}\n\n"
-    written = fulls[0][: _shared(*fulls)].removeprefix(prompt)
+    written = fulls[0][: _shared(*fulls)].removeprefix(prompt) if fulls[0].startswith(prompt) else ""
     # White space belongs to the answer's first token in some tokenizers, so that it goes with the answer.
-    return written if fulls[0].startswith(prompt) and written.strip() else ""
-
-
-_PROBES = ("A", "B")
+    if written.strip():
+        return written
+    opens = opened_by(prompt)
+    return f"\n{dict(PAIRS)[opens]}\n\n" if opens else ""
 
 
 def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, answer: str) -> Answered:
