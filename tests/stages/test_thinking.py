@@ -15,18 +15,22 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from gtqlora.certificate import certify
 from gtqlora.cli import main
 from gtqlora.cli.settings import StageOptions, same_prompts
-from gtqlora.config import STAGES, DiagnoseConfig, build, of_the_edit
+from gtqlora.config import STAGES, DiagnoseConfig, ExportConfig, build, of_the_edit
 from gtqlora.contrasts import encode_prompt, load
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.edits.edited import load as load_edited
 from gtqlora.errors import ConfigError, ContrastError
+from gtqlora.exports.job import Job
+from gtqlora.exports.llama_cpp import LlamaCpp
 from gtqlora.families import load_tokenizer
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import read_info
 from gtqlora.results.diagnosis import Diagnosis
+from gtqlora.results.export import read_export
 from gtqlora.run import Run
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.train import train
@@ -116,6 +120,13 @@ def test_what_an_edit_is_trained_with_goes_to_its_verdict_and_its_card(toy: Toy,
     assert main(["export", str(run), str(tmp_path / "out"), "--set", f"judge={helpers.JUDGE}"]) == 0
     assert "chat template's `enable_thinking=false`" in (tmp_path / "out" / "README.md").read_text()
     assert "enable_thinking" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    out = tmp_path / "peft"  # asked again, in plain PEFT
+    assert main(["export", str(run), str(out), "--to", "peft", "--set", f"judge={helpers.JUDGE}"]) == 0
+    made = read_export(out)
+    assert made.form is not None and any("`enable_thinking=false`" in note for note in made.notes)
+    with Run(run) as held:
+        inside = LlamaCpp.of(Job.of(certify(held, helpers.JUDGE), ExportConfig(to="gguf")), out)
+    assert encode_prompt(inside._tokenizer, asked) == encode_prompt(edited, asked)
     original = (model / "chat_template.jinja").read_bytes()
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == original
 
