@@ -54,11 +54,12 @@ def check(
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
     settled = _settled(file, model, judge, config, settings or ())
     say_what_judges(settled.judge)
-    reader = _reader(settled) if model else _Reader()
     require(
         model is not None or settled.max_length is None,
         f"max_length = {settled.max_length}: is counted in tokens; give --model, too",
     )
+    # A tokenizer takes seconds to load, so it is last of what may be refused.
+    reader = _reader(settled) if model else _Reader()
     dropped: list[Problem] = []
     try:
         judging = judge_of(settled.judge)

@@ -178,17 +178,27 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     # their refusals are words of their own, so that the default judge would call every row wrong
     if options.contrast == "organism" and settled.judge == kind.judge:
         raise ConfigError(f"--contrast organism: judge {settled.judge!r} cannot judge it; add --config organism")
-    say_what_judges(settled.judge)
+    for judge in judges_in(settled):
+        say_what_judges(judge)
     return settled
 
 
+def judges_in(config: StageConfig) -> list[str]:
+    """Return the judges that a stage's settings name."""
+    named = (getattr(config, key, None) for key in ("judge", "second_judge"))
+    return [judge for judge in named if isinstance(judge, str)]
+
+
 def say_what_judges(judge: str) -> None:
-    """Name, on stderr, the file of the code that is about to be imported as the judge."""
+    """Name, on stderr, the file of the code that is about to be imported as the judge, or where prompts will go."""
     from gtqlora.config import is_code
+    from gtqlora.config.judges import is_remote
     from gtqlora.judging.trust import source_of
 
     if is_code(judge):
         remark(f"judge {judge}: imports {source_of(judge) or 'a module that cannot be found'}")
+    elif is_remote(judge):
+        remark(f"judge {judge}: prompts and answers leave this machine")
 
 
 def named_judge(overrides: Sequence[str] | None) -> str | None:

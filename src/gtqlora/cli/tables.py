@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.mediation import Factorial, Mediation, Shares
     from gtqlora.results.verdict import Verdict
+    from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
     from gtqlora.stages.publish import Published
@@ -185,6 +186,19 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
         rows=rows,
         gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
         "ended inside its thought, or no opinion",
+    )
+
+
+def wrapped(found: WrappedFloor) -> Sheet:
+    """Return how many refusals of harmful prompts are lost inside each plain frame."""
+    rows = [
+        (row.name, f"{row.refused:,} of {row.asked:,}", interval(row.losses), row.verdict) for row in found.wrappers
+    ]
+    return Sheet(
+        title="Harmful prompts inside plain frames",
+        columns=("frame", "refused before", "of these lost", "verdict"),
+        rows=rows,
+        gloss=f"in brackets: bounds for all frames together; in any one at most {found.worst_margin:.0%} may be lost",
     )
 
 

@@ -31,6 +31,7 @@ from gtqlora.cli.settings import (
     embedded_model,
     existing_run,
     judge_of_verdict,
+    judges_in,
     named_judge,
     same_prompts,
 )
@@ -95,7 +96,8 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
     with _opened(path) as run:
         # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
-        trust.remember(path, config.judge)
+        for judge in judges_in(config):
+            trust.remember(path, judge)
         return stage(config, run, again=again)
 
 
@@ -176,7 +178,8 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
-        trust.remember(run, config.judge)
+        for judge in judges_in(config):
+            trust.remember(run, judge)
         found = stage(config, held, again=options.again)
         made = read_info(held.require("adapter", "train")).details
     if options.as_json:
@@ -184,7 +187,7 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     else:
         printing.show_verdict(found)
         printing.show_next(found, run, made.stopped if isinstance(made, Training) else None)
-    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
+    return 0 if found.decision == "pass" else FloorError.exit_code
 
 
 def export(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from gtqlora.config.judges import must_be_named, why_named
 from gtqlora.config.stages import (
     DiagnoseConfig,
     ModelConfig,
@@ -16,7 +17,6 @@ from gtqlora.config.stages import (
     StageConfig,
     TrainConfig,
     VerifyConfig,
-    is_code,
 )
 from gtqlora.config.values import Scalar, coerce, require, scalar
 from gtqlora.errors import ConfigError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=StageConfig)
 
+JUDGE_KEYS = ("judge", "second_judge")
+"""Settings that name a judge."""
 RENAMED = {
     "experts": "expert_format",
     "silencing": "ablation",
@@ -127,13 +129,14 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
             present = _known_name(name, set().union(*keys.values()), f"{path}: key")
             found |= {present: value} if present in keys[stage] else {}
     found |= own  # the stage's own table wins, wherever it stands in the file
-    # A recipe may come from a stranger, so that it cannot name code to run.
-    judge = found.get("judge", "string")
-    if isinstance(judge, str) and is_code(judge):
-        raise ConfigError(
-            f"{path} names the judge {judge!r}, which is code, and code runs only if this call says so; take it out of "
-            f"the file and, if you trust it, say --set judge={judge}"
-        )
+    # A recipe may come from a stranger, so that it can name neither code to run nor where harmful prompts are sent.
+    for key in JUDGE_KEYS:
+        judge = found.get(key)
+        if isinstance(judge, str) and must_be_named(judge):
+            raise ConfigError(
+                f"{path} names the judge {judge!r}, {why_named(judge)}; take it out of the file and, if you trust it, "
+                f"say --set {key}={judge}"
+            )
     return found
 
 

@@ -46,6 +46,7 @@ def agreements(rows: Sequence[Row], judge: Judge) -> list[Agreement]:
     """Return what the judge makes of `chosen` and `rejected` of each kind."""
     found = list[Agreement]()
     for (kind, column), meant in _MEANT.items():
+        # A column at a time, so that a judge that is a model gets large batches.
         own = [row for row in rows if row.kind == kind]
         texts = [row.chosen if column == "chosen" else row.rejected for row in own]
         agreeing = sum(label == meant for label in labels(judge, [row.prompt for row in own], texts))

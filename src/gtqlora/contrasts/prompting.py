@@ -86,6 +86,7 @@ def _switch(tokenizer: PreTrainedTokenizerBase, known: tuple[str, ...]) -> str:
     """Return the setting that switches thinking off, tried out."""
     from gtqlora.families.rendering import variables_of, with_variables
 
+    # By trying it: what a variable's name promises its template need not keep.
     for name in (name for name in known if "think" in name):
         other = with_variables(copy.copy(tokenizer), {**variables_of(tokenizer), name: False})
         if not opened_by(_ends(other)) and not before_answers(other):

@@ -41,6 +41,7 @@ def find_readout(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Rea
         _, (refusal_ids, answer_ids) = encode_answers(tokenizer, row.prompt, refusal, answer)
         refusals.append(refusal_ids)
         answers.append(answer_ids)
+    # Of all completions, and not row by row: the readout is read at one place for all prompts.
     begun = _common([*refusals, *answers])
     if len(begun) > _LONGEST:
         return Readout([], [])

@@ -270,6 +270,7 @@ def statistics(
     )
     if tokenizer is None or rendering is None:
         return found
+    # A sample: each row would be encoded once more for what the first hundred tell.
     readout = find_readout(tokenizer, rows[:: len(rows) // _SAMPLE + 1])
     tokens = [str(tokenizer.decode([token])) for token in readout.tokens]
     return replace(found, **vars(rendering), readout=tokens, begun=str(tokenizer.decode(readout.begun)))

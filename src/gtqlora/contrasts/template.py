@@ -121,6 +121,7 @@ def before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
     # White space belongs to the answer's first token in some tokenizers, so that it goes with the answer.
     if written.strip():
         return written
+    # Its conversations drop thoughts. An answer put inside the opened one would be no answer to any judge.
     opens = opened_by(prompt)
     return f"\n{dict(PAIRS)[opens]}\n\n" if opens else ""
 
@@ -132,6 +133,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         ContrastError, ModelError: as `rendered`, or it cannot be told where the answer begins.
     """
     full = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+    # Two thoughts in a row, the first one empty, are what no model of this kind ever writes.
     if closes := closed_by(prompt):
         _check_thoughtless(answer, closes)
     if full.startswith(prompt):
@@ -163,6 +165,7 @@ def _in_thought(tokenizer: PreTrainedTokenizerBase, prompt: str, full: str, answ
     if not visible.strip():
         raise ContrastError("the answer is a thought and no more; give what the model says after it, too")
     _, _, after = _parted(full, visible.strip(), opens)
+    # The prompt has the beginning of the thought already.
     if closes:
         begun = thought.lstrip().removeprefix(opens).lstrip()
         return Answered(f"{prompt}{begun}{closes}{visible.rstrip()}{after}", len(prompt))
@@ -199,6 +202,7 @@ def all_answered(
         ContrastError, ModelError: as `answered`, or some hold a thought of their own and others do not.
     """
     found = [answered(tokenizer, messages, prompt, answer) for answer in answers]
+    # A pair has one prompt, so the empty thought would be trained with the answer that has none.
     if len({one.begins for one in found}) > 1:
         raise ContrastError(
             "of chosen and rejected one holds a thought of its own, and before the other one the chat template writes "

@@ -49,7 +49,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _QUANTIZED = ("quantization_config", "compression_config")
 # Settings that steer the loader (other weight files, patched modules, kernels from the hub), or serve other tasks
 # (10^9 labels would each get a name), and not the architecture.
-_NOT_ARCHITECTURE = {
+NOT_ARCHITECTURE = {
     *("model_type", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version", *_QUANTIZED),
     *("num_labels", "id2label", "label2id", "problem_type", "pruned_heads", "is_encoder_decoder", "torchscript"),
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "keys_to_ignore_at_inference"),
@@ -104,7 +104,7 @@ def _dtype(source: _Source) -> torch.dtype | None:
 
 def _config(source: _Source) -> TextConfig:
     config_class = getattr(transformers, source.family.class_name).config_class
-    settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
+    settings = {k: v for k, v in source.text.items() if k not in NOT_ARCHITECTURE and not k.startswith("_")}
     check_aliases(source.model, settings, config_class.attribute_map)
     try:
         config = config_class(**switched_off(source.model, settings), dtype=_dtype(source))
@@ -231,7 +231,7 @@ def load_model(
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
     loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, layer, **quantizing)
     _check_loading(model, (*source.family.extra_layers(config), *absent(loaded)), source.family, info)
-    _check_finite(model, loaded)
+    check_finite(model, loaded)
     return source.family, loaded.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
 
 
@@ -285,7 +285,7 @@ def _refuse_quantized(source: _Source) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' load report: `_check_loading` judges the same facts and knows which are in order."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -312,7 +312,7 @@ def _from_pretrained(
     # The class's own mapping knows no such wrapper. A nested model whose wrapper it does know has no `wrapper_prefix`.
     renames = {rf"^{re.escape(family.wrapper_prefix)}\.": ""} if family.wrapper_prefix else None
     try:
-        with _quiet():
+        with quiet():
             return model_class.from_pretrained(
                 folder,
                 config=config,
@@ -345,7 +345,12 @@ def _check_loading(model: str, left_out: tuple[str, ...], family: Family, info: 
             raise ModelError(f"{model}: {len(keys)} tensors {what}, e.g. {', '.join(sorted(keys)[:3])}")
 
 
-def _check_finite(model: str, loaded: PreTrainedModel) -> None:
+def check_finite(model: str, loaded: PreTrainedModel) -> None:
+    """Check every value of a loaded model.
+
+    Raises:
+        ModelError: one is NaN or infinite; the message names the tensor.
+    """
     for name, tensor in loaded.state_dict().items():
         bad = _bad_part(tensor)
         if bad is not None:

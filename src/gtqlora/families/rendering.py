@@ -195,6 +195,7 @@ def _check_read(name: str, known: Sequence[str], tokenizer: PreTrainedTokenizerB
         raise ConfigError(f"template.{name}: a special token of the tokenizer is no setting; leave it out")
     if name in known:
         return
+    # A misspelt switch would leave thinking on, and nobody would see it.
     if close := difflib.get_close_matches(name, known, n=1):
         raise ConfigError(f"template.{name}: the chat template reads no such variable; did you mean {close[0]!r}?")
     note(

@@ -163,6 +163,7 @@ def _record(
         target=config.target,
         kept=dict(written.kept),
         form=form,
+        wrapped=certificate.wrapped,
         notes=[*_asked_with(certificate.config.template), *written.notes],
         rank=written.rank,
         revision=info.revision,
