@@ -20,8 +20,6 @@ from transformers import DynamicCache
 from gtqlora.capture import (
     ExpertHandler,
     Handler,
-    Recorder,
-    Replay,
     Subject,
     by_length,
     expert_hooks,
@@ -91,24 +89,6 @@ AS_IS = Change()
 """The model as it is."""
 
 
-def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
-    """Return the change that replays, at every step, the routing that the model has in another of its states.
-
-    Args:
-        switch: puts the model into the state whose routing is replayed.
-        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
-        ours: puts it into the state in which the routing is replayed.
-    """
-    recorder = Recorder()
-
-    def change(chosen: list[int]) -> Change:
-        theirs = None if prompts is None else [prompts[i] for i in chosen]
-        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
-        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
-
-    return change
-
-
 @contextmanager
 def _changed(subject: Subject, run: SourceRun | Change) -> Iterator[None]:
     """Put the subject into a run's state, with its hooks on."""
@@ -170,8 +150,13 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int) -> Decoded:
+def decode(
+    subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int, begun: Tokens = ()
+) -> Decoded:
     """Complete a batch of prompts greedily under a change.
+
+    Args:
+        begun: the last tokens of every prompt, where they are part of the answer and so of its text.
 
     Raises:
         ModelError: the logits hold NaN.
@@ -198,7 +183,8 @@ def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, 
         step_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
     tokens = _cut(torch.stack(out, 1), stops)
-    return Decoded(completions(subject.tokenizer, prompts, tokens), tokens, logits[0], done_B.tolist())
+    asked, said = [ids[: len(ids) - len(begun)] for ids in prompts], [[*begun, *ids] for ids in tokens]
+    return Decoded(completions(subject.tokenizer, asked, said), tokens, logits[0], done_B.tolist())
 
 
 def _cut(ids_BS: Tensor, stops: Tensor) -> list[list[int]]:
@@ -290,6 +276,7 @@ class Runner:
         *,
         label: str | None,
         prompts: Sequence[Tokens] | None = None,
+        begun: Tokens = (),
         readout: Sequence[int] = (),
     ) -> list[Answer]:
         """Complete every row's prompt under a change and have it judged, in batches of like length.
@@ -297,12 +284,13 @@ class Runner:
         Args:
             label: shown as progress; None: whoever asks shows its own.
             prompts: the rows' prompts in tokens, where they are at hand.
+            begun: what their answers have said already at the end of `prompts`.
             readout: tokens whose log-odds as the first token are wanted.
         """
         tokens, found = self.encoded(rows) if prompts is None else prompts, dict[int, Answer]()
         for chosen in _shown(by_length(tokens, self.batch_size), label):
             batch = [tokens[i] for i in chosen]
-            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens)
+            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens, begun=begun)
             found.update(zip(chosen, self._judged([rows[i] for i in chosen], decoded, readout), strict=True))
         return [found[i] for i in range(len(rows))]
 

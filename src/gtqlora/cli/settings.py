@@ -147,7 +147,8 @@ def embedded_contrast(source: str) -> str:
     return str(embedded.contrast()) if source == "organism" else source
 
 
-def _embedded_recipe(file: Path) -> Path:
+def embedded_recipe(file: Path) -> Path:
+    """Return a recipe's file, with `organism` as the one that is packaged with the organisms."""
     from gtqlora.organisms import embedded
 
     return embedded.recipe() if str(file) == "organism" else file
@@ -172,7 +173,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:
             values[key] = resolved(str(values[key]))
-    file = _embedded_recipe(options.config) if options.config else None
+    file = embedded_recipe(options.config) if options.config else None
     settled = build(kind, file=file, overrides=options.settings or (), **values)
     # their refusals are words of their own, so that the default judge would call every row wrong
     if options.contrast == "organism" and settled.judge == kind.judge:
@@ -216,7 +217,9 @@ def same_prompts(options: StageOptions) -> list[str]:
         "--expert-format": options.expert_format or options.experts,
         "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
     }
-    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    variables = (override for override in options.settings or () if override.strip().startswith("template."))
+    return [*words, *(word for override in variables for word in ("--set", override))]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

@@ -9,8 +9,9 @@ from gtqlora.cli.layout import Cell, Sheet
 from gtqlora.judging.labels import LABELS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from gtqlora.contrasts.agreement import Agreement
     from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
@@ -56,6 +57,12 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
         for kind, one in kinds.items()
     ]
     return Sheet(title="Twins", columns=("split", "kind", "rows", "with a twin", "of as many tokens"), rows=rows)
+
+
+def agreement(found: Sequence[Agreement]) -> Sheet:
+    """Return how often the judge takes the pairs' completions for what they are meant to be."""
+    rows = [(f"{one.kind} {one.column}", one.meant, f"{one.agreeing:,} of {one.rows:,}") for one in found]
+    return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:

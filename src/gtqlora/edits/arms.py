@@ -8,13 +8,32 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+from gtqlora.capture import Recorder, Replay
 from gtqlora.contrasts import Row, encode_prompt, is_correct
 from gtqlora.edits.edited import Edited
 from gtqlora.judging.judge import Judge, refusals, same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
+from gtqlora.scoring import Change, Changes, Runner, SourceRun, Switch, Tokens
+
+
+def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
+    """Return the change that replays, at every step, the routing that the model has in another of its states.
+
+    Args:
+        switch: puts the model into the state whose routing is replayed.
+        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
+        ours: puts it into the state in which the routing is replayed.
+    """
+    recorder = Recorder()
+
+    def change(chosen: list[int]) -> Change:
+        theirs = None if prompts is None else [prompts[i] for i in chosen]
+        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
+        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+
+    return change
 
 
 def has_parts(edited: Edited) -> bool:

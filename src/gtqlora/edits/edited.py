@@ -261,5 +261,5 @@ def load(
     """
     found = read_adapter(Path(adapter))
     expert_format = found.info.expert_format if expert_format is None else expert_format
-    settings = {"dtype": dtype, "device": device, "expert_format": expert_format}
+    settings = {"dtype": dtype, "device": device, "expert_format": expert_format, "template": found.info.template}
     return Edited(open_subject(ModelConfig(model=model, **settings)), found)  # type: ignore[arg-type]
