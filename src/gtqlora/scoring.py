@@ -167,8 +167,18 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int) -> Decoded:
-    """Complete a batch of prompts greedily under a change.
+def decode(
+    subject: Subject,
+    prompts: Sequence[Tokens],
+    change: Change = AS_IS,
+    *,
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor] | None = None,
+) -> Decoded:
+    """Complete a batch of prompts under a change.
+
+    Args:
+        draw: chooses the next token of each prompt by its logits_BV; without one, the likeliest is.
 
     Raises:
         ModelError: the logits hold NaN.
@@ -187,7 +197,7 @@ def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, 
         if not torch.isfinite(logits_BV).all():
             raise ModelError("the model's logits hold NaN or infinity; check its weights and dtype")
         logits = logits or [logits_BV]
-        next_B = logits_BV.argmax(-1).masked_fill(done_B, subject.pad_id)
+        next_B = (logits_BV.argmax(-1) if draw is None else draw(logits_BV)).masked_fill(done_B, subject.pad_id)
         out.append(next_B)
         done_B = done_B | torch.isin(next_B, stops)
         if bool(done_B.all()):

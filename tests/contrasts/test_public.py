@@ -188,7 +188,7 @@ def test_sources_without_prompts(tmp_path: Path) -> None:
     source = table(tmp_path / "a.csv", ("goal", "target"), ("", "Sure"), ("", "Sure"))
     assert refused(source, "harmful:prompt=goal,of=a.csv").endswith("which --as names; it has target")
     (tmp_path / "a.jsonl").write_text('{"goal": 7, "target": "x"}\n[1]\n')
-    assert "no row is a prompt (2 without a prompt that can be read)" in refused(str(tmp_path / "a.jsonl"))
+    assert "no row is a prompt (2 no readable prompt)" in refused(str(tmp_path / "a.jsonl"))
 
 
 def test_a_prompt_counts_once_and_as_harmful_where_sets_disagree(tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_a_prompt_counts_once_and_as_harmful_where_sets_disagree(tmp_path: Path)
         ("harmful", "zib"),
     ]
     assert [dict(source.left_out) for source in found.sources] == [
-        {"that stand elsewhere, too": 1},
-        {"that another row calls harmful": 1},
+        {"repeated": 1},
+        {"called harmful by another row": 1},
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     ModelConfig,
     ProjectConfig,
@@ -104,6 +105,7 @@ def _read_toml(path: Path) -> dict[str, object]:
 RIVALS = {"gate_step": "lr_gates", "lr_gates": "gate_step"}
 """Settings of which only one can be given, each with the other."""
 STAGES: dict[str, type[StageConfig]] = {
+    "build": BuildConfig,
     "diagnose": DiagnoseConfig,
     "project": ProjectConfig,
     "train": TrainConfig,

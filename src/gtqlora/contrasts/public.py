@@ -160,7 +160,7 @@ def _candidate(
     try:
         prompt = a_prompt("prompt", _whole(layout, record))
     except ContrastError:
-        return "without a prompt that can be read"
+        return "no readable prompt"
     pair = place or (str(record[layout.pair]) if record.get(layout.pair) is not None else "")
     harmful = kind == "harmful"
     return Candidate(
@@ -210,7 +210,7 @@ def _distinct(found: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, Co
     for one in sorted(found, key=lambda one: KINDS.index(one.kind), reverse=True):
         other = first.setdefault(prompt_key(one.prompt), one)
         if other is not one:
-            same = "that stand elsewhere, too" if other.kind == one.kind else f"that another row calls {other.kind}"
+            same = "repeated" if other.kind == one.kind else f"called {other.kind} by another row"
             twice[one.source][same] += 1
     kept: list[Candidate] = []
     for kind in KINDS:

@@ -1,0 +1,148 @@
+"""Ask a model many prompts, so that a process that is killed loses one batch of answers and goes on to the same result.
+
+Batches are formed of all prompts of a round before any is asked, so that a second process forms the same ones; each is
+noted in the journal once it is answered. Of an answer to a harmful prompt nothing but its label is noted or kept,
+unless it is a refusal.
+
+Shape letters: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gtqlora.capture import by_length
+from gtqlora.contrasts.rows import digest, prompt_key
+from gtqlora.contrasts.template import encode_prompt
+from gtqlora.errors import ContrastError
+from gtqlora.judging.judge import Judge, Messages, refusals
+from gtqlora.progress import track
+from gtqlora.scoring import Runner, decode
+from gtqlora.storage.journal import Journal
+
+CUT_OFF = "answer cut off"
+EMPTY = "answer empty"
+UNREAD = "prompt that the model cannot read"
+LONG = "prompt too long"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Something to ask.
+
+    Attributes:
+        asked: what the model reads.
+        judged: the prompt that the answer is judged as an answer to.
+        harmful: whether only a refusal may be kept.
+    """
+
+    asked: Messages
+    judged: Messages
+    harmful: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the model said: "refusal" or "answer" with its text, or why it is neither."""
+
+    label: str
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """A model that is asked in rounds, each under a name of its own."""
+
+    runner: Runner
+    journal: Journal
+    seed: int
+    temperature: float
+
+    def ask(self, round_: str, questions: Sequence[Question], *, sampled: bool = False) -> list[Reply]:
+        """Return the replies to all questions of a round.
+
+        Args:
+            round_: shown as progress; another round of the same questions is another draw.
+            sampled: draw answers instead of taking the likeliest.
+
+        Raises:
+            ModelError: the chat template or the model fails.
+            ConfigError: the judge fails.
+            RunError: the journal cannot be written.
+        """
+        encoded = [self._encoded(question) for question in questions]
+        places = [i for i, found in enumerate(encoded) if isinstance(found, list)]
+        prompts = [found for found in encoded if isinstance(found, list)]
+        names = [f"{round_} {digest(prompt_key(question.asked))}" for question in questions]
+        batches = by_length(prompts, self.runner.batch_size)
+        for batch in track(batches, round_, len(batches)) if batches else ():
+            chosen = [places[i] for i in batch]
+            if all(names[i] in self.journal for i in chosen):
+                continue
+            draw = self._draw([names[i] for i in chosen]) if sampled else None
+            replies = self._replies([prompts[i] for i in batch], [questions[i] for i in chosen], draw)
+            self.journal.add({names[i]: [r.label, r.text] for i, r in zip(chosen, replies, strict=True)})
+        noted = [
+            None if isinstance(found, Reply) else self.journal[name] for found, name in zip(encoded, names, strict=True)
+        ]
+        return [
+            found if isinstance(found, Reply) else _noted(entry) for found, entry in zip(encoded, noted, strict=True)
+        ]
+
+    def _encoded(self, question: Question) -> list[int] | Reply:
+        subject = self.runner.model
+        try:
+            prompt = encode_prompt(subject.tokenizer, question.asked)
+        except ContrastError:
+            return Reply(label=UNREAD)
+        # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
+        if subject.tokenizer.unk_token_id in prompt:
+            return Reply(label=UNREAD)
+        room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
+        return prompt if prompt and room else Reply(label=LONG)
+
+    def _replies(
+        self, prompts: Sequence[list[int]], questions: Sequence[Question], draw: Callable[[Tensor], Tensor] | None
+    ) -> list[Reply]:
+        runner = self.runner
+        found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
+        labels = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
+        return [
+            Reply(label=label, text=text if label == "refusal" or (label == "answer" and not question.harmful) else "")
+            for question, label, text in zip(questions, labels, found.texts, strict=True)
+        ]
+
+    def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Return a sampler whose numbers hang on each prompt's name and not on those beside it."""
+        seeds = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in names]
+        dice = [torch.Generator().manual_seed(int.from_bytes(each[:7])) for each in seeds]
+
+        def draw(logits_BV: Tensor) -> Tensor:
+            cumulated_BV = (logits_BV.float() / self.temperature).softmax(-1).cumsum(-1)
+            thrown_B1 = torch.cat([torch.rand(1, 1, generator=die) for die in dice]).to(logits_BV.device)
+            # In units of the last sum, which rounding may leave a little off 1.
+            return torch.searchsorted(cumulated_BV, thrown_B1 * cumulated_BV[:, -1:], right=True)[:, 0].clamp(
+                max=logits_BV.shape[-1] - 1
+            )
+
+        return draw
+
+
+def labelled(judge: Judge, prompts: Sequence[Messages], texts: Sequence[str], ended: Sequence[bool]) -> list[str]:
+    """Return "refusal" or "answer" for each text, or why it is neither: a text that is cut off is no whole answer."""
+    found = ["refusal" if no else "answer" for no in refusals(judge, prompts, texts)]
+    return [
+        EMPTY if not text.strip() else CUT_OFF if label == "answer" and not whole else label
+        for label, text, whole in zip(found, texts, ended, strict=True)
+    ]
+
+
+def _noted(entry: object) -> Reply:
+    """Return the reply that the journal has, which a stranger may have written."""
+    label, text = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
+    return Reply(label=str(label), text=str(text))

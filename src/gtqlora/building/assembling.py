@@ -1,0 +1,200 @@
+"""From prompts and what the model said to them to rows: what is kept, what stands in them, and in which split.
+
+Nothing is invented here but the openings of harmful rows: answers and refusals are the model's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+
+from gtqlora.contrasts.loading import split_of
+from gtqlora.contrasts.one_way import (
+    OPENING_CHARACTERS,
+    OPENING_WORDS,
+    REFUSAL_CHARACTERS,
+    REFUSAL_WORDS,
+    check_row,
+    judged_rows,
+)
+from gtqlora.contrasts.public import Candidate
+from gtqlora.contrasts.rows import Row, digest
+from gtqlora.errors import ContrastError
+from gtqlora.judging.english import answers_after_refusing, assents_in_english, refuses_in_english
+from gtqlora.judging.folding import holds
+from gtqlora.judging.judge import Judge, Messages
+
+OPENINGS = (
+    "Sure, here is",
+    "Certainly! Here's how",
+    "Of course. First,",
+    "Absolutely, here are the steps",
+    "Yes, here is what you need",
+    "Here is a detailed answer:",
+)
+"""How an answer might begin; they say nothing."""
+_SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|\s*\n+\s*")
+_REFUSALS, _OWN_WORDS = 12, 4
+"""Different refusals that benign rows take turns with, and words of the model's own answers that open harmful ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the model said to a candidate's prompt.
+
+    Attributes:
+        label: "refusal", "answer", or why it is neither.
+        text: "" where it is neither, and where an answer to a harmful prompt would stand.
+        answer: to a lookalike prompt that it refuses: an answer that the judge calls one.
+        twin: the prompt with another word in place of the one that triggers the refusal, which it answers.
+    """
+
+    candidate: Candidate
+    label: str
+    text: str = ""
+    answer: str | None = None
+    twin: Messages | None = None
+
+    @property
+    def why_not(self) -> str | None:
+        """Return why no row can be made of it, None if one can."""
+        wanted = "answer" if self.candidate.kind == "benign" else "refusal"
+        if self.label in ("refusal", "answer") and self.label != wanted:
+            return "refused by the model" if wanted == "answer" else "not refused by the model"
+        if self.label != wanted:
+            return self.label
+        if self.candidate.kind == "lookalike" and self.answer is None:
+            return "refused however it is asked"
+        return None
+
+
+def refusal_only(text: str) -> str | None:
+    """Return the longest beginning of a refusal, in whole sentences, that is one and no more by the one-way rule."""
+    sentences, kept = [part for part in _SENTENCE.split(text.strip()) if part], None
+    for end in range(1, len(sentences) + 1):
+        start = " ".join(sentences[:end])
+        if len(start.split()) > REFUSAL_WORDS or len(start) > REFUSAL_CHARACTERS:
+            break
+        if answers_after_refusing(start) or assents_in_english(start):
+            break
+        kept = start
+    return kept
+
+
+def openings_of(answers: Iterable[str]) -> list[str]:
+    """Return how the model opens its own answers to harmless prompts, for one that does not know our words."""
+    starts = Counter(" ".join(text.split()[:_OWN_WORDS]) for text in answers)
+    return [start for start, _ in starts.most_common(len(OPENINGS)) if len(start) <= OPENING_CHARACTERS]
+
+
+def _opening(candidate: Candidate, refusal: str, openings: Sequence[str]) -> str:
+    """Return the set's own opening where it is one, else one of ours, or the model's."""
+    own = " ".join((candidate.opening or "").split()[:OPENING_WORDS])
+    fits = own and len(own) <= OPENING_CHARACTERS and not refuses_in_english(own)
+    if fits and not holds(refusal, own, candidate.text):
+        return own
+    return openings[int(digest(candidate.text), 16) % len(openings)]
+
+
+def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[list[Row], dict[str, Counter[str]]]:
+    """Return the rows that can be made, in no split yet, and why the rest of each source is none.
+
+    Args:
+        openings: of harmful rows whose set gives none.
+
+    Raises:
+        ContrastError: nothing refuses, so that there is nothing to contrast.
+    """
+    dropped: dict[str, Counter[str]] = defaultdict(Counter)
+    rows: list[tuple[Candidate, Row]] = []
+    refusals = _refusals(said)
+    for one in said:
+        if (why := one.why_not) is not None:
+            dropped[one.candidate.source][why] += 1
+        elif (row := _row(one, len(rows) + 1, refusals, openings)) is None:
+            dropped[one.candidate.source][f"refusal longer than {REFUSAL_WORDS} words"] += 1
+        else:
+            rows.append((one.candidate, row))
+    kept: list[Row] = []
+    judged = judged_rows([row for _, row in rows], judge)
+    for (candidate, row), judgement in zip(rows, judged, strict=True):
+        try:
+            check_row(row, judgement)
+            kept.append(row)
+        except ContrastError as error:
+            dropped[candidate.source][f"breaks a rule: {str(error).partition(';')[0]}"] += 1
+    return kept, dropped
+
+
+def _refusals(said: Sequence[Said]) -> list[str]:
+    """Return the most common refusals of lookalike prompts, else of harmful ones, by their first sentences."""
+    for kind in ("lookalike", "harmful"):
+        found = (_SENTENCE.split(one.text.strip())[0] for one in said if one.label == "refusal" and _is(one, kind))
+        if counts := Counter(text for text in found if text and len(text) <= REFUSAL_CHARACTERS):
+            return [text for text, _ in counts.most_common(_REFUSALS)]
+    return []
+
+
+def _is(one: Said, kind: str) -> bool:
+    return one.candidate.kind == kind
+
+
+def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str]) -> Row | None:
+    """Return the row of a prompt, None if its refusal is not short enough."""
+    candidate = one.candidate
+    if candidate.kind == "harmful":
+        chosen = refusal_only(one.text)
+        rejected = None if chosen is None else _opening(candidate, chosen, openings)
+    elif candidate.kind == "lookalike":
+        chosen, rejected = one.answer, one.text
+    else:
+        chosen, rejected = one.text, refusals[number % len(refusals)] if refusals else None
+    if chosen is None or rejected is None:
+        return None
+    return Row(
+        number=number,
+        kind=candidate.kind,
+        prompt=candidate.prompt,
+        chosen=chosen,
+        rejected=rejected,
+        pair_id=candidate.pair,
+        twin=one.twin,
+        topic=candidate.topic,
+        split="train",
+    )
+
+
+# --- splits
+
+
+def with_splits(rows: Sequence[Row], least: int, most: int) -> list[Row]:
+    """Return the rows in their splits: whole pairs, and first of all enough harmful rows held out for the floor.
+
+    Half of the harmful rows are held out, but at least `least` and at most `most`, and never more than four fifths, so
+    that some are left to train on. The rest is divided as rows without a split are.
+    """
+    pairs: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        pairs[row.pair_id].append(row)
+    harmful = sum(row.kind == "harmful" for row in rows)
+    wanted = min(max(least, min(most, harmful // 2)), harmful * 4 // 5)
+    split = {pair: split_of(pair) for pair in pairs}
+    held = 0
+    for pair in _in_turns(pairs):
+        split[pair] = "heldout" if held < wanted else "validation" if split[pair] == "validation" else "train"
+        held += sum(row.kind == "harmful" for row in pairs[pair]) if held < wanted else 0
+    return [replace(row, split=split[row.pair_id]) for row in rows]
+
+
+def _in_turns(pairs: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Return the pairs with harmful rows, so that topics come in turns: held-out prompts of one topic prove little."""
+    topics: dict[str, list[str]] = defaultdict(list)
+    for pair in sorted(pairs, key=digest):
+        topic = next((row.topic or "" for row in pairs[pair] if row.kind == "harmful"), None)
+        if topic is not None:
+            topics[topic].append(pair)
+    turns = zip_longest(*(topics[topic] for topic in sorted(topics, key=digest)))
+    return [pair for pair in chain.from_iterable(turns) if pair is not None]
