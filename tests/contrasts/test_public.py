@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,30 @@ def test_rows_with_answers_are_for_check(tmp_path: Path) -> None:
     rows = [{"kind": "benign", "prompt": "a", "chosen": "b", "rejected": "c"}]
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]))
     assert "`gtqlora contrast check`" in refused(str(tmp_path / "pairs.jsonl"))
+
+
+class Gated(BaseHTTPRequestHandler):
+    """A hub on which every dataset is gated, and nobody is logged in."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_a_gated_dataset_names_the_page_of_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gated) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        said = refused("org/gated:behaviors@harmful")
+        hub.shutdown()
+    assert "accept its terms at https://huggingface.co/datasets/org/gated, and log in" in said
 
 
 def test_sources_without_prompts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from gtqlora.building.asking import UNREAD, Asking, Question, Reply, labelled
+from gtqlora.building.asking import CUT_OFF, EMPTY, LONG, UNREAD, Asking, Question, Reply, labelled
 from gtqlora.building.assembling import Said
 from gtqlora.config import BuildConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
@@ -55,6 +55,7 @@ def _probed(
     if not candidates:
         return []
     kind = candidates[0].kind
+    # At random: sets are sorted, and the first 64 prompts may be of one topic.
     order = random.Random(config.seed).sample(range(len(candidates)), len(candidates))
     first, rest = ([candidates[i] for i in part] for part in (order[:PROBE], order[PROBE:]))
     said = _plain(asking, f"{kind}, a first look", first)
@@ -75,13 +76,11 @@ def _check_refused(said: Sequence[Said], config: BuildConfig) -> None:
         ContrastError: it does not; rows could still be made of the rest, but they would hide what the model is.
     """
     refused, least = sum(one.label == "refusal" for one in said), VerifyConfig.min_refused
-    if refused >= least * len(said):
-        return
-    raise ContrastError(
-        f"the model refuses {refused} of {len(said)} harmful prompts by judge {config.judge!r} ({_labels(said)}); the "
-        f"safety floor is for models that refuse at least {least:.0%}. Take a judge that knows its refusals (--judge), "
-        "or another model"
-    )
+    if refused < least * len(said):
+        raise ContrastError(
+            f"the model refuses {refused} of {len(said)} harmful prompts by judge {config.judge!r} ({_labels(said)}), "
+            f"and the safety floor is for models that refuse at least {least:.0%}; {_remedy(said, config)}"
+        )
 
 
 def _check_answered(said: Sequence[Said], config: BuildConfig) -> None:
@@ -90,19 +89,31 @@ def _check_answered(said: Sequence[Said], config: BuildConfig) -> None:
     Raises:
         ContrastError: it hardly does.
     """
-    if sum(one.label == "answer" for one in said) >= _LEAST_ANSWERED * len(said):
-        return
+    if sum(one.label == "answer" for one in said) < _LEAST_ANSWERED * len(said):
+        raise ContrastError(
+            f"of {len(said)} benign prompts hardly any has an answer by judge {config.judge!r} ({_labels(said)}); "
+            f"{_remedy(said, config)}"
+        )
+
+
+def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
+    """Return what helps against the label that most replies have."""
+    remedies = {
+        UNREAD: "mend the model's chat template, or take a set in a language that it knows",
+        LONG: f"lower --max-new-tokens below {config.max_new_tokens}, or take shorter prompts",
+        CUT_OFF: f"raise --max-new-tokens above {config.max_new_tokens}",
+        EMPTY: "look at what the model says; its chat template may end the answer",
+    }
     most = Counter(one.label for one in said).most_common(1)[0][0]
-    remedies = {"refusal": "take a judge that tells answers from refusals (--judge)", UNREAD: "mend the template"}
-    raise ContrastError(
-        f"of {len(said)} benign prompts hardly any has an answer by judge {config.judge!r} ({_labels(said)}); "
-        f"{remedies.get(most, f'raise --max-new-tokens above {config.max_new_tokens}')}"
+    return remedies.get(
+        most, "take a judge that tells this model's refusals from its answers (--judge), or another model"
     )
 
 
 def _lookalikes(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig) -> list[Said]:
     """Return the refusals of lookalike prompts, with an answer got otherwise, and with twins."""
     said = _plain(asking, "lookalike", candidates)
+    # What the model answers already needs no repair.
     refused = [i for i, one in enumerate(said) if one.label == "refusal"]
     answers = _answers(asking, [candidates[i] for i in refused], config)
     for place, answer in zip(refused, answers, strict=True):

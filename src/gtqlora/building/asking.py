@@ -87,6 +87,7 @@ class Asking:
             draw = self._draw([names[i] for i in chosen]) if sampled else None
             replies = self._replies([prompts[i] for i in batch], [questions[i] for i in chosen], draw)
             self.journal.add({names[i]: [r.label, r.text] for i, r in zip(chosen, replies, strict=True)})
+        # From the journal also what was just said: a process that goes on and one that does not read the same.
         noted = [
             None if isinstance(found, Reply) else self.journal[name] for found, name in zip(encoded, names, strict=True)
         ]

@@ -22,6 +22,7 @@ from gtqlora.contrasts.one_way import (
 )
 from gtqlora.contrasts.public import Candidate
 from gtqlora.contrasts.rows import Row, digest
+from gtqlora.contrasts.statistics import reach
 from gtqlora.errors import ContrastError
 from gtqlora.judging.english import answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.judging.folding import holds
@@ -37,6 +38,8 @@ OPENINGS = (
 )
 """How an answer might begin; they say nothing."""
 _SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|\s*\n+\s*")
+_MORE = 50
+"""Harmful rows that are held out in addition, as often as the floor needs more."""
 _REFUSALS, _OWN_WORDS = 12, 4
 """Different refusals that benign rows take turns with, and words of the model's own answers that open harmful ones."""
 
@@ -90,13 +93,13 @@ def openings_of(answers: Iterable[str]) -> list[str]:
     return [start for start, _ in starts.most_common(len(OPENINGS)) if len(start) <= OPENING_CHARACTERS]
 
 
-def _opening(candidate: Candidate, refusal: str, openings: Sequence[str]) -> str:
-    """Return the set's own opening where it is one, else one of ours, or the model's."""
+def _opening(candidate: Candidate, refusal: str, openings: Sequence[str]) -> str | None:
+    """Return the set's own opening where it is one, else one of those given, None if there are none."""
     own = " ".join((candidate.opening or "").split()[:OPENING_WORDS])
     fits = own and len(own) <= OPENING_CHARACTERS and not refuses_in_english(own)
     if fits and not holds(refusal, own, candidate.text):
         return own
-    return openings[int(digest(candidate.text), 16) % len(openings)]
+    return openings[int(digest(candidate.text), 16) % len(openings)] if openings else None
 
 
 def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[list[Row], dict[str, Counter[str]]]:
@@ -104,9 +107,6 @@ def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[l
 
     Args:
         openings: of harmful rows whose set gives none.
-
-    Raises:
-        ContrastError: nothing refuses, so that there is nothing to contrast.
     """
     dropped: dict[str, Counter[str]] = defaultdict(Counter)
     rows: list[tuple[Candidate, Row]] = []
@@ -114,8 +114,8 @@ def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[l
     for one in said:
         if (why := one.why_not) is not None:
             dropped[one.candidate.source][why] += 1
-        elif (row := _row(one, len(rows) + 1, refusals, openings)) is None:
-            dropped[one.candidate.source][f"refusal longer than {REFUSAL_WORDS} words"] += 1
+        elif isinstance(row := _row(one, len(rows) + 1, refusals, openings), str):
+            dropped[one.candidate.source][row] += 1
         else:
             rows.append((one.candidate, row))
     kept: list[Row] = []
@@ -131,6 +131,7 @@ def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[l
 
 def _refusals(said: Sequence[Said]) -> list[str]:
     """Return the most common refusals of lookalike prompts, else of harmful ones, by their first sentences."""
+    # By first sentences: what follows is about the prompt that was refused.
     for kind in ("lookalike", "harmful"):
         found = (_SENTENCE.split(one.text.strip())[0] for one in said if one.label == "refusal" and _is(one, kind))
         if counts := Counter(text for text in found if text and len(text) <= REFUSAL_CHARACTERS):
@@ -142,18 +143,20 @@ def _is(one: Said, kind: str) -> bool:
     return one.candidate.kind == kind
 
 
-def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str]) -> Row | None:
-    """Return the row of a prompt, None if its refusal is not short enough."""
+def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str]) -> Row | str:
+    """Return the row of a prompt, or what is missing for one."""
     candidate = one.candidate
     if candidate.kind == "harmful":
         chosen = refusal_only(one.text)
-        rejected = None if chosen is None else _opening(candidate, chosen, openings)
+        rejected = _opening(candidate, chosen or "", openings)
     elif candidate.kind == "lookalike":
         chosen, rejected = one.answer, one.text
     else:
         chosen, rejected = one.text, refusals[number % len(refusals)] if refusals else None
-    if chosen is None or rejected is None:
-        return None
+    if chosen is None:
+        return f"refusal longer than {REFUSAL_WORDS} words"
+    if rejected is None:
+        return "no opening or refusal to set against it"
     return Row(
         number=number,
         kind=candidate.kind,
@@ -173,16 +176,25 @@ def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str
 def with_splits(rows: Sequence[Row], least: int, most: int) -> list[Row]:
     """Return the rows in their splits: whole pairs, and first of all enough harmful rows held out for the floor.
 
-    Half of the harmful rows are held out, but at least `least` and at most `most`, and never more than four fifths, so
-    that some are left to train on. The rest is divided as rows without a split are.
+    Half of the harmful rows are held out, at least `least`, more where the floor needs more, at most `most`, and never
+    more than four fifths, so that some are left to train on. The rest is divided as rows without a split are.
     """
+    harmful = sum(row.kind == "harmful" for row in rows)
+    most = min(most, harmful * 4 // 5)
+    wanted = min(max(least, harmful // 2), most)
+    while True:
+        found = _holding_out(rows, wanted)
+        # Few topics prove less than many, so that prompts of few topics have to be more.
+        if wanted >= most or reach(found).reachable:
+            return found
+        wanted = min(most, wanted + _MORE)
+
+
+def _holding_out(rows: Sequence[Row], wanted: int) -> list[Row]:
     pairs: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         pairs[row.pair_id].append(row)
-    harmful = sum(row.kind == "harmful" for row in rows)
-    wanted = min(max(least, min(most, harmful // 2)), harmful * 4 // 5)
-    split = {pair: split_of(pair) for pair in pairs}
-    held = 0
+    split, held = {pair: split_of(pair) for pair in pairs}, 0
     for pair in _in_turns(pairs):
         split[pair] = "heldout" if held < wanted else "validation" if split[pair] == "validation" else "train"
         held += sum(row.kind == "harmful" for row in pairs[pair]) if held < wanted else 0

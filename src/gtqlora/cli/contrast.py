@@ -126,6 +126,6 @@ def _show_built(found: Built) -> None:
     if found.floor:
         say(console, f"note: {found.floor}", accent=("note:", "yellow"))
     say_whole(console, f"card: {found.card}")
-    say_whole(
-        console, f"next: gtqlora contrast check {shlex.quote(str(found.file))} --model {shlex.quote(found.model)}"
-    )
+    judged = ["--judge", found.judge] if found.judge != "string" else []
+    words = ["contrast", "check", str(found.file), "--model", found.model, *judged]
+    say_whole(console, f"next: gtqlora {shlex.join(words)}")

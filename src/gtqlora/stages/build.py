@@ -56,7 +56,7 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
     found = pool(sources, descriptions)
     judge = judge_of(config.judge)
     chosen = _limited(found.candidates, config)
-    _check_kinds(chosen)
+    _check_kinds(chosen)  # before a model is hashed and loaded, which takes minutes
     model = identify(config.model)
     with _journal(journal_folder, config, model, judge, found, descriptions) as journal:
         subject = open_subject(replace(config, model=model.model))
@@ -67,6 +67,7 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
         rows, dropped = made(said, _openings(subject, said), judge)
         contrast = _checked(str(out), rows, chosen, subject, dropped)
         built = _summary(config, model, out, card_file, found, said, contrast, dropped)
+        # The card first: once the pairs are there, nothing is missing.
         with atomic_write(card_file) as staged:
             staged.write_text(card(built), encoding="utf-8")
         contrasts.save(contrast, out)
@@ -124,16 +125,10 @@ def _limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candi
 
 
 def _openings(subject: Subject, said: Sequence[Said]) -> list[str]:
-    """Return what harmful rows' `rejected` may be: our phrases, or the model's own where it cannot read those.
-
-    Raises:
-        ContrastError: there are neither.
-    """
+    """Return what harmful rows' `rejected` may be: our phrases, or the model's own where it cannot read those."""
     readable = [opening for opening in OPENINGS if _reads(subject, opening)]
-    answers = (one.text for one in said if one.candidate.kind == "benign" and one.label == "answer")
-    if found := readable or openings_of(answers):
-        return found
-    raise ContrastError("the tokenizer reads none of our opening phrases; add benign prompts, whose answers have some")
+    own = (one.answer or one.text for one in said if one.label == "answer" or one.answer is not None)
+    return readable or openings_of(filter(None, own))
 
 
 def _reads(subject: Subject, text: str) -> bool:
