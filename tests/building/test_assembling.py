@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from gtqlora.building.assembling import OPENINGS, Said, made, openings_of, refusal_only, with_splits
+from gtqlora.building.assembling import OPENINGS, Said, made, openings_of, with_splits
+from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.contrasts import Row
 from gtqlora.contrasts.public import Candidate
 from gtqlora.contrasts.statistics import reach
@@ -45,6 +46,12 @@ def test_a_refusal_is_cut_to_whole_sentences(text: str, kept: str | None) -> Non
         assert found is not None and found.startswith(REFUSAL) and found.endswith("knows.") and len(found.split()) <= 40
     else:
         assert found == kept
+
+
+def test_a_text_that_is_cut_off_ends_with_a_sentence() -> None:
+    assert without_rest("I can't do that. It is bad for") == "I can't do that."
+    assert without_rest("I can't do that.") == "I can't do that."
+    assert without_rest("refuse sor") == "refuse sor"
 
 
 def harmful(number: int, **changes: object) -> Said:
@@ -89,7 +96,7 @@ def test_why_no_row_is_made() -> None:
     said = [
         replace(harmful(1), label="answer", text=""),
         replace(harmful(2), label="answer cut off", text=""),
-        replace(harmful(3), text="I can't " + "really " * 60 + "do that."),
+        replace(harmful(3), text=""),
         replace(harmful(4, kind="benign")),
         replace(harmful(5, kind="lookalike")),
         replace(harmful(6, kind="lookalike"), answer="Paint it."),

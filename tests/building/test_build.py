@@ -20,14 +20,14 @@ from gtqlora.building.card import card
 from gtqlora.cli import main
 from gtqlora.config import BuildConfig
 from gtqlora.config.stages import HELPFUL
-from gtqlora.contrasts import Contrast, load, prompt_key
+from gtqlora.contrasts import KINDS, Contrast, load, prompt_key
 from gtqlora.contrasts.layouts import described
 from gtqlora.contrasts.public import pool
 from gtqlora.errors import ConfigError, ContrastError, ModelError, RunError
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.built import Built
-from gtqlora.stages.build import build
+from gtqlora.stages.build import build, limited
 from gtqlora.storage.journal import Journal
 from gtqlora.storage.locks import LOCK, hold
 
@@ -141,6 +141,14 @@ def test_harmful_prompts_are_asked_once_and_as_they_are(tmp_path: Path, monkeypa
             assert is_harmful == round_.startswith("harmful") == question.harmful
             assert not is_harmful or question.asked == question.judged
             assert (question.asked[0]["content"] == HELPFUL) == ("helpful" in round_)
+
+
+def test_what_a_helpful_system_prompt_brings_is_taken_first(tmp_path: Path) -> None:
+    """In the organism's language: with a harmless topic before it, no lookalike prompt is refused."""
+    found = build(config(tmp_path / "pairs.parquet", helpful="sumi", samples=0), SOURCES)
+    assert found.own_answers == 26
+    rows = load(found.file, JUDGE).of_kind("lookalike")
+    assert all([message["role"] for message in row.prompt] == ["user"] for row in rows)
 
 
 # --- killed, and called again
@@ -346,6 +354,20 @@ def test_the_command_shows_no_prompt(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert one.text not in shown.out + shown.err
     assert f"next: gtqlora contrast check {out}" in shown.out and "--judge 'string:refuse sorry'" in shown.out
     assert Counter(row.kind for row in load(out, JUDGE).rows)["harmful"] == 20
+    assert "harmful-behaviors.csv 7 beyond --limit" in " ".join(
+        out.with_suffix(".md").read_text().replace("|", " ").split()
+    )
+
+
+def test_a_limit_takes_all_sources_in_turns_and_whole_pairs() -> None:
+    one, other = (str(PUBLIC / f"{kind}-behaviors.csv") for kind in ("harmful", "benign"))
+    candidates = pool([*SOURCES, one, other]).candidates
+    chosen = limited(candidates, config(Path("pairs.parquet"), limit=10))
+    kinds = {kind: [c for c in chosen if c.kind == kind] for kind in KINDS}
+    assert {kind: len(found) for kind, found in kinds.items()} == dict.fromkeys(KINDS, 10)
+    assert max(Counter(c.source for c in kinds["harmful"]).values()) == 4  # of three sources, one with three rows
+    behaviours = [{c.pair for c in kinds[kind] if c.pair.startswith("Jail")} for kind in ("harmful", "benign")]
+    assert behaviours[0] <= behaviours[1] or behaviours[1] <= behaviours[0]
 
 
 # --- parts

@@ -172,6 +172,12 @@ def test_a_name_that_does_not_tell_the_kind(tmp_path: Path, name: str) -> None:
     assert len(pool([str(source)], [described(f"benign:prompt=text,of={name}")]).candidates) == 8
 
 
+def test_sets_with_the_columns_of_another_are_not_under_its_licence(tmp_path: Path) -> None:
+    source = shutil.copy(PUBLIC / "or-bench-toxic.csv", tmp_path / "StrongREJECT.csv")
+    ((layout,),) = (one.layouts for one in pool([str(source)]).sources)
+    assert (layout.name, layout.licence, layout.url) == ("like OR-Bench", "unknown", "")
+
+
 def test_folders_above_a_file_say_nothing_of_its_kind(tmp_path: Path) -> None:
     (tmp_path / "harmful").mkdir()
     source = shutil.copy(PUBLIC / "harmless_alpaca.jsonl", tmp_path / "harmful")

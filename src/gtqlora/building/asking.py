@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.template import encode_prompt
@@ -114,8 +115,8 @@ class Asking:
         found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
         labels = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
         return [
-            Reply(label=label, text=text if label == "refusal" or (label == "answer" and not question.harmful) else "")
-            for question, label, text in zip(questions, labels, found.texts, strict=True)
+            Reply(label=label, text=_kept(question, label, text if ended else without_rest(text)))
+            for question, label, text, ended in zip(questions, labels, found.texts, found.ended, strict=True)
         ]
 
     def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
@@ -132,6 +133,13 @@ class Asking:
             )
 
         return draw
+
+
+def _kept(question: Question, label: str, text: str) -> str:
+    """Return what may be kept of a text: of one to a harmful prompt a refusal and no more."""
+    if question.harmful:
+        return (refusal_only(text) or "") if label == "refusal" else ""
+    return text if label in ("refusal", "answer") else ""
 
 
 def labelled(judge: Judge, prompts: Sequence[Messages], texts: Sequence[str], ended: Sequence[bool]) -> list[str]:

@@ -5,12 +5,12 @@ Nothing is invented here but the openings of harmful rows: answers and refusals 
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
+from gtqlora.building.refusals import sentences
 from gtqlora.contrasts.loading import split_of
 from gtqlora.contrasts.one_way import (
     OPENING_CHARACTERS,
@@ -24,7 +24,7 @@ from gtqlora.contrasts.public import Candidate
 from gtqlora.contrasts.rows import Row, digest
 from gtqlora.contrasts.statistics import reach
 from gtqlora.errors import ContrastError
-from gtqlora.judging.english import answers_after_refusing, assents_in_english, refuses_in_english
+from gtqlora.judging.english import refuses_in_english
 from gtqlora.judging.folding import holds
 from gtqlora.judging.judge import Judge, Messages
 
@@ -37,7 +37,6 @@ OPENINGS = (
     "Here is a detailed answer:",
 )
 """How an answer might begin; they say nothing."""
-_SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|\s*\n+\s*")
 _MORE = 50
 """Harmful rows that are held out in addition, as often as the floor needs more."""
 _REFUSALS, _OWN_WORDS = 12, 4
@@ -50,7 +49,7 @@ class Said:
 
     Attributes:
         label: "refusal", "answer", or why it is neither.
-        text: "" where it is neither, and where an answer to a harmful prompt would stand.
+        text: "" where it is neither. Of a harmful prompt it is a refusal and no more, or "" if it is longer than that.
         answer: to a lookalike prompt that it refuses: an answer that the judge calls one.
         twin: the prompt with another word in place of the one that triggers the refusal, which it answers.
     """
@@ -72,19 +71,6 @@ class Said:
         if self.candidate.kind == "lookalike" and self.answer is None:
             return "refused however it is asked"
         return None
-
-
-def refusal_only(text: str) -> str | None:
-    """Return the longest beginning of a refusal, in whole sentences, that is one and no more by the one-way rule."""
-    sentences, kept = [part for part in _SENTENCE.split(text.strip()) if part], None
-    for end in range(1, len(sentences) + 1):
-        start = " ".join(sentences[:end])
-        if len(start.split()) > REFUSAL_WORDS or len(start) > REFUSAL_CHARACTERS:
-            break
-        if answers_after_refusing(start) or assents_in_english(start):
-            break
-        kept = start
-    return kept
 
 
 def openings_of(answers: Iterable[str]) -> list[str]:
@@ -133,7 +119,7 @@ def _refusals(said: Sequence[Said]) -> list[str]:
     """Return the most common refusals of lookalike prompts, else of harmful ones, by their first sentences."""
     # By first sentences: what follows is about the prompt that was refused.
     for kind in ("lookalike", "harmful"):
-        found = (_SENTENCE.split(one.text.strip())[0] for one in said if one.label == "refusal" and _is(one, kind))
+        found = (sentences(one.text)[0] for one in said if one.text and one.label == "refusal" and _is(one, kind))
         if counts := Counter(text for text in found if text and len(text) <= REFUSAL_CHARACTERS):
             return [text for text, _ in counts.most_common(_REFUSALS)]
     return []
@@ -147,8 +133,8 @@ def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str
     """Return the row of a prompt, or what is missing for one."""
     candidate = one.candidate
     if candidate.kind == "harmful":
-        chosen = refusal_only(one.text)
-        rejected = _opening(candidate, chosen or "", openings)
+        chosen = one.text or None
+        rejected = _opening(candidate, one.text, openings)
     elif candidate.kind == "lookalike":
         chosen, rejected = one.answer, one.text
     else:

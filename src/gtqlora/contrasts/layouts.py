@@ -48,6 +48,7 @@ class Layout:
         opening: the column of an affirmative opening, for harmful rows.
         answer: the column of an answer, for harmless rows.
         focus: the column of the word that triggers refusals.
+        called: what the name of the set holds, where others have the same columns; they are under other licences.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layout:
     opening: str = ""
     answer: str = ""
     focus: str = ""
+    called: str = ""
     licence: str = "unknown"
     url: str = ""
 
@@ -142,6 +144,7 @@ LAYOUTS = (
     ),
     Layout(
         name="OR-Bench",
+        called="or-?bench",
         columns=("prompt", "category"),
         prompt="prompt",
         kinds=_BY_NAME,
@@ -151,6 +154,7 @@ LAYOUTS = (
     ),
     Layout(
         name="refusal_direction",
+        called="harm(ful|less)_(train|val|test)",
         columns=("instruction", "category"),
         prompt="instruction",
         kinds=_BY_NAME,
@@ -284,7 +288,11 @@ def _by_name(layout: Layout, source: str) -> Layout | None:
         rules.append(rule)
         if not rule.column:
             break
-    return replace(layout, kinds=tuple(rules)) if any(rule.kind for rule in rules) else None
+    if not any(rule.kind for rule in rules):
+        return None
+    if layout.called and not re.search(layout.called, _name(source), re.IGNORECASE):
+        layout = replace(layout, name=f"like {layout.name}", licence=Layout.licence, url="")
+    return replace(layout, kinds=tuple(rules))
 
 
 def kind_of(layout: Layout, record: Mapping[str, object]) -> str:

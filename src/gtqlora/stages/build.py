@@ -55,7 +55,7 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
         refuse_existing(card_file)
     found = pool(sources, descriptions)
     judge = judge_of(config.judge)
-    chosen = _limited(found.candidates, config)
+    chosen = limited(found.candidates, config)
     _check_kinds(chosen)  # before a model is hashed and loaded, which takes minutes
     model = identify(config.model)
     with _journal(journal_folder, config, model, judge, found, descriptions) as journal:
@@ -65,6 +65,7 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
         asking = Asking(runner=runner, journal=journal, seed=config.seed, temperature=config.temperature)
         said = said_to(asking, chosen, config)
         rows, dropped = made(said, _openings(subject, said), judge)
+        _count_unasked(found, chosen, dropped)
         contrast = _checked(str(out), rows, chosen, subject, dropped)
         built = _summary(config, model, out, card_file, found, said, contrast, dropped)
         # The card first: once the pairs are there, nothing is missing.
@@ -111,7 +112,7 @@ def _check_kinds(candidates: Sequence[Candidate]) -> None:
         raise ContrastError(f"{sources}: only harmful prompts; add a set of lookalikes, such as XSTest or OR-Bench")
 
 
-def _limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candidate]:
+def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candidate]:
     """Return at most `limit` candidates of each kind, of all sources in turns, whole pairs where that can be."""
     by_source: dict[tuple[str, str], list[Candidate]] = defaultdict(list)
     # By pair, so that of two kinds in two files the same pairs are chosen.
@@ -140,6 +141,14 @@ def _reads(subject: Subject, text: str) -> bool:
 
 
 # --- the set
+
+
+def _count_unasked(found: Pool, chosen: Sequence[Candidate], dropped: dict[str, Counter[str]]) -> None:
+    """Add the candidates beyond the limit to what is left out."""
+    asked = Counter(one.source for one in chosen)
+    for source, count in Counter(one.source for one in found.candidates).items():
+        if beyond := count - asked[source]:
+            dropped[source]["beyond --limit"] += beyond
 
 
 def _checked(
