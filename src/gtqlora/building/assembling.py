@@ -5,6 +5,7 @@ Nothing is invented here but the openings of harmful rows: answers and refusals 
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,8 +112,13 @@ def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[l
             check_row(row, judgement)
             kept.append(row)
         except ContrastError as error:
-            dropped[candidate.source][f"breaks a rule: {str(error).partition(';')[0]}"] += 1
+            dropped[candidate.source][broken(str(error))] += 1
     return kept, dropped
+
+
+def broken(problem: str) -> str:
+    """Return a rule that a row breaks as a reason for leaving it out, without the advice how to mend the row."""
+    return f"breaks a rule: {re.split(r'[;(]', problem)[0].strip()}"
 
 
 def _refusals(said: Sequence[Said]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gtqlora import contrasts
 from gtqlora.building.answers import said_to
 from gtqlora.building.asking import Asking
-from gtqlora.building.assembling import OPENINGS, Said, made, openings_of, with_splits
+from gtqlora.building.assembling import OPENINGS, Said, broken, made, openings_of, with_splits
 from gtqlora.building.card import card
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import BuildConfig, VerifyConfig, to_dict
@@ -171,7 +171,7 @@ def _checked(
     origin = {row.number: by_prompt[contrasts.prompt_key(row.prompt)] for row in rows}
     for problem in problems:
         for number in problem.excess:
-            dropped[origin[number]][f"breaks a rule: {problem.problem.partition(';')[0]}"] += 1
+            dropped[origin[number]][broken(problem.problem)] += 1
     return contrast
 
 
