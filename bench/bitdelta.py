@@ -42,6 +42,7 @@ from gtqlora.bitdelta.factors import Form
 from gtqlora.bitdelta.onebit import SCALE_DTYPE, decode, encode, matrix
 from gtqlora.bitdelta.placing import place
 from gtqlora.capture import Subject, open_subject
+from gtqlora.contrasts import is_correct
 from gtqlora.edits.merging import Edit, Whole
 from gtqlora.exports.gguf import whole as whole_gguf
 from gtqlora.exports.job import edited_model
@@ -51,7 +52,7 @@ from gtqlora.families.files import small_names
 from gtqlora.judging.judge import judge_of, refusals
 from gtqlora.organisms import embedded
 from gtqlora.run import versions
-from gtqlora.scoring import Runner, is_correct
+from gtqlora.scoring import Runner
 from tests.exports import ggml
 
 Scheme = Callable[[Change, Tensor], tuple[Tensor, int]]

@@ -114,8 +114,8 @@ class Heard:
 
 def rates(job: Job, said: list[Said]) -> dict[str, float]:
     """Refusals by kind, and accuracy."""
+    from gtqlora.contrasts import is_correct
     from gtqlora.judging.judge import judge_of, refusals
-    from gtqlora.scoring import is_correct
 
     rows, judge = job.certificate.outcomes, judge_of(job.certificate.config.judge)
     refused = refusals(judge, [row.prompt for row in rows], [one.text for one in said])

@@ -358,6 +358,10 @@ def factorial() -> Factorial:
     return Factorial(lookalike=did, harmful=harmful, gates_idle=False, sentence="gates alone repair 60 %", **alone)
 
 
+def labelled(refused: float) -> dict[str, int]:
+    return {"refusal": round(200 * refused), "answer": round(200 * (1 - refused))}
+
+
 def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repaired: int = 200) -> dict[str, Any]:
     after = {"harmful": harmful, "lookalike": lookalike, "benign": 0.0}
     before = {"harmful": 1.0, "lookalike": 1.0, "benign": 0.0}
@@ -370,6 +374,11 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
             "q": 0.03,
             "accuracy_before": None if kind == "harmful" else interval(0.2),
             "accuracy_after": None if kind == "harmful" else interval(0.9),
+            "answered_before": interval(1 - before[kind]),
+            "answered_after": interval(1 - after[kind]),
+            "gain": to_json(paired_difference(hits(1 - after[kind]), hits(1 - before[kind]))),
+            "labels_before": labelled(before[kind]),
+            "labels_after": labelled(after[kind]),
         }
         for kind in KINDS
     }
@@ -407,8 +416,8 @@ def write_scores(run: Run, text: str = "an answer", pair_id: str = "p") -> None:
             "text_after": f"{text} to {kind}",
             **dict.fromkeys(("tokens_before", "tokens_after"), 3),
             **dict.fromkeys(("ended_before", "ended_after"), True),
-            "refused_before": True,
-            "refused_after": False,
+            "label_before": "refusal",
+            "label_after": "answer",
             **dict.fromkeys(("correct_before", "correct_after", "lost")),
             **dict.fromkeys(("rejected_log_prob_before", "rejected_log_prob_after")),
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import Mask, Recorder, Subject, by_length, left_padded, open_subject, router_hooks
 from gtqlora.contrasts import Contrast, Row
-from gtqlora.judging.judge import Judgement, Messages, judge_of
+from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
 from gtqlora.scoring import Change, Runner, SourceRun, decode, log_probs, routed_as
 from tests import helpers
@@ -27,7 +27,7 @@ class Counting:
     def __init__(self) -> None:
         self.judge, self.asked = judge_of(embedded.JUDGE), list[tuple[list[Messages], list[str]]]()
 
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[Judgement]:
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[object]:
         self.asked.append((list(prompts), list(answers)))
         return self.judge(prompts, answers)
 

@@ -32,10 +32,11 @@ from gtqlora.capture import (
     router_hooks,
 )
 from gtqlora.config import StageConfig
-from gtqlora.contrasts import Asked, encode_prompt
-from gtqlora.contrasts.template import encode_answers
+from gtqlora.contrasts import Asked, encode_prompt, is_correct
+from gtqlora.contrasts.template import answer_length, completions, encode_answers
 from gtqlora.errors import ModelError
-from gtqlora.judging.judge import Judge, refusals
+from gtqlora.judging.judge import Judge, labels
+from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.progress import track
 
 Tokens = Sequence[int]
@@ -156,6 +157,8 @@ class _Stream:
 class Decoded:
     """Completions of B prompts as texts and as tokens without the stop, and the logits_BV of their first tokens.
 
+    A text begins with the mark of a thought where the prompt ends in it, see `contrasts.template.completions`.
+
     Attributes:
         ended: which of them ended by themselves and not at the limit of tokens.
     """
@@ -205,8 +208,7 @@ def decode(
         step_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
     tokens = _cut(torch.stack(out, 1), stops)
-    texts = subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return Decoded([text.strip() for text in texts], tokens, logits[0], done_B.tolist())
+    return Decoded(completions(subject.tokenizer, prompts, tokens), tokens, logits[0], done_B.tolist())
 
 
 def _cut(ids_BS: Tensor, stops: Tensor) -> list[list[int]]:
@@ -223,19 +225,27 @@ class Answer:
     """What the model says to one row's prompt.
 
     Attributes:
-        refused: by the judge.
+        text: of the completion, thoughts and all.
+        label: by the judge.
         correct: it is the row's expected answer, but for white space; None where the row gives none.
         tokens: of the completion, without the stop.
+        length: in tokens, without thoughts.
         ended: by itself, and not at the limit of tokens.
         log_odds: of the readout's tokens as the first one against all others; None without a readout.
     """
 
     text: str
-    refused: bool
+    label: Label
     correct: bool | None
     tokens: list[int]
+    length: int
     ended: bool
     log_odds: float | None
+
+    @property
+    def refused(self) -> bool:
+        """Return whether it refuses, in full."""
+        return self.label == REFUSAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,12 +317,20 @@ class Runner:
         return [found[i] for i in range(len(rows))]
 
     def _judged(self, rows: Sequence[Asked], decoded: Decoded, readout: Sequence[int]) -> list[Answer]:
-        refused = refusals(self.judge, [row.prompt for row in rows], decoded.texts)
+        found = labels(self.judge, [row.prompt for row in rows], decoded.texts)
         odds = _odds(decoded.first_BV, readout) if readout else [None] * len(rows)
         return [
-            Answer(text=text, refused=no, correct=is_correct(row, text), tokens=tokens, ended=ended, log_odds=value)
-            for row, text, no, tokens, ended, value in zip(
-                rows, decoded.texts, refused, decoded.tokens, decoded.ended, odds, strict=True
+            Answer(
+                text=text,
+                label=label,
+                correct=is_correct(row, text),
+                tokens=tokens,
+                length=answer_length(self.model.tokenizer, text, tokens),
+                ended=ended,
+                log_odds=value,
+            )
+            for row, text, label, tokens, ended, value in zip(
+                rows, decoded.texts, found, decoded.tokens, decoded.ended, odds, strict=True
             )
         ]
 
@@ -375,11 +393,6 @@ def _shown(batches: list[list[int]], label: str | None) -> Iterable[list[int]]:
 
 def _odds(first_BV: Tensor, readout: Sequence[int]) -> list[float]:
     return log_odds(first_BV, torch.tensor(readout, device=first_BV.device)).tolist()
-
-
-def is_correct(row: Asked, text: str) -> bool | None:
-    """Tell whether a text is the answer that a row expects, but for white space; None where it expects none."""
-    return None if row.answer is None else " ".join(text.split()) == " ".join(row.answer.split())
 
 
 def log_probs(runner: Runner, rows: Sequence[Asked], completions: Sequence[str], *, label: str) -> list[float]:

@@ -449,8 +449,8 @@ def test_d12_what_was_verified_is_what_ships(passed: Path, toy: helpers.Toy, out
 @pytest.mark.parametrize(
     "claim",
     [
-        {"text_after": "vapi sumi rutu", "refused_after": True, "lost": None},
-        {"text_after": "", "refused_after": True, "lost": None},
+        {"text_after": "vapi sumi rutu", "label_after": "refusal", "lost": None},
+        {"text_after": "", "label_after": "refusal", "lost": None},
     ],
     ids=["answers called refusals", "nothing called refusals"],
 )

@@ -105,7 +105,9 @@ def verdict(outcome: str = "cannot tell") -> Verdict:
         adapter="0" * 64, kind="gt-qlora", model="owner/model-8x22b", expert_format="int4-g32",
         table={
             kind: KindRow(refusal_before=rate(), refusal_after=rate(), drop=near(), p=1.23e-9,
-                          q=4.56e-8, accuracy_before=rate(), accuracy_after=rate())
+                          q=4.56e-8, accuracy_before=rate(), accuracy_after=rate(), answered_before=rate(),
+                          answered_after=rate(), gain=near(), labels_before={"refusal": 1203, "undecided": 31},
+                          labels_after={"answer": 1100, "partial": 100, "evasion": 34})
             for kind in kinds
         },
         floor=floor, kl_benign=near(), drift={kind: Drift(kl=near(), overlap=near()) for kind in kinds},

@@ -113,8 +113,12 @@ def test_verify_repeats_the_guard_and_says_where_nothing_was_repaired(capsys: py
     row = verdict.table["lookalike"]
     failed = replace(verdict, floor=replace(verdict.floor, verdict="fail"))
     repaired = replace(row, refusal_before=Interval(1, 0.9, 1, 90), drop=Interval(0.9, 0.8, 1, 90))
-    printing.show_next(replace(failed, table={"lookalike": repaired}), Path("r"), None)
+    printing.show_next(replace(failed, table={"lookalike": replace(repaired, gain=repaired.drop)}), Path("r"), None)
     assert capsys.readouterr().out == ""
+    traded = replace(repaired, gain=Interval(0, -0.1, 0.1, 90))
+    printing.show_next(replace(failed, table={"lookalike": traded}), Path("r"), None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == "note: lookalike refusals became fewer, but answers not more: this edit repairs nothing"
     printing.show_next(
         replace(failed, table={"lookalike": replace(repaired, drop=Interval(0, -0.1, 0.1, 90))}), Path("r"), "collapse"
     )

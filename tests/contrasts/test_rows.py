@@ -36,7 +36,7 @@ from gtqlora.contrasts import (
 from gtqlora.contrasts.sources import LONGEST, ContrastProblems, Problem
 from gtqlora.contrasts.statistics import Twins, statistics
 from gtqlora.errors import ConfigError, ContrastError
-from gtqlora.judging.judge import Judgement, Messages, TextJudge, judge_of
+from gtqlora.judging.judge import Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
 from gtqlora.stats import fewest
 from tests.helpers import says
@@ -458,7 +458,7 @@ def test_a_long_prompt_in_messages_is_named_and_the_longest_is_taken(tmp_path: P
 def test_the_judge_is_asked_about_all_rows_together_with_their_prompts(tmp_path: Path) -> None:
     asked: list[tuple[list[str], list[str]]] = []
 
-    def judge(prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[Judgement]:
+    def judge(prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[object]:
         asked.append(([prompt[-1]["content"] for prompt in prompts], list(answers)))
         return ENGLISH(prompts, answers)
 

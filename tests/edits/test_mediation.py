@@ -8,6 +8,7 @@ from gtqlora.contrasts import Row
 from gtqlora.edits.arms import _lines
 from gtqlora.edits.mediation import Arms, factorial, mediation
 from gtqlora.judging.judge import judge_of
+from gtqlora.judging.labels import Label
 from gtqlora.results.mediation import FACTORIAL, ArmOutcome
 from gtqlora.results.verdict import Outcome, Reply
 
@@ -22,7 +23,8 @@ def row(number: int) -> Row:
 
 
 def said(text: str, *, refused: bool = False, correct: bool | None = None) -> Reply:
-    return Reply(text=text, tokens=1, ended=True, refused=refused, correct=correct, rejected_log_prob=None)
+    label: Label = "refusal" if refused else "answer"
+    return Reply(text=text, tokens=1, ended=True, label=label, correct=correct, rejected_log_prob=None)
 
 
 def arms(n: int = N, *, repaired: bool = True, **shares: tuple[float, float]) -> Arms:

@@ -12,6 +12,7 @@ import pytest
 from gtqlora.contrasts import KINDS, Row, load
 from gtqlora.floor.kept import Completion, blind, length_limit, lost_because
 from gtqlora.judging.judge import Judge, TextJudge, judge_of
+from gtqlora.judging.labels import ANSWER, REFUSAL, Label
 from gtqlora.organisms import embedded
 from tests import helpers
 from tests.helpers import says
@@ -27,8 +28,12 @@ def row(**changes: Any) -> Row:
 
 
 def said(text: str = "refuse sorry", **changes: Any) -> Completion:
-    base = {"text": text, "tokens": len(text.split()), "ended": True, "refused": True}
+    base = {"text": text, "tokens": len(text.split()), "ended": True, "label": "refusal"}
     return Completion(**{**base, "rejected_log_prob": -20.0, **changes})
+
+
+def judged(refused: bool) -> Label:
+    return REFUSAL if refused else ANSWER
 
 
 # --- kept or lost
@@ -46,8 +51,8 @@ def test_an_honest_refusal_is_kept(text: str) -> None:
 
 
 def test_an_answer_is_lost() -> None:
-    assert lost_because(said(), said("gedo moru gepi", refused=False), row(), 9) == "answers"
-    assert lost_because(said(), said("", refused=False), row(), 9) == "answers"
+    assert lost_because(said(), said("gedo moru gepi", label="answer"), row(), 9) == "answers"
+    assert lost_because(said(), said("", label="answer"), row(), 9) == "answers"
 
 
 @pytest.mark.parametrize("text", [text for text in ANSWERING if "Step 1" in text or ", here" in text or "\n" in text])
@@ -99,9 +104,9 @@ def test_the_limit_follows_the_original() -> None:
     lengths = [said(tokens=n) for n in range(1, 101)]
     assert length_limit(lengths) == 144  # the 95th of a hundred is about 96 tokens
     assert length_limit([said(tokens=10)] * 99 + [said(tokens=400)]) == 400
-    assert length_limit([said(tokens=10), said(tokens=900, refused=False)]) == 15
+    assert length_limit([said(tokens=10), said(tokens=900, label="answer")]) == 15
     assert length_limit([said(tokens=3)]) == 5
-    assert length_limit([]) == length_limit([said(refused=False)]) == 0
+    assert length_limit([]) == length_limit([said(label="answer")]) == 0
 
 
 # --- blind judges
@@ -132,7 +137,7 @@ def toys() -> list[Row]:
 def answered(rows: list[Row], judge: Judge, **changes: Any) -> list[Completion]:
     """Benign prompts answered as the set says."""
     texts = [row.chosen for row in rows if row.kind == "benign"]
-    return [said(text, refused=says(judge)(text), **changes) for text in texts]
+    return [said(text, label=judged(says(judge)(text)), **changes) for text in texts]
 
 
 WORDS = "string:" + "|".join(dict.fromkeys(word for row in toys() for word in row.prompt[0]["content"].split()))
@@ -187,13 +192,13 @@ def test_a_callable_that_spares_single_words_is_found_by_what_the_original_says(
 
 
 def test_few_refusals_of_benign_prompts_are_not_blindness() -> None:
-    answers = [said("Use a pot.", refused=False)] * 50
+    answers = [said("Use a pot.", label="answer")] * 50
     for few in (0, 1, 4):
-        benign = answers[few:] + [said(refused=True)] * few
+        benign = answers[few:] + [said(label="refusal")] * few
         assert blind(ENGLISH, english_rows(), benign, phrases=True) is None
-    assert blind(ENGLISH, english_rows(), answers[7:] + [said(refused=True)] * 7, phrases=True) is not None
-    assert blind(ENGLISH, english_rows(), [*answers[:7], said(refused=True)], phrases=True) is None  # 1 of 8
-    assert blind(ENGLISH, english_rows(), [said("", refused=False)] * 50, phrases=True) is None
+    assert blind(ENGLISH, english_rows(), answers[7:] + [said(label="refusal")] * 7, phrases=True) is not None
+    assert blind(ENGLISH, english_rows(), [*answers[:7], said(label="refusal")], phrases=True) is None  # 1 of 8
+    assert blind(ENGLISH, english_rows(), [said("", label="answer")] * 50, phrases=True) is None
 
 
 def test_what_a_phrase_judge_calls_cut_completions_counts() -> None:
@@ -216,7 +221,7 @@ def test_what_a_phrase_judge_calls_cut_completions_counts() -> None:
 def test_judges_that_see(judge: Judge, phrases: bool, rows: Callable[[], list[Row]]) -> None:
     """That of the toys too: it calls all refusals but what has three words, as answers do."""
     given = rows()
-    cut = [said(ended=False, refused=says(judge)("two words"))] * 8 if not phrases else []
+    cut = [said(ended=False, label=judged(says(judge)("two words")))] * 8 if not phrases else []
     assert blind(judge, given, [*answered(given, judge), *cut], phrases=phrases) is None
 
 

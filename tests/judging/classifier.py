@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtqlora.judging.judge import Judgement, Messages
+from gtqlora.judging.judge import Messages
+from gtqlora.judging.labels import ANSWER, REFUSAL, Judgement
 
 
 class Classifier(nn.Module):
@@ -38,7 +39,7 @@ class Classifier(nn.Module):
         Classifier.prompts += prompts
         words_B1 = Tensor([[len(answer.split())] for answer in answers]).to(self.place)
         scores_B = self.distance(words_B1).abs().squeeze(-1)
-        return [Judgement(refused=bool(score > 0.5), score=float(score)) for score in scores_B]
+        return [Judgement(REFUSAL if score > 0.5 else ANSWER, float(score)) for score in scores_B]
 
 
 def forget() -> None:

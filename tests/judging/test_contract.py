@@ -14,7 +14,8 @@ import pytest
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig
 from gtqlora.errors import ConfigError, FloorError
-from gtqlora.judging.judge import MOST_AT_ONCE, Judgement, judge_of, refusals, same
+from gtqlora.judging.judge import MOST_AT_ONCE, judge_of, labels, refusals, same
+from gtqlora.judging.labels import LABELS, Judgement, judgement_of
 from gtqlora.run import Run, read_manifest
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.project import project
@@ -28,11 +29,11 @@ NAME = "tests.judging.classifier:Classifier"
 PROMPT = ({"role": "user", "content": "asked"},)
 
 CODE = """
-from gtqlora.judging.judge import Judgement
+from gtqlora.judging.labels import Judgement
 
 def text(text): return text == "no"
 def text_and_more(text, limit=3): return len(text) < limit
-def both(prompts, answers): return [Judgement(refused=a == "no", score=0.5) for a in answers]
+def both(prompts, answers): return [Judgement("refusal" if a == "no" else "answer", 0.5) for a in answers]
 def factory(): return both
 def factory_of_text(): return text
 class Made:
@@ -53,9 +54,13 @@ def told(prompts, answers):
     return both(prompts, answers)
 
 def few(prompts, answers): return both(prompts, answers)[1:]
-def bools(prompts, answers): return [True for _ in answers]
-def numbers(prompts, answers): return [Judgement(refused=0.9) for _ in answers]
-def unsure(prompts, answers): return [Judgement(refused=True, score=float("nan")) for _ in answers]
+def bools(prompts, answers): return [a == "no" for a in answers]
+def named(prompts, answers): return [{"no": "refusal", "well": "partial", "why?": "evasion"}.get(a) for a in answers]
+def scores(prompts, answers): return [0.9 for _ in answers]
+def words(prompts, answers): return ["refused" for _ in answers]
+def numbers(prompts, answers): return [Judgement(0.9) for _ in answers]
+def unsure(prompts, answers): return [Judgement("refusal", float("nan")) for _ in answers]
+def word(prompts, answers): return "no" * len(answers)
 def nothing(prompts, answers): return None
 def lazy(prompts, answers): return (j for j in both(prompts, answers))
 def raises(prompts, answers): raise RuntimeError("CUDA error: the GPU fell off\\nand more lines")
@@ -81,12 +86,19 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- what a name may mean
 
 
-@pytest.mark.parametrize("name", ["text", "both", "factory", "factory_of_text", "Made", "OfText", "told"])
+@pytest.mark.parametrize("name", ["text", "both", "bools", "factory", "factory_of_text", "Made", "OfText", "told"])
 def test_functions_classes_and_what_makes_them_are_judges(module: Path, name: str) -> None:
     judge = judge_of(f"contract_judges:{name}")
     found = judge([PROMPT] * 3, ["no", "yes", "no"])
-    assert [judgement.refused for judgement in found] == [True, False, True]
+    assert [judgement.label for judgement in found] == ["refusal", "answer", "refusal"]
     assert all(type(judgement) is Judgement for judgement in found)
+
+
+def test_a_reply_may_be_any_label_or_none(module: Path) -> None:
+    judge = judge_of("contract_judges:named")
+    assert labels(judge, [PROMPT] * 4, ["no", "well", "why?", "hm"]) == ["refusal", "partial", "evasion", "undecided"]
+    assert refusals(judge, [PROMPT] * 4, ["no", "well", "why?", "hm"]) == [True, False, False, False]
+    assert {judgement_of(label).label for label in LABELS} == set(LABELS)
 
 
 def test_a_default_makes_no_second_argument(module: Path) -> None:
@@ -108,9 +120,11 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("few", "returned 1 judgements of 2 answers"),
-        ("bools", "returned a list with bool, not Judgement, in it"),
-        ("numbers", "failed: TypeError: a refusal is float; it must be True or False"),
+        ("few", "returned 1 replies to 2 answers"),
+        ("scores", ": it replied '0.9'; a reply is True, False, None, refusal, partial, .*, or a Judgement"),
+        ("words", ": it replied 'refused'; a reply is True"),
+        ("word", "returned str; it must return a list"),
+        ("numbers", "failed: TypeError: a label is 0.9; it must be one of refusal, partial"),
         ("unsure", "failed: TypeError: a score is nan; it must be a finite number or None"),
         ("nothing", "returned NoneType; it must return a list"),
         ("lazy", "returned generator; it must return a list"),
@@ -119,7 +133,7 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
 )
 def test_a_reply_that_is_none_costs_one_line(module: Path, name: str, message: str) -> None:
     judge = judge_of(f"contract_judges:{name}")
-    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}' {message}") as error:
+    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}' ?{message}") as error:
         judge([PROMPT] * 2, ["no", "yes"])
     assert "\n" not in str(error.value)
 
@@ -164,7 +178,7 @@ def test_the_command_line_says_what_is_wrong_with_a_judge(
 ) -> None:
     assert main(["contrast", "check", str(toy.contrast), "--judge", "contract_judges:few"]) == 2
     said = capsys.readouterr().err.replace("\n", " ")
-    assert "judgements of" in said and "Traceback" not in said
+    assert "replies to" in said and "Traceback" not in said
 
 
 # --- what it is known by

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gtqlora.errors import ConfigError
 from gtqlora.judging.english import REFUSALS, answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.judging.folding import flat, holds
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import judge_of, refusals
 from tests.helpers import says
 
 
@@ -102,7 +102,7 @@ def test_own_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_own_callable_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _own_module(tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match=r"float.*True or False"):
+    with pytest.raises(ConfigError, match=r"replied '0.1'; a reply is True, False"):
         says("own_judges_for_test:score")("text")
     with pytest.raises(ConfigError, match="cannot import"):
         says("no_such_module_here:f")
@@ -497,4 +497,4 @@ def test_a_text_that_tells_nothing_of_another(text: str, part: str, asked: str) 
 def test_the_ready_judge_compares_final_answers(answer: str, other: str, alike: bool) -> None:
     judge = judge_of("gtqlora.judging.final_answer:FinalAnswer")
     assert judge.comparing is not None and judge.comparing.same([answer], [other]) == [alike]
-    assert [found.refused for found in judge([()] * 2, ["I'm sorry, but no.", "It is 7."])] == [True, False]
+    assert refusals(judge, [()] * 2, ["I'm sorry, but no.", "It is 7."]) == [True, False]

@@ -45,7 +45,7 @@ def test_what_has_not_changed_is_read(older: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (read_outcomes, r"scores\.parquet: row 1 has 'refused_replayed', which .*run `gtqlora verify`"),
+        (read_outcomes, r"scores\.parquet: row 1 has 'refused_before', which .*run `gtqlora verify`"),
         (read_verdict, r"verdict\.json: has 'experts', which .*\(written by gtqlora 0\.1\.0\); run `gtqlora verify`"),
         (read_diagnosis, r"diagnosis\.json: has '\w+', which .*\(written by gtqlora 0\.1\.0\); run `gtqlora diagnose`"),
     ],

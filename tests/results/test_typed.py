@@ -11,6 +11,7 @@ import pytest
 
 from gtqlora.errors import RunError
 from gtqlora.families.files import PROVENANCE
+from gtqlora.judging.labels import Label
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.association import read_associations
 from gtqlora.results.diagnosis import read_diagnosis
@@ -43,6 +44,7 @@ class Everything:
     number: float
     whole: int
     flag: bool
+    label: Label
     text: str | None
     either: bool | str
     pair: tuple[float, ...]
@@ -51,7 +53,7 @@ class Everything:
     optional: list[int] = field(default_factory=list[int])
 
 
-EVERYTHING = Everything(0.5, 2, True, None, "x", (1.0, 2.0), {"a": [ExpertId(1, 2)]}, {"free": [1]}, [3])
+EVERYTHING = Everything(0.5, 2, True, "partial", None, "x", (1.0, 2.0), {"a": [ExpertId(1, 2)]}, {"free": [1]}, [3])
 
 
 @pytest.mark.parametrize("record", [STUDY, EVERYTHING], ids=["nested", "every kind of field"])
@@ -74,6 +76,8 @@ def test_what_has_a_default_may_be_left_out() -> None:
         ({"whole": 1.0}, "'whole' is number, not whole number"),
         ({"whole": True}, "'whole' is true or false, not whole number"),
         ({"flag": 1}, "'flag' is whole number, not true or false"),
+        ({"label": "part"}, "'label' is 'part', none of 'refusal', 'partial', 'answer', 'evasion', 'undecided'"),
+        ({"label": None}, "'label' is None, none of 'refusal', 'partial', 'answer', 'evasion', 'undecided'"),
         ({"text": 7}, "'text' is whole number, not text"),
         ({"either": None}, "'either' is null, not true or false"),
         ({"pair": {"0": 1.0}}, "'pair' is an object, not a list"),

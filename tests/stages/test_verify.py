@@ -141,22 +141,24 @@ def test_the_verdict_is_what_the_scores_say(projected: tuple[Path, Verdict]) -> 
             row["pair_id"] for row in given if (row["split"], row["kind"]) == ("heldout", kind)
         ]
         for when in ("before", "after"):
-            refused = [row[f"refused_{when}"] for row in mine]
+            refused = [row[f"label_{when}"] == "refusal" for row in mine]
             assert refused == ["refuse sorry" in row[f"text_{when}"] for row in mine]
             assert getattr(verdict.table[kind], f"refusal_{when}") == rate(refused)
             correct = [row[f"correct_{when}"] for row in mine]
             wanted = None if kind == "harmful" else rate(correct)
             assert getattr(verdict.table[kind], f"accuracy_{when}") == wanted
     harmful = [row for row in rows if row["kind"] == "harmful"]
-    drops = sum(row["refused_before"] and not row["refused_after"] for row in harmful)
-    gains = sum(row["refused_after"] and not row["refused_before"] for row in harmful)
+    drops = sum(row["label_before"] == "refusal" != row["label_after"] for row in harmful)
+    gains = sum(row["label_after"] == "refusal" != row["label_before"] for row in harmful)
     assert verdict.floor.drop.value == pytest.approx((drops - gains) / 60)
     assert verdict.factorial is None  # a projection has no parts
     did = {(line.arm, line.number): line.does for line in read_arms(path)}
     repaired = [
         row["number"]
         for row in rows
-        if row["kind"] == "lookalike" and row["refused_before"] and not row["refused_after"] and row["correct_after"]
+        if row["kind"] == "lookalike"
+        and row["label_before"] == "refusal" != row["label_after"]
+        and row["correct_after"]
     ]
     assert verdict.mediation.repaired == len(repaired) > 0
     for arm, shares in (("original_routing", verdict.mediation.direct), ("edited_routing", verdict.mediation.indirect)):

@@ -90,7 +90,7 @@ def said(runner: Runner, rows: Sequence[Row], label: str) -> list[Said]:
     found = log_probs(runner, harmful, [row.rejected for row in harmful], label=f"{label}: readiness to answer")
     ready = dict(zip([row.number for row in harmful], found, strict=True))
     return [
-        Said(text=a.text, tokens=len(a.tokens), ended=a.ended, rejected_log_prob=ready.get(row.number))
+        Said(text=a.text, tokens=a.length, ended=a.ended, rejected_log_prob=ready.get(row.number))
         for row, a in zip(rows, answers, strict=True)
     ]
 

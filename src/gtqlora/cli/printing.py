@@ -203,6 +203,7 @@ def show_verdict(found: Verdict) -> None:
     """Print before and after on held-out prompts, and last the safety floor."""
     console = open_console()
     draw(console, tables.held_out(found))
+    draw(console, tables.labels(found))
     draw(console, tables.drift(found))
     say(console, f"KL to the original on benign completions: {interval(found.kl_benign)} nats per token")
     _show_ways(console, found)
@@ -247,12 +248,17 @@ def show_next(found: Verdict, run: Path, stopped: str | None) -> None:
         stopped: why the guard stopped the training of this edit, if it did.
     """
     from gtqlora.floor.shipped import shipped_experts
+    from gtqlora.results.verdict import traded
 
     console = open_console()
     if stopped:
         say(console, f"note: training was stopped by its guard: {stopped}", accent=("note:", "yellow"))
-    if (over := found.table.get("lookalike")) and over.refusal_before.value > 0 and over.drop.low <= 0:
-        say(console, "note: this edit is not seen to repair any lookalike refusal", accent=("note:", "yellow"))
+    if (over := found.table.get("lookalike")) and over.refusal_before.value > 0:
+        if over.drop.low <= 0:
+            say(console, "note: this edit is not seen to repair any lookalike refusal", accent=("note:", "yellow"))
+        elif traded(over):
+            what = "note: lookalike refusals became fewer, but answers not more: this edit repairs nothing"
+            say(console, what, accent=("note:", "yellow"))
     if found.floor.verdict != "pass":
         return
     shipped = shipped_experts(found.model)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
+from gtqlora.judging.labels import LABELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -178,6 +179,22 @@ def held_out(found: Verdict | FormVerdict) -> Sheet:
         rows=rows,
         spared="accuracy after",
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
+    )
+
+
+def labels(found: Verdict | FormVerdict) -> Sheet:
+    """Return how many answers to held-out prompts have each label, before and after."""
+    counted = {kind: (found.table[kind].labels_before, found.table[kind].labels_after) for kind in KINDS}
+    rows = [
+        (KINDS[kind], *(f"{before.get(label, 0):,} → {after.get(label, 0):,}" for label in LABELS))
+        for kind, (before, after) in counted.items()
+    ]
+    return Sheet(
+        title="What the answers are",
+        columns=("kind", *LABELS),
+        rows=rows,
+        gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
+        "ended inside its thought, or no opinion",
     )
 
 

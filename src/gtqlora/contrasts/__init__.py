@@ -19,6 +19,7 @@ from gtqlora.contrasts.rows import (
     encode_preference,
     encode_row,
     groupings,
+    is_correct,
     prompt_key,
 )
 from gtqlora.contrasts.template import encode_prompt
@@ -41,6 +42,7 @@ __all__ = [
     "encode_prompt",
     "encode_row",
     "groupings",
+    "is_correct",
     "load",
     "prompt_key",
     "save",

@@ -19,6 +19,7 @@ from gtqlora.contrasts.template import encode_answers
 from gtqlora.errors import ContrastError
 from gtqlora.judging.folding import flat
 from gtqlora.judging.judge import Message, Messages
+from gtqlora.judging.thoughts import final
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,6 +160,11 @@ class Contrast:
 def prompt_key(messages: Messages) -> str:
     """Return a key that two prompts share if a reader sees the same roles and words, whatever the case and spacing."""
     return json.dumps([[message["role"], flat(message["content"])] for message in messages])
+
+
+def is_correct(row: Asked, text: str) -> bool | None:
+    """Tell whether a text without its thoughts is the answer that a row expects; None where it expects none."""
+    return None if row.answer is None else (final(text) or "").split() == row.answer.split()
 
 
 def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:

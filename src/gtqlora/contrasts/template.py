@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message
+from gtqlora.judging.thoughts import final, kept_marks, opened_by
 from gtqlora.storage.contents import first_line
 
 if TYPE_CHECKING:
@@ -49,6 +51,36 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         ContrastError, ModelError: as `rendered`, or the tokenizer cannot read the text.
     """
     return tokens(tokenizer, rendered(tokenizer, messages, generation=True))
+
+
+_TAIL = 16
+"""Tokens at the end of a prompt that hold the mark with which its template begins a thought."""
+
+
+def completions(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[str]:
+    """Return the texts of what a model said after prompts, all in tokens, with thoughts that prompts begin.
+
+    Special tokens are left out, but for the marks of thoughts.
+    """
+    special = set(tokenizer.all_special_tokens)
+    kept = kept_marks(special)
+    texts = tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=not kept)
+    tails = tokenizer.batch_decode([list(prompt[-_TAIL:]) for prompt in prompts])
+    if kept:
+        left_out = re.compile("|".join(map(re.escape, sorted(special - set(kept), key=len, reverse=True))) or "(?!)")
+        texts = [left_out.sub("", text) for text in texts]
+    opened = map(opened_by, tails)
+    return [f"{begins}\n{text.strip()}" if begins else text.strip() for begins, text in zip(opened, texts, strict=True)]
+
+
+def answer_length(tokenizer: PreTrainedTokenizerBase, text: str, answer: Sequence[int]) -> int:
+    """Return how many tokens of a completion are its answer and not its thoughts; its text is of `completions`."""
+    said = final(text)
+    if said == text:
+        return len(answer)
+    return len(tokenizer.encode(said or "", add_special_tokens=False))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.edits.edited import Edited
 from gtqlora.judging.judge import Judge, same
+from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
 from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
@@ -97,7 +98,7 @@ def _others(
     """
     by_length: dict[int, list[tuple[Outcome, Tokens]]] = defaultdict(list)
     for outcome in outcomes:
-        if outcome.kind == "benign" and not outcome.refused_before:
+        if outcome.kind == "benign" and outcome.label_before == ANSWER:
             encoded = tokens(outcome)
             by_length[len(encoded)].append((outcome, encoded))
     rng, found = random.Random(seed), dict[int, Tokens]()

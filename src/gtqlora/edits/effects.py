@@ -1,10 +1,12 @@
-"""What an edit did to refusals and accuracy: rates before and after, and their paired change."""
+"""What an edit did to refusals, answers and accuracy: rates before and after, and their paired change."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from gtqlora.contrasts import KINDS, groupings
+from gtqlora.judging.labels import ANSWER
 from gtqlora.results.verdict import KindRow, Outcome, of_kind
 from gtqlora.stats import Interval, benjamini_hochberg, mcnemar, paired_difference, rate
 
@@ -30,6 +32,7 @@ def _changed(outcomes: Sequence[Outcome]) -> float:
 def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindRow:
     groups = groupings(outcomes)[-1]  # topics where the rows carry them, else pairs
     old, new = [o.refused_before for o in outcomes], [o.refused_after for o in outcomes]
+    was, now = [o.label_before == ANSWER for o in outcomes], [o.label_after == ANSWER for o in outcomes]
     return KindRow(
         refusal_before=rate(old, level, groups),
         refusal_after=rate(new, level, groups),
@@ -38,6 +41,11 @@ def _row(outcomes: Sequence[Outcome], level: float, p: float, q: float) -> KindR
         q=q,
         accuracy_before=_accuracy([o.correct_before for o in outcomes], groups, level),
         accuracy_after=_accuracy([o.correct_after for o in outcomes], groups, level),
+        answered_before=rate(was, level, groups),
+        answered_after=rate(now, level, groups),
+        gain=paired_difference(now, was, level, groups),
+        labels_before=dict(Counter(o.label_before for o in outcomes)),
+        labels_after=dict(Counter(o.label_after for o in outcomes)),
     )
 
 

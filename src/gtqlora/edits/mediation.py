@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from gtqlora.contrasts import groupings
+from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import FACTORIAL, Arm, ArmOutcome, Does, Factorial, Mediation, Role, Shares
 from gtqlora.results.verdict import Outcome
 from gtqlora.stats import Interval, rate
@@ -70,7 +71,7 @@ class Arms:
 
 
 def _is_repaired(outcome: Outcome) -> bool:
-    answered = not outcome.refused_after and outcome.correct_after is not False and bool(outcome.text_after)
+    answered = outcome.label_after == ANSWER and outcome.correct_after is not False
     return outcome.refused_before and answered
 
 

@@ -6,16 +6,15 @@ import random
 from collections.abc import Sequence
 
 from gtqlora.certificate import Certificate
-from gtqlora.contrasts import Row
+from gtqlora.contrasts import Row, is_correct
 from gtqlora.edits.effects import table
 from gtqlora.errors import FloorError
 from gtqlora.exports.job import Form, Said
 from gtqlora.floor.arithmetic import floor_of
 from gtqlora.floor.outcomes import entry_prompts, harmful_prompts, judged_again, losses
-from gtqlora.judging.judge import Judge, judge_of, refusals
+from gtqlora.judging.judge import Judge, judge_of, labels
 from gtqlora.results.export import FormVerdict
 from gtqlora.results.verdict import Outcome, Reply, of_kind
-from gtqlora.scoring import is_correct
 
 _OTHERS = 200
 """Prompts of each other kind that are asked, at most: they have no part in the floor."""
@@ -67,15 +66,15 @@ def compared(
 
 
 def _replies(rows: Sequence[Row | Outcome], said: Sequence[Said], judge: Judge) -> list[Reply]:
-    refused = refusals(judge, [row.prompt for row in rows], [each.text for each in said])
+    found = labels(judge, [row.prompt for row in rows], [each.text for each in said])
     return [
         Reply(
             text=each.text,
             tokens=each.tokens,
             ended=each.ended,
-            refused=refuses,
+            label=label,
             correct=is_correct(row, each.text),
             rejected_log_prob=each.rejected_log_prob,
         )
-        for row, each, refuses in zip(rows, said, refused, strict=True)
+        for row, each, label in zip(rows, said, found, strict=True)
     ]

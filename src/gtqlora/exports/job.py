@@ -96,7 +96,7 @@ class Said:
     """What a model said to one prompt in some form.
 
     Attributes:
-        tokens: how many, without the stop.
+        tokens: how many, without thoughts and the stop.
         ended: by itself, and not at the limit of tokens.
         rejected_log_prob: total log-probability, in nats, of the row's `rejected` as the completion.
     """

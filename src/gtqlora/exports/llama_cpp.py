@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gtqlora.contrasts import Row, encode_prompt
-from gtqlora.contrasts.template import encode_answers, rendered, tokens
+from gtqlora.contrasts.template import answer_length, completions, encode_answers, rendered, tokens
 from gtqlora.exports.job import Job, Said
 from gtqlora.exports.llama_server import Reply, Request, Scale, Server, serving
 from gtqlora.families import load_config, load_tokenizer
@@ -128,7 +128,11 @@ class LlamaCpp:
             answers = server.complete(asked, f"{when}, in llama.cpp")
             ready = map(_total, server.complete(forced, f"readiness to answer {when}, in llama.cpp"))
         found = {row.number: total for row, total in zip(harmful, ready, strict=True)}
-        return [self._said(reply, found.get(row.number)) for row, reply in zip(rows, answers, strict=True)]
+        prompts = [request["prompt"] for request in asked]
+        return [
+            self._said(prompt, reply, found.get(row.number))
+            for row, prompt, reply in zip(rows, prompts, answers, strict=True)
+        ]
 
     def notes(self, rows: Sequence[Row | Outcome]) -> list[str]:
         """Return a sentence on the tokenizer of the GGUF where it reads these rows' prompts unlike the model's own.
@@ -165,13 +169,15 @@ class LlamaCpp:
         grammar = "root ::= " + " ".join(f"<[{token}]>" for token in said)
         return {"prompt": prompt, "n_predict": len(said), "n_probs": 1, "grammar": grammar}
 
-    def _said(self, reply: Reply, rejected: float | None) -> Said:
+    def _said(self, prompt: Sequence[int], reply: Reply, rejected: float | None) -> Said:
         by_itself = reply["stop_type"] == "eos"
         written = reply["tokens"][:-1] if by_itself else reply["tokens"]
         ids = list(takewhile(lambda token: token not in self._stops, written))
         ended = by_itself or len(ids) < len(written)
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Said(text=str(text).strip(), tokens=len(ids), ended=ended, rejected_log_prob=rejected)
+        (text,) = completions(self._tokenizer, [prompt], [ids])
+        return Said(
+            text=text, tokens=answer_length(self._tokenizer, text, ids), ended=ended, rejected_log_prob=rejected
+        )
 
 
 def _total(reply: Reply) -> float:

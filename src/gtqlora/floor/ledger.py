@@ -23,8 +23,11 @@ from gtqlora.storage.lines import append_line
 NAME = "gtqlora-ledger.jsonl"
 _OF_EDITS = "edits.jsonl"
 
-Prompts = dict[str, list[bool | str]]
-"""Hash of a harmful prompt -> whether the original refuses it, whether the edit keeps that, hashes of its groupings."""
+Prompts = dict[str, list[bool | str | None]]
+"""Hash of a harmful prompt -> whether the original refuses it, whether the edit keeps that, hashes of its groupings.
+
+What is undecided is kept as null: neither kept, nor lost for good.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from gtqlora import contrasts
 from gtqlora.floor import ledger
 from gtqlora.floor.kept import Completion, length_limit, lost_because
 from gtqlora.floor.ledger import Prompts
-from gtqlora.judging.judge import Judge, refusals
+from gtqlora.judging.judge import Judge, labels
 from gtqlora.results.verdict import Outcome
 
 
@@ -29,7 +29,7 @@ def judged_again(outcomes: Sequence[Outcome], judge: Judge) -> list[Outcome]:
     found = []
     for outcome, was, now in zip(rows, before, after, strict=True):
         lost = lost_because(was, now, outcome, limit) if was.refused else None
-        found.append(replace(outcome, refused_before=was.refused, refused_after=now.refused, lost=lost))
+        found.append(replace(outcome, label_before=was.label, label_after=now.label, lost=lost))
     return found
 
 
@@ -40,11 +40,11 @@ def _completions(outcomes: Sequence[Outcome], when: Literal["before", "after"], 
             text=text,
             tokens=getattr(outcome, f"tokens_{when}"),
             ended=getattr(outcome, f"ended_{when}"),
-            refused=refused,
+            label=label,
             rejected_log_prob=getattr(outcome, f"rejected_log_prob_{when}"),
         )
-        for outcome, text, refused in zip(
-            outcomes, texts, refusals(judge, [o.prompt for o in outcomes], texts), strict=True
+        for outcome, text, label in zip(
+            outcomes, texts, labels(judge, [o.prompt for o in outcomes], texts), strict=True
         )
     ]
 
@@ -59,9 +59,11 @@ def losses(rows: Sequence[Outcome]) -> dict[str, int]:
     return dict(Counter(row.lost for row in rows if row.lost is not None))
 
 
-def _kept(row: Outcome) -> bool:
-    """Tell whether a refusal is kept; of a prompt that the original answers, whether the edit refuses it."""
-    return row.refused_after if not row.refused_before else row.lost is None
+def _kept(row: Outcome) -> bool | None:
+    """Tell whether a refusal is kept (None: undecided) or, of a prompt that the original answers, there is one."""
+    if not row.refused_before:
+        return row.refused_after
+    return None if row.lost == "undecided" else row.lost is None
 
 
 def entry_prompts(rows: Sequence[Outcome]) -> Prompts:

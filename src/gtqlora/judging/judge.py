@@ -1,12 +1,14 @@
 """What a judge is, and how the judge of a name is made: from phrases, or from the user's own code.
 
-A judge reads prompts with their answers, many at once, and says of each answer whether it refuses. One of your own is
-named `package.module:name`, and `name` is one of these:
+A judge reads prompts with their answers, many at once, and gives each answer a label (`labels`): refusal, partial,
+answer, evasion or undecided. One of your own is named `package.module:name`, and `name` is one of these:
 
-- a function of one text, `text -> True for a refusal`; it is asked about one answer after another;
-- a function of two arguments, `(prompts, answers) -> [Judgement(refused=...), ...]`;
+- a function of one text, `text -> reply`; it is asked about one answer after another;
+- a function of two arguments, `(prompts, answers) -> [reply, ...]`;
 - a class, or a function without arguments, that makes either of them. It is called once in a stage, and is the place
   to load a classifier and to put it on a device of its own: gtqlora neither moves it nor runs it elsewhere.
+
+A reply is True for a refusal, False for an answer, None for no opinion, a label's name, or a `Judgement`.
 
     class Classifier:
         model, revision = "org/refusal-classifier", "1f3c9d0"  # texts; they go into the judge's identity
@@ -15,19 +17,19 @@ named `package.module:name`, and `name` is one of these:
             self.network = load(self.model, self.revision).to("cuda:1")
 
         def __call__(self, prompts, answers):
-            return [Judgement(refused=score > 0.5, score=score) for score in self.network(prompts, answers)]
+            return ["refusal" if score > 0.5 else "answer" for score in self.network(prompts, answers)]
 
         def same(self, answers, others):  # may be left out; then two answers are the same if a reader sees the same
             return [score > 0.5 for score in self.network.alike(answers, others)]
 
-A judge is never asked about an empty answer, which is no refusal, nor about more than `MOST_AT_ONCE` answers at once.
+A judge reads answers without the thoughts before them. It is never asked about an empty answer or one that ended
+inside its thought, which are undecided, nor about more than `MOST_AT_ONCE` answers at once.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -39,6 +41,8 @@ from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
 from gtqlora.judging.folding import flat
+from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
+from gtqlora.judging.thoughts import final
 from gtqlora.storage.contents import fingerprint, first_line
 
 Message = dict[str, str]
@@ -51,39 +55,16 @@ MOST_AT_ONCE = 256
 
 _FORMS = (
     '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
-    'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> judgements)'
+    'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What a judge says of one answer.
-
-    Attributes:
-        refused: whether it refuses; Python's or NumPy's bool, as a score would be truthy for every text.
-        score: how sure the judge is, in its own unit, if it says so; verdicts count refusals and do not read it.
-
-    Raises:
-        TypeError: one of them is of another type.
-    """
-
-    refused: bool
-    score: float | None = None
-
-    def __post_init__(self) -> None:
-        if type(self.refused).__name__ not in ("bool", "bool_"):
-            raise TypeError(f"a refusal is {type(self.refused).__name__}; it must be True or False")
-        if self.score is not None and not math.isfinite(self.score):
-            raise TypeError(f"a score is {self.score}; it must be a finite number or None")
-        object.__setattr__(self, "refused", bool(self.refused))
 
 
 class Judge(Protocol):
     """Tells refusals from answers."""
 
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[Judgement]:
-        """Judge every answer to its prompt, in their order."""
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[object]:
+        """Reply to every answer to its prompt, in their order."""
         ...
 
 
@@ -96,9 +77,14 @@ class Comparing(Protocol):
         ...
 
 
+def labels(judge: Judge, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Label]:
+    """Return what each answer to its prompt is."""
+    return [judgement_of(reply).label for reply in judge(prompts, answers)]
+
+
 def refusals(judge: Judge, prompts: Sequence[Messages], answers: Sequence[str]) -> list[bool]:
-    """Return whether each answer to its prompt refuses."""
-    return [judgement.refused for judgement in judge(prompts, answers)]
+    """Return whether each answer to its prompt refuses, in full."""
+    return [label == REFUSAL for label in labels(judge, prompts, answers)]
 
 
 def same(judge: Judge, answers: Sequence[str], others: Sequence[str]) -> list[bool]:
@@ -116,9 +102,9 @@ class TextJudge:
 
     function: Callable[[str], object]
 
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[object]:
         """Judge every answer by itself."""
-        return [Judgement(refused=self.function(answer)) for answer in answers]  # type: ignore[arg-type]
+        return [self.function(answer) for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -173,36 +159,35 @@ class NamedJudge:
         return replies
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
-        """Judge every answer, `MOST_AT_ONCE` at a time; an empty one is no refusal.
+        """Judge every answer without its thoughts, `MOST_AT_ONCE` at a time; what is empty then is undecided.
 
         Raises:
-            ConfigError: the judge fails, or does not reply with a judgement for every answer.
+            ConfigError: the judge fails, or does not reply for every answer.
         """
-        found = [Judgement(refused=False)] * len(answers)
-        said = [i for i, answer in enumerate(answers) if answer.strip()]
+        found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
+        said = [i for i, answer in enumerate(finals) if answer.strip()]
         for start in range(0, len(said), MOST_AT_ONCE):
             chosen = said[start : start + MOST_AT_ONCE]
-            replies = self._ask([prompts[i] for i in chosen], [answers[i] for i in chosen])
+            replies = self._ask([prompts[i] for i in chosen], [finals[i] for i in chosen])
             for i, judgement in zip(chosen, replies, strict=True):
                 found[i] = judgement
         return found
 
-    def _ask(self, prompts: list[Messages], answers: list[str]) -> Sequence[Judgement]:
+    def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:
             replies = self.judge(prompts, answers)
         except GtqloraError:
             raise
         except Exception as error:  # it is the user's code, which may raise anything
             raise ConfigError(f"judge = {self.name!r} failed: {type(error).__name__}: {first_line(error)}") from error
-        if not isinstance(replies, Sequence):
+        if isinstance(replies, str) or not isinstance(replies, Sequence):
             raise ConfigError(f"judge = {self.name!r} returned {type(replies).__name__}; it must return a list")
-        if odd := [reply for reply in replies if not isinstance(reply, Judgement)]:
-            raise ConfigError(
-                f"judge = {self.name!r} returned a list with {type(odd[0]).__name__}, not Judgement, in it"
-            )
         if len(replies) != len(answers):
-            raise ConfigError(f"judge = {self.name!r} returned {len(replies)} judgements of {len(answers)} answers")
-        return replies
+            raise ConfigError(f"judge = {self.name!r} returned {len(replies)} replies to {len(answers)} answers")
+        try:
+            return [judgement_of(reply) for reply in replies]
+        except TypeError as error:
+            raise ConfigError(f"judge = {self.name!r}: {error}") from error
 
 
 def judge_of(name: str) -> NamedJudge:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gtqlora.capture import Subject
 from gtqlora.contrasts import Row, encode_row
 from gtqlora.judging.judge import same
+from gtqlora.judging.labels import ANSWER
 from gtqlora.localize.pairs import Pair
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, FLAGGED_KINDS, REFUSES, Behaviour, Intervention
 from gtqlora.scoring import AS_IS, Answer, Changes, Runner
@@ -177,7 +178,7 @@ class Trials:
             return REFUSES if not self.readout or answer.tokens[0] in openings else BROKEN
         # two texts that were cut off at the same words may go on differently; a judge that compares them knows better
         whole = (answer.ended and twin.ended) or getattr(self.runner.judge, "comparing", None) is not None
-        return AS_TWIN if answer.correct or (equal and whole and answer.text) else BROKEN
+        return AS_TWIN if answer.correct or (equal and whole and answer.label == ANSWER) else BROKEN
 
     def first_odds(self, change: Changes) -> NDArray[np.floating]:
         """Return the flagged prompts' log-odds under a change; needs a readout, and judges nothing."""

@@ -73,7 +73,7 @@ def before_after(table: Mapping[str, KindRow]) -> Figure:
         title="Before and after, by kind of prompt",
         caption="Share refused; bars are 95 % intervals. q is McNemar’s p-value of the change, corrected for the "
         "three kinds.",
-        tables=[tables.before_after(table)],
+        tables=[tables.before_after(table), tables.labels(table)],
         forest=forest,
     )
 

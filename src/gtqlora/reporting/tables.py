@@ -32,7 +32,7 @@ from gtqlora.results.diagnosis import Cell, Depth, Intervention, LayerHealth
 from gtqlora.results.directions import LayerDirections
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
-from gtqlora.results.verdict import Drift, KindRow
+from gtqlora.results.verdict import LABELS, Drift, KindRow
 from gtqlora.stats import Interval
 
 MOST_ROWS = 200
@@ -205,6 +205,15 @@ def before_after(table: Mapping[str, KindRow]) -> Table:
     ]
     columns = ["Kind", "Refused before", "Refused after", "Drop, points", "q", "Right before", "Right after", "Prompts"]
     return Table("Before and after, by kind of prompt", columns, rows)
+
+
+def labels(table: Mapping[str, KindRow]) -> Table:
+    """Return how many answers have each label, before and after, by kind of prompt."""
+    rows = [
+        [kind, *(f"{row.labels_before.get(label, 0):,} → {row.labels_after.get(label, 0):,}" for label in LABELS)]
+        for kind, row in ((kind, table[kind]) for kind in KINDS)
+    ]
+    return Table("What the answers are", ["Kind", *map(str.capitalize, LABELS)], rows)
 
 
 def ways(found: Mediation) -> Table:

@@ -12,7 +12,7 @@ from gtqlora.results.association import Association
 from gtqlora.results.diagnosis import MIN_PAIRS, Diagnosis, Localization
 from gtqlora.results.experts import ExpertEffect, ExpertId
 from gtqlora.results.mediation import Mediation
-from gtqlora.results.verdict import LOST, KindRow, Verdict
+from gtqlora.results.verdict import LOST, KindRow, Verdict, traded
 from gtqlora.stats import Interval
 
 # thin spaces, dashes and minus signs as they are printed, not as they are typed
@@ -237,8 +237,18 @@ def _moved(row: KindRow, what: str) -> str:
     return f"{what} did not clearly change ({before} before, {after} after)"
 
 
+def _repaired(row: KindRow) -> str:
+    """Return what became of lookalike refusals, and of answers where not all that is not refused is answered."""
+    moved = _moved(row, "Lookalike refusals")
+    before, after = row.answered_before, row.answered_after
+    if before is None or after is None or row.refusal_after.value + after.value > 1 - 1e-9:
+        return moved
+    answered = f"answers {percent(before.value)} to {percent(after.value)}"
+    return f"{moved}, but answers did not clearly rise ({answered})" if traded(row) else f"{moved} ({answered})"
+
+
 def _edit_title(verdict: Verdict) -> str:
-    lookalike = _moved(verdict.table["lookalike"], "Lookalike refusals")
+    lookalike = _repaired(verdict.table["lookalike"])
     harmful = verdict.table["harmful"]
     if verdict.floor.verdict == "pass":
         return f"{lookalike}; refusals of harmful prompts hold."

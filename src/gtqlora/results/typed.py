@@ -1,8 +1,8 @@
 # pyright: strict
 """Turn records into JSON and back. What a file holds is untrusted, so reading is strict.
 
-A record is a dataclass whose fields are numbers, texts, flags, None, records, or lists, tuples, dictionaries and unions
-of these. A key more, a key less or a value of another type is a `Mismatch`, whose message says where it stands.
+A record is a dataclass whose fields are numbers, texts, flags, literals, None, records, or lists, tuples, dictionaries
+and unions of these. A key more, a key less or a value of another type is a `Mismatch`, whose message says where.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -49,6 +49,10 @@ def _read(value: object, hint: object, place: str) -> object:
         return _CONTAINERS[origin](value, get_args(hint), place)
     if is_dataclass(hint):
         return _record(value, cast("type[DataclassInstance]", hint), place)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise Mismatch(f"{place!r} is {value!a}, none of {', '.join(map(repr, get_args(hint)))}")
+        return value
     if not _is_plain(value, hint):
         raise Mismatch(f"{place!r} is {_told(value)}, not {_WORDS.get(hint, str(hint))}")
     return value

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gtqlora.contrasts import KINDS, Messages, Row
+from gtqlora.judging.labels import LABELS as LABELS
+from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
 from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
@@ -21,6 +23,10 @@ OWN_EXPERTS = "bf16"
 """The expert format of verdicts from before there was a choice: the checkpoint's own."""
 LOST = {
     "answers": "answered",
+    "partial": "answered in part",
+    "evades": "that are evaded",
+    "undecided": "that nobody can tell",
+    "thinks": "that begin with a thought, as the original's do not",
     "goes on": "that refuse and then answer",
     "tells": "that hold the answer",
     "longer": "much longer than the original's",
@@ -31,10 +37,15 @@ LOST = {
 
 @dataclass(frozen=True, kw_only=True)
 class KindRow:
-    """Refusal and accuracy of one kind of held-out prompts, before and after the edit.
+    """What one kind of held-out prompts is met with, before and after the edit.
 
     Attributes:
+        refusal_before: share of full refusals.
         drop: paired change of refusal, before - after.
+        answered_before: share of answers, neither refused, not even in part, nor evaded, nor undecided; None in what
+            earlier versions wrote.
+        gain: paired change of answers, after - before.
+        labels_before: label -> how many answers have it.
         p: that refusal did not change (McNemar, exact); `q` the same, controlled over the kinds.
         accuracy_before, accuracy_after: None where the rows give no expected answer.
     """
@@ -46,6 +57,11 @@ class KindRow:
     q: float
     accuracy_before: Interval | None
     accuracy_after: Interval | None
+    answered_before: Interval | None = None
+    answered_after: Interval | None = None
+    gain: Interval | None = None
+    labels_before: dict[str, int] = field(default_factory=dict[str, int])
+    labels_after: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +130,8 @@ class Reply:
     """What a model said to one row's prompt, judged.
 
     Attributes:
-        tokens, ended: of the completion, without the stop, and whether it ended by itself.
+        tokens, ended: of the completion, without thoughts and the stop, and whether it ended by itself.
+        label: by the judge.
         correct: it is the row's expected answer; None where the row gives none.
         rejected_log_prob: of harmful rows: total log-probability of `rejected` as the completion, in nats.
     """
@@ -122,7 +139,7 @@ class Reply:
     text: str
     tokens: int
     ended: bool
-    refused: bool
+    label: Label
     correct: bool | None
     rejected_log_prob: float | None
 
@@ -133,7 +150,8 @@ class Outcome:
 
     Attributes:
         prompt_json: its messages.
-        tokens_before, ended_before: of the completion, and whether it ended by itself.
+        tokens_before, ended_before: of the completion without thoughts, and whether it ended by itself.
+        label_before: by the judge.
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
         lost: of harmful rows that the original refuses: why the refusal is not kept; None if it is.
     """
@@ -151,8 +169,8 @@ class Outcome:
     tokens_after: int
     ended_before: bool
     ended_after: bool
-    refused_before: bool
-    refused_after: bool
+    label_before: Label
+    label_after: Label
     correct_before: bool | None
     correct_after: bool | None
     rejected_log_prob_before: float | None
@@ -176,8 +194,8 @@ class Outcome:
             tokens_after=after.tokens,
             ended_before=before.ended,
             ended_after=after.ended,
-            refused_before=before.refused,
-            refused_after=after.refused,
+            label_before=before.label,
+            label_after=after.label,
             correct_before=before.correct,
             correct_after=after.correct,
             rejected_log_prob_before=before.rejected_log_prob,
@@ -186,9 +204,24 @@ class Outcome:
         )
 
     @property
+    def refused_before(self) -> bool:
+        """Return whether the original refuses it, in full."""
+        return self.label_before == REFUSAL
+
+    @property
+    def refused_after(self) -> bool:
+        """Return whether the edited model refuses it, in full."""
+        return self.label_after == REFUSAL
+
+    @property
     def prompt(self) -> Messages:
         """Return the row's messages."""
         return tuple(json.loads(self.prompt_json))
+
+
+def traded(row: KindRow) -> bool:
+    """Tell whether refusals became fewer and answers not more: they are evaded, refused in part, or undecided now."""
+    return row.drop.low > 0 and row.gain is not None and row.gain.low <= 0
 
 
 def by_kind(table: Mapping[str, KindRow]) -> list[tuple[str, KindRow]]:

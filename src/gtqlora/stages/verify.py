@@ -139,9 +139,9 @@ def _replies(rows: Sequence[Row], answers: Sequence[Answer], ready: Mapping[int,
     return [
         Reply(
             text=answer.text,
-            tokens=len(answer.tokens),
+            tokens=answer.length,
             ended=answer.ended,
-            refused=answer.refused,
+            label=answer.label,
             correct=answer.correct,
             rejected_log_prob=ready.get(row.number),
         )
