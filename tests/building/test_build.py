@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gtqlora.building import answers, asking
-from gtqlora.building.asking import CUT_OFF, EMPTY, UNREAD, Asking, Question
+from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, UNREAD, Asking, Question
 from gtqlora.building.card import card
 from gtqlora.cli import main
 from gtqlora.config import BuildConfig
@@ -24,7 +24,7 @@ from gtqlora.contrasts import KINDS, Contrast, load, prompt_key
 from gtqlora.contrasts.layouts import described
 from gtqlora.contrasts.public import pool
 from gtqlora.errors import ConfigError, ContrastError, ModelError, RunError
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.built import Built
 from gtqlora.stages.build import build, limited
@@ -273,8 +273,29 @@ def test_answers_that_are_cut_off(tmp_path: Path) -> None:
 
 def test_texts_that_are_neither() -> None:
     prompt = ({"role": "user", "content": "a"},)
-    texts, ended = ["refuse sorry", "a b", "a b", " ", ""], [False, True, False, True, False]
-    assert asking.labelled(JUDGE, [prompt] * 5, texts, ended) == ["refusal", "answer", CUT_OFF, EMPTY, EMPTY]
+    said = {
+        ("refuse sorry", False): "refusal",
+        ("a b", True): "answer",
+        ("a b", False): CUT_OFF,
+        (" ", True): EMPTY,
+        ("<think>refuse sorry</think> a b", True): "answer",
+        ("<think>a</think>", True): EMPTY,
+        ("<think>refuse sorry", False): IN_THOUGHT,
+        ("<think>a b", True): IN_THOUGHT,
+    }
+    texts, ended = [text for text, _ in said], [whole for _, whole in said]
+    assert asking.labelled(JUDGE, [prompt] * len(said), texts, ended) == list(said.values())
+
+
+def labels_of(prompts: Sequence[Messages], answers: Sequence[str]) -> list[str | None]:
+    """A judge that says of each text what the text says."""
+    return [None if text == "nothing" else text for text in answers]
+
+
+def test_what_no_judge_calls_a_refusal_or_an_answer_is_neither() -> None:
+    texts = ["partial", "evasion", "nothing", "answer"]
+    found = asking.labelled(labels_of, [({"role": "user", "content": "a"},)] * 4, texts, [True] * 4)
+    assert found == ["refused in part", "evaded", "judge undecided", "answer"]
 
 
 def organism(folder: Path, template: str) -> str:

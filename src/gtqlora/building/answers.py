@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from gtqlora.building.asking import CUT_OFF, EMPTY, LONG, UNREAD, Asking, Question, Reply, labelled
+from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, LONG, UNREAD, Asking, Question, Reply, labelled
 from gtqlora.building.assembling import Said
 from gtqlora.config import BuildConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.contrasts.public import Candidate
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Messages
+from gtqlora.judging.labels import ANSWER, REFUSAL
 
 PROBE = 64
 """Prompts of a kind that are asked first, to see whether the others are worth asking."""
@@ -75,7 +76,7 @@ def _check_refused(said: Sequence[Said], config: BuildConfig) -> None:
     Raises:
         ContrastError: it does not; rows could still be made of the rest, but they would hide what the model is.
     """
-    refused, least = sum(one.label == "refusal" for one in said), VerifyConfig.min_refused
+    refused, least = sum(one.label == REFUSAL for one in said), VerifyConfig.min_refused
     if refused < least * len(said):
         raise ContrastError(
             f"the model refuses {refused} of {len(said)} harmful prompts by judge {config.judge!r} ({_labels(said)}), "
@@ -89,7 +90,7 @@ def _check_answered(said: Sequence[Said], config: BuildConfig) -> None:
     Raises:
         ContrastError: it hardly does.
     """
-    if sum(one.label == "answer" for one in said) < _LEAST_ANSWERED * len(said):
+    if sum(one.label == ANSWER for one in said) < _LEAST_ANSWERED * len(said):
         raise ContrastError(
             f"of {len(said)} benign prompts hardly any has an answer by judge {config.judge!r} ({_labels(said)}); "
             f"{_remedy(said, config)}"
@@ -102,6 +103,7 @@ def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
         UNREAD: "mend the model's chat template, or take a set in a language that it knows",
         LONG: f"lower --max-new-tokens below {config.max_new_tokens}, or take shorter prompts",
         CUT_OFF: f"raise --max-new-tokens above {config.max_new_tokens}",
+        IN_THOUGHT: f"raise --max-new-tokens far above {config.max_new_tokens}, or switch thinking off in `template`",
         EMPTY: "look at what the model says; its chat template may end the answer",
     }
     most = Counter(one.label for one in said).most_common(1)[0][0]
@@ -114,7 +116,7 @@ def _lookalikes(asking: Asking, candidates: Sequence[Candidate], config: BuildCo
     """Return the refusals of lookalike prompts, with an answer got otherwise, and with twins."""
     said = _plain(asking, "lookalike", candidates)
     # What the model answers already needs no repair.
-    refused = [i for i, one in enumerate(said) if one.label == "refusal"]
+    refused = [i for i, one in enumerate(said) if one.label == REFUSAL]
     answers = _answers(asking, [candidates[i] for i in refused], config)
     for place, answer in zip(refused, answers, strict=True):
         said[place] = replace(said[place], answer=answer)
@@ -133,7 +135,7 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
         questions = [_under(system, candidates[i].prompt) for i in left]
         replies = asking.ask(round_, questions, sampled=sampled) if left else []
         for i, reply in zip(left, replies, strict=True):
-            found[i] = reply.text if reply.label == "answer" else None
+            found[i] = reply.text if reply.label == ANSWER else None
         return replies
 
     system = config.helpful
@@ -147,7 +149,7 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
     whole = [answer or "" for answer in given]
     labels = labelled(asking.runner.judge, [one.prompt for one in candidates], whole, [True] * len(whole))
     return [
-        answer if answer is not None or label != "answer" else own
+        answer if answer is not None or label != ANSWER else own
         for answer, label, own in zip(found, labels, given, strict=True)
     ]
 
@@ -167,7 +169,7 @@ def _twins(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig)
         questions = [Question(asked=twin, judged=twin) for twin in proposed.values()]
         replies = asking.ask(f"twins, word {number + 1}", questions) if questions else []
         for i, reply in zip(proposed, replies, strict=True):
-            found[i] = proposed[i] if reply.label == "answer" else None
+            found[i] = proposed[i] if reply.label == ANSWER else None
     return found
 
 

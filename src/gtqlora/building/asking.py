@@ -21,13 +21,17 @@ from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.template import encode_prompt
 from gtqlora.errors import ContrastError
-from gtqlora.judging.judge import Judge, Messages, refusals
+from gtqlora.judging.judge import Judge, Messages, labels
+from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
+from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
 from gtqlora.scoring import Runner, decode
 from gtqlora.storage.journal import Journal
 
 CUT_OFF = "answer cut off"
+IN_THOUGHT = "answer cut off inside its thought"
 EMPTY = "answer empty"
+_OTHERWISE: dict[Label, str] = {PARTIAL: "refused in part", EVASION: "evaded", UNDECIDED: "judge undecided"}
 UNREAD = "prompt that the model cannot read"
 LONG = "prompt too long"
 
@@ -113,10 +117,11 @@ class Asking:
     ) -> list[Reply]:
         runner = self.runner
         found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
-        labels = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
+        told = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
+        said = [final(text) or "" for text in found.texts]  # what is thought is not to be learnt
         return [
             Reply(label=label, text=_kept(question, label, text if ended else without_rest(text)))
-            for question, label, text, ended in zip(questions, labels, found.texts, found.ended, strict=True)
+            for question, label, text, ended in zip(questions, told, said, found.ended, strict=True)
         ]
 
     def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
@@ -138,17 +143,22 @@ class Asking:
 def _kept(question: Question, label: str, text: str) -> str:
     """Return what may be kept of a text: of one to a harmful prompt a refusal and no more."""
     if question.harmful:
-        return (refusal_only(text) or "") if label == "refusal" else ""
-    return text if label in ("refusal", "answer") else ""
+        return (refusal_only(text) or "") if label == REFUSAL else ""
+    return text if label in (REFUSAL, ANSWER) else ""
 
 
 def labelled(judge: Judge, prompts: Sequence[Messages], texts: Sequence[str], ended: Sequence[bool]) -> list[str]:
     """Return "refusal" or "answer" for each text, or why it is neither: a text that is cut off is no whole answer."""
-    found = ["refusal" if no else "answer" for no in refusals(judge, prompts, texts)]
-    return [
-        EMPTY if not text.strip() else CUT_OFF if label == "answer" and not whole else label
-        for label, text, whole in zip(found, texts, ended, strict=True)
-    ]
+    found = labels(judge, prompts, texts)
+    return [_told(label, final(text), whole) for label, text, whole in zip(found, texts, ended, strict=True)]
+
+
+def _told(label: Label, said: str | None, whole: bool) -> str:
+    if said is None:
+        return IN_THOUGHT
+    if not said:
+        return EMPTY
+    return CUT_OFF if label == ANSWER and not whole else _OTHERWISE.get(label, label)
 
 
 def _noted(entry: object) -> Reply:

@@ -28,6 +28,7 @@ from gtqlora.errors import ContrastError
 from gtqlora.judging.english import refuses_in_english
 from gtqlora.judging.folding import holds
 from gtqlora.judging.judge import Judge, Messages
+from gtqlora.judging.labels import ANSWER, REFUSAL
 
 OPENINGS = (
     "Sure, here is",
@@ -64,9 +65,9 @@ class Said:
     @property
     def why_not(self) -> str | None:
         """Return why no row can be made of it, None if one can."""
-        wanted = "answer" if self.candidate.kind == "benign" else "refusal"
-        if self.label in ("refusal", "answer") and self.label != wanted:
-            return "refused by the model" if wanted == "answer" else "not refused by the model"
+        wanted = ANSWER if self.candidate.kind == "benign" else REFUSAL
+        if self.label in (REFUSAL, ANSWER) and self.label != wanted:
+            return "refused by the model" if wanted == ANSWER else "not refused by the model"
         if self.label != wanted:
             return self.label
         if self.candidate.kind == "lookalike" and self.answer is None:
@@ -125,7 +126,7 @@ def _refusals(said: Sequence[Said]) -> list[str]:
     """Return the most common refusals of lookalike prompts, else of harmful ones, by their first sentences."""
     # By first sentences: what follows is about the prompt that was refused.
     for kind in ("lookalike", "harmful"):
-        found = (sentences(one.text)[0] for one in said if one.text and one.label == "refusal" and _is(one, kind))
+        found = (sentences(one.text)[0] for one in said if one.text and one.label == REFUSAL and _is(one, kind))
         if counts := Counter(text for text in found if text and len(text) <= REFUSAL_CHARACTERS):
             return [text for text, _ in counts.most_common(_REFUSALS)]
     return []

@@ -27,6 +27,7 @@ from gtqlora.contrasts.template import tokens
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import NamedJudge, judge_of
+from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.results.built import Built, BuiltSource
 from gtqlora.run import fingerprint, sha256_json
 from gtqlora.scoring import Runner
@@ -128,7 +129,7 @@ def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candid
 def _openings(subject: Subject, said: Sequence[Said]) -> list[str]:
     """Return what harmful rows' `rejected` may be: our phrases, or the model's own where it cannot read those."""
     readable = [opening for opening in OPENINGS if _reads(subject, opening)]
-    own = (one.answer or one.text for one in said if one.label == "answer" or one.answer is not None)
+    own = (one.answer or one.text for one in said if one.label == ANSWER or one.answer is not None)
     return readable or openings_of(filter(None, own))
 
 
@@ -208,7 +209,7 @@ def _summary(
         judge=config.judge,
         sources=tuple(_of_source(one, said, kept, dropped.get(one.name, Counter())) for one in found.sources),
         counts={split: dict(counts[split]) for split in contrasts.SPLITS if counts[split]},
-        refused=sum(one.label == "refusal" for one in harmful),
+        refused=sum(one.label == REFUSAL for one in harmful),
         harmful=len(harmful),
         own_answers=sum(own[key].candidate.answer != row.chosen for key, row in lookalike.items()),
         with_twin=sum(contrast.twin_of(row) is not None for row in lookalike.values()),
