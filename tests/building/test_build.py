@@ -223,6 +223,21 @@ def test_a_journal_of_another_build_is_not_taken_over(tmp_path: Path, monkeypatc
     lock.close()
 
 
+def test_a_build_that_is_out_of_memory_goes_on_with_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, decode = tmp_path / "pairs.parquet", asking.decode
+
+    def small(subject: Any, prompts: Sequence[Any], **more: Any) -> Any:
+        if len(prompts) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(subject, prompts, **more)
+
+    monkeypatch.setattr(asking, "decode", small)
+    assert "16 prompts at once; lower --batch-size" in refused(tmp_path)
+    assert build(config(out, batch_size=12), SOURCES).refused == 43
+
+
 def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
@@ -230,6 +245,10 @@ def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="something else has this name"):
             Journal(tmp_path / name, "key")
     assert list((tmp_path / "folder").iterdir()) == []
+    (tmp_path / "folder" / LOCK).touch()
+    (tmp_path / "folder" / "done.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(RunError, match="not a plain file"):
+        Journal(tmp_path / "folder", "key")
 
 
 # --- what cannot be built

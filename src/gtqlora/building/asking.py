@@ -20,7 +20,7 @@ from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.template import encode_prompt
-from gtqlora.errors import ContrastError
+from gtqlora.errors import ContrastError, ModelError
 from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
@@ -116,7 +116,12 @@ class Asking:
         self, prompts: Sequence[list[int]], questions: Sequence[Question], draw: Callable[[Tensor], Tensor] | None
     ) -> list[Reply]:
         runner = self.runner
-        found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
+        try:
+            found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of memory with {len(prompts)} prompts at once; lower --batch-size, the answers so far are kept"
+            ) from error
         told = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
         said = [final(text) or "" for text in found.texts]  # what is thought is not to be learnt
         return [

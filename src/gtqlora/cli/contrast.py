@@ -123,6 +123,8 @@ def _show_built(found: Built) -> None:
     lookalike = sum(kinds.get("lookalike", 0) for kinds in found.counts.values())
     own = f"{found.own_answers:,} of {lookalike:,} lookalike rows have an answer of the model's own"
     say(console, f"{own}, {found.with_twin:,} a twin")
+    licences = dict.fromkeys(f"{one.layout}: {one.licence}" for one in found.sources)
+    say(console, f"licences of the sources: {'; '.join(licences)}")
     if found.floor:
         say(console, f"note: {found.floor}", accent=("note:", "yellow"))
     say_whole(console, f"card: {found.card}")

@@ -119,7 +119,7 @@ class BuildConfig(StageConfig):
             twins.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = 512
     limit: int = 2000
     helpful: str = HELPFUL
     samples: int = 4

@@ -35,6 +35,9 @@ from gtqlora.stats import ADVISED_PROMPTS, fewest
 from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
 from gtqlora.storage.journal import Journal
 
+_ASIDE = ("model", "contrast", "judge", "device", "batch_size")
+"""Known otherwise, or of no matter for a prompt's answer but for rounding: with less memory a build still goes on."""
+
 
 def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Built:
     """Make a contrast set of public sets, with the model's own answers and refusals.
@@ -87,7 +90,7 @@ def _journal(
     descriptions: Sequence[Description],
 ) -> Iterator[Journal]:
     """Hold the journal of exactly this work; an error leaves it, so that the next call goes on."""
-    settings = {key: value for key, value in to_dict(config).items() if key not in ("model", "contrast", "judge")}
+    settings = {key: value for key, value in to_dict(config).items() if key not in _ASIDE}
     prompts = [(one.source, one.number, one.kind, one.prompt) for one in found.candidates]
     told = [str(description) for description in descriptions]
     prints = [fingerprint(source.name) for source in found.sources]

@@ -84,6 +84,8 @@ def _read(file: Path) -> tuple[dict[str, object], int]:
     found: dict[str, object] = {}
     if not os.path.lexists(file):
         return found, 0
+    if file.is_symlink() or not file.is_file():
+        raise RunError(f"{file}: not a plain file; remove {file.parent}")
     size = 0
     for line in file.read_bytes().splitlines(keepends=True):
         try:
