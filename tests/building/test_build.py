@@ -228,10 +228,10 @@ def test_a_build_that_is_out_of_memory_goes_on_with_smaller_batches(
 ) -> None:
     out, decode = tmp_path / "pairs.parquet", asking.decode
 
-    def small(subject: Any, prompts: Sequence[Any], **more: Any) -> Any:
+    def small(subject: Any, prompts: Sequence[Any], *given: Any, **more: Any) -> Any:
         if len(prompts) > 12:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(subject, prompts, **more)
+        return decode(subject, prompts, *given, **more)
 
     monkeypatch.setattr(asking, "decode", small)
     assert "16 prompts at once; lower --batch-size" in refused(tmp_path)

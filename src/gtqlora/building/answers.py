@@ -145,7 +145,8 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
         system = "" if replies and all(reply.label == UNREAD for reply in replies) else system
     for number in range(1, config.samples + 1):
         again(f"lookalike, draw {number}", system, sampled=True)
-    given = [None if one.answer is None else one.answer for one in candidates]
+    # Last, as nothing that others wrote is as near to what the model would say.
+    given = [one.answer for one in candidates]
     whole = [answer or "" for answer in given]
     labels = labelled(asking.runner.judge, [one.prompt for one in candidates], whole, [True] * len(whole))
     return [

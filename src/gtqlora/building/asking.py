@@ -25,7 +25,7 @@ from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
-from gtqlora.scoring import Runner, decode
+from gtqlora.scoring import Change, Runner, decode
 from gtqlora.storage.journal import Journal
 
 CUT_OFF = "answer cut off"
@@ -87,6 +87,7 @@ class Asking:
         batches = by_length(prompts, self.runner.batch_size)
         for batch in track(batches, round_, len(batches)) if batches else ():
             chosen = [places[i] for i in batch]
+            # Whole batches only: the same prompts beside each other round alike.
             if all(names[i] in self.journal for i in chosen):
                 continue
             draw = self._draw([names[i] for i in chosen]) if sampled else None
@@ -117,7 +118,7 @@ class Asking:
     ) -> list[Reply]:
         runner = self.runner
         try:
-            found = decode(runner.model, prompts, max_new_tokens=runner.max_new_tokens, draw=draw)
+            found = decode(runner.model, prompts, Change(draw=draw), max_new_tokens=runner.max_new_tokens)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"out of memory with {len(prompts)} prompts at once; lower --batch-size, the answers so far are kept"
@@ -132,6 +133,7 @@ class Asking:
     def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Return a sampler whose numbers hang on each prompt's name and not on those beside it."""
         seeds = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in names]
+        # On the processor, whose numbers are the same on every machine; a GPU's are not.
         dice = [torch.Generator().manual_seed(int.from_bytes(each[:7])) for each in seeds]
 
         def draw(logits_BV: Tensor) -> Tensor:

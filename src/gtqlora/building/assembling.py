@@ -107,6 +107,7 @@ def made(said: Sequence[Said], openings: Sequence[str], judge: Judge) -> tuple[l
         else:
             rows.append((one.candidate, row))
     kept: list[Row] = []
+    # Again, and now as every later reader judges them: refusals are cut, and openings are new.
     judged = judged_rows([row for _, row in rows], judge)
     for (candidate, row), judgement in zip(rows, judged, strict=True):
         try:
@@ -201,5 +202,6 @@ def _in_turns(pairs: Mapping[str, Sequence[Row]]) -> list[str]:
         topic = next((row.topic or "" for row in pairs[pair] if row.kind == "harmful"), None)
         if topic is not None:
             topics[topic].append(pair)
+    # By hashes and not by draw: the same pairs are held out on every machine.
     turns = zip_longest(*(topics[topic] for topic in sorted(topics, key=digest)))
     return [pair for pair in chain.from_iterable(turns) if pair is not None]

@@ -58,6 +58,7 @@ def _linked(one: BuiltSource) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # A table without rows is no table in Markdown.
     lines = [columns, ["---"] * len(columns), *(rows or [["none"] + [""] * (len(columns) - 1)])]
     return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
 

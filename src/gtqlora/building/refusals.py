@@ -7,6 +7,7 @@ import re
 from gtqlora.contrasts.one_way import REFUSAL_CHARACTERS, REFUSAL_WORDS
 from gtqlora.judging.english import answers_after_refusing, assents_in_english
 
+# Behind marks of full width there is no space in the scripts that have them, so such a text is one sentence.
 _SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+|\s*\n+\s*")
 _ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 

@@ -239,6 +239,7 @@ def layouts_of(source: str, columns: Iterable[str], descriptions: Sequence[Descr
         ContrastError: neither is the case, a described column is missing, or the set's name does not tell the kind.
     """
     have = set(columns)
+    # What the user says of a source by its name is stronger than what its columns look like.
     if named := [each.layout for each in descriptions if each.of and each.of in source]:
         return _checked(source, named, have)
     known = max(
