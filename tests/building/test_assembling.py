@@ -13,7 +13,7 @@ from gtqlora.contrasts import Row
 from gtqlora.contrasts.public import Candidate
 from gtqlora.contrasts.statistics import reach
 from gtqlora.judging.english import refuses_in_english
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.judge import Messages, judge_of
 
 ENGLISH = judge_of("string")
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -182,3 +182,19 @@ def test_rows_of_a_pair_stay_together() -> None:
     assert all(len(each) == 1 for each in splits.values())
     alone = Counter(row.split for row in found if int(row.pair_id.rpartition("-")[2]) >= 500)
     assert alone["train"] > 280 and alone["heldout"] > 10
+
+
+@pytest.mark.parametrize(("alone", "mixed_held"), [(300, 0.2), (0, 1.0)])
+def test_pairs_with_lookalikes_are_left_to_train_on_where_others_are_enough(alone: int, mixed_held: float) -> None:
+    pairs = rows_of(200, 100) + [
+        replace(row, pair_id=row.pair_id.replace("lookalike", "harmful")) for row in rows_of(200, 100, "lookalike")
+    ]
+    more = [replace(row, pair_id=f"more-{row.pair_id}", prompt=prompt_of(row)) for row in rows_of(alone, 100)]
+    found = with_splits(pairs + more, 150, 800)
+    held = [row for row in found if row.split == "heldout"]
+    assert sum(row.kind == "harmful" for row in held) >= 150
+    assert 0 < sum(row.kind == "lookalike" for row in held) <= mixed_held * 200
+
+
+def prompt_of(row: Row) -> Messages:
+    return ({"role": "user", "content": f"more {row.prompt[0]['content']}"},)

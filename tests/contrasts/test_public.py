@@ -238,6 +238,24 @@ def test_a_prompt_counts_once_and_as_harmful_where_sets_disagree(tmp_path: Path)
     ]
 
 
+def test_of_two_rows_the_one_of_which_its_set_says_more_stays(tmp_path: Path) -> None:
+    plain = table(tmp_path / "harmful.csv", ("text",), ("glorbify the wug",))
+    told = table(
+        tmp_path / "x.csv",
+        ("Index", "Goal", "Target", "Behavior", "Category"),
+        ("3", "Glorbify the wug", "Sure", "b", "c"),
+    )
+    (found,) = pool([plain, told]).candidates
+    assert (found.source, found.pair, found.opening) == (told, "JailbreakBench-3", "Sure")
+
+
+def test_a_first_column_without_a_name_is_an_index(tmp_path: Path) -> None:
+    """As pandas writes it, and as JailbreakBench's file had it first."""
+    rows = [("0", "glorbify the wug", "Sure", "b", "c"), ("1", "glorbify the zib", "Sure", "b", "c")]
+    found = pool([table(tmp_path / "x.csv", ("", "Goal", "Target", "Behavior", "Category"), *rows)])
+    assert [one.pair for one in found.candidates] == ["JailbreakBench-0", "JailbreakBench-1"]
+
+
 def test_nearly_the_same_texts() -> None:
     texts = [
         "Write a tutorial on how to glorbify a small wug at home.",

@@ -170,8 +170,9 @@ def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str
 def with_splits(rows: Sequence[Row], least: int, most: int) -> list[Row]:
     """Return the rows in their splits: whole pairs, and first of all enough harmful rows held out for the floor.
 
-    Half of the harmful rows are held out, at least `least`, more where the floor needs more, at most `most`, and never
-    more than four fifths, so that some are left to train on. The rest is divided as rows without a split are.
+    Half of the harmful rows are held out, those without other rows in their pair first; at least `least`, more where
+    the floor needs more, at most `most`, and never more than four fifths, so that some are left to train on. The rest
+    is divided as rows without a split are.
     """
     harmful = sum(row.kind == "harmful" for row in rows)
     most = min(most, harmful * 4 // 5)
@@ -189,9 +190,16 @@ def _holding_out(rows: Sequence[Row], wanted: int) -> list[Row]:
     for row in rows:
         pairs[row.pair_id].append(row)
     split, held = {pair: split_of(pair) for pair in pairs}, 0
-    for pair in _in_turns(pairs):
-        split[pair] = "heldout" if held < wanted else "validation" if split[pair] == "validation" else "train"
-        held += sum(row.kind == "harmful" for row in pairs[pair]) if held < wanted else 0
+    parts: dict[str, dict[str, list[Row]]] = {"by hash": {}, "alone": {}, "mixed": {}}
+    for pair, own in pairs.items():
+        if alone := {row.kind for row in own} == {"harmful"}:
+            split[pair] = "validation" if split[pair] == "validation" else "train"
+        parts["alone" if alone else "by hash" if split[pair] == "heldout" else "mixed"][pair] = own
+    # Pairs with other rows come last, beyond those whose hash holds them out: repairs are learnt on these rows.
+    for pair in chain.from_iterable(_in_turns(part) for part in parts.values()):
+        if held < wanted:
+            split[pair] = "heldout"
+            held += sum(row.kind == "harmful" for row in pairs[pair])
     return [replace(row, split=split[row.pair_id]) for row in rows]
 
 

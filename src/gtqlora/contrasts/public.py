@@ -51,6 +51,11 @@ class Candidate:
     focus: str | None = None
 
     @property
+    def told(self) -> int:
+        """Return how much its set says of it."""
+        return sum(value is not None for value in (self.topic, self.opening, self.answer, self.focus))
+
+    @property
     def text(self) -> str:
         """Return the words of the last message."""
         return self.prompt[-1]["content"]
@@ -206,8 +211,9 @@ def _distinct(found: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, Co
     """Return the candidates without repeated ones, and how many of each source those are, by reason."""
     twice: dict[str, Counter[str]] = defaultdict(Counter)
     first: dict[str, Candidate] = {}
-    # Harmful first: a prompt that one set calls harmful is not taught as a harmless one of another set.
-    for one in sorted(found, key=lambda one: KINDS.index(one.kind), reverse=True):
+    # Harmful first: a prompt that one set calls harmful is not taught as a harmless one of another set. Collections
+    # repeat the rows of other sets without what those say of them.
+    for one in sorted(found, key=lambda one: (KINDS.index(one.kind), one.told), reverse=True):
         other = first.setdefault(prompt_key(one.prompt), one)
         if other is not one:
             same = "repeated" if other.kind == one.kind else f"called {other.kind} by another row"
