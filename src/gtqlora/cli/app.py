@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
-from gtqlora.cli import bitdelta, contrast, verbs
+from gtqlora.cli import bitdelta, building, verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
 
@@ -31,8 +31,11 @@ def _app() -> App:
         help_format="markdown",
         suppress_keyboard_interrupt=False,  # `_run` says what stays
     )
+    contrast = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
     app.command(verbs.inspect)
-    app.command(contrast.app)
+    app.command(contrast)
+    contrast.command(building.build)
+    contrast.command(verbs.check)
     for verb in (verbs.diagnose, verbs.train, verbs.project, verbs.verify, verbs.export, verbs.report, verbs.demo):
         app.command(verb)
     app.command(bitdelta.app)

@@ -1,88 +1,25 @@
-"""The verbs of `gtqlora contrast`: pairs are made of public sets, and checked."""
+"""The verb `contrast build`: pairs are made of public sets of prompts."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from gtqlora.cli import printing, tables
 from gtqlora.cli.console import open_console, say, say_whole, stage_progress, starting
 from gtqlora.cli.layout import draw
-from gtqlora.cli.settings import (
-    BuildOptions,
-    Json,
-    build_config,
-    embedded_contrast,
-    embedded_model,
-    say_what_judges,
-)
+from gtqlora.cli.settings import BuildOptions, build_config
 from gtqlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from gtqlora.results.built import Built
 
 NO_BUILD = BuildOptions()
-app = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
 
 
-@app.command
-def check(
-    file: Annotated[
-        str, Parameter(help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs; or organism.")
-    ],
-    *,
-    model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
-    judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
-    out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
-    drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
-    with starting():
-        from gtqlora import contrasts
-        from gtqlora.config.values import require
-        from gtqlora.contrasts.sources import ContrastProblems, Problem
-        from gtqlora.contrasts.statistics import statistics, without_misrendered
-        from gtqlora.judging.judge import judge_of
-        from gtqlora.organisms import embedded
-
-    # The organisms refuse in words of their own, which the default judge does not know.
-    source = embedded_contrast(file)
-    judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
-    say_what_judges(judge)
-    require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
-    tokenizer, limit, vocabulary = None, None, None
-    if model:
-        from gtqlora.families import load_config, load_tokenizer
-
-        path = embedded_model(model)
-        settings = load_config(path)[1]
-        tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
-    dropped: list[Problem] = []
-    try:
-        rows = contrasts.load(source, judge_of(judge), dropped=dropped if drop else None)
-        if drop and tokenizer is not None:
-            rows = without_misrendered(rows, tokenizer, limit, dropped)
-        found = statistics(rows, tokenizer, limit, vocabulary)
-    except ContrastProblems as error:
-        if as_json:
-            printing.show_json({"problems": error.problems})
-        raise
-    # last of all checks come lengths, so nothing is written of a set that fails one
-    if out:
-        contrasts.save(rows, out)
-    if as_json:
-        printing.show_json({**asdict(found), "dropped": dropped})
-    else:
-        printing.show_contrast(found, source)
-        printing.show_dropped(dropped)
-
-
-@app.command
 def build(
     *sources: Annotated[
         str, Parameter(help="Public sets of prompts: files, dataset folders, or hub ids such as ID:CONFIG@SPLIT.")
