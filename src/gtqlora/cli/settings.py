@@ -185,7 +185,8 @@ def embedded_contrast(source: str) -> str:
     return str(embedded.contrast()) if source == "organism" else source
 
 
-def _embedded_recipe(file: Path) -> Path:
+def embedded_recipe(file: Path) -> Path:
+    """Return a recipe's file, with `organism` as the one that is packaged with the organisms."""
     from gtqlora.organisms import embedded
 
     return embedded.recipe() if str(file) == "organism" else file
@@ -210,7 +211,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:
             values[key] = resolved(str(values[key]))
-    file = _embedded_recipe(options.config) if options.config else None
+    file = embedded_recipe(options.config) if options.config else None
     settled = build(kind, file=file, overrides=options.settings or (), **values)
     # their refusals are words of their own, so that the default judge would call every row wrong
     if options.contrast == "organism" and settled.judge == kind.judge:
@@ -227,7 +228,7 @@ def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
     """
     from gtqlora.config import BuildConfig, build
 
-    file = _embedded_recipe(options.config) if options.config else None
+    file = embedded_recipe(options.config) if options.config else None
     given = {"model": embedded_model(model), "contrast": str(out), **options.given()}
     settled = build(BuildConfig, file=file, overrides=options.settings or (), **given)
     say_what_judges(settled.judge)
