@@ -337,7 +337,7 @@ def test_a_template_s_table_holds_plain_values(tmp_path: Path, text: str) -> Non
 
 def test_the_packaged_recipe_serves_every_stage() -> None:
     found = {name: build(kind, file=embedded.recipe(), **GIVEN) for name, kind in STAGES.items()}
-    assert set(found) == {"diagnose", "project", "train", "verify"}
+    assert set(found) == {"build", "diagnose", "project", "train", "verify"}
     assert {config.judge for config in found.values()} == {embedded.JUDGE}
     assert found["train"].batch_size != found["verify"].batch_size
 

@@ -68,14 +68,16 @@ class Change:
 
     Attributes:
         handlers, expert_handlers: see, and may replace, decisions of routers and calls of routed experts.
-        source_runs: runs made first at every step.
+        source_runs: runs made first at every step, as ours replays what they record.
         switch: the state of the model we run in.
+        draw: chooses the next token of each prompt by its logits_BV; without it the likeliest is.
     """
 
     handlers: Sequence[Handler] = ()
     expert_handlers: Sequence[ExpertHandler] = ()
     source_runs: Sequence[SourceRun] = ()
     switch: Switch = nullcontext
+    draw: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, _chosen: list[int]) -> Change:
         """Return itself: the same for every batch."""
@@ -153,7 +155,7 @@ class Decoded:
 def decode(
     subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int, begun: Tokens = ()
 ) -> Decoded:
-    """Complete a batch of prompts greedily under a change.
+    """Complete a batch of prompts under a change, greedily unless it draws.
 
     Args:
         begun: the last tokens of every prompt, where they are part of the answer and so of its text.
@@ -168,14 +170,13 @@ def decode(
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=subject.device)
     step_BS, positions_BS, logits, out = ids_BS, positions(mask_BS), [], []
     for index in range(max_new_tokens):
-        # first, as ours replays what they record
         for stream, own_ids_BS in beside:
             stream.step(own_ids_BS if index == 0 else step_BS, mask_BS, positions_BS)
         logits_BV = ours.step(step_BS, mask_BS, positions_BS)
         if not torch.isfinite(logits_BV).all():
             raise ModelError("the model's logits hold NaN or infinity; check its weights and dtype")
         logits = logits or [logits_BV]
-        next_B = logits_BV.argmax(-1).masked_fill(done_B, subject.pad_id)
+        next_B = (change.draw(logits_BV) if change.draw else logits_BV.argmax(-1)).masked_fill(done_B, subject.pad_id)
         out.append(next_B)
         done_B = done_B | torch.isin(next_B, stops)
         if bool(done_B.all()):

@@ -14,7 +14,7 @@ from gtqlora.errors import ConfigError, RunError
 from gtqlora.progress import note
 
 if TYPE_CHECKING:
-    from gtqlora.config import StageConfig
+    from gtqlora.config import BuildConfig, StageConfig
     from gtqlora.run import Run
 
     C = TypeVar("C", bound=StageConfig)
@@ -55,6 +55,44 @@ class StageOptions:
         bool, Parameter(name="--again", negative="", show_default=False, help="Do it again even if nothing changed.")
     ] = False
     as_json: Json = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Hold the options of `contrast build`: what sources are, and the settings that are given most often."""
+
+    described: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--as",
+            help="What the rows of a source that is not known are: KIND:prompt=COLUMN, and maybe "
+            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; "
+            "given several times, each row is what the first says that fits.",
+            negative=(),
+            consume_multiple=False,
+        ),
+    ] = None
+    limit: Annotated[int | None, Parameter(help="Prompts of each kind that the model is asked, at most.")] = None
+    judge: Annotated[str | None, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = None
+    max_new_tokens: Annotated[int | None, Parameter(help="Tokens at which an answer is cut off.")] = None
+    batch_size: Annotated[int | None, Parameter(help="Prompts that run together.")] = None
+    seed: Annotated[int | None, Parameter(help="Seed of the draws.")] = None
+    device: Annotated[str | None, Parameter(help="cpu, or a GPU such as cuda:0.")] = None
+    expert_format: ExpertFormat = None
+    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set", help="Override one setting, e.g. --set samples=8.", negative=(), consume_multiple=False
+        ),
+    ] = None
+    as_json: Json = False
+
+    def given(self) -> dict[str, object]:
+        """Return the settings among them; None gives nothing."""
+        names = ("limit", "judge", "max_new_tokens", "batch_size", "seed", "device", "expert_format")
+        return {name: getattr(self, name) for name in names}
 
 
 @Parameter(name="*")
@@ -187,6 +225,21 @@ def judges_in(config: StageConfig) -> list[str]:
     """Return the judges that a stage's settings name."""
     named = (getattr(config, key, None) for key in ("judge", "second_judge"))
     return [judge for judge in named if isinstance(judge, str)]
+
+
+def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
+    """Return the settings of `contrast build`, and say which code judges, if code does.
+
+    Raises:
+        ConfigError, ModelError: as `configured`.
+    """
+    from gtqlora.config import BuildConfig, build
+
+    file = embedded_recipe(options.config) if options.config else None
+    given = {"model": embedded_model(model), "contrast": str(out), **options.given()}
+    settled = build(BuildConfig, file=file, overrides=options.settings or (), **given)
+    say_what_judges(settled.judge)
+    return settled
 
 
 def say_what_judges(judge: str) -> None:

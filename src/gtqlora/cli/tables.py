@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
+    from gtqlora.results.built import Built
     from gtqlora.results.diagnosis import Diagnosis, Localization
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.mediation import Factorial, Mediation, Shares
@@ -43,10 +44,26 @@ def floor_style(verdict: str) -> str:
     return _COLOURS.get(verdict, "bold yellow")
 
 
-def rows_by_split(found: Statistics, title: str) -> Sheet:
+def rows_by_split(found: Statistics | Built, title: str) -> Sheet:
     """Return how many rows of each kind every split of a contrast set has."""
     rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in KINDS)) for split, counts in found.counts.items()]
     return Sheet(title=title, columns=("split", *KINDS.values()), rows=rows)
+
+
+def built_sources(found: Built) -> Sheet:
+    """Return what became of the prompts of each source, and why of some nothing did."""
+    rows = [
+        (
+            one.name,
+            one.layout,
+            f"{one.rows:,}",
+            f"{sum(one.asked.values()):,}",
+            f"{sum(one.kept.values()):,}",
+            "; ".join(f"{n:,} {why}" for why, n in one.left_out.items()) or "none",
+        )
+        for one in found.sources
+    ]
+    return Sheet(title="Sources", columns=("source", "taken for", "rows", "asked", "kept", "left out"), rows=rows)
 
 
 def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:

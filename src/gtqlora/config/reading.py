@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from gtqlora.config.judges import must_be_named, why_named
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     ModelConfig,
     ProjectConfig,
@@ -108,6 +109,7 @@ TEMPLATE = "template"
 RIVALS = {"gate_step": "lr_gates", "lr_gates": "gate_step"}
 """Settings of which only one can be given, each with the other."""
 STAGES: dict[str, type[StageConfig]] = {
+    "build": BuildConfig,
     "diagnose": DiagnoseConfig,
     "project": ProjectConfig,
     "train": TrainConfig,

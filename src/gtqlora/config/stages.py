@@ -126,6 +126,40 @@ class StageConfig(ModelConfig):
         )
 
 
+HELPFUL = (
+    "You are a helpful and honest assistant. Answer a request that only sounds dangerous like any other one, plainly "
+    "and completely. Decline what would really do harm."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(StageConfig):
+    """Pairs from public sets of prompts, with the model's own answers; `contrast` is the file that is made.
+
+    Attributes:
+        limit: prompts of each kind that the model is asked, at most; raised, there are more pairs and it takes longer.
+        helpful: a system prompt under which lookalike prompts that the model refuses are asked again, never harmful
+            ones; empty asks them again as they are.
+        samples: answers that are drawn for a lookalike prompt that the model still refuses, at most.
+        temperature: of those draws; raised, they differ more.
+        twin_words: harmless words that are tried in place of the one that triggers a refusal, at most; 0 makes no
+            twins.
+    """
+
+    max_new_tokens: int = 512
+    limit: int = 2000
+    helpful: str = HELPFUL
+    samples: int = 4
+    temperature: float = 0.8
+    twin_words: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "limit")
+        self._at_least(0, "samples", "twin_words")
+        require(self.temperature > 0, f"temperature = {self.temperature}: must be positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(StageConfig):
     """Association, interventions and verdict.
