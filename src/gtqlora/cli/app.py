@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
-from gtqlora.cli import bitdelta, verbs
+from gtqlora.cli import bitdelta, judging, verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
 
@@ -37,6 +37,7 @@ def _app() -> App:
     contrast.command(verbs.check)
     for verb in (verbs.diagnose, verbs.train, verbs.project, verbs.verify, verbs.export, verbs.report, verbs.demo):
         app.command(verb)
+    app.command(judging.judge)
     app.command(bitdelta.app)
     return app
 

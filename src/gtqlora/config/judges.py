@@ -31,6 +31,7 @@ def is_loopback(url: str) -> bool:
         host = urlsplit(url).hostname
     except ValueError:
         return False
+    # As a whole: 127.evil.example begins like an address of this machine, and is none.
     return host in ("localhost", "::1") or ((host or "").startswith("127.") and host.replace(".", "").isdigit())
 
 

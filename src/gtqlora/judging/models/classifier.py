@@ -102,6 +102,7 @@ class Classifier:
         return [self._cut(answer, "right"), self._cut(answer, "left")]
 
     def _cut(self, answer: str, side: str) -> list[int]:
+        # By the tokenizer, which keeps the tokens around a text that the model was trained with.
         self.tokenizer.truncation_side = side
         return self.tokenizer.encode(answer, truncation=True, max_length=self.context)
 
@@ -142,6 +143,7 @@ def classifier(name: str) -> Classifier:
     model, _, options = name.removeprefix("classifier").removeprefix(":").partition("?")
     if not model:
         raise ConfigError(f"judge = {name!r}: names no model; write classifier:MODEL, a folder or a hub id")
+    # Its config is read at once, so that a classifier of something else is refused before anything is decoded.
     found = find(model)
     outputs = [label for _, label in sorted(labels_of(found).items())]
     return Classifier(name, found, _meanings(name, model, outputs, _given(name, options)))

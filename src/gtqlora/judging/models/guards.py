@@ -103,6 +103,7 @@ class Guard:
         texts = [self._asked(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         room = getattr(self.found.config, "max_position_embeddings", _TOKENS) - _NEW_TOKENS
+        # Nothing is cut: a guard that reads half of an answer vouches for the other half, too.
         fitting_in = [i for i, text in enumerate(tokens) if len(text) <= room]
         said = [""] * len(answers)
         with fitting(self.name):
@@ -154,6 +155,7 @@ def read_wildguard(said: str) -> Judgement:
 
     It has no word for an evasion. What lacks a field, or has one twice, is undecided.
     """
+    # The request's own harm is no matter here: its kind is known from the pairs.
     fields = [(field.lower(), value.lower() == "yes") for field, value in _FIELD.findall(said)]
     told = dict(fields)
     if len(fields) != 2 or len(told) != 2:
