@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from gtqlora.cli import printing, tables
+from gtqlora.cli import printing
 from gtqlora.cli.console import open_console, say, stage_progress, starting
 from gtqlora.cli.figures import interval
-from gtqlora.cli.layout import draw
+from gtqlora.cli.layout import Sheet, draw
 from gtqlora.cli.settings import Json, say_what_judges
 from gtqlora.errors import ConfigError
+from gtqlora.judging.labels import LABELS
 
 if TYPE_CHECKING:
+    from gtqlora.judging.agreement import Confusion
     from gtqlora.stages.judge import Agreement, Judged
 
 JUDGES = (
@@ -81,15 +83,15 @@ def _columns(text: str | None) -> dict[str, str]:
 
 def _show(found: Judged) -> None:
     console = open_console()
-    draw(console, tables.judged(found))
+    draw(console, _said(found))
     if found.labelled:
-        draw(console, tables.judge_errors(found))
+        draw(console, _errors(found))
     for one in found.judges:
         if one.confusion is not None:
-            draw(console, tables.crossed(one.confusion, f"What {one.name} says of each", "labelled"))
+            draw(console, _crossed(one.confusion, f"What {one.name} says of each", "labelled"))
     if found.agreement is not None:
         names = [one.name for one in found.judges]
-        draw(console, tables.crossed(found.agreement.said, f"{names[0]}, and across {names[1]}", "first"))
+        draw(console, _crossed(found.agreement.said, f"{names[0]}, and across {names[1]}", "first"))
         say(console, _agreement(found.agreement))
 
 
@@ -99,3 +101,32 @@ def _agreement(found: Agreement) -> str:
     rows = f"; they differ in rows {shown}{more}" if found.differ else ""
     kappa = "" if math.isnan(found.kappa) else f" (Cohen's kappa {found.kappa:.3f})"
     return f"The two agree on {interval(found.alike)} of the answers{kappa}{rows}."
+
+
+def _said(found: Judged) -> Sheet:
+    """Return how many answers each judge gives which label."""
+    rows = [(one.name, *(f"{one.said[label]:,}" for label in LABELS)) for one in found.judges]
+    title = f"{found.rows:,} answers, {found.labelled:,} of them labelled"
+    return Sheet(title=title, columns=("judge", *LABELS), rows=rows)
+
+
+def _errors(found: Judged) -> Sheet:
+    """Return how often each judge is wrong."""
+    of_each = [(one.name, one.errors) for one in found.judges if one.errors is not None]
+    rows = [
+        (name, *map(interval, (e.refusal_or_answer, e.missed, e.alarms, e.partial, e.undecided))) for name, e in of_each
+    ]
+    columns = ("error", "refusals missed", "answers called refusals", "partial called refusal", "undecided")
+    return Sheet(
+        title="Errors",
+        columns=("judge", *columns),
+        rows=rows,
+        gloss="error: full refusals missed and answers called refusals, of both; of those that the judge decides; in "
+        "brackets: 95 % intervals",
+    )
+
+
+def _crossed(found: Confusion, title: str, down: str) -> Sheet:
+    """Return how many answers have which of two labels each."""
+    rows = [(label, *(f"{of[other]:,}" for other in LABELS)) for label, of in found.items() if any(of.values())]
+    return Sheet(title=title, columns=(down, *LABELS), rows=rows)

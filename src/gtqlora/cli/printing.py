@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.verdict import Verdict
+    from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
@@ -215,6 +216,19 @@ def show_verdict(found: Verdict) -> None:
     floor = found.floor
     shown = (floor.verdict, tables.floor_style(floor.verdict))
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
+    if found.wrapped:
+        _show_wrapped(console, found.wrapped)
+
+
+def _show_wrapped(console: Console, found: WrappedFloor) -> None:
+    """Print the second floor, on prompts inside plain frames, and whether repairs hold there."""
+    if found.wrappers:
+        draw(console, tables.wrapped(found))
+    if found.repairs:
+        before, after = interval(found.repairs.before), interval(found.repairs.after)
+        say(console, f"repaired prompts that are answered inside frames: {before} before, {after} after")
+    shown = (found.verdict, tables.floor_style(found.verdict))
+    say(console, f"safety floor inside frames: {found.verdict} ({found.reason})", accent=shown)
 
 
 def _show_ways(console: Console, found: Verdict) -> None:
@@ -259,7 +273,7 @@ def show_next(found: Verdict, run: Path, stopped: str | None) -> None:
         elif traded(over):
             what = "note: lookalike refusals became fewer, but answers not more: this edit repairs nothing"
             say(console, what, accent=("note:", "yellow"))
-    if found.floor.verdict != "pass":
+    if found.decision != "pass":
         return
     shipped = shipped_experts(found.model)
     if found.expert_format == shipped:

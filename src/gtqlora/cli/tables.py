@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
-    from gtqlora.judging.agreement import Confusion
     from gtqlora.results.ablation import AblationStudy
     from gtqlora.results.diagnosis import Diagnosis, Localization
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.mediation import Factorial, Mediation, Shares
     from gtqlora.results.verdict import Verdict
+    from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.inspect import Inspection
-    from gtqlora.stages.judge import Judged
     from gtqlora.stages.project import Projected
     from gtqlora.stages.publish import Published
 
@@ -183,41 +182,17 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
     )
 
 
-def judged(found: Judged) -> Sheet:
-    """Return how many answers each judge gives which label."""
-    rows = [(one.name, *(f"{one.said[label]:,}" for label in LABELS)) for one in found.judges]
-    title = f"{found.rows:,} answers, {found.labelled:,} of them labelled"
-    return Sheet(title=title, columns=("judge", *LABELS), rows=rows)
-
-
-def judge_errors(found: Judged) -> Sheet:
-    """Return how often each judge is wrong."""
+def wrapped(found: WrappedFloor) -> Sheet:
+    """Return how many refusals of harmful prompts are lost inside each plain frame."""
     rows = [
-        (
-            one.name,
-            interval(e.refusal_or_answer),
-            interval(e.missed),
-            interval(e.alarms),
-            interval(e.partial),
-            interval(e.undecided),
-        )
-        for one in found.judges
-        if (e := one.errors) is not None
+        (row.name, f"{row.refused:,} of {row.asked:,}", interval(row.losses), row.verdict) for row in found.wrappers
     ]
-    columns = ("error", "refusals missed", "answers called refusals", "partial called refusal", "undecided")
     return Sheet(
-        title="Errors",
-        columns=("judge", *columns),
+        title="Harmful prompts inside plain frames",
+        columns=("frame", "refused before", "of these lost", "verdict"),
         rows=rows,
-        gloss="error: full refusals missed and answers called refusals, of both; of those that the judge decides; in "
-        "brackets: 95 % intervals",
+        gloss=f"in brackets: bounds for all frames together; in any one at most {found.worst_margin:.0%} may be lost",
     )
-
-
-def crossed(found: Confusion, title: str, down: str) -> Sheet:
-    """Return how many answers have which of two labels each."""
-    rows = [(label, *(f"{of[other]:,}" for other in LABELS)) for label, of in found.items() if any(of.values())]
-    return Sheet(title=title, columns=(down, *LABELS), rows=rows)
 
 
 def drift(found: Verdict) -> Sheet:

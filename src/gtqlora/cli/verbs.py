@@ -241,7 +241,7 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     else:
         printing.show_verdict(found)
         printing.show_next(found, run, made.stopped if isinstance(made, Training) else None)
-    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
+    return 0 if found.decision == "pass" else FloorError.exit_code
 
 
 def export(

@@ -15,6 +15,7 @@ from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
 from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
 from gtqlora.results.typed import Mismatch, to_json
+from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.stats import Floor, Interval
 from gtqlora.storage.atomic import write_json
 
@@ -105,6 +106,7 @@ class Verdict:
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
         blind: why the judge cannot tell refusals from answers, if it cannot.
+        wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
     """
 
     adapter: str
@@ -123,6 +125,13 @@ class Verdict:
     lost: dict[str, int]
     tries: int
     blind: str | None
+    wrapped: WrappedFloor | None = None
+
+    @property
+    def decision(self) -> str:
+        """Return "pass" if both floors pass, "fail" if one fails, else "cannot tell"."""
+        both = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
+        return "fail" if "fail" in both else "pass" if both == {"pass"} else "cannot tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +163,7 @@ class Outcome:
         label_before: by the judge.
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
         lost: of harmful rows that the original refuses: why the refusal is not kept; None if it is.
+        wrapper: the frame that the prompt was asked in; None if in none.
     """
 
     number: int
@@ -176,9 +186,10 @@ class Outcome:
     rejected_log_prob_before: float | None
     rejected_log_prob_after: float | None
     lost: str | None
+    wrapper: str | None = None
 
     @classmethod
-    def of(cls, row: Row | Outcome, before: Reply, after: Reply) -> Outcome:
+    def of(cls, row: Row | Outcome, before: Reply, after: Reply, wrapper: str | None = None) -> Outcome:
         """Return a row, or what is recorded of it, with what was said to it; what counts as lost is decided later."""
         return cls(
             number=row.number,
@@ -201,6 +212,7 @@ class Outcome:
             rejected_log_prob_before=before.rejected_log_prob,
             rejected_log_prob_after=after.rejected_log_prob,
             lost=None,
+            wrapper=wrapper,
         )
 
     @property
@@ -234,10 +246,17 @@ def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.kind == kind]
 
 
-def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome], arms: Sequence[ArmOutcome]) -> None:
-    """Write the outcomes, also those in every arm, and, once they are there, the verdict on them."""
+def write_verdict(
+    run: Path,
+    verdict: Verdict,
+    outcomes: Sequence[Outcome],
+    wrapped: Sequence[Outcome],
+    arms: Sequence[ArmOutcome],
+) -> None:
+    """Write the outcomes, those inside frames and in every arm, and, once they are there, the verdict on them."""
     # the verdict last: where there is one, the outcomes that it stands on are there
     write_rows(run / SCORES, outcomes)
+    write_rows(run / WRAPPED, wrapped)
     write_rows(run / ARMS, arms)
     write_json(run / VERDICT, to_json(verdict))
 
@@ -263,10 +282,10 @@ def read_verdict(run: Path) -> Verdict:
     return found
 
 
-def read_outcomes(run: Path) -> list[Outcome]:
-    """Return every held-out row's outcome.
+def read_outcomes(run: Path, name: str = SCORES) -> list[Outcome]:
+    """Return every held-out row's outcome, or with `WRAPPED` those inside frames.
 
     Raises:
         RunError: they are not there, or not what this version writes.
     """
-    return read_rows(Outcome, run, SCORES, "verify")
+    return read_rows(Outcome, run, name, "verify")

@@ -162,6 +162,7 @@ def _record(
         target=config.target,
         kept=dict(written.kept),
         form=form,
+        wrapped=certificate.wrapped,
         notes=list(written.notes),
         rank=written.rank,
         revision=info.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import KINDS, Contrast, Row
 from gtqlora.contrasts.statistics import check_rendering
+from gtqlora.contrasts.wrappers import wrappers_for
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.arms import run_arms
@@ -22,8 +24,10 @@ from gtqlora.errors import ContrastError, RunError
 from gtqlora.families.identity import identify
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.floor.decision import Decision, decide
-from gtqlora.floor.outcomes import losses
+from gtqlora.floor.outcomes import harmful_prompts, losses
+from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.labels import ANSWER
 from gtqlora.localize.expert_ablation import ablation_study
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ARMS, ArmOutcome
@@ -39,6 +43,7 @@ from gtqlora.results.verdict import (
     read_verdict,
     write_verdict,
 )
+from gtqlora.results.wrapped import WRAPPED
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Answer, Runner, log_probs
 
@@ -64,7 +69,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
-        stage.outputs += [VERDICT, SCORES, ARMS, HISTORY]
+        stage.outputs += [VERDICT, SCORES, WRAPPED, ARMS, HISTORY]
         if stage.fresh:
             return read_verdict(run.path)
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
@@ -76,6 +81,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         model.check_unchanged()
         runner = Runner.of(edited.subject, judge, config)
         outcomes = _measure(runner, edited, rows)
+        wrapped = _measure_wrapped(runner, edited, rows, outcomes, config, inputs)
         ablation = ablation_study(
             runner, edited.original, seen, rows.of_kind("harmful"), of_kind(outcomes, "harmful"), config
         )
@@ -83,8 +89,10 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         arms = run_arms(runner, edited, rows.rows, outcomes, limit=config.mediation_prompts, seed=config.seed)
         verdict = _verdict(config, runner, edited, rows, outcomes, arms, decision, inputs, ablation)
         lost = {o.number: o.lost for o in decision.harmful}
+        second = wrapped_floor(config, wrapped, judge, tries=decision.tries, blind=decision.blind)
+        verdict = replace(verdict, wrapped=second)
         run.check_held()
-        write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes], arms)
+        write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes], wrapped, arms)
         return verdict
 
 
@@ -127,6 +135,33 @@ def _measure(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
     after, ready_after = runner.answers(rows.rows, label="after"), _readiness(runner, harmful)
     was, now = _replies(rows.rows, before, ready_before), _replies(rows.rows, after, ready_after)
     return [Outcome.of(row, b, a) for row, b, a in zip(rows.rows, was, now, strict=True)]
+
+
+def _measure_wrapped(
+    runner: Runner,
+    edited: Edited,
+    rows: Contrast,
+    outcomes: Sequence[Outcome],
+    config: VerifyConfig,
+    inputs: Mapping[str, str],
+) -> list[Outcome]:
+    """Ask harmful prompts, and lookalike ones that the edit repairs, again inside every frame, before and after."""
+    draw = random.Random(inputs["adapter"])  # nobody chooses which
+    harmful = draw.sample(found := harmful_prompts(outcomes), min(config.wrapped_prompts, len(found)))
+    repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and o.label_after == ANSWER]
+    chosen = [*harmful, *draw.sample(repaired, min(config.wrapped_prompts, len(repaired)))]
+    by_number = {row.number: row for row in rows.rows}
+    asked = [
+        (wrapper.name, replace(by_number[outcome.number], prompt=wrapper.around(outcome.prompt)))
+        for wrapper in wrappers_for(config.model, runner.model.tokenizer)
+        for outcome in chosen
+    ]
+    wrapped = [row for _, row in asked]
+    with edited.original():
+        before = runner.answers(wrapped, label="inside frames, before")
+    after = runner.answers(wrapped, label="inside frames, after")
+    replies = zip(asked, _replies(wrapped, before, {}), _replies(wrapped, after, {}), strict=True)
+    return [Outcome.of(row, was, now, name) for (name, row), was, now in replies]
 
 
 def _readiness(runner: Runner, rows: Sequence[Row]) -> dict[int, float]:
