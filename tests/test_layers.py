@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "results",  # what each stage leaves
         "capture",  # a model that runs
         "floor scoring",
-        "localize",
+        "building localize",  # public sets asked of a model; what mediates a behaviour
         "edits",
         "certificate",  # the only way to weights
         "exports",  # a certified edit in the forms that other programs load

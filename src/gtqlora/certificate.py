@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gtqlora.config import VerifyConfig, build_recorded
+from gtqlora.config import VerifyConfig, build_recorded, must_be_named
 from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.errors import FloorError
 from gtqlora.floor import ledger
@@ -34,7 +34,8 @@ from gtqlora.floor.outcomes import entry_prompts, judged_again
 from gtqlora.floor.shipped import unshipped
 from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging import trust
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import Judge
+from gtqlora.judging.pair import judges_of
 from gtqlora.results.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
 from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.run import PATHS, Record, Run, fingerprint, stage_hash
@@ -152,13 +153,21 @@ def _check_same(run: Run, verdict: Verdict, inputs: Mapping[str, str], config: V
 
 
 def _judge(run: Run, config: VerifyConfig, inputs: Mapping[str, str], named: str | None) -> Judge:
-    """Build the judge that `verify` used, if it may run; nothing of it is imported before its source is compared."""
+    """Build the judges that `verify` used, if they may run; nothing is imported before its source is compared."""
     if named is not None and named != config.judge:
         raise FloorError(f"{run.path}: verified by the judge {config.judge!r}, not by {named!r}; verify with that one")
     if named is None:
         trust.check_named(config.judge, str(run / "manifest.json"))
-    was = inputs.get("judge", "")
-    if not was.startswith(trust.identity(config.judge)) or (found := judge_of(config.judge)).identity != was:
+    second = config.second_judge
+    if second is not None and must_be_named(second) and not trust.is_remembered(run.path, second):
+        raise FloorError(
+            f"{run.path}: verified by a second judge, {second!r}, that runs only if you name it; if you trust it, run "
+            f"`gtqlora verify {run.path} --rejudge --set second_judge={second}` first"
+        )
+    was, asked = inputs.get("judge", ""), filter(None, (config.judge, second))
+    if not all(trust.identity(judge) in was for judge in asked) or (
+        (found := judges_of(config.judge, second)).identity != was
+    ):
         raise FloorError(f"{run.path}: the judge is not the one that it was verified by; run `gtqlora verify` again")
     return found
 

@@ -20,9 +20,9 @@ from gtqlora.judging.models.batching import batches
 from gtqlora.judging.models.devices import fitting
 from gtqlora.judging.models.guards import read_llama_guard, read_wildguard
 from gtqlora.judging.pair import judges_of
+from tests.families.test_identity import hub
 from tests.judging import judge_models
 from tests.judging.judge_models import CONTEXT, HARMS, REFUSES, answer, filler, prompt
-from tests.families.test_identity import hub
 from tests.models import edit_json
 
 PROMPT = prompt("wug dax fep")

@@ -4,6 +4,7 @@ from gtqlora.config.export import FORMATS, ExportConfig, Format
 from gtqlora.config.judges import is_code, must_be_named
 from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     Direction,
     Dtype,
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "RENAMED",
     "STAGES",
+    "BuildConfig",
     "DiagnoseConfig",
     "Direction",
     "Dtype",

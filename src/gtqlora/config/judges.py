@@ -31,8 +31,9 @@ def is_loopback(url: str) -> bool:
         host = urlsplit(url).hostname
     except ValueError:
         return False
+    host = host or ""
     # As a whole: 127.evil.example begins like an address of this machine, and is none.
-    return host in ("localhost", "::1") or ((host or "").startswith("127.") and host.replace(".", "").isdigit())
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def must_be_named(judge: str) -> bool:

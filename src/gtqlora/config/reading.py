@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from gtqlora.config.judges import must_be_named, why_named
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     ModelConfig,
     ProjectConfig,
@@ -18,7 +19,7 @@ from gtqlora.config.stages import (
     TrainConfig,
     VerifyConfig,
 )
-from gtqlora.config.values import coerce, require
+from gtqlora.config.values import Scalar, coerce, require, scalar
 from gtqlora.errors import ConfigError
 from gtqlora.progress import note
 
@@ -103,9 +104,12 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
 
 
+TEMPLATE = "template"
+"""The one setting that is a table of its own: variables of the chat template, by name."""
 RIVALS = {"gate_step": "lr_gates", "lr_gates": "gate_step"}
 """Settings of which only one can be given, each with the other."""
 STAGES: dict[str, type[StageConfig]] = {
+    "build": BuildConfig,
     "diagnose": DiagnoseConfig,
     "project": ProjectConfig,
     "train": TrainConfig,
@@ -119,7 +123,7 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
     found: dict[str, object] = {}
     own: dict[str, object] = {}
     for name, value in _read_toml(path).items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != TEMPLATE:
             _check_known(name, keys, f"{path}: section")
             table = {_known_name(key, keys[name], f"{path}: [{name}] key"): entry for key, entry in value.items()}
             own |= table if name == stage else {}
@@ -138,20 +142,27 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
     return found
 
 
-def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> tuple[dict[str, str], dict[str, Scalar]]:
+    """Return the settings that overrides give, and the variables of the chat template."""
     values: dict[str, str] = {}
+    variables: dict[str, Scalar] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = (part.strip() for part in override.partition("="))
+        table, dot, variable = key.partition(".")
         require(bool(equals), f"--set {override}: must be key=value")
-        values[_known_name(key.strip(), known, "--set key")] = value.strip()
-    return values
+        require(key != TEMPLATE, f"--set {override}: name the variable, as in --set {TEMPLATE}.enable_thinking=false")
+        if table == TEMPLATE and dot:
+            variables[variable] = scalar(value)
+        else:
+            values[_known_name(key, known, "--set key")] = value
+    return values, variables
 
 
 def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: object) -> C:
     """Build a stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
 
     None from the caller gives nothing. Top-level keys of the file serve every stage; a table such as `[train]` serves
-    its stage, and wins.
+    its stage, and wins. `[template]` serves every stage, too, and `template.NAME=value` overrides one variable of it.
 
     Raises:
         ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.
@@ -163,11 +174,14 @@ def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] =
         _check_known(key, hints, f"[{stage}] key")
     values |= {key: value for key, value in given.items() if value is not None}
     # Last, so that `--set` wins over everything else, also over another setting that says the same otherwise.
-    last = _from_overrides(overrides, hints)
+    last, variables = _from_overrides(overrides, hints)
     for key, other in RIVALS.items():
         if last.get(key, "none") != "none" and other not in last:
             values.pop(other, None)
     values |= last
+    if variables:
+        # one by one: the others stay as the file, or the edit that is verified, has them
+        values[TEMPLATE] = {**coerce(values.get(TEMPLATE, {}), hints[TEMPLATE], TEMPLATE), **variables}  # type: ignore[dict-item]
     for key in ("model", "contrast"):
         require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
     return kind(**values)

@@ -7,13 +7,14 @@ Python API. docs/settings.md is written from the attributes' descriptions here, 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import coerce, require
+from gtqlora.config.values import Scalar, coerce, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -39,6 +40,26 @@ def _absolute(source: str) -> str:
     return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
 
 
+# What `apply_chat_template` gives a template by itself, or takes for itself.
+_NOT_VARIABLES = frozenset(
+    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
+    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"padding", "truncation", "max_length"}
+)
+
+
+def _check_variables(template: Mapping[str, Scalar]) -> None:
+    # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
+    for name in template:
+        require(
+            name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
+        )
+        require(
+            name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens")),
+            f"template.{name}: the prompt and the special tokens are not settings; leave it out",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """How a model is opened, by whatever stage; `capture.open_subject` is what reads it.
@@ -49,6 +70,7 @@ class ModelConfig:
         dtype: type of the weights; "auto" is the checkpoint's own.
         expert_format: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put
             into 4 bits while it is loaded.
+        template: variables of the chat template, such as `{enable_thinking = false}`; in a file a table of its own.
 
     Raises:
         ConfigError: a value of another type or out of range, or no such device.
@@ -58,12 +80,14 @@ class ModelConfig:
     device: str = "cpu"
     dtype: Dtype = "auto"
     expert_format: ExpertFormat = "bf16"
+    template: dict[str, Scalar] = field(default_factory=dict[str, Scalar])
 
     def __post_init__(self) -> None:
         # Frozen only once it is made: this is still the making.
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
         check_device(self.device)
+        _check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
 
     def _at_least(self, least: float, *names: str) -> None:
@@ -100,6 +124,40 @@ class StageConfig(ModelConfig):
             kind_of(self.judge) != "llama-guard",
             f"judge = {self.judge!r}: it tells safe from unsafe, and no refusal from an answer; set second_judge to it",
         )
+
+
+HELPFUL = (
+    "You are a helpful and honest assistant. Answer a request that only sounds dangerous like any other one, plainly "
+    "and completely. Decline what would really do harm."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(StageConfig):
+    """Pairs from public sets of prompts, with the model's own answers; `contrast` is the file that is made.
+
+    Attributes:
+        limit: prompts of each kind that the model is asked, at most; raised, there are more pairs and it takes longer.
+        helpful: a system prompt under which lookalike prompts that the model refuses are asked again, never harmful
+            ones; empty asks them again as they are.
+        samples: answers that are drawn for a lookalike prompt that the model still refuses, at most.
+        temperature: of those draws; raised, they differ more.
+        twin_words: harmless words that are tried in place of the one that triggers a refusal, at most; 0 makes no
+            twins.
+    """
+
+    max_new_tokens: int = 512
+    limit: int = 2000
+    helpful: str = HELPFUL
+    samples: int = 4
+    temperature: float = 0.8
+    twin_words: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "limit")
+        self._at_least(0, "samples", "twin_words")
+        require(self.temperature > 0, f"temperature = {self.temperature}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +232,8 @@ class TrainConfig(StageConfig):
 
     Attributes:
         split: the pairs that are trained on: "train", "validation", "heldout" or "all".
+        max_length: tokens that prompt and answer may have; longer rows are refused before anything is trained. Without
+            one the model's context is the limit.
         objective: "harden" edits while experts are ablated, so that refusal does not hang on a few of them.
         ablation_share: the largest share of a layer's experts that "harden" ablates at random.
         mode: "gt" trains LoRA and gates; "lora" and "gates" train one of them, for comparison.
@@ -206,6 +266,7 @@ class TrainConfig(StageConfig):
     """
 
     split: str = "train"
+    max_length: int | None = None
     objective: Objective = "edit"
     ablation_share: float = 0.25
     mode: Mode = "gt"
@@ -237,7 +298,7 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
-        for name in ("lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
+        for name in ("max_length", "lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} = {value}: must be positive")
         require(

@@ -6,7 +6,7 @@ No code from a model folder is ever run: remote code is off, and only JSON and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gtqlora.config.values import Scalar
 from gtqlora.errors import ModelError
 from gtqlora.families import files, fp8, packed
 from gtqlora.families.config_checks import (
@@ -34,7 +35,7 @@ from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
 from gtqlora.families.layers import absent, with_layer
 from gtqlora.families.names import TensorNames
-from gtqlora.families.rendering import warm_up
+from gtqlora.families.rendering import warm_up, with_variables
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
 from gtqlora.families.weight_checks import check_experts, check_headers, check_size
 
@@ -175,15 +176,19 @@ def names_on_disk(model: str) -> tuple[str, ...]:
     return tuple(mapped or ())
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, variables: Mapping[str, Scalar] | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of MODEL, left-padding, with a chat template, and no token of its own beyond the embedding.
+
+    Args:
+        variables: what the chat template is rendered with, such as `enable_thinking`.
 
     Raises:
         ModelError: as `load_config`, or it cannot be loaded, has no chat template, or does not go with the model.
+        ConfigError: the template reads a variable of nearly the name of one that is given.
     """
     tokenizer = read_tokenizer(model, load_config(model)[1].vocab_size)
     warm_up()
-    return tokenizer
+    return with_variables(tokenizer, variables or {})
 
 
 def load_model(

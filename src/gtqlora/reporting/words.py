@@ -273,6 +273,12 @@ def judged(verdict: Verdict) -> list[str]:
         f"Judge: {verdict.judge}.",
         f"Prompts: {prompts.source}, split {prompts.split}, sha256 {prompts.fingerprint[:12]}.",
     ]
+    if verdict.agreement:
+        agreed = arrow(verdict.agreement.before, verdict.agreement.after)
+        differ = count(len(verdict.agreement.differ))
+        lines.append(
+            f"Both judges say the same: {agreed}; they differ on {differ} harmful prompts, which are undecided."
+        )
     if verdict.tries > 1:
         lines.append(f"{verdict.tries} tries on these prompts so far; the level is corrected for them.")
     if verdict.lost:

@@ -88,6 +88,19 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How often two judges say the same of held-out prompts' answers; where they differ, an answer is undecided.
+
+    Attributes:
+        differ: numbers of the harmful rows of whose answers, before or after, they say different things.
+    """
+
+    before: Interval
+    after: Interval
+    differ: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What `verdict.json` holds.
 
@@ -107,6 +120,7 @@ class Verdict:
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
         blind: why the judge cannot tell refusals from answers, if it cannot.
         wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
+        agreement: of two judges; None where there is one.
     """
 
     adapter: str
@@ -126,6 +140,7 @@ class Verdict:
     tries: int
     blind: str | None
     wrapped: WrappedFloor | None = None
+    agreement: Agreement | None = None
 
     @property
     def decision(self) -> str:
@@ -164,6 +179,7 @@ class Outcome:
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
         lost: of harmful rows that the original refuses: why the refusal is not kept; None if it is.
         wrapper: the frame that the prompt was asked in; None if in none.
+        said_before: what each of two judges says; empty where there is one.
     """
 
     number: int
@@ -187,6 +203,8 @@ class Outcome:
     rejected_log_prob_after: float | None
     lost: str | None
     wrapper: str | None = None
+    said_before: list[Label] = field(default_factory=list[Label])
+    said_after: list[Label] = field(default_factory=list[Label])
 
     @classmethod
     def of(cls, row: Row | Outcome, before: Reply, after: Reply, wrapper: str | None = None) -> Outcome:
