@@ -151,6 +151,12 @@ def test_what_cannot_be_judged_costs_one_line(
     assert told.count("error:") == 1 and "glorb" not in told
 
 
+def test_what_is_there_is_not_replaced(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("mine")
+    code, _, told = say(written(tmp_path, [{"answer": "wug"}]), "--out", tmp_path / "out.parquet")
+    assert code == 2 and "out.parquet" in told and (tmp_path / "out.parquet").read_text() == "mine"
+
+
 def test_files_that_cannot_be_read_cost_one_line(say: Say, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"answer": "wug"\n')
     for file in (tmp_path / "none.csv", tmp_path / "broken.jsonl"):

@@ -20,6 +20,7 @@ from gtqlora.judging.models.batching import batches
 from gtqlora.judging.models.devices import fitting
 from gtqlora.judging.models.guards import read_llama_guard, read_wildguard
 from gtqlora.judging.pair import judges_of
+from gtqlora.progress import shown_by
 from tests.families.test_identity import hub
 from tests.judging import judge_models
 from tests.judging.judge_models import CONTEXT, HARMS, REFUSES, answer, filler, prompt
@@ -355,3 +356,17 @@ def test_a_guard_runs_on_the_gpu_and_says_the_same(guard_folder: Path, monkeypat
     assert judge.judge.network.device.type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert found == said(f"llama-guard:{guard_folder}", *answers)
+
+
+# --- progress
+
+
+def test_many_answers_are_shown_as_progress(classifier_folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    name = f"classifier:{classifier_folder}"
+    with shown_by(lambda what, done, total: seen.append((what, done, total))):
+        judge = judge_of(name)
+        assert set(labels(judge, [PROMPT] * 600, ["wug"] * 600)) == {"answer"}
+        assert labels(judge_of("string"), [PROMPT] * 600, ["wug"] * 600)
+    assert [event for event in seen if "asking" in event[0]] == [(f"asking {name}", done, 3) for done in range(4)]
+    assert any("hashing the judge" in event[0] for event in seen)

@@ -55,3 +55,21 @@ def test_pairs_are_checked_by_a_classifier(
     assert main(["contrast", "check", str(toy.contrast), "--judge", f"classifier:{classifier_folder}"]) == 2
     told = capsys.readouterr().err
     assert "problems" in told and "chosen" in told and "Traceback" not in told
+
+
+def test_a_second_judge_has_to_say_the_same_for_a_pass(
+    toy: helpers.Toy,
+    verified: Callable[..., Path],
+    tmp_path: Path,
+    counting: Path,
+    classifier_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(shutil.copytree(verified(toy.model("qwen3_moe")), tmp_path / "run"))
+    words = ["verify", str(path), *helpers.VERIFY, "--set", "ablation=0"]
+    assert main([*words, "--set", f"second_judge=classifier:{counting}"]) == 0
+    assert main(["export", str(path), str(tmp_path / "out"), "--set", f"judge={helpers.JUDGE}"]) == 0
+    # one that knows another language finds no refusal, so that nothing is kept by both
+    assert main([*words, "--set", f"second_judge=classifier:{classifier_folder}"]) == FloorError.exit_code
+    assert main(["export", str(path), str(tmp_path / "other"), "--set", f"judge={helpers.JUDGE}"]) == 4
+    assert not (tmp_path / "other").exists() and "Traceback" not in capsys.readouterr().err

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from gtqlora.contrasts.labelled import LabelledAnswer, read_labelled
 from gtqlora.judging.agreement import Confusion, Errors, confusion, errors, kappa
-from gtqlora.judging.judge import MOST_AT_ONCE, NamedJudge
+from gtqlora.judging.judge import NamedJudge
 from gtqlora.judging.labels import LABELS, UNDECIDED, Label
-from gtqlora.progress import track
 from gtqlora.stats import Interval, rate
-from gtqlora.storage.atomic import write_parquet
+from gtqlora.storage.atomic import refuse_existing, write_parquet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +76,25 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
     Args:
         by: the judge, or two of them as `judging.pair.judges_of` makes them.
         columns: see `contrasts.labelled.read_labelled`.
-        out: a Parquet file that gets each row's number and labels, and no text.
+        out: a new Parquet file that gets each row's number and labels, and no text.
 
     Raises:
         ContrastError: as `read_labelled`.
         ConfigError: a judge fails.
-        RunError: `out` cannot be written.
+        RunError: `out` is there, or cannot be written.
     """
+    # What is wrong is said before anybody is asked, which may take hours.
     rows = read_labelled(source, columns)
-    by_each = [list(said) for said in zip(*_said(by, rows), strict=True)]
+    if out is not None:
+        refuse_existing(out)
+    said = by.labels_by([row.prompt for row in rows], [row.answer for row in rows])
+    by_each = [list(labels) for labels in zip(*said, strict=True)]
     joint: list[Label] = [by.joint(said) for said in zip(*by_each, strict=True)]
     named = [(one.name, one.identity, said) for one, said in zip(by.judges, by_each, strict=True)]
     if len(named) > 1:
         named.append((by.name, by.identity, joint))
     if out is not None:
-        write_parquet(out, _lines(rows, by_each, joint))
+        write_parquet(out, _lines(rows, by_each, joint), replace=False)
     return Judged(
         file=source,
         rows=len(rows),
@@ -99,15 +102,6 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
         judges=[_measured(name, identity, said, rows) for name, identity, said in named],
         agreement=_agreement(by, rows, by_each) if len(by_each) == 2 else None,
     )
-
-
-def _said(by: NamedJudge, rows: Sequence[LabelledAnswer]) -> list[tuple[Label, ...]]:
-    starts = range(0, len(rows), MOST_AT_ONCE)
-    found: list[tuple[Label, ...]] = []
-    for start in track(starts, "judging answers", len(starts)):
-        part = rows[start : start + MOST_AT_ONCE]
-        found += by.labels_by([row.prompt for row in part], [row.answer for row in part])
-    return found
 
 
 def _measured(name: str, identity: str, said: Sequence[Label], rows: Sequence[LabelledAnswer]) -> Measured:
