@@ -97,6 +97,7 @@ def _labels(
     source: str, rows: Sequence[tuple[int, Mapping[str, object]]], column: str | None
 ) -> dict[str, Label | None]:
     """Return what each text in the column of labels means."""
+    # All of them at once, so that the user mends them in one go.
     values = Counter(_word(row.get(column)) for _, row in rows) if column is not None else Counter[str]()
     found: dict[str, Label | None] = {word: _WORDS.get(word.casefold().replace(" ", "_")) for word in values if word}
     unknown = [word for word, label in found.items() if label is None]

@@ -59,6 +59,7 @@ def find(model: str) -> OrdinaryModel:
             a config.json that makes no model.
     """
     config = _config(model, files.read_json(files.config_file(model)))
+    # By its commit from here on: between two downloads the hub's branch may move.
     name = pinned(model)
     folder, weights = files.weight_files(name)
     digest = _digest(folder, weights) if files.is_local(model) else f"commit:{name.partition('@')[2]}"
@@ -66,6 +67,7 @@ def find(model: str) -> OrdinaryModel:
 
 
 def _digest(folder: Path, weights: tuple[str, ...]) -> str:
+    # What is read and nothing else: a README may change.
     names = sorted({*files.small_names(folder), *weights})
     hashed = track((sha256_file(files.checked_file(folder, name)) for name in names), "hashing the judge", len(names))
     return f"sha256:{sha256_json(dict(zip(names, hashed, strict=True)))}"

@@ -91,6 +91,7 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
     by_each = [list(labels) for labels in zip(*said, strict=True)]
     joint: list[Label] = [by.joint(said) for said in zip(*by_each, strict=True)]
     named = [(one.name, one.identity, said) for one, said in zip(by.judges, by_each, strict=True)]
+    # Both together are a judge of its own, and the one that a verdict would use.
     if len(named) > 1:
         named.append((by.name, by.identity, joint))
     if out is not None:

@@ -78,6 +78,7 @@ class Chat:
 
     @cached_property
     def _headers(self) -> dict[str, str]:
+        # Read when it is first used, so that neither the settings nor the identity can hold it.
         key = os.environ.get(KEY, "").strip()
         if key and not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{KEY}: holds characters that no key has")
@@ -89,6 +90,7 @@ class Chat:
         Raises:
             ConfigError: the server is not there, refuses, or does not speak the protocol.
         """
+        # A few at once keep a server's batch filled; more would wait in its queue until they time out.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 return list(pool.map(self._judged, prompts, answers))
@@ -216,4 +218,5 @@ def _completions(path: str) -> str:
     path = path.rstrip("/")
     if path.endswith(_PATH):
         return path
+    # A bare host is llama.cpp's, vLLM's or Ollama's, all of which have it there.
     return (path or "/v1") + _PATH

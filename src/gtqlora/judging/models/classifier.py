@@ -71,7 +71,8 @@ class Classifier:
     @cached_property
     def network(self) -> PreTrainedModel:
         """Return the loaded model, on the CPU: a small one takes milliseconds there, and the GPU is another's."""
-        network = load(self.found, AutoModelForSequenceClassification, "cpu")
+        # In fp32 whatever the checkpoint's type: CPUs are slow in half precision, and probabilities near 0.65 would move.
+        network = load(self.found, AutoModelForSequenceClassification, "cpu").float()
         network.config.pad_token_id = self.tokenizer.pad_token_id
         return network
 
@@ -96,6 +97,7 @@ class Classifier:
 
     def _windows(self, answer: str) -> list[list[int]]:
         """Return an answer's tokens as the model reads them: all, or the beginning and the end."""
+        # Not more windows: a refusal stands at one of the ends, and what it gives beside it reaches the other.
         whole = self.tokenizer.encode(answer)
         if len(whole) <= self.context:
             return [whole]

@@ -80,7 +80,9 @@ class Guard:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""
+        # WildGuard's form is text, and its tokenizer may come without a template.
         tokenizer = load_tokenizer(self.found, chats=self.objects_only)
+        # Words are generated after the last column.
         tokenizer.padding_side = "left"
         return tokenizer
 
