@@ -70,8 +70,8 @@ class Classifier:
 
     @cached_property
     def network(self) -> PreTrainedModel:
-        """Return the loaded model, on the CPU: a small one takes milliseconds there, and the GPU is another's."""
-        # In fp32 whatever the checkpoint's type: CPUs are slow in half precision, and probabilities near 0.65 would move.
+        """Return the loaded model, on the CPU: a small one is quick enough there, and the GPU is another's."""
+        # In fp32 whatever the checkpoint's type: CPUs are slow in half precision, and probabilities would move.
         network = load(self.found, AutoModelForSequenceClassification, "cpu").float()
         network.config.pad_token_id = self.tokenizer.pad_token_id
         return network
