@@ -28,7 +28,7 @@ from gtqlora.floor.ancestry import ancestry
 from gtqlora.floor.decision import Decision, decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import Judge
 from gtqlora.judging.pair import judges_of
 from gtqlora.progress import note
 from gtqlora.results.mediation import ARMS, read_arms
@@ -83,7 +83,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
-        found = known or _measured(config, adapter, model, rows, seen)
+        found = known or _measured(config, adapter, model, judge.judges[0], rows, seen)
         if rejudge or config.second_judge:
             found = judged_by(judge, found)
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
@@ -96,13 +96,15 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         return verdict
 
 
-def _measured(config: VerifyConfig, adapter: Adapter, model: ModelIdentity, rows: Contrast, seen: Contrast) -> Measured:
+def _measured(
+    config: VerifyConfig, adapter: Adapter, model: ModelIdentity, judge: Judge, rows: Contrast, seen: Contrast
+) -> Measured:
     """Open the model, ask it, and let go of it: a second judge may need its memory."""
     subject = open_subject(config)
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     edited = Edited(subject, adapter, shipped=model.model)
     model.check_unchanged()
-    found = measure(Runner.of(edited.subject, judge_of(config.judge), config), edited, rows, seen, config)
+    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config)
     del subject, edited
     gc.collect()
     if torch.cuda.is_available():
