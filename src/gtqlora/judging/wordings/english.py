@@ -48,7 +48,7 @@ _WORK = (
     r"(?:request|question|topic|subject|matter|area|conversation|task|kind|type|sort|content|prompt|message|query|service"
     r"|information|material|field|line|discussion|activity|one)"
 )
-_SCOPE = r"(?:my|our|the|its|this \w+'s|what (?:i|we|this \w+))"
+_SCOPE = r"(?:my|our|the|its|this \w+'s|what (?:i|we|this \w+)(?:'\w+)?)"
 
 DECLINES = Cues(
     (
@@ -58,7 +58,7 @@ DECLINES = Cues(
     ),
     (
         "leav",
-        r"\bleav(?:e|ing) (?:out (?:the|that|this|any)|(?:[\w'-]+ ){1,5}(?:out|aside|to (?:others|someone|a |the|your|another))\b)|\bleave (?:it|that) there\b",
+        rf"{_I}{_ADVERBS} (?:have to |must |will |'d |rather |would )*leav(?:e|ing) (?:out (?:the|that|this|any)|(?:[\w'-]+ ){{1,5}}(?:out|aside|to others)\b|(?:it|that) there\b)",
     ),
     ("rather not|prefer not|sooner not", rf"{_I}{_ADVERBS} (?:rather|sooner|prefer)(?: to)? not\b|{_I}(?: would| 'd)? prefer not\b|\b(?:rather|prefer)(?: to)? not\b"),
     (
@@ -259,7 +259,7 @@ GIVES = Cues(
         "|gentle|in its place|commonly|usually|typically|roughly|most people|rule of thumb|often",
         r"(?:\bhere(?:'s| is| are)|\bbelow (?:is|are)|\bthe following|\bthat (?:being )?said\b|\bhaving said|\bin general\b(?:,| terms)|\bgenerally,|\bwhat i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: instead)? is"
         r"(?! (?:help|talk|suggest|offer|refer|point))|(?:^|[.!?\n] ?)(?:as for|as to) |\b(?:if|since) you (?:insist|must|really|still|go ahead)|\banyway[,:]|\bin its place\b|\bfor (?:example|instance)[,:]|\bgeneral (?:information|rule|idea)"
-        r"|\b(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|\bregardless\b|\bon the other hand\b|\binstead:|\bthough[,:])",
+        r"|\b(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|\b(?:gentle|soft|mild|tam|clean)\w* (?:one|version)\b|\bregardless\b|\bon the other hand\b|\binstead:|\bthough[,:])",
     ),
 )
 
