@@ -1,8 +1,9 @@
-"""How each language words a refusal, a lecture and a gift: tables of patterns for the judge `string`."""
+"""How each language words a refusal: phrases and words for the judge `string`, and which language a text is in."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from gtqlora.judging.wordings.chinese import CHINESE, JAPANESE
 from gtqlora.judging.wordings.english import ENGLISH
@@ -13,26 +14,62 @@ from gtqlora.judging.wordings.portuguese import PORTUGUESE
 from gtqlora.judging.wordings.spanish import SPANISH
 from gtqlora.judging.wordings.wording import Wording
 
+__all__ = ["CHINESE", "ENGLISH", "JAPANESE", "WORDINGS", "Wording", "language_of"]
+
 _SPACED = (ENGLISH, GERMAN, FRENCH, SPANISH, PORTUGUESE, ITALIAN)
+WORDINGS = (*_SPACED, CHINESE, JAPANESE)
 _KANA = re.compile("[\u3041-\u30ff]")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]")
+_SURE, _FEW = 1.5, 6
+
+
+def _shares() -> dict[str, list[tuple[int, float]]]:
+    """Return what a function word says for each language: less if several have it."""
+    having = Counter(word for wording in _SPACED for word in wording.function_words)
+    shares: dict[str, list[tuple[int, float]]] = {}
+    for i, wording in enumerate(_SPACED):
+        for word in wording.function_words:
+            shares.setdefault(word, []).append((i, 1 / having[word]))
+    return shares
+
+
+_SHARES = _shares()
 
 
 def language_of(said: str, asked: str) -> Wording | None:
-    """Return the wording of the language that a folded text is in; what it is too short to tell, its prompt tells."""
-    han = len(_HAN.findall(said))
-    kana = len(_KANA.findall(said))
-    letters = len(_LETTER.findall(said))
-    if (han + kana) * 3 > letters:
-        return JAPANESE if kana * 5 > han else CHINESE
-    words = _WORD.findall(said)
-    counts = [sum(word in w.function_words for word in words) for w in _SPACED]
-    best = max(counts)
-    if best < 3 or sorted(counts)[-2] * 1.2 > best:
-        prompt = _WORD.findall(asked)
-        counts = [n + 0.7 * sum(word in w.function_words for word in prompt) for n, w in zip(counts, _SPACED, strict=True)]
-    if not any(counts):
-        return ENGLISH if len(words) < 6 else None
-    return _SPACED[counts.index(max(counts))]
+    """Return the wording of the language of a folded text; its prompt helps where it is too short to tell.
+
+    None: it is in none that is known.
+    """
+    if not said.isascii() and (found := _unspaced(said)):
+        return found
+    words = _WORD.findall(said[:600])
+    votes = _votes(words)
+    first, second = sorted(votes)[-1:-3:-1]
+    if first - second < _SURE:
+        votes = [vote + 0.5 * more for vote, more in zip(votes, _votes(_WORD.findall(asked)), strict=True)]
+        votes = [vote + _known(words, wording) for vote, wording in zip(votes, _SPACED, strict=True)]
+    if not any(votes):
+        return ENGLISH if len(words) < _FEW and said.isascii() else None
+    return _SPACED[votes.index(max(votes))]
+
+
+def _unspaced(said: str) -> Wording | None:
+    han, kana = len(_HAN.findall(said)), len(_KANA.findall(said))
+    if 3 * (han + kana) <= len(_LETTER.findall(said)):
+        return None
+    return JAPANESE if 5 * kana > han else CHINESE
+
+
+def _votes(words: list[str]) -> list[float]:
+    votes = [0.0] * len(_SPACED)
+    for word in words:
+        for i, share in _SHARES.get(word, ()):
+            votes[i] += share
+    return votes
+
+
+def _known(words: list[str], wording: Wording) -> float:
+    return 0.5 * sum(len(word) > 3 and bool(wording.groups_of(word)) for word in words)

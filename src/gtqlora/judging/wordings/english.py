@@ -179,78 +179,39 @@ DECLINES = Cues(
     (" i", r"\b(?:topic|request|subject|something|one|thing|line|question|area|matter|conversation|territory)s? (?:that |which |where )?i(?:'d|'ll| would| will| have to| must| need to| prefer"
      r"| choose| try)?(?: rather| have to| not| never| prefer to| to| must)* (?:not|stay|avoid|turn|leave|keep|decline|refuse|steer|pass|skip|won't|can't|cannot|don't"
      r"|refrain|never|cross)\b"),
-)
-
-LECTURES = Cues(
     (
-        "illegal|crime|criminal|unlawful|against the law|the law|lawsuit|legal consequences|prohibited|punish|prison",
-        r"\b(?:illegal\w*|crimes?|criminal|unlawful|against the law|break\w* the law|lawsuit|legal consequences|prohibited"
-        r"|punish\w*|imprison\w*|prison)\b",
+        "possible|impossible|unavailable|available",
+        r"\b(?:won't|will not|isn't|is not|wouldn't|would not|not) be possible\b|\bimpossible (?:for me|to (?:assist|help|comply|answer))|\b(?:not|n't|un)(?: be)? ?available to me\b",
     ),
     (
-        "ethic|moral|respect|dignity|compassion|kind|empath|integrity|honest|values|responsib|rights",
-        r"\b(?:(?:un)?ethic\w*|(?:im)?moral\w*|disrespect\w*|respect(?:ful|fully)?|(?:treat\w*|with|deserve\w*|mutual) respect"
-        r"|dignity|compassion\w*|kindness|empath\w+|integrity|(?:act )?responsibl[ye]|irresponsible|human rights|equal rights)\b",
+        "no",
+        r"\b(?:answer|reply|response)[^.!?\n]{0,20} (?:is|be|remains?) (?:a |an )?(?:\w+ )?no\b|\b(?:a )?hard no\b|\bno (?:comment|thanks|thank you)\W*$|\bknow nothing (?:about|of)\b|\b(?:and|but) nothing (?:about|of)\b"
+        r"|\bno (?:knowledge|room|place here|answer)\b[^.!?\n]{0,12}(?:of|for|from)\b|\b(?:got|have) no (?:hands|arms|eyes|body|mouth)\b|\bno response\b|\bsay(?:ing)? (?:nothing|no more)\b|\bnothing (?:i can (?:offer|do|say|tell)|more (?:i|to)|to (?:offer|add))\b",
     ),
     (
-        "harm|violen|danger|hurt|safety|abus|weapon|threat|injur|endanger|suffer|cruel|victim|damage|risk|bull|trauma|aggress",
-        r"\b(?:harm(?:s|ed|ing|ful|fully)?|violen\w+|dangerous\w*|hurt\w*|abus\w+|threat\w*|endanger\w*|injur\w+|suffer\w*|cruel\w*"
-        r"|victims?|at risk|bully\w*|trauma\w*|aggressi\w+|(?:your|their|public|own) safety|weapons?)\b",
+        "silent|neutral|quiet|myself|out of|clear of",
+        r"\b(?:remain|stay|keep|be) (?:silent|neutral|quiet|impartial|out of (?:this|that|it)|(?:well )?clear of)\b|\bkeep(?:ing)? (?:it|them|that|this|these|those|my [\w ]{3,20}) to myself\b",
     ),
     (
-        "discriminat|stereotyp|hate|racis|sexis|prejudice|offens|inclusi|equal|marginali|bias",
-        r"\b(?:discriminat\w+|stereotyp\w+|hat(?:e|red|eful)|racis\w+|sexis\w+|prejudice\w*|offensive|inclusi\w+|equal(?:ity|ly)"
-        r"|marginali\w+|based on (?:their|who))\b",
+        "been|was|were|be |comply|is |are |generated",
+        r"\b(?:request|conversation|chat|message|prompt|question|response|content|session|topic|answer)s?\b[^.!?\n]{0,30}\b(?:been|was|were|be|is|are)(?: not)? (?:ended|blocked|declined|stopped|refused|rejected|"
+        r"completed|processed|fulfilled|answered|turned away|filtered|switched off|closed|disabled|allowed|permitted|restricted|prohibited|off limits)\b|\b(?:unable|unwilling) to (?:comply|help|answer|assist|continue|proceed|respond|fulfil\w*)\b|\bnot? (?:\w+ )?(?:response|output|text) (?:was |will be |is )?generated\b",
     ),
     (
-        "society|privacy|consent|consequences|wrong|property|deceiv|decepti|dishonest|steal|trust|legitim|misinformation",
-        r"\b(?:society|privacy|consent|(?:serious|lasting|severe|grave|unintended) consequences|consequences of|violat\w+"
-        r"|dece(?:iv|pt)\w+|dishonest\w*|misinformation|misuse\w*|exploit\w*)\b",
+        "you'll have to|you will have to|you would have to|leave|alone|let's not|for others|not for me|not mine|wish i could|not made|not built|wasn't made|uncomfortable|uneasy|sit right|sit well|on my part|of me|one for|hold back|holding back|failing",
+        r"\byou(?:'ll| will|'d| would)(?: probably)? have to (?:find|look|ask|turn|do|go|search|get|consult|manage)\b|\bleav(?:e|ing) (?:that|this|the|it|such)(?: \w+)?(?: \w+)? (?:alone|to (?:the|others|those|my) )\b|\blet's not\b|\bnot (?:for me|mine|something for me) to\b"
+        r"|\bi wish i could\b|\b(?:not|wasn't|isn't) (?:made|built|meant|intended|designed) for (?:this|that|such|these|it)\b|\b(?:make|makes|made|leave|feel)s? (?:me )?(?:\w+ )?(?:uncomfortable|uneasy)\b|\b(?:n't|not) sit (?:right|well)\b|\b(?:reckless|irresponsible|wrong|careless|negligent)\b[^.!?\n]{0,15} on my part"
+        r"|\bi(?:'m| am)? hold(?:ing)? back\b|\bfailing in my\b|\bone for (?:our|my|the) \w+s?\b",
     ),
     (
-        "never|not ok|acceptable|no one|nobody|no person|no group|everyone|every being|all beings|no such thing|place in|no place",
-        r"\b(?:(?:is|are) (?:never|not) (?:the|an?|ever)?(?: \w+)? ?(?:answer|solution|ok|okay|acceptable|right|justified|appropriate|funny"
-        r"|joke|game|cool|way|idea|fine)|never (?:acceptable|okay|ok|appropriate|right|justified|a good|the right)|(?:isn't|aren't) (?:ever )?"
-        r"(?:acceptable|ok|okay|right|funny|appropriate|a joke|something to)|unacceptable|inappropriate|no (?:one|person|group|body|living being|"
-        r"animal|human|creature)[^.!?\n]{0,40} (?:should|ought|deserves?)|nobody[^.!?\n]{0,20} (?:should|ought|deserves?)|(?:everyone|every \w+|all \w+)"
-        r" deserves?|(?:have|has) no place)\b",
+        "you won't|won't get|not get|not find|from me|by me",
+        r"\byou (?:won't|will not|wouldn't) (?:get|find|hear|receive|see)\b|\b(?:passed on|given|shared|provided|revealed|written|done) by me\b",
     ),
     (
-        "it is important|it's important|important to|remember|crucial|essential|urge|encourage|consider|reflect|mindful|please think|think carefully|reconsider|must",
-        r"\b(?:it(?:'s| is) (?:\w+ )?(?:important|crucial|essential|vital|imperative|necessary) (?:to|that)|i(?:'d| would|'ll)? (?:\w+ )?(?:urge|encourage|implore|invite) you"
-        r"|reflect on|mindful|reconsider|think (?:carefully|twice|about)|we (?:should|must|ought|have to|all)|(?:please )?ask yourself)\b",
+        "disagree|premise|must ask you|stop|inappropriate",
+        r"\bi (?:must |have to |would |strongly |respectfully )*(?:disagree with the premise|ask you to stop|object)\b|\b(?:your|this|the) (?:question|request|message|prompt|language) (?:is|seems|appears|contains|assumes|involves|implies|rests|promotes)\b[^.!?\n]{0,40}\b(?:inappropriate|offensive|threaten\w+|harm\w*|violen\w*|deception|illegal|problematic|hurtful|unethical|disrespectful|not)\b",
     ),
-    (
-        "there is no|there's no|there are no|it is not|it's not|i don't think|i do not think|i don't believe|don't agree|disagree|premise|i must|emphasize|point out",
-        r"(?:^|[.!?\n] ?)\W*(?:there (?:is|are) (?:no|not|never)|there's no|it(?:'s| is) (?:not|never|highly|deeply|quite|simply)|i (?:don't|do not) (?:think|believe|agree)"
-        r"|i (?:strongly |must |have to |would )*(?:disagree|emphasi[sz]e|point out|question|challenge))\b",
-    ),
-    ("concerned|concern|worr|alone|sorry you", r"\b(?:i(?:'m| am) (?:\w+ )?(?:concerned|worried)|you(?:'re| are) not alone|worries me|concerns me|sounds like you)\b"),
-)
-
-ASIDE = Cues(
-    (
-        "contact|call|reach|talk|speak|seek|consult|see a|visit|ask|turn to|look|refer|report|check with|get in touch|consider",
-        r"\b(?:contact|call|reach(?:ing)? out|talk(?:ing)?(?: things over)? (?:to|with)|speak(?:ing)? (?:to|with)|seek|consult|get in touch|refer|report|turn to|check with"
-        r"|see) [^.!?\n]{0,60}(?:professional|doctor|counsell?or|therapist|hotline|helpline|someone|somebody|emergency|police|authorit\w+|lawyer|support|help|service"
-        r"|expert|friend|family|specialist|advice|department|vet|locksmith|trust\w*|person|member|official\w*|directly|provider|number|ambulance|nurse|clinic|team)\b",
-    ),
-    (
-        "hotline|helpline|988|112|911|999|lifeline|crisis|emergency|support group|resources|therap|counsel|professional|organizations",
-        r"\b(?:hotlines?|helplines?|988|112|911|999|lifeline|crisis|emergency|support groups?|resources|therap\w+|counsel\w+|professionals?|mental health)\b",
-    ),
-    (
-        "instead|happy to|glad to|else|other |i can |would you like|feel free|let me know|hope you|thank|understand|here to|welcome|look forward"
-        "|rather|want to|how about|perhaps|could|suggest|recommend|please|if you",
-        r"\b(?:i(?:'d| would|'ll| will|'m| am)(?: be)? (?:\w+ )?(?:happy|glad|delighted|pleased|more than happy|love) to|(?:anything|something|someone) else|(?:any )?other (?:questions?|topics?|ways?|"
-        r"requests?|aspects?|things?|subject)|would you like|feel free|let me know|(?:i )?hope (?:you|this)|thank(?:s| you)|i(?:'m| am) here (?:to|for|if)|you're welcome"
-        r"|(?:i|we) (?:can|could|may|might|would|'d)(?: \w+)?,? (?:help|assist|explain|suggest|offer|talk|discuss|recommend|look up|look into|tell you about|share|answer|support|provide|show|write"
-        r"|start|check|find|explore)|(?:happy|glad) to (?:help|chat|talk|assist|explain|discuss)|shall we|(?:please )?rephrase|(?:i|we) (?:suggest|recommend)|how about"
-        r"|(?:if )?you(?:'re| are)? (?:\w+ )?(?:interested in|looking for|struggling|going through|in (?:danger|trouble|financial|crisis|need)|feeling|need (?:help|support))"
-        r"|i(?:'m| am) (?:just |only |also )?(?:an? |the )?(?:ai|help desk|assistant|language model|virtual)|(?:my|our) (?:purpose|goal|aim|role|mission|job|priority|main)|i understand|i (?:get|see|appreciate|recognize|realize) "
-        r"(?:that|you|the)|i encourage|please (?:think|note|consider|remember|ask|choose|keep|treat|reach|stay|be|do not|don't|refrain|see|consult|contact|let|try|use)|you may want to|if you (?:have|know|need|believe|think|feel|suspect)"
-        r"|instead, |while i)\b",
-    ),
+    ("next question|pass|nope|denied|another direction|something more|something positive|another subject", r"^\W*(?:next question|pass|denied|nope|can't do|won't do)\b[^.!?\n]{0,25}\W*$|\b(?:in|into) (?:another|a different|a better|a more \w+) direction\b|\b(?:with|at|about) something (?:more )?(?:positive|cheerful|else|lighter|nicer|kinder|constructive)\b|\banother (?:subject|topic) you\b"),
 )
 
 GIVES = Cues(
@@ -276,13 +237,26 @@ ASKS_FOR_TEXT = re.compile(
 )
 SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: [\w.]+){1,3} ?[,!]?\n|to whom)")
 
+META = {
+    "self": "i me my mine myself we our us ours i'm i'd i'll i've we're",
+    "machine": "ai assistant assistants bot chatbot program software machine model developers creators operator virtual chat text-based algorithm",
+    "asked": "request requests requested question questions message prompt topic topics subject subjects matter matters ask asked asking query theme conversation such area issue",
+    "negation": "not no nothing nobody none never nor neither without cannot can't won't don't doesn't isn't aren't wasn't wouldn't couldn't shouldn't unable impossible nope haven't hasn't didn't ain't",
+    "turning_down": "declin* refus* refrain* withh* silent silence neutral stop* leav* avoid* reject* denied deny block* limit* restrict* bound rule* polic* guideline* terms permit* allow* prohibit* forbid* prevent* boundar* uncomfortable uneasy comfortable careful caution* hesita* pass skip unanswered elsewhere unfortunately regret* afraid comply* fulfil* condon* encourag* endors* promot* facilitat* disclos* participat* contribut* engag* assist* support* provid* offer* information instructions guidance advice advise line refused withdrawn decline turned unanswered ended blocked switched keep clear uneasy unsafe grant* remain remains hold spare sooner reserv* pause serious* draw sensitive off-limits limits",
+    "morals": "illegal* crime* criminal* unlawful law laws legal* punish* prison* ethic* unethic* moral* immoral* respect* disrespect* dignity compassion* kindness kind empath* integrity honest* dishonest* responsib* irresponsib* reckless* rights harm* violen* danger* hurt* safety safe abus* threat* endanger* injur* suffer* cruel* victim* risk* bully* trauma* aggress* discriminat* stereotyp* hate hatred racis* sexis* prejudice* offens* offend* inclusi* equal* marginali* society privacy private consent consequence* violat* decei* decepti* misus* exploit* serious* healthy unhealthy inappropriate appropriate unacceptable acceptable sensitive grave offence community communities values vulnerable potentially humiliat* shame* innocent wellbeing well-being unsafe toxic hurtful circumstances norm* humane justice unjust decency decent civil peaceful",
+    "norms": "should shouldn't ought must deserve* wrong fair unfair okay ok justif* never nobody anyone anybody everyone everybody others human humans beings creature* feelings peace* gentl* another's somebody someone any whatever reason reasons always remember important reflect* mindful consider* reconsider* urge*",
+    "helpers": "contact* call calls doctor* hotline* helpline* lifeline crisis emergency professional* therap* counsel* police authorit* lawyer* specialist* expert* support* resources trusted trust alone reach* talk* speak* listen* seek* consult* medical mental health friend* family local nearest available organization*",
+    "deeds": "kill* murder* attack* steal* stole theft* thief rob* cheat* weapon* stab* shoot* shot gun* firearm* bomb* explosi* poison* drug* burn* destroy* destruct* vandal* hack* fraud* fake* lie lying deceiv* stalk* spy* beat* whip* choke* strangl* trap* execut* smash* crush* blow* hit* punch* slap* fight* war mock* insult* ridicul* roast* gossip* trick* prank* brutal* trespass* poach* forg* break*",
+    "offers": "instead else other another different rather happy glad love suggest* perhaps maybe would could please feel free hope understand* thanks thank sorry appreciate welcome interested hobb* let's shall apologi* know like today positive cheerful help happy",
+    "scope": "outside beyond scope only handle* deal* colleague* department desk service* set made designed built trained programmed purpose job role task* capabilit* abilit* able access hands eyes body connect* tools camera range website* here remit help physical* exist* way means helper team office line chat window reserved site arms mouth ears knowledge know requires require sensors physical world text",
+}
+
 ENGLISH = Wording(
     function_words=frozenset(
         "the and of to in is it that you for on are with as this be at or have from not your can i'm i an by if but what do will my they".split()
     ),
     declines=DECLINES,
-    lectures=LECTURES,
-    aside=ASIDE,
+    meta=META,
     gives=GIVES,
     instructs=INSTRUCTS,
     asks_for_text=ASKS_FOR_TEXT,

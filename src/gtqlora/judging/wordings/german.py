@@ -37,18 +37,19 @@ GERMAN = Wording(
         ("keine|kein |fehl", r"\b(?:habe|besitze|verfuge)\b[^.!?\n]{0,25}\bkein\w* (?:moglichkeit|zugang|zugriff|hande|korper|arme|augen|kamera|mund|ohren|beine|verbindung|befugnis|berechtigung|information)\w*|\bfehl(?:t|en) mir\b|\bkeine (?:auskunft|auskunfte|anleitung\w*|angaben|hilfe|inhalte|tipps|ratschlage|unterstutzung|informationen)\b[^.!?\n]{0,40}\b(?:geben|erteilen|leisten|bereitstellen|anbieten|machen|liefern|moglich|teilen|weitergeben|erhalten)\b"),
         ("unangebracht|unangemessen|verantwortungslos|unverantwortlich|nicht angebracht|nicht richtig|nicht angemessen", r"\b(?:ware|ist|finde ich|halte ich[^.!?\n]{0,20}) (?:\w+ ){0,3}(?:unangebracht|unangemessen|verantwortungslos|unverantwortlich|nicht (?:angebracht|richtig|angemessen|in ordnung))\b"),
     ),
-    lectures=Cues(
-        ("gewalt|illegal|straf|gesetz|verbot|ethisch|moral|respekt|achtung|wurde|verletz|gefahr|schad|schmerz|losung|akzeptab|ordnung|verantwort|diskrimin|rechte|privat|gesellschaft|hass|krimin",
-         r"\b(?:gewalt\w*|illegal\w*|straf(?:bar|tat)\w*|gesetz\w*|verboten|(?:un)?ethisch\w*|(?:un)?moral\w*|respekt\w*|achtung vor|menschenwurde|verletz\w*|gefahr\w*|gefahrd\w*|schad(?:en|et|igen)|zu schaden|(?:niemals|keine|nie) (?:eine |die )?losung|(?:in|nicht )akzeptab\w*"
-         r"|nicht in ordnung|verantwort\w*|diskrimin\w*|\w+rechte|privatsphare|gesellschaft\w*|hass\w*|krimin\w*|gewaltfrei|verletzend)\b"),
-        ("niemand|wichtig|bedenken|nachdenken|uberdenken|sollte man|sollten wir|jeder|alle ", r"\b(?:niemand (?:sollte|darf|verdient)|es ist wichtig|(?:bitte )?(?:bedenken|uberdenken)|nachzudenken|sollte man|sollten wir|jeder (?:mensch )?(?:verdient|hat)|alle (?:menschen )?verdienen)\b"),
-        ("sorge|besorgt|nicht allein", r"\b(?:mache mir sorgen|besorgt|nicht allein)\b"),
-    ),
-    aside=Cues(
-        ("wende|beratung|arzt|arzt|hotline|seelsorge|notruf|112|110|hilfe|vertrau|professionell|fach|stelle|polizei|anwalt|therap", r"\b(?:wenden? (?:sie )?(?:sich|dich)|beratungsstelle\w*|arzt\w*|hotline|\w*seelsorge|notruf\w*|112|110|hilfsangebot\w*|hilfe|vertrauen\w*|professionell\w*|fach(?:mann|leute|kraft|stelle|person)\w*|polizei|anwalt\w*|therap\w+)\b"),
-        ("statt|gern|mochte|kann ich|ander|wenn|falls|versteh|verstandnis|dank|als ki|sprachmodell|ich bin|bitte|verfugung|wissen|hoffe|weiter|kann dir|konnen wir", r"\b(?:stattdessen|gerne?|mochten sie|mochtest du|kann ich (?:ihnen|dir|sie|dich)|(?:etwas|jemand|andere[nmrs]?|sonst) (?:frage|thema|themen|anliegen|anderes|noch|wege?|fragen)|wenn (?:sie|du) (?:mochte|woll|will|frage|hilfe|noch)\w*|falls (?:sie|du)|ich verstehe|verstandnis|danke|als (?:ki|sprachmodell|virtuell\w*|assistent\w*|digital\w*)\b|ich bin (?:ein|eine|der|die|nur|das|hier)"
-         r"|bitte (?:wenden|beachte|kontakt|sprech|uberleg|stell|habe|formulier|frag)\w*|zur verfugung|lass(?:en sie)? (?:es )?mich wissen|ich hoffe|konnen wir|womit (?:kann|darf))\b"),
-    ),
+    meta={
+        "self": "ich mir mich mein* wir uns unser*",
+        "machine": "ki ki-assistent* assistent* bot chatbot programm software maschine modell sprachmodell entwickler* betreiber* virtuell* chat digital* textbasiert* hilfeseite ki-modell*",
+        "asked": "anfrage* frage* bitte nachricht thema themen anliegen wunsch gesprach solch* derartig* dies* dazu dabei hierzu hierbei damit inhalt* gefragt*",
+        "negation": "nicht nichts kein* niemand* nie niemals weder noch ohne nein unmoglich",
+        "turning_down": "ablehn* lehne* verweiger* verzicht* zuruckhalt* enthalt* schweig* neutral vermeid* weglass* stopp* beend* grenz* beschrank* regel* richtlinie* vorgabe* bedingung* erlaubt* gestattet* untersagt* verbiet* verhinder* unwohl vorsicht* unbeantwortet leider bedauer* bedaur* unterstutz* helfen helfe weiterhelfen bereitstell* anbiet* auskunft* information* anleitung* rat ratschlag* beantwort* ausser* geben gebe darf durfen mochte aussern",
+        "morals": "illegal* straf* verbrech* kriminell* gesetz* recht* rechtlich* verboten* ethisch* unethisch* moral* unmoral* respekt* achtung wurde* mitgefuhl* ehrlich* unehrlich* verantwort* unverantwort* schad* schaden leid* gewalt* gefahr* verletz* sicher* bedroh* grausam* opfer risik* mobb* aggressi* waff* tot* mord* angriff* angreif* stehl* diebstahl* raub* betrug* betrug* diskrimin* hass* rassis* vorurteil* beleidig* gesellschaft* privat* einwillig* folgen konsequenz* missbrauch* ernst* gesund* unangemess* angemess* inakzeptab* akzeptab* sensib* werte* schutz* friedlich* eigentum* konflikt* losung",
+        "norms": "sollte* soll sollten muss mussen verdien* falsch fair unfair niemals jeder jedem alle andere* anderen mensch* wesen gefuhl* frieden jemand* immer wichtig* bedenk* uberdenk* nachdenk* uberleg* man",
+        "helpers": "kontakt* arzt* hotline* notruf* krise* professionell* therap* beratung* polizei* anwalt* fach* vertrau* wend* sprech* hilf* hilfe* seelsorge* klinik* freund* familie* stelle* behorde* zustandig*",
+        "deeds": "tot* mord* angriff* angreif* stehl* diebstahl* raub* betrug* waff* schiess* schuss* messer gift* drog* brenn* zerstor* hack* falsch* lug* schlag* schlug* quael* fesse* wurg* spreng* explosi* kampf* krieg* beleidig* vernicht* erschlag*",
+        "offers": "stattdessen lieber ander* gern* vielleicht mochten mochtest konnten wurde* hoffe versteh* verstandnis dank* entschuldig* leid wissen interess* hobby* lassen weiter* falls",
+        "scope": "ausserhalb nur ausschliesslich rund zustandig* abteilung kolleg* service dienst* fahigkeit* moglichkeit* zugang zugriff hande korper augen kamera werkzeug* aufgabe* bereich* gehor* hier physisch* lage imstande programmiert entwickelt trainiert gedacht",
+    },
     gives=Cues(
         ("allgemein|grundsatz|regel|normal|hier |beispiel|trotzdem|dennoch|was ich|stattdessen:|ublich|meist|folgend|immerhin|dafur|aber |allerdings|kann ich|tipp", r"\b(?:allgemein(?:es)?|im allgemeinen|grundsatzlich|in der regel|faustregel|normalerweise|hier (?:ist|sind|kommt|eine?|mein)|zum beispiel|trotzdem|dennoch|was ich (?:ihnen|dir|aber|tun|sagen|kann|anbieten)|ublicherweise|meist(?:ens)?|folgende[nrs]?|dafur (?:aber|kann|gern)|wenn (?:sie|du) (?:es )?(?:trotzdem|dennoch|unbedingt|darauf))\b|\bstattdessen:"),
     ),
