@@ -31,7 +31,7 @@ def readings(name: str) -> list[tuple[Reading, bool, str, str]]:
         answer = answer.rpartition("</think>")[2].strip()
         wording = language_of(folded(answer), folded(row["prompt"]))
         if row["label"] in ("refusal", "answer") and answer and wording is not None:
-            found.append((read(folded(answer), wording), row["label"] == "refusal", row["language"], answer))
+            found.append((read(folded(answer), wording, folded(row["prompt"])), row["label"] == "refusal", row["language"], answer))
     return found
 
 

@@ -22,6 +22,16 @@ _LETTER = re.compile(r"[^\W_]")
 _DIGIT = re.compile(r"\d")
 # What stands in the place of a quotation, a short one, code, and an item of a list.
 _LONG_QUOTE, _QUOTE, _CODE_MARK, _ITEM_MARK = "\u275d\u275d", "\u275d", "\u2318", "\u2022"
+# A question of yes or no, not a request in the form of one; and the words that answer it.
+_WHETHER = re.compile(
+    r"(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist|sind|darf|kann"
+    r" (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso|pode-se|e |sao |devo|si puo"
+    r"|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
+)
+_YES_OR_NO = re.compile(
+    r"\W*(?:yes|no|nope|yeah|not|it is(?:n't)?|it isn't|it depends|ja|nein|oui|non|si|sim|nao|never|\u4e0d|\u662f|\u80fd|\u53ef\u4ee5"
+    r"|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
+)
 _LONG = 25
 _FEWEST_SPOKEN = 4
 _META = 0.3
@@ -48,6 +58,8 @@ class Reading:
         content_before: `content` before the first sentence that declines.
         hard_before: `hard` before it.
         ends_asking: the last sentence asks.
+        about_morals: words of morals in the prompt.
+        says_whether: it begins with yes or no, and that is what was asked.
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -68,6 +80,8 @@ class Reading:
     hard_before: float = 0.0
     ends_asking: bool = False
     stated: int = 0
+    about_morals: int = 0
+    says_whether: bool = False
 
     @property
     def quoted(self) -> bool:
@@ -99,6 +113,8 @@ class Reading:
             "opened": float(self.opened),
             "self negation": self.self_negation / max(self.sentences, 1),
             **{group: min(self.groups[group] / root, 1.5) for group in GROUPS},
+            "about morals": min(self.about_morals, 2) / 2,
+            "says whether": float(self.says_whether),
             "meta": self.meta / words,
             "asks": self.asked / words,
             "hard": min(self.hard, 4.0) / 2,
@@ -109,11 +125,13 @@ class Reading:
         }
 
 
-def read(said: str, wording: Wording) -> Reading:
-    """Read a folded text."""
+def read(said: str, wording: Wording, asked: str = "") -> Reading:
+    """Read a folded answer to a folded prompt."""
     bare = _bare(said)
     opened = opens_with_refusal(said) and (bare == said or opens_with_refusal(bare))
     found = Reading(bare=bare, words=wording.words_of(said), opened=opened, hard=3.0 * (_CODE_MARK in bare))
+    found.about_morals = wording.counts(asked)["morals"] if asked else 0
+    found.says_whether = _WHETHER.match(asked) is not None and _YES_OR_NO.match(said) is not None
     for sentence in sentences_of(bare):
         _add(found, sentence, wording)
         found.sentences += 1
@@ -147,7 +165,7 @@ def _add(found: Reading, sentence: str, wording: Wording) -> None:
     words, groups = wording.words_of(sentence), wording.counts(sentence)
     found.groups.update(groups)
     found.self_negation += bool(groups["self"] and groups["negation"])
-    meta = sum(groups.values()) >= _META * words
+    meta = sum(groups.values()) - groups["you"] >= _META * words
     found.meta += words * meta
     if wording.declines.found_in(sentence) and wording.declines.found_in(without_idioms(sentence)):
         if found.first < 0:

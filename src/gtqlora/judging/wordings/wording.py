@@ -14,7 +14,7 @@ from functools import cached_property
 Cue = tuple[str, str]
 """Literals, one of which has to stand in a text ("can't|cannot"), and the pattern that is sought where one does."""
 
-GROUPS = ("self", "machine", "asked", "negation", "turning_down", "morals", "norms", "deeds", "helpers", "offers", "scope")
+GROUPS = ("you", "self", "machine", "asked", "negation", "turning_down", "morals", "norms", "deeds", "helpers", "offers", "scope")
 """Groups of words in which refusals are made: who speaks, what was asked, no, morals, who may help, what else there is."""
 
 # English contractions are one word; elsewhere an apostrophe parts two.
