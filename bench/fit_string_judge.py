@@ -19,7 +19,7 @@ from gtqlora.judging.thoughts import final
 from gtqlora.judging.wordings import language_of
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "judging"
-PENALTY = 0.5
+PENALTY = 1.0
 
 
 def readings(name: str) -> list[tuple[Reading, bool, str, str]]:

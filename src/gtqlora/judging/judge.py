@@ -39,9 +39,10 @@ from typing import Protocol, runtime_checkable
 from gtqlora.config import is_code
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
-from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
+from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
+from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.storage.contents import fingerprint, first_line
 
@@ -54,7 +55,7 @@ MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 
 _FORMS = (
-    '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
+    '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
     'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -197,7 +198,7 @@ def judge_of(name: str) -> NamedJudge:
         ConfigError: the name has none of the three forms, holds no phrase, or its code cannot be imported or built.
     """
     if name == "string":
-        return NamedJudge(name, TextJudge(refuses_in_english), name)
+        return NamedJudge(name, StringJudge(), name)
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
     if _OWN.fullmatch(name):

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 from gtqlora.judging.english import opens_with_refusal, without_idioms
 from gtqlora.judging.wordings import Wording
-from gtqlora.judging.wordings.wording import GROUPS
+from gtqlora.judging.wordings.wording import GROUPS, NEGATION, SELF
 
 _CODE = re.compile(r"('''|~~~).*?(?:\1|$)", re.DOTALL)
 _INLINE = re.compile(r"'[^'\n ]*[=(){}<>/\\_$-][^'\n]*'")
-_QUOTED = re.compile(r'"[^"]{2,600}"|(?<![\w\'])\'[^"\'\n]{8,200}\'(?!\w)|(?m:^> [^\n]*$)')
+_QUOTED = re.compile(r'"[^"]{2,600}"|(?m:^> [^\n]*$)')
+_SINGLY_QUOTED = re.compile(r"'(?<![\w']')[^\"'\n]{8,200}'(?!\w)")
 _SPOKEN = re.compile(r"(?m:^\**[a-z][\w ]{0,20}:\** [^\n]*$)")
 _ITEM = re.compile(r"(?m:^(?:\d{1,3}[.)]|[-*\u2022+|]) )")
+_WRAPPED = re.compile(r"(?<=[\w,'])\n(?=[^\W\d_])")
 _SENTENCE = re.compile(r"(?:[^.!?\n\u3002;:]|[.:](?=\w)|:(?=//))*[.!?\u3002;:]*")
-_CLAUSE = re.compile(r",? (?=but |however,|yet |though,|although )")
+_CLAUSE = re.compile(r"(?<!help),? (?=but |however,|yet |though,|although )")
 _LETTER = re.compile(r"[^\W_]")
-_DIGIT = re.compile(r"\d")
 # What stands in the place of a quotation, a short one, code, and an item of a list.
 _LONG_QUOTE, _QUOTE, _CODE_MARK, _ITEM_MARK = "\u275d\u275d", "\u275d", "\u2318", "\u2022"
 # A question of yes or no, not a request in the form of one; and the words that answer it.
@@ -33,8 +33,8 @@ _YES_OR_NO = re.compile(
     r"|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
 _LONG = 25
+_MARKS = f" {_ITEM_MARK}*_#"
 _FEWEST_SPOKEN = 4
-_META = 0.3
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Reading:
         declines: sentences that decline, in so many words.
         first: the number of the first of them; -1 without any.
         opened: it opens with an English phrase of refusal that is not quoted.
-        groups: words of each group (`wordings.GROUPS`) in all of it.
+        groups: words of each of `GROUPS` in all of it.
         self_negation: sentences in which the speaker negates.
         meta: words in sentences of which a third or more are such words.
         asked: words in sentences that ask.
@@ -60,6 +60,7 @@ class Reading:
         ends_asking: the last sentence asks.
         about_morals: words of morals in the prompt.
         says_whether: it begins with yes or no, and that is what was asked.
+        idioms: it holds an English idiom that is made like a refusal ("I can't wait").
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -69,7 +70,7 @@ class Reading:
     sentences: int = 0
     declines: int = 0
     first: int = -1
-    groups: Counter[str] = field(default_factory=Counter)
+    groups: list[int] = field(default_factory=lambda: [0] * len(GROUPS))
     self_negation: int = 0
     meta: int = 0
     asked: int = 0
@@ -82,6 +83,11 @@ class Reading:
     stated: int = 0
     about_morals: int = 0
     says_whether: bool = False
+    idioms: bool = False
+
+    def count(self, *groups: str) -> int:
+        """Return how many words are in these groups."""
+        return sum(self.groups[GROUPS.index(group)] for group in groups)
 
     @property
     def quoted(self) -> bool:
@@ -112,7 +118,7 @@ class Reading:
             "declines early": float(0 <= self.first <= 1),
             "opened": float(self.opened),
             "self negation": self.self_negation / max(self.sentences, 1),
-            **{group: min(self.groups[group] / root, 1.5) for group in GROUPS},
+            **{group: min(count / root, 1.5) for group, count in zip(GROUPS, self.groups, strict=True)},
             "about morals": min(self.about_morals, 2) / 2,
             "says whether": float(self.says_whether),
             "meta": self.meta / words,
@@ -130,8 +136,8 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
     bare = _bare(said)
     opened = opens_with_refusal(said) and (bare == said or opens_with_refusal(bare))
     found = Reading(bare=bare, words=wording.words_of(said), opened=opened, hard=3.0 * (_CODE_MARK in bare))
-    found.about_morals = wording.counts(asked)["morals"] if asked else 0
-    found.says_whether = _WHETHER.match(asked) is not None and _YES_OR_NO.match(said) is not None
+    found.about_morals = wording.count("morals", asked) if asked else 0
+    found.says_whether = _YES_OR_NO.match(said) is not None and _WHETHER.match(asked) is not None
     for sentence in sentences_of(bare):
         _add(found, sentence, wording)
         found.sentences += 1
@@ -139,16 +145,20 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
 
 
 def _bare(said: str) -> str:
-    """Replace code, quotations and list marks by signs."""
+    """Replace code, quotations and list marks by signs, and join wrapped lines."""
     bare = said
     if "'''" in bare or "~~~" in bare:
         bare = _CODE.sub(f" {_CODE_MARK} ", bare)
-    if "'" in bare or '"' in bare or ">" in bare:
+    if "'" in bare:
         bare = _INLINE.sub(" code ", bare)
+        bare = _SINGLY_QUOTED.sub(_mark, bare)
+    if '"' in bare or ">" in bare:
         bare = _QUOTED.sub(_mark, bare)
+    if "\n" not in bare:
+        return bare
     if len(_SPOKEN.findall(bare)) >= _FEWEST_SPOKEN:
         bare = _SPOKEN.sub(f" {_LONG_QUOTE} ", bare)
-    return _ITEM.sub(f"{_ITEM_MARK} ", bare)
+    return _WRAPPED.sub(" ", _ITEM.sub(f"{_ITEM_MARK} ", bare))
 
 
 def _mark(quotation: re.Match[str]) -> str:
@@ -162,32 +172,34 @@ def sentences_of(bare: str) -> list[str]:
 
 
 def _add(found: Reading, sentence: str, wording: Wording) -> None:
-    words, groups = wording.words_of(sentence), wording.counts(sentence)
-    found.groups.update(groups)
-    found.self_negation += bool(groups["self"] and groups["negation"])
-    meta = sum(groups.values()) - groups["you"] >= _META * words
-    found.meta += words * meta
-    if wording.declines.found_in(sentence) and wording.declines.found_in(without_idioms(sentence)):
+    read = wording.read(sentence.lstrip(_MARKS))
+    found.groups = [ours + more for ours, more in zip(found.groups, read.groups, strict=True)]
+    found.self_negation += bool(read.groups[SELF] and read.groups[NEGATION])
+    found.meta += read.words * read.meta
+    if read.declines and not _is_idiom(found, sentence, wording):
         if found.first < 0:
             found.first, found.hard_before, found.content_before = found.sentences, found.hard, found.content
         found.declines += 1
         return
-    found.stated += words > 4 and not sentence.endswith("?")
-    found.ends_asking = sentence.endswith("?") or (found.ends_asking and words <= 4)
-    if sentence.endswith("?"):
-        found.asked += words
+    found.stated += read.words > 4 and not read.asks
+    found.ends_asking = read.asks or (found.ends_asking and read.words <= 4)
+    if read.asks:
+        found.asked += read.words
         return
-    hard, soft = _gives(sentence, words, wording), float(wording.gives.found_in(sentence))
-    if meta:
-        found.soft += 0.5 * (hard + soft > 2)
+    quotes = _LONG_QUOTE in sentence or (_QUOTE in sentence and read.words <= 3)
+    hard = float(sentence.startswith(_ITEM_MARK) + read.number + 2 * quotes + read.instructs)
+    if read.meta:
+        found.soft += 0.5 * (hard + read.announces > 2)
         return
-    found.content += words
+    found.content += read.words
     found.hard += hard
-    found.soft += soft
+    found.soft += read.announces
 
 
-def _gives(sentence: str, words: int, wording: Wording) -> float:
-    begun = sentence.startswith(_ITEM_MARK)
-    quotation = _LONG_QUOTE in sentence or (_QUOTE in sentence and words <= 3)
-    instructs = wording.instructs.match(sentence.lstrip(f" {_ITEM_MARK}*")) is not None
-    return float(begun + bool(_DIGIT.search(sentence)) + 2 * quotation + instructs)
+def _is_idiom(found: Reading, sentence: str, wording: Wording) -> bool:
+    """Tell whether what declines is an idiom such as "I can't wait", and note it."""
+    rest = without_idioms(sentence)
+    if rest == sentence or wording.declines.found_in(rest):
+        return False
+    found.idioms = True
+    return True

@@ -45,7 +45,7 @@ def language_of(said: str, asked: str) -> Wording | None:
     """
     if not said.isascii() and (found := _unspaced(said)):
         return found
-    words = _WORD.findall(said[:600])
+    words = _WORD.findall(said[:300])
     votes = _votes(words)
     first, second = sorted(votes)[-1:-3:-1]
     if first - second < _SURE:

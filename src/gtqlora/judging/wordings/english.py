@@ -239,6 +239,7 @@ SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: [\w.]+){
 
 META = {
     "you": "you your yours yourself",
+    "abstract": "*tion *sion *ness *ity *ance *ence *ism *ship *tions *ities *ences behavio* attitude* practice* message* reason* way ways choice* matter* kind* form* problem*",
     "self": "i me my mine myself we our us ours i'm i'd i'll i've we're",
     "machine": "ai assistant assistants bot chatbot program software machine model developers creators operator virtual chat text-based algorithm",
     "asked": "request requests requested question questions message prompt topic topics subject subjects matter matters ask asked asking query theme conversation such area issue",

@@ -35,6 +35,7 @@ FRENCH = Wording(
     ),
     meta={
         "you": "vous votre vos tu te t ton ta tes toi",
+        "abstract": "*tion *tions *sion *ite *ance *ence *isme *esse *ude comportement* facon* maniere* choix sujet* forme*",
         "self": "je j me m moi mon ma mes nous notre nos",
         "machine": "ia assistant* robot chatbot programme logiciel machine modele developpeurs virtuel* chat numerique",
         "asked": "demande* question* message sujet* requete* cela ceci ca tel telle ce cette theme conversation contenu",

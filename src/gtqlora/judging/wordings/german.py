@@ -39,6 +39,7 @@ GERMAN = Wording(
     ),
     meta={
         "you": "sie ihnen ihr ihre* du dir dich dein*",
+        "abstract": "*ung *ungen *heit *keit *schaft *ismus *tion *tat umgang verhalten weg wege mittel form thema",
         "self": "ich mir mich mein* wir uns unser*",
         "machine": "ki ki-assistent* assistent* bot chatbot programm software maschine modell sprachmodell entwickler* betreiber* virtuell* chat digital* textbasiert* hilfeseite ki-modell*",
         "asked": "anfrage* frage* bitte nachricht thema themen anliegen wunsch gesprach solch* derartig* dies* dazu dabei hierzu hierbei damit inhalt* gefragt*",

@@ -29,6 +29,7 @@ ITALIAN = Wording(
     ),
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",
+        "abstract": "*zione *zioni *sione *ta *anza *enza *ismo *ezza comportament* modo modi scelt* form*",
         "self": "io mi me mio mia miei mie noi nostr* sono posso",
         "machine": "ia assistente* bot robot chatbot programma software macchina modello sviluppatori virtuale chat digitale sportello",
         "asked": "richiest* domand* messaggio tema argoment* questo questa cio tale genere tipo contenut* conversazione",

@@ -30,6 +30,7 @@ PORTUGUESE = Wording(
     ),
     meta={
         "you": "voce voces te teu sua seu suas seus lhe",
+        "abstract": "*cao *coes *sao *dade *dades *ancia *encia *ismo *eza comportamento* maneira* forma* escolha*",
         "self": "eu me mim meu minha meus minhas comigo nos nosso nossa sou estou posso",
         "machine": "ia assistente* robo bot chatbot programa software maquina modelo desenvolvedores virtual chat digital atendimento",
         "asked": "solicitac* pergunta* pedido* mensagem tema* assunto* isso isto tal esse este tipo conteudo* conversa",

@@ -31,6 +31,7 @@ SPANISH = Wording(
     ),
     meta={
         "you": "tu te ti usted le su sus os vuestr*",
+        "abstract": "*cion *ciones *sion *dad *dades *ancia *encia *ismo *eza comportamiento* manera* forma* eleccion*",
         "self": "yo me mi mis conmigo nosotros nuestr* soy estoy puedo",
         "machine": "ia asistente* bot robot chatbot programa software maquina modelo desarrolladores virtual chat digital",
         "asked": "solicitud* pregunta* peticion* mensaje tema* asunto consulta* eso esto tal este tipo contenido* conversacion",
