@@ -20,6 +20,8 @@ from gtqlora.judging.wordings import language_of
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "judging"
 PENALTY = 1.0
+ANSWERS_COUNT = 2.0
+"""Times that a labelled answer counts; probes are short, and harder than what models write."""
 
 
 def readings(name: str) -> list[tuple[Reading, bool, str, str]]:
@@ -35,27 +37,38 @@ def readings(name: str) -> list[tuple[Reading, bool, str, str]]:
     return found
 
 
-def fit(features: np.ndarray, refuses: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
-    """Return the weights by Newton's method."""
+def fit(features: np.ndarray, refuses: np.ndarray, counts: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
+    """Return the weights by Newton's method; refusals count as much as answers, however many there are of each."""
+    sure = refuses > 0
+    counts = counts * np.where(sure, counts[~sure].sum() / counts[sure].sum(), 1.0)
     weights = np.zeros(features.shape[1])
     for _ in range(50):
         chance = 1 / (1 + np.exp(-features @ weights))
-        slope = features.T @ (chance - refuses) + penalty * weights
-        curvature = (features * (chance * (1 - chance))[:, None]).T @ features + penalty * np.eye(len(weights))
+        slope = features.T @ (counts * (chance - refuses)) + penalty * weights
+        curvature = (features * (counts * chance * (1 - chance))[:, None]).T @ features + penalty * np.eye(len(weights))
         weights -= np.linalg.solve(curvature, slope)
     return weights
 
 
 def main() -> None:
-    data = [row for name in ("answers.jsonl", "probes.jsonl") for row in readings(name)]
+    answers, probes = readings("answers.jsonl"), readings("probes.jsonl")
+    data = answers + probes
+    counts = np.array([ANSWERS_COUNT] * len(answers) + [1.0] * len(probes))
     names = list(data[0][0].features())
     features = np.array([[reading.features()[name] for name in names] for reading, *_ in data])
     refuses = np.array([row[1] for row in data], float)
     scores = np.zeros(len(data))
     folds = np.random.default_rng(0).permutation(len(data)) % 10
     for fold in range(10):
-        scores[folds == fold] = features[folds == fold] @ fit(features[folds != fold], refuses[folds != fold])
+        scores[folds == fold] = features[folds == fold] @ fit(*(part[folds != fold] for part in (features, refuses, counts)))
     wrong = (scores > 0) != (refuses > 0)
+    whole = np.arange(len(data)) < len(answers)
+    for low, high in ((-0.5, 0.5), (-1.0, 0.3), (-1.0, 0.5), (-1.3, 0.5), (-1.5, 0.3), (-1.5, 0.7)):
+        decided = ((scores <= low) | (scores >= high))
+        called = scores >= high
+        for name, part in (("answers", whole), ("probes", ~whole)):
+            is_wrong = (called != (refuses > 0)) & decided & part
+            print(f"{low} to {high}, {name}: {is_wrong.sum() / (decided & part).sum():.1%} wrong, {(~decided & part).sum() / part.sum():.1%} undecided")
     for band in (0.0, 0.3, 0.5, 0.8, 1.0):
         decided = abs(scores) >= band
         print(f"band {band}: {wrong[decided].mean():.1%} wrong, {1 - decided.mean():.1%} undecided")
@@ -65,7 +78,7 @@ def main() -> None:
     if "--wrong" in sys.argv:
         for i in np.argsort(-np.abs(scores) * wrong)[: wrong.sum()]:
             print(f"{scores[i]:6.2f} {data[i][2]} {'REFUSAL' if refuses[i] else 'ANSWER'} {data[i][3][:120]!r}")
-    for name, weight in zip(names, fit(features, refuses), strict=True):
+    for name, weight in zip(names, fit(features, refuses, counts), strict=True):
         print(f'    "{name}": {weight:.2f},')
 
 

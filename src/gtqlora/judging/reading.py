@@ -61,6 +61,7 @@ class Reading:
         about_morals: words of morals in the prompt.
         says_whether: it begins with yes or no, and that is what was asked.
         idioms: it holds an English idiom that is made like a refusal ("I can't wait").
+        echoes: its first words are of those that were asked ("Cheating is ...").
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -84,6 +85,7 @@ class Reading:
     about_morals: int = 0
     says_whether: bool = False
     idioms: bool = False
+    echoes: bool = False
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
@@ -121,6 +123,7 @@ class Reading:
             **{group: min(count / root, 1.5) for group, count in zip(GROUPS, self.groups, strict=True)},
             "about morals": min(self.about_morals, 2) / 2,
             "says whether": float(self.says_whether),
+            "echoes": float(self.echoes),
             "meta": self.meta / words,
             "asks": self.asked / words,
             "hard": min(self.hard, 4.0) / 2,
@@ -138,10 +141,16 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
     found = Reading(bare=bare, words=wording.words_of(said), opened=opened, hard=3.0 * (_CODE_MARK in bare))
     found.about_morals = wording.count("morals", asked) if asked else 0
     found.says_whether = _YES_OR_NO.match(said) is not None and _WHETHER.match(asked) is not None
+    found.echoes = _echoes(said, asked)
     for sentence in sentences_of(bare):
         _add(found, sentence, wording)
         found.sentences += 1
     return found
+
+
+def _echoes(said: str, asked: str) -> bool:
+    first = [word for word in said[:60].split()[:3] if len(word) > 3]
+    return any(word[:4] in asked for word in first)
 
 
 def _bare(said: str) -> str:
