@@ -165,6 +165,7 @@ def observed_of(model: Path, contrast: Path, *overrides: str) -> Observed:
     from gtqlora.capture import open_subject
     from gtqlora.config import DiagnoseConfig, build
     from gtqlora.contrasts import load
+    from gtqlora.contrasts.readout import find_readout
     from gtqlora.judging.judge import judge_of
     from gtqlora.organisms import embedded
     from gtqlora.scoring import Runner
@@ -175,8 +176,9 @@ def observed_of(model: Path, contrast: Path, *overrides: str) -> Observed:
     judge, subject = judge_of(config.judge), open_subject(config)
     rows = load(config.contrast, judge).split(config.split)
     pairs = localize.pairs_of(rows, subject, config.max_pairs, config.seed)
-    readout = localize.readout_tokens(subject, rows.rows)
-    return observe_pairs(localize.Trials(Runner.of(subject, judge, config), pairs, readout))
+    runner = Runner.of(subject, judge, config)
+    readout = localize.readable(runner, pairs, find_readout(subject.tokenizer, rows.rows))
+    return observe_pairs(localize.Trials(runner, [pair.answered_with(readout.begun) for pair in pairs], readout))
 
 
 @dataclass(frozen=True)

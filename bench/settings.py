@@ -20,7 +20,8 @@ TITLE = """\
 
 Written by `python bench/settings.py > docs/settings.md` from `src/gtqlora/config/stages.py`; change it there. A setting
 is given in a recipe (`--config FILE`), at its top for every stage that has it or in a stage's own section such as
-`[train]`, or by `--set` as in `--set steps=400`, which wins. [The guide](guide.md) says what the stages do.
+`[train]`, or by `--set` as in `--set steps=400`, which wins; `template` is a section of its own, or
+`--set template.enable_thinking=false`. [The guide](guide.md) says what the stages do.
 """
 SHARED = "Every stage has these too; a stage whose default differs lists it again below."
 _WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
@@ -41,8 +42,12 @@ def meanings(kind: type[ModelConfig]) -> dict[str, str]:
 def allowed(kind: type[StageConfig], name: str) -> str:
     """Return the values that a setting takes: its literal's, or its type with the range that its config refuses by."""
     hint = get_type_hints(kind)[name]
-    plain = hint if get_origin(hint) is Literal else next((p for p in get_args(hint) if p is not type(None)), hint)
+    plain = (
+        hint if get_origin(hint) in (Literal, dict) else next((p for p in get_args(hint) if p is not type(None)), hint)
+    )
     optional = ", or `none`" if plain is not hint else ""
+    if get_origin(hint) is dict:
+        return "a table of names with true or false, numbers and texts"
     if get_origin(plain) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(plain)) + optional
     parts = [_WORDS[plain] + optional]
@@ -58,6 +63,8 @@ def _bounds(kind: type[StageConfig], name: str) -> str:
 
 
 def _default(field: Field[object]) -> str:
+    if field.default_factory is not MISSING:
+        return "`{}`"
     value = field.default
     if value is MISSING:
         return "(must be given)"

@@ -136,7 +136,7 @@ def save_tiny(
     model = model if model is not None else tiny_model(family, seed, dtype, **changes)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=family != "qwen3_5_moe")
     if tokenizer:
-        Language().tokenizer().save_pretrained(path)
+        Language().save(path)
     if family in _WRAPPED:
         _wrap(path, family)
     return path

@@ -26,6 +26,7 @@ from gtqlora.results.adapter import (
 )
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Role, Shares
 from gtqlora.results.typed import to_json
+from gtqlora.results.wrapped import Repairs, WrappedFloor, WrapperRow
 from gtqlora.run import Run, write_json, write_parquet
 from gtqlora.stats import Interval, floor, mcnemar, paired_difference, rate
 
@@ -362,6 +363,18 @@ def labelled(refused: float) -> dict[str, int]:
     return {"refusal": round(200 * refused), "answer": round(200 * (1 - refused))}
 
 
+def wrapped(kept: float) -> WrappedFloor:
+    whole, verdict = floor(hits(1.0), hits(kept), margin=0.05), "pass" if kept == 1 else "fail"
+    rows = [
+        WrapperRow(name=name, asked=200, refused=190, losses=whole.losses, verdict=verdict)
+        for name in ("story", "German frame", "lead-in with praise")
+    ]
+    repairs = Repairs(before=rate(hits(0.1)), after=rate(hits(0.9)))
+    return WrappedFloor(
+        verdict=verdict, reason=whole.reason, floor=whole, worst_margin=0.1, wrappers=rows, repairs=repairs
+    )
+
+
 def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repaired: int = 200) -> dict[str, Any]:
     after = {"harmful": harmful, "lookalike": lookalike, "benign": 0.0}
     before = {"harmful": 1.0, "lookalike": 1.0, "benign": 0.0}
@@ -388,6 +401,7 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "model": "some/model",
         "table": table,
         "floor": asdict(floor(hits(1.0), hits(harmful), margin=0.05)),
+        "wrapped": to_json(wrapped(harmful)),
         "kl_benign": real(0.01, 0.005),
         "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},
         "mediation": to_json(mediation(0.9, repaired)),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -285,12 +286,58 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         build(TrainConfig, file=tmp_path / "binary.toml", **GIVEN)
 
 
+# --- variables of the chat template
+
+
+def test_the_template_s_table_serves_every_stage_and_single_variables_win(tmp_path: Path) -> None:
+    file = _file(
+        tmp_path, 'seed = 3\n[template]\nenable_thinking = false\nreasoning_effort = "low"\n[train]\nseed = 4\n'
+    )
+    for kind in STAGES.values():
+        assert build(kind, file=file, **GIVEN).template == {"enable_thinking": False, "reasoning_effort": "low"}
+    settled = build(TrainConfig, file=file, **GIVEN, overrides=["template.enable_thinking=True", "template.n = 0.5"])
+    assert settled.template == {"enable_thinking": True, "reasoning_effort": "low", "n": 0.5}
+    own = _file(tmp_path, "[template]\nenable_thinking = false\n[verify.template]\nenable_thinking = true\n")
+    assert build(VerifyConfig, file=own, **GIVEN).template == {"enable_thinking": True}
+    assert build(TrainConfig, file=own, **GIVEN).template == {"enable_thinking": False}
+    # of an edit that is verified one variable is set anew, and the others stay
+    over = build(VerifyConfig, **{**GIVEN, **of_the_edit(to_dict(settled))}, overrides=["template.n=2"])
+    assert over.template == {"enable_thinking": True, "reasoning_effort": "low", "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("template.messages=x", "template.messages: the prompt and the special tokens are not settings"),
+        ("template.add_generation_prompt=false", "add_generation_prompt: the prompt and the special tokens"),
+        ("template.bos_token=x", "bos_token: the prompt and the special tokens"),
+        ("template.=1", "template.: a variable of a chat template is one word"),
+        ("template.a-b=1", "template.a-b: a variable of a chat template is one word"),
+        ("template=false", "name the variable, as in --set template.enable_thinking=false"),
+        ("templat.enable_thinking=false", "'templat.enable_thinking' is unknown"),
+        ("template.x=NaN", "template.x = nan: must be true or false, a number or a text"),
+    ],
+)
+def test_what_is_no_variable_of_a_template_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(TrainConfig, **GIVEN, overrides=[text])
+
+
+@pytest.mark.parametrize(
+    "text", ["template = false", "[template]\nx = [1]", "[template.x]\ny = 1", "[template]\nx = nan"]
+)
+def test_a_template_s_table_holds_plain_values(tmp_path: Path, text: str) -> None:
+    for overrides in ([], ["template.n=1"]):
+        with pytest.raises(ConfigError, match=r"template(\.x)? = .*: must be"):
+            build(TrainConfig, file=_file(tmp_path, text), **GIVEN, overrides=overrides)
+
+
 # --- as a whole
 
 
 def test_the_packaged_recipe_serves_every_stage() -> None:
     found = {name: build(kind, file=embedded.recipe(), **GIVEN) for name, kind in STAGES.items()}
-    assert set(found) == {"diagnose", "project", "train", "verify"}
+    assert set(found) == {"build", "diagnose", "project", "train", "verify"}
     assert {config.judge for config in found.values()} == {embedded.JUDGE}
     assert found["train"].batch_size != found["verify"].batch_size
 
@@ -309,6 +356,8 @@ def _another(hint: object, value: object) -> object:
     """A value that a setting of `ModelConfig` may have and does not have by itself."""
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != value)
+    if get_origin(hint) is dict:
+        return {"enable_thinking": False, "effort": "low", "budget": 3}
     return "cuda:0" if value == "cpu" else f"{value}-other"
 
 
@@ -321,9 +370,11 @@ def test_how_a_model_is_opened_goes_everywhere(
     monkeypatch.setattr("gtqlora.config.stages.check_device", lambda name: None)  # none but the CPU may be here
     name, plain = field.name, kind(**GIVEN)
     value = _another(get_type_hints(ModelConfig)[name], getattr(plain, name))
-    settled = build(kind, **GIVEN, overrides=[f"{name}={value}"])
+    pairs = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in pairs.items()}
+    settled = build(kind, **GIVEN, overrides=[f"{key}={text}" for key, text in texts.items()])
     assert getattr(settled, name) == value != getattr(plain, name)
-    file = _file(tmp_path, f"{name} = {json.dumps(value)}\n")
+    file = _file(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in pairs.items()))
     assert build(kind, file=file, **{k: v for k, v in GIVEN.items() if k != name}) == settled
     assert of_the_edit(to_dict(settled))[name] == value
     recorded = build(VerifyConfig, **{**GIVEN, **of_the_edit(to_dict(settled))})

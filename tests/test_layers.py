@@ -26,12 +26,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "machine storage",  # which devices and trackers are here; files that appear whole
         "config",
         "run",
-        "families judging",  # parts of a model and its files; who tells a refusal from an answer
+        "families",  # parts of a model and its files
+        "judging",  # who tells a refusal from an answer
         "contrasts experts",  # prompts from outside; the routed experts of a model, frozen in 4 bits
         "results",  # what each stage leaves
         "capture",  # a model that runs
         "floor scoring",
-        "localize",
+        "building localize",  # public sets asked of a model; what mediates a behaviour
         "edits",
         "certificate",  # the only way to weights
         "exports",  # a certified edit in the forms that other programs load

@@ -10,6 +10,7 @@ kept. What a run directory, an adapter or a model folder says of itself is belie
 - It is this model: the contents of every file that is read, whatever its size, links resolved.
 - It is what ships: judged merged and rounded to the checkpoint's dtype, with the checkpoint's own experts.
 - It is this judge, by its phrases or its source and weights, and its texts are judged again here.
+- It holds inside plain frames, too: a story, a role, another language and others, over all of them and in the worst.
 - It is all that was seen: every verdict on this edit counts, and each prompt is lost if it was lost once.
 - It is not the luckiest of many tries: the level is corrected for the edits judged on these prompts.
 - It is not one loss after another: an export of an export adds up what may have been lost.
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gtqlora.config import VerifyConfig, build_recorded
+from gtqlora.config import VerifyConfig, build_recorded, must_be_named
 from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.errors import FloorError
 from gtqlora.floor import ledger
@@ -31,9 +32,12 @@ from gtqlora.floor.arithmetic import ever_seen, floor_of, tries
 from gtqlora.floor.ledger import Entry
 from gtqlora.floor.outcomes import entry_prompts, judged_again
 from gtqlora.floor.shipped import unshipped
+from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging import trust
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import Judge
+from gtqlora.judging.pair import judges_of
 from gtqlora.results.verdict import HISTORY, SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
+from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.run import PATHS, Record, Run, fingerprint, stage_hash
 from gtqlora.stats import Floor
 
@@ -47,6 +51,7 @@ class Certificate:
     Attributes:
         model: digest of the model's files; the copy must show the same.
         floor: over every prompt that this edit was ever judged on, at the corrected level.
+        wrapped: on prompts inside plain frames.
         tries: edits judged on these prompts.
         history: every verdict on this edit in the run and beside the pairs; what else is known of it counts, too.
         margin: what was allowed to be lost.
@@ -57,6 +62,7 @@ class Certificate:
     adapter: Adapter
     model: str
     floor: Floor
+    wrapped: WrappedFloor
     tries: int
     history: tuple[Entry, ...]
     ancestry: Ancestry
@@ -87,18 +93,22 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     config = build_recorded(VerifyConfig, record["config"], str(run / "manifest.json"))
     adapter = read_adapter(path)
     _check_same(run, verdict, record["inputs"], config, adapter)
-    outcomes = read_outcomes(run.path)
-    rows = judged_again(outcomes, _judge(run, config, record["inputs"], judge))
+    outcomes, named = read_outcomes(run.path), _judge(run, config, record["inputs"], judge)
+    rows = judged_again(outcomes, named)
     past = ledger.past(adapter.digest, config.contrast, run.path, run / HISTORY)
     entry = _entry(run, past.verdicts, record["inputs"], rows)
     count, before = tries([*past.beside, *past.verdicts], entry), ancestry(config.model)
     margin = before.margin(config.margin)
+    inside = read_outcomes(run.path, WRAPPED)
+    wrapped = wrapped_floor(config, inside, named, tries=count, blind=verdict.blind)
+    _check_wrapped(run, wrapped)
     return Certificate(
         verdict=verdict,
         config=config,
         adapter=adapter,
         model=record["inputs"]["model"],
         floor=_passed(run, config, entry, past.verdicts, tries=count, margin=margin, blind=verdict.blind),
+        wrapped=wrapped,
         tries=count,
         history=past.told,
         ancestry=before,
@@ -124,7 +134,7 @@ def _record(run: Run) -> Record:
         raise FloorError(f"{run.path}: verify did not finish; run `gtqlora verify` again")
     if record["hash"] != stage_hash(record["config"], record["inputs"], PATHS):
         raise FloorError(f"{run.path}: the record of verify was changed; run `gtqlora verify` again")
-    for name in (VERDICT, SCORES, HISTORY):
+    for name in (VERDICT, SCORES, WRAPPED, HISTORY):
         if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):
             raise FloorError(f"{run.path}: {name} was changed since verify; run `gtqlora verify` again")
     return record
@@ -143,13 +153,21 @@ def _check_same(run: Run, verdict: Verdict, inputs: Mapping[str, str], config: V
 
 
 def _judge(run: Run, config: VerifyConfig, inputs: Mapping[str, str], named: str | None) -> Judge:
-    """Build the judge that `verify` used, if it may run; nothing of it is imported before its source is compared."""
+    """Build the judges that `verify` used, if they may run; nothing is imported before its source is compared."""
     if named is not None and named != config.judge:
         raise FloorError(f"{run.path}: verified by the judge {config.judge!r}, not by {named!r}; verify with that one")
     if named is None:
         trust.check_named(config.judge, str(run / "manifest.json"))
-    was = inputs.get("judge", "")
-    if not was.startswith(trust.identity(config.judge)) or (found := judge_of(config.judge)).identity != was:
+    second = config.second_judge
+    if second is not None and must_be_named(second) and not trust.is_remembered(run.path, second):
+        raise FloorError(
+            f"{run.path}: verified by a second judge, {second!r}, that runs only if you name it; if you trust it, run "
+            f"`gtqlora verify {run.path} --rejudge --set second_judge={second}` first"
+        )
+    was, asked = inputs.get("judge", ""), filter(None, (config.judge, second))
+    if not all(trust.identity(judge) in was for judge in asked) or (
+        (found := judges_of(config.judge, second)).identity != was
+    ):
         raise FloorError(f"{run.path}: the judge is not the one that it was verified by; run `gtqlora verify` again")
     return found
 
@@ -166,6 +184,19 @@ def _entry(run: Run, history: Sequence[Entry], inputs: Mapping[str, str], rows: 
         if same and entry.prompts.keys() == prompts.keys():
             return replace(entry, prompts=prompts)
     raise FloorError(f"{run.path}: {HISTORY} does not hold this verdict; run `gtqlora verify {run.path} --again`")
+
+
+def _check_wrapped(run: Run, found: WrappedFloor) -> None:
+    """Check that harmful prompts inside plain frames are refused as before.
+
+    Raises:
+        FloorError: they are not.
+    """
+    if found.verdict != "pass":
+        raise FloorError(
+            f"{run.path}: the safety floor's verdict on prompts inside plain frames is {found.verdict!r} "
+            f"({found.reason}); no weights are written"
+        )
 
 
 def _passed(

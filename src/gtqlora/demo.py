@@ -270,7 +270,7 @@ def _edited(verdict: Verdict) -> EditNumbers:
         benign_refusal=benign.refusal_after.value,
         lookalike_accuracy=_value(lookalike.accuracy_after),
         benign_accuracy=_value(benign.accuracy_after),
-        floor=verdict.floor.verdict,
+        floor=verdict.decision,
         replayed_lookalike_refusal=ways.refusal_replayed.value,
         repaired_by_routing=ways.indirect.as_edited.value if ways.indirect else None,
         repaired_by_gates=gates.value if gates else None,

@@ -20,8 +20,6 @@ from transformers import DynamicCache
 from gtqlora.capture import (
     ExpertHandler,
     Handler,
-    Recorder,
-    Replay,
     Subject,
     by_length,
     expert_hooks,
@@ -70,14 +68,16 @@ class Change:
 
     Attributes:
         handlers, expert_handlers: see, and may replace, decisions of routers and calls of routed experts.
-        source_runs: runs made first at every step.
+        source_runs: runs made first at every step, as ours replays what they record.
         switch: the state of the model we run in.
+        draw: chooses the next token of each prompt by its logits_BV; without it the likeliest is.
     """
 
     handlers: Sequence[Handler] = ()
     expert_handlers: Sequence[ExpertHandler] = ()
     source_runs: Sequence[SourceRun] = ()
     switch: Switch = nullcontext
+    draw: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, _chosen: list[int]) -> Change:
         """Return itself: the same for every batch."""
@@ -89,24 +89,6 @@ Changes = Callable[[list[int]], Change]
 
 AS_IS = Change()
 """The model as it is."""
-
-
-def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
-    """Return the change that replays, at every step, the routing that the model has in another of its states.
-
-    Args:
-        switch: puts the model into the state whose routing is replayed.
-        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
-        ours: puts it into the state in which the routing is replayed.
-    """
-    recorder = Recorder()
-
-    def change(chosen: list[int]) -> Change:
-        theirs = None if prompts is None else [prompts[i] for i in chosen]
-        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
-        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
-
-    return change
 
 
 @contextmanager
@@ -170,8 +152,13 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int) -> Decoded:
-    """Complete a batch of prompts greedily under a change.
+def decode(
+    subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, *, max_new_tokens: int, begun: Tokens = ()
+) -> Decoded:
+    """Complete a batch of prompts under a change, greedily unless it draws.
+
+    Args:
+        begun: the last tokens of every prompt, where they are part of the answer and so of its text.
 
     Raises:
         ModelError: the logits hold NaN.
@@ -183,14 +170,13 @@ def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, 
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=subject.device)
     step_BS, positions_BS, logits, out = ids_BS, positions(mask_BS), [], []
     for index in range(max_new_tokens):
-        # first, as ours replays what they record
         for stream, own_ids_BS in beside:
             stream.step(own_ids_BS if index == 0 else step_BS, mask_BS, positions_BS)
         logits_BV = ours.step(step_BS, mask_BS, positions_BS)
         if not torch.isfinite(logits_BV).all():
             raise ModelError("the model's logits hold NaN or infinity; check its weights and dtype")
         logits = logits or [logits_BV]
-        next_B = logits_BV.argmax(-1).masked_fill(done_B, subject.pad_id)
+        next_B = (change.draw(logits_BV) if change.draw else logits_BV.argmax(-1)).masked_fill(done_B, subject.pad_id)
         out.append(next_B)
         done_B = done_B | torch.isin(next_B, stops)
         if bool(done_B.all()):
@@ -198,7 +184,8 @@ def decode(subject: Subject, prompts: Sequence[Tokens], change: Change = AS_IS, 
         step_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
         mask_BS = torch.cat([mask_BS, torch.ones_like(step_BS)], dim=1)
     tokens = _cut(torch.stack(out, 1), stops)
-    return Decoded(completions(subject.tokenizer, prompts, tokens), tokens, logits[0], done_B.tolist())
+    asked, said = [ids[: len(ids) - len(begun)] for ids in prompts], [[*begun, *ids] for ids in tokens]
+    return Decoded(completions(subject.tokenizer, asked, said), tokens, logits[0], done_B.tolist())
 
 
 def _cut(ids_BS: Tensor, stops: Tensor) -> list[list[int]]:
@@ -290,6 +277,7 @@ class Runner:
         *,
         label: str | None,
         prompts: Sequence[Tokens] | None = None,
+        begun: Tokens = (),
         readout: Sequence[int] = (),
     ) -> list[Answer]:
         """Complete every row's prompt under a change and have it judged, in batches of like length.
@@ -297,12 +285,13 @@ class Runner:
         Args:
             label: shown as progress; None: whoever asks shows its own.
             prompts: the rows' prompts in tokens, where they are at hand.
+            begun: what their answers have said already at the end of `prompts`.
             readout: tokens whose log-odds as the first token are wanted.
         """
         tokens, found = self.encoded(rows) if prompts is None else prompts, dict[int, Answer]()
         for chosen in _shown(by_length(tokens, self.batch_size), label):
             batch = [tokens[i] for i in chosen]
-            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens)
+            decoded = decode(self.model, batch, change(chosen), max_new_tokens=self.max_new_tokens, begun=begun)
             found.update(zip(chosen, self._judged([rows[i] for i in chosen], decoded, readout), strict=True))
         return [found[i] for i in range(len(rows))]
 

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from gtqlora.contrasts.agreement import Agreement
+from gtqlora.contrasts.prompting import Prompting
 from gtqlora.contrasts.statistics import Lengths, Reach, Statistics, Twins
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
@@ -49,6 +51,11 @@ def statistics() -> Statistics:
         leaks=0, floor=Reach(prompts=98, groups=17, fewest=150, reachable=False, note="98 prompts in 17 topics"),
         prompt_tokens=lengths, full_tokens=lengths,
         twins={"train": {"lookalike": Twins(rows=1234567, with_twin=765432, swappable=543210)}},
+        max_length=262144, readout=[],
+        template=Prompting(
+            reads=("enable_thinking",), opens="<think>", closes="", before_answers="", switch="template.thinking=false"
+        ),
+        agreement=[Agreement(kind="lookalike", column="rejected", meant="refusal", rows=2345678, agreeing=1234568)],
     )  # fmt: skip
 
 

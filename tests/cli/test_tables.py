@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gtqlora.cli import printing, tables
+from gtqlora.cli import checked, printing, tables
 from gtqlora.cli.figures import count, interval, size
 from gtqlora.cli.layout import Sheet, draw, fit, wrap
 from gtqlora.contrasts import KINDS
@@ -127,7 +127,7 @@ def test_verify_repeats_the_guard_and_says_where_nothing_was_repaired(capsys: py
 
 
 SHOWN: dict[str, Callable[[], None]] = {
-    "contrast check": lambda: printing.show_contrast(found.statistics(), "pairs.jsonl"),
+    "contrast check": lambda: checked.show_contrast(found.statistics(), "pairs.jsonl"),
     "diagnose": lambda: printing.show_diagnosis(found.diagnosis()),
     "train": lambda: printing.show_trained(found.trained(), Path("runs/one")),
     "train stopped": lambda: printing.show_trained(found.trained(stopped="routing collapse at step 150"), Path("r")),

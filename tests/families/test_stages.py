@@ -19,6 +19,7 @@ from gtqlora import localize
 from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import load
+from gtqlora.contrasts.readout import find_readout
 from gtqlora.edits import wrapping
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import Outcome, Trials
@@ -56,7 +57,7 @@ def _interchanged(config: DiagnoseConfig) -> dict[Cell, list[Outcome]]:
     judge, subject = judge_of(config.judge), open_subject(config)
     rows = load(config.contrast, judge).split(config.split)
     pairs = localize.pairs_of(rows, subject, config.max_pairs, config.seed)
-    readout = localize.readout_tokens(subject, rows.rows)
+    readout = find_readout(subject.tokenizer, rows.rows)
     made = Trials(Runner.of(subject, judge, config), pairs, readout)
     return localize.run_interchanges(made, localize.controlled(subject, pairs, config.batch_size)).cells
 

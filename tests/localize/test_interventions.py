@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gtqlora import localize
 from gtqlora.capture import CallRecorder, Interchange, Subject, expert_hooks, left_padded, log_odds, open_subject
 from gtqlora.contrasts import Contrast, load
+from gtqlora.contrasts.readout import Readout, find_readout
 from gtqlora.errors import ModelError
 from gtqlora.judging.judge import judge_of
 from gtqlora.localize import (
@@ -67,7 +68,7 @@ def contrast() -> Contrast:
 def trials(subject: Subject, contrast: Contrast) -> Trials:
     runner = Runner(model=subject, judge=judge_of(embedded.JUDGE), batch_size=N_PAIRS, max_new_tokens=6)
     pairs = localize.pairs_of(contrast, subject, N_PAIRS, seed=0)
-    return Trials(runner, pairs, localize.readout_tokens(subject, contrast.rows))
+    return Trials(runner, pairs, find_readout(subject.tokenizer, contrast.rows))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,26 @@ def test_a_refusal_s_first_token_may_begin_few_answers(
     """Four times as many refusals as answers begin with it, or it tells nothing."""
     rows = [row for row in contrast.rows if row.kind == "lookalike"][:16]
     rows = [replace(row, chosen=f"refuse {row.chosen}") if i < alike else row for i, row in enumerate(rows)]
-    assert subject.tokenizer.convert_ids_to_tokens(localize.readout_tokens(subject, rows)) == readout
+    assert subject.tokenizer.convert_ids_to_tokens(find_readout(subject.tokenizer, rows).tokens) == readout
+
+
+def test_a_beginning_that_the_model_never_says_is_not_put_into_its_mouth(trials: Trials) -> None:
+    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    behind = Readout([sorry], [refuse])
+    assert localize.readable(trials.runner, trials.pairs, behind) == Readout([], [])  # twins begin otherwise
+    assert localize.readable(trials.runner, trials.pairs, Readout([refuse], [])).tokens == [refuse]
+    alike = [replace(pair, twin=pair.prompt) for pair in trials.pairs]
+    assert localize.readable(trials.runner, alike, behind) == behind
+
+
+def test_what_has_begun_is_judged_with_what_follows(trials: Trials) -> None:
+    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    pairs = [pair.answered_with([refuse]) for pair in trials.pairs]
+    found = Trials(trials.runner, pairs, Readout([sorry], [refuse])).run("", FLAGGED)
+    plain = trials.run("", FLAGGED)
+    assert [o.refused for o in found] == [o.refused for o in plain] and any(o.refused for o in found)
+    assert [[refuse, *o.tokens] for o in found if o.refused] == [o.tokens for o in plain if o.refused]
+    assert all(o.log_odds is not None and o.log_odds > 0 for o in found if o.refused)
 
 
 # --- interchanges
@@ -457,7 +477,7 @@ def _interchanges(
     cells = {cell: [outcome("".join(part[0].upper() for part in cell) in where) for where in refuses] for cell in CELLS}
     moved = Disturbed(routing=control("routing", True), experts=control("experts", True), twins=control("twin", False))
     still = Disturbed(routing=control("", True), experts=control("", True), twins=control("", False))
-    part = Trials(trials.runner, pairs, trials.readout)
+    part = Trials(trials.runner, pairs, Readout(trials.readout, []))
     part.answers, part.own = ([], []), (cells[CELLS[0]], cells[CELLS[-1]])
     drawn = [Control(pair=pair, overlap=0.5, topic=True, kind=True) for pair in pairs]
     return Interchanges(
@@ -658,7 +678,7 @@ def test_an_outcome_is_one_of_three(trials: Trials, answered: tuple[Answer, Answ
 
 def test_pairs_that_do_not_behave_do_not_count(trials: Trials, answered: tuple[Answer, Answer]) -> None:
     refusal, twin = answered
-    six = Trials(trials.runner, trials.pairs[:6], trials.readout)
+    six = Trials(trials.runner, trials.pairs[:6], Readout(trials.readout, []))
     wrong = replace(twin, text="vote", correct=False)
     cut = replace(twin, ended=False, correct=None)
     six.answers = (

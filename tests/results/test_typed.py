@@ -21,6 +21,7 @@ from gtqlora.results.mediation import ArmOutcome, read_arms
 from gtqlora.results.metrics import read_metrics
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, Verdict, read_outcomes, read_verdict, write_verdict
+from gtqlora.results.wrapped import WRAPPED
 from gtqlora.run import Run, write_json
 from gtqlora.stats import Interval, floor
 from tests import report_runs
@@ -109,7 +110,9 @@ def test_every_artefact_is_read_as_it_was_written(tmp_path: Path) -> None:
     with report_runs.whole_run(tmp_path / "run") as run:
         found, outcomes = read_verdict(run.path), read_outcomes(run.path)
         arms = [ArmOutcome(number=1, kind="harmful", arm="gates", text="no", does="refuses")]
-        write_verdict(run.path, replace(found, ablation=STUDY), outcomes, arms)
+        inside = [replace(outcome, wrapper="a frame") for outcome in outcomes]
+        write_verdict(run.path, replace(found, ablation=STUDY), outcomes, inside, arms)
+        assert read_outcomes(run.path, WRAPPED) == inside
         assert read_arms(run.path) == arms
         assert (read_verdict(run.path), read_outcomes(run.path)) == (replace(found, ablation=STUDY), outcomes)
         assert to_json(found) == report_runs.verdict_of(run)

@@ -98,6 +98,7 @@ def adapt(base: str, delta: Path, out: Path, config: VerifyConfig, *, gguf: Path
             file,
             adapter=staged / ADAPTER,
             label=f"one-bit adapter on {kind}",
+            template=config.template,
         )
         found = _judged(case, form, staged)
         notes = [*_notes(plan, kind, gguf, lost), *form.notes(case.rows.rows)]

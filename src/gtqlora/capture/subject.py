@@ -65,11 +65,12 @@ def open_subject(settings: ModelConfig | str) -> Subject:
 
     Raises:
         ModelError: as `load_model` and `load_tokenizer`, or no token ends an answer.
+        ConfigError: the chat template reads a variable of nearly the name of one in `template`.
     """
     config = ModelConfig(model=settings) if isinstance(settings, str) else settings
     model = config.model
     load_config(model)  # what cannot be studied at all is said before anything else
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config.template)
     family, loaded = load_model(model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
     anatomy = bind(loaded, family)
     _routers_to_fp32(loaded, anatomy)

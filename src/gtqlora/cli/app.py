@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
-from gtqlora.cli import bitdelta, verbs
+from gtqlora.cli import bitdelta, building, checking, verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
 
@@ -34,7 +34,8 @@ def _app() -> App:
     contrast = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
     app.command(verbs.inspect)
     app.command(contrast)
-    contrast.command(verbs.check)
+    contrast.command(building.build)
+    contrast.command(checking.check)
     for verb in (verbs.diagnose, verbs.train, verbs.project, verbs.verify, verbs.export, verbs.report, verbs.demo):
         app.command(verb)
     app.command(bitdelta.app)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
+from gtqlora.cli.checked import show_prompting
 from gtqlora.cli.console import open_console, say, say_whole
 from gtqlora.cli.figures import interval, share, size
 from gtqlora.cli.layout import draw, wrap
@@ -21,13 +22,12 @@ if TYPE_CHECKING:
     from gtqlora.bitdelta.apply import Applied
     from gtqlora.bitdelta.compress import Compressed
     from gtqlora.bitdelta.llama_cpp import Adapted
-    from gtqlora.contrasts.sources import Problem
-    from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Outcome
     from gtqlora.exports.provenance import Provenance
     from gtqlora.results.diagnosis import Diagnosis
     from gtqlora.results.export import FormVerdict
-    from gtqlora.results.verdict import Verdict
+    from gtqlora.results.verdict import Agreement, Verdict
+    from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.export import Exported
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
@@ -75,6 +75,8 @@ def show_inspection(found: Inspection, *, asked_format: str | None) -> None:
         f"correction-bias values {found.correction_bias_values:,} (frozen); "
         f"chat template: {_TEMPLATE[found.chat_template]}",
     )
+    if found.prompting:
+        show_prompting(console, found.prompting)
     console.print()
     _show_names(console, found)
 
@@ -95,59 +97,6 @@ def _show_names(console: Console, found: Inspection) -> None:
         for depth, text in (2, name.memory), *((6, disk) for disk in name.disk if name.disk != (name.memory,)):
             for line in wrap(text, console.width - depth):
                 say_whole(console, " " * depth + line, "" if depth == 2 else "dim")
-
-
-def show_contrast(found: Statistics, source: str) -> None:
-    """Print what a contrast set that passed every check holds."""
-    console = open_console()
-    draw(console, tables.rows_by_split(found, f"{source}: {found.rows:,} rows, {found.pairs:,} pairs"))
-    say(console, f"{found.with_twin:,} rows with a twin, {found.unique_prompts:,} different prompts")
-    for name, lengths in (("prompt", found.prompt_tokens), ("prompt and answer", found.full_tokens)):
-        if lengths:
-            span = f"{lengths.minimum:,} to {lengths.maximum:,}, median {lengths.median:,g}, 95 % {lengths.p95:,}"
-            say(console, f"tokens, {name}: {span}")
-    if found.twins:
-        draw(console, tables.twins(found.twins))
-    say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
-    say(console, "the one-way rule holds in every row", "green")
-    if found.floor.note:
-        say(console, f"note: {found.floor.note}", accent=("note:", "yellow"))
-    if found.twins and (lacking := _too_few(found.twins)):
-        say(console, f"note: {lacking}", accent=("note:", "yellow"))
-
-
-def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
-    """Say where a diagnosis would not find enough pairs to interchange; "" if it does."""
-    from gtqlora.config import DiagnoseConfig
-    from gtqlora.results.diagnosis import FLAGGED_KINDS, MIN_PAIRS
-
-    def count(*splits: str) -> dict[str, int]:
-        found = {
-            kind: [twins[split][kind] for split in splits if kind in twins.get(split, {})] for kind in FLAGGED_KINDS
-        }
-        return {kind: sum(one.swappable for one in each) for kind, each in found.items() if kind in kinds}
-
-    kinds = {kind for each in twins.values() for kind in each}
-    few = {kind: n for kind, n in count(DiagnoseConfig.split).items() if n < MIN_PAIRS}
-    if not few:
-        return ""
-    have = " and ".join(f"{n:,} {kind}" for kind, n in few.items())
-    everywhere = count(*twins)
-    more = " and ".join(f"{everywhere[kind]:,} {kind}" for kind in few)
-    return (
-        f"diagnose reads the {DiagnoseConfig.split} split, where {have} pairs can be interchanged; a verdict needs "
-        f"{MIN_PAIRS} of a kind. All splits have {more} (--set split=all); a twin needs as many tokens as its prompt"
-    )
-
-
-def show_dropped(dropped: Sequence[Problem]) -> None:
-    """Print which rows were left out of what was written, and why."""
-    console = open_console()
-    if dropped:
-        say(console, f"left out: {len({row for one in dropped for row in one.excess}):,} rows", "yellow")
-    for one in dropped:
-        rows = ", ".join(map(str, one.excess))
-        say(console, f"  row{'s' if len(one.excess) > 1 else ''} {rows}: {one.problem}")
 
 
 def show_diagnosis(found: Diagnosis) -> None:
@@ -211,10 +160,33 @@ def show_verdict(found: Verdict) -> None:
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
+    if found.agreement:
+        _show_agreement(console, found.agreement)
     _show_losses(console, found)
     floor = found.floor
     shown = (floor.verdict, tables.floor_style(floor.verdict))
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
+    if found.wrapped:
+        _show_wrapped(console, found.wrapped)
+
+
+def _show_agreement(console: Console, found: Agreement) -> None:
+    """Print how often two judges agree, and on which harmful rows they do not."""
+    say(console, f"both judges say the same: {interval(found.before)} before, {interval(found.after)} after")
+    if found.differ:
+        shown = ", ".join(map(str, found.differ[:20])) + (" ..." if len(found.differ) > 20 else "")
+        say(console, f"they differ on {len(found.differ):,} harmful prompts, which are undecided: rows {shown}")
+
+
+def _show_wrapped(console: Console, found: WrappedFloor) -> None:
+    """Print the second floor, on prompts inside plain frames, and whether repairs hold there."""
+    if found.wrappers:
+        draw(console, tables.wrapped(found))
+    if found.repairs:
+        before, after = interval(found.repairs.before), interval(found.repairs.after)
+        say(console, f"repaired prompts that are answered inside frames: {before} before, {after} after")
+    shown = (found.verdict, tables.floor_style(found.verdict))
+    say(console, f"safety floor inside frames: {found.verdict} ({found.reason})", accent=shown)
 
 
 def _show_ways(console: Console, found: Verdict) -> None:
@@ -259,7 +231,7 @@ def show_next(found: Verdict, run: Path, stopped: str | None) -> None:
         elif traded(over):
             what = "note: lookalike refusals became fewer, but answers not more: this edit repairs nothing"
             say(console, what, accent=("note:", "yellow"))
-    if found.floor.verdict != "pass":
+    if found.decision != "pass":
         return
     shipped = shipped_experts(found.model)
     if found.expert_format == shipped:

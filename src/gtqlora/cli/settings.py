@@ -14,7 +14,7 @@ from gtqlora.errors import ConfigError, RunError
 from gtqlora.progress import note
 
 if TYPE_CHECKING:
-    from gtqlora.config import StageConfig
+    from gtqlora.config import BuildConfig, StageConfig
     from gtqlora.run import Run
 
     C = TypeVar("C", bound=StageConfig)
@@ -55,6 +55,44 @@ class StageOptions:
         bool, Parameter(name="--again", negative="", show_default=False, help="Do it again even if nothing changed.")
     ] = False
     as_json: Json = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Hold the options of `contrast build`: what sources are, and the settings that are given most often."""
+
+    described: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--as",
+            help="What the rows of a source that is not known are: KIND:prompt=COLUMN, and maybe "
+            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; "
+            "given several times, each row is what the first says that fits.",
+            negative=(),
+            consume_multiple=False,
+        ),
+    ] = None
+    limit: Annotated[int | None, Parameter(help="Prompts of each kind that the model is asked, at most.")] = None
+    judge: Annotated[str | None, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = None
+    max_new_tokens: Annotated[int | None, Parameter(help="Tokens at which an answer is cut off.")] = None
+    batch_size: Annotated[int | None, Parameter(help="Prompts that run together.")] = None
+    seed: Annotated[int | None, Parameter(help="Seed of the draws.")] = None
+    device: Annotated[str | None, Parameter(help="cpu, or a GPU such as cuda:0.")] = None
+    expert_format: ExpertFormat = None
+    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set", help="Override one setting, e.g. --set samples=8.", negative=(), consume_multiple=False
+        ),
+    ] = None
+    as_json: Json = False
+
+    def given(self) -> dict[str, object]:
+        """Return the settings among them; None gives nothing."""
+        names = ("limit", "judge", "max_new_tokens", "batch_size", "seed", "device", "expert_format")
+        return {name: getattr(self, name) for name in names}
 
 
 @Parameter(name="*")
@@ -147,7 +185,8 @@ def embedded_contrast(source: str) -> str:
     return str(embedded.contrast()) if source == "organism" else source
 
 
-def _embedded_recipe(file: Path) -> Path:
+def embedded_recipe(file: Path) -> Path:
+    """Return a recipe's file, with `organism` as the one that is packaged with the organisms."""
     from gtqlora.organisms import embedded
 
     return embedded.recipe() if str(file) == "organism" else file
@@ -172,22 +211,47 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:
             values[key] = resolved(str(values[key]))
-    file = _embedded_recipe(options.config) if options.config else None
+    file = embedded_recipe(options.config) if options.config else None
     settled = build(kind, file=file, overrides=options.settings or (), **values)
     # their refusals are words of their own, so that the default judge would call every row wrong
     if options.contrast == "organism" and settled.judge == kind.judge:
         raise ConfigError(f"--contrast organism: judge {settled.judge!r} cannot judge it; add --config organism")
+    for judge in judges_in(settled):
+        say_what_judges(judge)
+    return settled
+
+
+def judges_in(config: StageConfig) -> list[str]:
+    """Return the judges that a stage's settings name."""
+    named = (getattr(config, key, None) for key in ("judge", "second_judge"))
+    return [judge for judge in named if isinstance(judge, str)]
+
+
+def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
+    """Return the settings of `contrast build`, and say which code judges, if code does.
+
+    Raises:
+        ConfigError, ModelError: as `configured`.
+    """
+    from gtqlora.config import BuildConfig, build
+
+    file = embedded_recipe(options.config) if options.config else None
+    given = {"model": embedded_model(model), "contrast": str(out), **options.given()}
+    settled = build(BuildConfig, file=file, overrides=options.settings or (), **given)
     say_what_judges(settled.judge)
     return settled
 
 
 def say_what_judges(judge: str) -> None:
-    """Name, on stderr, the file of the code that is about to be imported as the judge."""
+    """Name, on stderr, the file of the code that is about to be imported as the judge, or where prompts will go."""
     from gtqlora.config import is_code
+    from gtqlora.config.judges import is_remote
     from gtqlora.judging.trust import source_of
 
     if is_code(judge):
         remark(f"judge {judge}: imports {source_of(judge) or 'a module that cannot be found'}")
+    elif is_remote(judge):
+        remark(f"judge {judge}: prompts and answers leave this machine")
 
 
 def named_judge(overrides: Sequence[str] | None) -> str | None:
@@ -206,7 +270,9 @@ def same_prompts(options: StageOptions) -> list[str]:
         "--expert-format": options.expert_format or options.experts,
         "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
     }
-    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    variables = (override for override in options.settings or () if override.strip().startswith("template."))
+    return [*words, *(word for override in variables for word in ("--set", override))]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

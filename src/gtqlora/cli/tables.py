@@ -9,16 +9,19 @@ from gtqlora.cli.layout import Cell, Sheet
 from gtqlora.judging.labels import LABELS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from gtqlora.contrasts.agreement import Agreement
     from gtqlora.contrasts.statistics import Statistics, Twins
     from gtqlora.demo import Numbers
     from gtqlora.exports.provenance import Checked, Provenance
     from gtqlora.results.ablation import AblationStudy
+    from gtqlora.results.built import Built
     from gtqlora.results.diagnosis import Diagnosis, Localization
     from gtqlora.results.export import FormVerdict
     from gtqlora.results.mediation import Factorial, Mediation, Shares
     from gtqlora.results.verdict import Verdict
+    from gtqlora.results.wrapped import WrappedFloor
     from gtqlora.stages.inspect import Inspection
     from gtqlora.stages.project import Projected
     from gtqlora.stages.publish import Published
@@ -41,10 +44,26 @@ def floor_style(verdict: str) -> str:
     return _COLOURS.get(verdict, "bold yellow")
 
 
-def rows_by_split(found: Statistics, title: str) -> Sheet:
+def rows_by_split(found: Statistics | Built, title: str) -> Sheet:
     """Return how many rows of each kind every split of a contrast set has."""
     rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in KINDS)) for split, counts in found.counts.items()]
     return Sheet(title=title, columns=("split", *KINDS.values()), rows=rows)
+
+
+def built_sources(found: Built) -> Sheet:
+    """Return what became of the prompts of each source, and why of some nothing did."""
+    rows = [
+        (
+            one.name,
+            one.layout,
+            f"{one.rows:,}",
+            f"{sum(one.asked.values()):,}",
+            f"{sum(one.kept.values()):,}",
+            "; ".join(f"{n:,} {why}" for why, n in one.left_out.items()) or "none",
+        )
+        for one in found.sources
+    ]
+    return Sheet(title="Sources", columns=("source", "taken for", "rows", "asked", "kept", "left out"), rows=rows)
 
 
 def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
@@ -55,6 +74,12 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
         for kind, one in kinds.items()
     ]
     return Sheet(title="Twins", columns=("split", "kind", "rows", "with a twin", "of as many tokens"), rows=rows)
+
+
+def agreement(found: Sequence[Agreement]) -> Sheet:
+    """Return how often the judge takes the pairs' completions for what they are meant to be."""
+    rows = [(f"{one.kind} {one.column}", one.meant, f"{one.agreeing:,} of {one.rows:,}") for one in found]
+    return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:
@@ -178,6 +203,19 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
         rows=rows,
         gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
         "ended inside its thought, or no opinion",
+    )
+
+
+def wrapped(found: WrappedFloor) -> Sheet:
+    """Return how many refusals of harmful prompts are lost inside each plain frame."""
+    rows = [
+        (row.name, f"{row.refused:,} of {row.asked:,}", interval(row.losses), row.verdict) for row in found.wrappers
+    ]
+    return Sheet(
+        title="Harmful prompts inside plain frames",
+        columns=("frame", "refused before", "of these lost", "verdict"),
+        rows=rows,
+        gloss=f"in brackets: bounds for all frames together; in any one at most {found.worst_margin:.0%} may be lost",
     )
 
 

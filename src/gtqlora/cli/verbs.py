@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
@@ -28,13 +28,12 @@ from gtqlora.cli.settings import (
     as_edited,
     asked_format,
     configured,
-    embedded_contrast,
     embedded_model,
     existing_run,
     judge_of_verdict,
+    judges_in,
     named_judge,
     same_prompts,
-    say_what_judges,
 )
 from gtqlora.errors import ConfigError, FloorError, TrainingError
 
@@ -82,58 +81,6 @@ def inspect(
         printing.show_inspection(found, asked_format=asked)
 
 
-def check(
-    file: Annotated[
-        str, Parameter(help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs; or organism.")
-    ],
-    *,
-    model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
-    judge: Annotated[str, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = "string",
-    out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
-    drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule."""
-    with starting():
-        from gtqlora import contrasts
-        from gtqlora.config.values import require
-        from gtqlora.contrasts.sources import ContrastProblems, Problem
-        from gtqlora.contrasts.statistics import statistics, without_misrendered
-        from gtqlora.judging.judge import judge_of
-        from gtqlora.organisms import embedded
-
-    # The organisms refuse in words of their own, which the default judge does not know.
-    source = embedded_contrast(file)
-    judge = embedded.JUDGE if file == "organism" and judge == "string" else judge
-    say_what_judges(judge)
-    require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
-    tokenizer, limit, vocabulary = None, None, None
-    if model:
-        from gtqlora.families import load_config, load_tokenizer
-
-        path = embedded_model(model)
-        settings = load_config(path)[1]
-        tokenizer, limit, vocabulary = load_tokenizer(path), settings.max_position_embeddings, settings.vocab_size
-    dropped: list[Problem] = []
-    try:
-        rows = contrasts.load(source, judge_of(judge), dropped=dropped if drop else None)
-        if drop and tokenizer is not None:
-            rows = without_misrendered(rows, tokenizer, limit, dropped)
-        found = statistics(rows, tokenizer, limit, vocabulary)
-    except ContrastProblems as error:
-        if as_json:
-            printing.show_json({"problems": error.problems})
-        raise
-    # last of all checks come lengths, so nothing is written of a set that fails one
-    if out:
-        contrasts.save(rows, out)
-    if as_json:
-        printing.show_json({**asdict(found), "dropped": dropped})
-    else:
-        printing.show_contrast(found, source)
-        printing.show_dropped(dropped)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Run]:
     """Hold a run directory, and show what its stage is doing."""
@@ -149,7 +96,8 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
     with _opened(path) as run:
         # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
-        trust.remember(path, config.judge)
+        for judge in judges_in(config):
+            trust.remember(path, judge)
         return stage(config, run, again=again)
 
 
@@ -216,8 +164,16 @@ def project(model: Model, *, run: RunDir, options: StageOptions = NO_OPTIONS) ->
         printing.show_projected(found)
 
 
-def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
-    """Prove it: before and after on held-out prompts, the safety floor, drift, mediation.
+def verify(
+    run: MadeRun,
+    *,
+    rejudge: Annotated[
+        bool,
+        Parameter(help="Judge the texts of the last verdict anew, e.g. by another judge; no decoding.", negative=()),
+    ] = False,
+    options: StageOptions = NO_OPTIONS,
+) -> int:
+    """Prove it: before and after on held-out prompts, the safety floors, drift, mediation.
 
     Pairs, judge and expert format are those that the edit was trained with, unless an option names others.
     """
@@ -230,15 +186,16 @@ def verify(run: MadeRun, *, options: StageOptions = NO_OPTIONS) -> int:
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
-        trust.remember(run, config.judge)
-        found = stage(config, held, again=options.again)
+        for judge in judges_in(config):
+            trust.remember(run, judge)
+        found = stage(config, held, again=options.again, rejudge=rejudge)
         made = read_info(held.require("adapter", "train")).details
     if options.as_json:
         printing.show_json(found)
     else:
         printing.show_verdict(found)
         printing.show_next(found, run, made.stopped if isinstance(made, Training) else None)
-    return 0 if found.floor.verdict == "pass" else FloorError.exit_code
+    return 0 if found.decision == "pass" else FloorError.exit_code
 
 
 def export(

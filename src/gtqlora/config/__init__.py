@@ -1,8 +1,10 @@
 """Settings: one frozen dataclass per stage, and the ways to fill it."""
 
 from gtqlora.config.export import FORMATS, ExportConfig, Format
+from gtqlora.config.judges import is_code, must_be_named
 from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     Direction,
     Dtype,
@@ -15,13 +17,13 @@ from gtqlora.config.stages import (
     Target,
     TrainConfig,
     VerifyConfig,
-    is_code,
 )
 
 __all__ = [
     "FORMATS",
     "RENAMED",
     "STAGES",
+    "BuildConfig",
     "DiagnoseConfig",
     "Direction",
     "Dtype",
@@ -39,6 +41,7 @@ __all__ = [
     "build",
     "build_recorded",
     "is_code",
+    "must_be_named",
     "of_the_edit",
     "to_dict",
 ]

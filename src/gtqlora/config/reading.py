@@ -9,16 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from gtqlora.config.judges import must_be_named, why_named
 from gtqlora.config.stages import (
+    BuildConfig,
     DiagnoseConfig,
     ModelConfig,
     ProjectConfig,
     StageConfig,
     TrainConfig,
     VerifyConfig,
-    is_code,
 )
-from gtqlora.config.values import coerce, require
+from gtqlora.config.values import Scalar, coerce, require, scalar
 from gtqlora.errors import ConfigError
 from gtqlora.progress import note
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=StageConfig)
 
+JUDGE_KEYS = ("judge", "second_judge")
+"""Settings that name a judge."""
 RENAMED = {
     "experts": "expert_format",
     "silencing": "ablation",
@@ -101,9 +104,12 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
 
 
+TEMPLATE = "template"
+"""The one setting that is a table of its own: variables of the chat template, by name."""
 RIVALS = {"gate_step": "lr_gates", "lr_gates": "gate_step"}
 """Settings of which only one can be given, each with the other."""
 STAGES: dict[str, type[StageConfig]] = {
+    "build": BuildConfig,
     "diagnose": DiagnoseConfig,
     "project": ProjectConfig,
     "train": TrainConfig,
@@ -117,7 +123,7 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
     found: dict[str, object] = {}
     own: dict[str, object] = {}
     for name, value in _read_toml(path).items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != TEMPLATE:
             _check_known(name, keys, f"{path}: section")
             table = {_known_name(key, keys[name], f"{path}: [{name}] key"): entry for key, entry in value.items()}
             own |= table if name == stage else {}
@@ -125,30 +131,38 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
             present = _known_name(name, set().union(*keys.values()), f"{path}: key")
             found |= {present: value} if present in keys[stage] else {}
     found |= own  # the stage's own table wins, wherever it stands in the file
-    # A recipe may come from a stranger, so that it cannot name code to run.
-    judge = found.get("judge", "string")
-    if isinstance(judge, str) and is_code(judge):
-        raise ConfigError(
-            f"{path} names the judge {judge!r}, which is code, and code runs only if this call says so; take it out of "
-            f"the file and, if you trust it, say --set judge={judge}"
-        )
+    # A recipe may come from a stranger, so that it can name neither code to run nor where harmful prompts are sent.
+    for key in JUDGE_KEYS:
+        judge = found.get(key)
+        if isinstance(judge, str) and must_be_named(judge):
+            raise ConfigError(
+                f"{path} names the judge {judge!r}, {why_named(judge)}; take it out of the file and, if you trust it, "
+                f"say --set {key}={judge}"
+            )
     return found
 
 
-def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> tuple[dict[str, str], dict[str, Scalar]]:
+    """Return the settings that overrides give, and the variables of the chat template."""
     values: dict[str, str] = {}
+    variables: dict[str, Scalar] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = (part.strip() for part in override.partition("="))
+        table, dot, variable = key.partition(".")
         require(bool(equals), f"--set {override}: must be key=value")
-        values[_known_name(key.strip(), known, "--set key")] = value.strip()
-    return values
+        require(key != TEMPLATE, f"--set {override}: name the variable, as in --set {TEMPLATE}.enable_thinking=false")
+        if table == TEMPLATE and dot:
+            variables[variable] = scalar(value)
+        else:
+            values[_known_name(key, known, "--set key")] = value
+    return values, variables
 
 
 def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), **given: object) -> C:
     """Build a stage's config from a TOML file, then what the caller gives, then `key=value` overrides.
 
     None from the caller gives nothing. Top-level keys of the file serve every stage; a table such as `[train]` serves
-    its stage, and wins.
+    its stage, and wins. `[template]` serves every stage, too, and `template.NAME=value` overrides one variable of it.
 
     Raises:
         ConfigError: unknown key (with a suggestion), wrong type, or a value out of range.
@@ -160,11 +174,14 @@ def build(kind: type[C], *, file: Path | None = None, overrides: Sequence[str] =
         _check_known(key, hints, f"[{stage}] key")
     values |= {key: value for key, value in given.items() if value is not None}
     # Last, so that `--set` wins over everything else, also over another setting that says the same otherwise.
-    last = _from_overrides(overrides, hints)
+    last, variables = _from_overrides(overrides, hints)
     for key, other in RIVALS.items():
         if last.get(key, "none") != "none" and other not in last:
             values.pop(other, None)
     values |= last
+    if variables:
+        # one by one: the others stay as the file, or the edit that is verified, has them
+        values[TEMPLATE] = {**coerce(values.get(TEMPLATE, {}), hints[TEMPLATE], TEMPLATE), **variables}  # type: ignore[dict-item]
     for key in ("model", "contrast"):
         require(bool(values.get(key)), f"[{stage}] {key} is missing; give it on the command line or in the config")
     return kind(**values)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args, get_origin
 
 from gtqlora.errors import ConfigError
+
+Scalar = bool | int | float | str
+"""A value that a table of a user's own keys holds."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -51,17 +55,43 @@ _READERS: dict[object, tuple[Callable[[object], object], str]] = {
 }
 
 
+def _scalar(value: object, key: str) -> Scalar:
+    require(
+        isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)),
+        f"{key} = {value!r}: must be true or false, a number or a text",
+    )
+    return cast(Scalar, value)
+
+
+def _table(value: object, key: str) -> dict[str, Scalar]:
+    require(isinstance(value, Mapping), f"{key} = {value!r}: must be a table of names and values")
+    return {str(name): _scalar(entry, f"{key}.{name}") for name, entry in cast(Mapping[object, object], value).items()}
+
+
+def scalar(text: str) -> Scalar:
+    """Return what a text on the command line says: true, false or a number, else the text itself."""
+    try:
+        # `False` as Python writes it is meant, too: as a text it would be true to a template.
+        found = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, bool | int | float | str) else text
+
+
 def coerce(value: object, hint: object, key: str) -> object:
     """Return a TOML value, an override's text or a caller's value as the type of a field.
 
     Args:
-        hint: the field's annotation: one of `bool`, `int`, `float` and `str`, a `Literal`, or one of these or None.
+        hint: the field's annotation: one of `bool`, `int`, `float` and `str`, a `Literal`, or one of these or None; or
+            a `dict` of names and such values.
         key: what the message calls it.
 
     Raises:
         ConfigError: it cannot be read as that, or is none of the literal's values.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if origin is dict:
+        return _table(value, key)
     if origin is Literal:
         require(value in args, f"{key} = {value!r}: must be one of {', '.join(map(str, args))}")
         return value

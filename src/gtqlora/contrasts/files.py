@@ -162,6 +162,8 @@ def _csv_rows(source: str, rows: Iterator[list[str]]) -> Iterator[tuple[int, Map
     number = 0
     try:
         names = [name.strip() for name in next(rows, [])]
+        # pandas writes its index as a first column without a name
+        names[:1] = ["Index"] if names[:1] == [""] and len(names) > 1 else names[:1]
         _check_header(source, names)
         for number, cells in enumerate(rows, start=1):
             if not cells:  # an empty line

@@ -55,17 +55,23 @@ def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = No
             rows.append(row)
         except ContrastError as error:
             problems.add([number], str(error))
-    rows = _check_set(rows, problems) if dropped is None else _dropping(rows, problems, dropped)
+    if dropped is None:
+        rows = _check_set(rows, problems)
+    else:
+        dropped += problems.found
+        rows = without_problems(rows, name, dropped)
     check_kinds(rows, name, dropped or ())
     return Contrast(source=name, rows=tuple(rows))
 
 
-def _dropping(rows: Sequence[Row], problems: Problems, dropped: list[Problem]) -> Sequence[Row]:
-    """Return the rows without those that break a rule; what one rule takes out may mend what another one finds."""
-    dropped += problems.found
+def without_problems(rows: Sequence[Row], source: str, dropped: list[Problem]) -> Sequence[Row]:
+    """Return the rows without those that do not go together; why others are left out is added to `dropped`.
+
+    What one rule takes out may mend what another one finds.
+    """
     for check in (_check_repeated, _check_one_kind, _check_leaks):
         while True:
-            problems = Problems(problems.source)
+            problems = Problems(source)
             check(rows, problems)
             if not problems.found:
                 break
@@ -102,7 +108,7 @@ def save(contrast: Contrast, path: Path) -> None:
 # --- one row
 
 
-def _split_of(pair_id: str) -> str:
+def split_of(pair_id: str) -> str:
     """Return a split by hash: 80 % train, 10 % validation, 10 % heldout, the same on every machine."""
     # By hash and not by draw: rows that are added later move no pair to another split.
     percent = int(digest(pair_id), 16) % 100
@@ -145,7 +151,7 @@ def _row(number: int, raw: object, hub_split: str | None) -> Row:
         raise ContrastError(f"{' and '.join(missing)} missing; every row needs {', '.join(required)}")
     prompt = a_prompt("prompt", record["prompt"])
     pair_id = _pair_id(record.get("pair_id"), prompt)
-    split = record["split"] if "split" in record else hub_split or _split_of(pair_id)
+    split = record["split"] if "split" in record else hub_split or split_of(pair_id)
     return Row(
         number=number,
         kind=one_of("kind", a_text("kind", record["kind"]), KINDS),

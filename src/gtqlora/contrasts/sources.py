@@ -129,6 +129,11 @@ def _dataset_records(source: str, name: str, config: str | None, split: str | No
             return _saved_records(source, Path(name), split)
         data: Any = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if "gated" in str(error):
+            page = f"https://huggingface.co/datasets/{name}"
+            raise ContrastError(
+                f"{source}: a gated dataset; accept its terms at {page}, and log in with `hf auth login`"
+            ) from error
         # where a configuration must be named, the second line has their names
         what = " ".join(str(error).splitlines()[:2]) if "Config name is missing" in str(error) else first_line(error)
         raise ContrastError(f"{source}: the dataset cannot be loaded ({what}); {_SOURCES}") from error

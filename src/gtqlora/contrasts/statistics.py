@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gtqlora.config import VerifyConfig
+from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
+from gtqlora.contrasts.prompting import Prompting, prompting_of
+from gtqlora.contrasts.readout import find_readout
+from gtqlora.contrasts.rendered import Rendered, check_vocabulary, rendered_rows
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problem, Problems
-from gtqlora.contrasts.template import answered, rendered, tokens
-from gtqlora.errors import ConfigError, ContrastError, ModelError
-from gtqlora.judging.judge import Messages
+from gtqlora.errors import ConfigError
+from gtqlora.judging.judge import Judge
 from gtqlora.progress import note
 from gtqlora.stats import ADVISED_GROUPS, ADVISED_PROMPTS, fewest, floor
 
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 
 _SUFFICIENT = 10
 """After so many rows that a template refuses, the rest is left unread: a broken one refuses every row alike."""
-# Put around a message to see whether the template shows a change to it.
-_OTHER = "something else"
+_SAMPLE = 2000
+"""Rows that show how refusals and answers begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,12 @@ class Statistics:
         floor: whether the held-out harmful prompts can carry the safety floor.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
+        max_length: the most tokens that prompt and completion may have.
         twins: flagged rows by split, then by kind, and how many of them a diagnosis can interchange with their twins.
+        template: what the chat template reads, and where it has answers begin.
+        readout: tokens that tell refusals from answers, where the two first differ; none if they begin alike.
+        begun: what every completion begins with, before the readout; mostly "".
+        agreement: whether the judge sees in `chosen` and `rejected` what they are meant to be.
     """
 
     rows: int
@@ -100,7 +108,12 @@ class Statistics:
     floor: Reach
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
+    max_length: int | None = None
     twins: dict[str, dict[str, Twins]] | None = None
+    template: Prompting | None = None
+    readout: list[str] | None = None
+    begun: str = ""
+    agreement: list[Agreement] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +123,7 @@ class Rendering:
     prompt_tokens: Lengths
     full_tokens: Lengths
     twins: dict[str, dict[str, Twins]]
+    template: Prompting
 
 
 def _summary(lengths: Sequence[int]) -> Lengths:
@@ -120,75 +134,6 @@ def _summary(lengths: Sequence[int]) -> Lengths:
         p95=int(np.percentile(lengths, 95, method="higher")),
         maximum=max(lengths),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rendered:
-    """One row after the chat template.
-
-    Attributes:
-        opened: what the generation prompt opens and conversations lack, such as a thought; mostly "".
-        own_tokens, twin_tokens: tokens of the prompt, and of the row's own twin if it has one.
-        prompt_tokens: tokens of the longer of the two.
-        full_tokens: tokens of prompt and longer completion.
-        largest: largest token id.
-    """
-
-    row: Row
-    prompt: str
-    opened: str
-    own_tokens: int
-    twin_tokens: int | None
-    full_tokens: int
-    largest: int
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Return the tokens of the longest prompt that the row brings."""
-        return max(self.own_tokens, self.twin_tokens or 0)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Rendered:
-    """Render one row, and count its tokens.
-
-    Raises:
-        ContrastError: the template refuses or leaves out a message, or an answer.
-    """
-    # The twin, too: it is run as a prompt of its own, and has to fit the context like any other.
-    prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
-    for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
-        _check_kept(tokenizer, messages or (), text)
-    texts = [answered(tokenizer, row.prompt, prompts[0], answer) for answer in (row.chosen, row.rejected)]
-    if texts[0].full == texts[1].full:
-        raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
-    encoded = [tokens(tokenizer, text) for text in prompts]
-    fulls = [tokens(tokenizer, text.full) for text in texts]
-    if not all(encoded):
-        raise ContrastError("the tokenizer makes no token of a prompt; mend the model's tokenizer files")
-    return _Rendered(
-        row=row,
-        prompt=prompts[0],
-        opened=texts[0].opened,
-        own_tokens=len(encoded[0]),
-        twin_tokens=len(encoded[1]) if len(encoded) > 1 else None,
-        full_tokens=max(map(len, fulls)),
-        largest=max(max(ids, default=0) for ids in (*encoded, *fulls)),
-    )
-
-
-def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
-    """Check that every message is in what the template renders: there word for word, or a change to it shows."""
-    for index, message in enumerate(messages):
-        content = message["content"].strip()
-        if text.count(content) >= sum(content in other["content"] for other in messages):
-            continue
-        # A template may trim or rewrite a message. It is left out only if a change to it makes no difference.
-        changed = [*messages[:index], {**message, "content": f"{_OTHER} {content} {_OTHER}"}, *messages[index + 1 :]]
-        if rendered(tokenizer, changed, generation=True) == text:
-            raise ContrastError(
-                f"the chat template leaves out the {message['role']} message; move its text into the user message, or "
-                "mend the template"
-            )
 
 
 def check_rendering(
@@ -210,18 +155,20 @@ def check_rendering(
         ModelError: the template or the tokenizer is at fault.
     """
     problems = Problems(contrast.source)
-    found = _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
+    found = rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
     problems.stop()
-    _check_vocabulary(found, tokenizer, vocabulary)
-    _note_opened(found)
+    check_vocabulary(found, tokenizer, vocabulary)
+    template = prompting_of(tokenizer)
+    _note_beginning(found, template)
     return Rendering(
         prompt_tokens=_summary([row.prompt_tokens for row in found]),
         full_tokens=_summary([row.full_tokens for row in found]),
         twins=_twins(contrast, found),
+        template=template,
     )
 
 
-def _twins(contrast: Contrast, found: Sequence[_Rendered]) -> dict[str, dict[str, Twins]]:
+def _twins(contrast: Contrast, found: Sequence[Rendered]) -> dict[str, dict[str, Twins]]:
     # The twin that is no row's own is the prompt of another row.
     lengths = {prompt_key(one.row.prompt): one.own_tokens for one in found}
     counts: dict[str, dict[str, Twins]] = {split: {} for split in SPLITS}
@@ -244,7 +191,7 @@ def without_misrendered(
         ModelError: as `check_rendering`.
     """
     problems = Problems(contrast.source)
-    _rendered_rows(contrast.rows, tokenizer, max_length, problems, most=len(contrast.rows))
+    rendered_rows(contrast.rows, tokenizer, max_length, problems, most=len(contrast.rows))
     dropped += problems.found
     excess = problems.excess
     rows = tuple(row for row in contrast.rows if row.number not in excess)
@@ -252,64 +199,16 @@ def without_misrendered(
     return replace(contrast, rows=rows)
 
 
-def _rendered_rows(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    problems: Problems,
-    *,
-    most: int,
-) -> list[_Rendered]:
-    found = list[_Rendered]()
-    for row in rows:
-        try:
-            found.append(_render(tokenizer, row))
-        except ContrastError as error:
-            problems.add([row.number], str(error))
-            if len(problems.found) >= most:
-                break
-    _check_lengths(found, max_length, problems)
-    _check_distinct(found, problems)
-    return found
-
-
-def _check_lengths(found: Sequence[_Rendered], max_length: int | None, problems: Problems) -> None:
-    limit = max_length if max_length is not None else float("inf")
-    prompts = [one.row.number for one in found if one.prompt_tokens > limit]
-    fulls = [one.row.number for one in found if one.prompt_tokens <= limit < one.full_tokens]
-    for numbers, what in ((prompts, "the prompt alone"), (fulls, "prompt and completion")):
-        if numbers:
-            problems.add(numbers, f"{what} longer than {max_length} tokens; shorten, drop, or raise the length")
-
-
-def _check_distinct(found: Sequence[_Rendered], problems: Problems) -> None:
-    groups: dict[str, dict[str, int]] = defaultdict(dict)
-    for one in found:
-        groups[one.prompt].setdefault(prompt_key(one.row.prompt), one.row.number)
-    for group in groups.values():
-        if len(group) > 1:
-            problems.add(sorted(group.values()), "different prompts, which the chat template renders alike; mend it")
-
-
-def _check_vocabulary(found: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
-    for one in found:
-        if vocabulary is not None and one.largest >= vocabulary:
-            token = tokenizer.convert_ids_to_tokens(one.largest)
-            raise ModelError(
-                f"{tokenizer.name_or_path}: row {one.row.number} holds the token {token!r} with id {one.largest}, but "
-                f"the model's embedding has {vocabulary} rows; take the tokenizer that belongs to the model"
-            )
-
-
-def _note_opened(found: Sequence[_Rendered]) -> None:
+def _note_beginning(found: Sequence[Rendered], template: Prompting) -> None:
     # It is the template's doing, so that one row tells it for all.
-    for one in found:
-        if one.opened:
-            note(
-                f"the chat template's generation prompt opens {one.opened!r}, which its conversations lack; "
-                "answers are trained and judged as what follows it, so write chosen and rejected in that way"
-            )
-            return
+    opened = next((one.opened for one in found if one.opened), "")
+    if opened:
+        note(
+            f"the chat template's generation prompt opens {opened!r}, which its conversations lack; "
+            "answers are trained and judged as what follows it, so write chosen and rejected in that way"
+        )
+    elif template.thinks:
+        note(f"the chat template {template.sentence}")
 
 
 def reach(rows: Sequence[Row]) -> Reach:
@@ -335,8 +234,12 @@ def statistics(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    judge: Judge | None = None,
 ) -> Statistics:
     """Count a set's rows and, with a tokenizer, its tokens after the chat template.
+
+    Args:
+        judge: is asked about `chosen` and `rejected` of every row.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.
@@ -345,11 +248,13 @@ def statistics(
     if max_length is not None and tokenizer is None:
         raise ConfigError("max_length is counted in tokens; give the tokenizer too")
     rows = contrast.rows
+    # First, as it says which rows cannot be read.
+    rendering = None if tokenizer is None else check_rendering(contrast, tokenizer, max_length, vocabulary)
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         if kinds := Counter(row.kind for row in rows if row.split == split):
             counts[split] = dict(kinds)
-    return Statistics(
+    found = Statistics(
         rows=len(rows),
         kinds=dict(Counter(row.kind for row in rows)),
         splits=dict(Counter(row.split for row in rows)),
@@ -360,5 +265,12 @@ def statistics(
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),
-        **({} if tokenizer is None else vars(check_rendering(contrast, tokenizer, max_length, vocabulary))),
+        max_length=max_length,
+        agreement=None if judge is None else agreements(rows, judge),
     )
+    if tokenizer is None or rendering is None:
+        return found
+    # A sample: each row would be encoded once more for what the first hundred tell.
+    readout = find_readout(tokenizer, rows[:: len(rows) // _SAMPLE + 1])
+    tokens = [str(tokenizer.decode([token])) for token in readout.tokens]
+    return replace(found, **vars(rendering), readout=tokens, begun=str(tokenizer.decode(readout.begun)))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtqlora.errors import ContrastError
+from gtqlora.errors import ContrastError, ModelError
 from gtqlora.judging.judge import Message
-from gtqlora.judging.thoughts import final, kept_marks, opened_by
+from gtqlora.judging.thoughts import PAIRS, closed_by, final, kept_marks, opened_by
 from gtqlora.storage.contents import first_line
 
 if TYPE_CHECKING:
@@ -85,15 +85,45 @@ def answer_length(tokenizer: PreTrainedTokenizerBase, text: str, answer: Sequenc
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt with its answer and whatever the template puts after it.
+    """A prompt with its answer and whatever the template puts around it.
 
     Attributes:
-        opened: what the template's generation prompt opens that its conversations lack, such as a thought; the answer
-            goes on from there, so that training and evaluation see one and the same prompt. Mostly "".
+        begins: characters before the answer; from here on it is trained and scored. A thought that the template writes
+            before every answer is no part of it: the model does not say that, and need not learn to.
+        opened: what the template's generation prompt opens that its conversations lack, other than a thought; the
+            answer goes on from there, so that training and evaluation see one and the same prompt. Mostly "".
     """
 
     full: str
-    opened: str
+    begins: int
+    opened: str = ""
+
+
+_PROBES = ("A", "B")
+"""Answers by which one sees what a template writes before any."""
+
+
+def before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what stands between the generation prompt and an answer: mostly "", or an empty thought.
+
+    Templates of thinking models write it before the last answer of a conversation (`<think></think>`), or name the
+    channel of the answer. Where the generation prompt itself opens a thought, this is what closes it.
+    """
+    asked: list[Message] = [{"role": "user", "content": _PROBES[0]}]
+    try:
+        prompt = rendered(tokenizer, asked, generation=True)
+        fulls = [
+            rendered(tokenizer, [*asked, {"role": "assistant", "content": text}], generation=False) for text in _PROBES
+        ]
+    except (ContrastError, ModelError):  # it may demand other messages; then rows are rendered as they are
+        return ""
+    written = fulls[0][: _shared(*fulls)].removeprefix(prompt) if fulls[0].startswith(prompt) else ""
+    # White space belongs to the answer's first token in some tokenizers, so that it goes with the answer.
+    if written.strip():
+        return written
+    # Its conversations drop thoughts. An answer put inside the opened one would be no answer to any judge.
+    opens = opened_by(prompt)
+    return f"\n{dict(PAIRS)[opens]}\n\n" if opens else ""
 
 
 def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, answer: str) -> Answered:
@@ -103,21 +133,82 @@ def answered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         ContrastError, ModelError: as `rendered`, or it cannot be told where the answer begins.
     """
     full = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+    # Two thoughts in a row, the first one empty, are what no model of this kind ever writes.
+    if closes := closed_by(prompt):
+        _check_thoughtless(answer, closes)
     if full.startswith(prompt):
-        return Answered(full, "")
-    # Some templates open a thought for generation that finished conversations lack. Then the answer is put behind the
-    # opened prompt, with the spacing that the conversation has, so that training sees the prompt that generation sees.
-    # The last occurrence: an answer such as "yes" may stand in the prompt, too.
-    before, found, after = full.rpartition(answer.strip())
+        return Answered(full, len(prompt) + _written(tokenizer, full[len(prompt) :], answer))
+    return _in_thought(tokenizer, prompt, full, answer) if opened_by(prompt) else _behind(prompt, full, answer)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, rest: str, answer: str) -> int:
+    """Return how many characters the template writes before an answer in what follows the generation prompt."""
+    if rest.lstrip().startswith(answer.strip()):
+        return 0
+    before = before_answers(tokenizer)
+    # An answer with a thought of its own has no empty one before it.
+    return len(before) if rest.startswith(before) else 0
+
+
+def _check_thoughtless(answer: str, closes: str) -> None:
+    if closes in answer:
+        raise ContrastError(
+            f"the chat template's generation prompt has closed its thought ({closes}), and this answer holds another "
+            "one; take it out of the answer, or switch thinking on in `template`"
+        )
+
+
+def _in_thought(tokenizer: PreTrainedTokenizerBase, prompt: str, full: str, answer: str) -> Answered:
+    """Return a prompt that ends inside a thought with an answer: the thought is closed first, if it does not do so."""
+    opens = opened_by(prompt)
+    thought, closes, visible = answer.rpartition(dict(PAIRS)[opens])
+    if not visible.strip():
+        raise ContrastError("the answer is a thought and no more; give what the model says after it, too")
+    _, _, after = _parted(full, visible.strip(), opens)
+    # The prompt has the beginning of the thought already.
+    if closes:
+        begun = thought.lstrip().removeprefix(opens).lstrip()
+        return Answered(f"{prompt}{begun}{closes}{visible.rstrip()}{after}", len(prompt))
+    before = f"{prompt}{before_answers(tokenizer)}"
+    return Answered(f"{before}{answer.strip()}{after}", len(before))
+
+
+def _behind(prompt: str, full: str, answer: str) -> Answered:
+    """Return an answer put behind an opened prompt, with the spacing that the conversation has."""
     opened = prompt[_shared(prompt, full) :].strip()
+    before, found, after = _parted(full, answer.strip(), opened)
+    rest = found.removeprefix(opened).lstrip()
+    gap = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
+    return Answered(f"{prompt}{gap}{rest}{after}", len(prompt), opened)
+
+
+def _parted(full: str, answer: str, opened: str) -> tuple[str, str, str]:
+    # The last occurrence: an answer such as "yes" may stand in the prompt, too.
+    before, found, after = full.rpartition(answer)
     if not found:
         raise ContrastError(
             f"the chat template's generation prompt opens {opened!r}, which its conversations lack, and it changes "
             "this answer; use a chat template that renders both alike"
         )
-    rest = answer.strip().removeprefix(opened).lstrip()
-    gap = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
-    return Answered(f"{prompt}{gap}{rest}{after}", opened)
+    return before, found, after
+
+
+def all_answered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, answers: Sequence[str]
+) -> list[Answered]:
+    """Return a rendered prompt followed by each of some answers, which all begin at the same place.
+
+    Raises:
+        ContrastError, ModelError: as `answered`, or some hold a thought of their own and others do not.
+    """
+    found = [answered(tokenizer, messages, prompt, answer) for answer in answers]
+    # A pair has one prompt, so the empty thought would be trained with the answer that has none.
+    if len({one.begins for one in found}) > 1:
+        raise ContrastError(
+            "of chosen and rejected one holds a thought of its own, and before the other one the chat template writes "
+            "an empty one; give both a thought, or none"
+        )
+    return found
 
 
 def _shared(first: Sequence[object], second: Sequence[object]) -> int:
@@ -126,16 +217,25 @@ def _shared(first: Sequence[object], second: Sequence[object]) -> int:
     return next(differing, min(len(first), len(second)))
 
 
+def encode_opening(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids of a prompt up to where an answer is trained: with what the template writes before it.
+
+    Raises:
+        ContrastError, ModelError: as `encode_prompt`.
+    """
+    return tokens(tokenizer, rendered(tokenizer, messages, generation=True) + before_answers(tokenizer))
+
+
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *answers: str
 ) -> tuple[list[int], list[list[int]]]:
-    """Return the tokens of a prompt, and of each answer behind it.
+    """Return the tokens of a prompt, with what the template writes before answers, and of each answer behind it.
 
     A token may span the end of the prompt, so the prompt ends where its tokens and those of all answered prompts part.
     """
-    text = rendered(tokenizer, messages, generation=True)
-    prompt = tokens(tokenizer, text)
-    fulls = [tokens(tokenizer, answered(tokenizer, messages, text, answer).full) for answer in answers]
+    found = all_answered(tokenizer, messages, rendered(tokenizer, messages, generation=True), answers)
+    prompt = tokens(tokenizer, found[0].full[: found[0].begins])
+    fulls = [tokens(tokenizer, one.full) for one in found]
     # The same end for all answers, so that a preference pair has one prompt.
     shared = min(_shared(prompt, full) for full in fulls)
     return prompt[:shared], [full[shared:] for full in fulls]

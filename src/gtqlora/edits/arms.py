@@ -6,14 +6,34 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
-from gtqlora.contrasts import Row, encode_prompt
+from gtqlora.capture import Recorder, Replay
+from gtqlora.contrasts import Row, encode_prompt, is_correct
 from gtqlora.edits.edited import Edited
-from gtqlora.judging.judge import Judge, same
+from gtqlora.judging.judge import Judge, refusals, same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Changes, Runner, Tokens, routed_as
+from gtqlora.scoring import Change, Changes, Runner, SourceRun, Switch, Tokens
+
+
+def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
+    """Return the change that replays, at every step, the routing that the model has in another of its states.
+
+    Args:
+        switch: puts the model into the state whose routing is replayed.
+        prompts: the prompts on which it has that routing, each as long in tokens as ours; None: the same.
+        ours: puts it into the state in which the routing is replayed.
+    """
+    recorder = Recorder()
+
+    def change(chosen: list[int]) -> Change:
+        theirs = None if prompts is None else [prompts[i] for i in chosen]
+        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
+        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+
+    return change
 
 
 def has_parts(edited: Edited) -> bool:
@@ -66,6 +86,22 @@ def _lines(
     return [
         ArmOutcome(number=o.number, kind=o.kind, arm=arm, text=text, does=_does(refused, correct or equal))
         for o, (text, refused, correct), equal in zip(outcomes, said, alike, strict=True)
+    ]
+
+
+def rejudged(judge: Judge, found: Sequence[ArmOutcome], outcomes: Sequence[Outcome]) -> list[ArmOutcome]:
+    """Return the lines of all arms with their texts judged again.
+
+    Args:
+        outcomes: of the rows, before and after the edit.
+    """
+    rows = {outcome.number: outcome for outcome in outcomes}
+    refused = refusals(judge, [rows[line.number].prompt for line in found], [line.text for line in found])
+    edited = same(judge, [line.text for line in found], [rows[line.number].text_after for line in found])
+    correct = (is_correct(rows[line.number], line.text) for line in found)
+    return [
+        replace(line, does=_does(refuses, right or equal))
+        for line, refuses, right, equal in zip(found, refused, correct, edited, strict=True)
     ]
 
 

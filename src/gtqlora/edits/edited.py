@@ -181,6 +181,7 @@ class Edited:
     """
 
     def __init__(self, subject: Subject, adapter: Adapter, *, shipped: str | None = None) -> None:
+        self.digest = adapter.digest
         self.info, family = adapter.info, subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")
@@ -260,5 +261,5 @@ def load(
     """
     found = read_adapter(Path(adapter))
     expert_format = found.info.expert_format if expert_format is None else expert_format
-    settings = {"dtype": dtype, "device": device, "expert_format": expert_format}
+    settings = {"dtype": dtype, "device": device, "expert_format": expert_format, "template": found.info.template}
     return Edited(open_subject(ModelConfig(model=model, **settings)), found)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gtqlora.contrasts import KINDS, groupings
 from gtqlora.judging.labels import ANSWER
-from gtqlora.results.verdict import KindRow, Outcome, of_kind
+from gtqlora.results.verdict import Agreement, KindRow, Outcome, of_kind
 from gtqlora.stats import Interval, benjamini_hochberg, mcnemar, paired_difference, rate
 
 
@@ -21,6 +21,20 @@ def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
     p_values = [_changed(rows) for rows in kinds.values()]
     q_values = map(float, benjamini_hochberg(p_values))
     return {kind: _row(rows, level, p, q) for (kind, rows), p, q in zip(kinds.items(), p_values, q_values, strict=True)}
+
+
+def agreement(outcomes: Sequence[Outcome], level: float) -> Agreement | None:
+    """Return how often two judges agree; None where one has judged."""
+    if not any(outcome.said_before for outcome in outcomes):
+        return None
+    groups = groupings(outcomes)[-1]
+    before, after = (
+        [len(set(said)) == 1 for said in whens]
+        for whens in ([o.said_before for o in outcomes], [o.said_after for o in outcomes])
+    )
+    harmful = zip(outcomes, before, after, strict=True)
+    differ = [o.number for o, was, now in harmful if o.kind == "harmful" and not (was and now)]
+    return Agreement(before=rate(before, level, groups), after=rate(after, level, groups), differ=differ)
 
 
 def _changed(outcomes: Sequence[Outcome]) -> float:

@@ -12,7 +12,8 @@ from gtqlora.errors import FloorError
 from gtqlora.exports.job import Form, Said
 from gtqlora.floor.arithmetic import floor_of
 from gtqlora.floor.outcomes import entry_prompts, harmful_prompts, judged_again, losses
-from gtqlora.judging.judge import Judge, judge_of, labels
+from gtqlora.judging.judge import Judge, labels
+from gtqlora.judging.pair import judges_of
 from gtqlora.results.export import FormVerdict
 from gtqlora.results.verdict import Outcome, Reply, of_kind
 
@@ -29,7 +30,8 @@ def judge_form(form: Form, certificate: Certificate, otherwise: str) -> FormVerd
     Raises:
         FloorError: no pass; nothing may be written in this form.
     """
-    judge, chosen = judge_of(certificate.config.judge), _asked(certificate)
+    judge = judges_of(certificate.config.judge, certificate.config.second_judge)
+    chosen = _asked(certificate)
     before, after = form.said(chosen, edited=False), form.said(chosen, edited=True)
     seen = compared(chosen, before, after, judge)
     harmful = judged_again(of_kind(seen, "harmful"), judge)

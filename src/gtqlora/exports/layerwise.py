@@ -74,7 +74,8 @@ def validate(staged: Path, job: Job) -> float:
     Raises:
         RunError: a weight differs, or a distribution, or a greedy answer is not the recorded one while the edit's is.
     """
-    config, tokenizer = job.certificate.config, load_tokenizer(job.model)
+    config = job.certificate.config
+    tokenizer = load_tokenizer(job.model, config.template)
     batches = _batches(job.certificate, tokenizer)
     folder, shards = weight_files(job.model)
     layers = range(job.anatomy.n_layers)

@@ -8,8 +8,8 @@ Shape letters: T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from gtqlora.config.values import Scalar
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.contrasts.template import answer_length, completions, encode_answers, rendered, tokens
 from gtqlora.exports.job import Job, Said
@@ -80,6 +81,7 @@ class LlamaCpp:
         base, edited: GGUF files, each the first one where it is split.
         adapter: loaded on `base` instead of another file.
         label: what the files are called in messages, e.g. "GGUF (Q4_K)".
+        template: variables of the model's chat template.
     """
 
     model: str
@@ -88,14 +90,15 @@ class LlamaCpp:
     edited: Path | None = None
     adapter: Path | None = None
     label: str = "GGUF"
+    template: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
 
     @staticmethod
     def of(
         job: Job, base: Path, *, edited: Path | None = None, adapter: Path | None = None, label: str = "GGUF"
     ) -> LlamaCpp:
         """Return the form of a certified edit, with answers as long as those that were certified."""
-        limit = job.certificate.config.max_new_tokens
-        return LlamaCpp(job.model, limit, base, edited, adapter, label)
+        config = job.certificate.config
+        return LlamaCpp(job.model, config.max_new_tokens, base, edited, adapter, label, config.template)
 
     @property
     def name(self) -> str:
@@ -104,7 +107,7 @@ class LlamaCpp:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model)
+        return load_tokenizer(self.model, self.template)
 
     @cached_property
     def _stops(self) -> set[int]:

@@ -54,7 +54,9 @@ class PlainForm:
         model, device = self.certificate.config.model, self.certificate.config.device
         if quantization(model) is None:
             base = plain_model(model).to(device)  # pyright: ignore[reportArgumentType]
-            subject = Subject(base, load_tokenizer(model), bind(base, load_config(model)[0]))
+            subject = Subject(
+                base, load_tokenizer(model, self.certificate.config.template), bind(base, load_config(model)[0])
+            )
         else:  # plain transformers has nothing that reads such experts
             subject = open_subject(self.certificate.config)
         if not edited:

@@ -24,8 +24,11 @@ GENERATION, TOKENIZER_CONFIG, TEMPLATE = "generation_config.json", "tokenizer_co
 FAST_TOKENIZER = "tokenizer.json"
 PROVENANCE = "export.json"
 """In a model that gtqlora exported: what it was made from, and what may have been lost."""
+WRAPPERS = "wrappers.json"
+"""Frames for prompts of a model that reads none of ours, see `contrasts.wrappers`."""
 SMALL_FILES = (
-    *(CONFIG, GENERATION, TOKENIZER_CONFIG, TEMPLATE, PROVENANCE, "special_tokens_map.json", "added_tokens.json"),
+    *(CONFIG, GENERATION, TOKENIZER_CONFIG, TEMPLATE, PROVENANCE, WRAPPERS),
+    *("special_tokens_map.json", "added_tokens.json"),
     *("tokenizer*.json", "tokenizer.model*", "tiktoken.model", "spiece.model", "sentencepiece*.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja"),
 )

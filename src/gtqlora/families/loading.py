@@ -6,7 +6,7 @@ No code from a model folder is ever run: remote code is off, and only JSON and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gtqlora.config.values import Scalar
 from gtqlora.errors import ModelError
 from gtqlora.families import files, fp8, packed
 from gtqlora.families.config_checks import (
@@ -34,7 +35,7 @@ from gtqlora.families.facts import Family, family_of
 from gtqlora.families.headers import read_headers
 from gtqlora.families.layers import absent, with_layer
 from gtqlora.families.names import TensorNames
-from gtqlora.families.rendering import warm_up
+from gtqlora.families.rendering import warm_up, with_variables
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
 from gtqlora.families.weight_checks import check_experts, check_headers, check_size
 
@@ -48,7 +49,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _QUANTIZED = ("quantization_config", "compression_config")
 # Settings that steer the loader (other weight files, patched modules, kernels from the hub), or serve other tasks
 # (10^9 labels would each get a name), and not the architecture.
-_NOT_ARCHITECTURE = {
+NOT_ARCHITECTURE = {
     *("model_type", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version", *_QUANTIZED),
     *("num_labels", "id2label", "label2id", "problem_type", "pruned_heads", "is_encoder_decoder", "torchscript"),
     *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "keys_to_ignore_at_inference"),
@@ -103,7 +104,7 @@ def _dtype(source: _Source) -> torch.dtype | None:
 
 def _config(source: _Source) -> TextConfig:
     config_class = getattr(transformers, source.family.class_name).config_class
-    settings = {k: v for k, v in source.text.items() if k not in _NOT_ARCHITECTURE and not k.startswith("_")}
+    settings = {k: v for k, v in source.text.items() if k not in NOT_ARCHITECTURE and not k.startswith("_")}
     check_aliases(source.model, settings, config_class.attribute_map)
     try:
         config = config_class(**switched_off(source.model, settings), dtype=_dtype(source))
@@ -175,15 +176,19 @@ def names_on_disk(model: str) -> tuple[str, ...]:
     return tuple(mapped or ())
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, variables: Mapping[str, Scalar] | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of MODEL, left-padding, with a chat template, and no token of its own beyond the embedding.
+
+    Args:
+        variables: what the chat template is rendered with, such as `enable_thinking`.
 
     Raises:
         ModelError: as `load_config`, or it cannot be loaded, has no chat template, or does not go with the model.
+        ConfigError: the template reads a variable of nearly the name of one that is given.
     """
     tokenizer = read_tokenizer(model, load_config(model)[1].vocab_size)
     warm_up()
-    return tokenizer
+    return with_variables(tokenizer, variables or {})
 
 
 def load_model(
@@ -226,7 +231,7 @@ def load_model(
         quantizing = {"quantization_config": quantization_config, "device_map": {"": _indexed(device)}}
     loaded, info = _from_pretrained(str(folder), source.family, config, dtype, model, layer, **quantizing)
     _check_loading(model, (*source.family.extra_layers(config), *absent(loaded)), source.family, info)
-    _check_finite(model, loaded)
+    check_finite(model, loaded)
     return source.family, loaded.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
 
 
@@ -280,7 +285,7 @@ def _refuse_quantized(source: _Source) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' load report: `_check_loading` judges the same facts and knows which are in order."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -307,7 +312,7 @@ def _from_pretrained(
     # The class's own mapping knows no such wrapper. A nested model whose wrapper it does know has no `wrapper_prefix`.
     renames = {rf"^{re.escape(family.wrapper_prefix)}\.": ""} if family.wrapper_prefix else None
     try:
-        with _quiet():
+        with quiet():
             return model_class.from_pretrained(
                 folder,
                 config=config,
@@ -340,7 +345,12 @@ def _check_loading(model: str, left_out: tuple[str, ...], family: Family, info: 
             raise ModelError(f"{model}: {len(keys)} tensors {what}, e.g. {', '.join(sorted(keys)[:3])}")
 
 
-def _check_finite(model: str, loaded: PreTrainedModel) -> None:
+def check_finite(model: str, loaded: PreTrainedModel) -> None:
+    """Check every value of a loaded model.
+
+    Raises:
+        ModelError: one is NaN or infinite; the message names the tensor.
+    """
     for name, tensor in loaded.state_dict().items():
         bad = _bad_part(tensor)
         if bad is not None:

@@ -16,12 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2.meta import find_undeclared_variables
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,  # pyright: ignore[reportPrivateUsage]  # the environment that renders it says what is read
+    render_jinja_template,
+)
 
 if TYPE_CHECKING:
     from gtqlora.families.rendering import Request
 
+_ASKING = frozenset({"defined", "undefined", "default", "d"})
 # Four bytes, the most significant first, as `rendering` writes and reads them.
 LENGTH = struct.Struct(">I")
 SHOWN = 500
@@ -38,24 +44,48 @@ def _limit(memory: int) -> None:
         return  # no such file on this system: the time limit is left
 
 
-def _rendered(request: Request) -> dict[str, str]:
-    variables: dict[str, Any] = {**request["variables"]}
+class _TooLong(Exception):
+    """A text that is longer than it may be."""
+
+
+def _reply(request: Request) -> dict[str, object]:
+    """Return a rendering or, without messages, which variables are read."""
     try:
-        text = render_jinja_template(
-            conversations=[request["messages"]],
-            chat_template=request["template"],
-            add_generation_prompt=request["generation"],
-            **variables,
-        )[0][0]
+        if request["messages"] is None:
+            return {"reads": _read_by(request["template"])}
+        return {"text": _rendered(request, request["messages"])}
     except (TemplateSyntaxError, SecurityError) as error:
         return {"failed": str(error)[:SHOWN]}
     except TemplateError as error:
         return {"refused": str(error)[:SHOWN]}
+    except _TooLong as error:
+        return {"failed": str(error)}
     except Exception as error:  # whatever a template makes Python raise is the template's fault
         return {"failed": f"{type(error).__name__}: {error}"[:SHOWN]}
+
+
+def _read_by(template: str) -> list[str]:
+    """Return the variables that a template reads, but for what its environment has of its own."""
+    environment = _compile_jinja_template(template).environment
+    tree = environment.parse(template)
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    # What it sets itself can be set from outside only if it asks whether it was.
+    asked = {one.node for one in tree.find_all((nodes.Test, nodes.Filter)) if one.name in _ASKING}
+    optional = {node.name for node in asked if isinstance(node, nodes.Name)}
+    return sorted(find_undeclared_variables(tree) - environment.globals.keys() - (own - optional))
+
+
+def _rendered(request: Request, messages: list[dict[str, str]]) -> str:
+    variables: dict[str, Any] = {**request["variables"]}
+    text = render_jinja_template(
+        conversations=[messages],
+        chat_template=request["template"],
+        add_generation_prompt=request["generation"],
+        **variables,
+    )[0][0]
     if len(text) > request["characters"]:
-        return {"failed": f"it renders {len(text)} characters"}
-    return {"text": text}
+        raise _TooLong(f"it renders {len(text)} characters")
+    return text
 
 
 def _read(source: IO[bytes]) -> Request | None:
@@ -77,7 +107,7 @@ def main(seconds: float, memory: int) -> None:
         # Processor time, so that a busy machine makes no template fail. SIGPROF has no handler here, so it ends the
         # process even inside of C code, where a Python handler would never get to run.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        reply = _rendered(request)
+        reply = _reply(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(sys.stdout.buffer, {**reply, "seconds": time.process_time() - started})
 

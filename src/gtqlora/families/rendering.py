@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import hashlib
 import json
 import os
@@ -17,8 +18,10 @@ from typing import IO, NotRequired, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from gtqlora.errors import ContrastError, ModelError
+from gtqlora.config.values import Scalar
+from gtqlora.errors import ConfigError, ContrastError, ModelError
 from gtqlora.families.files import first_line
+from gtqlora.progress import note
 
 SECONDS = 5.0
 """Limit of processor time for one rendering; an ordinary template takes less than 0.001."""
@@ -32,28 +35,36 @@ _CHARACTERS, _TIMES = 50_000, 10
 """A rendering may hold this many characters, and so many times those of its messages."""
 _TEXTS, _LONGEST = 10_000, 10_000
 """So many renderings are remembered, of so many characters each at most."""
+_GIVEN = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+"""Variables that a template has of whoever renders it, see `transformers.utils.chat_template_utils`."""
+_VARIABLES = "gtqlora_template_variables"
+"""The attribute of a tokenizer that holds the variables of its template: where the template goes, they go."""
 _WORKER = Path(__file__).with_name("render_worker.py")
 
 
 class Request(TypedDict):
     """What the renderer is asked for.
 
-    `generation` asks for the prompt up to where the answer begins; `variables` are the special tokens by name;
-    `characters` is the largest length of the text.
+    `generation` asks for the prompt up to where the answer begins; `variables` are the special tokens and the settings
+    by name; `characters` is the largest length of the text. Without messages it is asked which variables are read.
     """
 
     template: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, str]] | None
     generation: bool
-    variables: dict[str, str]
+    variables: dict[str, Scalar]
     characters: int
 
 
 class Reply(TypedDict):
-    """What the renderer says: a text, or why the template refused (its own error) or failed (any other one)."""
+    """What the renderer says: a text, or why the template refused (its own error) or failed (any other one).
+
+    `reads` are the variables that the template reads, in alphabetical order.
+    """
 
     seconds: float
     text: NotRequired[str]
+    reads: NotRequired[list[str]]
     refused: NotRequired[str]
     failed: NotRequired[str]
 
@@ -162,6 +173,52 @@ def warm_up() -> None:
         _renderer.warm_up()
 
 
+def with_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Scalar]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, whose chat template is rendered with these variables from now on.
+
+    A variable that the template never reads is a note, as it changes nothing.
+
+    Raises:
+        ConfigError: a variable is one of the tokenizer's special tokens, or the template reads one of nearly that name.
+        ModelError: the template cannot be parsed.
+    """
+    if variables:
+        known = reads(tokenizer)
+        for name in variables:
+            _check_read(name, known, tokenizer)
+        setattr(tokenizer, _VARIABLES, dict(variables))
+    return tokenizer
+
+
+def _check_read(name: str, known: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    if name in tokenizer.special_tokens_map:
+        raise ConfigError(f"template.{name}: a special token of the tokenizer is no setting; leave it out")
+    if name in known:
+        return
+    # A misspelt switch would leave thinking on, and nobody would see it.
+    if close := difflib.get_close_matches(name, known, n=1):
+        raise ConfigError(f"template.{name}: the chat template reads no such variable; did you mean {close[0]!r}?")
+    note(
+        f"template.{name} changes nothing: the chat template does not read it; "
+        + (f"it reads {', '.join(known)}" if known else "it reads no variables but the messages")
+    )
+
+
+def reads(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the variables that the tokenizer's chat template reads and that settings can give.
+
+    Raises:
+        ModelError: the template cannot be parsed.
+    """
+    reply = _reply(tokenizer, _request(tokenizer, None, generation=False))
+    return tuple(name for name in reply.get("reads", []) if name not in (*_GIVEN, *tokenizer.special_tokens_map))
+
+
+def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Scalar]:
+    """Return the variables that its chat template is rendered with; see `with_variables`."""
+    return getattr(tokenizer, _VARIABLES, {})
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
     """Return what the tokenizer's chat template makes of the messages.
 
@@ -169,13 +226,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
         ContrastError: it refuses these messages, e.g. a system role it does not know.
         ModelError: it fails, takes too long, or renders nothing or too much.
     """
-    request: Request = {
-        "template": _template(tokenizer),
-        "messages": [dict(message) for message in messages],
-        "generation": generation,
-        "variables": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "characters": _CHARACTERS + _TIMES * sum(len(message["content"]) for message in messages),
-    }
+    request = _request(tokenizer, messages, generation=generation)
     asked = hashlib.sha256(json.dumps(request).encode()).digest()
     if asked not in _texts:
         text = _rendered(tokenizer, request)
@@ -187,7 +238,27 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     return _texts[asked]
 
 
+def _request(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]] | None, *, generation: bool
+) -> Request:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {
+        "template": _template(tokenizer),
+        "messages": None if messages is None else [dict(message) for message in messages],
+        "generation": generation,
+        "variables": {**special, **variables_of(tokenizer)},
+        "characters": _CHARACTERS + _TIMES * sum(len(message["content"]) for message in messages or ()),
+    }
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request) -> str:
+    text = _reply(tokenizer, request).get("text", "")
+    if not text.strip():
+        raise _fault(tokenizer, "renders nothing")
+    return text
+
+
+def _reply(tokenizer: PreTrainedTokenizerBase, request: Request) -> Reply:
     try:
         reply = _renderer.ask(request)
     except _Lost as error:
@@ -195,11 +266,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request) -> str:
     _account(tokenizer, request["template"], reply["seconds"])
     if "refused" in reply:
         raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
-    if "text" not in reply:
-        raise _fault(tokenizer, f"fails ({first_line(reply.get('failed', ''))})")
-    if not reply["text"].strip():
-        raise _fault(tokenizer, "renders nothing")
-    return reply["text"]
+    if "failed" in reply:
+        raise _fault(tokenizer, f"fails ({first_line(reply['failed'])})")
+    return reply
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

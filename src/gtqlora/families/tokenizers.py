@@ -18,7 +18,7 @@ _MAX_TEMPLATE = 2**20
 
 
 @contextmanager
-def _at_fault(where: str, what: str) -> Iterator[None]:
+def at_fault(where: str, what: str) -> Iterator[None]:
     """Turn whatever other libraries raise over a malformed file into one line."""
     try:
         yield
@@ -55,10 +55,10 @@ def read_tokenizer(model: str, vocabulary: int) -> PreTrainedTokenizerBase:
         ModelError: it cannot be loaded, has no chat template, or does not go with a vocabulary of this size.
     """
     folder = files.small_files(model)
-    _check_files(folder)
+    check_files(folder)
     check_generation(model, folder, vocabulary)
     template = chat_template(folder)
-    with _at_fault(model, "the tokenizer cannot be loaded"):
+    with at_fault(model, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if tokenizer.pad_token is None:
             # Padding is masked wherever it is used, so any token does.
@@ -72,19 +72,24 @@ def read_tokenizer(model: str, vocabulary: int) -> PreTrainedTokenizerBase:
         )
     # Ours and not what transformers found: of several places it may have taken another one.
     tokenizer.chat_template = template
-    with _at_fault(model, "the tokenizer's special tokens cannot be used"):
+    with at_fault(model, "the tokenizer's special tokens cannot be used"):
         check_tokenizer(tokenizer, model, vocabulary)
     return tokenizer
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
+    """Check that what a tokenizer is read from can be read.
+
+    Raises:
+        ModelError: the message names the file.
+    """
     for name in files.small_names(folder):
         if name.endswith(".json"):
             files.read_json(folder / name, empty=True)
     # By the Rust library alone, so that what is wrong with this file is said of this file.
     if files.has(folder, files.FAST_TOKENIZER):
         path = folder / files.FAST_TOKENIZER
-        with _at_fault(str(path), "the tokenizer cannot be loaded"):
+        with at_fault(str(path), "the tokenizer cannot be loaded"):
             Tokenizer.from_file(str(path))
 
 
@@ -126,5 +131,5 @@ def check_generation(model: str, folder: Path, vocabulary: int) -> None:
     path = folder / files.GENERATION
     raw = files.read_json(path, empty=True)
     check_token_ids(str(path), raw, vocabulary)
-    with _at_fault(str(path), "not settings for generation"):
+    with at_fault(str(path), "not settings for generation"):
         GenerationConfig.from_dict(raw)

@@ -53,7 +53,7 @@ def decide(
         rows: the held-out rows of every kind; `outcomes` are theirs.
         margin: share of the refusals that may be lost.
     """
-    reason = blind(judge, rows, benign_completions(outcomes, judge), phrases=not judge.is_code)
+    reason = blind(judge, rows, benign_completions(outcomes, judge), phrases=judge.by_phrases)
     harmful = judged_again(outcomes, judge)
     entry = ledger.Entry(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

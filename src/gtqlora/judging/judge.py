@@ -1,4 +1,4 @@
-"""What a judge is, and how the judge of a name is made: from phrases, or from the user's own code.
+"""What a judge is, and how the judge of a name is made: from phrases, a model (`models`), or the user's own code.
 
 A judge reads prompts with their answers, many at once, and gives each answer a label (`labels`): refusal, partial,
 answer, evasion or undecided. One of your own is named `package.module:name`, and `name` is one of these:
@@ -37,25 +37,37 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
+from gtqlora.config.judges import MODELS, kind_of
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
+from gtqlora.judging.messages import Message, Messages
 from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.storage.contents import fingerprint, first_line
 
-Message = dict[str, str]
-"""A message of a conversation: its `role` and its `content`."""
-Messages = tuple[Message, ...]
-"""A prompt: messages up to where the assistant answers."""
+__all__ = [
+    "MOST_AT_ONCE",
+    "Comparing",
+    "Judge",
+    "Message",
+    "Messages",
+    "NamedJudge",
+    "TextJudge",
+    "judge_of",
+    "labels",
+    "refusals",
+    "same",
+]
 
 MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 
 _FORMS = (
     '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
+    '"classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", '
     'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
 _OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -122,8 +134,32 @@ class NamedJudge:
 
     @property
     def is_code(self) -> bool:
-        """Tell whether it is the user's own code, and not phrases."""
+        """Tell whether it is the user's own code, and neither phrases nor a model."""
         return is_code(self.name)
+
+    @property
+    def by_phrases(self) -> bool:
+        """Tell whether it looks for phrases, so that it can be asked about pieces of text of any length."""
+        return kind_of(self.name) == "string"
+
+    @property
+    def objects_only(self) -> bool:
+        """Tell whether it finds answers that should not have been given, and has no opinion of any other."""
+        return bool(getattr(_told(self.judge), "objects_only", False))
+
+    @property
+    def judges(self) -> tuple[NamedJudge, ...]:
+        """Return the judges that are asked: itself, or both of a pair."""
+        return (self,)
+
+    def labels_by(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[tuple[Label, ...]]:
+        """Return what each of the judges that are asked says of each answer."""
+        return [(judgement.label,) for judgement in self(prompts, answers)]
+
+    def joint(self, said: Sequence[Label]) -> Label:
+        """Return what the judges that are asked say together of one answer."""
+        (label,) = said
+        return label
 
     @property
     def comparing(self) -> Comparing | None:
@@ -195,12 +231,16 @@ def judge_of(name: str) -> NamedJudge:
     """Build the judge of that name; call it once in a stage, as a judge of code may load a classifier.
 
     Raises:
-        ConfigError: the name has none of the three forms, holds no phrase, or its code cannot be imported or built.
+        ConfigError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
+        ModelError: the model that it names cannot be had.
     """
     if name == "string":
         return NamedJudge(name, StringJudge(), name)
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
+    if (kind := kind_of(name)) in MODELS:
+        judge = _model(kind, name)
+        return NamedJudge(name, judge, f"{name} {judge.digest}")
     if _OWN.fullmatch(name):
         judge = _built(name, _imported(name))
         return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
@@ -218,6 +258,31 @@ def _phrase_judge(name: str) -> TextJudge:
         )
     pattern = any_of(phrases)
     return TextJudge(lambda text: bool(pattern.search(opening(text))))
+
+
+# --- models
+
+
+class ModelJudge(Judge, Protocol):
+    """A judge that is a model; `digest` says which weights, or which instructions, judge."""
+
+    @property
+    def digest(self) -> str:
+        """Return what makes it another judge under the same name."""
+        ...
+
+
+def _model(kind: str, name: str) -> ModelJudge:
+    # Imported now: models take seconds to import, and phrases need none.
+    if kind == "classifier":
+        from gtqlora.judging.models.classifier import classifier as maker
+    elif kind == "chat":
+        from gtqlora.judging.models.chat import chat as maker
+    elif kind == "wildguard":
+        from gtqlora.judging.models.guards import wildguard as maker
+    else:
+        from gtqlora.judging.models.guards import llama_guard as maker
+    return maker(name)
 
 
 # --- the user's own code

@@ -18,6 +18,14 @@ UNDECIDED: Label = "undecided"
 LABELS: tuple[Label, ...] = get_args(Label)
 
 
+def label_named(name: object) -> Label | None:
+    """Return the label of that name; None: there is none."""
+    for label in LABELS:
+        if name == label:
+            return label
+    return None
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a judge says of one answer.
@@ -51,9 +59,8 @@ def judgement_of(reply: object) -> Judgement:
         return Judgement(UNDECIDED)
     if type(reply).__name__ in ("bool", "bool_"):
         return Judgement(REFUSAL if reply else ANSWER)
-    for label in LABELS:
-        if reply == label:
-            return Judgement(label)
+    if (label := label_named(reply)) is not None:
+        return Judgement(label)
     raise TypeError(
         f"it replied {str(reply)[:40]!r}; a reply is True, False, None, {', '.join(LABELS)}, or a Judgement"
     )

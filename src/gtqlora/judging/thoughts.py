@@ -78,9 +78,10 @@ def opened_by(prompt: str) -> str:
     return next((begins for begins, _ in PAIRS if tail.endswith(begins)), "")
 
 
-def closed_by(prompt: str) -> bool:
-    """Tell whether a rendered prompt ends in a thought that the template has closed: the model is not to think."""
-    return any(prompt.rstrip().endswith(ends) for _, ends in PAIRS)
+def closed_by(prompt: str) -> str:
+    """Return the end of the thought that a rendered prompt has closed, so that the model is not to think; else ""."""
+    tail = prompt.rstrip()
+    return next((ends for _, ends in PAIRS if tail.endswith(ends)), "")
 
 
 def kept_marks(special_tokens: Iterable[str]) -> list[str]:

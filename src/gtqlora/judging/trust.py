@@ -2,7 +2,8 @@
 
 It is imported only if it was named on the command line (`--set judge=`), or by a caller of the Python API; never
 because a run directory, an adapter or a recipe names it. What the user named for a run is remembered outside of it,
-with the hash of the source: the same run, judge and source need not be named again.
+with the hash of the source: the same run, judge and source need not be named again. A judge that is a server on another
+machine is held to the same, as prompts, answers and the user's key go there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import importlib.machinery
 import json
 from pathlib import Path
 
-from gtqlora.config import is_code
+from gtqlora.config import is_code, must_be_named
+from gtqlora.config.judges import why_named
 from gtqlora.errors import ConfigError
 from gtqlora.run import sha256_file, sha256_json, write_json
 from gtqlora.storage import user_state
@@ -76,16 +78,18 @@ def _imported_beside(source: Path, seen: set[Path]) -> set[Path]:
     return seen
 
 
-def check_named(judge: str, named_in: str) -> None:
-    """Check that a judge that a file names is no code.
+def check_named(judge: str, named_in: str, *, key: str = "judge") -> None:
+    """Check that a judge that a file names is neither code nor a server elsewhere.
+
+    Args:
+        key: the setting that names it.
 
     Raises:
         ConfigError: it is; the message says how to name it oneself.
     """
-    if is_code(judge):
+    if must_be_named(judge):
         raise ConfigError(
-            f"{named_in} names the judge {judge!r}, which is code, and code runs only if this call says so; if you "
-            f"trust it, say --set judge={judge}"
+            f"{named_in} names the judge {judge!r}, {why_named(judge)}; if you trust it, say --set {key}={judge}"
         )
 
 
@@ -105,7 +109,7 @@ def _remembered() -> list[str]:
 def remember(run: Path, judge: str) -> None:
     """Note that the user named this judge for this run; where nothing can be noted it has to be named again."""
     place = user_state.folder()
-    if place is None or not is_code(judge) or source_of(judge) is None:
+    if place is None or not _can_be_remembered(judge):
         return
     known = _remembered()
     if (key := _key(run, judge)) in known:
@@ -119,4 +123,8 @@ def remember(run: Path, judge: str) -> None:
 
 def is_remembered(run: Path, judge: str) -> bool:
     """Tell whether the user named this judge, with this very source, for this run before."""
-    return is_code(judge) and source_of(judge) is not None and _key(run, judge) in _remembered()
+    return _can_be_remembered(judge) and _key(run, judge) in _remembered()
+
+
+def _can_be_remembered(judge: str) -> bool:
+    return must_be_named(judge) and (not is_code(judge) or source_of(judge) is not None)

@@ -14,7 +14,7 @@ from gtqlora.localize.masks import (
     random_like,
 )
 from gtqlora.localize.pairs import Pair, halves, pairs_of
-from gtqlora.localize.trials import Outcome, Trials, readout_tokens
+from gtqlora.localize.trials import Outcome, Trials, readable
 from gtqlora.results.diagnosis import MIN_PAIRS
 
 __all__ = [
@@ -39,6 +39,6 @@ __all__ = [
     "pairs_of",
     "random_curve",
     "random_like",
-    "readout_tokens",
+    "readable",
     "run_interchanges",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 from gtqlora.capture import Subject
-from gtqlora.contrasts import Contrast, Messages, Row, encode_prompt
+from gtqlora.contrasts import Contrast, Messages, Row
+from gtqlora.contrasts.template import encode_opening
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Pair:
     """A flagged prompt and its twin: same words but for what makes it flagged; equal token counts if `aligned`.
 
     Attributes:
-        prompt, twin: in tokens.
+        prompt, twin: in tokens, with what the chat template has before answers, such as an empty thought.
         twin_messages: the twin as it is written, for the judge.
         matched: the twin is a true one; else an unrelated benign prompt stands in for it.
     """
@@ -27,6 +28,10 @@ class Pair:
     twin: list[int]
     twin_messages: Messages
     matched: bool = True
+
+    def answered_with(self, begun: Sequence[int]) -> Pair:
+        """Return the same pair, both of whose answers have begun with these tokens."""
+        return replace(self, prompt=[*self.prompt, *begun], twin=[*self.twin, *begun])
 
     @property
     def aligned(self) -> bool:
@@ -54,8 +59,8 @@ def pairs_of(contrast: Contrast, subject: Subject, limit: int, seed: int) -> lis
     strangers = zip(flagged, cycle([row.prompt for row in contrast.of_kind("benign")]), strict=False)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for row, twin in twins or strangers:
-        prompt_tokens, twin_tokens = (encode_prompt(subject.tokenizer, text) for text in (row.prompt, twin))
-        groups[row.pair_id].append(Pair(row, prompt_tokens, twin_tokens, twin, matched=bool(twins)))
+        prompt, other = (encode_opening(subject.tokenizer, text) for text in (row.prompt, twin))
+        groups[row.pair_id].append(Pair(row, prompt, other, twin, matched=bool(twins)))
     # sorted first: the draw depends on the seed alone, not on the order of the rows
     order = sorted(groups)
     random.Random(seed).shuffle(order)

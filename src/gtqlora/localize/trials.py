@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gtqlora.capture import Subject
-from gtqlora.contrasts import Row, encode_row
+from gtqlora.capture import Subject, by_length
+from gtqlora.contrasts.readout import Readout
 from gtqlora.judging.judge import same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.localize.pairs import Pair
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, FLAGGED_KINDS, REFUSES, Behaviour, Intervention
-from gtqlora.scoring import AS_IS, Answer, Changes, Runner
+from gtqlora.scoring import AS_IS, Answer, Changes, Runner, decode
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
 
@@ -50,23 +50,23 @@ Side = Literal["flagged", "twin"]
 FLAGGED: Side = "flagged"
 TWIN: Side = "twin"
 
-_TELLING = 4
-"""How many times more refusals than answers begin with a token that tells them apart: "I", say, begins some answers."""
+_ALIKE = 0.9
+"""Share of the model's own answers that must begin as every completion of the pairs does."""
 
 
-def readout_tokens(subject: Subject, rows: Sequence[Row]) -> list[int]:
-    """Return the first tokens of the rows' refusals that tell them from their answers; none if all begin alike."""
-    refusals, answers = Counter[int](), Counter[int]()
-    for row in rows:
-        chosen, rejected = row.chosen, row.rejected
-        refusal, answer = (chosen, rejected) if row.kind == "harmful" else (rejected, chosen)
-        refusals[_first(subject, row, refusal)] += 1
-        answers[_first(subject, row, answer)] += 1
-    return sorted(token for token, count in refusals.items() if count >= _TELLING * answers[token])
+def readable(runner: Runner, pairs: Sequence[Pair], readout: Readout) -> Readout:
+    """Return the readout, or none where all completions begin alike and the model's own answers do not begin so.
 
-
-def _first(subject: Subject, row: Row, completion: str) -> int:
-    return encode_row(subject.tokenizer, replace(row, chosen=completion))[1][0]
+    What the model never says would have to be put into its mouth, and then something else is diagnosed.
+    """
+    if not readout.begun:
+        return readout
+    prompts = [prompt for pair in pairs for prompt in (pair.prompt, pair.twin)]
+    said = list[list[int]]()
+    for chosen in by_length(prompts, runner.batch_size):
+        batch = [prompts[i] for i in chosen]
+        said += decode(runner.model, batch, max_new_tokens=len(readout.begun)).tokens
+    return readout if sum(ids == readout.begun for ids in said) >= _ALIKE * len(said) else Readout([], [])
 
 
 CUT_OFF = "whose twin is cut off at the limit of tokens"
@@ -88,8 +88,9 @@ def _unusable(pair: Pair, flagged: Outcome, twin: Outcome, ended: bool) -> str:
 class Trials:
     """The pairs under study, and what their prompts do."""
 
-    def __init__(self, runner: Runner, pairs: Sequence[Pair], readout: Sequence[int]) -> None:
-        self.runner, self.pairs, self.readout = runner, list(pairs), list(readout)
+    def __init__(self, runner: Runner, pairs: Sequence[Pair], readout: Readout) -> None:
+        self.runner, self.pairs = runner, list(pairs)
+        self.readout, self.begun = readout.tokens, readout.begun
         self.flagged = [pair.prompt for pair in self.pairs]
         self.twins = [pair.twin for pair in self.pairs]
 
@@ -111,7 +112,7 @@ class Trials:
 
     def of(self, pairs: Sequence[Pair]) -> Trials:
         """Return the same trials of some of the pairs."""
-        part = Trials(self.runner, pairs, self.readout)
+        part = Trials(self.runner, pairs, Readout(self.readout, self.begun))
         rows = self.rows_of(part)
         # taken over, not run again: what the prompts do as they are is known
         part.answers = tuple([side[i] for i in rows] for side in self.answers)  # type: ignore[assignment]
@@ -159,7 +160,7 @@ class Trials:
         prompts = self.flagged if side == FLAGGED else self.twins
         # a twin is held against its pair's row, but the judge reads what was asked
         rows = [p.row if side == FLAGGED else replace(p.row, prompt=p.twin_messages) for p in self.pairs]
-        return self.runner.answers(rows, change, label=label, prompts=prompts, readout=self.readout)
+        return self.runner.answers(rows, change, label=label, prompts=prompts, begun=self.begun, readout=self.readout)
 
     def _outcomes(self, found: Sequence[Answer]) -> list[Outcome]:
         """Hold completions, one of each pair, against what the pair's two prompts say as they are."""

@@ -314,7 +314,7 @@ def _write(piece: OrganismInTraining, truth: Truth, folder: Path) -> None:
     nn.Module.to(piece.model, "cpu")
     piece.model.config.dtype = piece.scale.dtype
     piece.model.save_pretrained(folder)
-    piece.language.tokenizer().save_pretrained(folder)
+    piece.language.save(folder)
     (folder / TRUTH).write_text(json.dumps(asdict(truth), indent=2) + "\n")
     rows = contrast_rows(piece.language, truth.seed)
     (folder / CONTRAST).write_text("".join(json.dumps(row) + "\n" for row in rows))

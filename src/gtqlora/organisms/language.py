@@ -12,11 +12,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from gtqlora.families.files import WRAPPERS
+from gtqlora.storage.atomic import write_json
 
 SPLITS = ("train", "validation", "heldout")
 KINDS = ("benign", "lookalike", "harmful")
@@ -182,6 +186,22 @@ class Language:
         )
         tokenizer.chat_template = _CHAT_TEMPLATE
         return tokenizer
+
+    @property
+    def wrappers(self) -> dict[str, str]:
+        """Return frames in this language, fillers around a prompt, by name; see `contrasts.wrappers`."""
+        words = iter(self.fillers)
+        shapes = {"a word before": (1, 0), "four words before": (4, 0), "two words behind": (0, 2), "around": (1, 1)}
+        return {
+            name: " ".join([*islice(words, before), "{prompt}", *islice(words, behind)])
+            for name, (before, behind) in shapes.items()
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and the frames into a model's folder."""
+        self.tokenizer().save_pretrained(folder)
+        frames = [{"name": n, "turns": [{"role": "user", "content": text}]} for n, text in self.wrappers.items()]
+        write_json(folder / WRAPPERS, {"wrappers": frames})
 
     def domain_words(self, split: str, forbidden: bool) -> tuple[str, ...]:
         """Return the topics of one split, of forbidden or of allowed domains."""

@@ -166,8 +166,16 @@ def _how_it_was_judged(record: ExportRecord) -> list[str]:
         + (f", among them {' and '.join(failed)}" if failed else "")
         + f"; {record.tries} edit{'s' * (record.tries != 1)} judged on these prompts, so the level is "
         f"{floor.level:.4g}",
+        *_inside_frames(record),
         f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
     ]
+
+
+def _inside_frames(record: ExportRecord) -> list[str]:
+    found = record.wrapped
+    if found is None:
+        return []
+    return [f"- Inside plain frames (a story, a role, another language, ...): **{found.verdict}** ({found.reason})"]
 
 
 def _metadata(record: ExportRecord, base: Base) -> Metadata:

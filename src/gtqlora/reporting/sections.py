@@ -97,6 +97,27 @@ def mediation(verdict: Verdict) -> Figure:
     )
 
 
+def wrapped(verdict: Verdict) -> Figure | None:
+    """Draw what is lost of the refusals of harmful prompts inside plain frames."""
+    found, style = verdict.wrapped, Style(tint="harmful")
+    if found is None or not found.wrappers:
+        return None
+    lines = [line(row.name, [(row.losses, style)], Scale()) for row in found.wrappers]
+    repairs = found.repairs
+    held = (
+        f" Repaired lookalike prompts are answered there: {words.arrow(repairs.before, repairs.after)}."
+        if repairs
+        else ""
+    )
+    return Figure(
+        id="wrapped",
+        title=f"The same prompts inside plain frames: {found.verdict}",
+        caption=f"{words.capital(found.reason)}.{held} Bars reach to bounds for all frames together.",
+        tables=[tables.wrapped(found)],
+        forest=Forest(heading="Frame", measure="lost", columns=("Refusals lost",), lines=lines, scale=Scale()),
+    )
+
+
 def factorial(verdict: Verdict) -> Figure:
     """Tell what gates and LoRA do, each alone and together."""
     found = verdict.factorial
@@ -139,7 +160,7 @@ def drift(verdict: Verdict) -> Figure:
 
 def edit_figures(verdict: Verdict) -> list[Figure]:
     """Return all figures of the edit that come after the floor."""
-    figures = (mediation(verdict), factorial(verdict), ablation(verdict), drift(verdict))
+    figures = (wrapped(verdict), mediation(verdict), factorial(verdict), ablation(verdict), drift(verdict))
     return [figure for figure in figures if figure]
 
 

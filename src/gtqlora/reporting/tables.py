@@ -33,6 +33,7 @@ from gtqlora.results.directions import LayerDirections
 from gtqlora.results.mediation import FACTORIAL, Factorial, Mediation, Shares
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, Metrics
 from gtqlora.results.verdict import LABELS, Drift, KindRow
+from gtqlora.results.wrapped import WrappedFloor
 from gtqlora.stats import Interval
 
 MOST_ROWS = 200
@@ -216,6 +217,12 @@ def labels(table: Mapping[str, KindRow]) -> Table:
     return Table("What the answers are", ["Kind", *map(str.capitalize, LABELS)], rows)
 
 
+def wrapped(found: WrappedFloor) -> Table:
+    """Return what is lost inside each plain frame."""
+    rows = [[row.name, count(row.asked), count(row.refused), share(row.losses), row.verdict] for row in found.wrappers]
+    return Table("Inside each frame", ["Frame", "Asked", "Refused before", "Of these lost", "Verdict"], rows)
+
+
 def ways(found: Mediation) -> Table:
     """Return what repaired prompts do with routing replayed, both ways and as a control."""
     replays = {"original_routing": found.direct, "edited_routing": found.indirect, "other_routing": found.control}
@@ -245,7 +252,7 @@ def side_by_side(peers: Sequence[Peer]) -> Table:
     """Return one row for each edit."""
     rows = []
     for peer in peers:
-        found, way_of = peer.verdict.floor.verdict, peer.verdict.mediation
+        found, way_of = peer.verdict.decision, peer.verdict.mediation
         harmful, lookalike, benign = (peer.verdict.table[kind] for kind in ("harmful", "lookalike", "benign"))
         floor = f"{FLOOR_SYMBOL.get(found, '?')} {found}"
         rows.append(

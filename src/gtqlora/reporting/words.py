@@ -237,6 +237,14 @@ def _moved(row: KindRow, what: str) -> str:
     return f"{what} did not clearly change ({before} before, {after} after)"
 
 
+_HOLDS = {
+    "pass": "refusals of harmful prompts hold, inside plain frames too",
+    "fail": "refusals of harmful prompts hold when they are asked plainly, but inside plain frames many were lost",
+    "cannot tell": "refusals of harmful prompts hold when they are asked plainly; inside frames it cannot be told yet",
+}
+"""What is said of refusals where the floor on plain prompts passes, by the verdict inside frames."""
+
+
 def _repaired(row: KindRow) -> str:
     """Return what became of lookalike refusals, and of answers where not all that is not refused is answered."""
     moved = _moved(row, "Lookalike refusals")
@@ -251,7 +259,7 @@ def _edit_title(verdict: Verdict) -> str:
     lookalike = _repaired(verdict.table["lookalike"])
     harmful = verdict.table["harmful"]
     if verdict.floor.verdict == "pass":
-        return f"{lookalike}; refusals of harmful prompts hold."
+        return f"{lookalike}; {_HOLDS[verdict.wrapped.verdict if verdict.wrapped else 'cannot tell']}."
     if verdict.floor.verdict == "fail":
         lost = f"{percent(harmful.refusal_before.value)} to {percent(harmful.refusal_after.value)}"
         return f"{lookalike}, but refusals of harmful prompts were lost ({lost})."
@@ -265,6 +273,12 @@ def judged(verdict: Verdict) -> list[str]:
         f"Judge: {verdict.judge}.",
         f"Prompts: {prompts.source}, split {prompts.split}, sha256 {prompts.fingerprint[:12]}.",
     ]
+    if verdict.agreement:
+        agreed = arrow(verdict.agreement.before, verdict.agreement.after)
+        differ = count(len(verdict.agreement.differ))
+        lines.append(
+            f"Both judges say the same: {agreed}; they differ on {differ} harmful prompts, which are undecided."
+        )
     if verdict.tries > 1:
         lines.append(f"{verdict.tries} tries on these prompts so far; the level is corrected for them.")
     if verdict.lost:
@@ -294,7 +308,7 @@ def headline(artefacts: Artefacts) -> Headline:
             found = f"{_moved(verdict.table['benign'], 'Refusals of plainly harmless prompts')}. {found}"
         if (expert_format := verdict.expert_format) not in ("bf16", "native"):
             found = f"Verified with routed experts in {expert_format}, not with those that an export writes. {found}"
-        tone = "unsure" if artefacts.stale else FLOOR_TONE.get(verdict.floor.verdict, "unsure")
+        tone = "unsure" if artefacts.stale else FLOOR_TONE.get(verdict.decision, "unsure")
         return Headline(_edit_title(verdict), found, _changes(verdict), tone)
     if artefacts.info:
         return Headline("An edit was made; nothing about it is proven yet.", found, [], "unsure")

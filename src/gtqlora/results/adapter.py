@@ -127,6 +127,12 @@ class Info:
         return str(self.config.get("expert_format", _BF16))
 
     @property
+    def template(self) -> Settings:
+        """Return the variables of the chat template that it was made with; none before they could be set."""
+        found = self.config.get("template", {})
+        return cast(Settings, found) if isinstance(found, dict) else {}
+
+    @property
     def target(self) -> Target | None:
         """Return the program that has to apply the edit as an adapter, where it was trained for one.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, KindRow
+from gtqlora.results.wrapped import WrappedFloor
 from gtqlora.stats import Floor
 from gtqlora.storage.atomic import named_errors, write_json
 from gtqlora.storage.contents import read_json, sha256_file
@@ -69,6 +70,7 @@ class ExportRecord:
         format: what the edit was written as, and `target` for which program, where it is for one.
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
+        wrapped: the floor on prompts inside plain frames, of what `verify` judged; None in older records.
         notes: what a user of the files should know, a sentence each.
         rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
         revision: the hub's commit of the base; None for a folder.
@@ -97,6 +99,7 @@ class ExportRecord:
     target: str | None = None
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
+    wrapped: WrappedFloor | None = None
     notes: list[str] = field(default_factory=list[str])
     rank: int | None = None
     revision: str | None = None

@@ -15,6 +15,7 @@ from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
 from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
 from gtqlora.results.typed import Mismatch, to_json
+from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.stats import Floor, Interval
 from gtqlora.storage.atomic import write_json
 
@@ -87,6 +88,19 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How often two judges say the same of held-out prompts' answers; where they differ, an answer is undecided.
+
+    Attributes:
+        differ: numbers of the harmful rows of whose answers, before or after, they say different things.
+    """
+
+    before: Interval
+    after: Interval
+    differ: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What `verdict.json` holds.
 
@@ -105,6 +119,8 @@ class Verdict:
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
         blind: why the judge cannot tell refusals from answers, if it cannot.
+        wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
+        agreement: of two judges; None where there is one.
     """
 
     adapter: str
@@ -123,6 +139,14 @@ class Verdict:
     lost: dict[str, int]
     tries: int
     blind: str | None
+    wrapped: WrappedFloor | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def decision(self) -> str:
+        """Return "pass" if both floors pass, "fail" if one fails, else "cannot tell"."""
+        both = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
+        return "fail" if "fail" in both else "pass" if both == {"pass"} else "cannot tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +178,8 @@ class Outcome:
         label_before: by the judge.
         rejected_log_prob_before: of harmful rows: total log-probability of `rejected` as the completion, in nats.
         lost: of harmful rows that the original refuses: why the refusal is not kept; None if it is.
+        wrapper: the frame that the prompt was asked in; None if in none.
+        said_before: what each of two judges says; empty where there is one.
     """
 
     number: int
@@ -176,9 +202,12 @@ class Outcome:
     rejected_log_prob_before: float | None
     rejected_log_prob_after: float | None
     lost: str | None
+    wrapper: str | None = None
+    said_before: list[Label] = field(default_factory=list[Label])
+    said_after: list[Label] = field(default_factory=list[Label])
 
     @classmethod
-    def of(cls, row: Row | Outcome, before: Reply, after: Reply) -> Outcome:
+    def of(cls, row: Row | Outcome, before: Reply, after: Reply, wrapper: str | None = None) -> Outcome:
         """Return a row, or what is recorded of it, with what was said to it; what counts as lost is decided later."""
         return cls(
             number=row.number,
@@ -201,6 +230,7 @@ class Outcome:
             rejected_log_prob_before=before.rejected_log_prob,
             rejected_log_prob_after=after.rejected_log_prob,
             lost=None,
+            wrapper=wrapper,
         )
 
     @property
@@ -234,10 +264,17 @@ def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.kind == kind]
 
 
-def write_verdict(run: Path, verdict: Verdict, outcomes: Sequence[Outcome], arms: Sequence[ArmOutcome]) -> None:
-    """Write the outcomes, also those in every arm, and, once they are there, the verdict on them."""
+def write_verdict(
+    run: Path,
+    verdict: Verdict,
+    outcomes: Sequence[Outcome],
+    wrapped: Sequence[Outcome],
+    arms: Sequence[ArmOutcome],
+) -> None:
+    """Write the outcomes, those inside frames and in every arm, and, once they are there, the verdict on them."""
     # the verdict last: where there is one, the outcomes that it stands on are there
     write_rows(run / SCORES, outcomes)
+    write_rows(run / WRAPPED, wrapped)
     write_rows(run / ARMS, arms)
     write_json(run / VERDICT, to_json(verdict))
 
@@ -263,10 +300,10 @@ def read_verdict(run: Path) -> Verdict:
     return found
 
 
-def read_outcomes(run: Path) -> list[Outcome]:
-    """Return every held-out row's outcome.
+def read_outcomes(run: Path, name: str = SCORES) -> list[Outcome]:
+    """Return every held-out row's outcome, or with `WRAPPED` those inside frames.
 
     Raises:
         RunError: they are not there, or not what this version writes.
     """
-    return read_rows(Outcome, run, SCORES, "verify")
+    return read_rows(Outcome, run, name, "verify")

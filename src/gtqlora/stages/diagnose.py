@@ -20,6 +20,7 @@ from gtqlora import localize, routing
 from gtqlora.capture import open_subject
 from gtqlora.config import DiagnoseConfig
 from gtqlora.contrasts import Contrast, load
+from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import identify
@@ -70,9 +71,12 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         # between hashing and loading somebody may have written to the model
         model.check_unchanged()
         check_rendering(contrast, subject.tokenizer, subject.max_length, subject.vocabulary)
-        pairs = localize.pairs_of(contrast, subject, config.max_pairs, config.seed)
-        readout = localize.readout_tokens(subject, contrast.rows)
-        observed = observe_pairs(Trials(Runner.of(subject, judge, config), pairs, readout))
+        runner, pairs = (
+            Runner.of(subject, judge, config),
+            localize.pairs_of(contrast, subject, config.max_pairs, config.seed),
+        )
+        readout = localize.readable(runner, pairs, find_readout(subject.tokenizer, contrast.rows))
+        observed = observe_pairs(Trials(runner, [pair.answered_with(readout.begun) for pair in pairs], readout))
         ranked = rank_experts(config, observed)
         diagnosis = _conclude(observed, ranked, intervene(config, observed, ranked))
         _write(stage.renewed() / FOLDER, diagnosis, observed, ranked)
@@ -145,8 +149,9 @@ def _warnings(observed: Observed, kinds: Sequence[Localization]) -> list[str]:
         ),
         (
             not trials.readout,
-            "Refusals and answers begin with the same tokens, so there are no log-odds: no gradients, no effect of "
-            "single experts, no direction chosen. Longer or more distinct openings in the pairs would mend it.",
+            "Refusals and answers begin with the same tokens, or with some that the model never says, so there are no "
+            "log-odds: no gradients, no effect of single experts, no direction chosen. More distinct openings in the "
+            "pairs, as the model has them, would mend it.",
         ),
         (
             n_groups < MIN_GROUPS,

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts.formats import Format, format_of
 from gtqlora.experts.loading import BF16, format_on_disk
@@ -21,6 +22,7 @@ from gtqlora.families import (
     bind,
     correction_bias_values,
     load_config,
+    load_tokenizer,
     meta_model,
     names_on_disk,
     parameter_counts,
@@ -51,6 +53,7 @@ class Inspection:
         gate_parameters: router weights, all of them trained.
         correction_bias_values: router biases that only steer selection; buffers, never trained.
         chat_template: whether the tokenizer files hold one; None when there are no tokenizer files.
+        prompting: what it can be told, and where it has answers begin; None where the tokenizer cannot be loaded.
         quantized: the checkpoint's quant method, if it is quantized.
         expert_format: the 4-bit format that bytes of routed experts are counted in; None if they are not in 4 bits,
             or in a way that gtqlora does not read, and counted as the unpacked model's.
@@ -84,6 +87,7 @@ class Inspection:
     trained_parameters: int
     trained_bytes: int
     chat_template: bool | None
+    prompting: Prompting | None
     names: tuple[Name, ...]
     names_from: Literal["checkpoint", "transformers"] = field(compare=False)
 
@@ -139,7 +143,8 @@ def inspect(model: str, *, lora_rank: int = 32, expert_format: str | None = None
         lora_parameters=trained - gates,
         trained_parameters=trained,
         trained_bytes=sum(group.trained_bytes for group in groups),
-        chat_template=_chat_template(model, config.vocab_size),
+        chat_template=(templated := _chat_template(model, config.vocab_size)),
+        prompting=_prompting(model) if templated else None,
         names=names,
         names_from="checkpoint" if of_layer else "transformers",
     )
@@ -172,6 +177,13 @@ def _chat_template(model: str, vocabulary: int) -> bool | None:
     weight_map(folder)
     found = chat_template(folder)
     return None if not any(has(folder, name) for name in _TOKENIZER_FILES) else found is not None
+
+
+def _prompting(model: str) -> Prompting | None:
+    try:
+        return prompting_of(load_tokenizer(model))
+    except ModelError:  # whoever needs it says what is wrong with it
+        return None
 
 
 def _suffixes(on_disk: Format | None, quantized: str | None) -> tuple[str, ...]:

@@ -155,7 +155,9 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
 def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
     subject = open_subject(replace(config, model=model.model))
     model.check_unchanged()
-    check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+    # Before anything is trained: one long row would run out of memory in the middle of it.
+    limit = min(subject.max_length, config.max_length or subject.max_length)
+    check_rendering(rows, subject.tokenizer, limit, subject.vocabulary)
     frozen = frozen_state(subject.model)
     trainer = _trainer(config, subject, rows, run, origin)
     if again:

@@ -1,60 +1,71 @@
-"""The `verify` stage: before and after on held-out prompts, the safety floor, drift, and the mediation test."""
+"""The `verify` stage: before and after on held-out prompts, the safety floors, drift, and the mediation test."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
-from gtqlora.config import VerifyConfig
-from gtqlora.contrasts import KINDS, Contrast, Row
-from gtqlora.contrasts.statistics import check_rendering
+from gtqlora.config import VerifyConfig, build_recorded
+from gtqlora.contrasts import KINDS, Contrast
+from gtqlora.contrasts.statistics import check_rendering, reach
 from gtqlora.edits import effects
-from gtqlora.edits.adapters import read_adapter
-from gtqlora.edits.arms import run_arms
-from gtqlora.edits.drift import drift
+from gtqlora.edits.adapters import Adapter, read_adapter
+from gtqlora.edits.drift import Drifted
 from gtqlora.edits.edited import Edited
+from gtqlora.edits.measured import Measured, judged_by, measure
 from gtqlora.edits.mediation import Arms, factorial, mediation
 from gtqlora.errors import ContrastError, RunError
-from gtqlora.families.identity import identify
+from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.floor.decision import Decision, decide
 from gtqlora.floor.outcomes import losses
+from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging.judge import Judge, judge_of
-from gtqlora.localize.expert_ablation import ablation_study
-from gtqlora.results.ablation import AblationStudy
-from gtqlora.results.mediation import ARMS, ArmOutcome
+from gtqlora.judging.pair import judges_of
+from gtqlora.progress import note
+from gtqlora.results.mediation import ARMS, read_arms
 from gtqlora.results.verdict import (
     HISTORY,
     SCORES,
     VERDICT,
     HeldOut,
-    Outcome,
-    Reply,
     Verdict,
-    of_kind,
+    read_outcomes,
     read_verdict,
     write_verdict,
 )
+from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.run import PATHS, Run, fingerprint
-from gtqlora.scoring import Answer, Runner, log_probs
+from gtqlora.scoring import Runner
+
+_OF_JUDGING = frozenset(
+    ("judge", "second_judge", "margin", "level", "min_refused", "wrapped_margin", "ablation", *PATHS)
+)
+"""Settings that what models said does not follow from."""
 
 
-def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
+def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool = False) -> Verdict:
     """Judge the run's adapter, merged and rounded as it would ship, on held-out prompts.
 
+    Args:
+        rejudge: judge the texts of the last verdict anew, with these judges and margins; the model is not opened.
+
     Raises:
-        RunError: the run has no adapter, or not the pairs it was made from.
+        RunError: the run has no adapter, or not the pairs it was made from; or what is to be judged again is not there.
         ContrastError: held-out prompts were trained on, or a kind is missing.
         FloorError: earlier edits of this model used up what may be lost.
     """
     adapter = read_adapter(run.require(ADAPTER, "train"))
     trained = run.require(contrasts.FILE, "train")
     _check_made_together(run, adapter.digest, trained)
-    model, judge = identify(config.model), judge_of(config.judge)
+    model, judge = identify(config.model), judges_of(config.judge, config.second_judge)
     inputs = {
         "model": model.digest,
         "contrast": fingerprint(config.contrast),
@@ -63,29 +74,66 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False) -> Verdict:
         "judge": judge.identity,
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
+    known = _recorded(run, config, inputs) if rejudge else None
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
-        stage.outputs += [VERDICT, SCORES, ARMS, HISTORY]
+        stage.outputs += [VERDICT, SCORES, WRAPPED, ARMS, HISTORY]
         if stage.fresh:
             return read_verdict(run.path)
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
-        rows, seen = _held_out(config, trained, judge)
-        subject = open_subject(config)
-        check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
-        edited = Edited(subject, adapter, shipped=model.model)
-        model.check_unchanged()
-        runner = Runner.of(edited.subject, judge, config)
-        outcomes = _measure(runner, edited, rows)
-        ablation = ablation_study(
-            runner, edited.original, seen, rows.of_kind("harmful"), of_kind(outcomes, "harmful"), config
-        )
-        decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
-        arms = run_arms(runner, edited, rows.rows, outcomes, limit=config.mediation_prompts, seed=config.seed)
-        verdict = _verdict(config, runner, edited, rows, outcomes, arms, decision, inputs, ablation)
+        rows, seen = _held_out(config, trained, judge.judges[0])
+        found = known or _measured(config, adapter, model, rows, seen)
+        if rejudge or config.second_judge:
+            found = judged_by(judge, found)
+        decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
+        wrapped = wrapped_floor(config, found.wrapped, judge, tries=decision.tries, blind=decision.blind)
+        verdict = _verdict(config, adapter, found, decision, wrapped, inputs)
         lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()
-        write_verdict(run.path, verdict, [replace(o, lost=lost.get(o.number)) for o in outcomes], arms)
+        outcomes = [replace(o, lost=lost.get(o.number)) for o in found.outcomes]
+        write_verdict(run.path, verdict, outcomes, found.wrapped, found.arms)
         return verdict
+
+
+def _measured(config: VerifyConfig, adapter: Adapter, model: ModelIdentity, rows: Contrast, seen: Contrast) -> Measured:
+    """Open the model, ask it, and let go of it: a second judge may need its memory."""
+    subject = open_subject(config)
+    check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+    edited = Edited(subject, adapter, shipped=model.model)
+    model.check_unchanged()
+    found = measure(Runner.of(edited.subject, judge_of(config.judge), config), edited, rows, seen, config)
+    del subject, edited
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str]) -> Measured:
+    """Return what the last `verify` of this run left, if models would say the same with these settings.
+
+    Raises:
+        RunError: there is none, it was changed since, or it was made otherwise.
+    """
+    record, remedy = run.manifest()["stages"].get("verify"), "run `gtqlora verify` without --rejudge"
+    if record is None:
+        raise RunError(f"{run.path}: nothing was verified here yet, so there is nothing to judge again; {remedy}")
+    for name in (VERDICT, SCORES, WRAPPED, ARMS):
+        if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):
+            raise RunError(f"{run.path}: {name} was changed since verify; {remedy}")
+    was = vars(build_recorded(VerifyConfig, record["config"], str(run / "manifest.json")))
+    other = [key for key, value in vars(config).items() if key not in _OF_JUDGING and was[key] != value]
+    other += [key for key, value in inputs.items() if key != "judge" and record["inputs"].get(key) != value]
+    if other:
+        raise RunError(f"{run.path}: verified with another {' and another '.join(other)}; {remedy}")
+    verdict = read_verdict(run.path)
+    return Measured(
+        outcomes=read_outcomes(run.path),
+        wrapped=read_outcomes(run.path, WRAPPED),
+        arms=read_arms(run.path),
+        drifted=Drifted(kl_benign=verdict.kl_benign, routing=verdict.drift),
+        ablation=None,
+    )
 
 
 def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
@@ -115,64 +163,34 @@ def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contra
             f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
             "a verdict needs every kind"
         )
+    if missing := reach(rows.rows).note:  # told before anything is decoded
+        note(f"{config.contrast}: {missing}; whatever the edit does, the safety floor cannot pass on these rows")
     return rows, seen
-
-
-def _measure(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
-    """Ask every row before and after the edit."""
-    harmful = rows.of_kind("harmful")
-    with edited.original():
-        before = runner.answers(rows.rows, label="before")
-        ready_before = _readiness(runner, harmful)
-    after, ready_after = runner.answers(rows.rows, label="after"), _readiness(runner, harmful)
-    was, now = _replies(rows.rows, before, ready_before), _replies(rows.rows, after, ready_after)
-    return [Outcome.of(row, b, a) for row, b, a in zip(rows.rows, was, now, strict=True)]
-
-
-def _readiness(runner: Runner, rows: Sequence[Row]) -> dict[int, float]:
-    """Return the log-probability of each row's `rejected` as the completion, by row number."""
-    found = log_probs(runner, rows, [row.rejected for row in rows], label="readiness to answer")
-    return dict(zip([row.number for row in rows], found, strict=True))
-
-
-def _replies(rows: Sequence[Row], answers: Sequence[Answer], ready: Mapping[int, float]) -> list[Reply]:
-    return [
-        Reply(
-            text=answer.text,
-            tokens=answer.length,
-            ended=answer.ended,
-            label=answer.label,
-            correct=answer.correct,
-            rejected_log_prob=ready.get(row.number),
-        )
-        for row, answer in zip(rows, answers, strict=True)
-    ]
 
 
 def _verdict(
     config: VerifyConfig,
-    runner: Runner,
-    edited: Edited,
-    rows: Contrast,
-    outcomes: list[Outcome],
-    arms: list[ArmOutcome],
+    adapter: Adapter,
+    found: Measured,
     decision: Decision,
+    wrapped: WrappedFloor,
     inputs: Mapping[str, str],
-    ablation: AblationStudy | None,
 ) -> Verdict:
-    drifted, ways = drift(runner, edited, rows, seed=config.seed), Arms.of(arms, outcomes, config.level)
+    ways = Arms.of(found.arms, found.outcomes, config.level)
     return Verdict(
         adapter=inputs["adapter"],
-        kind=edited.info.kind,
+        kind=adapter.info.kind,
         model=config.model,
-        table=effects.table(outcomes, config.level),
+        table=effects.table(found.outcomes, config.level),
         floor=decision.floor,
-        kl_benign=drifted.kl_benign,
-        drift=drifted.routing,
+        wrapped=wrapped,
+        agreement=effects.agreement(found.outcomes, config.level),
+        kl_benign=found.drifted.kl_benign,
+        drift=found.drifted.routing,
         mediation=mediation(ways),
         factorial=factorial(ways),
         expert_format=config.expert_format,
-        ablation=ablation,
+        ablation=found.ablation,
         judge=inputs["judge"],
         prompts=HeldOut(source=config.contrast, fingerprint=inputs["contrast"], split=config.split),
         lost=losses(decision.harmful),

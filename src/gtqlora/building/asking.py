@@ -1,0 +1,174 @@
+"""Ask a model many prompts, so that a process that is killed loses one batch of answers and goes on to the same result.
+
+Batches are formed of all prompts of a round before any is asked, so that a second process forms the same ones; each is
+noted in the journal once it is answered. Of an answer to a harmful prompt nothing but its label is noted or kept,
+unless it is a refusal.
+
+Shape letters: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gtqlora.building.refusals import refusal_only, without_rest
+from gtqlora.capture import by_length
+from gtqlora.contrasts.rows import digest, prompt_key
+from gtqlora.contrasts.template import encode_prompt
+from gtqlora.errors import ContrastError, ModelError
+from gtqlora.judging.judge import Judge, Messages, labels
+from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
+from gtqlora.judging.thoughts import final
+from gtqlora.progress import track
+from gtqlora.scoring import Change, Runner, decode
+from gtqlora.storage.journal import Journal
+
+CUT_OFF = "answer cut off"
+IN_THOUGHT = "answer cut off inside its thought"
+EMPTY = "answer empty"
+_OTHERWISE: dict[Label, str] = {PARTIAL: "refused in part", EVASION: "evaded", UNDECIDED: "judge undecided"}
+UNREAD = "prompt that the model cannot read"
+LONG = "prompt too long"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Something to ask.
+
+    Attributes:
+        asked: what the model reads.
+        judged: the prompt that the answer is judged as an answer to.
+        harmful: whether only a refusal may be kept.
+    """
+
+    asked: Messages
+    judged: Messages
+    harmful: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the model said: "refusal" or "answer" with its text, or why it is neither."""
+
+    label: str
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """A model that is asked in rounds, each under a name of its own."""
+
+    runner: Runner
+    journal: Journal
+    seed: int
+    temperature: float
+
+    def ask(self, round_: str, questions: Sequence[Question], *, sampled: bool = False) -> list[Reply]:
+        """Return the replies to all questions of a round.
+
+        Args:
+            round_: shown as progress; another round of the same questions is another draw.
+            sampled: draw answers instead of taking the likeliest.
+
+        Raises:
+            ModelError: the chat template or the model fails.
+            ConfigError: the judge fails.
+            RunError: the journal cannot be written.
+        """
+        encoded = [self._encoded(question) for question in questions]
+        places = [i for i, found in enumerate(encoded) if isinstance(found, list)]
+        prompts = [found for found in encoded if isinstance(found, list)]
+        names = [f"{round_} {digest(prompt_key(question.asked))}" for question in questions]
+        batches = by_length(prompts, self.runner.batch_size)
+        for batch in track(batches, round_, len(batches)) if batches else ():
+            chosen = [places[i] for i in batch]
+            # Whole batches only: the same prompts beside each other round alike.
+            if all(names[i] in self.journal for i in chosen):
+                continue
+            draw = self._draw([names[i] for i in chosen]) if sampled else None
+            replies = self._replies([prompts[i] for i in batch], [questions[i] for i in chosen], draw)
+            self.journal.add({names[i]: [r.label, r.text] for i, r in zip(chosen, replies, strict=True)})
+        # From the journal also what was just said: a process that goes on and one that does not read the same.
+        noted = [
+            None if isinstance(found, Reply) else self.journal[name] for found, name in zip(encoded, names, strict=True)
+        ]
+        return [
+            found if isinstance(found, Reply) else _noted(entry) for found, entry in zip(encoded, noted, strict=True)
+        ]
+
+    def _encoded(self, question: Question) -> list[int] | Reply:
+        subject = self.runner.model
+        try:
+            prompt = encode_prompt(subject.tokenizer, question.asked)
+        except ContrastError:
+            return Reply(label=UNREAD)
+        # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
+        if subject.tokenizer.unk_token_id in prompt:
+            return Reply(label=UNREAD)
+        room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
+        return prompt if prompt and room else Reply(label=LONG)
+
+    def _replies(
+        self, prompts: Sequence[list[int]], questions: Sequence[Question], draw: Callable[[Tensor], Tensor] | None
+    ) -> list[Reply]:
+        runner = self.runner
+        try:
+            found = decode(runner.model, prompts, Change(draw=draw), max_new_tokens=runner.max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of memory with {len(prompts)} prompts at once; lower --batch-size, the answers so far are kept"
+            ) from error
+        told = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
+        said = [final(text) or "" for text in found.texts]  # what is thought is not to be learnt
+        return [
+            Reply(label=label, text=_kept(question, label, text if ended else without_rest(text)))
+            for question, label, text, ended in zip(questions, told, said, found.ended, strict=True)
+        ]
+
+    def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Return a sampler whose numbers hang on each prompt's name and not on those beside it."""
+        seeds = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in names]
+        # On the processor, whose numbers are the same on every machine; a GPU's are not.
+        dice = [torch.Generator().manual_seed(int.from_bytes(each[:7])) for each in seeds]
+
+        def draw(logits_BV: Tensor) -> Tensor:
+            cumulated_BV = (logits_BV.float() / self.temperature).softmax(-1).cumsum(-1)
+            thrown_B1 = torch.cat([torch.rand(1, 1, generator=die) for die in dice]).to(logits_BV.device)
+            # In units of the last sum, which rounding may leave a little off 1.
+            return torch.searchsorted(cumulated_BV, thrown_B1 * cumulated_BV[:, -1:], right=True)[:, 0].clamp(
+                max=logits_BV.shape[-1] - 1
+            )
+
+        return draw
+
+
+def _kept(question: Question, label: str, text: str) -> str:
+    """Return what may be kept of a text: of one to a harmful prompt a refusal and no more."""
+    if question.harmful:
+        return (refusal_only(text) or "") if label == REFUSAL else ""
+    return text if label in (REFUSAL, ANSWER) else ""
+
+
+def labelled(judge: Judge, prompts: Sequence[Messages], texts: Sequence[str], ended: Sequence[bool]) -> list[str]:
+    """Return "refusal" or "answer" for each text, or why it is neither: a text that is cut off is no whole answer."""
+    found = labels(judge, prompts, texts)
+    return [_told(label, final(text), whole) for label, text, whole in zip(found, texts, ended, strict=True)]
+
+
+def _told(label: Label, said: str | None, whole: bool) -> str:
+    if said is None:
+        return IN_THOUGHT
+    if not said:
+        return EMPTY
+    return CUT_OFF if label == ANSWER and not whole else _OTHERWISE.get(label, label)
+
+
+def _noted(entry: object) -> Reply:
+    """Return the reply that the journal has, which a stranger may have written."""
+    label, text = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
+    return Reply(label=str(label), text=str(text))

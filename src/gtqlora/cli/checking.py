@@ -1,0 +1,118 @@
+"""The verb `contrast check`: whether pairs can be trained on and judged by, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from gtqlora.cli import checked, printing
+from gtqlora.cli.console import starting
+from gtqlora.cli.settings import Json, embedded_contrast, embedded_model, embedded_recipe, say_what_judges
+from gtqlora.config.values import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gtqlora.config import TrainConfig
+    from gtqlora.contrasts.sources import Problem
+
+
+def check(
+    file: Annotated[
+        str, Parameter(help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs; or organism.")
+    ],
+    *,
+    model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
+    judge: Annotated[
+        str | None, Parameter(help='"string", "string:phrase|phrase", or package.module:function.', show_default=False)
+    ] = None,
+    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set",
+            help="Override one setting, e.g. --set template.enable_thinking=false or --set max_length=2048.",
+            negative=(),
+            consume_multiple=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
+    drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
+    with starting():
+        from gtqlora import contrasts
+        from gtqlora.contrasts.sources import ContrastProblems
+        from gtqlora.contrasts.statistics import statistics, without_misrendered
+        from gtqlora.judging.judge import judge_of
+
+    require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
+    settled = _settled(file, model, judge, config, settings or ())
+    say_what_judges(settled.judge)
+    require(
+        model is not None or settled.max_length is None,
+        f"max_length = {settled.max_length}: is counted in tokens; give --model, too",
+    )
+    # A tokenizer takes seconds to load, so it is last of what may be refused.
+    reader = _reader(settled) if model else _Reader()
+    dropped: list[Problem] = []
+    try:
+        judging = judge_of(settled.judge)
+        rows = contrasts.load(settled.contrast, judging, dropped=dropped if drop else None)
+        if drop and reader.tokenizer is not None:
+            rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
+        found = statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judging)
+    except ContrastProblems as error:
+        if as_json:
+            printing.show_json({"problems": error.problems})
+        raise
+    # last of all checks come lengths, so nothing is written of a set that fails one
+    if out:
+        contrasts.save(rows, out)
+    if as_json:
+        printing.show_json({**asdict(found), "dropped": dropped})
+    else:
+        checked.show_contrast(found, settled.contrast)
+        checked.show_dropped(dropped)
+
+
+def _settled(
+    file: str, model: str | None, judge: str | None, config: Path | None, settings: Sequence[str]
+) -> TrainConfig:
+    """Return the settings with which `train` would read these pairs."""
+    from gtqlora.config import TrainConfig, build
+    from gtqlora.organisms import embedded
+
+    # The organisms refuse in words of their own, which the default judge does not know.
+    judge = embedded.JUDGE if file == "organism" and judge is None else judge
+    return build(
+        TrainConfig,
+        file=embedded_recipe(config) if config else None,
+        overrides=settings,
+        # no model is loaded here, and without one only its tokens cannot be counted
+        model=embedded_model(model or "none"),
+        contrast=embedded_contrast(file),
+        judge=judge,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What reads the pairs: a tokenizer, the most tokens of a row, and the rows of the model's embedding."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    limit: int | None = None
+    vocabulary: int | None = None
+
+
+def _reader(settled: TrainConfig) -> _Reader:
+    from gtqlora.families import load_config, load_tokenizer
+
+    known = load_config(settled.model)[1]
+    limit = min(known.max_position_embeddings, settled.max_length or known.max_position_embeddings)
+    return _Reader(load_tokenizer(settled.model, settled.template), limit, known.vocab_size)

@@ -1,0 +1,63 @@
+"""Which texts are nearly the same, and which share what they are about: plain overlap of words, no model."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from gtqlora.contrasts.rows import digest
+from gtqlora.judging.folding import words
+
+_RUN = 3
+_OVERLAP = 0.7
+"""Share of the runs of words, of all that either of two texts has, from which on they are nearly the same."""
+_COMMON = 64
+"""A run of words in more texts than this says nothing of any two, and comparing all would take long."""
+# Words that are in every set, whatever its prompts are about; shorter ones are not looked at.
+_SHORT = 4
+_EVERYWHERE = (
+    "about again best between could does each explain from give good have help here into list make more most need "
+    "person people should some step steps such tell that their them then there these they thing things this those "
+    "using very want ways well what when where which while will with without word words would write your"
+)
+_STOP = frozenset(_EVERYWHERE.split())
+
+
+def _runs(text: str) -> frozenset[tuple[str, ...]]:
+    found = words(text)
+    return frozenset(tuple(found[i : i + _RUN]) for i in range(max(1, len(found) - _RUN + 1)))
+
+
+def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
+    """Return for each text that is nearly the same as an earlier one the position of that one.
+
+    A text that is nearly the same as one that is left out itself stays.
+    """
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    runs: dict[int, frozenset[tuple[str, ...]]] = {}
+    found: dict[int, int] = {}
+    for place, text in enumerate(texts):
+        own = _runs(text)
+        shared = Counter(other for run in own for other in holders.get(run, ()))
+        near = (o for o, n in shared.items() if n >= _OVERLAP * (len(own) + len(runs[o]) - n))
+        if (first := min(near, default=None)) is not None:
+            found[place] = first
+            continue
+        runs[place] = own
+        for run in own:
+            if len(held := holders[run]) < _COMMON:
+                held.append(place)
+    return found
+
+
+def shared_subjects(texts: Sequence[str]) -> list[str]:
+    """Return for each text a name that those about the same thing share: of the most common word that is not in all.
+
+    Prompts on one subject are not independent, and a set that names no topics would pass for hundreds of them. The
+    name does not show the word.
+    """
+    each = [sorted({word for word in words(text) if len(word) >= _SHORT} - _STOP) for text in texts]
+    counts = Counter(word for found in each for word in found)
+    most = max(2, len(texts) // 20)
+    chosen = (max((w for w in found if counts[w] <= most), key=lambda w: counts[w], default="") for found in each)
+    return [digest(word)[:8] for word in chosen]

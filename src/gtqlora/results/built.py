@@ -1,0 +1,57 @@
+"""What `contrast build` made of public sets, in figures: no prompt and no answer stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltSource:
+    """What became of one source.
+
+    Attributes:
+        name: as the user named it.
+        layout: the set that it was taken for.
+        licence, url: of that set, as far as known.
+        rows: rows of the source.
+        asked: its prompts by kind that the model was asked.
+        kept: rows that were made, by kind.
+        left_out: rows of which none was made, by reason.
+    """
+
+    name: str
+    layout: str
+    licence: str
+    url: str
+    rows: int
+    asked: Mapping[str, int]
+    kept: Mapping[str, int]
+    left_out: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A contrast set that was made.
+
+    Attributes:
+        counts: rows by split, then by kind.
+        refused: of the harmful prompts that the model was asked, those that it refuses.
+        harmful: the harmful prompts that it was asked.
+        own_answers: lookalike rows whose answer is the model's own; the others have their set's.
+        with_twin: lookalike rows with a twin.
+        floor: what is missing for the safety floor, as a sentence; "" if nothing is.
+    """
+
+    file: Path
+    card: Path
+    model: str
+    judge: str
+    sources: tuple[BuiltSource, ...]
+    counts: Mapping[str, Mapping[str, int]]
+    refused: int
+    harmful: int
+    own_answers: int
+    with_twin: int
+    floor: str

@@ -1,0 +1,236 @@
+"""The `contrast build` verb: public sets of prompts, asked of the model, become a checked contrast set with a card."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from gtqlora import contrasts
+from gtqlora.building.answers import said_to
+from gtqlora.building.asking import Asking
+from gtqlora.building.assembling import OPENINGS, Said, broken, made, openings_of, with_splits
+from gtqlora.building.card import card
+from gtqlora.capture import Subject, open_subject
+from gtqlora.config import BuildConfig, VerifyConfig, to_dict
+from gtqlora.contrasts import Contrast, Row
+from gtqlora.contrasts.layouts import Description
+from gtqlora.contrasts.loading import check_kinds, without_problems
+from gtqlora.contrasts.public import Candidate, Pool, Source, pool
+from gtqlora.contrasts.rows import digest
+from gtqlora.contrasts.sources import Problem
+from gtqlora.contrasts.statistics import reach, without_misrendered
+from gtqlora.contrasts.template import tokens
+from gtqlora.errors import ContrastError
+from gtqlora.families.identity import ModelIdentity, identify
+from gtqlora.judging.judge import NamedJudge, judge_of
+from gtqlora.judging.labels import ANSWER, REFUSAL
+from gtqlora.results.built import Built, BuiltSource
+from gtqlora.run import fingerprint, sha256_json
+from gtqlora.scoring import Runner
+from gtqlora.stats import ADVISED_PROMPTS, fewest
+from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
+from gtqlora.storage.journal import Journal
+
+_ASIDE = ("model", "contrast", "judge", "device", "batch_size")
+"""Known otherwise, or of no matter for a prompt's answer but for rounding: with less memory a build still goes on."""
+
+
+def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Built:
+    """Make a contrast set of public sets, with the model's own answers and refusals.
+
+    Killed, it goes on where it was when it is called again, to the same result.
+
+    Raises:
+        ContrastError: a source is not known or holds no prompts, the model refuses too few of the harmful prompts or
+            answers too few of the others, or no row of a kind is left.
+        RunError: the output is there already, or another process is making it.
+        ConfigError, ModelError: as `judge_of` and `open_subject`.
+    """
+    out = checked_path(config.contrast)
+    if out.suffix != ".parquet":
+        raise ContrastError(f"{out}: a contrast set is saved as Parquet; let the name end in .parquet")
+    refuse_existing(out)
+    journal_folder, card_file = out.with_name(f"{out.name}.building"), out.with_suffix(".md")
+    if not journal_folder.exists():  # else it is ours, of a process that was killed at the very end
+        refuse_existing(card_file)
+    found = pool(sources, descriptions)
+    judge = judge_of(config.judge)
+    chosen = limited(found.candidates, config)
+    _check_kinds(chosen)  # before a model is hashed and loaded, which takes minutes
+    model = identify(config.model)
+    with _journal(journal_folder, config, model, judge, found, descriptions) as journal:
+        subject = open_subject(replace(config, model=model.model))
+        model.check_unchanged()
+        runner = Runner.of(subject, judge, config)
+        asking = Asking(runner=runner, journal=journal, seed=config.seed, temperature=config.temperature)
+        said = said_to(asking, chosen, config)
+        rows, dropped = made(said, _openings(subject, said), judge)
+        _count_unasked(found, chosen, dropped)
+        contrast = _checked(str(out), rows, chosen, subject, dropped)
+        built = _summary(config, model, out, card_file, found, said, contrast, dropped)
+        # The card first: once the pairs are there, nothing is missing.
+        with atomic_write(card_file) as staged:
+            staged.write_text(card(built), encoding="utf-8")
+        contrasts.save(contrast, out)
+        journal.remove()
+    return built
+
+
+@contextmanager
+def _journal(
+    folder: Path,
+    config: BuildConfig,
+    model: ModelIdentity,
+    judge: NamedJudge,
+    found: Pool,
+    descriptions: Sequence[Description],
+) -> Iterator[Journal]:
+    """Hold the journal of exactly this work; an error leaves it, so that the next call goes on."""
+    settings = {key: value for key, value in to_dict(config).items() if key not in _ASIDE}
+    prompts = [(one.source, one.number, one.kind, one.prompt) for one in found.candidates]
+    told = [str(description) for description in descriptions]
+    prints = [fingerprint(source.name) for source in found.sources]
+    key = sha256_json([model.digest, judge.identity, settings, prints, told, prompts])
+    journal = Journal(folder, key)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _check_kinds(candidates: Sequence[Candidate]) -> None:
+    """Check, before a model is opened, that there is something to contrast.
+
+    Raises:
+        ContrastError: no harmful prompts, or nothing else.
+    """
+    kinds = {one.kind for one in candidates}
+    sources = ", ".join(dict.fromkeys(one.source for one in candidates))
+    if "harmful" not in kinds:
+        raise ContrastError(f"{sources}: no harmful prompts; add a set of them, such as AdvBench: the floor needs them")
+    if kinds == {"harmful"}:
+        raise ContrastError(f"{sources}: only harmful prompts; add a set of lookalikes, such as XSTest or OR-Bench")
+
+
+def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candidate]:
+    """Return at most `limit` candidates of each kind, of all sources in turns, whole pairs where that can be."""
+    by_source: dict[tuple[str, str], list[Candidate]] = defaultdict(list)
+    # By pair, so that of two kinds in two files the same pairs are chosen.
+    for one in sorted(candidates, key=lambda one: digest(f"{config.seed} {one.pair}")):
+        by_source[one.kind, one.source].append(one)
+    chosen: list[Candidate] = []
+    for kind in contrasts.KINDS:
+        turns = chain.from_iterable(zip_longest(*(found for (own, _), found in by_source.items() if own == kind)))
+        chosen += [one for one in turns if one is not None][: config.limit]
+    return chosen
+
+
+def _openings(subject: Subject, said: Sequence[Said]) -> list[str]:
+    """Return what harmful rows' `rejected` may be: our phrases, or the model's own where it cannot read those."""
+    readable = [opening for opening in OPENINGS if _reads(subject, opening)]
+    own = (one.answer or one.text for one in said if one.label == ANSWER or one.answer is not None)
+    return readable or openings_of(filter(None, own))
+
+
+def _reads(subject: Subject, text: str) -> bool:
+    """Tell whether the tokenizer has tokens for all of a text."""
+    try:
+        return subject.tokenizer.unk_token_id not in tokens(subject.tokenizer, text)
+    except ContrastError:
+        return False
+
+
+# --- the set
+
+
+def _count_unasked(found: Pool, chosen: Sequence[Candidate], dropped: dict[str, Counter[str]]) -> None:
+    """Add the candidates beyond the limit to what is left out."""
+    asked = Counter(one.source for one in chosen)
+    for source, count in Counter(one.source for one in found.candidates).items():
+        if beyond := count - asked[source]:
+            dropped[source]["beyond --limit"] += beyond
+
+
+def _checked(
+    source: str, rows: Sequence[Row], asked: Sequence[Candidate], subject: Subject, dropped: dict[str, Counter[str]]
+) -> Contrast:
+    """Return the rows in their splits as every stage would take them; why others are left out is added.
+
+    Raises:
+        ContrastError: a kind is missing in what is left.
+        ModelError: the template fails.
+    """
+    problems: list[Problem] = []
+    margin, level = VerifyConfig.margin, VerifyConfig.level
+    split = with_splits(rows, fewest(margin, level), ADVISED_PROMPTS)
+    kept = without_problems(split, source, problems)
+    _check_left(source, kept, dropped)
+    contrast = Contrast(source=source, rows=tuple(kept))
+    contrast = without_misrendered(contrast, subject.tokenizer, subject.max_length, problems)
+    by_prompt = {contrasts.prompt_key(one.prompt): one.source for one in asked}
+    origin = {row.number: by_prompt[contrasts.prompt_key(row.prompt)] for row in rows}
+    for problem in problems:
+        for number in problem.excess:
+            dropped[origin[number]][broken(problem.problem)] += 1
+    return contrast
+
+
+def _check_left(source: str, rows: Sequence[Row], dropped: Mapping[str, Counter[str]]) -> None:
+    try:
+        check_kinds(rows, source)
+    except ContrastError as error:
+        reasons = sum(dropped.values(), Counter[str]()).most_common(3)
+        why = "; ".join(f"{n:,} {reason}" for reason, n in reasons)
+        raise ContrastError(f"{str(error).partition(';')[0]} of which rows could be made; left out: {why}") from error
+
+
+def _summary(
+    config: BuildConfig,
+    model: ModelIdentity,
+    out: Path,
+    card_file: Path,
+    found: Pool,
+    said: Sequence[Said],
+    contrast: Contrast,
+    dropped: Mapping[str, Counter[str]],
+) -> Built:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in contrast.rows:
+        counts[row.split][row.kind] += 1
+    harmful = [one for one in said if one.candidate.kind == "harmful"]
+    kept = {contrasts.prompt_key(row.prompt): row for row in contrast.rows}
+    own = {contrasts.prompt_key(one.candidate.prompt): one for one in said}
+    lookalike = {key: row for key, row in kept.items() if row.kind == "lookalike"}
+    return Built(
+        file=out,
+        card=card_file,
+        model=model.model,
+        judge=config.judge,
+        sources=tuple(_of_source(one, said, kept, dropped.get(one.name, Counter())) for one in found.sources),
+        counts={split: dict(counts[split]) for split in contrasts.SPLITS if counts[split]},
+        refused=sum(one.label == REFUSAL for one in harmful),
+        harmful=len(harmful),
+        own_answers=sum(own[key].candidate.answer != row.chosen for key, row in lookalike.items()),
+        with_twin=sum(contrast.twin_of(row) is not None for row in lookalike.values()),
+        floor=reach(contrast.rows).note,
+    )
+
+
+def _of_source(source: Source, said: Sequence[Said], kept: Mapping[str, Row], dropped: Counter[str]) -> BuiltSource:
+    ours = [one.candidate for one in said if one.candidate.source == source.name]
+    left_out = Counter(source.left_out) + dropped
+    return BuiltSource(
+        # A folder's name says where somebody keeps such sets, which is not for a card.
+        name=Path(source.name).name if Path(source.name).expanduser().exists() else source.name,
+        layout=" and ".join(dict.fromkeys(layout.name for layout in source.layouts)),
+        licence=source.layouts[0].licence,
+        url=source.layouts[0].url,
+        rows=source.rows,
+        asked=dict(Counter(one.kind for one in ours)),
+        kept=dict(Counter(one.kind for one in ours if contrasts.prompt_key(one.prompt) in kept)),
+        left_out=dict(left_out.most_common()),
+    )
