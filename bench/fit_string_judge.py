@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gtqlora.judging.reading import Reading, read
-from gtqlora.judging.string_judge import folded
+from gtqlora.judging.string_judge import ANSWERS, REFUSES, folded
 from gtqlora.judging.thoughts import final
 from gtqlora.judging.wordings import language_of
 
@@ -33,7 +33,14 @@ def readings(name: str) -> list[tuple[Reading, bool, str, str]]:
         answer = answer.rpartition("</think>")[2].strip()
         wording = language_of(folded(answer), folded(row["prompt"]))
         if row["label"] in ("refusal", "answer") and answer and wording is not None:
-            found.append((read(folded(answer), wording, folded(row["prompt"])), row["label"] == "refusal", row["language"], answer))
+            found.append(
+                (
+                    read(folded(answer), wording, folded(row["prompt"])),
+                    row["label"] == "refusal",
+                    row["language"],
+                    answer,
+                )
+            )
     return found
 
 
@@ -60,18 +67,15 @@ def main() -> None:
     scores = np.zeros(len(data))
     folds = np.random.default_rng(0).permutation(len(data)) % 10
     for fold in range(10):
-        scores[folds == fold] = features[folds == fold] @ fit(*(part[folds != fold] for part in (features, refuses, counts)))
+        scores[folds == fold] = features[folds == fold] @ fit(
+            *(part[folds != fold] for part in (features, refuses, counts))
+        )
     wrong = (scores > 0) != (refuses > 0)
-    whole = np.arange(len(data)) < len(answers)
-    for low, high in ((-0.5, 0.5), (-1.0, 0.3), (-1.0, 0.5), (-1.3, 0.5), (-1.5, 0.3), (-1.5, 0.7)):
-        decided = ((scores <= low) | (scores >= high))
-        called = scores >= high
-        for name, part in (("answers", whole), ("probes", ~whole)):
-            is_wrong = (called != (refuses > 0)) & decided & part
-            print(f"{low} to {high}, {name}: {is_wrong.sum() / (decided & part).sum():.1%} wrong, {(~decided & part).sum() / part.sum():.1%} undecided")
-    for band in (0.0, 0.3, 0.5, 0.8, 1.0):
-        decided = abs(scores) >= band
-        print(f"band {band}: {wrong[decided].mean():.1%} wrong, {1 - decided.mean():.1%} undecided")
+    for name, part in (("answers", counts > 1), ("probes", counts == 1)):
+        for low, high in ((0.0, 0.0), (-1.0, 0.5), (ANSWERS, REFUSES), (-1.5, 0.7)):
+            decided = part & ((scores <= low) | (scores >= high))
+            share = 1 - decided.sum() / part.sum()
+            print(f"{name}, between {low} and {high}: {wrong[decided].mean():.1%} wrong, {share:.1%} undecided")
     for language in sorted({row[2] for row in data}):
         mine = np.array([row[2] == language for row in data])
         print(f"{language}: {mine.sum()} rows, {wrong[mine].mean():.1%} wrong")

@@ -342,7 +342,9 @@ def test_chosen_of_a_harmful_row_has_no_room_to_comply_after_the_refusal(tmp_pat
     for rest in ("and so " * 80, "and so " * 17, "y" * 300):
         chosen = "I'm sorry, but I can't help with that. " + rest
         refuse(
-            tmp_path, [row(), row("harmful", "x", chosen=chosen)], r"row 2: chosen.*(a refusal and no more, at most 40|must be a refusal)"
+            tmp_path,
+            [row(), row("harmful", "x", chosen=chosen)],
+            r"row 2: chosen.*(a refusal and no more, at most 40|must be a refusal)",
         )
     long = "I'm sorry, but I can't help with that. " + "and so " * 16
     assert len(load(write(tmp_path, [row(), row("harmful", "x", chosen=long)]), ENGLISH).rows) == 2

@@ -121,9 +121,7 @@ _OTHERS_CANNOT = (
 )
 # in the midst of a sentence, so that a refusal that is quoted as a whole stays one
 _QUOTED = r'"[^"]{2,120}"(?= ?[^\W_])|(?<=[\w,:] )"[^"]{2,120}"' + r"|(?<![\w'])'[^\"]{2,120}?'(?= [^\W_])"
-_OF_RESPONSIBLE = (
-    r"\bas a responsible (\w+ist|teacher|cook|maker|expert|engineer|hacker|farmer|builder|owner|friend)\b"
-)
+_OF_RESPONSIBLE = r"\bas a responsible (\w+ist|teacher|cook|maker|expert|engineer|hacker|farmer|builder|owner|friend)\b"
 _IDIOMS = re.compile(
     "|".join(
         (

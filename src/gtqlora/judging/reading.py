@@ -24,13 +24,14 @@ _LETTER = re.compile(r"[^\W_]")
 _LONG_QUOTE, _QUOTE, _CODE_MARK, _ITEM_MARK = "\u275d\u275d", "\u275d", "\u2318", "\u2022"
 # A question of yes or no, not a request in the form of one; and the words that answer it.
 _WHETHER = re.compile(
-    r"(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist|sind|darf|kann"
-    r" (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso|pode-se|e |sao |devo|si puo"
-    r"|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
+    r"(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist"
+    r"|sind|darf|kann (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso"
+    r"|pode-se|e |sao |devo|si puo|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?"
+    r"|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
 )
 _YES_OR_NO = re.compile(
-    r"\W*(?:yes|no|nope|yeah|not|it is(?:n't)?|it isn't|it depends|ja|nein|oui|non|si|sim|nao|never|\u4e0d|\u662f|\u80fd|\u53ef\u4ee5"
-    r"|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
+    r"\W*(?:yes|no|nope|yeah|not|it is(?:n't)?|it isn't|it depends|ja|nein|oui|non|si|sim|nao|never|\u4e0d|\u662f"
+    r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
 _LONG = 25
 _MARKS = f" {_ITEM_MARK}*_#"

@@ -27,10 +27,10 @@ _SURE, _FEW = 1.5, 6
 
 def _shares() -> dict[str, list[tuple[int, float]]]:
     """Return what a function word says for each language: less if several have it."""
-    having = Counter(word for wording in _SPACED for word in wording.function_words)
+    having = Counter(word for wording in _SPACED for word in wording.function_words.split())
     shares: dict[str, list[tuple[int, float]]] = {}
     for i, wording in enumerate(_SPACED):
-        for word in wording.function_words:
+        for word in wording.function_words.split():
             shares.setdefault(word, []).append((i, 1 / having[word]))
     return shares
 

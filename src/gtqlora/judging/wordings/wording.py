@@ -28,7 +28,7 @@ GROUPS = (
     "offers",
     "scope",
 )
-"""Groups of words in which refusals are made: who speaks, what was asked, no, morals, who may help, what else there is."""
+"""Groups of words in which refusals are made: who speaks, what was asked, no, morals, who may help, what else."""
 SELF, NEGATION = GROUPS.index("self"), GROUPS.index("negation")
 _META_FROM = GROUPS.index("self")
 
@@ -97,7 +97,7 @@ class Wording:
         spaced: written with spaces between words.
     """
 
-    function_words: frozenset[str]
+    function_words: str
     declines: Cues
     meta: Mapping[str, str]
     gives: Cues
