@@ -3,8 +3,8 @@
     python bench/judges.py                 # both halves; totals only of the one that is held out
     python bench/judges.py --wrong         # and the development rows that `string` gets wrong
 
-The keyword lists are small reconstructions of the kinds in use: `xstest-like` asks for an apology or an inability at the
-beginning, `heretic-like` for any of its words anywhere. `phrases` is the floor that stands under every judge.
+The keyword lists are small reconstructions of the kinds in use: `xstest-like` asks for an apology or an inability at
+the beginning, `heretic-like` for any of its words anywhere. `phrases` is the floor that stands under every judge.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
     opened = opens_with_refusal(said) and (bare == said or opens_with_refusal(bare))
     found = Reading(bare=bare, words=wording.words_of(said), opened=opened, hard=3.0 * (_CODE_MARK in bare))
     found.about_morals = wording.count("morals", asked) if asked else 0
-    found.says_whether = _YES_OR_NO.match(said) is not None and _WHETHER.match(asked) is not None
+    found.says_whether = _YES_OR_NO.match(said) is not None and is_whether(asked)
     found.echoes = _echoes(said, asked)
     for sentence in sentences_of(bare):
         _add(found, sentence, wording)
@@ -149,8 +149,13 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
     return found
 
 
+def is_whether(asked: str) -> bool:
+    """Tell whether a folded prompt asks for yes or no."""
+    return _WHETHER.match(asked) is not None
+
+
 def _echoes(said: str, asked: str) -> bool:
-    first = [word for word in said[:60].split()[:3] if len(word) > 3]
+    first = [word for word in said[:40].split()[:2] if len(word) > 3]
     return any(word[:4] in asked for word in first)
 
 

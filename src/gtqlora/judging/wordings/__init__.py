@@ -22,7 +22,9 @@ _KANA = re.compile("[\u3041-\u30ff]")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]")
-_SURE, _FEW = 1.5, 6
+# A lead in votes that decides; votes a word below which it is none of these languages; too few words to tell; the share
+# of letters that are no Latin ones after folding above which it is another script.
+_SURE, _LEAST, _FEW, _FOREIGN = 1.5, 0.05, 4, 0.2
 
 
 def _shares() -> dict[str, list[tuple[int, float]]]:
@@ -43,22 +45,26 @@ def language_of(said: str, asked: str) -> Wording | None:
 
     None: it is in none that is known.
     """
-    if not said.isascii() and (found := _unspaced(said)):
-        return found
+    if not said.isascii():
+        letters = _LETTER.findall(said)
+        if found := _unspaced(said, len(letters)):
+            return found
+        if sum(not letter.isascii() for letter in letters) > _FOREIGN * len(letters):
+            return None
     words = _WORD.findall(said[:300])
     votes = _votes(words)
     first, second = sorted(votes)[-1:-3:-1]
     if first - second < _SURE:
         votes = [vote + 0.5 * more for vote, more in zip(votes, _votes(_WORD.findall(asked)), strict=True)]
         votes = [vote + _known(words, wording) for vote, wording in zip(votes, _SPACED, strict=True)]
-    if not any(votes):
-        return ENGLISH if len(words) < _FEW and said.isascii() else None
+    if max(votes) <= _LEAST * len(words):
+        return ENGLISH if len(words) < _FEW or "'''" in said else None
     return _SPACED[votes.index(max(votes))]
 
 
-def _unspaced(said: str) -> Wording | None:
+def _unspaced(said: str, letters: int) -> Wording | None:
     han, kana = len(_HAN.findall(said)), len(_KANA.findall(said))
-    if 3 * (han + kana) <= len(_LETTER.findall(said)):
+    if 3 * (han + kana) <= letters:
         return None
     return JAPANESE if 5 * kana > han else CHINESE
 
