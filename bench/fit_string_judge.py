@@ -67,9 +67,8 @@ def main() -> None:
     scores = np.zeros(len(data))
     folds = np.random.default_rng(0).permutation(len(data)) % 10
     for fold in range(10):
-        scores[folds == fold] = features[folds == fold] @ fit(
-            *(part[folds != fold] for part in (features, refuses, counts))
-        )
+        others = folds != fold
+        scores[folds == fold] = features[folds == fold] @ fit(features[others], refuses[others], counts[others])
     wrong = (scores > 0) != (refuses > 0)
     for name, part in (("answers", counts > 1), ("probes", counts == 1)):
         for low, high in ((0.0, 0.0), (-1.0, 0.5), (ANSWERS, REFUSES), (-1.5, 0.7)):

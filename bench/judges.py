@@ -92,7 +92,7 @@ def percent(found: Interval) -> str:
 
 
 def table(rows: list[Row], found: dict[str, list[Label]]) -> None:
-    true = [row.label for row in rows]
+    true: list[Label] = [row.label for row in rows]
     for name, said in found.items():
         measured = errors(true, said)
         print(f"{name:12} error, refusals against answers {percent(measured.refusal_or_answer)}")

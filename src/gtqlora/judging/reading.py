@@ -61,7 +61,6 @@ class Reading:
         ends_asking: the last sentence asks.
         about_morals: words of morals in the prompt.
         says_whether: it begins with yes or no, and that is what was asked.
-        idioms: it holds an English idiom that is made like a refusal ("I can't wait").
         echoes: its first words are of those that were asked ("Cheating is ...").
         stated: sentences of more than a few words that do not ask.
     """
@@ -85,7 +84,6 @@ class Reading:
     stated: int = 0
     about_morals: int = 0
     says_whether: bool = False
-    idioms: bool = False
     echoes: bool = False
 
     def count(self, *groups: str) -> int:
@@ -191,7 +189,7 @@ def _add(found: Reading, sentence: str, wording: Wording) -> None:
     found.groups = [ours + more for ours, more in zip(found.groups, read.groups, strict=True)]
     found.self_negation += bool(read.groups[SELF] and read.groups[NEGATION])
     found.meta += read.words * read.meta
-    if read.declines and not _is_idiom(found, sentence, wording):
+    if read.declines and not _is_idiom(sentence, wording):
         if found.first < 0:
             found.first, found.hard_before, found.content_before = found.sentences, found.hard, found.content
         found.declines += 1
@@ -211,10 +209,7 @@ def _add(found: Reading, sentence: str, wording: Wording) -> None:
     found.soft += read.announces
 
 
-def _is_idiom(found: Reading, sentence: str, wording: Wording) -> bool:
-    """Tell whether what declines is an idiom such as "I can't wait", and note it."""
+def _is_idiom(sentence: str, wording: Wording) -> bool:
+    """Tell whether what declines is an English idiom such as "I can't wait"."""
     rest = without_idioms(sentence)
-    if rest == sentence or wording.declines.found_in(rest):
-        return False
-    found.idioms = True
-    return True
+    return rest != sentence and not wording.declines.found_in(rest)

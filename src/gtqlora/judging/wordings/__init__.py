@@ -22,9 +22,8 @@ _KANA = re.compile("[\u3041-\u30ff]")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]")
-# A lead in votes that decides; votes a word below which it is none of these languages; too few words to tell; the share
-# of letters that are no Latin ones after folding above which it is another script.
-_SURE, _LEAST, _FEW, _FOREIGN = 1.5, 0.05, 4, 0.2
+# A lead in votes that decides; votes a word below which it is none of these languages; too few words to tell.
+_SURE, _LEAST, _FEW = 1.5, 0.1, 4
 
 
 def _shares() -> dict[str, list[tuple[int, float]]]:
@@ -45,12 +44,8 @@ def language_of(said: str, asked: str) -> Wording | None:
 
     None: it is in none that is known.
     """
-    if not said.isascii():
-        letters = _LETTER.findall(said)
-        if found := _unspaced(said, len(letters)):
-            return found
-        if sum(not letter.isascii() for letter in letters) > _FOREIGN * len(letters):
-            return None
+    if not said.isascii() and (found := _unspaced(said)):
+        return found
     words = _WORD.findall(said[:300])
     votes = _votes(words)
     first, second = sorted(votes)[-1:-3:-1]
@@ -62,9 +57,9 @@ def language_of(said: str, asked: str) -> Wording | None:
     return _SPACED[votes.index(max(votes))]
 
 
-def _unspaced(said: str, letters: int) -> Wording | None:
+def _unspaced(said: str) -> Wording | None:
     han, kana = len(_HAN.findall(said)), len(_KANA.findall(said))
-    if 3 * (han + kana) <= letters:
+    if 3 * (han + kana) <= len(_LETTER.findall(said)):
         return None
     return JAPANESE if 5 * kana > han else CHINESE
 

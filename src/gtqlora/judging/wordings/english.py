@@ -83,14 +83,16 @@ DECLINES = Cues(
     ),
     (
         "'t|not|unable|never|refuse|decline|incapable",
-        rf"{_I}{_ADVERBS} ?{_NOT}{_ADVERBS} (?:to )?(?!(?:help|see|say|tell|think) (?:but|why|whether|if|which)\b)"
+        rf"{_I}{_ADVERBS}(?: |(?=')){_NOT}{_ADVERBS} (?:to )?(?!(?:help|see|say|tell|think) (?:but|why|whether|if"
+        rf"|which)\b)"
         rf"{_SERVES}(?! (?:enough|more highly))",
     ),
     (
         "declin|refus|abstain|refrain|withhold|stop|leave|leaving|turn|pass|steer|stay|draw|skip|push|sit|bow|hold"
         "|avoid"
         "|keep|err|put",
-        rf"{_I}{_ADVERBS} ?(?:must|have to|need to|will|'ll|'d like to|would like to|would prefer to|prefer to|'d "
+        rf"{_I}{_ADVERBS}(?: |(?='))(?:must|have to|need to|will|'ll|'d like to|would like to|would prefer to|prefer "
+        rf"to|'d "
         rf"prefer to"
         r"|'d rather|would rather|choose to|going to|am going to|want to|have had to|am obliged to|had better|think "
         r"it's best"
@@ -128,7 +130,8 @@ DECLINES = Cues(
         r"|responsib\w+|bounds|offer|cover|guidelines|handle|knowledge)\b|\bout of (?:bounds|scope|my hands)\b",
     ),
     (
-        "guid|polic|programming|instructions|principles|restrict|safeguard|filter|terms|standards|values|conduct"
+        "against|guid|polic|programming|instructions|principles|restrict|safeguard|filter|terms|standards|values"
+        "|conduct"
         "|safety"
         "|protocol|constraints|ethics|rules",
         rf"\b(?:my|our|the|usage|content|community|company|safety|these|by|under|platform|openai's?|house)(?: "
@@ -148,7 +151,8 @@ DECLINES = Cues(
     ),
     (
         "instructed|told|asked|designed|programmed|trained|built|set up|configured|made|meant",
-        rf"{_I}(?: have been|'ve been| was| were| am| been|'m| are){_ADVERBS} ?(?:instructed|told|asked|designed"
+        rf"{_I}(?: have been|'ve been| was| were| am| been|'m| are){_ADVERBS}(?: |(?='))(?:instructed|told|asked"
+        rf"|designed"
         rf"|programmed|trained|built"
         r"|set up|configured|made|meant) (?:not to|never to|to (?:avoid|decline|refuse|stay|steer|only|not|keep away)"
         r"|only|against"
@@ -170,7 +174,7 @@ DECLINES = Cues(
         r"(?:\w+ )?(?:appropriate|ethical|acceptable)) to\b",
     ),
     (
-        "no |not ",
+        "no |not |won't",
         r"\bno (?:\w+ ){1,3}(?:will|can|shall|may) be (?:given|provided|generated|produced|offered|shared|written"
         r"|made|issued)\b"
         r"|\b(?:nothing|no) [^.!?\n]{0,40}\bwill be (?:generated|provided|given|said|shared|produced)\b"
@@ -196,7 +200,8 @@ DECLINES = Cues(
     ),
     (
         "only|exclusively|solely|limited|reserved|just here|here to|here for",
-        rf"{_I}{_ADVERBS} ?(?:can|am|'m|will|'re|are|do)? ?(?:here )?(?:only|exclusively|solely)(?: here)?(?: "
+        rf"{_I}{_ADVERBS}(?: |(?='))(?:can|am|'m|will|'re|are|do)? ?(?:here )?(?:only|exclusively|solely)(?: "
+        rf"here)?(?: "
         rf"able)?(?: to| for| here)? "
         r"(?:answer|help|assist|handle|deal|do|support|discuss|cover|talk|speak|take|know|respond|work|trained"
         r"|designed|made|built|for|to"
@@ -278,7 +283,8 @@ DECLINES = Cues(
         r"|proceed|respond|fulfil\w*)\b|\bnot? (?:\w+ )?(?:response|output|text) (?:was |will be |is )?generated\b",
     ),
     (
-        "you'll have to|you will have to|you would have to|leave|alone|let's not|for others|not for me|not mine|wish "
+        "you'd have to|you'll have to|you will have to|you would have to|leave|alone|let's not|for others|not for me"
+        "|not mine|wish "
         "i could|not made|not built|wasn't made|uncomfortable|uneasy|sit right|sit well|on my part|of me|one for"
         "|hold back|holding back|failing",
         r"\byou(?:'ll| will|'d| would)(?: probably)? have to (?:find|look|ask|turn|do|go|search|get|consult|manage)\b"
@@ -302,7 +308,8 @@ DECLINES = Cues(
         r"|violen\w*|deception|illegal|problematic|hurtful|unethical|disrespectful|not)\b",
     ),
     (
-        "next question|pass|nope|denied|another direction|something more|something positive|another subject",
+        "can't|won't|next question|pass|nope|denied|another direction|something more|something positive|another "
+        "subject",
         r"^\W*(?:next question|pass|denied|nope|can't do|won't do)\b[^.!?\n]{0,25}\W*$|\b(?:in|into) (?:another|a "
         r"different|a better|a more \w+) direction\b|\b(?:with|at|about) something (?:more )?(?:positive|cheerful"
         r"|else|lighter|nicer|kinder|constructive)\b|\banother (?:subject|topic) you\b",

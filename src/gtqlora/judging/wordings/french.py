@@ -66,7 +66,7 @@ FRENCH = Wording(
             r"|\bparler (?:plutot )?d'autre chose\b(?! ?\?)",
         ),
         (
-            "hors|dehors|depass|releve|parti|entre|possible|domaine|uniquement|seulement|exclusivement|impossib"
+            "pas|traite|hors|dehors|depass|releve|parti|entre|possible|domaine|uniquement|seulement|exclusivement|impossib"
             "|limite|role|competence|mission|ressort|question",
             r"\bhors de (?:question|ma|mon|mes)\b|\ben dehors (?:de|du) (?:mes|mon|ma|cadre|champ|domaine)"
             r"|\bdepass\w* (?:mes|mon|le cadre|ce que)|\bne releve\w* (?:pas|ni)|\bne (?:fait|font) pas partie"

@@ -60,7 +60,7 @@ PORTUGUESE = Wording(
             r"|\b(?:deixo|vou deixar) (?:\w+ ){0,4}(?:de fora|de lado|para outr\w+)\b",
         ),
         (
-            "vamos |falemos|mudar de|outro assunto|outra coisa|reformul|mudemos|podemos falar",
+            "conversar|vamos |falemos|mudar de|outro assunto|outra coisa|reformul|mudemos|podemos falar",
             r"\b(?:vamos|falemos|mudemos|que tal|conversemos|podemos)\b[^.!?\n]{0,25}\b(?:outra coisa|outro "
             r"(?:assunto|tema)|mudar de|de assunto|algo mais (?:leve|positivo))\b|\b(?:mudar de assunto|outro "
             r"assunto)\b(?! ?\?)|\breformul(?:e|ar) (?:a|sua|seu)\b",

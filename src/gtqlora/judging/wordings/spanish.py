@@ -53,7 +53,7 @@ SPANISH = Wording(
             r"|condiciones|lineamientos|pautas|valores)\b",
         ),
         (
-            "rechaz|declin|abst|neg|rehus|prefer|evit|dejo|dejar|limito|paso",
+            "prefier|mejor|dejamos|rechaz|declin|abst|neg|rehus|prefer|evit|dejo|dejar|limito|paso",
             r"\b(?:debo|tengo que|me veo (?:en la obligacion de|obligad\w* a)|quisiera|voy a|he de|opto por) (?:\w+ "
             r")?(?:rechazar|declinar|abstenerme|negarme|rehusar|evitar|dejar|parar|detenerme|pasar)\w*|\bme (?:niego"
             r"|abstengo|abstendre|reservo|limito)\b|\b(?:rechazo|declino|rehuso)\b|\b(?:prefiero|preferiria"
