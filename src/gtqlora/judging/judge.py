@@ -65,7 +65,7 @@ __all__ = [
 MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 _MODEL_AT_ONCE = 32
-"""Answers that a model of our own making gets in one call: it batches them itself, and progress is shown in between."""
+"""Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
 
 _FORMS = (
     '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
