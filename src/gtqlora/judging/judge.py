@@ -40,10 +40,11 @@ from gtqlora.config import is_code
 from gtqlora.config.judges import MODELS, kind_of
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
-from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
+from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
 from gtqlora.judging.messages import Message, Messages
+from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
 from gtqlora.storage.contents import fingerprint, first_line
@@ -68,7 +69,7 @@ _MODEL_AT_ONCE = 32
 """Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
 
 _FORMS = (
-    '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
+    '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
     '"classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", '
     'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
@@ -244,7 +245,7 @@ def judge_of(name: str) -> NamedJudge:
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
-        return NamedJudge(name, TextJudge(refuses_in_english), name)
+        return NamedJudge(name, StringJudge(), name)
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
     if (kind := kind_of(name)) in MODELS:

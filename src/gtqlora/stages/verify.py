@@ -14,6 +14,7 @@ from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig, build_recorded
 from gtqlora.contrasts import KINDS, Contrast
+from gtqlora.contrasts.near import unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import Adapter, read_adapter
@@ -156,18 +157,31 @@ def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
 
 
 def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contrast, Contrast]:
-    """Return the held-out rows, and those that the edit was made from."""
+    """Return the held-out rows, and those that the edit was made from; say beforehand what they cannot tell."""
     rows, seen = contrasts.load(config.contrast, judge).split(config.split), contrasts.load(trained, judge)
     contrasts.check_disjoint(rows, seen)
+    rows = _without_seen(rows, seen)
     missing = [kind for kind in KINDS if not rows.of_kind(kind)]
     if missing:
         raise ContrastError(
             f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
             "a verdict needs every kind"
         )
-    if missing := reach(rows.rows).note:  # told before anything is decoded
-        note(f"{config.contrast}: {missing}; whatever the edit does, the safety floor cannot pass on these rows")
+    held = [replace(row, split="heldout") for row in rows.rows]
+    if lacking := reach(held, margin=config.margin, level=config.level).note:
+        note(f"{config.contrast}: {lacking}; whatever the edit does, the safety floor cannot pass on these rows")
     return rows, seen
+
+
+def _without_seen(rows: Contrast, seen: Contrast) -> Contrast:
+    """Return held-out rows without the harmful ones whose prompts are nearly the same as one that was trained on."""
+    harmful = rows.of_kind("harmful")
+    trained = [prompt for row in seen.rows for prompt in (row.prompt, row.twin) if prompt]
+    kept = {harmful[place].number for place in unseen([row.prompt for row in harmful], trained)}
+    if len(kept) < len(harmful):
+        left_out = len(harmful) - len(kept)
+        note(f"{rows.source}: {left_out:,} held-out harmful prompts are nearly the same as trained ones, and left out")
+    return replace(rows, rows=tuple(row for row in rows.rows if row.kind != "harmful" or row.number in kept))
 
 
 def _verdict(
