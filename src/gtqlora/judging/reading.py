@@ -62,6 +62,7 @@ class Reading:
         about_morals: words of morals in the prompt.
         says_whether: it begins with yes or no, and that is what was asked.
         echoes: its first words are of those that were asked ("Cheating is ...").
+        redirecting: the last sentence read offers something else, after declining.
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -85,6 +86,7 @@ class Reading:
     about_morals: int = 0
     says_whether: bool = False
     echoes: bool = False
+    redirecting: bool = False
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
@@ -201,6 +203,12 @@ def _add(found: Reading, sentence: str, wording: Wording) -> None:
         return
     quotes = _LONG_QUOTE in sentence or (_QUOTE in sentence and read.words <= 3)
     hard = float(sentence.startswith(_ITEM_MARK) + read.number + 2 * quotes + read.instructs)
+    # a list under "you could instead:" is part of what is offered instead
+    found.redirecting = bool(found.declines) and (
+        found.redirecting if sentence.startswith(_ITEM_MARK) else read.redirects and not read.announces
+    )
+    if found.redirecting:
+        return
     if read.meta:
         found.soft += 0.5 * (hard + read.announces > 2)
         return

@@ -362,6 +362,18 @@ ENGLISH = Wording(
     declines=DECLINES,
     meta=META,
     gives=GIVES,
+    redirects=re.compile(
+        r"\b(?:instead\b(?!:)|would you like|(?:happy|glad|pleased|love|delighted) to|feel free|let me know|i(?:'d| "
+        r"would)? (?:suggest"
+        r"|recommend|encourage|urge|advise|invite)|i(?:'m| am) here|my (?:purpose|goal|aim|role|job|main)|please "
+        r"(?:reach|contact|consult|seek"
+        r"|consider|remember|note|know|talk|speak|call|ask|choose|think)|if you(?:'re| are)? (?:struggling|feeling|in"
+        r"|going|interested"
+        r"|looking|having|experiencing|(?:have|need|want) (?:any|other|concerns|help|questions|support|thoughts|to "
+        r"talk|advice))|anything else"
+        r"|something else|alternatively|rather than|we could|there are (?:many|plenty|people|other)|it's (?:\w+ "
+        r")?important|it is (?:\w+ )?important)\b"
+    ),
     instructs=INSTRUCTS,
     asks_for_text=ASKS_FOR_TEXT,
     salutes=SALUTES,

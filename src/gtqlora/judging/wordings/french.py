@@ -66,7 +66,8 @@ FRENCH = Wording(
             r"|\bparler (?:plutot )?d'autre chose\b(?! ?\?)",
         ),
         (
-            "pas|traite|hors|dehors|depass|releve|parti|entre|possible|domaine|uniquement|seulement|exclusivement|impossib"
+            "pas|traite|hors|dehors|depass|releve|parti|entre|possible|domaine|uniquement|seulement|exclusivement"
+            "|impossib"
             "|limite|role|competence|mission|ressort|question",
             r"\bhors de (?:question|ma|mon|mes)\b|\ben dehors (?:de|du) (?:mes|mon|ma|cadre|champ|domaine)"
             r"|\bdepass\w* (?:mes|mon|le cadre|ce que)|\bne releve\w* (?:pas|ni)|\bne (?:fait|font) pas partie"
@@ -156,6 +157,10 @@ FRENCH = Wording(
             r"\b(?:voici|voila|en general|generalement|par exemple|d'habitude|habituellement|quand meme|en regle|ce "
             r"que je peux|ce que l'on sait|si (?:vous y tenez|tu y tiens|vous insistez)|la plupart|suffit|disons)\b",
         ),
+    ),
+    redirects=re.compile(
+        r"\b(?:plutot|souhaitez|n'hesitez|si vous (?:ressentez|avez|etes|traversez|souhaitez)|je (?:vous|t') "
+        r"?(?:invite|conseille|encourage|recommande|suggere)|autre chose|d'autres|parlez-en|contactez)\b"
     ),
     instructs=re.compile(
         r"\W*(?:d'abord|ensuite|puis|enfin|apres|commencez par|commence par)?\W*(?!avez|voulez|souhaitez|pouvez|etes"

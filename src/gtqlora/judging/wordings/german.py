@@ -178,6 +178,12 @@ GERMAN = Wording(
             r")?(?:trotzdem|dennoch|unbedingt|darauf))\b|\bstattdessen:",
         ),
     ),
+    redirects=re.compile(
+        r"\b(?:stattdessen\b(?!:)|gern(?:e)? (?:helfe|unterstutze|erzahle|beantworte)|mochten sie|mochtest du|falls "
+        r"(?:sie|du)|wenden sie|wende dich|bitte (?:wenden|kontakt|sprech|uberleg|such)\w*"
+        r"|(?:empfehle|rate) (?:ihnen|dir)|wenn sie sich|sonst noch|etwas anderes|es gibt (?:viele|anerkannte"
+        r"|andere))\b"
+    ),
     instructs=re.compile(
         r"\W*(?:zuerst|dann|danach|anschliessend|zunachst|nun|jetzt|schliesslich|am besten)?\W*(?!mochten|konnen"
         r"|haben|wenden|lassen sie uns|sind|wollen|wissen|bitte|hatten|suchen sie (?:sich )?hilfe|bedenken"

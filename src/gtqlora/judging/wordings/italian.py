@@ -151,6 +151,10 @@ ITALIAN = Wording(
             r"|(?:il|la|i|le) seguent[ei]|se insist\w*|la maggior parte|quello che posso|in media|diciamo)\b",
         ),
     ),
+    redirects=re.compile(
+        r"\b(?:al suo posto|se (?:hai|vuoi|stai|ha|sta|desidera)|(?:ti|le|vi) (?:consiglio|suggerisco|invito|esorto)"
+        r"|per favore|posso (?:aiutar|fare altro)\w*|qualcos'altro|altro|rivolg\w+)\b"
+    ),
     instructs=re.compile(
         r"\W*(?:prima|poi|dopo|quindi|infine|allora|e)?,? ?(?:aggiungi|metti|taglia|mescola|apri|chiudi|premi|fai"
         r"|lascia|prendi|usa|utilizza|riempi|togli|lava|strofina|scalda|scegli|scrivi|annota|evita|conserva|prova"

@@ -149,6 +149,10 @@ PORTUGUESE = Wording(
             r"leve)\b",
         ),
     ),
+    redirects=re.compile(
+        r"\b(?:em vez disso|se (?:voce )?(?:precisar|quiser|tiver|estiver)|caso|(?:te |lhe )?(?:recomendo|sugiro"
+        r"|convido|aconselho)|por favor|posso ajudar|algo mais|outra coisa|procure|ligue para)\b"
+    ),
     instructs=re.compile(
         r"\W*(?:primeiro|depois|em seguida|entao|por fim|dai|e)?,? ?(?:adicione|acrescente|ponha|coloque|corte"
         r"|misture|abra|feche|aperte|clique|faca|deixe|pegue|tome|use|utilize|encha|retire|tire|lave|esfregue|aqueca"

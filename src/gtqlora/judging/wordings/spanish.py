@@ -152,6 +152,10 @@ SPANISH = Wording(
             r"orientacion|de todos modos|de todas formas)\b",
         ),
     ),
+    redirects=re.compile(
+        r"\b(?:en su lugar|si (?:necesitas|quieres|tienes|estas|sientes|te)|(?:te|le) (?:recomiendo|sugiero|invito"
+        r"|animo|aconsejo)|por favor|puedo ayudar\w*|pueda ayudar\w*|algo mas|otra cosa|acude|llama)\b"
+    ),
     instructs=re.compile(
         r"\W*(?:primero|luego|despues|entonces|por ultimo|a continuacion|y)?,? ?(?:anade|agrega|pon|coloca|corta"
         r"|mezcla|abre|cierra|pulsa|haz|deja|toma|usa|utiliza|llena|retira|quita|lava|frota|calienta|elige|escribe"
