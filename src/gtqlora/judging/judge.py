@@ -32,7 +32,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -46,6 +46,7 @@ from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgeme
 from gtqlora.judging.messages import Message, Messages
 from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
+from gtqlora.progress import track
 from gtqlora.storage.contents import fingerprint, first_line
 
 __all__ = [
@@ -203,12 +204,18 @@ class NamedJudge:
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
-        for start in range(0, len(said), MOST_AT_ONCE):
+        for start in self._starts(len(said)):
             chosen = said[start : start + MOST_AT_ONCE]
             replies = self._ask([prompts[i] for i in chosen], [finals[i] for i in chosen])
             for i, judgement in zip(chosen, replies, strict=True):
                 found[i] = judgement
         return found
+
+    def _starts(self, answers: int) -> Iterable[int]:
+        """Return where each call begins, shown as progress unless one call or phrases, which take no time, do."""
+        starts = range(0, answers, MOST_AT_ONCE)
+        few = len(starts) < 2 or self.by_phrases
+        return starts if few else track(starts, f"asking {self.name}", len(starts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:
