@@ -17,7 +17,10 @@ _SINGLY_QUOTED = re.compile(r"'(?<![\w']')[^\"'\n]{8,200}'(?!\w)")
 _SPOKEN = re.compile(r"(?m:^\**[a-z][\w ]{0,20}:\** [^\n]*$)")
 _ITEM = re.compile(r"(?m:^(?:\d{1,3}[.)]|[-*\u2022+|]) )")
 _WRAPPED = re.compile(r"(?<=[\w,'])\n(?=[^\W\d_])")
-_SENTENCE = re.compile(r"(?:[^.!?\n\u3002;:]|[.:](?=\w)|:(?=//))*[.!?\u3002;:]*")
+_SENTENCE = re.compile(
+    r"[^.!?\n\u3002;:]*(?:(?:[.:](?=\w)|:(?=//))[^.!?\n\u3002;:]*)*[.!?\u3002;:]*",
+)
+_CONTRASTS = ("but ", "however,", "yet ", "though,", "although ")
 _CLAUSE = re.compile(r"(?<!help),? (?=but |however,|yet |though,|although )")
 _LETTER = re.compile(r"[^\W_]")
 # What stands in the place of a quotation, a short one, code, and an item of a list.
@@ -182,7 +185,10 @@ def _mark(quotation: re.Match[str]) -> str:
 
 def sentences_of(bare: str) -> list[str]:
     """Return the sentences, and clauses after "but", that say anything."""
-    found = (part.strip() for whole in _SENTENCE.findall(bare) for part in _CLAUSE.split(whole))
+    whole = _SENTENCE.findall(bare)
+    if any(word in bare for word in _CONTRASTS):
+        whole = [part for sentence in whole for part in _CLAUSE.split(sentence)]
+    found = (part.strip() for part in whole if part)
     return [part for part in found if part and (_QUOTE in part or _LETTER.search(part))]
 
 
