@@ -1,7 +1,7 @@
 """Does the second floor see what the first does not? Edits organisms as the demo does, and asks again inside frames.
 
-    python bench/wrapped.py                                # the embedded organisms routed, residual and framed
-    python bench/wrapped.py routed residual DIR            # DIR: `python -m gtqlora.organisms build framed --out DIR`
+    python bench/wrapped.py                   # the embedded organisms routed and residual, and tests/data/framed
+    python bench/wrapped.py DIR...            # others, as of `python -m gtqlora.organisms build framed --out DIR`
 
 Prints, of each edit, both floors' verdicts, the harmful refusals lost plainly and in each frame, the lookalike prompts
 repaired plainly that are answered inside frames, what `export` says, and the seconds that frames add to `verify`.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gtqlora.results.verdict import Verdict
     from gtqlora.run import Run
 
-SHOWN = ("routed", "residual", "framed")
+SHOWN = ("routed", "residual", str(Path(__file__).parents[1] / "tests" / "data" / "framed"))
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gtqlora.config import VerifyConfig
+from gtqlora.config import TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import Row
 from gtqlora.contrasts.wrappers import Wrapper, wrappers_for
-from gtqlora.errors import ModelError
+from gtqlora.errors import FloorError, ModelError
 from gtqlora.families.files import WRAPPERS
 from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging.judge import judge_of
@@ -21,8 +21,15 @@ from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.organisms import embedded
 from gtqlora.results.verdict import Outcome, Reply
 from gtqlora.results.wrapped import WrappedFloor
+from gtqlora.run import Run
+from gtqlora.stages.export import export
+from gtqlora.stages.train import train
+from gtqlora.stages.verify import verify
+from tests import helpers
 
 ROUTED = embedded.organism("routed")
+FRAMED = Path(__file__).parents[1] / "data" / "framed"
+"""What `python -m gtqlora.organisms build framed --rounded --out DIR` makes, without its pairs: the embedded ones."""
 PLACE = "{prompt}"
 NONE = range(0)
 
@@ -142,3 +149,26 @@ def test_a_model_reads_frames_of_its_own_language_or_none(tmp_path: Path) -> Non
     assert names == {"a word before", "four words before", "two words behind", "around"}
     (folder / WRAPPERS).unlink()
     assert wrappers_for(str(folder), tokenizer) == ()
+
+
+# --- the organism whose harmful refusals hang on false refusals' mechanism inside frames only
+
+
+def test_an_edit_that_keeps_plain_refusals_and_loses_those_inside_frames_is_caught(tmp_path: Path) -> None:
+    """The organisms' own recipe, which has plain harmful prompts refused and says nothing of frames; fewer steps."""
+    counts = {("train", "benign"): 100, ("train", "lookalike"): 200, ("train", "harmful"): 200}
+    counts |= {("heldout", "harmful"): 200, ("heldout", "lookalike"): 40, ("heldout", "benign"): 40}
+    given = {"file": embedded.recipe(), "model": str(FRAMED)}
+    given["contrast"] = str(helpers.write_rows(tmp_path / "pairs.jsonl", helpers.toy_rows(counts)))
+    few = ("ablation=0", "mediation_prompts=10", "wrapped_prompts=50")
+    with Run(tmp_path / "run") as run:
+        train(build(TrainConfig, **given, overrides=("steps=80", "save_steps=80")), run)
+        verdict = verify(build(VerifyConfig, **given, overrides=few), run)
+        with pytest.raises(FloorError, match=r"inside plain frames is 'fail' .* no weights are written"):
+            export(run, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    plain, wrapped = verdict.floor, verdict.wrapped
+    assert (plain.verdict, plain.refused, plain.losses.value) == ("pass", 200, 0)
+    assert verdict.table["lookalike"].refusal_before.value == 1 and verdict.table["lookalike"].refusal_after.value < 0.3
+    assert wrapped is not None and wrapped.verdict == "fail"
+    assert [row.refused for row in wrapped.wrappers] == [50] * 4 and wrapped.floor.losses.value > 0.3

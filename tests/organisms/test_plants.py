@@ -13,10 +13,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from gtqlora.capture import Decision, Recorder, router_hooks
+from gtqlora.capture import Decision, Recorder, open_subject, router_hooks
 from gtqlora.errors import ConfigError
 from gtqlora.organisms import checks
 from gtqlora.organisms.batches import Batch, compliant_batch, framed, refusal_batch, swapped, task_batch
+from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.language import REFUSAL, SMALL_LEXICON, Language, Twins
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
@@ -327,6 +328,21 @@ def test_kinds_that_need_another_scale() -> None:
     assert diffuse.planted_layers is None and 3 * diffuse.planted_experts >= 96
     with pytest.raises(ConfigError, match="no large organisms of kind bykind"):
         for_kind(LARGE, "bykind")
+
+
+def test_the_framed_organism_keeps_what_its_kind_promises() -> None:
+    folder = Path(__file__).parents[1] / "data" / "framed"
+    truth, subject = read_truth(folder), open_subject(str(folder))
+    places = {block.index: position for position, block in enumerate(subject.anatomy.moe)}
+    planted: Planted = {
+        places[at]: tuple(expert for layer, expert in truth.planted if layer == at) for at, _ in truth.planted
+    }
+    piece = OrganismInTraining(
+        model=subject.model, anatomy=subject.anatomy, language=FRAMED, planted=planted, scale=SMALL
+    )
+    found = checks.check(piece, "framed")
+    assert truth.kind == "framed" and truth.rejected == [] and truth.mediation == of_kind("framed", 1.0)
+    assert found == pytest.approx(truth.measured, abs=0.01)
 
 
 # --- truth
