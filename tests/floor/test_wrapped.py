@@ -155,14 +155,14 @@ def test_a_model_reads_frames_of_its_own_language_or_none(tmp_path: Path) -> Non
 
 
 def test_an_edit_that_keeps_plain_refusals_and_loses_those_inside_frames_is_caught(tmp_path: Path) -> None:
-    """The organisms' own recipe, which has plain harmful prompts refused and says nothing of frames; fewer steps."""
+    """The organisms' own recipe, which has plain harmful prompts refused and says nothing of frames; a shorter training."""
     counts = {("train", "benign"): 100, ("train", "lookalike"): 200, ("train", "harmful"): 200}
     counts |= {("heldout", "harmful"): 200, ("heldout", "lookalike"): 40, ("heldout", "benign"): 40}
     given = {"file": embedded.recipe(), "model": str(FRAMED)}
     given["contrast"] = str(helpers.write_rows(tmp_path / "pairs.jsonl", helpers.toy_rows(counts)))
     few = ("ablation=0", "mediation_prompts=10", "wrapped_prompts=50")
     with Run(tmp_path / "run") as run:
-        train(build(TrainConfig, **given, overrides=("steps=80", "save_steps=80")), run)
+        train(build(TrainConfig, **given, overrides=("steps=80", "save_steps=80", "batch_size=16")), run)
         verdict = verify(build(VerifyConfig, **given, overrides=few), run)
         with pytest.raises(FloorError, match=r"inside plain frames is 'fail' .* no weights are written"):
             export(run, tmp_path / "exported")
