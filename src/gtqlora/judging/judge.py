@@ -32,7 +32,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,11 +40,13 @@ from gtqlora.config import is_code
 from gtqlora.config.judges import MODELS, kind_of
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
-from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
+from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
 from gtqlora.judging.messages import Message, Messages
+from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
+from gtqlora.progress import track
 from gtqlora.storage.contents import fingerprint, first_line
 
 __all__ = [
@@ -63,9 +65,11 @@ __all__ = [
 
 MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
+_MODEL_AT_ONCE = 32
+"""Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
 
 _FORMS = (
-    '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
+    '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
     '"classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", '
     'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
@@ -202,12 +206,19 @@ class NamedJudge:
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
-        for start in range(0, len(said), MOST_AT_ONCE):
-            chosen = said[start : start + MOST_AT_ONCE]
+        for chosen in self._parts(said):
             replies = self._ask([prompts[i] for i in chosen], [finals[i] for i in chosen])
             for i, judgement in zip(chosen, replies, strict=True):
                 found[i] = judgement
         return found
+
+    def _parts(self, asked: list[int]) -> Iterable[list[int]]:
+        """Return what is asked about in each call, shown as progress unless it takes no time."""
+        is_model = kind_of(self.name) in MODELS
+        most = _MODEL_AT_ONCE if is_model else MOST_AT_ONCE
+        parts = [asked[start : start + most] for start in range(0, len(asked), most)]
+        quick = self.by_phrases or (len(parts) < 2 and not is_model)
+        return parts if quick or not parts else track(parts, f"asking {self.name}", len(parts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:
@@ -234,7 +245,7 @@ def judge_of(name: str) -> NamedJudge:
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
-        return NamedJudge(name, TextJudge(refuses_in_english), name)
+        return NamedJudge(name, StringJudge(), name)
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
     if (kind := kind_of(name)) in MODELS:
