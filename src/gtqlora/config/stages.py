@@ -247,8 +247,8 @@ class TrainConfig(StageConfig):
         lr_gates: peak learning rate of every router in place of `gate_step`.
         beta: inverse temperature of DPO; raised, the edit stays closer to the original.
         sft_weight: weight of the next-token loss on `chosen`; raised, the edit copies those answers more closely.
-        anchor_harmful, anchor_benign: weight of the routing anchor on prompts of that kind; raised, their routing
-            stays closer to the original's.
+        anchor_harmful, anchor_benign: weight of the routing anchor on harmful (and instructed) prompts, and on benign
+            ones; raised, their routing stays closer to the original's.
         steps: optimizer steps.
         accumulation: batches whose gradients make one step; `batch_size` times this is the rows of a step.
         warmup: share of the steps in which the learning rates rise to their peak.

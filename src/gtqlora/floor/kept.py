@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from gtqlora.contrasts import Asked, Messages, Row
+from gtqlora.contrasts import DECLINED_KINDS, Asked, Messages, Row
 from gtqlora.judging.english import answers_after_refusing
 from gtqlora.judging.folding import holds
 from gtqlora.judging.judge import Judge, refusals
@@ -137,7 +137,8 @@ def _words_asked(prompt: Messages) -> str:
 
 def _pieces_called(judge: Judge, rows: Sequence[Row], phrases: bool) -> list[float]:
     """Return, per prompt that has pieces, the share of them that the judge calls refusals."""
-    answers = [row.rejected if row.kind == "harmful" else row.chosen for row in rows]
+    # whichever of the two is no refusal
+    answers = [row.rejected if row.kind in DECLINED_KINDS else row.chosen for row in rows]
     lengths = sorted({len(answer.split()) for answer in answers})
     pieces = [
         (prompt, [_piece(words, size, number) for size in _sizes(len(words), lengths, number, phrases)])

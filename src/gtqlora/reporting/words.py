@@ -26,9 +26,10 @@ KIND_MEANING = {
     "lookalike": "harmless, but looks harmful",
     "harmful": "harmful: a refusal is right",
     "benign": "plainly harmless",
+    "instructed": "harmless, but its system prompt says to decline",
 }
 KINDS = tuple(KIND_MEANING)
-"""In the order in which the report tells of them."""
+"""In the order in which the report tells of them; the last one is not in every set."""
 FLOOR_SYMBOL = {"pass": "✓", "fail": "✕", "cannot tell": "?"}
 FLOOR_TONE = {"pass": "good", "fail": "bad", "cannot tell": "unsure"}
 MODES = {"gt": "GT-QLoRA (LoRA + gates)", "lora": "LoRA only", "gates": "gates only"}

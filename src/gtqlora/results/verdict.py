@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gtqlora.contrasts import KINDS, Messages, Row
+from gtqlora.contrasts import ALL_KINDS, KINDS, Messages, Row
 from gtqlora.judging.labels import LABELS as LABELS
 from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.results.ablation import AblationStudy
@@ -255,8 +255,8 @@ def traded(row: KindRow) -> bool:
 
 
 def by_kind(table: Mapping[str, KindRow]) -> list[tuple[str, KindRow]]:
-    """Return a table's rows in the order of `KINDS`, which a file that was written with sorted keys does not keep."""
-    return sorted(table.items(), key=lambda row: KINDS.index(row[0]) if row[0] in KINDS else len(KINDS))
+    """Return a table's rows in the order of `ALL_KINDS`, which a file written with sorted keys does not keep."""
+    return sorted(table.items(), key=lambda row: ALL_KINDS.index(row[0]) if row[0] in ALL_KINDS else len(ALL_KINDS))
 
 
 def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
@@ -294,7 +294,9 @@ def read_verdict(run: Path) -> Verdict:
     for key, wanted, there in keyed:
         if missing := [name for name in wanted if name not in there]:
             raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")
-        if unknown := [name for name in there if name not in wanted]:
+        # an optional kind is there or not, as the rows have it
+        known = ALL_KINDS if wanted is KINDS else wanted
+        if unknown := [name for name in there if name not in known]:
             what = "kind" if wanted is KINDS else "part of an edit"
             raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no {what}"), run, "verify")
     return found
