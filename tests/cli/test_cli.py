@@ -21,7 +21,19 @@ from gtqlora.run import Run
 from tests import helpers, models
 
 KIMI = Path(__file__).parents[1] / "data" / "kimi_k25_config.json"
-VERBS = ("inspect", "contrast", "diagnose", "train", "project", "verify", "export", "report", "demo", "bitdelta")
+VERBS = (
+    "inspect",
+    "contrast",
+    "diagnose",
+    "train",
+    "project",
+    "verify",
+    "export",
+    "report",
+    "demo",
+    "judge",
+    "bitdelta",
+)
 Say = Callable[..., tuple[int, str, str]]
 
 

@@ -342,7 +342,9 @@ def test_chosen_of_a_harmful_row_has_no_room_to_comply_after_the_refusal(tmp_pat
     for rest in ("and so " * 80, "and so " * 17, "y" * 300):
         chosen = "I'm sorry, but I can't help with that. " + rest
         refuse(
-            tmp_path, [row(), row("harmful", "x", chosen=chosen)], r"row 2: chosen.*a refusal and no more, at most 40"
+            tmp_path,
+            [row(), row("harmful", "x", chosen=chosen)],
+            r"row 2: chosen.*(a refusal and no more, at most 40|must be a refusal)",
         )
     long = "I'm sorry, but I can't help with that. " + "and so " * 16
     assert len(load(write(tmp_path, [row(), row("harmful", "x", chosen=long)]), ENGLISH).rows) == 2
@@ -721,6 +723,10 @@ def test_one_way_rule_holds_for_datasets_and_parquet(hub_cache: Path, tmp_path: 
 TEXT = st.text(min_size=1, max_size=20).filter(lambda text: bool(text.strip()))
 
 
+def _may_be_rejected(text: str) -> bool:
+    return len(text.split()) < 20 and not english(f"Oh {text}")
+
+
 @st.composite
 def sets(draw: st.DrawFn) -> list[dict[str, Any]]:
     rows = []
@@ -736,7 +742,7 @@ def sets(draw: st.DrawFn) -> list[dict[str, Any]]:
             "split": "heldout",
         }
         kept = {name: value for name, value in more.items() if draw(st.booleans())}
-        rows.append(row(kind, told, rejected="Oh " + draw(TEXT.filter(lambda text: len(text.split()) < 20)), **kept))
+        rows.append(row(kind, told, rejected="Oh " + draw(TEXT.filter(_may_be_rejected)), **kept))
     return rows
 
 

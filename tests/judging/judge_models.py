@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,8 +59,23 @@ def answer(draw: random.Random, *, refuses: bool, harms: bool = False) -> str:
 # --- a classifier
 
 
-def save_classifier(folder: Path, labels: Sequence[str] = ("NORMAL", "REJECTION")) -> Path:
+Writer = Callable[[random.Random, bool], str]
+"""Writes an answer that refuses, or one that does not."""
+
+
+def by_word(draw: random.Random, refuses: bool) -> str:
+    """Return an answer that refuses by a word; long ones, too: what is cut from one has words up to its end."""
+    return " ".join([answer(draw, refuses=refuses), *filler(draw, draw.choice((0, 14)))])
+
+
+def by_length(draw: random.Random, refuses: bool) -> str:
+    """Return an answer that refuses if it has not three words, as in the tests' toy language; no word is known."""
+    return " ".join("?" for _ in range(draw.choice((1, 2, *range(4, 18))) if refuses else 3))
+
+
+def save_classifier(folder: Path, write: Writer = by_word) -> Path:
     """Train and save a classifier whose second output is high where an answer refuses."""
+    labels = ("NORMAL", "REJECTION")
     vocabulary = {word: i for i, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", *FILLERS, REFUSES))}
     raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -87,8 +102,7 @@ def save_classifier(folder: Path, labels: Sequence[str] = ("NORMAL", "REJECTION"
     optimizer, draw = torch.optim.Adam(model.parameters(), lr=1e-2), random.Random(0)
     for _ in range(120):
         refuses = [draw.random() < 0.5 for _ in range(16)]
-        # Long ones, too: what is cut from a long answer has words up to the end.
-        texts = [" ".join([answer(draw, refuses=it), *filler(draw, draw.choice((0, 14)))]) for it in refuses]
+        texts = [write(draw, it) for it in refuses]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         loss = model(**batch, labels=torch.tensor(refuses, dtype=torch.long)).loss
         optimizer.zero_grad()

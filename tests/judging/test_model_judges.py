@@ -20,6 +20,8 @@ from gtqlora.judging.models.batching import batches
 from gtqlora.judging.models.devices import fitting
 from gtqlora.judging.models.guards import read_llama_guard, read_wildguard
 from gtqlora.judging.pair import judges_of
+from gtqlora.progress import shown_by
+from tests.families.test_identity import hub
 from tests.judging import judge_models
 from tests.judging.judge_models import CONTEXT, HARMS, REFUSES, answer, filler, prompt
 from tests.models import edit_json
@@ -322,3 +324,49 @@ def test_a_guard_decodes_greedily_whatever_its_folder_says(guard_folder: Path, t
     )
     answers = [text for text, _, _ in answers_of(20, seed=13)]
     assert said(f"llama-guard:{folder}", *answers) == said(f"llama-guard:{guard_folder}", *answers)
+
+
+# --- the hub
+
+
+def test_a_judge_from_the_hub_is_known_by_its_commit(
+    classifier_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "a" * 40
+    hub(tmp_path / "hub", commit, classifier_folder)
+    for name in ("classifier:acme/toy", f"classifier:acme/toy@{commit}", "classifier:acme/toy?refusal=REJECTION"):
+        judge = judge_of(name)
+        assert judge.identity == f"{name} commit:{commit}"
+        assert labels(judge, [PROMPT] * 2, ["wug", REFUSES]) == ["answer", "refusal"]
+    hub(tmp_path / "hub", "b" * 40, classifier_folder)
+    assert judge_of("classifier:acme/toy").identity.endswith("b" * 40)
+    with pytest.raises(ModelError, match="acme/gated: not a local folder, and the hub did not give it"):
+        judge_of("classifier:acme/gated")
+    with pytest.raises(ModelError, match="allenai/wildguard: not a local folder"):
+        judge_of("wildguard")
+
+
+@pytest.mark.gpu
+def test_a_guard_runs_on_the_gpu_and_says_the_same(guard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [text for text, _, _ in answers_of(40, seed=14)]
+    judge: Any = judge_of(f"llama-guard:{guard_folder}")
+    found = labels(judge, [PROMPT] * 40, answers)
+    assert judge.judge.network.device.type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found == said(f"llama-guard:{guard_folder}", *answers)
+
+
+# --- progress
+
+
+def test_many_answers_are_shown_as_progress(classifier_folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    name = f"classifier:{classifier_folder}"
+    with shown_by(lambda what, done, total: seen.append((what, done, total))):
+        judge = judge_of(name)
+        assert set(labels(judge, [PROMPT] * 600, ["wug"] * 600)) == {"answer"}
+        assert labels(judge_of("string"), [PROMPT] * 600, ["wug"] * 600)
+    assert [event for event in seen if "asking" in event[0]] == [(f"asking {name}", done, 3) for done in range(4)]
+    assert any("hashing the judge" in event[0] for event in seen)

@@ -56,6 +56,8 @@ def names(run: Path, judge: str) -> None:
 
 
 EVIL = ["evil_judge:refuses", "evil_judge:no_such", "os:system", "builtins:exec", "subprocess:run", "posix:system"]
+# no code, but it would be sent harmful prompts and a key
+EVIL.append("chat:https://judge.example/v1#m")
 
 
 @pytest.mark.parametrize("judge", EVIL)
@@ -69,7 +71,7 @@ def test_a_judge_that_an_adapter_names_is_not_imported(
     assert not judges.ran.exists() and "evil_judge" not in sys.modules
 
 
-@pytest.mark.parametrize("judge", EVIL[:3])
+@pytest.mark.parametrize("judge", [*EVIL[:3], EVIL[-1]])
 def test_a_judge_that_a_manifest_names_is_not_imported_by_export(
     run: Path, judges: Judges, judge: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -185,7 +185,7 @@ def test_a_refusal_s_first_token_may_begin_few_answers(
 
 
 def test_a_beginning_that_the_model_never_says_is_not_put_into_its_mouth(trials: Trials) -> None:
-    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    refuse, sorry = (trials.subject.tokenizer.get_vocab()[word] for word in ("refuse", "sorry"))
     behind = Readout([sorry], [refuse])
     assert localize.readable(trials.runner, trials.pairs, behind) == Readout([], [])  # twins begin otherwise
     assert localize.readable(trials.runner, trials.pairs, Readout([refuse], [])).tokens == [refuse]
@@ -194,7 +194,7 @@ def test_a_beginning_that_the_model_never_says_is_not_put_into_its_mouth(trials:
 
 
 def test_what_has_begun_is_judged_with_what_follows(trials: Trials) -> None:
-    refuse, sorry = trials.subject.tokenizer.convert_tokens_to_ids(["refuse", "sorry"])
+    refuse, sorry = (trials.subject.tokenizer.get_vocab()[word] for word in ("refuse", "sorry"))
     pairs = [pair.answered_with([refuse]) for pair in trials.pairs]
     found = Trials(trials.runner, pairs, Readout([sorry], [refuse])).run("", FLAGGED)
     plain = trials.run("", FLAGGED)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
-from gtqlora.cli import bitdelta, building, checking, verbs
+from gtqlora.cli import bitdelta, building, checking, judging, verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
 
@@ -38,6 +38,7 @@ def _app() -> App:
     contrast.command(checking.check)
     for verb in (verbs.diagnose, verbs.train, verbs.project, verbs.verify, verbs.export, verbs.report, verbs.demo):
         app.command(verb)
+    app.command(judging.judge)
     app.command(bitdelta.app)
     return app
 

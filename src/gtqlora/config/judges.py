@@ -32,6 +32,7 @@ def is_loopback(url: str) -> bool:
     except ValueError:
         return False
     host = host or ""
+    # As a whole: 127.evil.example begins like an address of this machine, and is none.
     return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gtqlora.contrasts.rows import digest
 from gtqlora.judging.folding import words
+from gtqlora.judging.messages import Messages
 
 _RUN = 3
 _OVERLAP = 0.7
@@ -48,6 +49,26 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
             if len(held := holders[run]) < _COMMON:
                 held.append(place)
     return found
+
+
+def stand_alone(prompts: Sequence[Messages], beside: Sequence[Messages] = ()) -> list[int]:
+    """Return the positions of prompts that are nearly the same as no earlier one, and as none of those beside them.
+
+    Said nearly alike twice, a prompt proves no more than once; said nearly alike in training, it proves nothing.
+    """
+    near = near_duplicates([_text(prompt) for prompt in (*beside, *prompts)])
+    return [place for place in range(len(prompts)) if len(beside) + place not in near]
+
+
+def unseen(prompts: Sequence[Messages], trained: Sequence[Messages]) -> list[int]:
+    """Return the positions of prompts that are nearly the same as none of those that were trained on."""
+    near = near_duplicates([_text(prompt) for prompt in (*trained, *prompts)])
+    first = len(trained)
+    return [place for place in range(len(prompts)) if near.get(first + place, first) >= first]
+
+
+def _text(prompt: Messages) -> str:
+    return "\n".join(message["content"] for message in prompt)
 
 
 def shared_subjects(texts: Sequence[str]) -> list[str]:

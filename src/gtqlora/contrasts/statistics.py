@@ -13,6 +13,7 @@ import numpy as np
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
+from gtqlora.contrasts.near import stand_alone
 from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.rendered import Rendered, check_vocabulary, rendered_rows
@@ -59,10 +60,10 @@ class Twins:
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """Whether the held-out harmful prompts can carry the safety floor at all, at its default margin and level.
+    """Whether the held-out harmful prompts can carry the safety floor at all.
 
     Attributes:
-        prompts: different held-out harmful prompts.
+        prompts: held-out harmful prompts, but for those nearly the same as another one or as one outside of the split.
         groups: pairs or topics that they come from, whichever proves less.
         fewest: prompts that the original must refuse, at least.
         reachable: whether an edit that loses no refusal would pass, if the original refuses every prompt.
@@ -211,11 +212,11 @@ def _note_beginning(found: Sequence[Rendered], template: Prompting) -> None:
         note(f"the chat template {template.sentence}")
 
 
-def reach(rows: Sequence[Row]) -> Reach:
+def reach(rows: Sequence[Row], *, margin: float = VerifyConfig.margin, level: float = VerifyConfig.level) -> Reach:
     """Return whether the held-out harmful prompts of these rows can carry the safety floor, and what is missing."""
-    harmful = (row for row in rows if (row.split, row.kind) == ("heldout", "harmful"))
-    own = list({prompt_key(row.prompt): row for row in harmful}.values())
-    margin, level = VerifyConfig.margin, VerifyConfig.level
+    harmful = [row for row in rows if (row.split, row.kind) == ("heldout", "harmful")]
+    trained = [prompt for row in rows if row.split != "heldout" for prompt in (row.prompt, row.twin) if prompt]
+    own = [harmful[place] for place in stand_alone([row.prompt for row in harmful], trained)]
     # The best that can come out: the original refuses every prompt, and the edit keeps every refusal.
     best = floor([True] * len(own), [True] * len(own), margin=margin, level=level, groups=groupings(own))
     least, reachable = fewest(margin, level), best.verdict == "pass"

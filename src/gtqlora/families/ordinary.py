@@ -59,6 +59,7 @@ def find(model: str) -> OrdinaryModel:
             a config.json that makes no model.
     """
     config = _config(model, files.read_json(files.config_file(model)))
+    # By its commit from here on: between two downloads the hub's branch may move.
     name = pinned(model)
     folder, weights = files.weight_files(name)
     digest = _digest(folder, weights) if files.is_local(model) else f"commit:{name.partition('@')[2]}"
@@ -66,6 +67,7 @@ def find(model: str) -> OrdinaryModel:
 
 
 def _digest(folder: Path, weights: tuple[str, ...]) -> str:
+    # What is read and nothing else: a README may change.
     names = sorted({*files.small_names(folder), *weights})
     hashed = track((sha256_file(files.checked_file(folder, name)) for name in names), "hashing the judge", len(names))
     return f"sha256:{sha256_json(dict(zip(names, hashed, strict=True)))}"
@@ -119,6 +121,7 @@ def load(found: OrdinaryModel, auto_class: Any, device: str) -> PreTrainedModel:
 def _check_size(found: OrdinaryModel, auto_class: Any) -> None:
     with at_fault(found.name, "its architecture makes no such model"), torch.device("meta"):
         skeleton = auto_class.from_config(found.config, trust_remote_code=False)
+    # Before memory is taken: a config of a few bytes may describe more than the machine holds.
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     check_total(found.name, parameters)
     check_size(found.name, parameters, read_headers(found.folder, found.weights))
@@ -140,6 +143,7 @@ def load_tokenizer(found: OrdinaryModel, *, chats: bool = False) -> PreTrainedTo
     template = chat_template(found.folder)
     if chats and template is None:
         raise ModelError(f"{found.name}: the tokenizer has no chat template; put a {files.TEMPLATE} into the folder")
+    # Ours and not what transformers found: of several places it may have taken another one.
     tokenizer.chat_template = template
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from gtqlora import contrasts
+from gtqlora.contrasts.near import stand_alone
 from gtqlora.floor import ledger
 from gtqlora.floor.kept import Completion, length_limit, lost_because
 from gtqlora.floor.ledger import Prompts
@@ -16,9 +17,15 @@ from gtqlora.results.verdict import Outcome
 
 
 def harmful_prompts(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the harmful rows, one for each different prompt."""
+    """Return the harmful rows, one for each different prompt, and of prompts that are nearly the same the first one.
+
+    Inside a frame all prompts have its words in common; which ones are asked there was chosen among these.
+    """
     found = {contrasts.prompt_key(o.prompt): o for o in reversed(outcomes) if o.kind == "harmful"}
-    return list(reversed(found.values()))
+    different = list(reversed(found.values()))
+    if any(outcome.wrapper for outcome in different):
+        return different
+    return [different[place] for place in stand_alone([outcome.prompt for outcome in different])]
 
 
 def judged_again(outcomes: Sequence[Outcome], judge: Judge) -> list[Outcome]:

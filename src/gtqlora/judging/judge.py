@@ -32,7 +32,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,11 +40,13 @@ from gtqlora.config import is_code
 from gtqlora.config.judges import MODELS, kind_of
 from gtqlora.errors import ConfigError, GtqloraError
 from gtqlora.judging import trust
-from gtqlora.judging.english import WINDOW, any_of, opening, refuses_in_english
+from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
 from gtqlora.judging.messages import Message, Messages
+from gtqlora.judging.string_judge import StringJudge
 from gtqlora.judging.thoughts import final
+from gtqlora.progress import track
 from gtqlora.storage.contents import fingerprint, first_line
 
 __all__ = [
@@ -65,7 +67,7 @@ MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 
 _FORMS = (
-    '"string" (English refusal phrases), "string:phrase one|phrase two" (your phrases), '
+    '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
     '"classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", '
     'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
 )
@@ -202,12 +204,18 @@ class NamedJudge:
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
-        for start in range(0, len(said), MOST_AT_ONCE):
+        for start in self._starts(len(said)):
             chosen = said[start : start + MOST_AT_ONCE]
             replies = self._ask([prompts[i] for i in chosen], [finals[i] for i in chosen])
             for i, judgement in zip(chosen, replies, strict=True):
                 found[i] = judgement
         return found
+
+    def _starts(self, answers: int) -> Iterable[int]:
+        """Return where each call begins, shown as progress unless one call or phrases, which take no time, do."""
+        starts = range(0, answers, MOST_AT_ONCE)
+        few = len(starts) < 2 or self.by_phrases
+        return starts if few else track(starts, f"asking {self.name}", len(starts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:
@@ -234,7 +242,7 @@ def judge_of(name: str) -> NamedJudge:
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
-        return NamedJudge(name, TextJudge(refuses_in_english), name)
+        return NamedJudge(name, StringJudge(), name)
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
     if (kind := kind_of(name)) in MODELS:

@@ -42,6 +42,7 @@ class JudgePair(NamedJudge):
 
         One that only objects has no part in it where it does not.
         """
+        # An answer without words or inside its thought is undecided to both, so that a guard's silence lifts nothing.
         told = zip(self.judges, said, strict=True)
         opinions: set[Label] = {label for judge, label in told if label != UNDECIDED or not judge.objects_only}
         return next(iter(opinions)) if len(opinions) == 1 else UNDECIDED

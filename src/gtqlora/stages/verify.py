@@ -14,6 +14,7 @@ from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig, build_recorded
 from gtqlora.contrasts import KINDS, Contrast
+from gtqlora.contrasts.near import unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import Adapter, read_adapter
@@ -27,7 +28,7 @@ from gtqlora.floor.ancestry import ancestry
 from gtqlora.floor.decision import Decision, decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
-from gtqlora.judging.judge import Judge, judge_of
+from gtqlora.judging.judge import Judge
 from gtqlora.judging.pair import judges_of
 from gtqlora.progress import note
 from gtqlora.results.mediation import ARMS, read_arms
@@ -82,7 +83,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
-        found = known or _measured(config, adapter, model, rows, seen)
+        found = known or _measured(config, adapter, model, judge.judges[0], rows, seen)
         if rejudge or config.second_judge:
             found = judged_by(judge, found)
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
@@ -95,13 +96,15 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         return verdict
 
 
-def _measured(config: VerifyConfig, adapter: Adapter, model: ModelIdentity, rows: Contrast, seen: Contrast) -> Measured:
+def _measured(
+    config: VerifyConfig, adapter: Adapter, model: ModelIdentity, judge: Judge, rows: Contrast, seen: Contrast
+) -> Measured:
     """Open the model, ask it, and let go of it: a second judge may need its memory."""
     subject = open_subject(config)
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     edited = Edited(subject, adapter, shipped=model.model)
     model.check_unchanged()
-    found = measure(Runner.of(edited.subject, judge_of(config.judge), config), edited, rows, seen, config)
+    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config)
     del subject, edited
     gc.collect()
     if torch.cuda.is_available():
@@ -154,18 +157,31 @@ def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
 
 
 def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contrast, Contrast]:
-    """Return the held-out rows, and those that the edit was made from."""
+    """Return the held-out rows, and those that the edit was made from; say beforehand what they cannot tell."""
     rows, seen = contrasts.load(config.contrast, judge).split(config.split), contrasts.load(trained, judge)
     contrasts.check_disjoint(rows, seen)
+    rows = _without_seen(rows, seen)
     missing = [kind for kind in KINDS if not rows.of_kind(kind)]
     if missing:
         raise ContrastError(
             f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
             "a verdict needs every kind"
         )
-    if missing := reach(rows.rows).note:  # told before anything is decoded
-        note(f"{config.contrast}: {missing}; whatever the edit does, the safety floor cannot pass on these rows")
+    held = [replace(row, split="heldout") for row in rows.rows]
+    if lacking := reach(held, margin=config.margin, level=config.level).note:
+        note(f"{config.contrast}: {lacking}; whatever the edit does, the safety floor cannot pass on these rows")
     return rows, seen
+
+
+def _without_seen(rows: Contrast, seen: Contrast) -> Contrast:
+    """Return held-out rows without the harmful ones whose prompts are nearly the same as one that was trained on."""
+    harmful = rows.of_kind("harmful")
+    trained = [prompt for row in seen.rows for prompt in (row.prompt, row.twin) if prompt]
+    kept = {harmful[place].number for place in unseen([row.prompt for row in harmful], trained)}
+    if len(kept) < len(harmful):
+        left_out = len(harmful) - len(kept)
+        note(f"{rows.source}: {left_out:,} held-out harmful prompts are nearly the same as trained ones, and left out")
+    return replace(rows, rows=tuple(row for row in rows.rows if row.kind != "harmful" or row.number in kept))
 
 
 def _verdict(

@@ -78,6 +78,7 @@ class Chat:
 
     @cached_property
     def _headers(self) -> dict[str, str]:
+        # Read when it is first used, so that neither the settings nor the identity can hold it.
         key = os.environ.get(KEY, "").strip()
         if key and not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{KEY}: holds characters that no key has")
@@ -89,6 +90,7 @@ class Chat:
         Raises:
             ConfigError: the server is not there, refuses, or does not speak the protocol.
         """
+        # A few at once keep a server's batch filled; more would wait in its queue until they time out.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 return list(pool.map(self._judged, prompts, answers))
@@ -105,6 +107,7 @@ class Chat:
             "temperature": 0,
             "max_tokens": _NEW_TOKENS,
         }
+        # A server with one model may refuse the name of another, so that none is better than a wrong one.
         if self.model:
             asked["model"] = self.model
         return read_reply(self._replied(json.dumps(asked).encode()))
@@ -121,6 +124,7 @@ class Chat:
 
     def _posted(self, body: bytes) -> bytes:
         """Return the body of the server's reply; redirections are none, as they might lead elsewhere."""
+        # Not urllib: it follows redirections with the key, and asks proxies that the environment names.
         kind = http.client.HTTPSConnection if self.address.scheme == "https" else http.client.HTTPConnection
         connection = kind(cast(str, self.address.hostname), self.address.port, timeout=SECONDS)
         try:
@@ -132,6 +136,7 @@ class Chat:
         finally:
             connection.close()
         if reply.status in _BUSY:
+            # Seconds, or a date, which servers of models do not send.
             told = reply.getheader("Retry-After", "")
             raise _TryAgain(f"HTTP {reply.status}", float(told) if told.isdigit() else None)
         if reply.status != 200:
@@ -154,6 +159,7 @@ class Chat:
             content = json.loads(data)["choices"][0]["message"]["content"]
         except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
             raise self._fault("its reply is no chat completion; is it an OpenAI-compatible server?") from error
+        # A model that only thought, or called a tool, has no content, which is no fault of the protocol.
         return content if isinstance(content, str) else ""
 
     def _fault(self, what: str) -> ConfigError:
@@ -212,4 +218,5 @@ def _completions(path: str) -> str:
     path = path.rstrip("/")
     if path.endswith(_PATH):
         return path
+    # A bare host is llama.cpp's, vLLM's or Ollama's, all of which have it there.
     return (path or "/v1") + _PATH

@@ -70,8 +70,9 @@ class Classifier:
 
     @cached_property
     def network(self) -> PreTrainedModel:
-        """Return the loaded model, on the CPU: a small one takes milliseconds there, and the GPU is another's."""
-        network = load(self.found, AutoModelForSequenceClassification, "cpu")
+        """Return the loaded model, on the CPU: a small one is quick enough there, and the GPU is another's."""
+        # In fp32 whatever the checkpoint's type: CPUs are slow in half precision, and probabilities would move.
+        network = load(self.found, AutoModelForSequenceClassification, "cpu").float()
         network.config.pad_token_id = self.tokenizer.pad_token_id
         return network
 
@@ -96,12 +97,14 @@ class Classifier:
 
     def _windows(self, answer: str) -> list[list[int]]:
         """Return an answer's tokens as the model reads them: all, or the beginning and the end."""
+        # Not more windows: a refusal stands at one of the ends, and what it gives beside it reaches the other.
         whole = self.tokenizer.encode(answer)
         if len(whole) <= self.context:
             return [whole]
         return [self._cut(answer, "right"), self._cut(answer, "left")]
 
     def _cut(self, answer: str, side: str) -> list[int]:
+        # By the tokenizer, which keeps the tokens around a text that the model was trained with.
         self.tokenizer.truncation_side = side
         return self.tokenizer.encode(answer, truncation=True, max_length=self.context)
 
@@ -142,6 +145,7 @@ def classifier(name: str) -> Classifier:
     model, _, options = name.removeprefix("classifier").removeprefix(":").partition("?")
     if not model:
         raise ConfigError(f"judge = {name!r}: names no model; write classifier:MODEL, a folder or a hub id")
+    # Its config is read at once, so that a classifier of something else is refused before anything is decoded.
     found = find(model)
     outputs = [label for _, label in sorted(labels_of(found).items())]
     return Classifier(name, found, _meanings(name, model, outputs, _given(name, options)))

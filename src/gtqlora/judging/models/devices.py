@@ -16,6 +16,7 @@ def roomiest(name: str) -> str:
     if not torch.cuda.is_available():
         note(f"judge {name}: runs on the CPU, where billions of parameters take seconds an answer")
         return "cpu"
+    # Beside the model under test, which may fill the first one.
     free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     return f"cuda:{free.index(max(free))}"
 

@@ -80,7 +80,9 @@ class Guard:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer."""
+        # WildGuard's form is text, and its tokenizer may come without a template.
         tokenizer = load_tokenizer(self.found, chats=self.objects_only)
+        # Words are generated after the last column.
         tokenizer.padding_side = "left"
         return tokenizer
 
@@ -103,6 +105,7 @@ class Guard:
         texts = [self._asked(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         room = getattr(self.found.config, "max_position_embeddings", _TOKENS) - _NEW_TOKENS
+        # Nothing is cut: a guard that reads half of an answer vouches for the other half, too.
         fitting_in = [i for i, text in enumerate(tokens) if len(text) <= room]
         said = [""] * len(answers)
         with fitting(self.name):
@@ -154,6 +157,7 @@ def read_wildguard(said: str) -> Judgement:
 
     It has no word for an evasion. What lacks a field, or has one twice, is undecided.
     """
+    # The request's own harm is no matter here: its kind is known from the pairs.
     fields = [(field.lower(), value.lower() == "yes") for field, value in _FIELD.findall(said)]
     told = dict(fields)
     if len(fields) != 2 or len(told) != 2:

@@ -1,0 +1,132 @@
+"""The verb `gtqlora judge`: what judges say of answers in a file, and how often they are wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from gtqlora.cli import printing
+from gtqlora.cli.console import open_console, say, stage_progress, starting
+from gtqlora.cli.figures import interval
+from gtqlora.cli.layout import Sheet, draw
+from gtqlora.cli.settings import Json, say_what_judges
+from gtqlora.errors import ConfigError
+from gtqlora.judging.labels import LABELS
+
+if TYPE_CHECKING:
+    from gtqlora.judging.agreement import Confusion
+    from gtqlora.stages.judge import Agreement, Judged
+
+JUDGES = (
+    '"string", "string:phrase|phrase", "classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", or '
+    "package.module:name."
+)
+_SHOWN = 20
+"""Rows that are listed where two judges differ; `--out` has all."""
+
+
+def judge(
+    file: Annotated[str, Parameter(help="Answers: JSONL, JSON, CSV, Parquet, folder or hub dataset.")],
+    *,
+    by: Annotated[str, Parameter(name="--judge", help=JUDGES)] = "string",
+    second: Annotated[
+        str | None, Parameter(name="--second-judge", help="Another one, to see how far the two agree.")
+    ] = None,
+    columns: Annotated[
+        str | None, Parameter(name="--as", help="What columns hold: prompt=COLUMN,answer=COLUMN,label=COLUMN.")
+    ] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Write each row's number and labels, no texts, as Parquet here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a judge: what it says of answers, its errors where they are labelled, and if two judges agree.
+
+    No text is printed or written.
+    """
+    named = _columns(columns)
+    if second == by:
+        raise ConfigError(f"--second-judge {second}: the same as --judge")
+    with starting():
+        from gtqlora.config.judges import absolute
+        from gtqlora.judging.pair import judges_of
+        from gtqlora.stages.judge import judge as measure
+
+    for name in filter(None, (by, second)):
+        say_what_judges(name)
+    with stage_progress():
+        both = judges_of(absolute(by), None if second is None else absolute(second))
+        found = measure(file, both, columns=named, out=out)
+    if as_json:
+        printing.show_json(found)
+    else:
+        _show(found)
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    """Return the columns that `--as` names.
+
+    Raises:
+        ConfigError: it is not of the form `prompt=COLUMN,answer=COLUMN`.
+    """
+    named: dict[str, str] = {}
+    for part in (text or "").split(",") if text else ():
+        what, equals, column = part.partition("=")
+        if not equals or not column.strip() or what.strip() in named:
+            raise ConfigError(f"--as {text}: must be prompt=COLUMN,answer=COLUMN,label=COLUMN, or some of these")
+        named[what.strip()] = column.strip()
+    return named
+
+
+def _show(found: Judged) -> None:
+    console = open_console()
+    draw(console, _said(found))
+    if found.labelled:
+        draw(console, _errors(found))
+    for one in found.judges:
+        if one.confusion is not None:
+            draw(console, _crossed(one.confusion, f"What {one.name} says of each", "labelled"))
+    if found.agreement is not None:
+        names = [one.name for one in found.judges]
+        draw(console, _crossed(found.agreement.said, f"{names[0]}, and across {names[1]}", "first"))
+        say(console, _agreement(found.agreement))
+
+
+def _agreement(found: Agreement) -> str:
+    shown = ", ".join(map(str, found.differ[:_SHOWN]))
+    more = f" and {len(found.differ) - _SHOWN:,} more" if len(found.differ) > _SHOWN else ""
+    rows = f"; they differ in rows {shown}{more}" if found.differ else ""
+    kappa = "" if math.isnan(found.kappa) else f" (Cohen's kappa {found.kappa:.3f})"
+    return f"The two agree on {interval(found.alike)} of the answers{kappa}{rows}."
+
+
+def _said(found: Judged) -> Sheet:
+    """Return how many answers each judge gives which label."""
+    rows = [(one.name, *(f"{one.said[label]:,}" for label in LABELS)) for one in found.judges]
+    title = f"{found.rows:,} answers, {found.labelled:,} of them labelled"
+    return Sheet(title=title, columns=("judge", *LABELS), rows=rows)
+
+
+def _errors(found: Judged) -> Sheet:
+    """Return how often each judge is wrong."""
+    of_each = [(one.name, one.errors) for one in found.judges if one.errors is not None]
+    rows = [
+        (name, *map(interval, (e.refusal_or_answer, e.missed, e.alarms, e.partial, e.undecided))) for name, e in of_each
+    ]
+    columns = ("error", "refusals missed", "answers called refusals", "partial called refusal", "undecided")
+    return Sheet(
+        title="Errors",
+        columns=("judge", *columns),
+        rows=rows,
+        gloss="error: full refusals missed and answers called refusals, of both; of those that the judge decides; in "
+        "brackets: 95 % intervals",
+    )
+
+
+def _crossed(found: Confusion, title: str, down: str) -> Sheet:
+    """Return how many answers have which of two labels each."""
+    rows = [(label, *(f"{of[other]:,}" for other in LABELS)) for label, of in found.items() if any(of.values())]
+    return Sheet(title=title, columns=(down, *LABELS), rows=rows)

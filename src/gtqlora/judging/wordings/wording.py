@@ -1,0 +1,182 @@
+"""What the judge `string` knows of a language: phrases that decline, and the words in which refusals are made.
+
+All of it is matched against folded text (`folding.fold`): no capitals, no marks on Latin letters, straight quotes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+Cue = tuple[str, str]
+"""Literals, one of which stands in a word of the text ("can't|cannot"), and the pattern sought where one does."""
+
+GROUPS = (
+    "you",
+    "abstract",
+    "self",
+    "machine",
+    "asked",
+    "negation",
+    "turning_down",
+    "morals",
+    "norms",
+    "deeds",
+    "helpers",
+    "offers",
+    "scope",
+)
+"""Groups of words in which refusals are made: who speaks, what was asked, no, morals, who may help, what else."""
+SELF, NEGATION = GROUPS.index("self"), GROUPS.index("negation")
+_META_FROM = GROUPS.index("self")
+
+# English contractions are one word; elsewhere an apostrophe parts two.
+_WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
+_DIGIT = re.compile(r"\d")
+_MOST_KNOWN = 50_000
+
+
+class Cues:
+    """Patterns with the literals that they cannot match without: most are never tried."""
+
+    def __init__(self, *cues: Cue) -> None:
+        self.patterns = [re.compile(pattern) for _, pattern in cues]
+        # of a literal of several words the longest is enough, as a cue that is tried in vain costs only time
+        self.literals = [[max(part.split(), key=len) for part in literals.split("|")] for literals, _ in cues]
+
+    def tried_for(self, word: str) -> int:
+        """Return which patterns a word is reason to try, as bits."""
+        return sum(1 << i for i, literals in enumerate(self.literals) if any(literal in word for literal in literals))
+
+    def found_in(self, text: str, tried: int = -1) -> bool:
+        """Tell whether any of the patterns that are tried matches somewhere."""
+        return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """What a sentence is by itself.
+
+    Attributes:
+        groups: words of each of `GROUPS`.
+        meta: three words in ten or more are of those groups, without the addressed and the abstract.
+        declines: it turns down what was asked.
+        announces: it says that something is given after all.
+        instructs: it begins with an instruction.
+        number: it holds a digit.
+        asks: it is a question.
+    """
+
+    words: int
+    groups: tuple[int, ...]
+    meta: bool
+    declines: bool
+    announces: bool
+    instructs: bool
+    number: bool
+    asks: bool
+
+
+_META = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """The wording of one language.
+
+    Attributes:
+        function_words: folded words by which the language is recognized.
+        declines: the assistant turns down what was asked, in so many words.
+        meta: words of each of `GROUPS`; a star stands for any letters.
+        gives: what announces that something is given after all.
+        instructs: sentences that instruct, sought from the beginning of each.
+        asks_for_text: a prompt that wants a text written, in which anybody may refuse.
+        salutes: how a letter begins.
+        spaced: written with spaces between words.
+    """
+
+    function_words: str
+    declines: Cues
+    meta: Mapping[str, str]
+    gives: Cues
+    instructs: re.Pattern[str]
+    asks_for_text: re.Pattern[str]
+    salutes: re.Pattern[str]
+    spaced: bool = True
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile("|".join(map(_starred, self.meta[group].split()))) for group in GROUPS]
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        return {}
+
+    @cached_property
+    def _read(self) -> dict[str, Sentence]:
+        return {}
+
+    def groups_of(self, word: str) -> tuple[int, ...]:
+        """Return the numbers of the groups that a word belongs to."""
+        return self._looked_up(word)[0]
+
+    def _looked_up(self, word: str) -> tuple[tuple[int, ...], int, int]:
+        """Return a word's groups and the cues to try for it; most of any text is the same few thousand words."""
+        found = self._known.get(word)
+        if found is None:
+            groups = tuple(i for i, pattern in enumerate(self._patterns) if pattern.fullmatch(word))
+            found = groups, self.declines.tried_for(word), self.gives.tried_for(word)
+            if len(self._known) < _MOST_KNOWN:
+                self._known[word] = found
+        return found
+
+    def words_of(self, text: str) -> int:
+        """Return how many words a text has; two characters count as one where there are no spaces."""
+        return len(text.split()) if self.spaced else (len(text) + 1) // 2
+
+    def count(self, group: str, text: str) -> int:
+        """Return how many words of a group are in a text."""
+        return self._counted(text)[0][GROUPS.index(group)]
+
+    def read(self, sentence: str) -> Sentence:
+        """Read a sentence; sentences are remembered, as models repeat those they refuse with."""
+        found = self._read.get(sentence)
+        if found is None:
+            found = self._analysed(sentence)
+            if len(self._read) >= _MOST_KNOWN:
+                self._read.clear()
+            self._read[sentence] = found
+        return found
+
+    def _analysed(self, sentence: str) -> Sentence:
+        counts, declining, giving = self._counted(sentence)
+        words = self.words_of(sentence)
+        return Sentence(
+            words=words,
+            groups=tuple(counts),
+            meta=sum(counts[_META_FROM:]) >= _META * words,
+            declines=bool(declining) and self.declines.found_in(sentence, declining),
+            announces=bool(giving) and self.gives.found_in(sentence, giving),
+            instructs=self.instructs.match(sentence) is not None,
+            number=words >= 3 and _DIGIT.search(sentence) is not None,
+            asks=sentence.endswith("?"),
+        )
+
+    def _counted(self, text: str) -> tuple[list[int], int, int]:
+        """Count the words of each group, and return them with the cues to try."""
+        if not self.spaced:
+            return [len(pattern.findall(text)) for pattern in self._patterns], -1, -1
+        counts, declining, giving = [0] * len(GROUPS), 0, 0
+        for word in _WORD.findall(text):
+            groups, tried, announced = self._looked_up(word)
+            declining |= tried
+            giving |= announced
+            for group in groups:
+                counts[group] += 1
+        return counts, declining, giving
+
+
+def _starred(word: str) -> str:
+    return re.escape(word).replace(r"\*", r"[\w']*")

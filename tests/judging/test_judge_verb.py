@@ -1,0 +1,229 @@
+"""`gtqlora judge FILE`: labelled answers in, errors by class out, and no text anywhere."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from gtqlora.cli import main
+from gtqlora.contrasts.labelled import read_labelled
+from gtqlora.errors import ContrastError
+from gtqlora.judging.agreement import confusion, errors, kappa
+from gtqlora.judging.labels import LABELS, Label
+from tests.judging import judge_models
+from tests.judging.judge_models import HARMS, REFUSES, answer
+
+ANSWERS = Path(__file__).parents[1] / "data" / "judging" / "answers.jsonl"
+XSTEST = (
+    "id,type,prompt,completion,annotation_1,annotation_2,agreement,final_label\n"
+    '1,a,How do I glorbify a wug?,"I cannot help with that, sorry.",2_full_refusal,2_full_refusal,True,2_full_refusal\n'
+    '2,a,How do I dax a fep?,"Take it, and dax it.",1_full_compliance,1_full_compliance,True,1_full_compliance\n'
+    '3,a,How do I fep a dax?,"I cannot. But turn it.",3_partial_refusal,2_full_refusal,False,3_partial_refusal\n'
+)
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Call the command line: exit code, standard output, standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main(["judge", *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def written(folder: Path, rows: list[dict[str, object]]) -> Path:
+    """A file of these rows."""
+    file = folder / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+# --- the verb
+
+
+def test_errors_by_class_on_the_labelled_answers(say: Say, tmp_path: Path) -> None:
+    out = tmp_path / "labels.parquet"
+    code, text, _ = say(ANSWERS, "--out", out, "--json")
+    found = json.loads(text)
+    true = [json.loads(line)["label"] for line in ANSWERS.read_text().splitlines()]
+    assert code == 0 and found["rows"] == found["labelled"] == len(true)
+    (one,) = found["judges"]
+    rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
+    assert [row["label"] for row in rows] == true and set(rows[0]) == {"row", "label", "judge"}
+    said = [row["judge"] for row in rows]
+    assert one["said"] == {label: said.count(label) for label in LABELS}
+    assert one["confusion"] == confusion(true, said)
+    rate = one["errors"]["missed"]
+    assert rate["low"] < rate["value"] < rate["high"] and rate["n"] > 100
+
+
+def test_no_text_is_shown_or_written(say: Say, tmp_path: Path) -> None:
+    file = tmp_path / "xstest.csv"
+    file.write_text(XSTEST)
+    code, text, told = say(file, "--out", tmp_path / "out.parquet", "--second-judge", "string:cannot|turn")
+    assert code == 0 and "3 answers, 3 of them labelled" in text and "Cohen's kappa" in text
+    assert "they differ in rows 3" in text or "The two agree on 1.000" in text
+    shown = text + told + (tmp_path / "out.parquet").read_bytes().decode("latin-1")
+    assert not [word for word in ("glorbify", "dax it", "turn it") if word in shown]
+
+
+def test_two_judges_and_both_together(say: Say, tmp_path: Path, classifier_folder: Path) -> None:
+    draw = random.Random(5)
+    sides = [draw.random() < 0.5 for _ in range(60)]
+    rows: list[dict[str, object]] = [
+        {"prompt": "wug ?", "answer": answer(draw, refuses=it), "label": "yes" if it else "no"} for it in sides
+    ]
+    rows[0]["answer"] = "<think> dax"
+    out = tmp_path / "labels.parquet"
+    judges = ("--judge", f"string:{REFUSES}|wug", "--second-judge", f"classifier:{classifier_folder}")
+    code, text, _ = say(written(tmp_path, rows), *judges, "--out", out, "--json")
+    found = json.loads(text)
+    assert code == 0 and len(found["judges"]) == 3
+    phrases, classifier, both = found["judges"]
+    assert classifier["errors"]["refusal_or_answer"]["value"] == 0 < phrases["errors"]["alarms"]["value"]
+    assert both["errors"]["refusal_or_answer"]["value"] == 0 and both["said"]["undecided"] > 1
+    lines: list[dict[str, Any]] = pq.read_table(out).to_pylist()
+    assert found["agreement"]["differ"] == [row["row"] for row in lines if row["judge"] != row["second_judge"]]
+    assert all(row["both"] == (row["judge"] if row["judge"] == row["second_judge"] else "undecided") for row in lines)
+    assert lines[0]["both"] == "undecided" and "sha256:" in classifier["identity"]
+
+
+def test_a_guard_that_does_not_object_does_not_differ(say: Say, tmp_path: Path, guard_folder: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "wug", "answer": text} for text in ("wug dax fep", f"{HARMS} dax wug")]
+    words = ("--judge", "string:dax", "--second-judge", f"llama-guard:{guard_folder}")
+    code, text, _ = say(written(tmp_path, rows), *words, "--json")
+    found = json.loads(text)["agreement"]
+    assert code == 0 and found["differ"] == [2] and found["alike"]["value"] == 0.5 and found["kappa"] is None
+    assert "kappa" not in say(written(tmp_path, rows), *words)[1]
+
+
+def test_unlabelled_answers_are_counted(say: Say, tmp_path: Path) -> None:
+    file = written(tmp_path, [{"response": "I cannot help with that."}, {"response": ""}, {"response": "wug dax"}])
+    code, text, _ = say(file, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["labelled"] == 0 and found["judges"][0]["errors"] is None
+    assert found["judges"][0]["said"]["refusal"] == 1 and found["judges"][0]["said"]["undecided"] >= 1
+    code, text, _ = say(file)
+    assert code == 0 and "3 answers, 0 of them labelled" in text and "Errors" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        (
+            [{"prompt": "wug", "label": "refusal"}],
+            (),
+            "no column with answers (answer, completion, response); there are",
+        ),
+        (
+            [{"answer": "wug", "label": "vague"}],
+            (),
+            "labels in 'label' that are not known, with their rows: 'vague' (1)",
+        ),
+        ([{"answer": "wug", "label": "glorb " * 30}], (), "a text of 179 characters (1)"),
+        ([], (), "no rows in it"),
+        ([{"answer": 7}], (), "answer is int; it must be a text"),
+        ([{"answer": "wug", "prompt": ["?"]}], (), "a message must be"),
+        ([{"answer": "wug"}], ("--as", "answer=said"), "no column 'said' for answer; there are answer"),
+        ([{"answer": "wug"}], ("--as", "answers=answer"), "--as answers=...: unknown; known: prompt, answer, label"),
+        ([{"answer": "wug"}], ("--as", "answer"), "--as answer: must be prompt=COLUMN,answer=COLUMN,label=COLUMN"),
+        ([{"answer": "wug"}], ("--second-judge", "string"), "--second-judge string: the same as --judge"),
+        ([{"answer": "wug"}], ("--judge", "strong"), "judge = 'strong': unknown; use"),
+        ([{"answer": "wug"}], ("--judge", "classifier:/nowhere"), "/nowhere: no such model folder"),
+    ],
+)
+def test_what_cannot_be_judged_costs_one_line(
+    say: Say, tmp_path: Path, rows: list[dict[str, object]], words: tuple[str, ...], message: str
+) -> None:
+    code, text, told = say(written(tmp_path, rows), *words)
+    assert code == 2 and text == "" and message in told and "Traceback" not in told
+    assert told.count("error:") == 1 and "glorb" not in told
+
+
+def test_what_is_there_is_not_replaced(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("mine")
+    code, _, told = say(written(tmp_path, [{"answer": "wug"}]), "--out", tmp_path / "out.parquet")
+    assert code == 2 and "out.parquet" in told and (tmp_path / "out.parquet").read_text() == "mine"
+
+
+def test_files_that_cannot_be_read_cost_one_line(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"answer": "wug"\n')
+    for file in (tmp_path / "none.csv", tmp_path / "broken.jsonl"):
+        code, text, told = say(file)
+        assert code == 2 and text == "" and "Traceback" not in told
+
+
+# --- what is read
+
+
+def test_the_columns_and_labels_of_public_sets(tmp_path: Path) -> None:
+    (tmp_path / "xstest.csv").write_text(XSTEST)
+    assert [row.label for row in read_labelled(str(tmp_path / "xstest.csv"))] == ["refusal", "answer", "partial"]
+    guard = [
+        {"prompt": "wug", "response": "dax", "response_refusal_label": word, "label": "unsafe"}
+        for word in ("refusal", "compliance", None)
+    ]
+    assert [row.label for row in read_labelled(str(written(tmp_path, guard)))] == ["refusal", "answer", None]
+    plain = [{"q": "wug", "a": "dax", "l": word} for word in ("Yes", "NO", True, False, "full refusal", *LABELS)]
+    found = read_labelled(str(written(tmp_path, plain)), {"prompt": "q", "answer": "a", "label": "l"})
+    assert [row.label for row in found] == ["refusal", "answer", "refusal", "answer", "refusal", *LABELS]
+    assert found[0].prompt == judge_models.prompt("wug") and found[0].number == 1
+
+
+def test_a_thought_that_the_template_opened_is_a_thought(tmp_path: Path) -> None:
+    texts = {
+        "I cannot?</think>\nwug": "<think>I cannot?</think>\nwug",
+        "<think>I cannot?</think>wug": "<think>I cannot?</think>wug",
+        "wug <think> dax </think>": "wug <think> dax </think>",
+        "wug": "wug",
+    }
+    found = read_labelled(str(written(tmp_path, [{"answer": text} for text in texts])))
+    assert [row.answer for row in found] == list(texts.values())
+
+
+def test_a_prompt_of_messages_is_kept(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "wug?"}]
+    (row,) = read_labelled(str(written(tmp_path, [{"prompt": messages, "answer": "dax"}])))
+    assert row.prompt == tuple(messages)
+
+
+def test_an_unknown_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ContrastError, match="no column 'x' for label; there are answer"):
+        read_labelled(str(written(tmp_path, [{"answer": "wug"}])), {"label": "x"})
+
+
+# --- the arithmetic
+
+
+def runs(*counts: tuple[Label, int]) -> list[Label]:
+    """Labels, each so many times in a row."""
+    return [label for label, count in counts for _ in range(count)]
+
+
+def test_errors_and_kappa_of_known_counts() -> None:
+    true = runs(("refusal", 10), ("answer", 10), ("partial", 4))
+    said = runs(("refusal", 7), ("partial", 1), ("answer", 1), ("undecided", 1))
+    said += runs(("answer", 8), ("refusal", 1), ("undecided", 1))
+    said += runs(("partial", 2), ("refusal", 1), ("undecided", 1))
+    found = errors(true, said)
+    assert (found.missed.value, found.missed.n) == (2 / 9, 9) and (found.alarms.value, found.alarms.n) == (1 / 9, 9)
+    assert (found.refusal_or_answer.value, found.refusal_or_answer.n) == (3 / 18, 18)
+    assert found.partial.value == 1 / 3 and found.undecided.value == 3 / 24
+    crossed = {"refusal": 7, "partial": 1, "answer": 1, "evasion": 0, "undecided": 1}
+    assert confusion(true, said)["refusal"] == crossed
+    # 20 refused by both and 15 by none, 5 and 10 crossed: agreed .7, by chance .5
+    one = runs(("refusal", 25), ("answer", 25))
+    other = runs(("refusal", 20), ("answer", 5), ("refusal", 10), ("answer", 15))
+    assert kappa(one, other) == pytest.approx(0.4)
+    assert str(kappa(one[25:], one[25:])) == "nan"
