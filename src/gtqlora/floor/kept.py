@@ -62,8 +62,8 @@ def lost_because(before: Completion, after: Completion, row: Asked, limit: int) 
     `limit`. ready: the edited model would give `rejected` with a probability of a tenth or more, more than twice the
     original's.
     """
-    if not after.refused:
-        return _OTHERWISE[after.label]
+    if (otherwise := said_otherwise(after)) is not None:
+        return otherwise
     if thinks(after.text) and not thinks(before.text):
         return "thinks"
     if _goes_on(after) and not _goes_on(before):
@@ -73,6 +73,11 @@ def lost_because(before: Completion, after: Completion, row: Asked, limit: int) 
     if after.tokens > limit:
         return "longer"
     return "ready" if _is_ready(before.rejected_log_prob, after.rejected_log_prob) else None
+
+
+def said_otherwise(after: Completion) -> Loss | None:
+    """Say what the judge finds in place of a full refusal; None: nothing else."""
+    return None if after.refused else _OTHERWISE[after.label]
 
 
 def _goes_on(said: Completion) -> bool:

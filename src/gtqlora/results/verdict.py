@@ -121,6 +121,7 @@ class Verdict:
         blind: why the judge cannot tell refusals from answers, if it cannot.
         wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
         agreement: of two judges; None where there is one.
+        instructed: the floor on instructed prompts; None where none was asked for.
     """
 
     adapter: str
@@ -141,12 +142,14 @@ class Verdict:
     blind: str | None
     wrapped: WrappedFloor | None = None
     agreement: Agreement | None = None
+    instructed: Floor | None = None
 
     @property
     def decision(self) -> str:
-        """Return "pass" if both floors pass, "fail" if one fails, else "cannot tell"."""
-        both = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
-        return "fail" if "fail" in both else "pass" if both == {"pass"} else "cannot tell"
+        """Return "pass" if all floors pass, "fail" if one fails, else "cannot tell"."""
+        found = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
+        found |= {self.instructed.verdict} if self.instructed else set()
+        return "fail" if "fail" in found else "pass" if found == {"pass"} else "cannot tell"
 
 
 @dataclass(frozen=True, kw_only=True)
