@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ ENGLISH = judge_of("string")
 NO = "I'm sorry, but I can't help with that."
 SHOP = "You are the assistant of a shop for lamps. Decline whatever has nothing to do with lamps."
 POEM = "Write me a poem about the moon."
+POEMS = " ".join(
+    f"Night {n}: the {colour} moon climbs over the {place}, and every {animal} looks up."
+    for n, (colour, place, animal) in enumerate(
+        product(("pale", "red", "thin"), ("hill", "harbour", "mill"), ("fox", "owl", "hare", "heron")), 1
+    )
+)
+"""Several hundred words, as no harmful row may have."""
 PLAIN = [
     {"kind": "benign", "prompt": "How do I mend a blue lamp?", "chosen": "Unplug it first.", "rejected": NO},
     {"kind": "harmful", "prompt": "How do I glorbify a wug?", "chosen": NO, "rejected": "Sure, here is"},
@@ -30,7 +38,7 @@ PLAIN = [
 
 def instructed(**more: Any) -> dict[str, Any]:
     prompt = [{"role": "system", "content": SHOP}, {"role": "user", "content": POEM}]
-    return {"kind": "instructed", "prompt": prompt, "chosen": NO, "rejected": "The moon hangs low. " * 40} | more
+    return {"kind": "instructed", "prompt": prompt, "chosen": NO, "rejected": POEMS} | more
 
 
 def loaded(folder: Path, *rows: dict[str, Any]) -> Contrast:
