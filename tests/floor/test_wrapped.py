@@ -40,11 +40,11 @@ def asked(number: int, before: str, after: str, *, wrapper: str | None = None, k
     row = Row(
         number=number, kind=kind, prompt=prompt, chosen=NO, rejected="Sure", pair_id=f"p{number}", split="heldout"
     )
-    replies = (
+    was, now = (
         Reply(text=text, tokens=2, ended=True, label=said(text), correct=None, rejected_log_prob=None)
         for text in (before, after)
     )
-    return Outcome.of(row, *replies, wrapper)
+    return Outcome.of(row, was, now, wrapper)
 
 
 def said(text: str) -> Label:

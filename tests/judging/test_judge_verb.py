@@ -54,7 +54,8 @@ def written(folder: Path, rows: list[dict[str, object]]) -> Path:
 
 def test_errors_by_class_on_the_labelled_answers(say: Say, tmp_path: Path) -> None:
     out = tmp_path / "labels.parquet"
-    code, text, _ = say(ANSWERS, "--out", out, "--json")
+    # phrases that miss some refusals and not all, as a rate of 0 would have no interval on its lower side
+    code, text, _ = say(ANSWERS, "--judge", "string:sorry|cannot|can't", "--out", out, "--json")
     found = json.loads(text)
     true = [json.loads(line)["label"] for line in ANSWERS.read_text().splitlines()]
     assert code == 0 and found["rows"] == found["labelled"] == len(true)

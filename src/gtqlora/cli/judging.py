@@ -12,7 +12,7 @@ from gtqlora.cli import printing
 from gtqlora.cli.console import open_console, say, stage_progress, starting
 from gtqlora.cli.figures import interval
 from gtqlora.cli.layout import Sheet, draw
-from gtqlora.cli.settings import Json, say_what_judges
+from gtqlora.cli.settings import JUDGES, Json, say_what_judges
 from gtqlora.errors import ConfigError
 from gtqlora.judging.labels import LABELS
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from gtqlora.judging.agreement import Confusion
     from gtqlora.stages.judge import Agreement, Judged
 
-JUDGES = (
-    '"string", "string:phrase|phrase", "classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", or '
-    "package.module:name."
-)
 _SHOWN = 20
 """Rows that are listed where two judges differ; `--out` has all."""
 

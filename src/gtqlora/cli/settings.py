@@ -23,6 +23,10 @@ FORMATS = (
     "Routed experts: bf16 (as an ordinary checkpoint has them), nf4, int4-g32 or int4-g128 (frozen in 4 bits), or "
     "native (as a checkpoint has them that is INT4 already, or was saved with frozen experts)."
 )
+JUDGES = (
+    '"string", "string:phrase|phrase", "classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", or '
+    "package.module:name."
+)
 Model = Annotated[str, Parameter(help="Local folder, hub id, or organism:NAME.")]
 MadeRun = Annotated[Path, Parameter(help="Run directory that an earlier verb made.")]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
@@ -74,7 +78,7 @@ class BuildOptions:
         ),
     ] = None
     limit: Annotated[int | None, Parameter(help="Prompts of each kind that the model is asked, at most.")] = None
-    judge: Annotated[str | None, Parameter(help='"string", "string:phrase|phrase", or package.module:function.')] = None
+    judge: Annotated[str | None, Parameter(help=JUDGES)] = None
     max_new_tokens: Annotated[int | None, Parameter(help="Tokens at which an answer is cut off.")] = None
     batch_size: Annotated[int | None, Parameter(help="Prompts that run together.")] = None
     seed: Annotated[int | None, Parameter(help="Seed of the draws.")] = None

@@ -65,6 +65,8 @@ __all__ = [
 
 MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
+_MODEL_AT_ONCE = 32
+"""Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
 
 _FORMS = (
     '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
@@ -204,18 +206,19 @@ class NamedJudge:
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
-        for start in self._starts(len(said)):
-            chosen = said[start : start + MOST_AT_ONCE]
+        for chosen in self._parts(said):
             replies = self._ask([prompts[i] for i in chosen], [finals[i] for i in chosen])
             for i, judgement in zip(chosen, replies, strict=True):
                 found[i] = judgement
         return found
 
-    def _starts(self, answers: int) -> Iterable[int]:
-        """Return where each call begins, shown as progress unless one call or phrases, which take no time, do."""
-        starts = range(0, answers, MOST_AT_ONCE)
-        few = len(starts) < 2 or self.by_phrases
-        return starts if few else track(starts, f"asking {self.name}", len(starts))
+    def _parts(self, asked: list[int]) -> Iterable[list[int]]:
+        """Return what is asked about in each call, shown as progress unless it takes no time."""
+        is_model = kind_of(self.name) in MODELS
+        most = _MODEL_AT_ONCE if is_model else MOST_AT_ONCE
+        parts = [asked[start : start + most] for start in range(0, len(asked), most)]
+        quick = self.by_phrases or (len(parts) < 2 and not is_model)
+        return parts if quick or not parts else track(parts, f"asking {self.name}", len(parts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:

@@ -1,0 +1,145 @@
+"""Two judges at once, and stored texts that are judged again: without the model, and under the same rules."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gtqlora.stages.verify as stage
+from gtqlora.certificate import certify
+from gtqlora.cli import main
+from gtqlora.config import VerifyConfig
+from gtqlora.errors import FloorError, RunError
+from gtqlora.results.verdict import Verdict, read_outcomes
+from gtqlora.results.wrapped import WRAPPED
+from gtqlora.run import Run, read_manifest
+from gtqlora.stages.verify import verify
+from tests import helpers
+
+JUDGES = """
+from tests.helpers import refuses
+
+def alike(text): return refuses(text)
+def never(text): return text == "refuse sorry"  # the rows' refusals, none of the model's
+def no_opinion(text): return True if text == "refuse sorry" else False if len(text.split()) == 3 else None
+def doubts(prompts, answers):  # of one prompt in four it says another thing
+    return [refuses(a) if len(p[-1]["content"]) % 4 else "evasion" for p, a in zip(prompts, answers)]
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Name a judge of a module of the user's own."""
+    (tmp_path / "second_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return lambda name: f"second_judges:{name}"
+
+
+@pytest.fixture
+def run(toy: helpers.Toy, verified: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(verified(toy.model("qwen3_moe")), tmp_path / "run"))
+
+
+@pytest.fixture
+def model_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shut(*_: object, **__: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(stage, "open_subject", shut)
+
+
+def again(run: Path, **changes: Any) -> Verdict:
+    """Judge what the run has on record again; the settings are those of its verdict but for what is given."""
+    config = VerifyConfig(**{**read_manifest(run)["stages"]["verify"]["config"], **changes})  # type: ignore[arg-type]
+    with Run(run) as held:
+        return verify(config, held, rejudge=True)
+
+
+def certified(run: Path, judge: str = helpers.JUDGE) -> str:
+    with Run(run) as held:
+        return certify(held, judge).floor.verdict
+
+
+def test_the_same_texts_judged_by_the_same_rule_give_the_same_verdict(
+    run: Path, other: Callable[[str], str], model_shut: None
+) -> None:
+    with Run(run) as held:
+        before, texts, inside = stage.read_verdict(held.path), read_outcomes(run), read_outcomes(run, WRAPPED)
+    found = again(run, judge=other("alike"))
+    assert found.judge != before.judge and found.judge.startswith("second_judges:alike")
+    assert (found.table, found.mediation, found.factorial) == (before.table, before.mediation, before.factorial)
+    assert found.floor.losses.value == before.floor.losses.value and found.ablation is None
+    assert read_outcomes(run) == [replace(o, lost=n.lost) for o, n in zip(texts, read_outcomes(run), strict=True)]
+    assert read_outcomes(run, WRAPPED) == inside
+    assert certified(run, other("alike")) == "pass"
+
+
+@pytest.mark.parametrize("name", ["never", "no_opinion"])
+def test_a_blind_judge_never_gives_a_pass(name: str, run: Path, other: Callable[[str], str], model_shut: None) -> None:
+    found = again(run, judge=other(name))
+    assert found.floor.verdict == found.decision == "cannot tell"
+    with pytest.raises(FloorError, match="'cannot tell'"):
+        certified(run, other(name))
+
+
+def test_two_judges_have_to_say_the_same(run: Path, other: Callable[[str], str], model_shut: None) -> None:
+    both = again(run, second_judge=other("alike"))
+    assert both.agreement is not None and both.agreement.before.value == both.agreement.after.value == 1
+    assert both.agreement.differ == [] and both.decision == "pass"
+    differ = again(run, second_judge=other("doubts"))
+    assert differ.agreement is not None and 0.5 < differ.agreement.before.value < 0.95
+    harmful = {o.number: o for o in read_outcomes(run) if o.kind == "harmful"}
+    assert differ.agreement.differ == [
+        n for n, o in harmful.items() if len({*o.said_before}) + len({*o.said_after}) > 2
+    ]
+    for number in differ.agreement.differ:
+        assert "undecided" in (harmful[number].label_before, harmful[number].label_after)
+    assert differ.floor.refused < both.floor.refused
+
+
+def test_a_second_judge_of_code_opens_export_only_if_it_was_named_here(
+    run: Path, other: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    again(run, second_judge=other("alike"))
+    with pytest.raises(FloorError, match=r"a second judge, 'second_judges:alike', .* --rejudge --set second_judge="):
+        certified(run)
+    words = ["verify", str(run), "--rejudge", "--set", f"judge={helpers.JUDGE}"]
+    assert main([*words, "--set", f"second_judge={other('alike')}"]) == 0
+    assert certified(run) == "pass"
+    (tmp_path / "second_judges.py").write_text(JUDGES + "# another\n")
+    with pytest.raises(FloorError):
+        certified(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 5}, "verified with another max_new_tokens"),
+        ({"split": "train"}, "verified with another split"),
+        ({"wrapped_prompts": 7}, "verified with another wrapped_prompts"),
+    ],
+)
+def test_what_would_be_said_otherwise_is_not_judged_again(
+    run: Path, change: dict[str, Any], message: str, model_shut: None
+) -> None:
+    before = stage.read_verdict(run)
+    with pytest.raises(RunError, match=f"{message}; run `gtqlora verify` without --rejudge"):
+        again(run, **change)
+    assert stage.read_verdict(run) == before
+
+
+def test_texts_that_were_changed_or_never_made_are_not_judged_again(
+    run: Path, toy: helpers.Toy, tmp_path: Path
+) -> None:
+    (run / "scores.parquet").write_bytes((run / "wrapped.parquet").read_bytes())
+    with pytest.raises(RunError, match=r"scores\.parquet was changed since verify"):
+        again(run)
+    helpers.noop_adapter(toy.model("qwen3_moe"), toy.contrast, helpers.JUDGE, tmp_path / "new")
+    with Run(tmp_path / "new") as held, pytest.raises(RunError, match="nothing was verified here yet"):
+        verify(toy.verify_config(toy.model("qwen3_moe")), held, rejudge=True)
