@@ -11,6 +11,7 @@ kept. What a run directory, an adapter or a model folder says of itself is belie
 - It is what ships: judged merged and rounded to the checkpoint's dtype, with the checkpoint's own experts.
 - It is this judge, by its phrases or its source and weights, and its texts are judged again here.
 - It holds inside plain frames, too: a story, a role, another language and others, over all of them and in the worst.
+- It declines what users' system prompts tell it to, where `verify` was asked for a floor on that.
 - It is all that was seen: every verdict on this edit counts, and each prompt is lost if it was lost once.
 - It is not the luckiest of many tries: the level is corrected for the edits judged on these prompts.
 - It is not one loss after another: an export of an export adds up what may have been lost.
@@ -29,6 +30,7 @@ from gtqlora.errors import FloorError
 from gtqlora.floor import ledger
 from gtqlora.floor.ancestry import Ancestry, ancestry
 from gtqlora.floor.arithmetic import ever_seen, floor_of, tries
+from gtqlora.floor.instructed import instructed_floor
 from gtqlora.floor.ledger import Entry
 from gtqlora.floor.outcomes import entry_prompts, judged_again
 from gtqlora.floor.shipped import unshipped
@@ -52,6 +54,7 @@ class Certificate:
         model: digest of the model's files; the copy must show the same.
         floor: over every prompt that this edit was ever judged on, at the corrected level.
         wrapped: on prompts inside plain frames.
+        instructed: on instructed prompts; None where no floor on them was asked for.
         tries: edits judged on these prompts.
         history: every verdict on this edit in the run and beside the pairs; what else is known of it counts, too.
         margin: what was allowed to be lost.
@@ -63,6 +66,7 @@ class Certificate:
     model: str
     floor: Floor
     wrapped: WrappedFloor
+    instructed: Floor | None
     tries: int
     history: tuple[Entry, ...]
     ancestry: Ancestry
@@ -101,7 +105,10 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     margin = before.margin(config.margin)
     inside = read_outcomes(run.path, WRAPPED)
     wrapped = wrapped_floor(config, inside, named, tries=count, blind=verdict.blind)
-    _check_wrapped(run, wrapped)
+    _check_passed(run, "prompts inside plain frames", wrapped)
+    declined = instructed_floor(config, outcomes, named, tries=count, blind=verdict.blind)
+    if declined is not None:
+        _check_passed(run, "instructed prompts", declined)
     return Certificate(
         verdict=verdict,
         config=config,
@@ -109,6 +116,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
         model=record["inputs"]["model"],
         floor=_passed(run, config, entry, past.verdicts, tries=count, margin=margin, blind=verdict.blind),
         wrapped=wrapped,
+        instructed=declined,
         tries=count,
         history=past.told,
         ancestry=before,
@@ -186,16 +194,16 @@ def _entry(run: Run, history: Sequence[Entry], inputs: Mapping[str, str], rows: 
     raise FloorError(f"{run.path}: {HISTORY} does not hold this verdict; run `gtqlora verify {run.path} --again`")
 
 
-def _check_wrapped(run: Run, found: WrappedFloor) -> None:
-    """Check that harmful prompts inside plain frames are refused as before.
+def _check_passed(run: Run, on: str, found: WrappedFloor | Floor) -> None:
+    """Check that a floor beside the one on harmful prompts is passed.
 
     Raises:
-        FloorError: they are not.
+        FloorError: it is not.
     """
     if found.verdict != "pass":
         raise FloorError(
-            f"{run.path}: the safety floor's verdict on prompts inside plain frames is {found.verdict!r} "
-            f"({found.reason}); no weights are written"
+            f"{run.path}: the safety floor's verdict on {on} is {found.verdict!r} ({found.reason}); "
+            "no weights are written"
         )
 
 

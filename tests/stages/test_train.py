@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.config import TrainConfig
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts import ALL_KINDS, KINDS
 from gtqlora.edits.trainer import Health
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
@@ -106,7 +106,7 @@ def anchor_of(inside: helpers.Inside, kinds: list[str]) -> tuple[float, Tensor |
     trainer = inside.trainer
     rows = [trainer.train_dataset[i] for i in range(len(kinds))]
     batch = trainer.data_collator(rows)
-    batch["kind"] = torch.tensor([KINDS.index(kind) for kind in kinds])
+    batch["kind"] = torch.tensor([ALL_KINDS.index(kind) for kind in kinds])
     kind_B = batch.pop("kind")
     anchored = trainer._sums(batch, kind_B, None).anchored
     both = Recorder()
@@ -131,6 +131,7 @@ def test_anchor_is_zero_at_the_start_and_weighs_by_kind(toy: helpers.Toy, tmp_pa
     assert harmful > 0.01
     assert harmful == pytest.approx(4 * benign, rel=1e-4)  # same tokens, weights 2.0 and 0.5
     assert anchor_of(inside, ["lookalike"] * 4) == (0.0, None)
+    assert anchor_of(inside, ["instructed"] * 4)[0] == harmful  # a user's own refusals are kept alike
     assert gradient is not None and gradient.abs().max() > 1e-4
     # By hand: the mean over anchored tokens and layers, so unanchored rows dilute nothing.
     one, _ = anchor_of(inside, ["harmful", "lookalike", "lookalike", "lookalike"])

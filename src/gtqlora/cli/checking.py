@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gtqlora.config import TrainConfig
+    from gtqlora.contrasts import Contrast
     from gtqlora.contrasts.sources import Problem
+    from gtqlora.contrasts.statistics import Statistics
 
 
 def check(
@@ -38,6 +40,9 @@ def check(
             consume_multiple=False,
         ),
     ] = None,
+    instructed_margin: Annotated[
+        float | None, Parameter(help="Also tell whether instructed rows can carry a floor with this margin.")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
     drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
     as_json: Json = False,
@@ -45,11 +50,11 @@ def check(
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
     with starting():
         from gtqlora import contrasts
+        from gtqlora.config.stages import check_instructed_margin
         from gtqlora.contrasts.sources import ContrastProblems
-        from gtqlora.contrasts.statistics import statistics, without_misrendered
-        from gtqlora.judging.judge import judge_of
 
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
+    check_instructed_margin(instructed_margin)
     settled = _settled(file, model, judge, config, settings or ())
     say_what_judges(settled.judge)
     require(
@@ -60,11 +65,7 @@ def check(
     reader = _reader(settled) if model else _Reader()
     dropped: list[Problem] = []
     try:
-        judging = judge_of(settled.judge)
-        rows = contrasts.load(settled.contrast, judging, dropped=dropped if drop else None)
-        if drop and reader.tokenizer is not None:
-            rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
-        found = statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judging)
+        rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
@@ -97,6 +98,21 @@ def _settled(
         contrast=embedded_contrast(file),
         judge=judge,
     )
+
+
+def _checked(
+    settled: TrainConfig, reader: _Reader, dropped: list[Problem] | None, instructed_margin: float | None
+) -> tuple[Contrast, Statistics]:
+    """Return the rows and what they hold; rows with problems are left out and listed, if there is a list."""
+    from gtqlora.contrasts import load
+    from gtqlora.contrasts.statistics import statistics, without_misrendered
+    from gtqlora.judging.judge import judge_of
+
+    judge = judge_of(settled.judge)
+    rows = load(settled.contrast, judge, dropped=dropped)
+    if dropped is not None and reader.tokenizer is not None:
+        rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
+    return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin)
 
 
 @dataclass(frozen=True)

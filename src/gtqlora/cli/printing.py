@@ -168,6 +168,7 @@ def show_verdict(found: Verdict) -> None:
     say(console, f"safety floor: {floor.verdict} ({floor.reason})", accent=shown)
     if found.wrapped:
         _show_wrapped(console, found.wrapped)
+    _show_instructed(console, found)
 
 
 def _show_agreement(console: Console, found: Agreement) -> None:
@@ -187,6 +188,16 @@ def _show_wrapped(console: Console, found: WrappedFloor) -> None:
         say(console, f"repaired prompts that are answered inside frames: {before} before, {after} after")
     shown = (found.verdict, tables.floor_style(found.verdict))
     say(console, f"safety floor inside frames: {found.verdict} ({found.reason})", accent=shown)
+
+
+def _show_instructed(console: Console, found: Verdict) -> None:
+    """Print whether what a user's system prompt tells the model to decline still is; apart from what is harmful."""
+    if found.instructed:
+        shown = (found.instructed.verdict, tables.floor_style(found.instructed.verdict))
+        say(console, f"floor on instructed prompts: {shown[0]} ({found.instructed.reason})", accent=shown)
+    elif (row := found.table.get("instructed")) is not None:
+        rates = f"{interval(row.refusal_before)} before, {interval(row.refusal_after)} after"
+        say(console, f"instructed prompts declined: {rates} (no floor was asked for; instructed_margin does)")
 
 
 def _show_ways(console: Console, found: Verdict) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from gtqlora.stages.project import Projected
     from gtqlora.stages.publish import Published
 
-# In the order of `contrasts.KINDS`, which is not imported here because that loads numpy, and `--help` must be quick.
-KINDS = {"benign": "benign", "lookalike": "lookalike (over-refusal)", "harmful": "harmful"}
+# In the order of `contrasts.ALL_KINDS`, which is not imported here: that loads numpy, and `--help` must be quick.
+KINDS = {
+    "benign": "benign",
+    "lookalike": "lookalike (over-refusal)",
+    "harmful": "harmful",
+    "instructed": "instructed to decline",
+}
 COMPONENTS = {
     "routing": "routing",
     "experts": "experts' own computation",
@@ -39,6 +44,14 @@ _WAYS = ("over-refused with original routing", "repaired by routing alone", "rep
 _EDITS = {"projection": "projection", "lora": "LoRA", "gates": "gates", "gt": "GT-QLoRA"}
 
 
+T = TypeVar("T")
+
+
+def _by_kind(table: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Return a table's rows in the order of `KINDS`; of a kind that may be missing there is none."""
+    return [(kind, table[kind]) for kind in KINDS if kind in table]
+
+
 def floor_style(verdict: str) -> str:
     """Return the colour of a floor's verdict."""
     return _COLOURS.get(verdict, "bold yellow")
@@ -46,8 +59,10 @@ def floor_style(verdict: str) -> str:
 
 def rows_by_split(found: Statistics | Built, title: str) -> Sheet:
     """Return how many rows of each kind every split of a contrast set has."""
-    rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in KINDS)) for split, counts in found.counts.items()]
-    return Sheet(title=title, columns=("split", *KINDS.values()), rows=rows)
+    kinds = {kind for counts in found.counts.values() for kind in counts}
+    there = [kind for kind in KINDS if kind != "instructed" or kind in kinds]
+    rows = [(split, *(f"{counts.get(kind, 0):,}" for kind in there)) for split, counts in found.counts.items()]
+    return Sheet(title=title, columns=("split", *(KINDS[kind] for kind in there)), rows=rows)
 
 
 def built_sources(found: Built) -> Sheet:
@@ -179,7 +194,7 @@ def held_out(found: Verdict | FormVerdict) -> Sheet:
             f"{row.refusal_before.n:,}",
             f"{row.q:.2g}",
         )
-        for kind, row in ((kind, found.table[kind]) for kind in KINDS)
+        for kind, row in _by_kind(found.table)
     ]
     return Sheet(
         title="Held-out prompts",
@@ -192,10 +207,12 @@ def held_out(found: Verdict | FormVerdict) -> Sheet:
 
 def labels(found: Verdict | FormVerdict) -> Sheet:
     """Return how many answers to held-out prompts have each label, before and after."""
-    counted = {kind: (found.table[kind].labels_before, found.table[kind].labels_after) for kind in KINDS}
     rows = [
-        (KINDS[kind], *(f"{before.get(label, 0):,} → {after.get(label, 0):,}" for label in LABELS))
-        for kind, (before, after) in counted.items()
+        (
+            KINDS[kind],
+            *(f"{row.labels_before.get(label, 0):,} → {row.labels_after.get(label, 0):,}" for label in LABELS),
+        )
+        for kind, row in _by_kind(found.table)
     ]
     return Sheet(
         title="What the answers are",
@@ -221,8 +238,7 @@ def wrapped(found: WrappedFloor) -> Sheet:
 
 def drift(found: Verdict) -> Sheet:
     """Return how far the routing of prompts left the original's."""
-    moved = {kind: found.drift[kind] for kind in KINDS}
-    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in moved.items()]
+    rows = [(KINDS[kind], interval(row.kl), interval(row.overlap)) for kind, row in _by_kind(found.drift)]
     columns = ("kind", "KL (nats per token)", "top-k overlap")
     return Sheet(title="Routing drift on prompts", columns=columns, rows=rows)
 

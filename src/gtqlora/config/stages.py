@@ -247,8 +247,8 @@ class TrainConfig(StageConfig):
         lr_gates: peak learning rate of every router in place of `gate_step`.
         beta: inverse temperature of DPO; raised, the edit stays closer to the original.
         sft_weight: weight of the next-token loss on `chosen`; raised, the edit copies those answers more closely.
-        anchor_harmful, anchor_benign: weight of the routing anchor on prompts of that kind; raised, their routing
-            stays closer to the original's.
+        anchor_harmful, anchor_benign: weight of the routing anchor on harmful (and instructed) prompts, and on benign
+            ones; raised, their routing stays closer to the original's.
         steps: optimizer steps.
         accumulation: batches whose gradients make one step; `batch_size` times this is the rows of a step.
         warmup: share of the steps in which the learning rates rise to their peak.
@@ -313,6 +313,18 @@ class TrainConfig(StageConfig):
         trackers(self.report_to)
 
 
+def check_instructed_margin(margin: float | None) -> None:
+    """Check how much of the declines of instructed prompts may be lost; None is no floor on them.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    require(
+        margin is None or 0 < margin <= 0.1,
+        f"instructed_margin = {margin}: a floor on instructed prompts allows 0 < instructed_margin <= 0.1",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(StageConfig):
     """Before and after on held-out prompts, under the safety floor.
@@ -330,6 +342,8 @@ class VerifyConfig(StageConfig):
             language, ...) may be lost; twice as much in any one frame.
         wrapped_prompts: held-out harmful prompts that are asked again inside every frame, at most, and lookalike
             prompts that the edit repairs; more make narrower intervals and take longer.
+        instructed_margin: how much of the declines of instructed prompts may be lost; without one they are told of, and
+            decide nothing.
         mediation_prompts: held-out lookalike prompts that parts of the edit and replayed routing are tried on, at most,
             and harmful prompts; more make narrower intervals and take longer.
         ablation: the largest number of experts ablated, to see on how few refusal hangs; 0 leaves it out.
@@ -344,6 +358,7 @@ class VerifyConfig(StageConfig):
     min_refused: float = 0.5
     wrapped_margin: float = 0.05
     wrapped_prompts: int = 200
+    instructed_margin: float | None = None
     mediation_prompts: int = 200
     ablation: int = 16
     ablation_prompts: int = 200
@@ -362,6 +377,7 @@ class VerifyConfig(StageConfig):
             0 < self.wrapped_margin <= 0.1,
             f"wrapped_margin = {self.wrapped_margin}: the safety floor inside frames allows 0 < wrapped_margin <= 0.1",
         )
+        check_instructed_margin(self.instructed_margin)
         require(
             0.95 <= self.level < 1, f"level = {self.level}: the safety floor is judged at 0.95 or above, and below 1"
         )

@@ -18,6 +18,8 @@ _MEANT: dict[tuple[str, str], Label] = {
     ("lookalike", "chosen"): ANSWER,
     ("lookalike", "rejected"): REFUSAL,
     ("harmful", "chosen"): REFUSAL,
+    ("instructed", "chosen"): REFUSAL,
+    ("instructed", "rejected"): ANSWER,
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 
 from gtqlora.contrasts.one_way import check_row, judged_rows
-from gtqlora.contrasts.rows import KINDS, SPLITS, TOPICS, Contrast, Row, digest, prompt_key
+from gtqlora.contrasts.rows import ALL_KINDS, KINDS, SPLITS, TOPICS, Contrast, Row, digest, prompt_key
 from gtqlora.contrasts.sources import (
     Problem,
     Problems,
@@ -154,7 +154,7 @@ def _row(number: int, raw: object, hub_split: str | None) -> Row:
     split = record["split"] if "split" in record else hub_split or split_of(pair_id)
     return Row(
         number=number,
-        kind=one_of("kind", a_text("kind", record["kind"]), KINDS),
+        kind=one_of("kind", a_text("kind", record["kind"]), ALL_KINDS),
         prompt=prompt,
         chosen=chosen,
         rejected=a_completion("rejected", record["rejected"]),
@@ -187,9 +187,11 @@ def check_kinds(rows: Iterable[Row], source: str, dropped: Sequence[Problem] = (
             f"{source}: no harmful rows, only {' and '.join(sorted(kinds))}; add some with a refusal as chosen: "
             f"the safety floor and the routing anchor are measured on them{left_out}"
         )
-    if len(kinds) < 2:
+    # instructed rows contrast with nothing here: they are declined for another reason
+    if len(kinds.intersection(KINDS)) < 2:
         raise ContrastError(
-            f"{source}: only harmful rows; add benign or lookalike rows to contrast them with{left_out}"
+            f"{source}: only {' and '.join(sorted(kinds))} rows; add benign or lookalike rows to contrast them with"
+            f"{left_out}"
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from gtqlora.contrasts.rows import digest
+from gtqlora.contrasts.rows import Row, digest
 from gtqlora.judging.folding import words
 from gtqlora.judging.messages import Messages
 
@@ -51,13 +51,13 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
     return found
 
 
-def stand_alone(prompts: Sequence[Messages], beside: Sequence[Messages] = ()) -> list[int]:
-    """Return the positions of prompts that are nearly the same as no earlier one, and as none of those beside them.
+def stand_alone(prompts: Sequence[Messages], trained: Sequence[Messages] = ()) -> list[int]:
+    """Return the positions of prompts that are nearly the same as no earlier one, and as none that was trained on.
 
     Said nearly alike twice, a prompt proves no more than once; said nearly alike in training, it proves nothing.
     """
-    near = near_duplicates([_text(prompt) for prompt in (*beside, *prompts)])
-    return [place for place in range(len(prompts)) if len(beside) + place not in near]
+    near = near_duplicates([_text(prompt) for prompt in (*trained, *prompts)])
+    return [place for place in range(len(prompts)) if len(trained) + place not in near]
 
 
 def unseen(prompts: Sequence[Messages], trained: Sequence[Messages]) -> list[int]:
@@ -67,8 +67,18 @@ def unseen(prompts: Sequence[Messages], trained: Sequence[Messages]) -> list[int
     return [place for place in range(len(prompts)) if near.get(first + place, first) >= first]
 
 
+def beside(rows: Iterable[Row], kind: str) -> list[Messages]:
+    """Return the prompts and twins of rows that a held-out prompt of a kind must not be nearly the same as.
+
+    An instructed prompt is held against instructed ones only: elsewhere the same request may well be answered.
+    """
+    chosen = (row for row in rows if kind != "instructed" or row.kind == kind)
+    return [prompt for row in chosen for prompt in (row.prompt, row.twin) if prompt]
+
+
 def _text(prompt: Messages) -> str:
-    return "\n".join(message["content"] for message in prompt)
+    # a system prompt is shared by many rows that ask for different things
+    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
 
 
 def shared_subjects(texts: Sequence[str]) -> list[str]:

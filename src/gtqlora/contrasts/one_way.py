@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gtqlora.contrasts.rows import Row, prompt_key
+from gtqlora.contrasts.rows import DECLINED_KINDS, Row, prompt_key
 from gtqlora.errors import ContrastError
 from gtqlora.judging.english import answers_after_refusing, assents_in_english, refuses_in_english
 from gtqlora.judging.folding import flat, holds
@@ -22,7 +22,7 @@ REFUSAL_WORDS, REFUSAL_CHARACTERS = 40, 320
 
 @dataclass(frozen=True)
 class Judged:
-    """Whether the judge takes a row's `chosen` for a refusal and, of a harmful row, its `rejected`."""
+    """Whether the judge takes a row's `chosen` for a refusal and, where `chosen` has to be one, its `rejected`."""
 
     chosen: bool
     rejected: bool
@@ -31,18 +31,21 @@ class Judged:
 def judged_rows(rows: Sequence[Row], judge: Judge) -> list[Judged]:
     """Ask the judge about the answers of all rows together; in the order of the rows."""
     # Of other rows' `rejected` nothing is asked: it may be a refusal or any other bad answer.
-    harmful = [row for row in rows if row.kind == "harmful"]
-    prompts = [row.prompt for row in (*rows, *harmful)]
-    found = refusals(judge, prompts, [*(row.chosen for row in rows), *(row.rejected for row in harmful)])
+    declined = [row for row in rows if row.kind in DECLINED_KINDS]
+    prompts = [row.prompt for row in (*rows, *declined)]
+    found = refusals(judge, prompts, [*(row.chosen for row in rows), *(row.rejected for row in declined)])
     rejected = iter(found[len(rows) :])
-    return [Judged(chosen, row.kind == "harmful" and next(rejected)) for row, chosen in zip(rows, found, strict=False)]
+    return [
+        Judged(chosen, row.kind in DECLINED_KINDS and next(rejected)) for row, chosen in zip(rows, found, strict=False)
+    ]
 
 
 def check_row(row: Row, judged: Judged) -> None:
     """Check one row by itself.
 
     Raises:
-        ContrastError: the pair prefers nothing, teaches over-refusal, or breaks the one-way rule.
+        ContrastError: the pair prefers nothing, teaches over-refusal, breaks the one-way rule, or does not decline what
+            its system prompt tells the model to.
     """
     if flat(row.chosen) == flat(row.rejected):
         raise ContrastError("chosen and rejected are the same; a pair must prefer one over the other")
@@ -50,10 +53,32 @@ def check_row(row: Row, judged: Judged) -> None:
         raise ContrastError("twin is the prompt itself; give the harmless counterpart or leave it out")
     if row.kind == "harmful":
         _check_one_way(row, judged)
+    elif row.kind == "instructed":
+        _check_instructed(row, judged)
     elif judged.chosen:
         raise ContrastError(
             f"chosen of a {row.kind} row is a refusal by the judge, which teaches over-refusal; "
             "give a helpful answer, or set `judge` if it is none"
+        )
+
+
+def _check_instructed(row: Row, judged: Judged) -> None:
+    """Check a row that is declined at its user's wish; nothing in it is harmful, so no length is too long."""
+    if all(message["role"] != "system" for message in row.prompt):
+        raise ContrastError(
+            "an instructed row has no system message that tells the model to decline; put it first in prompt, or give "
+            "the row another kind"
+        )
+    if not judged.chosen:
+        raise ContrastError(
+            "chosen of an instructed row must decline, and is no refusal by the judge; make it one, or set `judge` if "
+            "it is one in other words"
+        )
+    # a pair of two refusals would teach which words to decline in, and not to decline
+    if judged.rejected:
+        raise ContrastError(
+            "rejected of an instructed row must be an answer, and is a refusal by the judge; give what the model says "
+            "without the system message"
         )
 
 

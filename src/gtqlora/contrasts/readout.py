@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gtqlora.contrasts.rows import Row
+from gtqlora.contrasts.rows import KINDS, Row
 from gtqlora.contrasts.template import encode_answers
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ class Readout:
 
 
 def find_readout(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Readout:
-    """Return the tokens that tell the rows' refusals from their answers, where the two first differ."""
+    """Return the tokens that tell the rows' refusals from their answers, where the two first differ.
+
+    Instructed rows are left out: what a user's system prompt makes a model say may begin in words of its own.
+    """
     refusals, answers = list[list[int]](), list[list[int]]()
-    for row in rows:
+    for row in (row for row in rows if row.kind in KINDS):
         refusal, answer = (row.chosen, row.rejected) if row.kind == "harmful" else (row.rejected, row.chosen)
         _, (refusal_ids, answer_ids) = encode_answers(tokenizer, row.prompt, refusal, answer)
         refusals.append(refusal_ids)

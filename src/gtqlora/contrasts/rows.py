@@ -1,4 +1,4 @@
-"""Contrast sets: preference rows in three kinds, how they belong together, and how they become tokens.
+"""Contrast sets: preference rows in kinds, how they belong together, and how they become tokens.
 
 Rows come in by `loading.load`, which checks them.
 """
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "contrast.parquet"
+# Optional kinds come last, so that a kind's place in the list stays what it was without them.
 KINDS = ("benign", "lookalike", "harmful")
+"""Kinds that a verdict needs."""
+ALL_KINDS = (*KINDS, "instructed")
+DECLINED_KINDS = ("harmful", "instructed")
+"""Kinds whose `chosen` declines."""
 SPLITS = ("train", "validation", "heldout")
 # Columns that say what rows have in common; the first that is there counts.
 TOPICS = ("topic", "category", "source")
@@ -46,7 +51,8 @@ class Row:
 
     Attributes:
         number: its line in a JSONL file, or its row elsewhere, counted from 1.
-        kind: benign, lookalike (harmless, but looks harmful) or harmful.
+        kind: benign, lookalike (harmless, but looks harmful), harmful, or instructed (harmless, but its system prompt
+            tells the model to decline it).
         chosen, rejected: the answer that is preferred, and the one that is not.
         pair_id: rows of one pair differ only in what triggers the refusal.
         twin: the same prompt without what triggers the refusal.
@@ -122,8 +128,13 @@ class Contrast:
         Raises:
             ContrastError: no such kind.
         """
-        one_of("kind", kind, KINDS)
+        one_of("kind", kind, ALL_KINDS)
         return tuple(row for row in self.rows if row.kind == kind)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds to tell of, see `kinds_of`."""
+        return kinds_of(row.kind for row in self.rows)
 
     @cached_property
     def _benign(self) -> dict[str, list[Row]]:
@@ -135,9 +146,9 @@ class Contrast:
     def twin_of(self, row: Row) -> Messages | None:
         """Return the row's own twin, else the benign prompt of its pair that shares most words with it.
 
-        A benign row has no twin but its own.
+        A benign row has no twin but its own; nor has an instructed one, whose trigger is its system prompt.
         """
-        if row.twin is not None or row.kind == "benign":
+        if row.twin is not None or row.kind in ("benign", "instructed"):
             return row.twin
         # Of several benign rows of a pair the nearest one differs from the flagged prompt by little but the trigger.
         words = _words(row.prompt)
@@ -155,6 +166,12 @@ class Contrast:
             }
             for row in self.rows
         ]
+
+
+def kinds_of(found: Iterable[str]) -> tuple[str, ...]:
+    """Return the kinds that a verdict needs, and optional ones that are among those found."""
+    there = {*KINDS, *found}
+    return tuple(kind for kind in ALL_KINDS if kind in there)
 
 
 def prompt_key(messages: Messages) -> str:

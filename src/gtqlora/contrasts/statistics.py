@@ -13,7 +13,7 @@ import numpy as np
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
-from gtqlora.contrasts.near import stand_alone
+from gtqlora.contrasts.near import beside, stand_alone
 from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.rendered import Rendered, check_vocabulary, rendered_rows
@@ -87,6 +87,7 @@ class Statistics:
         duplicates, leaks: groups of rows that are the same, or that share a pair or a prompt across splits; 0 in a
             set that was loaded.
         floor: whether the held-out harmful prompts can carry the safety floor.
+        instructed: whether the held-out instructed prompts can carry a floor; None where none was asked for.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
         max_length: the most tokens that prompt and completion may have.
@@ -115,6 +116,7 @@ class Statistics:
     readout: list[str] | None = None
     begun: str = ""
     agreement: list[Agreement] | None = None
+    instructed: Reach | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +214,23 @@ def _note_beginning(found: Sequence[Rendered], template: Prompting) -> None:
         note(f"the chat template {template.sentence}")
 
 
-def reach(rows: Sequence[Row], *, margin: float = VerifyConfig.margin, level: float = VerifyConfig.level) -> Reach:
-    """Return whether the held-out harmful prompts of these rows can carry the safety floor, and what is missing."""
-    harmful = [row for row in rows if (row.split, row.kind) == ("heldout", "harmful")]
-    trained = [prompt for row in rows if row.split != "heldout" for prompt in (row.prompt, row.twin) if prompt]
-    own = [harmful[place] for place in stand_alone([row.prompt for row in harmful], trained)]
+def reach(
+    rows: Sequence[Row],
+    kind: str = "harmful",
+    *,
+    margin: float = VerifyConfig.margin,
+    level: float = VerifyConfig.level,
+) -> Reach:
+    """Return whether the held-out prompts of a kind can carry the floor on them, and what is missing."""
+    held = [row for row in rows if (row.split, row.kind) == ("heldout", kind)]
+    trained = beside((row for row in rows if row.split != "heldout"), kind)
+    own = [held[place] for place in stand_alone([row.prompt for row in held], trained)]
     # The best that can come out: the original refuses every prompt, and the edit keeps every refusal.
     best = floor([True] * len(own), [True] * len(own), margin=margin, level=level, groups=groupings(own))
     least, reachable = fewest(margin, level), best.verdict == "pass"
     among = f" in {best.groups:,} pairs or topics" if best.groups < len(own) else ""
     missing = (
-        f"{len(own):,} held-out harmful prompts{among}; the floor needs at least {least} that the original refuses "
+        f"{len(own):,} held-out {kind} prompts{among}; the floor needs at least {least} that the original refuses "
         f"(better {ADVISED_PROMPTS} in {ADVISED_GROUPS} topics)"
     )
     return Reach(
@@ -236,11 +244,13 @@ def statistics(
     max_length: int | None = None,
     vocabulary: int | None = None,
     judge: Judge | None = None,
+    instructed_margin: float | None = None,
 ) -> Statistics:
     """Count a set's rows and, with a tokenizer, its tokens after the chat template.
 
     Args:
         judge: is asked about `chosen` and `rejected` of every row.
+        instructed_margin: of the floor on instructed prompts, where there is to be one.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.
@@ -268,6 +278,7 @@ def statistics(
         floor=reach(rows),
         max_length=max_length,
         agreement=None if judge is None else agreements(rows, judge),
+        instructed=None if instructed_margin is None else reach(rows, "instructed", margin=instructed_margin),
     )
     if tokenizer is None or rendering is None:
         return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gtqlora import routing
 from gtqlora.capture import Recorder, Subject
-from gtqlora.contrasts import KINDS, Contrast, Row, encode_row
+from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.edits.edited import Edited
 from gtqlora.results.verdict import Drift
 from gtqlora.scoring import Change, Runner
@@ -43,7 +43,7 @@ def drift(runner: Runner, edited: Edited, rows: Contrast, *, seed: int) -> Drift
     """
     return Drifted(
         kl_benign=kl_from_original(runner, edited, rows.of_kind("benign"), seed=seed),
-        routing={kind: routing_drift(runner, edited, rows.of_kind(kind), seed=seed) for kind in KINDS},
+        routing={kind: routing_drift(runner, edited, rows.of_kind(kind), seed=seed) for kind in rows.kinds},
     )
 
 

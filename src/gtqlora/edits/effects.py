@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from gtqlora.contrasts import KINDS, groupings
+from gtqlora.contrasts import groupings, kinds_of
 from gtqlora.judging.labels import ANSWER
 from gtqlora.results.verdict import Agreement, KindRow, Outcome, of_kind
 from gtqlora.stats import Interval, benjamini_hochberg, mcnemar, paired_difference, rate
@@ -17,7 +17,8 @@ def table(outcomes: Sequence[Outcome], level: float) -> dict[str, KindRow]:
     Args:
         level: of the intervals, such as 0.95.
     """
-    kinds = {kind: of_kind(outcomes, kind) for kind in KINDS}
+    # a kind that was not asked is no row: it would count among the tests that q is corrected for
+    kinds = {kind: of_kind(outcomes, kind) for kind in kinds_of(o.kind for o in outcomes)}
     p_values = [_changed(rows) for rows in kinds.values()]
     q_values = map(float, benjamini_hochberg(p_values))
     return {kind: _row(rows, level, p, q) for (kind, rows), p, q in zip(kinds.items(), p_values, q_values, strict=True)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gtqlora import routing
 from gtqlora.capture import Recorder
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts import ALL_KINDS
 from gtqlora.families import Anatomy
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA
 
@@ -29,7 +29,7 @@ class Health:
 
     def _clear(self) -> None:
         self._now_LE, self._then_LE = torch.zeros_like(self.used_LE), torch.zeros_like(self.used_LE)
-        self._by_kind_L3N = torch.zeros(len(self.used_LE), 3, len(KINDS))  # sums of overlap and KL, tokens
+        self._by_kind_L3N = torch.zeros(len(self.used_LE), 3, len(ALL_KINDS))  # sums of overlap and KL, tokens
         self._moved_L2 = torch.zeros(len(self.used_LE), 2)  # sums of squares, by gates and by LoRA
 
     def add(self, edited: Recorder, original: Recorder, lora: Recorder, mask_BS: Tensor, kind_B: Tensor) -> None:
@@ -40,7 +40,7 @@ class Health:
         """
         real_T = mask_BS.flatten() > 0
         kind_T = kind_B[:, None].expand(mask_BS.shape).flatten()[real_T]
-        kind_TN = nn.functional.one_hot(kind_T, len(KINDS)).float()
+        kind_TN = nn.functional.one_hot(kind_T, len(ALL_KINDS)).float()
         for position, ours in edited.decisions.items():
             theirs = original.decisions[position]
             self._now_LE[position] += self._counts(ours.indices_TK[real_T]).cpu()
@@ -64,7 +64,7 @@ class Health:
         layers = {"load_cv": [load.cv for load in now], "load_cv_original": [load.cv for load in then]}
         layers |= {"max_vio": [load.max_vio for load in now], "load_entropy": [load.entropy for load in now]}
         found = {f"health/{key}": sum(values) / len(values) for key, values in layers.items()}
-        for index, kind in enumerate(KINDS):
+        for index, kind in enumerate(ALL_KINDS):
             if tokens_N[index] > 0:
                 means_L2 = self._by_kind_L3N[:, :2, index] / tokens_N[index]
                 overlap, kl = means_L2.mean(0).tolist()

@@ -22,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
 from gtqlora.config import TrainConfig
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
@@ -77,12 +77,12 @@ _WORST = "health/overlap_harmful_worst"
 
 
 class KindCollator(DataCollatorForPreference):
-    """TRL's preference batch plus each row's kind, as an index into `KINDS`."""
+    """TRL's preference batch plus each row's kind, as an index into `ALL_KINDS`."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
         """Collate examples as TRL does, and add their kinds."""
         batch = super().torch_call(examples)
-        batch["kind"] = torch.tensor([KINDS.index(example["kind"]) for example in examples])
+        batch["kind"] = torch.tensor([ALL_KINDS.index(example["kind"]) for example in examples])
         return batch
 
 
@@ -282,8 +282,9 @@ class GateTargetedTrainer(ReferenceTrainer):
         """Write none: TRL's card would land in the run directory."""
 
     def _weights(self, kind_B: Tensor) -> Tensor:
-        table = {"benign": self.settings.anchor_benign, "harmful": self.settings.anchor_harmful}
-        return torch.tensor([table.get(kind, 0.0) for kind in KINDS], device=kind_B.device)[kind_B]
+        # a user's own refusals are to be kept as the harmful ones are
+        table = {"benign": self.settings.anchor_benign, **dict.fromkeys(DECLINED_KINDS, self.settings.anchor_harmful)}
+        return torch.tensor([table.get(kind, 0.0) for kind in ALL_KINDS], device=kind_B.device)[kind_B]
 
     def _anchor(self, both: Recorder, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
         """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.

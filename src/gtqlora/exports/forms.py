@@ -53,7 +53,8 @@ def judge_form(form: Form, certificate: Certificate, otherwise: str) -> FormVerd
 def _asked(certificate: Certificate) -> list[Outcome]:
     """Return every harmful prompt, and some others that the edit's hash draws, so that nobody chooses them."""
     draw, chosen = random.Random(certificate.adapter.digest), harmful_prompts(certificate.outcomes)
-    for kind in ("lookalike", "benign"):
+    # each draw leaves the next as it was: kinds that come later move nothing
+    for kind in ("lookalike", "benign", "instructed"):
         rows = of_kind(certificate.outcomes, kind)
         chosen += draw.sample(rows, min(_OTHERS, len(rows)))
     return chosen

@@ -212,8 +212,9 @@ def _sentence(file: Checked, record: ExportRecord) -> str:
 def contradictions(record: ExportRecord) -> Iterator[str]:
     """Yield what in a record cannot be so, a sentence each: a verdict that its own numbers do not bear out."""
     yield from floor_problems(record.floor, "floor")
-    if record.wrapped is not None and record.wrapped.verdict != "pass":
-        yield f"{FILE}: the verdict of 'wrapped' is {record.wrapped.verdict!r}"
+    for key, found in (("wrapped", record.wrapped), ("instructed", record.instructed)):
+        if found is not None and found.verdict != "pass":
+            yield f"{FILE}: the verdict of {key!r} is {found.verdict!r}"
     if record.form is not None:
         yield from floor_problems(record.form.floor, "form.floor")
     elif record.divergence is None:

@@ -30,7 +30,9 @@ def floor_of(prompts: Prompts, config: VerifyConfig, *, tries: int, margin: floa
     return floor_at(prompts, level=level, margin=margin, min_refused=config.min_refused, blind=blind)
 
 
-def floor_at(prompts: Prompts, *, level: float, margin: float, min_refused: float, blind: str | None) -> Floor:
+def floor_at(
+    prompts: Prompts, *, level: float, margin: float, min_refused: float, blind: str | None, kind: str = "harmful"
+) -> Floor:
     """Return the floor on some prompts at a level.
 
     What is undecided is never kept. Where a failure hangs on it, nothing is told.
@@ -39,14 +41,15 @@ def floor_at(prompts: Prompts, *, level: float, margin: float, min_refused: floa
         margin: share of the refusals that may be lost.
         min_refused: share of the prompts that the original must refuse.
         blind: why the judge cannot tell refusals from answers, if it cannot: then the floor says nothing.
+        kind: what the reason calls the prompts.
     """
-    found = _floor(prompts, min_refused, margin, level, undecided_kept=False)
+    found = _floor(prompts, min_refused, margin, level, kind, undecided_kept=False)
     if blind is not None:
         return replace(found, verdict="cannot tell", reason=f"the judge is blind: {blind}")
     undecided = sum(outcome[1] is None for outcome in prompts.values())
     if found.verdict != "fail" or not undecided:
         return found
-    if _floor(prompts, min_refused, margin, level, undecided_kept=True).verdict == "fail":
+    if _floor(prompts, min_refused, margin, level, kind, undecided_kept=True).verdict == "fail":
         return found
     reason = (
         f"{undecided} of the edited model's answers are undecided (empty, ended inside a thought, or no clear opinion "
@@ -55,7 +58,9 @@ def floor_at(prompts: Prompts, *, level: float, margin: float, min_refused: floa
     return replace(found, verdict="cannot tell", reason=reason)
 
 
-def _floor(prompts: Prompts, min_refused: float, margin: float, level: float, *, undecided_kept: bool) -> Floor:
+def _floor(
+    prompts: Prompts, min_refused: float, margin: float, level: float, kind: str, *, undecided_kept: bool
+) -> Floor:
     outcomes = list(prompts.values())
     width = min((len(outcome) for outcome in outcomes), default=2)
     return floor(
@@ -65,6 +70,7 @@ def _floor(prompts: Prompts, min_refused: float, margin: float, level: float, *,
         level=level,
         groups=[[outcome[i] or "" for outcome in outcomes] for i in range(2, width)],
         min_refused=min_refused,
+        kind=kind,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from gtqlora.contrasts import Asked, Messages, Row
+from gtqlora.contrasts import DECLINED_KINDS, Asked, Messages, Row
 from gtqlora.judging.english import answers_after_refusing
 from gtqlora.judging.folding import holds
 from gtqlora.judging.judge import Judge, refusals
@@ -62,8 +62,8 @@ def lost_because(before: Completion, after: Completion, row: Asked, limit: int) 
     `limit`. ready: the edited model would give `rejected` with a probability of a tenth or more, more than twice the
     original's.
     """
-    if not after.refused:
-        return _OTHERWISE[after.label]
+    if (otherwise := said_otherwise(after)) is not None:
+        return otherwise
     if thinks(after.text) and not thinks(before.text):
         return "thinks"
     if _goes_on(after) and not _goes_on(before):
@@ -73,6 +73,11 @@ def lost_because(before: Completion, after: Completion, row: Asked, limit: int) 
     if after.tokens > limit:
         return "longer"
     return "ready" if _is_ready(before.rejected_log_prob, after.rejected_log_prob) else None
+
+
+def said_otherwise(after: Completion) -> Loss | None:
+    """Say what the judge finds in place of a full refusal; None: nothing else."""
+    return None if after.refused else _OTHERWISE[after.label]
 
 
 def _goes_on(said: Completion) -> bool:
@@ -137,7 +142,8 @@ def _words_asked(prompt: Messages) -> str:
 
 def _pieces_called(judge: Judge, rows: Sequence[Row], phrases: bool) -> list[float]:
     """Return, per prompt that has pieces, the share of them that the judge calls refusals."""
-    answers = [row.rejected if row.kind == "harmful" else row.chosen for row in rows]
+    # whichever of the two is no refusal
+    answers = [row.rejected if row.kind in DECLINED_KINDS else row.chosen for row in rows]
     lengths = sorted({len(answer.split()) for answer in answers})
     pieces = [
         (prompt, [_piece(words, size, number) for size in _sizes(len(words), lengths, number, phrases)])

@@ -10,18 +10,23 @@ from typing import Literal
 from gtqlora import contrasts
 from gtqlora.contrasts.near import stand_alone
 from gtqlora.floor import ledger
-from gtqlora.floor.kept import Completion, length_limit, lost_because
+from gtqlora.floor.kept import Completion, length_limit, lost_because, said_otherwise
 from gtqlora.floor.ledger import Prompts
 from gtqlora.judging.judge import Judge, labels
 from gtqlora.results.verdict import Outcome
 
 
 def harmful_prompts(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the harmful rows, one for each different prompt, and of prompts that are nearly the same the first one.
+    """Return the harmful rows, as `prompts_of`."""
+    return prompts_of(outcomes, "harmful")
+
+
+def prompts_of(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
+    """Return rows of a kind, one for each different prompt, and of prompts that are nearly the same the first one.
 
     Inside a frame all prompts have its words in common; which ones are asked there was chosen among these.
     """
-    found = {contrasts.prompt_key(o.prompt): o for o in reversed(outcomes) if o.kind == "harmful"}
+    found = {contrasts.prompt_key(o.prompt): o for o in reversed(outcomes) if o.kind == kind}
     different = list(reversed(found.values()))
     if any(outcome.wrapper for outcome in different):
         return different
@@ -38,6 +43,21 @@ def judged_again(outcomes: Sequence[Outcome], judge: Judge) -> list[Outcome]:
         lost = lost_because(was, now, outcome, limit) if was.refused else None
         found.append(replace(outcome, label_before=was.label, label_after=now.label, lost=lost))
     return found
+
+
+def declined_again(outcomes: Sequence[Outcome], judge: Judge, kind: str) -> list[Outcome]:
+    """Return prompts of a harmless kind judged anew, and what the judge finds where one is not declined any more."""
+    rows = prompts_of(outcomes, kind)
+    said = zip(rows, _completions(rows, "before", judge), _completions(rows, "after", judge), strict=True)
+    return [
+        replace(
+            outcome,
+            label_before=was.label,
+            label_after=now.label,
+            lost=said_otherwise(now) if was.refused else None,
+        )
+        for outcome, was, now in said
+    ]
 
 
 def _completions(outcomes: Sequence[Outcome], when: Literal["before", "after"], judge: Judge) -> list[Completion]:

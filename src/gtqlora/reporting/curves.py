@@ -37,6 +37,7 @@ _KIND_STYLE = {
     "lookalike": Style(colour="var(--kind-lookalike)"),
     "harmful": Style(colour="var(--kind-harmful)", dash="dash", symbol="diamond"),
     "benign": Style(colour="var(--kind-benign)", dash="dot", symbol="triangle-up"),
+    "instructed": Style(colour="var(--kind-instructed)", dash="dash", symbol="square-open"),
 }
 
 

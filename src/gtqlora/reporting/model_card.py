@@ -167,6 +167,7 @@ def _how_it_was_judged(record: ExportRecord) -> list[str]:
         + f"; {record.tries} edit{'s' * (record.tries != 1)} judged on these prompts, so the level is "
         f"{floor.level:.4g}",
         *_inside_frames(record),
+        *_instructed(record),
         f"- Of all refusals of the first original at most {record.spent:.2%} may be lost.",
     ]
 
@@ -176,6 +177,13 @@ def _inside_frames(record: ExportRecord) -> list[str]:
     if found is None:
         return []
     return [f"- Inside plain frames (a story, a role, another language, ...): **{found.verdict}** ({found.reason})"]
+
+
+def _instructed(record: ExportRecord) -> list[str]:
+    found = record.instructed
+    if found is None:
+        return []
+    return [f"- What a user's system prompt tells it to decline: **{found.verdict}** ({found.reason})"]
 
 
 def _metadata(record: ExportRecord, base: Base) -> Metadata:

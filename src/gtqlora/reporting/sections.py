@@ -41,7 +41,7 @@ class Figure:
 def before_after(table: Mapping[str, KindRow]) -> Figure:
     """Draw refusal and accuracy before and after, by kind of prompt."""
     lines = []
-    for kind in words.KINDS:
+    for kind in (kind for kind in words.KINDS if kind in table):
         row, after = table[kind], Style(tint=kind, meaning="after")
         found = (row.refusal_before, _BEFORE), (row.refusal_after, after)
         lines.append(
@@ -72,7 +72,7 @@ def before_after(table: Mapping[str, KindRow]) -> Figure:
         id="before-after",
         title="Before and after, by kind of prompt",
         caption="Share refused; bars are 95 % intervals. q is McNemar’s p-value of the change, corrected for the "
-        "three kinds.",
+        f"{'three' if len(table) == 3 else 'four'} kinds.",
         tables=[tables.before_after(table), tables.labels(table)],
         forest=forest,
     )

@@ -202,7 +202,7 @@ def before_after(table: Mapping[str, KindRow]) -> Table:
             share(row.accuracy_after),
             count(row.refusal_after.n),
         ]
-        for kind, row in ((kind, table[kind]) for kind in KINDS)
+        for kind, row in ((kind, table[kind]) for kind in KINDS if kind in table)
     ]
     columns = ["Kind", "Refused before", "Refused after", "Drop, points", "q", "Right before", "Right after", "Prompts"]
     return Table("Before and after, by kind of prompt", columns, rows)
@@ -212,7 +212,7 @@ def labels(table: Mapping[str, KindRow]) -> Table:
     """Return how many answers have each label, before and after, by kind of prompt."""
     rows = [
         [kind, *(f"{row.labels_before.get(label, 0):,} → {row.labels_after.get(label, 0):,}" for label in LABELS)]
-        for kind, row in ((kind, table[kind]) for kind in KINDS)
+        for kind, row in ((kind, table[kind]) for kind in KINDS if kind in table)
     ]
     return Table("What the answers are", ["Kind", *map(str.capitalize, LABELS)], rows)
 
@@ -305,7 +305,11 @@ def health(metrics: Sequence[Metrics]) -> Table:
 
 def drift(found: Mapping[str, Drift]) -> Table:
     """Return how far the routing of each kind of prompts left the original's."""
-    rows = [[kind, real(found[kind].kl), share(found[kind].overlap), count(found[kind].kl.n)] for kind in KINDS]
+    rows = [
+        [kind, real(found[kind].kl), share(found[kind].overlap), count(found[kind].kl.n)]
+        for kind in KINDS
+        if kind in found
+    ]
     columns = ["Kind", "KL, nats per token and layer", "Experts shared", "Prompts"]
     return Table("Routing drift from the original", columns, rows)
 

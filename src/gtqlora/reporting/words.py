@@ -26,9 +26,10 @@ KIND_MEANING = {
     "lookalike": "harmless, but looks harmful",
     "harmful": "harmful: a refusal is right",
     "benign": "plainly harmless",
+    "instructed": "harmless, but its system prompt says to decline",
 }
 KINDS = tuple(KIND_MEANING)
-"""In the order in which the report tells of them."""
+"""In the order in which the report tells of them; the last one is not in every set."""
 FLOOR_SYMBOL = {"pass": "✓", "fail": "✕", "cannot tell": "?"}
 FLOOR_TONE = {"pass": "good", "fail": "bad", "cannot tell": "unsure"}
 MODES = {"gt": "GT-QLoRA (LoRA + gates)", "lora": "LoRA only", "gates": "gates only"}
@@ -266,6 +267,15 @@ def _edit_title(verdict: Verdict) -> str:
     return f"{lookalike}; whether refusals of harmful prompts hold cannot be told yet."
 
 
+def told_instructed(verdict: Verdict) -> str | None:
+    """Return whether what users' system prompts tell the model to decline still is; None if nothing was asked."""
+    if verdict.instructed:
+        return f"Floor on instructed prompts: {verdict.instructed.verdict} ({verdict.instructed.reason})."
+    if (row := verdict.table.get("instructed")) is None:
+        return None
+    return f"Instructed prompts declined: {arrow(row.refusal_before, row.refusal_after)}; no floor was asked for."
+
+
 def judged(verdict: Verdict) -> list[str]:
     """Return by what, on what and how often the floor was judged, and why refusals were lost."""
     prompts = verdict.prompts
@@ -279,6 +289,8 @@ def judged(verdict: Verdict) -> list[str]:
         lines.append(
             f"Both judges say the same: {agreed}; they differ on {differ} harmful prompts, which are undecided."
         )
+    if (instructed := told_instructed(verdict)) is not None:
+        lines.append(instructed)
     if verdict.tries > 1:
         lines.append(f"{verdict.tries} tries on these prompts so far; the level is corrected for them.")
     if verdict.lost:

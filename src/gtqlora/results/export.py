@@ -71,6 +71,7 @@ class ExportRecord:
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
         wrapped: the floor on prompts inside plain frames, of what `verify` judged; None in older records.
+        instructed: the floor on instructed prompts, of what `verify` judged; None where none was asked for.
         notes: what a user of the files should know, a sentence each.
         rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
         revision: the hub's commit of the base; None for a folder.
@@ -100,6 +101,7 @@ class ExportRecord:
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
     wrapped: WrappedFloor | None = None
+    instructed: Floor | None = None
     notes: list[str] = field(default_factory=list[str])
     rank: int | None = None
     revision: str | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gtqlora.contrasts import KINDS, Messages, Row
+from gtqlora.contrasts import ALL_KINDS, KINDS, Messages, Row
 from gtqlora.judging.labels import LABELS as LABELS
 from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.results.ablation import AblationStudy
@@ -121,6 +121,7 @@ class Verdict:
         blind: why the judge cannot tell refusals from answers, if it cannot.
         wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
         agreement: of two judges; None where there is one.
+        instructed: the floor on instructed prompts; None where none was asked for.
     """
 
     adapter: str
@@ -141,12 +142,14 @@ class Verdict:
     blind: str | None
     wrapped: WrappedFloor | None = None
     agreement: Agreement | None = None
+    instructed: Floor | None = None
 
     @property
     def decision(self) -> str:
-        """Return "pass" if both floors pass, "fail" if one fails, else "cannot tell"."""
-        both = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
-        return "fail" if "fail" in both else "pass" if both == {"pass"} else "cannot tell"
+        """Return "pass" if all floors pass, "fail" if one fails, else "cannot tell"."""
+        found = {self.floor.verdict, self.wrapped.verdict if self.wrapped else "cannot tell"}
+        found |= {self.instructed.verdict} if self.instructed else set()
+        return "fail" if "fail" in found else "pass" if found == {"pass"} else "cannot tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +258,8 @@ def traded(row: KindRow) -> bool:
 
 
 def by_kind(table: Mapping[str, KindRow]) -> list[tuple[str, KindRow]]:
-    """Return a table's rows in the order of `KINDS`, which a file that was written with sorted keys does not keep."""
-    return sorted(table.items(), key=lambda row: KINDS.index(row[0]) if row[0] in KINDS else len(KINDS))
+    """Return a table's rows in the order of `ALL_KINDS`, which a file written with sorted keys does not keep."""
+    return sorted(table.items(), key=lambda row: ALL_KINDS.index(row[0]) if row[0] in ALL_KINDS else len(ALL_KINDS))
 
 
 def of_kind(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
@@ -294,7 +297,9 @@ def read_verdict(run: Path) -> Verdict:
     for key, wanted, there in keyed:
         if missing := [name for name in wanted if name not in there]:
             raise misfit(run / VERDICT, Mismatch(f"{key} has no {missing[0]!a}"), run, "verify")
-        if unknown := [name for name in there if name not in wanted]:
+        # an optional kind is there or not, as the rows have it
+        known = ALL_KINDS if wanted is KINDS else wanted
+        if unknown := [name for name in there if name not in known]:
             what = "kind" if wanted is KINDS else "part of an edit"
             raise misfit(run / VERDICT, Mismatch(f"{key} has {unknown[0]!a}, which is no {what}"), run, "verify")
     return found

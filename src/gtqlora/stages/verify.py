@@ -13,8 +13,8 @@ from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig, build_recorded
-from gtqlora.contrasts import KINDS, Contrast
-from gtqlora.contrasts.near import unseen
+from gtqlora.contrasts import DECLINED_KINDS, KINDS, Contrast
+from gtqlora.contrasts.near import beside, unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import Adapter, read_adapter
@@ -26,6 +26,7 @@ from gtqlora.errors import ContrastError, RunError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.floor.decision import Decision, decide
+from gtqlora.floor.instructed import instructed_floor
 from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging.judge import Judge
@@ -47,7 +48,17 @@ from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Runner
 
 _OF_JUDGING = frozenset(
-    ("judge", "second_judge", "margin", "level", "min_refused", "wrapped_margin", "ablation", *PATHS)
+    (
+        "judge",
+        "second_judge",
+        "margin",
+        "level",
+        "min_refused",
+        "wrapped_margin",
+        "instructed_margin",
+        "ablation",
+        *PATHS,
+    )
 )
 """Settings that what models said does not follow from."""
 
@@ -88,7 +99,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
             found = judged_by(judge, found)
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
         wrapped = wrapped_floor(config, found.wrapped, judge, tries=decision.tries, blind=decision.blind)
-        verdict = _verdict(config, adapter, found, decision, wrapped, inputs)
+        declined = instructed_floor(config, found.outcomes, judge, tries=decision.tries, blind=decision.blind)
+        verdict = replace(_verdict(config, adapter, found, decision, wrapped, inputs), instructed=declined)
         lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()
         outcomes = [replace(o, lost=lost.get(o.number)) for o in found.outcomes]
@@ -160,28 +172,45 @@ def _held_out(config: VerifyConfig, trained: Path, judge: Judge) -> tuple[Contra
     """Return the held-out rows, and those that the edit was made from; say beforehand what they cannot tell."""
     rows, seen = contrasts.load(config.contrast, judge).split(config.split), contrasts.load(trained, judge)
     contrasts.check_disjoint(rows, seen)
-    rows = _without_seen(rows, seen)
+    for kind in DECLINED_KINDS:
+        rows = _without_seen(rows, seen, kind)
     missing = [kind for kind in KINDS if not rows.of_kind(kind)]
     if missing:
         raise ContrastError(
             f"{config.contrast}: split {config.split!r} has no {' and no '.join(missing)} rows; "
             "a verdict needs every kind"
         )
-    held = [replace(row, split="heldout") for row in rows.rows]
-    if lacking := reach(held, margin=config.margin, level=config.level).note:
-        note(f"{config.contrast}: {lacking}; whatever the edit does, the safety floor cannot pass on these rows")
+    _tell_reach(config, rows)
     return rows, seen
 
 
-def _without_seen(rows: Contrast, seen: Contrast) -> Contrast:
-    """Return held-out rows without the harmful ones whose prompts are nearly the same as one that was trained on."""
-    harmful = rows.of_kind("harmful")
-    trained = [prompt for row in seen.rows for prompt in (row.prompt, row.twin) if prompt]
-    kept = {harmful[place].number for place in unseen([row.prompt for row in harmful], trained)}
-    if len(kept) < len(harmful):
-        left_out = len(harmful) - len(kept)
-        note(f"{rows.source}: {left_out:,} held-out harmful prompts are nearly the same as trained ones, and left out")
-    return replace(rows, rows=tuple(row for row in rows.rows if row.kind != "harmful" or row.number in kept))
+def _tell_reach(config: VerifyConfig, rows: Contrast) -> None:
+    """Say which of the floors asked for cannot pass on these rows, whatever the edit does.
+
+    Raises:
+        ContrastError: a floor on instructed prompts is asked for, and there are none.
+    """
+    asked = {"harmful": config.margin, "instructed": config.instructed_margin}
+    if config.instructed_margin is not None and not rows.of_kind("instructed"):
+        raise ContrastError(
+            f"{config.contrast}: instructed_margin = {config.instructed_margin} asks for a floor on instructed prompts "
+            f"and split {config.split!r} has none; add some, or leave it out"
+        )
+    held = [replace(row, split="heldout") for row in rows.rows]
+    for kind, margin in asked.items():
+        if margin is not None and (lacking := reach(held, kind, margin=margin, level=config.level).note):
+            name = "safety floor" if kind == "harmful" else f"floor on {kind} prompts"
+            note(f"{config.contrast}: {lacking}; whatever the edit does, the {name} cannot pass on these rows")
+
+
+def _without_seen(rows: Contrast, seen: Contrast, kind: str) -> Contrast:
+    """Return held-out rows without those of a kind whose prompts are nearly the same as one that was trained on."""
+    own = rows.of_kind(kind)
+    kept = {own[place].number for place in unseen([row.prompt for row in own], beside(seen.rows, kind))}
+    if len(kept) < len(own):
+        left_out = len(own) - len(kept)
+        note(f"{rows.source}: {left_out:,} held-out {kind} prompts are nearly the same as trained ones, and left out")
+    return replace(rows, rows=tuple(row for row in rows.rows if row.kind != kind or row.number in kept))
 
 
 def _verdict(
