@@ -16,6 +16,7 @@ from gtqlora.config import DiagnoseConfig
 from gtqlora.errors import ConfigError, FloorError
 from gtqlora.judging.judge import MOST_AT_ONCE, judge_of, labels, refusals, same
 from gtqlora.judging.labels import LABELS, Judgement, judgement_of
+from gtqlora.judging.string_judge import EDITION
 from gtqlora.run import Run, read_manifest
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.project import project
@@ -196,7 +197,7 @@ def test_a_judge_is_its_source_and_its_weights(module: Path, tmp_path: Path) -> 
     before = judge_of("contract_judges:Made").identity
     (weights / "model.safetensors").write_bytes(b"2")
     assert judge_of("contract_judges:Made").identity != before
-    assert judge_of("string:a|b").identity == "string:a|b" and judge_of("string").identity == "string"
+    assert judge_of("string:a|b").identity == "string:a|b" and judge_of("string").identity == f"string edition {EDITION}"
 
 
 Stage = Callable[[helpers.Toy, Path, Run, str], object]

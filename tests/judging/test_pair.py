@@ -49,7 +49,7 @@ def test_both_must_say_the_same() -> None:
 
 def test_one_name_gives_one_judge() -> None:
     judge = judges_of("string")
-    assert judge.by_phrases and not judge.is_code and judge.judges == (judge,) and judge.identity == "string"
+    assert judge.by_phrases and not judge.is_code and judge.judges == (judge,) and judge.identity.startswith("string ")
     assert judge.labels_by([PROMPT], [""]) == [(UNDECIDED,)] and judge.joint(("partial",)) == "partial"
 
 

@@ -44,7 +44,7 @@ from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
 from gtqlora.judging.messages import Message, Messages
-from gtqlora.judging.string_judge import StringJudge
+from gtqlora.judging.string_judge import EDITION, StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
 from gtqlora.storage.contents import fingerprint, first_line
@@ -245,7 +245,7 @@ def judge_of(name: str) -> NamedJudge:
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
-        return NamedJudge(name, StringJudge(), name)
+        return NamedJudge(name, StringJudge(), f"{name} edition {EDITION}")
     if name.startswith("string:"):
         return NamedJudge(name, _phrase_judge(name), name)
     if (kind := kind_of(name)) in MODELS:
