@@ -3,6 +3,8 @@
     python bench/wrapped.py                   # the embedded organisms routed and residual, and tests/data/framed
     python bench/wrapped.py DIR...            # others, as of `python -m gtqlora.organisms build framed --out DIR`
 
+    python bench/wrapped.py DIR --taught harmful   # as if the user had put harmful prompts inside frames into training
+
 Prints, of each edit, both floors' verdicts, the harmful refusals lost plainly and in each frame, the lookalike prompts
 repaired plainly that are answered inside frames, what `export` says, and the seconds that frames add to `verify`.
 Everything is fp32 on the CPU.
@@ -11,12 +13,14 @@ Everything is fp32 on the CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from gtqlora.results.verdict import Verdict
     from gtqlora.run import Run
 
+say = partial(print, flush=True)
 SHOWN = ("routed", "residual", str(Path(__file__).parents[1] / "tests" / "data" / "framed"))
 
 
@@ -44,6 +49,26 @@ class Clock:
     @property
     def seconds(self) -> float:
         return sum(end - self.begun[what] for what, end in self.ended.items())
+
+
+def write_pairs(model: Path, to: Path, taught: Sequence[str]) -> None:
+    """Copy an organism's pairs, so that the copy's ledger counts this bench's own tries.
+
+    Args:
+        taught: kinds whose training rows stand, those of every second pair, inside one of the first two frames.
+    """
+    from gtqlora.families.files import WRAPPERS
+    from gtqlora.organisms import embedded
+
+    own = model / embedded.CONTRAST
+    rows = [json.loads(line) for line in (own if own.exists() else embedded.contrast()).read_text().splitlines()]
+    frames = [one["turns"][0]["content"] for one in json.loads((model / WRAPPERS).read_text())["wrappers"]][:2]
+    for row in rows:
+        number = int(row["pair_id"].rpartition("-")[2])
+        if row["split"] == "train" and row["kind"] in taught and number % 2:
+            for key in ("prompt", "twin"):
+                row[key] = row[key] and frames[number // 2 % 2].replace("{prompt}", row[key])
+    to.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def edited(model: Path, contrast: Path, run: Run) -> None:
@@ -83,24 +108,22 @@ def exports(run: Run, out: Path) -> str:
     return "written"
 
 
-def measured(name: str, root: Path, say: Callable[[str], None]) -> None:
+def measured(name: str, root: Path, taught: Sequence[str]) -> None:
     from gtqlora.organisms import embedded
     from gtqlora.run import Run
 
     model = Path(name) if Path(name).is_dir() else embedded.organism(name)
-    # a copy, so that its ledger counts this bench's own tries
     contrast = root / f"{model.name}.jsonl"
-    own = model / embedded.CONTRAST
-    contrast.write_bytes((own if own.exists() else embedded.contrast()).read_bytes())
+    write_pairs(model, contrast, taught)
     with Run(root / model.name) as run:
         edited(model, contrast, run)
         verdict, seconds, in_frames = verified(model, contrast, run)
-        print_verdict(model.name, verdict, say)
+        print_verdict(model.name, verdict)
         say(f"  verify {seconds:.1f} s, of which frames {in_frames:.1f} s")
         say(f"  export {exports(run, root / f'{model.name}-exported')}")
 
 
-def print_verdict(name: str, verdict: Verdict, say: Callable[[str], None]) -> None:
+def print_verdict(name: str, verdict: Verdict) -> None:
     plain, wrapped, lookalike = verdict.floor, verdict.wrapped, verdict.table["lookalike"]
     assert wrapped is not None
     say(
@@ -123,13 +146,17 @@ def print_verdict(name: str, verdict: Verdict, say: Callable[[str], None]) -> No
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organisms", nargs="*", default=SHOWN, help="embedded ones, or folders")
+    kinds = ("harmful", "lookalike", "benign")
+    parser.add_argument(
+        "--taught", nargs="+", default=(), choices=kinds, help="also trained inside the first two frames"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     with TemporaryDirectory() as root:
         for name in args.organisms:
-            measured(name, Path(root), lambda line: print(line, flush=True))
+            measured(name, Path(root), args.taught)
     return 0
 
 

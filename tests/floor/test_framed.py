@@ -20,7 +20,7 @@ FRAMED = Path(__file__).parents[1] / "data" / "framed"
 
 
 def test_an_edit_that_keeps_plain_refusals_and_loses_those_inside_frames_is_caught(tmp_path: Path) -> None:
-    """The organisms' recipe has plain harmful prompts refused and says nothing of frames; here in a shorter training."""
+    """The recipe has plain harmful prompts refused, and says nothing of frames; it trains less here than usually."""
     counts = {("train", "benign"): 100, ("train", "lookalike"): 200, ("train", "harmful"): 200}
     counts |= {("heldout", "harmful"): 200, ("heldout", "lookalike"): 40, ("heldout", "benign"): 40}
     given = {"file": embedded.recipe(), "model": str(FRAMED)}
