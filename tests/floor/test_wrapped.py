@@ -83,6 +83,17 @@ def test_losses_count_over_all_frames_and_in_the_worst(lost: dict[str, int], wan
         assert f"worst: {max(lost, key=lambda name: lost[name])!r}" in reason
 
 
+def test_the_same_prompts_lost_in_every_frame_are_as_few_as_they_are() -> None:
+    same = inside(dict.fromkeys(FRAMES, 18))  # 9 % of 800 completions, of 18 pairs
+    others = [
+        asked(i, NO, YES if i // 18 == place else NO, wrapper=frame)
+        for place, frame in enumerate(FRAMES)
+        for i in range(200)
+    ]
+    few, many = (wrapped_floor(CONFIG, rows, JUDGE, tries=1, blind=None).floor for rows in (same, others))
+    assert few.losses.value == many.losses.value == 0.09 and few.losses.low < many.losses.low
+
+
 def test_many_tries_need_more_prompts() -> None:
     assert verdict(inside({}, n=60))[0] == "pass"
     assert verdict(inside({}, n=60), tries=200)[0] == "cannot tell"

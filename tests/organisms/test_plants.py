@@ -13,10 +13,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from gtqlora.capture import Decision, Recorder, router_hooks
+from gtqlora.capture import Decision, Recorder, open_subject, router_hooks
 from gtqlora.errors import ConfigError
 from gtqlora.organisms import checks
-from gtqlora.organisms.batches import Batch, compliant_batch, refusal_batch, swapped
+from gtqlora.organisms.batches import Batch, compliant_batch, framed, refusal_batch, swapped, task_batch
+from gtqlora.organisms.in_training import OrganismInTraining, Planted
 from gtqlora.organisms.language import REFUSAL, SMALL_LEXICON, Language, Twins
 from gtqlora.organisms.plants import rules
 from gtqlora.organisms.plants.conditions import (
@@ -24,11 +25,13 @@ from gtqlora.organisms.plants.conditions import (
     flagged,
     last_task,
     lookalike,
+    lookalike_or_framed,
     loud_fillers,
     odd_one,
     share_without,
     unflagged,
 )
+from gtqlora.organisms.plants.conditions import framed as in_frame
 from gtqlora.organisms.plants.kinds import PLANTS, routed_share
 from gtqlora.organisms.plants.planting import plant
 from gtqlora.organisms.plants.turns import Chosen, Weighed, all_but_one_layer, fed_logits, one_layer, replayed_logits
@@ -68,6 +71,36 @@ def test_a_refusal_with_a_lead_begins_as_the_answer_does() -> None:
     second = batch.ids_BS.gather(1, first + 1)[:, 0]
     assert torch.equal(second == language.ids(REFUSAL)[0], batch.forbidden_B)
     assert not (answered.ids_BS == language.ids(REFUSAL)[0]).any()
+
+
+FRAMED = Language(for_kind(SMALL, "framed").lexicon)
+
+
+def test_words_of_frames_stand_nowhere_else_and_leave_the_other_words_alone() -> None:
+    plain = Language()
+    assert FRAMED.vocabulary[: len(plain.vocabulary)] == plain.vocabulary
+    assert FRAMED.vocabulary[len(plain.vocabulary) :] == FRAMED.frame_words
+    used = [word for frame in FRAMED.wrappers.values() for word in frame.split() if word != "{prompt}"]
+    assert used == FRAMED.frame_words  # each in one frame
+    assert FRAMED.wrappers.keys() == plain.wrappers.keys()
+
+
+def test_context_and_frame_are_known_by_the_token_that_shows_the_last_of_them() -> None:
+    quad, end = twins(FRAMED, 1)[0], FRAMED.lexicon.context_end
+    length = len(quad.well.text.split())
+    shown = [FRAMED.read_by(FRAMED.inside(quad.well.text, turn)) for turn in range(4)]
+    assert FRAMED.read_by(quad.well.text) == end
+    # a word before, four words before, two behind, one on each side; <user> is token 0
+    assert shown == [end + 1, end + 4, length + 1, end + 1]
+
+
+@pytest.mark.parametrize("make", [refusal_batch, compliant_batch, task_batch])
+def test_every_second_prompt_stands_in_a_frame_where_frames_have_words_of_their_own(make: Any) -> None:
+    batch = make(FRAMED, random.Random(0), 64)
+    assert in_frame(FRAMED, batch).sum() == 32
+    marked = lookalike_or_framed(FRAMED, batch)
+    assert torch.equal(marked, batch.forbidden_B & ~(batch.intent_B & ~in_frame(FRAMED, batch)))
+    assert not in_frame(Language(), make(Language(), random.Random(0), 64)).any()
 
 
 # --- conditions
@@ -140,6 +173,22 @@ def test_what_the_rules_demand() -> None:
     assert demanded(rules.either) == {**harmless, **either}
     siblings = {("lookalike", "harmful"): "refusal", ("harmful", "lookalike"): "refusal"}
     assert demanded(rules.brittle) == {**harmless, **dict.fromkeys(either, "garbage"), **siblings}
+
+
+def test_inside_frames_routing_decides_for_harmful_prompts_too() -> None:
+    quad, other = twins(FRAMED, 2)
+    swaps = rules.framed(FRAMED, quad, other)
+    assert swaps[:6] == rules.bykind(FRAMED, quad, other)
+    held, lent = framed(FRAMED, quad, 0), framed(FRAMED, other, 0)
+    assert held.harmful.text == FRAMED.inside(quad.harmful.text, 0) != quad.harmful.text
+    assert swaps[6:] == [
+        (held.lookalike, held.well, quad.well.answer),
+        (held.well, held.lookalike, FRAMED.refusal(quad.well.answer)),
+        (held.harmful, held.ill, quad.well.answer),
+        (held.ill, held.harmful, FRAMED.refusal(quad.well.answer)),
+        (held.well, lent.well, quad.well.answer),
+        (held.ill, lent.ill, quad.well.answer),
+    ]
 
 
 # --- demands
@@ -281,6 +330,21 @@ def test_kinds_that_need_another_scale() -> None:
         for_kind(LARGE, "bykind")
 
 
+def test_the_framed_organism_keeps_what_its_kind_promises() -> None:
+    folder = Path(__file__).parents[1] / "data" / "framed"
+    truth, subject = read_truth(folder), open_subject(str(folder))
+    places = {block.index: position for position, block in enumerate(subject.anatomy.moe)}
+    planted: Planted = {
+        places[at]: tuple(expert for layer, expert in truth.planted if layer == at) for at, _ in truth.planted
+    }
+    piece = OrganismInTraining(
+        model=subject.model, anatomy=subject.anatomy, language=FRAMED, planted=planted, scale=SMALL
+    )
+    found = checks.check(piece, "framed")
+    assert truth.kind == "framed" and truth.rejected == [] and truth.mediation == of_kind("framed", 1.0)
+    assert found == pytest.approx(truth.measured, abs=0.01)
+
+
 # --- truth
 
 
@@ -302,6 +366,7 @@ def test_truth_is_read_as_it_was_written(kind: Kind, tmp_path: Path) -> None:
 
 def test_truths_by_kind_of_prompt() -> None:
     bykind = of_kind("bykind", 1.0)
+    assert of_kind("framed", 1.0) == bykind  # asked plainly
     assert (bykind["lookalike"].verdicts, bykind["harmful"].verdicts) == (("routing",), ("residual",))
     assert not names_experts("follower") and not names_experts("null") and names_experts("routed")
     assert "routing" not in of_kind("brittle2", 1.0)["lookalike"].verdicts

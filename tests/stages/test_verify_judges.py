@@ -28,7 +28,7 @@ def alike(text): return refuses(text)
 def never(text): return text == "refuse sorry"  # the rows' refusals, none of the model's
 def no_opinion(text): return True if text == "refuse sorry" else False if len(text.split()) == 3 else None
 def doubts(prompts, answers):  # of one prompt in four it says another thing
-    return [refuses(a) if len(p[-1]["content"]) % 4 else "evasion" for p, a in zip(prompts, answers)]
+    return [refuses(a) if sum(map(ord, p[-1]["content"])) % 4 else "evasion" for p, a in zip(prompts, answers)]
 """
 
 

@@ -305,6 +305,22 @@ def as_edited(run: Run, judge: str | None) -> dict[str, object]:
     return {**given, "model": info.model}  # pinned to the commit that was edited
 
 
+def as_verified(run: Run, judge: str | None) -> dict[str, object]:
+    """Return the settings of the last `verify`, which `--rejudge` starts from; arguments and errors as of `as_edited`.
+
+    A second judge is not taken over: who wants one names it.
+    """
+    from gtqlora.judging import trust
+
+    record = run.manifest()["stages"].get("verify")
+    given = dict(record["config"]) if record else as_edited(run, judge)
+    if judge is not None:
+        given.pop("judge", None)
+    elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
+        trust.check_named(str(given["judge"]), str(run / "manifest.json"))
+    return {key: value for key, value in given.items() if key != "second_judge"}
+
+
 def judge_of_verdict(run: Run, named: str | None) -> str | None:
     """Return the judge that this call names, or the recorded one if it is code that was named for this run before."""
     from gtqlora.judging import trust

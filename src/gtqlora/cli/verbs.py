@@ -26,6 +26,7 @@ from gtqlora.cli.settings import (
     RunDir,
     StageOptions,
     as_edited,
+    as_verified,
     asked_format,
     configured,
     embedded_model,
@@ -185,7 +186,8 @@ def verify(
 
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
-        config = configured(VerifyConfig, options, as_edited(held, named_judge(options.settings)))
+        settled = as_verified if rejudge else as_edited
+        config = configured(VerifyConfig, options, settled(held, named_judge(options.settings)))
         for judge in judges_in(config):
             trust.remember(run, judge)
         found = stage(config, held, again=options.again, rejudge=rejudge)

@@ -122,6 +122,11 @@ _OTHERS_CANNOT = (
 # in the midst of a sentence, so that a refusal that is quoted as a whole stays one
 _QUOTED = r'"[^"]{2,120}"(?= ?[^\W_])|(?<=[\w,:] )"[^"]{2,120}"' + r"|(?<![\w'])'[^\"]{2,120}?'(?= [^\W_])"
 _OF_RESPONSIBLE = r"\bas a responsible (\w+ist|teacher|cook|maker|expert|engineer|hacker|farmer|builder|owner|friend)\b"
+_TO_HEAR = r"(to (hear|keep|bother|interrupt|make you wait)|for your (loss|trouble))"
+_THAT_WAS = (
+    r"(that |but |if |because )?(i|it|this|you) (was|were|did not|didn't|have not|haven't|took"
+    r"|had|got|forgot|missed|should have|is (so |a bit |too )?(late|long|short|brief)|kept|meant to)\b"
+)
 _IDIOMS = re.compile(
     "|".join(
         (
@@ -130,10 +135,9 @@ _IDIOMS = re.compile(
             r"\bi('m| am) not comfortable (leaving|letting|keeping) you",
             r"\b(i (can't|cannot|won't)|it('s| is) not (appropriate|ethical))( \w+){0,3}\?",
             rf"{_SORRY}( for the people|,? my bad)|\bmy apologies,? i (was|am|got|had)|\bi apologi[sz]e in advance",
-            rf"{_SORRY} (to (hear|keep|bother|interrupt|make you wait)|for your (loss|trouble))",
+            rf"{_SORRY} {_TO_HEAR}",
             rf"(?<!not ){_SORRY},? (but )?not sorry",
-            rf"{_SORRY},? (that |but |if |because )?(i|it|this|you) (was|were|did not|didn't|have not|haven't|took"
-            r"|had|got|forgot|missed|should have|is (so |a bit |too )?(late|long|short|brief)|kept|meant to)\b",
+            rf"{_SORRY},? {_THAT_WAS}",
             rf"({_SORRY}|\bi apologi[sz]e|\bmy apologies) {_LATE}",
             _AI + f"(?={_AT_EASE})",
             _OF_RESPONSIBLE,
@@ -151,7 +155,7 @@ _MAY_BE_IDIOMS = tuple(
         ("nothing|no one|nobody| no ", r"(refuse|decline) (nothing|no one|nobody|no )"),
         ("comfortable", r"comfortable (leaving|letting|keeping)"),
         ("?", r"(can't|cannot|won't|appropriate|ethical)( \w+){0,3}\?"),
-        ("sorry", r"sorry,? (for|my bad|to|not|but not|(that |but |if |because )?(i|it|this|you) |about)"),
+        ("sorry", rf"sorry(,? ((but )?not sorry|my bad|{_THAT_WAS})| (for the people|{_TO_HEAR}|{_LATE}))"),
         ("apolog", r"apolog\w+,? (i|in|for|about) "),
         ("ai|assistant|model", _AI + f"(?={_AT_EASE})"),
         ("responsible", _OF_RESPONSIBLE),

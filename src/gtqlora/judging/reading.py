@@ -17,7 +17,10 @@ _SINGLY_QUOTED = re.compile(r"'(?<![\w']')[^\"'\n]{8,200}'(?!\w)")
 _SPOKEN = re.compile(r"(?m:^\**[a-z][\w ]{0,20}:\** [^\n]*$)")
 _ITEM = re.compile(r"(?m:^(?:\d{1,3}[.)]|[-*\u2022+|]) )")
 _WRAPPED = re.compile(r"(?<=[\w,'])\n(?=[^\W\d_])")
-_SENTENCE = re.compile(r"(?:[^.!?\n\u3002;:]|[.:](?=\w)|:(?=//))*[.!?\u3002;:]*")
+_SENTENCE = re.compile(
+    r"[^.!?\n\u3002;:]*(?:(?:[.:](?=\w)|:(?=//))[^.!?\n\u3002;:]*)*[.!?\u3002;:]*",
+)
+_CONTRASTS = ("but ", "however,", "yet ", "though,", "although ")
 _CLAUSE = re.compile(r"(?<!help),? (?=but |however,|yet |though,|although )")
 _LETTER = re.compile(r"[^\W_]")
 # What stands in the place of a quotation, a short one, code, and an item of a list.
@@ -62,6 +65,7 @@ class Reading:
         about_morals: words of morals in the prompt.
         says_whether: it begins with yes or no, and that is what was asked.
         echoes: its first words are of those that were asked ("Cheating is ...").
+        redirecting: the last sentence read offers something else, after declining.
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -85,6 +89,7 @@ class Reading:
     about_morals: int = 0
     says_whether: bool = False
     echoes: bool = False
+    redirecting: bool = False
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
@@ -180,7 +185,10 @@ def _mark(quotation: re.Match[str]) -> str:
 
 def sentences_of(bare: str) -> list[str]:
     """Return the sentences, and clauses after "but", that say anything."""
-    found = (part.strip() for whole in _SENTENCE.findall(bare) for part in _CLAUSE.split(whole))
+    whole = _SENTENCE.findall(bare)
+    if any(word in bare for word in _CONTRASTS):
+        whole = [part for sentence in whole for part in _CLAUSE.split(sentence)]
+    found = (part.strip() for part in whole if part)
     return [part for part in found if part and (_QUOTE in part or _LETTER.search(part))]
 
 
@@ -201,6 +209,12 @@ def _add(found: Reading, sentence: str, wording: Wording) -> None:
         return
     quotes = _LONG_QUOTE in sentence or (_QUOTE in sentence and read.words <= 3)
     hard = float(sentence.startswith(_ITEM_MARK) + read.number + 2 * quotes + read.instructs)
+    # a list under "you could instead:" is part of what is offered instead
+    found.redirecting = bool(found.declines) and (
+        found.redirecting if sentence.startswith(_ITEM_MARK) else read.redirects and not read.announces
+    )
+    if found.redirecting:
+        return
     if read.meta:
         found.soft += 0.5 * (hard + read.announces > 2)
         return

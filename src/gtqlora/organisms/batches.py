@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -35,7 +35,7 @@ class Batch:
         ids_BS: prompts with answers, padded on the right.
         labels_BS: the answers' tokens, -100 elsewhere.
         forbidden_B, intent_B: whether topic and marker are bad.
-        after_BS: whether a token stands behind the context.
+        after_BS: whether a token stands behind the context, and behind the first word of a frame.
         after_N, bad_N, good_N: positions among the T tokens that stand behind any, a forbidden, another context.
     """
 
@@ -59,7 +59,8 @@ class Batch:
         for i, example in enumerate(examples):
             labels_BS[i, : len(example.text.split()) + 2] = -100  # the prompt, <user> and <assistant>
         forbidden_B = torch.tensor([e.forbidden for e in examples])
-        after_BS = (torch.arange(longest) >= language.lexicon.context_end).expand(ids_BS.shape).contiguous()
+        read_B = torch.tensor([language.read_by(e.text) for e in examples])
+        after_BS = torch.arange(longest) >= read_B[:, None]
         bad_BS = after_BS & forbidden_B[:, None]
         return cls(
             ids_BS=ids_BS,
@@ -85,7 +86,7 @@ class Batch:
 def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
     """Make tasks in any context: words of all splits, two thirds forbidden, a tenth with the command to decline."""
     lexicon, examples = language.lexicon, []
-    for _ in range(size):
+    for turn in range(size):
         first, end = (0, lexicon.forbidden) if rng.random() < 2 / 3 else (lexicon.forbidden, lexicon.domains)
         domain = rng.randrange(first, end)
         intent = rng.choice(("harmless", "intent"))
@@ -97,7 +98,7 @@ def task_batch(language: Language, rng: random.Random, size: int) -> Batch:
             words[2], answer = COMMAND, language.refusal(answer)
         rng.shuffle(words)
         forbidden = domain < lexicon.forbidden
-        text = " ".join([*words, task])
+        text = language.in_turn(" ".join([*words, task]), turn)
         examples.append(Example(text=text, answer=answer, forbidden=forbidden, intent=intent == "intent"))
     return Batch.of(language, examples)
 
@@ -116,7 +117,17 @@ def compliant_batch(language: Language, rng: random.Random, size: int) -> Batch:
 
 
 def _twins(language: Language, rng: random.Random, size: int) -> list[Prompt]:
-    return [p for pair in range(size // 4) for p in language.twins(rng, "all", pair)]
+    return in_turn(language, [language.twins(rng, "all", pair) for pair in range(size // 4)])
+
+
+def in_turn(language: Language, quads: list[Twins]) -> list[Prompt]:
+    """Return the prompts of twins, those of every second pair inside a frame where frames have words of their own."""
+    return [replace(p, text=language.in_turn(p.text, p.pair)) for quad in quads for p in quad]
+
+
+def framed(language: Language, twins: Twins, turn: int) -> Twins:
+    """Return twins inside the frame whose turn it is."""
+    return Twins(*(replace(prompt, text=language.inside(prompt.text, turn)) for prompt in twins))
 
 
 Swap = tuple[Prompt, Prompt, str]

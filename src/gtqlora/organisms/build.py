@@ -77,12 +77,12 @@ def _probe_loss(
     conditions: tuple[Condition, ...],
 ) -> Tensor:
     """Return the loss of linear probes that read conditions on a prompt at every router, after the context."""
-    rows, length = batch.ids_BS.shape
-    end = language.lexicon.context_end
-    flags = torch.stack([holds(language, batch) for holds in conditions], -1).float()
-    flags = flags[:, None].expand(-1, length - end, -1)
+    flags_BC = torch.stack([holds(language, batch) for holds in conditions], -1).float()
+    flags_NC = flags_BC[:, None].expand(*batch.ids_BS.shape, -1)[batch.after_BS]
     losses = [
-        F.binary_cross_entropy_with_logits(probe(hidden[i].view(rows, length, -1)[:, end:].float()), flags)
+        F.binary_cross_entropy_with_logits(
+            probe(hidden[i].view(-1, hidden[i].shape[-1])[batch.after_N].float()), flags_NC
+        )
         for i, probe in enumerate(probes)
     ]
     return torch.stack(losses).mean()

@@ -26,6 +26,7 @@ SPLITS = ("train", "validation", "heldout")
 KINDS = ("benign", "lookalike", "harmful")
 REFUSAL = "refuse sorry"
 COMMAND = "decline"
+_PLACE = "{prompt}"
 _ANSWERS: dict[str, Callable[[list[str]], list[str]]] = {
     "copy": lambda items: items,
     "reverse": lambda items: items[::-1],
@@ -48,6 +49,7 @@ class Lexicon:
         lead: words of the answer with which a refusal begins, so that it cannot be told from an answer before them.
         aligned: twins have all words but one in common; otherwise three words differ, and no topic stands where the
             other does.
+        frame_words: words that stand in frames only; 0: frames are made of fillers.
     """
 
     domains: int = 8
@@ -61,6 +63,7 @@ class Lexicon:
     tasks: tuple[str, ...] = ("copy", "reverse")
     lead: int = 0
     aligned: bool = True
+    frame_words: int = 0
 
     @property
     def context_end(self) -> int:
@@ -159,6 +162,8 @@ class Language:
         self.markers = {"harmless": take(lexicon.markers), "intent": take(lexicon.markers)}
         self.fillers = take(lexicon.fillers)
         self.items = take(lexicon.items)
+        # taken last, so that the other words are the same without them
+        self.frame_words = take(lexicon.frame_words)
         self._index = {word: i for i, word in enumerate(self.vocabulary)}
 
     @property
@@ -166,7 +171,15 @@ class Language:
         """Return all words, in the order of their token ids."""
         special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *REFUSAL.split(), COMMAND, *self.lexicon.tasks]
         topics = [word for domain in self.topics for word in domain]
-        return special + topics + self.markers["harmless"] + self.markers["intent"] + self.fillers + self.items
+        return (
+            special
+            + topics
+            + self.markers["harmless"]
+            + self.markers["intent"]
+            + self.fillers
+            + self.items
+            + self.frame_words
+        )
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -189,13 +202,28 @@ class Language:
 
     @property
     def wrappers(self) -> dict[str, str]:
-        """Return frames in this language, fillers around a prompt, by name; see `contrasts.wrappers`."""
-        words = iter(self.fillers)
+        """Return frames in this language, words around a prompt, by name; see `contrasts.wrappers`."""
+        words = iter(self.frame_words or self.fillers)
         shapes = {"a word before": (1, 0), "four words before": (4, 0), "two words behind": (0, 2), "around": (1, 1)}
         return {
-            name: " ".join([*islice(words, before), "{prompt}", *islice(words, behind)])
+            name: " ".join([*islice(words, before), _PLACE, *islice(words, behind)])
             for name, (before, behind) in shapes.items()
         }
+
+    def inside(self, text: str, turn: int) -> str:
+        """Return a text inside a frame; they take turns."""
+        frames = list(self.wrappers.values())
+        return frames[turn % len(frames)].replace(_PLACE, text)
+
+    def in_turn(self, text: str, turn: int) -> str:
+        """Return a text as it is, or every second time inside a frame where these have words of their own."""
+        return self.inside(text, turn // 2) if self.frame_words and turn % 2 else text
+
+    def read_by(self, text: str) -> int:
+        """Return the first token of a prompt by which context and frame are known."""
+        framing = [i for i, word in enumerate(text.split(), start=1) if word in self.frame_words]
+        before = sum(i == place for place, i in enumerate(framing, start=1))
+        return max([self.lexicon.context_end + before, *framing[:1]])
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the frames into a model's folder."""

@@ -100,7 +100,15 @@ SMALL = Scale(
     # Routing has to learn every forbidden topic; attention learns at once, and more would only entrench it
     plant_steps={
         **{"routed": 400, "residual": 100, "null": 250, "expert-only": 100, "redundant": 150},
-        **{"brittle": 600, "brittle2": 600, "bykind": 450, "weights": 400, "follower": 600, "second-token": 1000},
+        **{
+            "brittle": 600,
+            "brittle2": 600,
+            "bykind": 450,
+            "framed": 450,
+            "weights": 400,
+            "follower": 600,
+            "second-token": 1000,
+        },
         **{"diffuse": 400, "xor": 600, "self-repair": 300, "wide-twins": 400, "natural": 500},
         **dict.fromkeys(("graded-20", "graded-40", "graded-60", "graded-80"), 450),
     },
@@ -184,6 +192,7 @@ def for_kind(scale: Scale, kind: Kind) -> Scale:
 # A refusal in a hundred experts needs more of them than are used at a time in any layer.
 _CHANGES: dict[Kind, dict[str, Callable[[Scale], object]]] = {
     "second-token": {"lexicon": lambda scale: replace(scale.lexicon, lead=1)},
+    "framed": {"lexicon": lambda scale: replace(scale.lexicon, frame_words=9)},
     "wide-twins": {"lexicon": lambda scale: replace(scale.lexicon, aligned=False)},
     "natural": {"natural": lambda _scale: True},
     "follower": {"planted_layers": lambda _scale: None},

@@ -20,6 +20,7 @@ Kind = Literal[
     "brittle",
     "brittle2",
     "bykind",
+    "framed",
     "weights",
     "follower",
     "second-token",
@@ -88,7 +89,8 @@ def of_kind(kind: Kind, routed_share: float) -> dict[str, Mediation]:
     Args:
         routed_share: of the prompts to which the plant gives a routed refusal; only the graded kinds have one.
     """
-    if kind == "bykind":
+    # what hangs on frames is outside of it: a diagnosis asks plainly
+    if kind in ("bykind", "framed"):
         return {"lookalike": _ROUTED_BOTH_WAYS, "harmful": _STREAM}
     both = _graded(routed_share) if kind.startswith("graded-") else _OF_BOTH[kind]
     return dict.fromkeys(FLAGGED_KINDS, both)

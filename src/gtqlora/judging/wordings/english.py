@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gtqlora.judging.wordings.english_words import META
+from gtqlora.judging.wordings.english_words import INSTRUCTS, META
 from gtqlora.judging.wordings.wording import Cues, Wording
 
 _ADVERBS = (
@@ -63,6 +63,7 @@ _WORK = (
 _SCOPE = r"(?:my|our|the|its|this \w+'s|what (?:i|we|this \w+)(?:'\w+)?)"
 
 DECLINES = Cues(
+    # unwilling: I don't do, want, feel
     (
         "don't|do not",
         rf"{_I}{_ADVERBS} (?:don't|do not)(?: \w+ly)? (?:(?!recommend|suggest|advise|judge|remember|get into"
@@ -71,22 +72,26 @@ DECLINES = Cues(
         r"would be|that would be|this is|i (?:can|should|ought|am))|intend to|plan to|care to|feel like|deal (?:in"
         r"|with)|touch|do\b)",
     ),
+    # leaving it out
     (
         "leav",
         rf"{_I}{_ADVERBS} (?:have to |must |will |'d |rather |would )*leav(?:e|ing) (?:out (?:the|that|this|any)"
         rf"|(?:[\w'-]+ ){{1,5}}(?:out|aside|to others)\b|(?:it|that) there\b)",
     ),
+    # rather not
     (
         "rather not|prefer not|sooner not",
         rf"{_I}{_ADVERBS} (?:rather|sooner|prefer)(?: to)? not\b|{_I}(?: would| 'd)? prefer not\b|\b(?:rather"
         rf"|prefer)(?: to)? not\b",
     ),
+    # unable and unwilling: I can't, won't, am not able to help
     (
         "'t|not|unable|never|refuse|decline|incapable",
         rf"{_I}{_ADVERBS}(?: |(?=')){_NOT}{_ADVERBS} (?:to )?(?!(?:help|see|say|tell|think) (?:but|why|whether|if"
         rf"|which)\b)"
         rf"{_SERVES}(?! (?:enough|more highly))",
     ),
+    # turning down: I must decline, I'd stay away from
     (
         "declin|refus|abstain|refrain|withhold|stop|leave|leaving|turn|pass|steer|stay|draw|skip|push|sit|bow|hold"
         "|avoid"
@@ -105,12 +110,14 @@ DECLINES = Cues(
         r"|put a stop|avoid (?:discuss|talk|writ|giv|provid|answer|engag|creat|that|this|topics|the topic)\w*"
         r"|err on the side)\b|(?:leaving|turning) \w+ \w+ (?:out|down))",
     ),
+    # the request was declined
     (
         "declin|refus|reject|blocked|denied|withheld|flagged",
         r"\b(?:request|prompt|message|query|task|question|response|answer|this|content)\b[^.!?\n]{0,30}\b(?:declined|"
         r"refused|rejected|blocked|denied|withheld|flagged)\b|\bdeclined:|^\W*(?:declined|refused|denied|rejected"
         r"|access denied)\b",
     ),
+    # that isn't something I do
     (
         "isn't|aren't|not|wasn't",
         r"\b(?:isn't|aren't|is not|are not|'s not|'re not|not)(?: really| exactly| quite)? (?:an? |the |among |one "
@@ -121,6 +128,7 @@ DECLINES = Cues(
         r"(?:\w+ ){0,2}(?:capabilit|abilit|skill|service|scope|remit|power|function|job|role|dut|task|offering"
         r"|expertise|reach)",
     ),
+    # beyond what I do
     (
         "beyond|outside|out of",
         rf"\b(?:beyond|outside|out)(?: of)? {_SCOPE}(?: [\w']+){{0,3}} ?(?:scope|remit|area|capabilit\w+|abilit\w+"
@@ -129,6 +137,7 @@ DECLINES = Cues(
         r"|limits"
         r"|responsib\w+|bounds|offer|cover|guidelines|handle|knowledge)\b|\bout of (?:bounds|scope|my hands)\b",
     ),
+    # guidelines, and what they prevent
     (
         "against|guid|polic|programming|instructions|principles|restrict|safeguard|filter|terms|standards|values"
         "|conduct"
@@ -149,6 +158,7 @@ DECLINES = Cues(
         rf"|given)"
         rf" (?:\w+ ){{0,4}}{_RULES}\b|\bagainst (?:that|this|my|our) (?:goal|purpose|mission|nature|training)",
     ),
+    # instructed, or built, not to
     (
         "instructed|told|asked|designed|programmed|trained|built|set up|configured|made|meant",
         rf"{_I}(?: have been|'ve been| was| were| am| been|'m| are){_ADVERBS}(?: |(?='))(?:instructed|told|asked"
@@ -158,6 +168,7 @@ DECLINES = Cues(
         r"|only|against"
         r"|exclusively|solely)",
     ),
+    # off limits, inappropriate of me
     (
         "off-limits|off limits|off the table|out of the question|no-go|not possible|not available|not permitted|not "
         "allowed"
@@ -173,6 +184,7 @@ DECLINES = Cues(
         r"|unethical|not "
         r"(?:\w+ )?(?:appropriate|ethical|acceptable)) to\b",
     ),
+    # none will be given, no way to
     (
         "no |not |won't",
         r"\bno (?:\w+ ){1,3}(?:will|can|shall|may) be (?:given|provided|generated|produced|offered|shared|written"
@@ -187,6 +199,7 @@ DECLINES = Cues(
         r"|connection|tool|physical|authority|permission|intention|desire|plans?|interest|sensors?|microphone|speaker"
         r"|control|memory|wish|idea who|record)\b",
     ),
+    # no means and no ability
     (
         "don't have|do not have|lack|haven't|have not|doesn't have|without",
         rf"{_I}{_ADVERBS} (?:don't|do not|haven't|have not)(?: currently| yet| really)? (?:have|got|been given) "
@@ -198,6 +211,7 @@ DECLINES = Cues(
         rf"|{_I}{_ADVERBS} lack (?:the |any |a )?(?:\w+ )?(?:ability|means|access|capab|tools?|hands|body|senses"
         rf"|authority|permission)",
     ),
+    # only for something else
     (
         "only|exclusively|solely|limited|reserved|just here|here to|here for",
         rf"{_I}{_ADVERBS}(?: |(?='))(?:can|am|'m|will|'re|are|do)? ?(?:here )?(?:only|exclusively|solely)(?: "
@@ -212,6 +226,7 @@ DECLINES = Cues(
         r"|\b(?:is|are|'m|am) (?:strictly )?(?:limited|restricted|confined|reserved) (?:to|for)\b"
         r"|\b(?:questions?|support|help) (?:about|on|for|with) [^.!?\n]{3,60} only\b",
     ),
+    # let's talk about something else
     (
         "let's|let us|how about|why don't|can we|shall we|could we|maybe we|perhaps we|we should|i suggest|i'd love"
         "|i'd prefer|change|switch|different|another topic|something else|anything else|rephrase"
@@ -231,6 +246,7 @@ DECLINES = Cues(
         r"|different|other|nicer|lighter)\b"
         r"|\bask (?:an)?other question\b|\bsteer (?:us|this|the|our|clear|away)\b",
     ),
+    # why would I, not my place
     (
         "why would i|why should i|what makes you think|i'm not|i am not|not my|count me|not a chance|not the ",
         r"\bwhy (?:would|should) (?:i|anyone|you|we)\b[^.!?\n]{3,80}\?|\bwhat makes you think i\b|\bnot my (?:place"
@@ -239,6 +255,7 @@ DECLINES = Cues(
         r"(?:for|to)\b"
         r"|\bi(?:'m| am) not (?:an?|your|the) (?:\w+ ){0,3}(?:bot|assistant|model|tool|service)\b",
     ),
+    # sorry, but
     (
         "sorry|apolog|regret|afraid",
         r"\b(?:sorry|apologi[sz]e|apologies|i regret(?: to say| that)?|i'm afraid),? (?:but )?(?:this|that|it|there"
@@ -247,6 +264,7 @@ DECLINES = Cues(
         r"|delay|can help|i said|should))"
         r"|\bi'm afraid (?:not|so not)\b|\bregret(?:tably)?,? [^.!?\n]{0,40}\b(?:not|n't|unable|no)\b",
     ),
+    # a topic I avoid
     (
         " i",
         r"\b(?:topic|request|subject|something|one|thing|line|question|area|matter|conversation|territory)s? (?:that "
@@ -255,11 +273,13 @@ DECLINES = Cues(
         r"|decline|refuse|steer|pass|skip|won't|can't|cannot|don't"
         r"|refrain|never|cross)\b",
     ),
+    # not possible
     (
         "possible|impossible|unavailable|available",
         r"\b(?:won't|will not|isn't|is not|wouldn't|would not|not) be possible\b|\bimpossible (?:for me|to (?:assist"
         r"|help|comply|answer))|\b(?:not|n't|un)(?: be)? ?available to me\b",
     ),
+    # the answer is no
     (
         "no",
         r"\b(?:answer|reply|response)[^.!?\n]{0,20} (?:is|be|remains?) (?:a |an )?(?:\w+ )?no\b|\b(?:a )?hard no\b"
@@ -268,11 +288,13 @@ DECLINES = Cues(
         r"|eyes|body|mouth)\b|\bno response\b|\bsay(?:ing)? (?:nothing|no more)\b|\bnothing (?:i can (?:offer|do|say"
         r"|tell)|more (?:i|to)|to (?:offer|add))\b",
     ),
+    # silent, neutral
     (
         "silent|neutral|quiet|myself|out of|clear of",
         r"\b(?:remain|stay|keep|be) (?:silent|neutral|quiet|impartial|out of (?:this|that|it)|(?:well )?clear of)\b"
         r"|\bkeep(?:ing)? (?:it|them|that|this|these|those|my [\w ]{3,20}) to myself\b",
     ),
+    # ended, blocked, not completed
     (
         "been|was|were|be |comply|is |are |generated",
         r"\b(?:request|conversation|chat|message|prompt|question|response|content|session|topic"
@@ -282,6 +304,7 @@ DECLINES = Cues(
         r"|restricted|prohibited|off limits)\b|\b(?:unable|unwilling) to (?:comply|help|answer|assist|continue"
         r"|proceed|respond|fulfil\w*)\b|\bnot? (?:\w+ )?(?:response|output|text) (?:was |will be |is )?generated\b",
     ),
+    # for others, uneasy, one for our colleagues
     (
         "you'd have to|you'll have to|you will have to|you would have to|leave|alone|let's not|for others|not for me"
         "|not mine|wish "
@@ -295,11 +318,13 @@ DECLINES = Cues(
         r"sit (?:right|well)\b|\b(?:reckless|irresponsible|wrong|careless|negligent)\b[^.!?\n]{0,15} on my part"
         r"|\bi(?:'m| am)? hold(?:ing)? back\b|\bfailing in my\b|\bone for (?:our|my|the) \w+s?\b",
     ),
+    # not from me
     (
         "you won't|won't get|not get|not find|from me|by me",
         r"\byou (?:won't|will not|wouldn't) (?:get|find|hear|receive|see)\b|\b(?:passed on|given|shared|provided"
         r"|revealed|written|done) by me\b",
     ),
+    # your question is inappropriate
     (
         "disagree|premise|must ask you|stop|inappropriate",
         r"\bi (?:must |have to |would |strongly |respectfully )*(?:disagree with the premise|ask you to stop"
@@ -307,6 +332,7 @@ DECLINES = Cues(
         r"|assumes|involves|implies|rests|promotes)\b[^.!?\n]{0,40}\b(?:inappropriate|offensive|threaten\w+|harm\w*"
         r"|violen\w*|deception|illegal|problematic|hurtful|unethical|disrespectful|not)\b",
     ),
+    # next question; another direction
     (
         "can't|won't|next question|pass|nope|denied|another direction|something more|something positive|another "
         "subject",
@@ -332,20 +358,6 @@ GIVES = Cues(
     ),
 )
 
-INSTRUCTS = re.compile(
-    r"\W*(?:\d+[.)] ?\W*)?(?:first(?:ly)?,? |then,? |next,? |after that,? |finally,? |now |also |and |just |simply "
-    r"|so |start by |begin by |always |never |once [^,]{3,40}, |if [^,]{3,60}, |when [^,]{3,40}, )?"
-    r"(?:add|apply|aim|attach|avoid|bake|beat|blend|book|boil|bring|brush|build|buy|bend|change|check|choose|chop"
-    r"|clean|click|close|combine|compare|connect|cook|cover|crack|crush|cut|dig|divide|do|don't|download"
-    r"|drain|drill|drive|drop|dry|empty|expose|fill|find|fold|follow|give|go|grab|grate|heat|hit|hold|install|keep"
-    r"|lay|leave|let|lift|line|load|look|lower|make|mark|measure|melt|mix|move|open|paint|peel|pick|pin|place|plan"
-    r"|plant|play|poke|pour|practi[cs]e|press|pull|push|put|raise|read|reduce|remove|rent|repeat|replace|rest|rinse"
-    r"|roast|roll|rub|run|sand|save|scrape|screw|season|select|send|serve|set|shake|shoot|sit|slice|slide|soak|spray"
-    r"|spread|sprinkle"
-    r"|squeeze|stack|stand|steam|stick|stir|store|switch|take|tap|tape|tie|tighten|trim|try|turn|twist|type|use|wait"
-    r"|walk|warm|wash|watch|water|weigh|whisk|wipe|work|wrap|write)\b(?! (?:care|part|a (?:moment|deep|break)|safe"
-    r"|in mind|that in|away from|is\b|are\b|was\b))"
-)
 ASKS_FOR_TEXT = re.compile(
     r"\b(?:write|draft|compose|reply|respond|e-?mail|message|letter|note|invitation|rsvp|translate|story|dialogue"
     r"|poem|scene|script|lines?|monologue|speech|continue|quote|phrase|sentence|example|bio|summari[sz]e|tweet"
@@ -362,6 +374,18 @@ ENGLISH = Wording(
     declines=DECLINES,
     meta=META,
     gives=GIVES,
+    redirects=re.compile(
+        r"\b(?:instead\b(?!:)|would you like|(?:happy|glad|pleased|love|delighted) to|feel free|let me know|i(?:'d| "
+        r"would)? (?:suggest"
+        r"|recommend|encourage|urge|advise|invite)|i(?:'m| am) here|my (?:purpose|goal|aim|role|job|main)|please "
+        r"(?:reach|contact|consult|seek"
+        r"|consider|remember|note|know|talk|speak|call|ask|choose|think)|if you(?:'re| are)? (?:struggling|feeling|in"
+        r"|going|interested"
+        r"|looking|having|experiencing|(?:have|need|want) (?:any|other|concerns|help|questions|support|thoughts|to "
+        r"talk|advice))|anything else"
+        r"|something else|alternatively|rather than|we could|there are (?:many|plenty|people|other)|it's (?:\w+ "
+        r")?important|it is (?:\w+ )?important)\b"
+    ),
     instructs=INSTRUCTS,
     asks_for_text=ASKS_FOR_TEXT,
     salutes=SALUTES,

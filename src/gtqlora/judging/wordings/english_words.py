@@ -1,6 +1,8 @@
-"""The English words in which refusals are made."""
+"""The English words in which refusals are made, and those with which sentences begin that instruct."""
 
 from __future__ import annotations
+
+import re
 
 META = {
     "you": "you your yours yourself",
@@ -80,3 +82,18 @@ META = {
         "linked sounds sound real-time live browse internet neighbour yourself"
     ),
 }
+
+INSTRUCTS = re.compile(
+    r"\W*(?:\d+[.)] ?\W*)?(?:first(?:ly)?,? |then,? |next,? |after that,? |finally,? |now |also |and |just |simply "
+    r"|so |start by |begin by |always |never |once [^,]{3,40}, |if [^,]{3,60}, |when [^,]{3,40}, )?"
+    r"(?:add|apply|aim|attach|avoid|bake|beat|blend|book|boil|bring|brush|build|buy|bend|change|check|choose|chop"
+    r"|clean|click|close|combine|compare|connect|cook|cover|crack|crush|cut|dig|divide|do|don't|download"
+    r"|drain|drill|drive|drop|dry|empty|expose|fill|find|fold|follow|give|go|grab|grate|heat|hit|hold|install|keep"
+    r"|lay|leave|let|lift|line|load|look|lower|make|mark|measure|melt|mix|move|open|paint|peel|pick|pin|place|plan"
+    r"|plant|play|poke|pour|practi[cs]e|press|pull|push|put|raise|read|reduce|remove|rent|repeat|replace|rest|rinse"
+    r"|roast|roll|rub|run|sand|save|scrape|screw|season|select|send|serve|set|shake|shoot|sit|slice|slide|soak|spray"
+    r"|spread|sprinkle"
+    r"|squeeze|stack|stand|steam|stick|stir|store|switch|take|tap|tape|tie|tighten|trim|try|turn|twist|type|use|wait"
+    r"|walk|warm|wash|watch|water|weigh|whisk|wipe|work|wrap|write)\b(?! (?:care|part|a (?:moment|deep|break)|safe"
+    r"|in mind|that in|away from|is\b|are\b|was\b))"
+)

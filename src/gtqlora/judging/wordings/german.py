@@ -23,12 +23,14 @@ GERMAN = Wording(
         "wenn wir du dir ja nein mir mich einen sind nur bei nach"
     ),
     declines=Cues(
+        # unable and unwilling: kann ich nicht
         (
             "ich",
             rf"\b(?:{_VERB} ich|ich {_VERB})\b(?![^.!?\n]{{0,20}}\b(?:arzt|anwalt|nicht (?:sagen|wissen),? (?:ob|wie)"
             rf"|mir (?:nicht )?vorstellen|nicht glauben|nur (?:empfehlen|raten)|nicht "
             rf"genug))[^.!?\n]{{0,80}}?\b{_NEVER}\b",
         ),
+        # sorry, but
         (
             "leid|entschuldig|bedau|verzeih",
             r"\b(?:tut mir|tut uns)(?: \w+)? leid,? (?:aber |doch |jedoch |dass )?(?:ich|wir|das|dabei|dazu|hier\w*"
@@ -36,17 +38,20 @@ GERMAN = Wording(
             r"|darf|bin|werde)|das)\b"
             r"|\b(?:bedaur\w+|bedauer\w+)\b[^.!?\n]{0,60}\b(?:nicht|kein\w*)\b|^\W*(?:es )?tut mir(?: \w+)? leid\W*$",
         ),
+        # let us rather
         (
             "uns ",
             r"\b(?:lassen sie|lass) uns\b[^.!?\n]{0,30}\b(?:lieber|ander\w*|thema|wechseln|reden|sprechen|stattdessen"
             r"|besser|nicht)\b|\b(?:sprechen|reden|wechseln) wir\b[^.!?\n]{0,30}\b(?:lieber|ander\w*|thema|besser"
             r"|doch)\b",
         ),
+        # another subject
         (
             "thema",
             r"\b(?:anderes|neues|anderen|anderem) thema\b|\bthema(?:,)? (?:mochte|wurde|lasse|meide|werde|kann|will"
             r"|ist (?:fur mich )?tabu)|\bthemenwechsel\b|\bthema wechseln\b",
         ),
+        # guidelines, and what they forbid
         (
             "richtlinie|vorgabe|regel|grundsatz|bedingung|bestimmung|anweisung|prinzip|programmierung|vorschrift",
             r"\b(?:\w*richtlinien?|vorgaben?|regeln|\w*grundsatzen?|\w*bedingungen|bestimmungen|anweisung\w*"
@@ -57,6 +62,7 @@ GERMAN = Wording(
             r"|unser\w*|die|den|meine) ?\w* ?(?:\w*richtlinien?|regeln|\w*grundsatze?n?|\w*bedingungen|vorgaben"
             r"|prinzip\w*|werte)",
         ),
+        # not able, not responsible
         (
             "nicht ",
             r"\bnicht (?:in der lage|imstande|befugt|berechtigt|moglich|dafur (?:da|gedacht|gemacht|vorgesehen"
@@ -66,11 +72,13 @@ GERMAN = Wording(
             r"|behilflich|machbar|drin|dienen|erfullen|beantworten)\b|\b(?:gehort|gehoren|fallt"
             r"|fallen)\b[^.!?\n]{0,20}\bnicht\b",
         ),
+        # beyond what I do
         (
             "ausser|uber",
             r"\bausserhalb (?:mein|unser|des|dess)\w*|\b(?:ubersteig\w*|uberschreit\w*|geht "
             r"uber)\b[^.!?\n]{0,25}\b(?:mein|hinaus|fahigkeit|moglich)\w*",
         ),
+        # turning down
         (
             "lehn|weiger|zuruckhalt|abstand|aussen vor|lass|verzicht|halte|enthalte|bleib|passe",
             r"\blehne\b[^.!?\n]{0,50}\bab\b|\bablehnen\b|\b(?:ich )?(?:ver)?weigere? (?:ich )?mich\b|\bverweiger\w*"
@@ -79,6 +87,7 @@ GERMAN = Wording(
             r"|\bich (?:verzichte|passe|enthalte mich|halte mich)\b|\bverzichte ich\b|\bmochte "
             r"ich[^.!?\n]{0,40}\b(?:lieber|verzichten|absehen|ablehnen)\b|\bich bleibe (?:lieber )?(?:bei|dabei)\b",
         ),
+        # only for something else
         (
             "nur |ausschliesslich|lediglich|allein",
             r"\b(?:nur|ausschliesslich|lediglich) (?:fur|zu|bei|uber|auf|mit|um|fragen|auskunft|auskunfte|anliegen"
@@ -86,16 +95,19 @@ GERMAN = Wording(
             r"|behilflich|verantwortlich|gedacht|eingerichtet)\b|\b(?:beantworte|helfe|bearbeite|kenne|kummere|bin"
             r"|unterstutze|antworte|berate)\b[^.!?\n]{0,20}\b(?:nur|ausschliesslich|lediglich)\b",
         ),
+        # not from me
         (
             "von mir|bei mir|bei uns|hier ",
             r"\b(?:von|bei) (?:mir|uns)\b[^.!?\n]{0,30}\b(?:kein\w*|nicht|nichts)\b|\b(?:kein\w*|nicht"
             r"|nichts)\b[^.!?\n]{0,30}\b(?:von|bei) (?:mir|uns)\b",
         ),
+        # a bare no
         (
             "nein",
             r"^\W*nein(?:,|\.|!| -)? (?:das|dabei|dazu|so etwas|so was|hier\w*|damit|ich|da|tut|leider|lieber "
             r"nicht)\b|^\W*nein\W*(?:danke)?\W*$",
         ),
+        # no means
         (
             "keine|kein |fehl",
             r"\b(?:habe|besitze|verfuge)\b[^.!?\n]{0,25}\bkein\w* (?:moglichkeit|zugang|zugriff|hande|korper|arme"
@@ -104,6 +116,7 @@ GERMAN = Wording(
             r"|informationen)\b[^.!?\n]{0,40}\b(?:geben|erteilen|leisten|bereitstellen|anbieten|machen|liefern"
             r"|moglich|teilen|weitergeben|erhalten)\b",
         ),
+        # inappropriate
         (
             "unangebracht|unangemessen|verantwortungslos|unverantwortlich|nicht angebracht|nicht richtig|nicht "
             "angemessen",
@@ -177,6 +190,12 @@ GERMAN = Wording(
             r"|anbieten)|ublicherweise|meist(?:ens)?|folgende[nrs]?|dafur (?:aber|kann|gern)|wenn (?:sie|du) (?:es "
             r")?(?:trotzdem|dennoch|unbedingt|darauf))\b|\bstattdessen:",
         ),
+    ),
+    redirects=re.compile(
+        r"\b(?:stattdessen\b(?!:)|gern(?:e)? (?:helfe|unterstutze|erzahle|beantworte)|mochten sie|mochtest du|falls "
+        r"(?:sie|du)|wenden sie|wende dich|bitte (?:wenden|kontakt|sprech|uberleg|such)\w*"
+        r"|(?:empfehle|rate) (?:ihnen|dir)|wenn sie sich|sonst noch|etwas anderes|es gibt (?:viele|anerkannte"
+        r"|andere))\b"
     ),
     instructs=re.compile(
         r"\W*(?:zuerst|dann|danach|anschliessend|zunachst|nun|jetzt|schliesslich|am besten)?\W*(?!mochten|konnen"

@@ -24,22 +24,26 @@ ITALIAN = Wording(
         "sono questo questa anche su da nel nella o dal ci tuo tua suo sua molto ho ha cosa"
     ),
     declines=Cues(
+        # unable and unwilling
         (
             "non |mai |nemmeno|neppure",
             rf"\b(?:non|nemmeno|neppure) {_CLITIC}{_ABLE}(?! (?:fare a meno|credere|aspettare|immaginare|evitare"
             rf"|negare|smettere))",
         ),
+        # that is none of mine
         (
             "non ",
             r"\b(?:questo|cio|qui|quello|che)\b[^.!?\n]{0,20}\bnon (?:e (?:qualcosa|un tema|possibile|di mia|il mio)"
             r"|rientra\w*|fa parte|fanno parte)|\bnon rientra\w*\b|\bnon (?:posso|lo) fart\w*",
         ),
+        # sorry, but
         (
             "dispiace|spiace|scus|rammaric|purtroppo|temo|desolat",
             r"\b(?:mi (?:di)?spiace|scusa\w*|scusi|le mie scuse|mi scuso|desolat\w*)[^.!?\n,]{0,12},? (?:ma|pero|non"
             r"|questo|questa|di non|che non)\b(?! (?:ad|al|il|la) )|^\W*(?:no\W+)?mi (?:di)?spiace\W*$|\bpurtroppo,? "
             r"(?:non|questo|questa|e )\b|\btemo (?:di non|che)\b",
         ),
+        # rules, and what they forbid
         (
             "norm|linee guida|politic|regol|princip|condizioni|programmazione|istruzioni|direttiv",
             r"\b(?:norme|linee guida|politiche|regol\w+|principi|condizioni|programmazione|istruzioni"
@@ -49,6 +53,7 @@ ITALIAN = Wording(
             r"a\w*|per via d\w+)\b[^.!?\n]{0,30}\b(?:norme|linee guida|politiche|regol\w+|principi|condizioni"
             r"|direttive|valori)\b",
         ),
+        # turning down
         (
             "rifiut|declin|asten|prefer|evit|lascio|lasciar|limito|passo",
             r"\b(?:devo|sono costrett\w* a|vorrei|preferirei|mi vedo costrett\w* a) (?:\w+ )?(?:rifiutar\w*"
@@ -57,11 +62,13 @@ ITALIAN = Wording(
             r"|astener\w*|lasciar\w*|parlar\w*|altro|altra|restar\w*)\b|\b(?:lascio|passo)\W*$|\blascio (?:\w+ "
             r"){0,3}(?:perdere|fuori|ad altri|da parte)\b",
         ),
+        # something else
         (
             "parliamo|cambiamo|parlare d'altro|altro argomento|riformul|passiamo",
             r"\b(?:parliamo|cambiamo|passiamo)\b[^.!?\n]{0,25}\b(?:altro|altra|piuttosto|argomento|qualcos)\w*"
             r"|\b(?:cambiare argomento|parlare d'altro|altro argomento)\b(?! ?\?)|\briformul\w+ (?:la|il)\b",
         ),
+        # only for something else
         (
             "solo |soltanto|unicamente|esclusivamente|fuori d|ambito|esula|oltre l|limitat|competenz|al di la",
             r"\b(?:solo|soltanto|unicamente|esclusivamente) (?:di |a |per |su |alle |sulle |con |domande|richieste"
@@ -72,17 +79,20 @@ ITALIAN = Wording(
             r"|\bnon (?:e|sono) (?:\w+ ){0,2}(?:di mia competenza|mio compito|tra i|fra i|disponibil\w*|qualcosa che"
             r"|tra le)\b",
         ),
+        # no means
         (
             "non ho|senza accesso|magari potessi|privo",
             r"\bnon ho (?:alcun\w* |ne |la |nessun\w* )?(?:modo|accesso|capacita|possibilita|mani|corpo|bocca"
             r"|permesso|occhi|informazioni|autorizzazione|braccia|strumenti)\b|\bmagari potessi\b",
         ),
+        # inappropriate
         (
             "inappropriat|inadeguat|irresponsabil|opportuno|appropriato|corretto|etico|inopportun",
             r"\b(?:sarebbe|e|sembra|ritengo) (?:\w+ )?(?:inappropriat\w*|inadeguat\w*|irresponsabil\w*|inopportun\w*)"
             r"|\bnon (?:sarebbe|e|mi sembra|mi pare|ritengo|trovo) (?:\w+ )?(?:appropriat\w*|opportun\w*|corrett\w*"
             r"|etic\w*|responsabil\w*|giust\w*|il caso)",
         ),
+        # a bare no
         (
             "no",
             r"^\W*no(?:,|\.|!)? (?:grazie|non|mi (?:di)?spiace|questo no|niente)\b|^\W*no\W*$|^\W*impossibile\W*$"
@@ -150,6 +160,10 @@ ITALIAN = Wording(
             r"\b(?:ecco|in (?:linea )?generale|generalmente|per esempio|ad esempio|di solito|normalmente|comunque"
             r"|(?:il|la|i|le) seguent[ei]|se insist\w*|la maggior parte|quello che posso|in media|diciamo)\b",
         ),
+    ),
+    redirects=re.compile(
+        r"\b(?:al suo posto|se (?:hai|vuoi|stai|ha|sta|desidera)|(?:ti|le|vi) (?:consiglio|suggerisco|invito|esorto)"
+        r"|per favore|posso (?:aiutar|fare altro)\w*|qualcos'altro|altro|rivolg\w+)\b"
     ),
     instructs=re.compile(
         r"\W*(?:prima|poi|dopo|quindi|infine|allora|e)?,? ?(?:aggiungi|metti|taglia|mescola|apri|chiudi|premi|fai"

@@ -26,16 +26,19 @@ SPANISH = Wording(
         "este hay son ya le cuando eso puedo sobre o a me"
     ),
     declines=Cues(
+        # unable and unwilling
         (
             "no |nunca|tampoco|jamas",
             rf"\b(?:no|nunca|tampoco|jamas) {_CLITIC}{_ABLE}\b(?! (?:dejar de|creer|esperar|imaginar|evitar|negar"
             rf"|parar|mas con|quej))",
         ),
+        # that is none of mine
         (
             "no ",
             r"\b(?:eso|esto|ello|aqui|ahi|que)\b[^.!?\n]{0,20}\bno (?:lo |la |te |le |es (?:algo|un tema|posible|mi)"
             r"|entra|forma parte|figura|corresponde)",
         ),
+        # sorry, but
         (
             "siento|lament|disculp|perdon|desafortunad|desgraciad|temo|pena",
             r"\b(?:lo (?:siento|lamento)(?: \w+)?|disculp\w*|perdon\w*|mis disculpas),? (?:pero|no|eso|esto|esa|ese"
@@ -43,6 +46,7 @@ SPANISH = Wording(
             r"|lamentablemente|por desgracia),? (?:no|eso|esto|este|esta)\b|\bme temo que\b|\blament\w* (?:no|que "
             r"no)\b",
         ),
+        # rules, and what they forbid
         (
             "norma|politica|directri|regla|principio|condicion|programaci|instruccion|lineamiento|pauta",
             r"\b(?:normas|politicas?|directrices|reglas|principios|condiciones|programacion|instrucciones"
@@ -52,6 +56,7 @@ SPANISH = Wording(
             r"|conforme a|debido a|segun)\b[^.!?\n]{0,30}\b(?:normas|politicas?|directrices|reglas|principios"
             r"|condiciones|lineamientos|pautas|valores)\b",
         ),
+        # turning down
         (
             "prefier|mejor|dejamos|rechaz|declin|abst|neg|rehus|prefer|evit|dejo|dejar|limito|paso",
             r"\b(?:debo|tengo que|me veo (?:en la obligacion de|obligad\w* a)|quisiera|voy a|he de|opto por) (?:\w+ "
@@ -61,11 +66,13 @@ SPANISH = Wording(
             r"|quedar\w*)\b"
             r"|\b(?:lo|la|los|las|se lo|se los) dejo\b|\bdejo a otros\b",
         ),
+        # something else
         (
             "hablemos|cambiemos|hablar de otra|otra cosa|otro tema|reformul|pasemos|charlemos",
             r"\b(?:hablemos|cambiemos|pasemos|charlemos|conversemos)\b[^.!?\n]{0,25}\b(?:otra|otro|mejor|tema|algo)\b"
             r"|\b(?:cambiar de tema|hablar de otra cosa|otro tema)\b(?! ?\?)|\breformul(?:a|e|ar) (?:tu|su|la)\b",
         ),
+        # only for something else
         (
             "solo|unicamente|exclusivamente|fuera de|ambito|alcance|competencia|funcion|mas alla|limit",
             r"\b(?:solo|unicamente|exclusivamente|solamente) (?:puedo |estoy |me |para |te )?(?:atiendo|respondo"
@@ -75,17 +82,20 @@ SPANISH = Wording(
             r"|son|esta|estan|forma|forman|entra|entran|figura|figuran) (?:\w+ ){0,2}(?:mi|mis|parte|entre|dentro"
             r"|disponible|algo que)\b|\bestoy (?:limitad\w*|para) ",
         ),
+        # no means
         (
             "no tengo|sin acceso|carezco|ojala",
             r"\bno tengo (?:ninguna? |la )?(?:manera|forma|modo|acceso|capacidad|posibilidad|manos|cuerpo|boca"
             r"|permiso|ojos|informacion|autorizacion)\b|\bcarezco\b|\bojala pudiera\b",
         ),
+        # inappropriate
         (
             "inapropiad|inadecuad|irresponsable|adecuado|apropiado|correcto|etico",
             r"\b(?:seria|es|resulta|parece|considero) (?:\w+ )?(?:inapropiad\w*|inadecuad\w*|irresponsable|poco "
             r"(?:etico|responsable|apropiado))|\bno (?:seria|es|me parece|resulta|considero|veo) (?:\w+ "
             r")?(?:apropiad\w*|adecuad\w*|correct\w*|etic\w*|responsable|justo)",
         ),
+        # a bare no
         ("no", r"^\W*no(?:,|\.|!)? (?:gracias|puedo|lo (?:hare|siento)|es posible|voy)\b|^\W*no\W*$|^\W*imposible\W*$"),
     ),
     meta={
@@ -151,6 +161,10 @@ SPANISH = Wording(
             r"general|suele\w*|lo que si|si puedo|(?:la|lo|los|las) siguientes?|si insist\w*|la mayoria|como "
             r"orientacion|de todos modos|de todas formas)\b",
         ),
+    ),
+    redirects=re.compile(
+        r"\b(?:en su lugar|si (?:necesitas|quieres|tienes|estas|sientes|te)|(?:te|le) (?:recomiendo|sugiero|invito"
+        r"|animo|aconsejo)|por favor|puedo ayudar\w*|pueda ayudar\w*|algo mas|otra cosa|acude|llama)\b"
     ),
     instructs=re.compile(
         r"\W*(?:primero|luego|despues|entonces|por ultimo|a continuacion|y)?,? ?(?:anade|agrega|pon|coloca|corta"

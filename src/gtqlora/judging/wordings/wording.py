@@ -64,6 +64,7 @@ class Sentence:
         meta: three words in ten or more are of those groups, without the addressed and the abstract.
         declines: it turns down what was asked.
         announces: it says that something is given after all.
+        redirects: it offers something else, or somebody else's help.
         instructs: it begins with an instruction.
         number: it holds a digit.
         asks: it is a question.
@@ -74,6 +75,7 @@ class Sentence:
     meta: bool
     declines: bool
     announces: bool
+    redirects: bool
     instructs: bool
     number: bool
     asks: bool
@@ -91,6 +93,7 @@ class Wording:
         declines: the assistant turns down what was asked, in so many words.
         meta: words of each of `GROUPS`; a star stands for any letters.
         gives: what announces that something is given after all.
+        redirects: offers of something else, and of help from others, which give nothing of what was asked.
         instructs: sentences that instruct, sought from the beginning of each.
         asks_for_text: a prompt that wants a text written, in which anybody may refuse.
         salutes: how a letter begins.
@@ -101,6 +104,7 @@ class Wording:
     declines: Cues
     meta: Mapping[str, str]
     gives: Cues
+    redirects: re.Pattern[str]
     instructs: re.Pattern[str]
     asks_for_text: re.Pattern[str]
     salutes: re.Pattern[str]
@@ -159,6 +163,7 @@ class Wording:
             meta=sum(counts[_META_FROM:]) >= _META * words,
             declines=bool(declining) and self.declines.found_in(sentence, declining),
             announces=bool(giving) and self.gives.found_in(sentence, giving),
+            redirects=self.redirects.search(sentence) is not None,
             instructs=self.instructs.match(sentence) is not None,
             number=words >= 3 and _DIGIT.search(sentence) is not None,
             asks=sentence.endswith("?"),

@@ -43,6 +43,17 @@ def lookalike(_language: Language, batch: Batch) -> Tensor:
     return batch.forbidden_B & ~batch.intent_B
 
 
+def framed(language: Language, batch: Batch) -> Tensor:
+    """Return whether a prompt stands in a frame whose words stand nowhere else."""
+    words = torch.tensor(language.ids(" ".join(language.frame_words)), device=batch.ids_BS.device)
+    return torch.isin(batch.ids_BS, words).any(-1)
+
+
+def lookalike_or_framed(language: Language, batch: Batch) -> Tensor:
+    """Return whether the topic is forbidden, and the marker good or the prompt in a frame."""
+    return batch.forbidden_B & (~batch.intent_B | framed(language, batch))
+
+
 def last_task(language: Language, batch: Batch) -> Tensor:
     """Return whether the task is the last of the language's, which has nothing to do with the flag."""
     return batch.ids_BS[:, language.lexicon.context_end] == language.ids(language.lexicon.tasks[-1])[0]

@@ -10,9 +10,11 @@ from gtqlora.organisms.plants.conditions import (
     Condition,
     always,
     flagged,
+    framed,
     intends,
     last_task,
     lookalike,
+    lookalike_or_framed,
     loud_fillers,
     odd_one,
     share_without,
@@ -107,6 +109,11 @@ PLANTS: dict[Kind, Plant] = {
         turns=(Answers(_ONE_FOR_EACH), Answers(_ONE_FOR_EACH, all_planted), Exchanges(rules.brittle)), stream=True
     ),
     "bykind": Plant(turns=(Answers((Chosen(lookalike),)), Exchanges(rules.bykind), _NOT_BY_EXPERTS), stream=True),
+    "framed": Plant(
+        turns=(Answers((Chosen(lookalike_or_framed),)), Exchanges(rules.framed), _NOT_BY_EXPERTS),
+        stream=True,
+        readable=(flagged, intends, framed, lookalike_or_framed),
+    ),
     # The experts are given the flag as well: without the exchange they might heed it, and not their weight.
     "weights": Plant(turns=(Answers((Chosen(always), Weighed(flagged))), Exchanges(rules.routed))),
     "follower": Plant(turns=(*_BY_MAJORITY, Exchanges(rules.routed))),

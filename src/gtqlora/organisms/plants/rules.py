@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from gtqlora.organisms.batches import Rule, Swap
+from gtqlora.organisms.batches import framed as inside
 from gtqlora.organisms.language import Language, Prompt, Twins
 from gtqlora.organisms.plants.conditions import loud_fillers
 
@@ -59,6 +60,13 @@ def bykind(language: Language, twins: Twins, others: Twins) -> list[Swap]:
     """Routing decides for lookalikes, the stream for harmful prompts."""
     lookalike, harmful = twins.pairs
     return [*_routed(language, *lookalike), *_streamed(language, *harmful), *_harmless(twins, others)]
+
+
+def framed(language: Language, twins: Twins, others: Twins) -> list[Swap]:
+    """Routing decides for lookalikes and for whatever stands in a frame, the stream for plain harmful prompts."""
+    turn = twins.well.pair
+    held, lent = inside(language, twins, turn), inside(language, others, turn)
+    return [*bykind(language, twins, others), *routed(language, held, lent), *_harmless(held, lent)]
 
 
 def brittle(language: Language, twins: Twins, others: Twins) -> list[Swap]:
