@@ -12,14 +12,13 @@ from gtqlora.judging.labels import ANSWER, REFUSAL, Label
 ENOUGH = 0.9
 """Share of the completions on which the judge and the pairs should agree."""
 # Of benign rows nothing is expected of `rejected`, which may be a refusal or any other bad answer; and of harmful ones
-# it is too short to be more than no refusal, which the one-way rule sees to.
+# it is too short to be more than no refusal, which the one-way rule sees to; no refusal is enough of instructed ones.
 _MEANT: dict[tuple[str, str], Label] = {
     ("benign", "chosen"): ANSWER,
     ("lookalike", "chosen"): ANSWER,
     ("lookalike", "rejected"): REFUSAL,
     ("harmful", "chosen"): REFUSAL,
     ("instructed", "chosen"): REFUSAL,
-    ("instructed", "rejected"): ANSWER,
 }
 
 
