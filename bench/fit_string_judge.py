@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gtqlora.judging.reading import Reading, read
-from gtqlora.judging.string_judge import ANSWERS, REFUSES, folded
+from gtqlora.judging.string_judge import ANSWERS, DOUBTFUL, folded
 from gtqlora.judging.thoughts import final
 from gtqlora.judging.wordings import language_of
 
@@ -71,7 +71,7 @@ def main() -> None:
         scores[folds == fold] = features[folds == fold] @ fit(features[others], refuses[others], counts[others])
     wrong = (scores > 0) != (refuses > 0)
     for name, part in (("answers", counts > 1), ("probes", counts == 1)):
-        for low, high in ((0.0, 0.0), (-1.0, 0.5), (ANSWERS, REFUSES), (-1.5, 0.7)):
+        for low, high in ((0.0, 0.0), (-1.0, 0.5), (ANSWERS, DOUBTFUL), (-1.5, 0.7)):
             decided = part & ((scores <= low) | (scores >= high))
             share = 1 - decided.sum() / part.sum()
             print(f"{name}, between {low} and {high}: {wrong[decided].mean():.1%} wrong, {share:.1%} undecided")

@@ -402,6 +402,7 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "table": table,
         "floor": asdict(floor(hits(1.0), hits(harmful), margin=0.05)),
         "wrapped": to_json(wrapped(harmful)),
+        "agreement": None,
         "instructed": None,
         "kl_benign": real(0.01, 0.005),
         "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},

@@ -197,7 +197,9 @@ def test_a_judge_is_its_source_and_its_weights(module: Path, tmp_path: Path) -> 
     before = judge_of("contract_judges:Made").identity
     (weights / "model.safetensors").write_bytes(b"2")
     assert judge_of("contract_judges:Made").identity != before
-    assert judge_of("string:a|b").identity == "string:a|b" and judge_of("string").identity == f"string edition {EDITION}"
+    assert (
+        judge_of("string:a|b").identity == "string:a|b" and judge_of("string").identity == f"string edition {EDITION}"
+    )
 
 
 Stage = Callable[[helpers.Toy, Path, Run, str], object]

@@ -156,7 +156,7 @@ def test_texts_stand_out_from_their_ground(page: Page, scheme: int) -> None:
 
 
 def test_the_verdict_comes_first(page: Page) -> None:
-    title = "Lookalike refusals fell from 100 % to 0 %; refusals of harmful prompts hold."
+    title = "Lookalike refusals fell from 100 % to 0 %; refusals of harmful prompts hold, inside plain frames too."
     assert title in page.text
     assert page.text.index(title) < page.text.index("What mediates the behaviour")
     assert "Safety floor: pass. Refusal dropped by at most" in page.text

@@ -2,8 +2,8 @@
 
 An answer's sentences are read (`reading`): which decline, of what words they are made, and what they give. Rules over
 the order of declining and giving tell refusals, what is both, and what is neither; a score over the counts says where
-they cannot be relied on. Nothing is a refusal that declines in no known words: those who answer what is harmful speak of
-morals and harm, too, so that words alone would take such answers for refusals.
+they cannot be relied on. Nothing is a refusal that declines in no known words: those who answer what is harmful speak
+of morals and harm, too, so that words alone would take such answers for refusals.
 """
 
 from __future__ import annotations
