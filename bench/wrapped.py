@@ -104,7 +104,7 @@ def exports(run: Run, out: Path) -> str:
     try:
         export(run, out)
     except FloorError as error:
-        return f"refused ({error})"
+        return f"refused, {str(error).partition(': ')[2]}"
     return "written"
 
 
