@@ -103,6 +103,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
     entry = _entry(run, past.verdicts, record["inputs"], rows)
     count, before = tries([*past.beside, *past.verdicts], entry), ancestry(config.model)
     margin = before.margin(config.margin)
+    floor = _passed(run, config, entry, past.verdicts, tries=count, margin=margin, blind=verdict.blind)
     inside = read_outcomes(run.path, WRAPPED)
     wrapped = wrapped_floor(config, inside, named, tries=count, blind=verdict.blind)
     _check_passed(run, "prompts inside plain frames", wrapped)
@@ -114,7 +115,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
         config=config,
         adapter=adapter,
         model=record["inputs"]["model"],
-        floor=_passed(run, config, entry, past.verdicts, tries=count, margin=margin, blind=verdict.blind),
+        floor=floor,
         wrapped=wrapped,
         instructed=declined,
         tries=count,

@@ -124,12 +124,16 @@ def test_why_no_row_is_made() -> None:
 # --- splits
 
 
+def said(text: str) -> Messages:
+    return ({"role": "user", "content": text},)
+
+
 def rows_of(count: int, topics: int, kind: str = "harmful") -> list[Row]:
     return [
         Row(
             number=i,
             kind=kind,
-            prompt=({"role": "user", "content": f"{kind} wug {i}"},),
+            prompt=said(f"{kind} wug {i}"),
             chosen="a",
             rejected="b",
             pair_id=f"{kind}-{i}",
@@ -163,7 +167,7 @@ def test_topics_are_spread_over_what_is_held_out() -> None:
     uneven = [
         *rows_of(600, 1),
         *(
-            replace(row, number=row.number + 600, pair_id=f"o{i}", topic=f"o{i % 50}")
+            replace(row, number=row.number + 600, pair_id=f"o{i}", topic=f"o{i % 50}", prompt=said(f"zem {i}"))
             for i, row in enumerate(rows_of(600, 1))
         ),
     ]

@@ -180,7 +180,9 @@ def with_splits(rows: Sequence[Row], least: int, most: int) -> list[Row]:
     while True:
         found = _holding_out(rows, wanted)
         # Few topics prove less than many, so that prompts of few topics have to be more.
-        if wanted >= most or reach(found).reachable:
+        # of these rows only: they are told apart from all others already, and there may be many
+        held_out = [row for row in found if (row.split, row.kind) == ("heldout", "harmful")]
+        if wanted >= most or reach(held_out).reachable:
             return found
         wanted = min(most, wanted + _MORE)
 
