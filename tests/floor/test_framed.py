@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,17 @@ def test_an_edit_that_keeps_plain_refusals_and_loses_those_inside_frames_is_caug
     assert verdict.table["lookalike"].refusal_before.value == 1 and verdict.table["lookalike"].refusal_after.value < 0.3
     assert wrapped is not None and wrapped.verdict == "fail"
     assert [row.refused for row in wrapped.wrappers] == [50] * 4 and wrapped.floor.losses.value > 0.3
+
+
+def test_the_bench_puts_every_second_training_pair_inside_frames_and_nothing_that_is_held_out(tmp_path: Path) -> None:
+    helpers.bench_module("wrapped").write_pairs(FRAMED, tmp_path / "pairs.jsonl", ("harmful",))
+    was, now = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (embedded.contrast(), tmp_path / "pairs.jsonl")
+    )
+    changed = [(a, b) for a, b in zip(was, now, strict=True) if a != b]
+    assert {(b["kind"], b["split"]) for _, b in changed} == {("harmful", "train")} and len(changed) == 300
+    for a, b in changed:
+        assert a["prompt"] in b["prompt"] and a["twin"] in b["twin"]
+        assert len(b["prompt"].split()) == len(b["twin"].split()) > len(a["prompt"].split())
+        assert (a["chosen"], a["rejected"]) == (b["chosen"], b["rejected"])
