@@ -83,7 +83,7 @@ def test_bare_texts(tmp_path: Path) -> None:
     ("name", "content", "pattern"),
     [
         ("a.csv", table([row("benign", '[{"role": "user", "role": "user"}]')]), "the key 'role' stands twice"),
-        ("a.csv", "", "does not name every column"),
+        ("a.csv", "", "is empty; a CSV file begins with"),
         ("a.csv", "prompt,,kind\n", "does not name every column"),
         ("a.csv", "prompt,kind,prompt\n", "has the column 'prompt' twice"),
         ("a.csv", "prompt,kind\nHow, then?,benign\n", "row 1 has 3 cells, and the header 2; put a text"),

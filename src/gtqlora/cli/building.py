@@ -51,6 +51,12 @@ def build(
         _show_built(found)
 
 
+_NOTHING_TO_REPAIR = (
+    "no lookalike row is left, so there is nothing to repair: the model answers these prompts, or no answer to them "
+    "could be had; take other sets, or draw more answers (--set samples=8)"
+)
+
+
 def _show_built(found: Built) -> None:
     """Print what was made of public sets, and what comes next."""
     console = open_console()
@@ -62,6 +68,8 @@ def _show_built(found: Built) -> None:
     say(console, f"{own}, {found.with_twin:,} a twin")
     licences = dict.fromkeys(f"{one.layout}: {one.licence}" for one in found.sources)
     say(console, f"licences of the sources: {'; '.join(licences)}")
+    if not lookalike:
+        say(console, f"note: {_NOTHING_TO_REPAIR}", accent=("note:", "yellow"))
     if found.floor:
         say(console, f"note: {found.floor}", accent=("note:", "yellow"))
     say_whole(console, f"card: {found.card}")

@@ -198,7 +198,9 @@ def _check_header(source: str, names: list[str]) -> None:
     twice = _twice(names)
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
         raise ContrastError(f"{source}: its columns are separated by {other!r}; save it with commas, or tabs as .tsv")
-    if not names or "" in names or twice:
+    if not names:
+        raise ContrastError(f"{source}: is empty; a CSV file begins with the names of its columns")
+    if "" in names or twice:
         fault = f"has the column {twice[0]!r} twice" if twice else "does not name every column"
         raise ContrastError(f"{source}: the first line {fault}; a CSV file begins with the names of its columns")
 

@@ -129,7 +129,8 @@ def _dataset_records(source: str, name: str, config: str | None, split: str | No
             return _saved_records(source, Path(name), split)
         data: Any = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        if "gated" in str(error):
+        # its own words, and not a name that holds the word, such as org/aggregated
+        if re.search(r"(?<![\w/-])gated(?![\w/-])", str(error)):
             page = f"https://huggingface.co/datasets/{name}"
             raise ContrastError(
                 f"{source}: a gated dataset; accept its terms at {page}, and log in with `hf auth login`"
