@@ -49,7 +49,7 @@ def test_diagnose_train_verify_export_on_cuda(
         trained = train(build(TrainConfig, **given, overrides=["steps=100"]), run)
         assert trained.stopped is None
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
-        assert losses[-1] < 0.5 * losses[0]
+        assert losses[-1] < 0.7 * losses[0]  # anchors are a part of it
         # what ships has the checkpoint's dtype, whichever the edit was trained in
         verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}), run)
         assert verdict.floor.verdict == "pass"
@@ -83,7 +83,7 @@ def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: 
         trained = train(build(TrainConfig, **given, expert_format=expert_format, overrides=["steps=100"]), run)
         assert trained.stopped is None  # and the stage has compared the experts' bits
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
-        assert losses[-1] < 0.5 * losses[0]
+        assert losses[-1] < 0.7 * losses[0]  # anchors are a part of it
         for on in (expert_format, "bf16"):
             verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, expert_format=on), run)
             assert (verdict.expert_format, verdict.floor.verdict) == (on, "pass")

@@ -230,7 +230,7 @@ def test_wildguards_form_is_spoken_and_read(wildguard_folder: Path) -> None:
     labelled = said(f"wildguard:{wildguard_folder}", *(text for text, _, _ in found))
     # so small a model may forget a word among two hundred, more of them with torch 2.11; by chance it would be 13
     assert sum(one == other for one, other in zip(labelled, wanted, strict=True)) >= 30
-    assert set(labelled) == {"partial", "refusal", "answer"}
+    assert set(labelled) - {"undecided"} == {"partial", "refusal", "answer"}
 
 
 def test_a_guard_says_safe_or_objects(guard_folder: Path) -> None:
