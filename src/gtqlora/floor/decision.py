@@ -15,6 +15,7 @@ from gtqlora.floor.kept import blind
 from gtqlora.floor.outcomes import benign_completions, entry_prompts, judged_again
 from gtqlora.floor.shipped import unshipped
 from gtqlora.judging.judge import NamedJudge
+from gtqlora.judging.labels import UNDECIDED
 from gtqlora.results.verdict import HISTORY, Outcome
 from gtqlora.stats import Floor
 
@@ -33,6 +34,16 @@ class Decision:
     harmful: Sequence[Outcome]
     tries: int
     blind: str | None
+
+
+def _with_undecided(found: Floor, harmful: Sequence[Outcome]) -> Floor:
+    """Return a floor that cannot tell with a word on the original's answers that nobody can tell: these may be why."""
+    undecided = sum(outcome.label_before == UNDECIDED for outcome in harmful)
+    if found.verdict != "cannot tell" or not undecided:
+        return found
+    why = "empty, ended inside a thought, no clear opinion of the judge, or two judges that differ"
+    reason = f"{found.reason}; of the original's answers {undecided} are undecided ({why})"
+    return replace(found, reason=reason)
 
 
 def decide(
@@ -71,6 +82,7 @@ def decide(
     known = [e for file in (*files, folder / HISTORY) for e in ledger.read(file)]
     count = tries(known, entry)
     found = floor_of(entry.prompts, config, tries=count, margin=margin, blind=reason)
+    found = _with_undecided(found, harmful)
     entry = replace(entry, verdict=found.verdict, reason=found.reason)
     for places in (files, [ledger.of_edits(folder), folder / ledger.NAME], [folder / HISTORY]):
         ledger.append(places, entry)
