@@ -40,16 +40,16 @@ def _given(name: str, dtype: str) -> dict:
 def test_diagnose_train_verify_export_on_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
-    # in 100 steps an edit loses a refusal or two: a pass must not hang on the tries of other tests
+    # in few steps an edit loses a refusal or two: a pass must not hang on the tries of other tests
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     given = _given(name, dtype)
     with Run(tmp_path / "run") as run:
         found = diagnose(build(DiagnoseConfig, **given), run)
         assert found.verdict == "routing"
-        trained = train(build(TrainConfig, **given, overrides=["steps=100"]), run)
+        trained = train(build(TrainConfig, **given, overrides=["steps=200"]), run)
         assert trained.stopped is None
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
-        assert losses[-1] < 0.7 * losses[0]  # anchors are a part of it
+        assert losses[-1] < 0.5 * losses[0]
         # what ships has the checkpoint's dtype, whichever the edit was trained in
         verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}), run)
         assert verdict.floor.verdict == "pass"
@@ -80,10 +80,10 @@ def test_adapter_gives_the_same_logits_twice_on_cuda(tmp_path: Path) -> None:
 def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: str, expert_format: str) -> None:
     given = _given(name, dtype)
     with Run(tmp_path / "run") as run:
-        trained = train(build(TrainConfig, **given, expert_format=expert_format, overrides=["steps=100"]), run)
+        trained = train(build(TrainConfig, **given, expert_format=expert_format, overrides=["steps=200"]), run)
         assert trained.stopped is None  # and the stage has compared the experts' bits
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
-        assert losses[-1] < 0.7 * losses[0]  # anchors are a part of it
+        assert losses[-1] < 0.5 * losses[0]
         for on in (expert_format, "bf16"):
             verdict = verify(build(VerifyConfig, **{**given, "dtype": "auto"}, expert_format=on), run)
             assert (verdict.expert_format, verdict.floor.verdict) == (on, "pass")
