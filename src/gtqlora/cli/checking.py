@@ -11,7 +11,15 @@ from cyclopts import Parameter
 
 from gtqlora.cli import checked, printing
 from gtqlora.cli.console import starting
-from gtqlora.cli.settings import JUDGES, Json, embedded_contrast, embedded_model, embedded_recipe, say_what_judges
+from gtqlora.cli.settings import (
+    JUDGES,
+    Json,
+    Recipe,
+    embedded_contrast,
+    embedded_model,
+    embedded_recipe,
+    say_what_judges,
+)
 from gtqlora.config.values import require
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ def check(
     *,
     model: Annotated[str | None, Parameter(help="Also count tokens after this model's chat template.")] = None,
     judge: Annotated[str | None, Parameter(help=JUDGES, show_default=False)] = None,
-    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None,
+    config: Recipe = None,
     settings: Annotated[
         list[str] | None,
         Parameter(

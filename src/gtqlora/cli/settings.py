@@ -31,6 +31,7 @@ Model = Annotated[str, Parameter(help="Local folder, hub id, or organism:NAME.")
 MadeRun = Annotated[Path, Parameter(help="Run directory that an earlier verb made.")]
 RunDir = Annotated[Path, Parameter(name="--run", help="Run directory: artefacts and manifest.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
+Recipe = Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")]
 ExpertFormat = Annotated[str | None, Parameter(name="--expert-format", help=FORMATS)]
 _OLD_FLAG = "--experts"
 OldExpertFormat = Annotated[str | None, Parameter(name=_OLD_FLAG, show=False)]
@@ -46,7 +47,7 @@ class StageOptions:
         str | None,
         Parameter(name="--contrast", help="JSONL, JSON, CSV, Parquet, folder or hub dataset with the pairs."),
     ] = None
-    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
+    config: Recipe = None
     settings: Annotated[
         list[str] | None,
         Parameter(
@@ -84,7 +85,7 @@ class BuildOptions:
     seed: Annotated[int | None, Parameter(help="Seed of the draws.")] = None
     device: Annotated[str | None, Parameter(help="cpu, or a GPU such as cuda:0.")] = None
     expert_format: ExpertFormat = None
-    config: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; see recipes/.")] = None
+    config: Recipe = None
     settings: Annotated[
         list[str] | None,
         Parameter(
