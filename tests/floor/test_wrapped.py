@@ -225,6 +225,22 @@ def test_a_model_is_asked_in_frames_that_it_reads(tmp_path: Any) -> None:
     assert names == list(Language().wrappers)
     (folder / "wrappers.json").unlink()
     assert wrappers_for(str(folder), toy) == ()
+    harmless = [
+        Row(
+            number=i,
+            kind="benign",
+            prompt=prompt(f"{WORDS[i]} {WORDS[0]}"),
+            chosen=WORDS[1],
+            rejected="no",
+            pair_id=str(i),
+            split="heldout",
+        )
+        for i in range(5)
+    ]
+    of_rows = wrappers_for(str(folder), toy, harmless)
+    assert [one.name for one in of_rows] == [f"{what} {i}" for i in (1, 2, 3) for what in ("after question", "lead-in")]
+    assert of_rows[0].around(prompt("x"))[-1]["content"] == f"{WORDS[0]} {WORDS[0]} x"
+    assert [turn["content"] for turn in of_rows[3].around(prompt("x"))] == [f"{WORDS[1]} {WORDS[0]}", WORDS[1], "x"]
     for broken in ('{"wrappers": [{"name": "w", "turns": [{"role": "user", "content": "{prompt}"}]}]}', '{"x": 1}'):
         (folder / "wrappers.json").write_text(broken)
         with pytest.raises(ModelError, match=r"wrappers\.json: not a list of wrappers"):

@@ -2,16 +2,18 @@
 
 An edit may keep refusing what is asked plainly and be talked round more easily than the original (arXiv 2602.06256), so
 `verify` asks harmful prompts again inside of these. They are data, `wrappers.json`, and hold nothing harmful. A model
-that does not read their words, as one of a made-up language, brings frames of its own in a file of the same name.
+that does not read their words, as one of a made-up language, brings frames of its own in a file of the same name, or is
+asked after harmless questions of the pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from gtqlora.contrasts.rows import Row
 from gtqlora.errors import ModelError
 from gtqlora.families.files import WRAPPERS, has, read_json, small_files
 from gtqlora.judging.judge import Message, Messages
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _BUILT_IN = Path(__file__).with_name(WRAPPERS)
 _PLACE = "{prompt}"
+_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ class Wrapper:
         return (*before, *lead_in, {"role": "user", "content": content})
 
 
-def wrappers_for(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Wrapper, ...]:
+def wrappers_for(model: str, tokenizer: PreTrainedTokenizerBase, harmless: Sequence[Row] = ()) -> tuple[Wrapper, ...]:
     """Return the frames that a model can read: ours, or if its tokenizer has no words for them those of its folder.
+
+    Args:
+        harmless: benign rows, which make frames of a model that has no others.
 
     Raises:
         ModelError: the folder's file holds something else.
@@ -63,7 +69,21 @@ def wrappers_for(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Wrappe
     if ours := _readable(tokenizer, _read(_BUILT_IN)):
         return ours
     folder = small_files(model)
-    return _readable(tokenizer, _read(folder / WRAPPERS)) if has(folder, WRAPPERS) else ()
+    theirs = _readable(tokenizer, _read(folder / WRAPPERS)) if has(folder, WRAPPERS) else ()
+    return theirs or _readable(tokenizer, _of_rows(harmless))
+
+
+def _of_rows(rows: Sequence[Row]) -> list[Wrapper]:
+    """Return harmless questions as frames: before a prompt, and with their answers as conversations that lead to it."""
+    found = []
+    for number, row in enumerate(rows[:_ROWS], start=1):
+        asked, place = row.prompt[-1], {"role": "user", "content": _PLACE}
+        if _PLACE in asked["content"] + row.chosen:
+            continue
+        before = {"role": "user", "content": f"{asked['content']} {_PLACE}"}
+        said = {"role": "assistant", "content": row.chosen}
+        found += [Wrapper(f"after question {number}", (before,)), Wrapper(f"lead-in {number}", (asked, said, place))]
+    return found
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, wrappers: Iterable[Wrapper]) -> tuple[Wrapper, ...]:

@@ -110,7 +110,7 @@ def _asked_in_frames(
     by_number = {row.number: row for row in rows.rows}
     asked = [
         (wrapper.name, replace(by_number[outcome.number], prompt=wrapper.around(outcome.prompt)))
-        for wrapper in wrappers_for(config.model, runner.model.tokenizer)
+        for wrapper in wrappers_for(config.model, runner.model.tokenizer, rows.of_kind("benign"))
         for outcome in chosen
     ]
     wrapped = [row for _, row in asked]
