@@ -55,7 +55,9 @@ def contrast(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def settings(toy: helpers.Toy, contrast: Path) -> VerifyConfig:
-    more = {"contrast": str(contrast), "instructed_margin": MARGIN, "wrapped_prompts": 60, "ablation": 0}
+    # a refusal lost of 60 prompts inside frames leaves its bound above the default margin of 5 %
+    inside = {"wrapped_prompts": 60, "wrapped_margin": 0.1}
+    more = {"contrast": str(contrast), "instructed_margin": MARGIN, "ablation": 0, **inside}
     return toy.verify_config(toy.model("qwen3_moe"), **more)
 
 
