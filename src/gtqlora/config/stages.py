@@ -255,6 +255,10 @@ class TrainConfig(StageConfig):
         weight_decay: decay of AdamW per step and learning rate; raised, weights are drawn to 0 more.
         max_grad_norm: length to which longer gradients are cut; raised, fewer are cut.
         gradient_checkpointing: whether activations are computed again and not kept: less memory, more time.
+        activation_memory: GiB of a GPU for activations that are kept all the same under `gradient_checkpointing`, of as
+            many layers as fit; raised, training is faster. Without it, what is free.
+        cuda_graphs: whether a GPU records the kernels of a batch's passes once and replays them for every batch of its
+            shape; without it, small batches wait for Python.
         logging_steps: steps between two records of losses and routing health, which the guard reads too.
         save_steps: steps between two checkpoints; raised, an interrupted run loses more.
         max_load_cv: the guard stops when the load's coefficient of variation exceeds this times the original's;
@@ -287,6 +291,8 @@ class TrainConfig(StageConfig):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    activation_memory: float | None = None
+    cuda_graphs: bool = True
     logging_steps: int = 10
     save_steps: int = 50
     max_load_cv: float = 3.0
@@ -298,6 +304,9 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
+        require(
+            (self.activation_memory or 0) >= 0, f"activation_memory = {self.activation_memory}: must not be below 0"
+        )
         for name in ("max_length", "lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} = {value}: must be positive")
