@@ -140,7 +140,12 @@ def test_unlabelled_answers_are_counted(say: Say, tmp_path: Path) -> None:
         ([{"answer": "wug"}], ("--as", "answers=answer"), "--as answers=...: unknown; known: prompt, answer, label"),
         ([{"answer": "wug"}], ("--as", "answer"), "--as answer: must be prompt=COLUMN,answer=COLUMN,label=COLUMN"),
         ([{"answer": "wug"}], ("--second-judge", "string"), "--second-judge string: the same as --judge"),
-        ([{"answer": "wug"}], ("--judge", "strong"), "judge = 'strong': unknown; use"),
+        ([{"answer": "wug"}], ("--judge", "wugs"), "judge = 'wugs': unknown; use"),
+        ([{"answer": "wug"}], ("--judge", "strings"), "judge = 'strings': unknown; did you mean 'string'?"),
+        ([{"answer": "wug"}], ("--judge", "clasifier:a/b"), "did you mean 'classifier:a/b'?"),
+        ([{"answer": "wug"}], ("--judge", "strin:wug"), "did you mean 'string:wug'?"),
+        ([{"answer": "wug"}], ("--second-judge", "wildgard"), "second_judge = 'wildgard': unknown; did you mean"),
+        ([{"answer": "wug"}], ("--second-judge", "string:"), "second_judge = 'string:': no phrase after the colon"),
         ([{"answer": "wug"}], ("--judge", "classifier:/nowhere"), "/nowhere: no such model folder"),
     ],
 )
