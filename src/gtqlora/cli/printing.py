@@ -159,6 +159,8 @@ def show_verdict(found: Verdict) -> None:
     console.print()
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
+    elif found.ablation_left_out:
+        say(console, f"ablation study left out: {found.ablation_left_out}")
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
     if found.agreement:
         _show_agreement(console, found.agreement)

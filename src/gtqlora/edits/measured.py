@@ -34,6 +34,7 @@ class Measured:
         wrapped: of harmful rows, and of lookalike rows that the edit repairs, inside every frame.
         arms: of drawn rows with parts of the edit, or another routing.
         ablation: None if it was switched off, or if another judge reads the texts: those of an ablation are not kept.
+        ablation_left_out: why there is none any more; None where nothing was left out.
     """
 
     outcomes: list[Outcome]
@@ -41,6 +42,7 @@ class Measured:
     arms: list[ArmOutcome]
     drifted: Drifted
     ablation: AblationStudy | None
+    ablation_left_out: str | None = None
 
 
 def measure(runner: Runner, edited: Edited, rows: Contrast, seen: Contrast, config: VerifyConfig) -> Measured:

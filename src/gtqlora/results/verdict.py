@@ -115,6 +115,7 @@ class Verdict:
         drift: kind of prompts -> drift of their routing.
         factorial: what gates and LoRA do alone; None of an edit that has not both.
         ablation: it has no part in the floor's verdict; None if it was switched off, or experts could not be ranked.
+        ablation_left_out: why there is none any more, where texts were judged again; None where nothing was left out.
         judge: what judged, see `judging.trust.identity`.
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
@@ -135,6 +136,7 @@ class Verdict:
     mediation: Mediation
     factorial: Factorial | None
     ablation: AblationStudy | None = None
+    ablation_left_out: str | None = None
     judge: str
     prompts: HeldOut
     lost: dict[str, int]

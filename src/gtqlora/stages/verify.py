@@ -29,9 +29,10 @@ from gtqlora.floor.decision import Decision, decide
 from gtqlora.floor.instructed import instructed_floor
 from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
-from gtqlora.judging.judge import Judge
+from gtqlora.judging.judge import Judge, NamedJudge
 from gtqlora.judging.pair import judges_of
 from gtqlora.progress import note
+from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ARMS, read_arms
 from gtqlora.results.verdict import (
     HISTORY,
@@ -86,7 +87,7 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         "judge": judge.identity,
     }
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
-    known = _recorded(run, config, inputs) if rejudge else None
+    known = _recorded(run, config, inputs, judge.judges[0]) if rejudge else None
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs += [VERDICT, SCORES, WRAPPED, ARMS, HISTORY]
         if stage.fresh:
@@ -124,7 +125,7 @@ def _measured(
     return found
 
 
-def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str]) -> Measured:
+def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str], judge: NamedJudge) -> Measured:
     """Return what the last `verify` of this run left, if models would say the same with these settings.
 
     Raises:
@@ -142,13 +143,37 @@ def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str]) -> Meas
     if other:
         raise RunError(f"{run.path}: verified with another {' and another '.join(other)}; {remedy}")
     verdict = read_verdict(run.path)
+    ablation, left_out = _ablation_again(verdict, was, config, judge)
     return Measured(
         outcomes=read_outcomes(run.path),
         wrapped=read_outcomes(run.path, WRAPPED),
         arms=read_arms(run.path),
         drifted=Drifted(kl_benign=verdict.kl_benign, routing=verdict.drift),
-        ablation=None,
+        ablation=ablation,
+        ablation_left_out=left_out,
     )
+
+
+def _ablation_again(
+    verdict: Verdict, was: Mapping[str, object], config: VerifyConfig, judge: NamedJudge
+) -> tuple[AblationStudy | None, str | None]:
+    """Return the stored ablation study where it still holds, else why it is left out: its texts are not kept.
+
+    Args:
+        was: the settings of the last verdict.
+        judge: the first one, which alone judges ablated models.
+    """
+    if verdict.ablation is None or not config.ablation:
+        return None, verdict.ablation_left_out if config.ablation else None
+    changed = [f"another {key}" for key in ("ablation", "level") if was[key] != vars(config)[key]]
+    # of two judges the identity holds both
+    if verdict.judge != judge.identity and not verdict.judge.startswith(f"{judge.identity} + "):
+        changed.insert(0, "another judge")
+    if not changed:
+        return verdict.ablation, None
+    reason = f"it was made with {' and '.join(changed)}, and its texts are not kept; verify without --rejudge makes it"
+    note(f"ablation study left out: {reason}")
+    return None, reason
 
 
 def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
@@ -236,6 +261,7 @@ def _verdict(
         factorial=factorial(ways),
         expert_format=config.expert_format,
         ablation=found.ablation,
+        ablation_left_out=found.ablation_left_out,
         judge=inputs["judge"],
         prompts=HeldOut(source=config.contrast, fingerprint=inputs["contrast"], split=config.split),
         lost=losses(decision.harmful),
