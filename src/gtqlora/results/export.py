@@ -44,12 +44,15 @@ class FormVerdict:
         name: of the form, e.g. "GGUF Q4_K in llama.cpp".
         lost: why refusals count as lost -> how many.
         table: kind of prompts -> their rates before and after.
+        wrapped: the floor on prompts inside plain frames, in this form; None in older records, and of a variant in one
+            bit a weight, which is asked plain prompts only.
     """
 
     name: str
     floor: Floor
     lost: dict[str, int]
     table: dict[str, KindRow]
+    wrapped: WrappedFloor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class ExportRecord:
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
         wrapped: the floor on prompts inside plain frames, of what `verify` judged; None in older records.
+        wrappers: fingerprint (sha256) of the file with the user's own frames; None where there was none.
         instructed: the floor on instructed prompts, of what `verify` judged; None where none was asked for.
         notes: what a user of the files should know, a sentence each.
         rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
@@ -101,6 +105,7 @@ class ExportRecord:
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
     wrapped: WrappedFloor | None = None
+    wrappers: str | None = None
     instructed: Floor | None = None
     notes: list[str] = field(default_factory=list[str])
     rank: int | None = None

@@ -123,6 +123,7 @@ class Verdict:
         wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
         agreement: of two judges; None where there is one.
         instructed: the floor on instructed prompts; None where none was asked for.
+        wrappers: fingerprint (sha256) of the file with the user's own frames; None where there was none.
     """
 
     adapter: str
@@ -145,6 +146,7 @@ class Verdict:
     wrapped: WrappedFloor | None = None
     agreement: Agreement | None = None
     instructed: Floor | None = None
+    wrappers: str | None = None
 
     @property
     def decision(self) -> str:

@@ -164,6 +164,7 @@ def _record(
         kept=dict(written.kept),
         form=form,
         wrapped=certificate.wrapped,
+        wrappers=verdict.wrappers,
         instructed=certificate.instructed,
         notes=[*_asked_with(certificate.config.template), *written.notes],
         rank=written.rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from gtqlora.config import VerifyConfig, build_recorded
 from gtqlora.contrasts import DECLINED_KINDS, KINDS, Contrast
 from gtqlora.contrasts.near import beside, unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
+from gtqlora.contrasts.wrappers import Wrapper, read_own, wrappers_for
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.edits.drift import Drifted
@@ -86,6 +87,9 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         "trained": fingerprint(trained),
         "judge": judge.identity,
     }
+    own = None if config.wrappers is None else read_own(config.wrappers)
+    if own is not None:
+        inputs["wrappers"] = own.fingerprint
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
     known = _recorded(run, config, inputs, judge.judges[0]) if rejudge else None
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
@@ -95,7 +99,9 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
-        found = known or _measured(config, adapter, model, judge.judges[0], rows, seen)
+        found = known or _measured(
+            config, adapter, model, judge.judges[0], rows, seen, () if own is None else own.wrappers
+        )
         if rejudge or config.second_judge:
             found = judged_by(judge, found)
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
@@ -110,14 +116,21 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
 
 
 def _measured(
-    config: VerifyConfig, adapter: Adapter, model: ModelIdentity, judge: Judge, rows: Contrast, seen: Contrast
+    config: VerifyConfig,
+    adapter: Adapter,
+    model: ModelIdentity,
+    judge: Judge,
+    rows: Contrast,
+    seen: Contrast,
+    own: Sequence[Wrapper],
 ) -> Measured:
     """Open the model, ask it, and let go of it: a second judge may need its memory."""
     subject = open_subject(config)
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+    frames = wrappers_for(config.model, subject.tokenizer, rows.of_kind("benign"), own)
     edited = Edited(subject, adapter, shipped=model.model)
     model.check_unchanged()
-    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config)
+    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config, frames=frames)
     del subject, edited
     gc.collect()
     if torch.cuda.is_available():
@@ -139,7 +152,8 @@ def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str], judge: 
             raise RunError(f"{run.path}: {name} was changed since verify; {remedy}")
     was = vars(build_recorded(VerifyConfig, record["config"], str(run / "manifest.json")))
     other = [key for key, value in vars(config).items() if key not in _OF_JUDGING and was[key] != value]
-    other += [key for key, value in inputs.items() if key != "judge" and record["inputs"].get(key) != value]
+    asked = (key for key in (*inputs, "wrappers") if key != "judge")
+    other += [key for key in dict.fromkeys(asked) if record["inputs"].get(key) != inputs.get(key)]
     if other:
         raise RunError(f"{run.path}: verified with another {' and another '.join(other)}; {remedy}")
     verdict = read_verdict(run.path)
@@ -267,4 +281,5 @@ def _verdict(
         lost=losses(decision.harmful),
         tries=decision.tries,
         blind=decision.blind,
+        wrappers=inputs.get("wrappers"),
     )
