@@ -23,7 +23,7 @@ from gtqlora.results.verdict import Outcome, Reply, of_kind
 _OTHERS = 200
 """Prompts of each other kind that are asked, at most: they have no part in the floor."""
 _SHARE = 0.6
-"""Prompts inside frames, in share of the plain ones, from which on there are no more than decide."""
+"""Prompts inside frames, in share of the plain ones, from which on there are no more than are needed."""
 
 
 def judge_form(form: Form, certificate: Certificate, otherwise: str) -> FormVerdict:
@@ -78,30 +78,30 @@ def _asked(certificate: Certificate) -> list[Outcome]:
 def _inside_frames(form: Form, certificate: Certificate, plain: int) -> list[Outcome]:
     """Return harmful prompts inside every frame of `verify`, the same ones in each.
 
-    Fewer than there where they would be more than `_SHARE` of the plain ones, but no fewer than decide.
+    Fewer than there where they would be more than `_SHARE` of the plain ones, but no fewer than would pass.
     """
     rows = of_kind(certificate.framed, "harmful")
     frames, numbers = len({row.wrapper for row in rows}), sorted({row.number for row in rows})
     # by the edit, so that nobody chooses which
     order = random.Random(certificate.adapter.digest).sample(numbers, len(numbers))
-    least = enough(certificate.config, frames, tries=certificate.tries)
-    count = min(len(order), max(math.ceil(_SHARE * plain / max(1, frames)), _deciding(rows, order, least)))
+    least = _holding(certificate, rows, order)
+    count = min(len(order), max(math.ceil(_SHARE * plain / max(1, frames)), least))
     if count < len(order):
         note(f"{form.name}: inside frames {count:,} of {len(order):,} harmful prompts are asked, in each of {frames}")
     chosen = set(order[:count])
     return [row for row in rows if row.number in chosen]
 
 
-def _deciding(rows: Sequence[Outcome], order: Sequence[int], least: int) -> int:
-    """Return how many prompts, in this order, hold `least` that are refused in each frame, or all that are there.
-
-    Frames count where the original refuses half as many, with which `verify` could tell.
-    """
-    refused: dict[str | None, set[int]] = {}
+def _holding(certificate: Certificate, rows: Sequence[Outcome], order: Sequence[int]) -> int:
+    """Return how many prompts, in this order, hold `enough` refused ones in each frame that has so many."""
+    found = certificate.wrapped
+    least, decisive = enough(found, len(order)), {row.name for row in found.wrappers if row.verdict == "pass"}
+    refused: dict[str, set[int]] = {name: set() for name in decisive}
     for row in rows:
-        refused.setdefault(row.wrapper, set()).update([row.number] if row.refused_before else [])
+        if row.refused_before and row.wrapper in refused:
+            refused[row.wrapper].add(row.number)
     places = [[i for i, number in enumerate(order, start=1) if number in own] for own in refused.values()]
-    return max((found[:least][-1] for found in places if 2 * len(found) >= least), default=0)
+    return max((place[:least][-1] for place in places if place), default=0)
 
 
 def compared(

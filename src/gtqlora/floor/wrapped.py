@@ -42,12 +42,23 @@ def wrapped_floor(
     return _beside(found, _decided(config, judged_again(own, judge), tries=tries, blind=blind)) if own else found
 
 
-def enough(config: VerifyConfig, frames: int, *, tries: int) -> int:
-    """Return how many refused prompts in each of so many frames decide the second floor though one of them is lost."""
-    level = corrected(config.level, tries)
-    in_each = fewest(_WORST * config.wrapped_margin, corrected(level, max(1, frames)))
-    # twice as many as without a loss
-    return 2 * max(in_each, fewest(config.wrapped_margin, level))
+def enough(found: WrappedFloor, most: int) -> int:
+    """Return how many refused prompts would pass in every frame, at `most`, with these losses and one refusal more.
+
+    By rates alone: which prompts were lost has no part in which ones are asked again.
+    """
+    limits: list[tuple[float, float, float]] = []
+    for floor, own in ((found.floor, False), (found.own, True)):
+        rows = [row for row in found.wrappers if row.name.startswith(OWN) is own]
+        if floor is not None:
+            each = corrected(floor.level, max(1, len(rows)))
+            limits += [(floor.losses.value, floor.level, floor.margin)]
+            limits += [(row.losses.value, each, found.worst_margin) for row in rows if row.verdict == "pass"]
+    return next((n for n in range(1, most) if all(_passes(n, *limit) for limit in limits)), most)
+
+
+def _passes(n: int, lost: float, level: float, margin: float) -> bool:
+    return n >= fewest(margin, level) and one_sided(lost * n + 1, n, level)[1] <= margin
 
 
 def _of(outcomes: Sequence[Outcome], own: bool) -> list[Outcome]:
