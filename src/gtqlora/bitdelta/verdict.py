@@ -69,7 +69,6 @@ def check_settings(config: VerifyConfig) -> None:
         ConfigError: they are not.
     """
     require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
-    require(config.second_judge is None, "second_judge: a variant is judged by one judge")
     require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
 
 

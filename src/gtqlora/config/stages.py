@@ -48,7 +48,12 @@ _NOT_VARIABLES = frozenset(
 )
 
 
-def _check_variables(template: Mapping[str, Scalar]) -> None:
+def check_variables(template: Mapping[str, Scalar]) -> None:
+    """Check that these are variables of a chat template, and nothing that it is given in any case.
+
+    Raises:
+        ConfigError: the message names the first that is none.
+    """
     # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
     for name in template:
         require(
@@ -87,7 +92,7 @@ class ModelConfig:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
         check_device(self.device)
-        _check_variables(self.template)
+        check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
 
     def _at_least(self, least: float, *names: str) -> None:

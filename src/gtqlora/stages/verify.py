@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
@@ -32,6 +29,7 @@ from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
 from gtqlora.judging.judge import Judge, NamedJudge
 from gtqlora.judging.pair import judges_of
+from gtqlora.machine import release_memory
 from gtqlora.progress import note
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ARMS, read_arms
@@ -132,9 +130,7 @@ def _measured(
     model.check_unchanged()
     found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config, frames=frames)
     del subject, edited
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return found
 
 
