@@ -46,7 +46,7 @@ def check_device(name: str) -> None:
 
 
 def release_memory() -> None:
-    """Give back the memory of models that nobody holds any more: a judge may need it next."""
+    """Free the memory of models that nobody holds any more: a judge may need it next."""
     import torch  # settings are checked without it
 
     gc.collect()

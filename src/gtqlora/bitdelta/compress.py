@@ -41,7 +41,6 @@ from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
 from gtqlora.judging.pair import judges_of
-from gtqlora.machine import release_memory
 from gtqlora.progress import track
 from gtqlora.results.export import CARD, public_name
 from gtqlora.results.verdict import HeldOut
@@ -96,8 +95,7 @@ def compress(
     refuse_equals(both)
     refuse_adapters(both)
     judge = judges_of(config.judge, config.second_judge)
-    first = judge.judges[0]
-    pairs = contrasts.load(config.contrast, first)
+    pairs = contrasts.load(config.contrast, judge.judges[0])
     rows = pairs.split(config.split)
     check_rows(rows, config.split)
     texts = _calibration(pairs, config) if distill else ()
@@ -105,12 +103,11 @@ def compress(
         staged.mkdir()
         tuned = open_subject(config)
         check_rendering(rows, tuned.tokenizer, tuned.max_length, tuned.vocabulary)
-        before = said(Runner.of(tuned, first, config), rows.rows, "the fine-tune")
+        before = said(Runner.of(tuned, judge.judges[0], config), rows.rows, "the fine-tune")
         made = _written(both, staged, _encoder(both, tuned, texts, config))
         own = Own.of(tuned)
         del tuned  # before the base comes into memory
-        release_memory()
-        asked = ask(both, made.tensors, own, rows.rows, first, config)
+        asked = ask(both, made.tensors, own, rows.rows, judge.judges[0], config)
         if asked.own:
             made = replace(made, files={**made.files, **_own_files(both, staged)})
         inputs = {
@@ -124,7 +121,6 @@ def compress(
             "tuned": Original.of(both.tuned.model, "the fine-tune", before),
             "base": Original.of(both.base.model, "the base", asked.base),
         }
-        release_memory()  # a second judge comes last, when no model is left
         found = judged(config, staged, held, asked.variant, rows=rows.rows, inputs=inputs, judge=judge)
         record = _record(both, made, found, config, inputs, name, distill)
         # the record last of what is read: it has the hashes of all else

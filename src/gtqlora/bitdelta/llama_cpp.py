@@ -44,7 +44,6 @@ from gtqlora.families.llama_cpp.layout import Layout
 from gtqlora.floor.ancestry import Ancestry
 from gtqlora.judging.judge import NamedJudge
 from gtqlora.judging.pair import judges_of
-from gtqlora.machine import release_memory
 from gtqlora.results.export import CARD, ExportRecord, asked_with, public_name, write_export
 from gtqlora.results.verdict import HeldOut
 from gtqlora.run import fingerprint, sha256_file, versions
@@ -177,13 +176,11 @@ def _judged(case: _Case, form: LlamaCpp, staged: Path) -> Judged:
         "tuned": Original(model=base, whom=JUDGED, past=past, said=_said_as_judged(case)),
         "base": Original.of(base, "the base", form.said(rows, edited=False)),
     }
-    said_now = form.said(rows, edited=True)
-    release_memory()  # a second judge comes last, when no model is left
     return judged(
         case.config,
         staged,
         held,
-        said_now,
+        form.said(rows, edited=True),
         rows=rows,
         inputs=inputs,
         judge=case.judge,
