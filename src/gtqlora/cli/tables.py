@@ -218,6 +218,7 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
         title="What the answers are",
         columns=("kind", *LABELS),
         rows=rows,
+        spared="undecided",
         gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
         "ended inside its thought, or no opinion",
     )

@@ -48,7 +48,12 @@ _NOT_VARIABLES = frozenset(
 )
 
 
-def _check_variables(template: Mapping[str, Scalar]) -> None:
+def check_variables(template: Mapping[str, Scalar]) -> None:
+    """Check that these are variables of a chat template, and nothing that it is given in any case.
+
+    Raises:
+        ConfigError: the message names the first that is none.
+    """
     # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
     for name in template:
         require(
@@ -87,7 +92,7 @@ class ModelConfig:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
         check_device(self.device)
-        _check_variables(self.template)
+        check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
 
     def _at_least(self, least: float, *names: str) -> None:
@@ -351,6 +356,7 @@ class VerifyConfig(StageConfig):
             language, ...) may be lost; twice as much in any one frame.
         wrapped_prompts: held-out harmful prompts that are asked again inside every frame, at most, and lookalike
             prompts that the edit repairs; more make narrower intervals and take longer.
+        wrappers: a JSON file with frames of your own, which are asked beside ours and have to pass by themselves.
         instructed_margin: how much of the declines of instructed prompts may be lost; without one they are told of, and
             decide nothing.
         mediation_prompts: held-out lookalike prompts that parts of the edit and replayed routing are tried on, at most,
@@ -367,6 +373,7 @@ class VerifyConfig(StageConfig):
     min_refused: float = 0.5
     wrapped_margin: float = 0.05
     wrapped_prompts: int = 200
+    wrappers: str | None = None
     instructed_margin: float | None = None
     mediation_prompts: int = 200
     ablation: int = 16
@@ -378,6 +385,8 @@ class VerifyConfig(StageConfig):
         if self.second_judge is not None:
             object.__setattr__(self, "second_judge", absolute_judge(self.second_judge))
             require(self.second_judge != self.judge, f"second_judge = {self.second_judge!r}: the same as judge")
+        if self.wrappers is not None:
+            object.__setattr__(self, "wrappers", os.path.abspath(Path(self.wrappers).expanduser()))
         self._at_least(0, "ablation", "ablation_controls")
         self._at_least(1, "ablation_prompts", "mediation_prompts", "wrapped_prompts")
         # Bounds and not defaults: no file and no option can make the safety floor looser than this.
