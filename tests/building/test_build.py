@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import stat
 from collections import Counter
@@ -26,6 +27,7 @@ from gtqlora.contrasts.public import pool
 from gtqlora.errors import ConfigError, ContrastError, ModelError, RunError
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
+from gtqlora.progress import note
 from gtqlora.results.built import Built
 from gtqlora.stages.build import build, limited
 from gtqlora.storage.journal import Journal
@@ -201,26 +203,75 @@ def test_a_journal_holds_no_answer_to_a_harmful_prompt(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match="refuses 0 of 12 harmful prompts"):
         build(config(tmp_path / "pairs.parquet"), [source, str(PUBLIC / "or-bench-hard-1k.csv")], [description])
     noted = [json.loads(line) for line in (tmp_path / "pairs.parquet.building" / "done.jsonl").read_text().splitlines()]
-    replies = [tuple(reply) for line in noted for name, reply in line.items() if name != "key"]
+    replies = [tuple(reply) for line in noted for name, reply in line.items() if name != "basis"]
     assert Counter(replies) == {("answer", ""): 12}
 
 
-def test_a_journal_of_another_build_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "pairs.parquet"
+def stopped(out: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, **changes: Any) -> Path:
+    """The journal of a build that was stopped before one of its batches."""
     with monkeypatch.context() as patch:
-        Decodes(patch, stop_at=1)
+        Decodes(patch, stop_at=at)
         with pytest.raises(KeyboardInterrupt):
-            build(config(out), SOURCES)
-    for changed in (config(out, seed=1), config(out, judge="string:refuse")):
-        with pytest.raises(RunError, match="begun with another model, judge, source or setting"):
-            build(changed, SOURCES)
-    with pytest.raises(RunError, match="begun with another"):
-        build(config(out), SOURCES[:-1])
-    lock = hold(tmp_path / "pairs.parquet.building" / LOCK)
+            build(config(out, **changes), SOURCES)
+    return out.with_name(f"{out.name}.building")
+
+
+def test_what_answers_hang_on_is_named_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "pairs.parquet"
+    journal = stopped(out, monkeypatch, at=1)
+    for changed, said in (
+        ({"judge": "string:refuse"}, "begun with judge = string:refuse sorry and not string:refuse, on which"),
+        ({"max_new_tokens": 5}, "begun with max_new_tokens = 6 and not 5, on which its 16 answers hang"),
+    ):
+        with pytest.raises(RunError, match=f"{said}.* or add --restart to begin anew"):
+            build(config(out, **changed), SOURCES)
+    assert len((journal / "done.jsonl").read_bytes().splitlines()) == 2
+    lock = hold(journal / LOCK)
     assert lock is not None
     with pytest.raises(RunError, match="another process is at work here"):
-        build(config(out), SOURCES)
+        build(config(out), SOURCES, restart=True)
     lock.close()
+    whole = Decodes(monkeypatch)
+    assert build(config(out, max_new_tokens=5), SOURCES, restart=True).refused == 43
+    assert whole.count > 9
+
+
+@pytest.mark.parametrize(
+    "changes", [{"limit": 20}, {"seed": 1}, {"samples": 5}, {"temperature": 3.0}, {"twin_words": 1}, {"helpful": ""}]
+)
+def test_a_setting_that_no_answer_hangs_on_may_change(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is made does not show that another build began it."""
+    out, whole = tmp_path / "pairs.parquet", tmp_path / "whole.parquet"
+    stopped(out, monkeypatch, at=4)
+    note.cache_clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "gtqlora"):
+        resumed = Decodes(patch)
+        build(config(out, **changes), SOURCES)
+    with monkeypatch.context() as patch:
+        anew = Decodes(patch)
+        build(config(whole, **changes), SOURCES)
+    assert "going on: the answers to" in " ".join(caplog.messages)
+    assert resumed.count < anew.count
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_other_sources_go_on_with_the_answers_to_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "pairs.parquet"
+    stopped(out, monkeypatch, at=3)  # harmful prompts, each once
+    note.cache_clear()
+    with caplog.at_level(logging.WARNING, "gtqlora"):
+        assert build(config(out), [*SOURCES[:2], SOURCES[-1]]).harmful == 40
+    assert "the answers to 40 of 72" in " ".join(caplog.messages)
+
+
+def test_a_build_that_failed_before_an_answer_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "pairs.parquet"
+    assert stopped(out, monkeypatch, at=0).is_dir()
+    assert build(config(out, max_new_tokens=5), SOURCES).refused == 43
 
 
 def test_a_build_that_is_out_of_memory_goes_on_with_smaller_batches(
@@ -243,12 +294,12 @@ def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name in ("folder", "link"):
         with pytest.raises(RunError, match="something else has this name"):
-            Journal(tmp_path / name, "key")
+            Journal(tmp_path / name, {})
     assert list((tmp_path / "folder").iterdir()) == []
     (tmp_path / "folder" / LOCK).touch()
     (tmp_path / "folder" / "done.jsonl").symlink_to("/dev/zero")
     with pytest.raises(RunError, match="not a plain file"):
-        Journal(tmp_path / "folder", "key")
+        Journal(tmp_path / "folder", {})
 
 
 # --- what cannot be built

@@ -40,9 +40,10 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
     return said + _lookalikes(asking, kinds["lookalike"], config)
 
 
-def _plain(asking: Asking, round_: str, candidates: Sequence[Candidate]) -> list[Said]:
+def _plain(asking: Asking, shown: str, candidates: Sequence[Candidate]) -> list[Said]:
     questions = [Question(asked=one.prompt, judged=one.prompt, harmful=one.kind == "harmful") for one in candidates]
-    replies = asking.ask(round_, questions)
+    # By kind: a prompt that another set calls otherwise is asked again, as less may be kept of its answer.
+    replies = asking.ask(candidates[0].kind, questions, shown=shown) if candidates else []
     return [Said(candidate=one, label=r.label, text=r.text) for one, r in zip(candidates, replies, strict=True)]
 
 
@@ -107,9 +108,10 @@ def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
         EMPTY: "look at what the model says; its chat template may end the answer",
     }
     most = Counter(one.label for one in said).most_common(1)[0][0]
-    return remedies.get(
+    remedy = remedies.get(
         most, "take a judge that tells this model's refusals from its answers (--judge), or another model"
     )
+    return f"{remedy}; then begin anew (--restart)"
 
 
 def _lookalikes(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig) -> list[Said]:

@@ -44,7 +44,7 @@ def build(
 
     descriptions = [described(text) for text in options.described or ()]
     with stage_progress():
-        found = stage(build_config(model, out, options), sources, descriptions)
+        found = stage(build_config(model, out, options), sources, descriptions, restart=options.restart)
     if options.as_json:
         printing.show_json(found)
     else:

@@ -92,6 +92,15 @@ class BuildOptions:
             name="--set", help="Override one setting, e.g. --set samples=8.", negative=(), consume_multiple=False
         ),
     ] = None
+    restart: Annotated[
+        bool,
+        Parameter(
+            name="--restart",
+            negative="",
+            show_default=False,
+            help="Begin anew, without the answers of a build that was stopped.",
+        ),
+    ] = False
     as_json: Json = False
 
     def given(self) -> dict[str, object]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from gtqlora import contrasts
 from gtqlora.building.answers import said_to
-from gtqlora.building.asking import Asking
+from gtqlora.building.asking import Asking, name_of
 from gtqlora.building.assembling import OPENINGS, Said, broken, made, openings_of, with_splits
 from gtqlora.building.card import card
 from gtqlora.capture import Subject, open_subject
@@ -28,21 +28,34 @@ from gtqlora.errors import ContrastError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import ANSWER, REFUSAL
+from gtqlora.progress import note
 from gtqlora.results.built import Built, BuiltSource
-from gtqlora.run import fingerprint, sha256_json
 from gtqlora.scoring import Runner
 from gtqlora.stats import ADVISED_PROMPTS, fewest
 from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
 from gtqlora.storage.journal import Journal
 
-_ASIDE = ("model", "contrast", "judge", "device", "batch_size")
-"""Known otherwise, or of no matter for a prompt's answer but for rounding: with less memory a build still goes on."""
+_OF_NO_REPLY = (
+    *("model", "contrast", "judge", "device", "batch_size"),
+    *("limit", "helpful", "samples", "temperature", "twin_words", "seed"),
+)
+"""Settings that are known otherwise, that say which prompts are asked and not what is said to them, or that matter for
+an answer but for rounding: with less memory a build still goes on."""
 
 
-def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Built:
+def build(
+    config: BuildConfig,
+    sources: Sequence[str],
+    descriptions: Sequence[Description] = (),
+    *,
+    restart: bool = False,
+) -> Built:
     """Make a contrast set of public sets, with the model's own answers and refusals.
 
     Killed, it goes on where it was when it is called again, to the same result.
+
+    Args:
+        restart: begin anew, without the answers of a process that was killed or failed.
 
     Raises:
         ContrastError: a source is not known or holds no prompts, the model refuses too few of the harmful prompts or
@@ -62,7 +75,8 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
     chosen = limited(found.candidates, config)
     _check_kinds(chosen)  # before a model is hashed and loaded, which takes minutes
     model = identify(config.model)
-    with _journal(journal_folder, config, model, judge, found, descriptions) as journal:
+    with closing(Journal(journal_folder, _basis(config, model, judge), restart=restart)) as journal:
+        _note_kept(journal, chosen)
         subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         runner = Runner.of(subject, judge, config)
@@ -80,26 +94,18 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
     return built
 
 
-@contextmanager
-def _journal(
-    folder: Path,
-    config: BuildConfig,
-    model: ModelIdentity,
-    judge: NamedJudge,
-    found: Pool,
-    descriptions: Sequence[Description],
-) -> Iterator[Journal]:
-    """Hold the journal of exactly this work; an error leaves it, so that the next call goes on."""
-    settings = {key: value for key, value in to_dict(config).items() if key not in _ASIDE}
-    prompts = [(one.source, one.number, one.kind, one.prompt) for one in found.candidates]
-    told = [str(description) for description in descriptions]
-    prints = [fingerprint(source.name) for source in found.sources]
-    key = sha256_json([model.digest, judge.identity, settings, prints, told, prompts])
-    journal = Journal(folder, key)
-    try:
-        yield journal
-    finally:
-        journal.close()
+def _basis(config: BuildConfig, model: ModelIdentity, judge: NamedJudge) -> dict[str, str]:
+    """Return what any reply hangs on, by name: with another one of these, nothing that was said before is of use."""
+    settings = {key: str(value) for key, value in to_dict(config).items() if key not in _OF_NO_REPLY}
+    # With hashes, as what stands under a name may be another model now.
+    named = {"model": f"{model.model} ({model.digest[:8]})", "judge": f"{judge.identity}"}
+    return {**named, **settings}
+
+
+def _note_kept(journal: Journal, chosen: Sequence[Candidate]) -> None:
+    kept = sum(name_of(one.kind, one.prompt) in journal for one in chosen)
+    if len(journal):
+        note(f"going on: the answers to {kept:,} of {len(chosen):,} prompts are kept")
 
 
 def _check_kinds(candidates: Sequence[Candidate]) -> None:
