@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gtqlora.building import answers, asking
-from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, UNREAD, Asking, Question
+from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, Asking, Question
 from gtqlora.building.card import card
 from gtqlora.cli import main
 from gtqlora.config import BuildConfig
@@ -316,7 +316,7 @@ def test_a_harmful_set_that_the_model_does_not_refuse_stops_early(
     decodes = Decodes(monkeypatch)
     monkeypatch.setattr(answers, "PROBE", 16)
     said = refused(tmp_path, judge="string:glorbify")
-    assert "the model refuses 0 of 16 harmful prompts by judge 'string:glorbify' (16 answer)" in said
+    assert "the model refuses 0 of 16 harmful prompts by judge 'string:glorbify' (16 answers)" in said
     assert "at least 50%" in said and "(--judge)" in said
     assert decodes.count == 1
 
@@ -332,13 +332,13 @@ def test_a_model_that_refuses_too_little_beyond_the_first_look(tmp_path: Path, m
 
 def test_a_judge_to_which_everything_is_a_refusal(tmp_path: Path) -> None:
     said = refused(tmp_path, judge=f"{__name__}:always")
-    assert "of 26 benign prompts hardly any has an answer" in said and "(26 refusal)" in said
+    assert "of 26 benign prompts hardly any has an answer" in said and "(26 refusals)" in said
     assert "take a judge that tells this model's refusals from its answers" in said
 
 
 def test_answers_that_are_cut_off(tmp_path: Path) -> None:
     said = refused(tmp_path, judge="string:refuse", max_new_tokens=1)
-    assert f"(26 {CUT_OFF}); raise --max-new-tokens above 1" in said
+    assert "(26 answers cut off); raise --max-new-tokens above 1" in said
 
 
 def test_texts_that_are_neither() -> None:
@@ -382,11 +382,29 @@ def organism(folder: Path, template: str) -> str:
 
 def test_a_template_that_refuses_or_fails(tmp_path: Path) -> None:
     refuses = organism(tmp_path / "model", "{{ raise_exception('no') }}")
-    assert f"(43 {UNREAD})" in refused(tmp_path, model=refuses)
+    said = refused(tmp_path, model=refuses)
+    assert "(43 refused by the chat template (no), the first is row 1 of " in said and "mend the model's chat" in said
     shutil.rmtree(tmp_path / "model")
-    shutil.rmtree(tmp_path / "pairs.parquet.building")
+    marks = organism(tmp_path / "model", "<|im_start|>{{ messages[0]['content'] }}")
+    said = refused(tmp_path, model=marks)
+    assert "(43 prompts in marks that the tokenizer does not know: <|im_start|>)" in said and "take the chat te" in said
+    shutil.rmtree(tmp_path / "model")
+    shows = organism(tmp_path / "model", "{{ raise_exception('no ' + messages[0]['content']) }}")
+    assert "(43 refused by the chat template, the first is row 1 of " in refused(tmp_path, model=shows)
+    shutil.rmtree(tmp_path / "model")
     fails = organism(tmp_path / "model", "{{ 1 // 0 }}")
     assert "mend the model's chat template" in refused(tmp_path, model=fails)
+
+
+def test_prompts_that_the_template_refuses_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    template = (embedded.organism("routed") / "chat_template.jinja").read_text()
+    refusing = "{% if 'le' in messages[0]['content'] %}{{ raise_exception('no le, please') }}{% endif %}"
+    model = organism(tmp_path / "model", refusing + template)
+    note.cache_clear()
+    with caplog.at_level(logging.WARNING, "gtqlora"):
+        build(config(tmp_path / "pairs.parquet", model=model), SOURCES)
+    said = [text for text in caplog.messages if "refused by" in text]
+    assert len(said) == 1 and " prompts are refused by the chat template (no le, please), the first is row " in said[0]
 
 
 def test_too_few_kinds(tmp_path: Path) -> None:

@@ -10,8 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, LONG, UNREAD, Asking, Question, Reply, labelled
+from gtqlora.building.asking import (
+    CUT_OFF,
+    EMPTY,
+    IN_THOUGHT,
+    LONG,
+    MARKED,
+    REFUSED,
+    UNREAD,
+    Asking,
+    Question,
+    Reply,
+    labelled,
+)
 from gtqlora.building.assembling import Said
 from gtqlora.config import BuildConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
@@ -19,6 +32,8 @@ from gtqlora.contrasts.public import Candidate
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Messages
 from gtqlora.judging.labels import ANSWER, REFUSAL
+from gtqlora.progress import note
+from gtqlora.results.built import counted
 
 PROBE = 64
 """Prompts of a kind that are asked first, to see whether the others are worth asking."""
@@ -37,7 +52,9 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
     kinds = {kind: [one for one in candidates if one.kind == kind] for kind in KINDS}
     said = _probed(asking, kinds["harmful"], config, _check_refused)
     said += _probed(asking, kinds["benign"], config, _check_answered)
-    return said + _lookalikes(asking, kinds["lookalike"], config)
+    said += _lookalikes(asking, kinds["lookalike"], config)
+    _note_refused(said)
+    return said
 
 
 def _plain(asking: Asking, shown: str, candidates: Sequence[Candidate]) -> list[Said]:
@@ -67,8 +84,23 @@ def _probed(
     return said
 
 
+def _note_refused(said: Sequence[Said]) -> None:
+    """Say once what the chat template says of the prompts that it refuses."""
+    labels = Counter(one.label for one in said if one.label.startswith(REFUSED))
+    for label, count in labels.most_common():
+        note(f"{count:,} of {len(said):,} prompts are {', '.join([label, *_first_refused(said)])}")
+
+
 def _labels(said: Sequence[Said]) -> str:
-    return ", ".join(f"{n:,} {label}" for label, n in Counter(one.label for one in said).most_common())
+    found = Counter(one.label for one in said).most_common()
+    return ", ".join([counted(count, label) for label, count in found] + _first_refused(said))
+
+
+def _first_refused(said: Sequence[Said]) -> list[str]:
+    """Return where the first prompt stands, if any, that the chat template refuses."""
+    refused = [one.candidate for one in said if one.label.startswith(REFUSED)]
+    first = min(refused, key=lambda one: one.number, default=None)
+    return [f"the first is row {first.number:,} of {Path(first.source).name}"] if first else []
 
 
 def _check_refused(said: Sequence[Said], config: BuildConfig) -> None:
@@ -100,7 +132,10 @@ def _check_answered(said: Sequence[Said], config: BuildConfig) -> None:
 
 def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
     """Return what helps against the label that most replies have."""
+    # What a template says or writes stands behind these.
     remedies = {
+        REFUSED: "mend the model's chat template, or take prompts that it accepts",
+        MARKED: "take the chat template that belongs to the model's tokenizer",
         UNREAD: "mend the model's chat template, or take a set in a language that it knows",
         LONG: f"lower --max-new-tokens below {config.max_new_tokens}, or take shorter prompts",
         CUT_OFF: f"raise --max-new-tokens above {config.max_new_tokens}",
@@ -108,9 +143,8 @@ def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
         EMPTY: "look at what the model says; its chat template may end the answer",
     }
     most = Counter(one.label for one in said).most_common(1)[0][0]
-    remedy = remedies.get(
-        most, "take a judge that tells this model's refusals from its answers (--judge), or another model"
-    )
+    otherwise = "take a judge that tells this model's refusals from its answers (--judge), or another model"
+    remedy = next((remedy for label, remedy in remedies.items() if most.startswith(label)), otherwise)
     return f"{remedy}; then begin anew (--restart)"
 
 
@@ -144,7 +178,7 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
     if system:
         replies = again("lookalike, with the helpful system prompt", system, sampled=False)
         # Some templates know no system prompt; then prompts are drawn from as they are.
-        system = "" if replies and all(reply.label == UNREAD for reply in replies) else system
+        system = "" if replies and all(reply.label.startswith((REFUSED, UNREAD)) for reply in replies) else system
     for number in range(1, config.samples + 1):
         again(f"lookalike, draw {number}", system, sampled=True)
     # Last, as nothing that others wrote is as near to what the model would say.

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
-from gtqlora.contrasts.template import encode_prompt
-from gtqlora.errors import ContrastError, ModelError
+from gtqlora.contrasts.template import knows, rendered, tokens, unknown_marks
+from gtqlora.errors import ContrastError, ModelError, TemplateRefusal
 from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
@@ -32,6 +33,8 @@ CUT_OFF = "answer cut off"
 IN_THOUGHT = "answer cut off inside its thought"
 EMPTY = "answer empty"
 _OTHERWISE: dict[Label, str] = {PARTIAL: "refused in part", EVASION: "evaded", UNDECIDED: "judge undecided"}
+REFUSED = "refused by the chat template"
+MARKED = "prompt in marks that the tokenizer does not know:"
 UNREAD = "prompt that the model cannot read"
 LONG = "prompt too long"
 
@@ -108,11 +111,15 @@ class Asking:
     def _encoded(self, question: Question) -> list[int] | Reply:
         subject = self.runner.model
         try:
-            prompt = encode_prompt(subject.tokenizer, question.asked)
+            text = rendered(subject.tokenizer, question.asked, generation=True)
+            # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
+            if not knows(subject.tokenizer, text):
+                marks = unknown_marks(subject.tokenizer, question.asked)
+                return Reply(label=f"{MARKED} {', '.join(marks)}" if marks else UNREAD)
+            prompt = tokens(subject.tokenizer, text)
+        except TemplateRefusal as error:
+            return Reply(label=_refused(subject.tokenizer, error))
         except ContrastError:
-            return Reply(label=UNREAD)
-        # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
-        if subject.tokenizer.unk_token_id in prompt:
             return Reply(label=UNREAD)
         room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
         return prompt if prompt and room else Reply(label=LONG)
@@ -149,6 +156,12 @@ class Asking:
             )
 
         return draw
+
+
+def _refused(tokenizer: PreTrainedTokenizerBase, error: TemplateRefusal) -> str:
+    """Return why a template refuses, in its own words where they are its own: a prompt may stand in them."""
+    said = error.said
+    return f"{REFUSED} ({said})" if said and said in str(tokenizer.chat_template) else REFUSED
 
 
 def _kept(question: Question, label: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
@@ -94,9 +95,10 @@ def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
 
 def show_dropped(dropped: Sequence[Problem]) -> None:
     """Print which rows were left out of what was written, and why."""
+    from gtqlora.contrasts.sources import grouped
+
     console = open_console()
     if dropped:
         say(console, f"left out: {len({row for one in dropped for row in one.excess}):,} rows", "yellow")
-    for one in dropped:
-        rows = ", ".join(map(str, one.excess))
-        say(console, f"  row{'s' if len(one.excess) > 1 else ''} {rows}: {one.problem}")
+    for line in grouped([replace(one, rows=one.excess) for one in dropped]):
+        say(console, f"  {line}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
 from gtqlora.judging.labels import LABELS
+from gtqlora.results.built import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def built_sources(found: Built) -> Sheet:
             f"{one.rows:,}",
             f"{sum(one.asked.values()):,}",
             f"{sum(one.kept.values()):,}",
-            "; ".join(f"{n:,} {why}" for why, n in one.left_out.items()) or "none",
+            "; ".join(counted(n, why) for why, n in one.left_out.items()) or "none",
         )
         for one in found.sources
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,21 +50,49 @@ class Problem:
     excess: tuple[int, ...]
 
     def __str__(self) -> str:
-        more = f" and {len(self.rows) - _SHOWN} more" if len(self.rows) > _SHOWN else ""
-        return f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows[:_SHOWN]))}{more}: {self.problem}"
+        return f"{_named([', '.join(map(str, self.rows[:_SHOWN]))], len(self.rows))}: {self.problem}"
+
+
+def _named(rows: Sequence[str], count: int) -> str:
+    more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
+    return f"row{'s' if count > 1 else ''} {', '.join(rows)}{more}"
+
+
+# What differs between two problems that are one: names and numbers.
+_OWN = re.compile(r"'[^']*'|\d+")
+
+
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each problem, whichever rows have it, with how many and the first of them.
+
+    Rows that are one another's problem are joined: `3+7`.
+    """
+    alike: dict[str, list[Problem]] = defaultdict(list)
+    for one in problems:
+        alike[_OWN.sub("", one.problem)].append(one)
+    return [str(found[0]) if len(found) == 1 else _together(found) for found in alike.values()]
+
+
+def _together(found: Sequence[Problem]) -> str:
+    joined, shown = list[str](), 0
+    for one in found:
+        if shown < _SHOWN:
+            joined.append("+".join(map(str, one.rows[: _SHOWN - shown])))
+            shown += len(one.rows)
+    others = f" (and {len(found) - 1:,} like it)" if len({one.problem for one in found}) > 1 else ""
+    return f"{_named(joined, sum(len(one.rows) for one in found))}: {found[0].problem}{others}"
 
 
 class ContrastProblems(ContrastError):
-    """Rows have problems; the message shows the first ten, and `problems` has all."""
+    """Rows have problems; the message shows each once, up to ten, and `problems` has all."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        rest = len(problems) - _SHOWN
-        shown = [*map(str, problems[:_SHOWN]), *([f"and {rest} more"] if rest > 0 else [])]
-        message = f"{source}: {problems[0]}"
-        if len(problems) > 1:
-            message = "\n  ".join([f"{source}: {len(problems)} problems", *shown])
-        super().__init__(message)
+        lines = grouped(problems)
+        rest = len(lines) - _SHOWN
+        more = [f"and {rest:,} more; `gtqlora contrast check {source} --json` lists all"] if rest > 0 else []
+        head = f"{source}: {len(lines):,} problems"
+        super().__init__("\n  ".join([head, *lines[:_SHOWN], *more]) if len(lines) > 1 else f"{source}: {lines[0]}")
 
 
 @dataclass

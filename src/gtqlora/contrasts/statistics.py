@@ -27,8 +27,6 @@ from gtqlora.stats import ADVISED_GROUPS, ADVISED_PROMPTS, fewest, floor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SUFFICIENT = 10
-"""After so many rows that a template refuses, the rest is left unread: a broken one refuses every row alike."""
 _SAMPLE = 2000
 """Rows that show how refusals and answers begin."""
 
@@ -158,7 +156,7 @@ def check_rendering(
         ModelError: the template or the tokenizer is at fault.
     """
     problems = Problems(contrast.source)
-    found = rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
+    found = rendered_rows(contrast.rows, tokenizer, max_length, problems)
     problems.stop()
     check_vocabulary(found, tokenizer, vocabulary)
     template = prompting_of(tokenizer)
@@ -194,7 +192,7 @@ def without_misrendered(
         ModelError: as `check_rendering`.
     """
     problems = Problems(contrast.source)
-    rendered_rows(contrast.rows, tokenizer, max_length, problems, most=len(contrast.rows))
+    rendered_rows(contrast.rows, tokenizer, max_length, problems)
     dropped += problems.found
     excess = problems.excess
     rows = tuple(row for row in contrast.rows if row.number not in excess)

@@ -19,7 +19,7 @@ from typing import IO, NotRequired, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora.config.values import Scalar
-from gtqlora.errors import ConfigError, ContrastError, ModelError
+from gtqlora.errors import ConfigError, ModelError, TemplateRefusal
 from gtqlora.families.files import first_line
 from gtqlora.progress import note
 
@@ -223,7 +223,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     """Return what the tokenizer's chat template makes of the messages.
 
     Raises:
-        ContrastError: it refuses these messages, e.g. a system role it does not know.
+        TemplateRefusal: it refuses these messages, e.g. a system role it does not know.
         ModelError: it fails, takes too long, or renders nothing or too much.
     """
     request = _request(tokenizer, messages, generation=generation)
@@ -265,7 +265,7 @@ def _reply(tokenizer: PreTrainedTokenizerBase, request: Request) -> Reply:
         raise _fault(tokenizer, str(error)) from error
     _account(tokenizer, request["template"], reply["seconds"])
     if "refused" in reply:
-        raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
+        raise TemplateRefusal(first_line(reply["refused"]))
     if "failed" in reply:
         raise _fault(tokenizer, f"fails ({first_line(reply['failed'])})")
     return reply

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+
+def counted(count: int, why: str) -> str:
+    """Return how many prompts have a label, or are left out for a reason: "24 answers", "1 answer cut off"."""
+    return f"{count:,} {why}" if count == 1 else _COUNTED.sub(r"\1s", f"{count:,} {why}")
+
+
+_COUNTED = re.compile(r"^([\d,]+ (?:refusal|answer|prompt))\b")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,13 @@ from gtqlora.contrasts.public import Candidate, Pool, Source, pool
 from gtqlora.contrasts.rows import digest
 from gtqlora.contrasts.sources import Problem
 from gtqlora.contrasts.statistics import reach, without_misrendered
-from gtqlora.contrasts.template import tokens
+from gtqlora.contrasts.template import knows
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.progress import note
-from gtqlora.results.built import Built, BuiltSource
+from gtqlora.results.built import Built, BuiltSource, counted
 from gtqlora.scoring import Runner
 from gtqlora.stats import ADVISED_PROMPTS, fewest
 from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
@@ -145,7 +145,7 @@ def _openings(subject: Subject, said: Sequence[Said]) -> list[str]:
 def _reads(subject: Subject, text: str) -> bool:
     """Tell whether the tokenizer has tokens for all of a text."""
     try:
-        return subject.tokenizer.unk_token_id not in tokens(subject.tokenizer, text)
+        return knows(subject.tokenizer, text)
     except ContrastError:
         return False
 
@@ -190,7 +190,7 @@ def _check_left(source: str, rows: Sequence[Row], dropped: Mapping[str, Counter[
         check_kinds(rows, source)
     except ContrastError as error:
         reasons = sum(dropped.values(), Counter[str]()).most_common(3)
-        why = "; ".join(f"{n:,} {reason}" for reason, n in reasons)
+        why = "; ".join(counted(n, reason) for reason, n in reasons)
         raise ContrastError(f"{str(error).partition(';')[0]} of which rows could be made; left out: {why}") from error
 
 
