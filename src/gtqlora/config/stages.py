@@ -14,7 +14,7 @@ from typing import Literal, get_type_hints
 
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import Scalar, coerce, require
+from gtqlora.config.values import Scalar, coerce, is_variable, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -40,14 +40,6 @@ def _absolute(source: str) -> str:
     return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
 
 
-# What `apply_chat_template` gives a template by itself, or takes for itself.
-_NOT_VARIABLES = frozenset(
-    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
-    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-    | {"padding", "truncation", "max_length"}
-)
-
-
 def _check_variables(template: Mapping[str, Scalar]) -> None:
     # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
     for name in template:
@@ -55,7 +47,7 @@ def _check_variables(template: Mapping[str, Scalar]) -> None:
             name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
         )
         require(
-            name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens")),
+            is_variable(name),
             f"template.{name}: the prompt and the special tokens are not settings; leave it out",
         )
 
