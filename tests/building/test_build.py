@@ -461,7 +461,10 @@ def test_the_command_shows_no_prompt(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr()
     for one in pool(SOURCES).candidates:
         assert one.text not in shown.out + shown.err
-    assert f"next: gtqlora contrast check {out}" in shown.out and "--judge 'string:refuse sorry'" in shown.out
+    assert f"next: gtqlora contrast check {out}" in shown.out
+    assert "--judge 'string:refuse sorry' --config organism\n" in shown.out
+    assert "--limit 20: 35 more prompts were not asked" in " ".join(shown.out.split())
+    assert "--limit 20: 35 more prompts were not asked." in out.with_suffix(".md").read_text()
     assert Counter(row.kind for row in load(out, JUDGE).rows)["harmful"] == 20
     assert "harmful-behaviors.csv 7 beyond --limit" in " ".join(
         out.with_suffix(".md").read_text().replace("|", " ").split()

@@ -55,7 +55,8 @@ def statistics() -> Statistics:
         template=Prompting(
             reads=("enable_thinking",), opens="<think>", closes="", before_answers="", switch="template.thinking=false"
         ),
-        agreement=[Agreement(kind="lookalike", column="rejected", meant="refusal", rows=2345678, agreeing=1234568)],
+        agreement=[Agreement(kind="lookalike", column="rejected", meant="refusal", rows=2345678, agreeing=1234568,
+                             labels={"refusal": 1234568, "partial": 1111110})],
     )  # fmt: skip
 
 

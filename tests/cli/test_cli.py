@@ -310,6 +310,7 @@ def test_rows_with_problems_are_left_out_on_demand(say: Say, tmp_path: Path) -> 
     code, text, _ = check(say, file, "--drop", "--out", out, "--model", "organism:routed")
     assert code == 0 and "left out: 3 rows" in text and "row 7: prompt is empty" in text and "row 8: the same" in text
     assert "row 9: the prompt alone longer than 64 tokens" in text
+    assert f"wrote {out}: 6 rows (2 benign, 2 lookalike, 2 harmful)\n" in text
     assert read_json(check(say, out, "--json"), "rows")["rows"] == 6
     again = check(say, file, "--drop", "--out", tmp_path / "b.parquet", "--model", "organism:routed", "--json")
     assert [one["excess"] for one in read_json(again, "rows")["dropped"]] == [[7], [8], [9]]

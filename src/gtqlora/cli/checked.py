@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
-from gtqlora.cli.console import open_console, say
+from gtqlora.cli.console import open_console, say, say_whole
 from gtqlora.cli.layout import draw
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from gtqlora.contrasts.prompting import Prompting
@@ -91,6 +93,12 @@ def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
         f"diagnose reads the {DiagnoseConfig.split} split, where {have} pairs can be interchanged; a verdict needs "
         f"{MIN_PAIRS} of a kind. All splits have {more} (--set split=all); a twin needs as many tokens as its prompt"
     )
+
+
+def show_written(out: Path, found: Statistics) -> None:
+    """Print what was written, with its rows by kind."""
+    kinds = ", ".join(f"{found.kinds[kind]:,} {kind}" for kind in tables.KINDS if kind in found.kinds)
+    say_whole(open_console(), f"wrote {out}: {found.rows:,} rows ({kinds})")
 
 
 def show_dropped(dropped: Sequence[Problem]) -> None:

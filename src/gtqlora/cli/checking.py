@@ -86,6 +86,8 @@ def check(
     else:
         checked.show_contrast(found, settled.contrast)
         checked.show_dropped(dropped)
+        if out:
+            checked.show_written(out, found)
 
 
 def _settled(

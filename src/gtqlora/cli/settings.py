@@ -285,8 +285,13 @@ def same_prompts(options: StageOptions) -> list[str]:
         "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
     }
     words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
-    variables = (override for override in options.settings or () if override.strip().startswith("template."))
-    return [*words, *(word for override in variables for word in ("--set", override))]
+    return [*words, *same_template(options.settings)]
+
+
+def same_template(overrides: Sequence[str] | None) -> list[str]:
+    """Return the words with which another verb renders prompts as one with these overrides."""
+    variables = (override for override in overrides or () if override.strip().startswith("template."))
+    return [word for override in variables for word in ("--set", override)]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

@@ -94,8 +94,16 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
 
 def agreement(found: Sequence[Agreement]) -> Sheet:
     """Return how often the judge takes the pairs' completions for what they are meant to be."""
-    rows = [(f"{one.kind} {one.column}", one.meant, f"{one.agreeing:,} of {one.rows:,}") for one in found]
-    return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
+    rows = [
+        (
+            f"{one.kind} {one.column}",
+            one.meant,
+            f"{one.agreeing:,} of {one.rows:,}",
+            ", ".join(f"{n:,} {label}" for label, n in one.labels.items()),
+        )
+        for one in found
+    ]
+    return Sheet(title="The judge", columns=("completions", "meant as", "judged so", "labels"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:

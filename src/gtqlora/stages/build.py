@@ -29,7 +29,7 @@ from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.progress import note
-from gtqlora.results.built import Built, BuiltSource, counted
+from gtqlora.results.built import BEYOND_LIMIT, Built, BuiltSource, counted
 from gtqlora.scoring import Runner
 from gtqlora.stats import ADVISED_PROMPTS, fewest
 from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
@@ -158,7 +158,7 @@ def _count_unasked(found: Pool, chosen: Sequence[Candidate], dropped: dict[str, 
     asked = Counter(one.source for one in chosen)
     for source, count in Counter(one.source for one in found.candidates).items():
         if beyond := count - asked[source]:
-            dropped[source]["beyond --limit"] += beyond
+            dropped[source][BEYOND_LIMIT] += beyond
 
 
 def _checked(
@@ -222,6 +222,7 @@ def _summary(
         harmful=len(harmful),
         own_answers=sum(own[key].candidate.answer != row.chosen for key, row in lookalike.items()),
         with_twin=sum(contrast.twin_of(row) is not None for row in lookalike.values()),
+        limit=config.limit,
         floor=reach(contrast.rows).note,
     )
 
