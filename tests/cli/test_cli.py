@@ -99,6 +99,30 @@ for verb in {[[], *verbs]}:
     assert done.stdout.count("Usage: gtqlora") == len(VERBS) + 1
 
 
+def test_mistakes_about_pairs_are_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "pairs.parquet").touch()
+    advbench = str(Path(__file__).parents[1] / "data" / "public" / "advbench.csv")
+    model, there = ["--model", "organism:routed"], str(tmp_path / "pairs.parquet")
+    wrong = [
+        ["check", "nowhere.jsonl", *model],
+        ["check", "organism", *model, "--out", there],
+        ["check", advbench, *model],
+        ["build", "nowhere.csv", *model, "--out", str(tmp_path / "new.parquet")],
+        ["build", advbench, *model, "--out", there],
+        ["build", advbench, *model, "--out", str(tmp_path / "new.parquet"), "--as", "wug:prompt=goal"],
+    ]
+    code = f"""
+import sys
+from gtqlora.cli import main
+for words in {wrong}:
+    assert main(["contrast", *words]) == 2, words
+    assert not {{"torch", "transformers", "datasets", "scipy"}} & sys.modules.keys(), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(wrong)
+
+
 def test_inspect_an_organism(say: Say) -> None:
     code, out, _ = say("inspect", "organism:routed")
     assert code == 0

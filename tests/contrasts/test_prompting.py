@@ -194,7 +194,7 @@ def test_what_a_template_does_is_said(
         ),
         # also where the tokenizer has no such token
         (
-            "{{ cls_token }}{{ image_token }}{{ conversation }}{{ continue_final_message }}{{ documents }}{{ messages }}",
+            "{{ cls_token }}{{ image_token }}{{ conversation }}{{ continue_final_message }}{{ messages }}",
             [],
         ),
         ("{% macro f(x) %}{{ x }}{{ style }}{% endmacro %}{{ f(messages) }}", ["style"]),

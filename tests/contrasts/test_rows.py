@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -661,6 +662,17 @@ def test_to_preference(tmp_path: Path) -> None:
 def test_missing_sources(source: str, pattern: str) -> None:
     with pytest.raises(ContrastError, match=f"^{source}: {pattern}"):
         load(source, ENGLISH)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there, and the library would try again for half a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ContrastError, match=r"org/data: .*the hub cannot be reached .*HF_HUB_OFFLINE=1"):
+            load("org/data:train", ENGLISH)
+        assert time.monotonic() - began < 10
 
 
 def test_unreadable_sources(tmp_path: Path) -> None:

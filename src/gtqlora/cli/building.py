@@ -39,12 +39,20 @@ def build(
     if out is None:
         raise ConfigError("--out is missing: the Parquet file that is made, such as pairs.parquet")
     with starting():
+        # Before anything that takes seconds to import: what can be told without a model.
         from gtqlora.contrasts.layouts import described
+        from gtqlora.contrasts.loading import check_new
+        from gtqlora.contrasts.sources import check_named
+
+        descriptions = [described(text) for text in options.described or ()]
+        config = build_config(model, out, options)
+        check_new(out)
+        for source in sources:
+            check_named(source)
         from gtqlora.stages.build import build as stage
 
-    descriptions = [described(text) for text in options.described or ()]
     with stage_progress():
-        found = stage(build_config(model, out, options), sources, descriptions, restart=options.restart)
+        found = stage(config, sources, descriptions, restart=options.restart)
     if options.as_json:
         printing.show_json(found)
     else:

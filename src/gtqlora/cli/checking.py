@@ -57,9 +57,10 @@ def check(
 ) -> None:
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
     with starting():
-        from gtqlora import contrasts
+        # What needs neither torch nor transformers: mistakes are told before those are imported, which takes seconds.
         from gtqlora.config.stages import check_instructed_margin
-        from gtqlora.contrasts.sources import ContrastProblems
+        from gtqlora.contrasts.loading import check_new, save
+        from gtqlora.contrasts.sources import ContrastProblems, check_named
 
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
     check_instructed_margin(instructed_margin)
@@ -69,18 +70,19 @@ def check(
         model is not None or settled.max_length is None,
         f"max_length = {settled.max_length}: is counted in tokens; give --model, too",
     )
-    # A tokenizer takes seconds to load, so it is last of what may be refused.
-    reader = _reader(settled) if model else _Reader()
+    check_named(settled.contrast)
+    if out:
+        check_new(out)
     dropped: list[Problem] = []
     try:
-        rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
+        rows, found = _checked(settled, dropped if drop else None, instructed_margin, read=model is not None)
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
         raise
     # last of all checks come lengths, so nothing is written of a set that fails one
     if out:
-        contrasts.save(rows, out)
+        save(rows, out)
     if as_json:
         printing.show_json({**asdict(found), "dropped": dropped})
     else:
@@ -111,15 +113,22 @@ def _settled(
 
 
 def _checked(
-    settled: TrainConfig, reader: _Reader, dropped: list[Problem] | None, instructed_margin: float | None
+    settled: TrainConfig, dropped: list[Problem] | None, instructed_margin: float | None, *, read: bool
 ) -> tuple[Contrast, Statistics]:
-    """Return the rows and what they hold; rows with problems are left out and listed, if there is a list."""
+    """Return the rows and what they hold; rows with problems are left out and listed, if there is a list.
+
+    Args:
+        read: whether the model's tokenizer reads them.
+    """
     from gtqlora.contrasts import load
-    from gtqlora.contrasts.statistics import statistics, without_misrendered
     from gtqlora.judging.judge import judge_of
 
     judge = judge_of(settled.judge)
     rows = load(settled.contrast, judge, dropped=dropped)
+    # A tokenizer takes seconds to load, so that the rows come first.
+    reader = _reader(settled) if read else _Reader()
+    from gtqlora.contrasts.statistics import statistics, without_misrendered
+
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
     return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin)

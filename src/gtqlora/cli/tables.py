@@ -99,7 +99,7 @@ def agreement(found: Sequence[Agreement]) -> Sheet:
             f"{one.kind} {one.column}",
             one.meant,
             f"{one.agreeing:,} of {one.rows:,}",
-            ", ".join(f"{n:,} {label}" for label, n in one.labels.items()),
+            ", ".join(counted(n, label) for label, n in one.labels.items()),
         )
         for one in found
     ]

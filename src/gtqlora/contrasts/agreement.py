@@ -9,7 +9,7 @@ from typing import Literal
 
 from gtqlora.contrasts.rows import Row
 from gtqlora.judging.judge import Judge, labels
-from gtqlora.judging.labels import ANSWER, REFUSAL, Label
+from gtqlora.judging.labels import REFUSAL, Label
 
 ENOUGH = 0.9
 """Share of the completions on which the judge and the pairs should agree."""
@@ -17,13 +17,13 @@ Meant = Literal["answer", "refusal", "no refusal", "anything"]
 # What is rejected of a benign row may be a refusal or any other bad answer; of a harmful one it is too short to be more
 # than no refusal, which the one-way rule sees to.
 _MEANT: dict[tuple[str, str], Meant] = {
-    ("benign", "chosen"): ANSWER,
+    ("benign", "chosen"): "answer",
     ("benign", "rejected"): "anything",
-    ("lookalike", "chosen"): ANSWER,
-    ("lookalike", "rejected"): REFUSAL,
-    ("harmful", "chosen"): REFUSAL,
+    ("lookalike", "chosen"): "answer",
+    ("lookalike", "rejected"): "refusal",
+    ("harmful", "chosen"): "refusal",
     ("harmful", "rejected"): "no refusal",
-    ("instructed", "chosen"): REFUSAL,
+    ("instructed", "chosen"): "refusal",
     ("instructed", "rejected"): "no refusal",
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, decoded, file_records
+from gtqlora.contrasts.hub import load_dataset
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message, Messages
 from gtqlora.storage.contents import first_line
@@ -128,35 +129,51 @@ def records(source: str) -> Records:
     Raises:
         ContrastError: there is no such source, or it cannot be read.
     """
+    place = _place(source)
+    if isinstance(place, Path):
+        found = file_records(source, place)
+        if found is None:
+            raise ContrastError(f"{source}: a {place.suffix or 'nameless'} file is not known; {_SOURCES}")
+        return found
+    return _dataset_records(source, *place)
+
+
+def check_named(source: str) -> None:
+    """Check, before anything is read, that a source is there, or may be on the hub.
+
+    Raises:
+        ContrastError: it is neither.
+    """
+    _place(source)
+
+
+def _place(source: str) -> Path | tuple[str, str | None, str | None]:
+    """Return a source's file, or its folder or hub id with the names of a configuration and a split."""
     path = Path(source).expanduser()
     # Whatever exists on disk comes before the hub: a local folder `org/name` is what its owner means.
     if path.is_file():
-        found = file_records(source, path)
-        if found is None:
-            raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
-        return found
+        return path
     if path.is_dir():
-        return _dataset_records(source, str(path), None, None)
+        return str(path), None, None
     named = _NAMED.fullmatch(source)
     # `org/data.jsonl` is a file that is missing, and must not be asked of the hub.
     if named is None or path.suffix in ENDINGS:
         raise ContrastError(f"{source}: no such file; {_SOURCES}")
     name, split = named["name"], named["both"] or named["split"]
     if Path(name).expanduser().is_dir():
-        return _dataset_records(source, str(Path(name).expanduser()), named["config"], split)
+        return str(Path(name).expanduser()), named["config"], split
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
         raise ContrastError(f"{source}: no such file; {_SOURCES}")
-    return _dataset_records(source, name, named["config"], split)
+    return name, named["config"], split
 
 
 def _dataset_records(source: str, name: str, config: str | None, split: str | None) -> Records:
-    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         if _is_saved(Path(name)):
             return _saved_records(source, Path(name), split)
-        data: Any = load_dataset(name, config, split=split)
+        data = load_dataset(name, config, split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # its own words, and not a name that holds the word, such as org/aggregated
         if re.search(r"(?<![\w/-])gated(?![\w/-])", str(error)):

@@ -18,7 +18,7 @@ from gtqlora.capture import Subject, open_subject
 from gtqlora.config import BuildConfig, VerifyConfig, to_dict
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.contrasts.layouts import Description
-from gtqlora.contrasts.loading import check_kinds, without_problems
+from gtqlora.contrasts.loading import check_kinds, check_new, without_problems
 from gtqlora.contrasts.public import Candidate, Pool, Source, pool
 from gtqlora.contrasts.rows import digest
 from gtqlora.contrasts.sources import Problem
@@ -32,7 +32,7 @@ from gtqlora.progress import note
 from gtqlora.results.built import BEYOND_LIMIT, Built, BuiltSource, counted
 from gtqlora.scoring import Runner
 from gtqlora.stats import ADVISED_PROMPTS, fewest
-from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
+from gtqlora.storage.atomic import atomic_write, refuse_existing
 from gtqlora.storage.journal import Journal
 
 _OF_NO_REPLY = (
@@ -63,10 +63,7 @@ def build(
         RunError: the output is there already, or another process is making it.
         ConfigError, ModelError: as `judge_of` and `open_subject`.
     """
-    out = checked_path(config.contrast)
-    if out.suffix != ".parquet":
-        raise ContrastError(f"{out}: a contrast set is saved as Parquet; let the name end in .parquet")
-    refuse_existing(out)
+    out = check_new(Path(config.contrast))
     journal_folder, card_file = out.with_name(f"{out.name}.building"), out.with_suffix(".md")
     if not journal_folder.exists():  # else it is ours, of a process that was killed at the very end
         refuse_existing(card_file)
