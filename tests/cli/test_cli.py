@@ -18,6 +18,7 @@ import torch
 from gtqlora.cli import main
 from gtqlora.progress import note
 from gtqlora.run import Run
+from gtqlora.stats import fewest_changed
 from tests import helpers, models
 
 KIMI = Path(__file__).parents[1] / "data" / "kimi_k25_config.json"
@@ -182,6 +183,11 @@ def test_contrast_check_says_what_the_floor_misses(say: Say, tmp_path: Path) -> 
     assert code == 0
     assert "note: 0 held-out harmful prompts; the floor needs at least 150" in " ".join(out.split())
     found = read_json(check(say, file, "--json"), "floor", "duplicates", "leaks")
+    assert "note: 0 held-out lookalike prompts, and that a repair of 20% of them" in " ".join(out.split())
+    assert found["repair"]["prompts"] == 0 and found["repair"]["fewest"] == fewest_changed(0.2)
+    few = read_json(check(say, file, "--json", "--repair", "0.5"), "repair")["repair"]
+    assert few["share"] == 0.5 and 0 < few["fewest"] < found["repair"]["fewest"]
+    error_of(check(say, file, "--repair", "0"), 2, "repair = 0.0: a share of the lookalike prompts")
     assert found["floor"]["prompts"] == 0 and found["floor"]["fewest"] == 150 and not found["floor"]["reachable"]
 
 

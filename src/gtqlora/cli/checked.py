@@ -42,9 +42,8 @@ def show_contrast(found: Statistics, source: str) -> None:
         draw(console, tables.agreement(found.agreement))
     say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
     say(console, "the one-way rule holds in every row", "green")
-    for lacking in filter(
-        None, (found.floor.note, found.instructed and found.instructed.note, _too_few(found.twins or {}), *_weak(found))
-    ):
+    floors = (found.floor.note, found.instructed and found.instructed.note, found.repair.note)
+    for lacking in filter(None, (*floors, _too_few(found.twins or {}), *_weak(found))):
         say(console, f"note: {lacking}", accent=("note:", "yellow"))
 
 

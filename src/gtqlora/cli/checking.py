@@ -20,6 +20,7 @@ from gtqlora.cli.settings import (
     embedded_recipe,
     say_what_judges,
 )
+from gtqlora.config.stages import REPAIR, check_instructed_margin, check_repair
 from gtqlora.config.values import require
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def check(
     instructed_margin: Annotated[
         float | None, Parameter(help="Also tell whether instructed rows can carry a floor with this margin.")
     ] = None,
+    repair: Annotated[
+        float, Parameter(help="Also tell whether a repair of this share of the lookalike prompts would be seen.")
+    ] = REPAIR,
     out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
     drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
     as_json: Json = False,
@@ -58,12 +62,12 @@ def check(
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
     with starting():
         # What needs neither torch nor transformers: mistakes are told before those are imported, which takes seconds.
-        from gtqlora.config.stages import check_instructed_margin
         from gtqlora.contrasts.loading import check_new, save
         from gtqlora.contrasts.sources import ContrastProblems, check_named
 
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
     check_instructed_margin(instructed_margin)
+    check_repair(repair)
     settled = _settled(file, model, judge, config, settings or ())
     say_what_judges(settled.judge)
     require(
@@ -75,7 +79,7 @@ def check(
         check_new(out)
     dropped: list[Problem] = []
     try:
-        rows, found = _checked(settled, dropped if drop else None, instructed_margin, read=model is not None)
+        rows, found = _checked(settled, dropped if drop else None, instructed_margin, repair, read=model is not None)
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
@@ -113,7 +117,7 @@ def _settled(
 
 
 def _checked(
-    settled: TrainConfig, dropped: list[Problem] | None, instructed_margin: float | None, *, read: bool
+    settled: TrainConfig, dropped: list[Problem] | None, instructed_margin: float | None, repair: float, *, read: bool
 ) -> tuple[Contrast, Statistics]:
     """Return the rows and what they hold; rows with problems are left out and listed, if there is a list.
 
@@ -131,7 +135,7 @@ def _checked(
 
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
-    return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin)
+    return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin, repair)
 
 
 @dataclass(frozen=True)

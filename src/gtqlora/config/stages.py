@@ -305,6 +305,19 @@ class TrainConfig(StageConfig):
         trackers(self.report_to)
 
 
+REPAIR = 0.2
+"""A repair worth an edit: this share of the lookalike prompts is answered that was refused."""
+
+
+def check_repair(share: float) -> None:
+    """Check the size of a repair that is to be seen.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    require(0.01 <= share <= 1, f"repair = {share}: a share of the lookalike prompts, from 0.01 to 1")
+
+
 def check_instructed_margin(margin: float | None) -> None:
     """Check how much of the declines of instructed prompts may be lost; None is no floor on them.
 

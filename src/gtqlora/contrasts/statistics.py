@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gtqlora.config import VerifyConfig
+from gtqlora.config.stages import REPAIR
 from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
 from gtqlora.contrasts.near import beside, stand_alone
 from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.rendered import Rendered, check_vocabulary, rendered_rows
+from gtqlora.contrasts.repairs import Repair, repair_of
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problem, Problems
 from gtqlora.errors import ConfigError
@@ -85,6 +87,7 @@ class Statistics:
         duplicates, leaks: groups of rows that are the same, or that share a pair or a prompt across splits; 0 in a
             set that was loaded.
         floor: whether the held-out harmful prompts can carry the safety floor.
+        repair: whether a repair would show on the held-out lookalike prompts.
         instructed: whether the held-out instructed prompts can carry a floor; None where none was asked for.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
@@ -106,6 +109,7 @@ class Statistics:
     duplicates: int
     leaks: int
     floor: Reach
+    repair: Repair
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
     max_length: int | None = None
@@ -243,12 +247,14 @@ def statistics(
     vocabulary: int | None = None,
     judge: Judge | None = None,
     instructed_margin: float | None = None,
+    repair: float = REPAIR,
 ) -> Statistics:
     """Count a set's rows and, with a tokenizer, its tokens after the chat template.
 
     Args:
         judge: is asked about `chosen` and `rejected` of every row.
         instructed_margin: of the floor on instructed prompts, where there is to be one.
+        repair: share of the lookalike prompts whose repair is to be seen.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.
@@ -274,6 +280,7 @@ def statistics(
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),
+        repair=repair_of(rows, repair),
         max_length=max_length,
         agreement=None if judge is None else agreements(rows, judge),
         instructed=None if instructed_margin is None else reach(rows, "instructed", margin=instructed_margin),
