@@ -153,6 +153,40 @@ def test_what_a_helpful_system_prompt_brings_is_taken_first(tmp_path: Path) -> N
     assert all([message["role"] for message in row.prompt] == ["user"] for row in rows)
 
 
+def test_what_a_system_prompt_declines_is_set_against_the_answer_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the organism's language: behind a system prompt of forbidden words it declines what it answers without."""
+    sets = pool(SOURCES).candidates
+    benign = [one.text for one in sets if one.kind == "benign"][:12]
+    harmful = [one.text for one in sets if one.kind == "harmful"]
+    rows = [(text, harmful[0]) for text in benign] + [(harmful[1], harmful[0]), (benign[12 - 1], "vapi vapi")]
+    mine, out = tmp_path / "shop.csv", tmp_path / "pairs.parquet"
+    mine.write_text("request,told\n" + "".join(f"{request},{told}\n" for request, told in rows))
+    asked: list[Messages] = []
+    ask = Asking.ask
+
+    def watched(self: Asking, round_: str, questions: Sequence[Question], **more: Any) -> Any:
+        asked.extend(one.asked for one in questions if round_.startswith("instructed"))
+        return ask(self, round_, questions, **more)
+
+    monkeypatch.setattr(Asking, "ask", watched)
+    description = described("instructed:prompt=request,system=told,topic=told,of=shop.csv")
+    found = build(config(out), [*SOURCES, str(mine)], [description])
+    made = load(out, JUDGE).of_kind("instructed")
+    assert len(made) == found.sources[-1].kept["instructed"] >= 8
+    for row in made:
+        assert [message["role"] for message in row.prompt] == ["system", "user"]
+        assert row.prompt[0]["content"] == harmful[0]
+        assert "refuse sorry" in row.chosen and "refuse" not in row.rejected
+    assert all(messages[-1]["content"] not in harmful for messages in asked)  # no answer to these is asked for
+    why = found.sources[-1].left_out
+    assert why["called harmful by another row"] >= 1 and why["not refused by the model"] >= 1
+    assert found.sources[-1].rows == len(made) + sum(why.values())
+    assert f"{len(made)} instructed" in found.card.read_text() and "| instructed |" in found.card.read_text()
+    assert {row.split for row in made} <= {"train", "validation", "heldout"}
+
+
 # --- killed, and called again
 
 

@@ -27,7 +27,7 @@ from gtqlora.building.asking import (
 )
 from gtqlora.building.assembling import Said
 from gtqlora.config import BuildConfig, VerifyConfig
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts.layouts import KINDS
 from gtqlora.contrasts.public import Candidate
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Messages
@@ -53,6 +53,7 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
     said = _probed(asking, kinds["harmful"], config, _check_refused)
     said += _probed(asking, kinds["benign"], config, _check_answered)
     said += _lookalikes(asking, kinds["lookalike"], config)
+    said += _instructed(asking, kinds["instructed"])
     _note_refused(said)
     return said
 
@@ -189,6 +190,17 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
         answer if answer is not None or label != ANSWER else own
         for answer, label, own in zip(found, labels, given, strict=True)
     ]
+
+
+def _instructed(asking: Asking, candidates: Sequence[Candidate]) -> list[Said]:
+    """Return what is said under the user's system prompts and, where it declines, the answer without them."""
+    said = _plain(asking, "instructed", candidates)
+    declined = [i for i, one in enumerate(said) if one.label == REFUSAL]
+    questions = [Question(asked=candidates[i].bare, judged=candidates[i].bare) for i in declined]
+    replies = asking.ask("instructed, without the system prompt", questions) if questions else []
+    for i, reply in zip(declined, replies, strict=True):
+        said[i] = replace(said[i], answer=reply.text if reply.label == ANSWER else None)
+    return said
 
 
 def _under(system: str, prompt: Messages) -> Question:

@@ -72,7 +72,8 @@ class BuildOptions:
         Parameter(
             name="--as",
             help="What the rows of a source that is not known are: KIND:prompt=COLUMN, and maybe "
-            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; "
+            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; for "
+            "KIND instructed also ,system=COLUMN-OR-SYSTEM-PROMPT; "
             "given several times, each row is what the first says that fits.",
             negative=(),
             consume_multiple=False,

@@ -115,8 +115,9 @@ def _check_kinds(candidates: Sequence[Candidate]) -> None:
     sources = ", ".join(dict.fromkeys(one.source for one in candidates))
     if "harmful" not in kinds:
         raise ContrastError(f"{sources}: no harmful prompts; add a set of them, such as AdvBench: the floor needs them")
-    if kinds == {"harmful"}:
-        raise ContrastError(f"{sources}: only harmful prompts; add a set of lookalikes, such as XSTest or OR-Bench")
+    if not kinds & {"benign", "lookalike"}:
+        only = " and ".join(sorted(kinds))
+        raise ContrastError(f"{sources}: only {only} prompts; add a set of lookalikes, such as XSTest or OR-Bench")
 
 
 def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candidate]:
@@ -126,7 +127,7 @@ def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candid
     for one in sorted(candidates, key=lambda one: digest(f"{config.seed} {one.pair}")):
         by_source[one.kind, one.source].append(one)
     chosen: list[Candidate] = []
-    for kind in contrasts.KINDS:
+    for kind in contrasts.ALL_KINDS:
         turns = chain.from_iterable(zip_longest(*(found for (own, _), found in by_source.items() if own == kind)))
         chosen += [one for one in turns if one is not None][: config.limit]
     return chosen
