@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from gtqlora.contrasts.statistics import Statistics, Twins
 
 
+def show_checked(found: Statistics, source: str, dropped: Sequence[Problem], out: Path | None) -> None:
+    """Print what a set holds, what was left out, and what was written."""
+    show_contrast(found, source)
+    show_dropped(dropped)
+    if out:
+        show_written(out, found)
+
+
 def show_contrast(found: Statistics, source: str) -> None:
     """Print what a contrast set that passed every check holds."""
     console = open_console()

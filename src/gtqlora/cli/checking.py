@@ -61,9 +61,8 @@ def check(
 ) -> None:
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
     with starting():
-        # What needs neither torch nor transformers: mistakes are told before those are imported, which takes seconds.
-        from gtqlora.contrasts.loading import check_new, save
-        from gtqlora.contrasts.sources import ContrastProblems, check_named
+        from gtqlora.contrasts.loading import save
+        from gtqlora.contrasts.sources import ContrastProblems
 
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
     check_instructed_margin(instructed_margin)
@@ -74,9 +73,7 @@ def check(
         model is not None or settled.max_length is None,
         f"max_length = {settled.max_length}: is counted in tokens; give --model, too",
     )
-    check_named(settled.contrast)
-    if out:
-        check_new(out)
+    _check_files(settled.contrast, out)
     dropped: list[Problem] = []
     try:
         rows, found = _checked(settled, dropped if drop else None, instructed_margin, repair, read=model is not None)
@@ -90,10 +87,17 @@ def check(
     if as_json:
         printing.show_json({**asdict(found), "dropped": dropped})
     else:
-        checked.show_contrast(found, settled.contrast)
-        checked.show_dropped(dropped)
-        if out:
-            checked.show_written(out, found)
+        checked.show_checked(found, settled.contrast, dropped, out)
+
+
+def _check_files(source: str, out: Path | None) -> None:
+    """Check what is read and written before torch and transformers are imported, which takes seconds."""
+    from gtqlora.contrasts.loading import check_new
+    from gtqlora.contrasts.sources import check_named
+
+    check_named(source)
+    if out:
+        check_new(out)
 
 
 def _settled(

@@ -214,21 +214,10 @@ def described(text: str) -> Description:
     Raises:
         ConfigError: it says something else.
     """
-    kind, _, rest = text.partition(":")
-    try:
-        one_of("KIND", kind, KINDS)
-        parts = [part.partition("=") for part in re.split(rf",(?=(?:{'|'.join(_FIELDS)})=)", rest)]
-        given = {one_of("field", field, _FIELDS): value for field, _, value in parts}
-    except ContrastError as error:
-        raise ConfigError(f"--as {text}: {error}") from error
+    kind, given = _fields(text)
     column, equals, value = given.get("where", "").partition("=")
     if not given.get("prompt") or not all(given.values()) or ("where" in given and not (equals and value)):
         raise ConfigError(f"--as {text}: write KIND:prompt=COLUMN, and maybe ,where=COLUMN=VALUE,topic=COLUMN,of=NAME")
-    if (kind == _INSTRUCTED) != ("system" in given):
-        raise ConfigError(
-            f"--as {text}: instructed rows, and no others, need a system prompt that says what is declined; write "
-            "instructed:prompt=COLUMN,system=COLUMN, or the prompt itself in place of the second"
-        )
     rule = When(kind, column, re.escape(value)) if column else When(kind)
     named = {name: given[name] for name in ("system", "pair", "opening", "answer") if name in given}
     layout = Layout(
@@ -240,6 +229,23 @@ def described(text: str) -> Description:
         **named,
     )
     return Description(layout=layout, of=given.get("of", ""))
+
+
+def _fields(text: str) -> tuple[str, dict[str, str]]:
+    """Return the kind and the fields of a description."""
+    kind, _, rest = text.partition(":")
+    try:
+        one_of("KIND", kind, KINDS)
+        parts = [part.partition("=") for part in re.split(rf",(?=(?:{'|'.join(_FIELDS)})=)", rest)]
+        given = {one_of("field", field, _FIELDS): value for field, _, value in parts}
+    except ContrastError as error:
+        raise ConfigError(f"--as {text}: {error}") from error
+    if (kind == _INSTRUCTED) != ("system" in given):
+        raise ConfigError(
+            f"--as {text}: instructed rows, and no others, need a system prompt that says what is declined; write "
+            "instructed:prompt=COLUMN,system=COLUMN, or the prompt itself in place of the second"
+        )
+    return kind, given
 
 
 def layouts_of(source: str, columns: Iterable[str], descriptions: Sequence[Description]) -> list[Layout]:

@@ -54,16 +54,20 @@ def find_readout(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Rea
         return Readout([], [])
     place = len(begun)
     refusing, answering = (Counter(ids[place] for ids in side) for side in (refusals, answers))
-    # No model says by itself what its tokenizer does not know.
-    unknown = sum(ids[place] == tokenizer.unk_token_id for ids in refusals)
-    if 2 * unknown > len(refusals):
-        raise ContrastError(
-            f"the tokenizer does not know what {unknown:,} of {len(refusals):,} refusals begin with: it reads "
-            f"{tokenizer.unk_token} there; give refusals in words that it knows"
-        )
+    _check_known(tokenizer, [ids[place] for ids in refusals])
     telling = (token for token, count in refusing.items() if count >= _TELLING * answering[token])
     tokens = sorted(token for token in telling if token != tokenizer.unk_token_id)
     return Readout(tokens, begun if tokens else [])
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, starts: Sequence[int]) -> None:
+    # No model says by itself what its tokenizer does not know.
+    unknown = sum(token == tokenizer.unk_token_id for token in starts)
+    if 2 * unknown > len(starts):
+        raise ContrastError(
+            f"the tokenizer does not know what {unknown:,} of {len(starts):,} refusals begin with: it reads "
+            f"{tokenizer.unk_token} there; give refusals in words that it knows"
+        )
 
 
 def _common(texts: Sequence[Sequence[int]]) -> list[int]:
