@@ -183,7 +183,10 @@ def test_contrast_check_says_what_the_floor_misses(say: Say, tmp_path: Path) -> 
     assert code == 0
     assert "note: 0 held-out harmful prompts; the floor needs at least 150" in " ".join(out.split())
     found = read_json(check(say, file, "--json"), "floor", "duplicates", "leaks")
-    assert "note: 0 held-out lookalike prompts, and that a repair of 20% of them" in " ".join(out.split())
+    assert (
+        "note: 0 held-out lookalike prompts; a repair of 20% of them can be told from chance on 20 or more"
+        in " ".join(out.split())
+    )
     assert found["repair"]["prompts"] == 0 and found["repair"]["fewest"] == fewest_changed(0.2)
     few = read_json(check(say, file, "--json", "--repair", "0.5"), "repair")["repair"]
     assert few["share"] == 0.5 and 0 < few["fewest"] < found["repair"]["fewest"]

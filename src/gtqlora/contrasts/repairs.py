@@ -34,7 +34,7 @@ def repair_of(rows: Sequence[Row], share: float = REPAIR) -> Repair:
     trained = beside((row for row in rows if row.split != "heldout"), "lookalike")
     own, fewest = len(stand_alone(held, trained)), fewest_changed(share)
     missing = (
-        f"{own:,} held-out lookalike prompts, and that a repair of {share:.0%} of them is none by chance shows on "
-        f"{fewest:,} or more; hold out more, or see whether they are nearly the same as others"
+        f"{own:,} held-out lookalike prompts; a repair of {share:.0%} of them can be told from chance on {fewest:,} or "
+        "more, so hold out more (prompts that are nearly the same count once)"
     )
     return Repair(share=share, prompts=own, fewest=fewest, note="" if own >= fewest else missing)
