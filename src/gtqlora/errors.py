@@ -36,6 +36,14 @@ class ContrastError(GtqloraError):
     """A contrast set breaks its schema or the one-way rule."""
 
 
+class TemplateRefusal(ContrastError):
+    """A chat template refuses messages; `said` is why, in its own words."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"the chat template refuses these messages ({said})")
+        self.said = said
+
+
 class RunError(GtqloraError):
     """A run directory cannot be used: unwritable, locked, or an artefact is missing."""
 

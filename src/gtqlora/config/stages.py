@@ -14,7 +14,7 @@ from typing import Literal, get_type_hints
 
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import Scalar, coerce, require
+from gtqlora.config.values import Scalar, coerce, is_variable, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -40,14 +40,6 @@ def _absolute(source: str) -> str:
     return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
 
 
-# What `apply_chat_template` gives a template by itself, or takes for itself.
-_NOT_VARIABLES = frozenset(
-    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
-    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-    | {"padding", "truncation", "max_length"}
-)
-
-
 def check_variables(template: Mapping[str, Scalar]) -> None:
     """Check that these are variables of a chat template, and nothing that it is given in any case.
 
@@ -60,7 +52,7 @@ def check_variables(template: Mapping[str, Scalar]) -> None:
             name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
         )
         require(
-            name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens")),
+            is_variable(name),
             f"template.{name}: the prompt and the special tokens are not settings; leave it out",
         )
 
@@ -325,6 +317,19 @@ class TrainConfig(StageConfig):
         require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
         require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
         trackers(self.report_to)
+
+
+REPAIR = 0.2
+"""A repair worth an edit: this share of the lookalike prompts is answered that was refused."""
+
+
+def check_repair(share: float) -> None:
+    """Check the size of a repair that is to be seen.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    require(0.01 <= share <= 1, f"repair = {share}: a share of the lookalike prompts, from 0.01 to 1")
 
 
 def check_instructed_margin(margin: float | None) -> None:
