@@ -24,6 +24,8 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]")
 # A lead in votes that decides; votes a word below which it is none of these languages; too few words to tell.
 _SURE, _LEAST, _FEW = 1.5, 0.1, 4
+_SOON = 3.0
+"""A lead that decides after the first hundred letters."""
 
 
 def _shares() -> dict[str, list[tuple[int, float]]]:
@@ -46,6 +48,10 @@ def language_of(said: str, asked: str) -> Wording | None:
     """
     if not said.isascii() and (found := _unspaced(said)):
         return found
+    votes = _votes(_WORD.findall(said[:100]))
+    first, second = sorted(votes)[-1:-3:-1]
+    if first - second >= _SOON:
+        return _SPACED[votes.index(first)]
     words = _WORD.findall(said[:300])
     votes = _votes(words)
     first, second = sorted(votes)[-1:-3:-1]

@@ -347,14 +347,15 @@ GIVES = Cues(
         "here|below|following|that said|that being said|having said|general|what i can|as for|as to|insist|anyway"
         "|still,|instead:|still|regardless|on the other hand|however|though|for example|for instance"
         "|gentle|in its place|commonly|usually|typically|roughly|most people|rule of thumb|often",
-        r"(?:\bhere(?:'s| is| are)|\bbelow (?:is|are)|\bthe following|\bthat (?:being )?said\b|\bhaving said|\bin "
-        r"general\b(?:,| terms)|\bgenerally,|\bwhat i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: "
+        r"\b(?:here(?:'s| is| are)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
+        r"general\b(?:,| terms)|generally,|what i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: "
         r"instead)? is"
-        r"(?! (?:help|talk|suggest|offer|refer|point))|(?:^|[.!?\n] ?)(?:as for|as to) |\b(?:if|since) you (?:insist"
-        r"|must|really|still|go ahead)|\banyway[,:]|\bin its place\b|\bfor (?:example|instance)[,:]|\bgeneral "
+        r"(?! (?:help|talk|suggest|offer|refer|point))|(?:if|since) you (?:insist"
+        r"|must|really|still|go ahead)|anyway[,:]|in its place\b|for (?:example|instance)[,:]|general "
         r"(?:information|rule|idea)"
-        r"|\b(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|\b(?:gentle"
-        r"|soft|mild|tam|clean)\w* (?:one|version)\b|\bregardless\b|\bon the other hand\b|\binstead:|\bthough[,:])",
+        r"|(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|(?:gentle"
+        r"|soft|mild|tam|clean)\w* (?:one|version)\b|regardless\b|on the other hand\b|instead:|though[,:])"
+        r"|(?:^|[.!?\n] ?)(?:as for|as to) ",
     ),
 )
 

@@ -9,6 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+from gtqlora.judging.english import without_idioms
+from gtqlora.judging.patterns import hoisted
 
 Cue = tuple[str, str]
 """Literals, one of which stands in a word of the text ("can't|cannot"), and the pattern sought where one does."""
@@ -32,6 +36,10 @@ GROUPS = (
 SELF, NEGATION = GROUPS.index("self"), GROUPS.index("negation")
 _META_FROM = GROUPS.index("self")
 
+# What stands in the place of a quotation, a short one, and an item of a list.
+LONG_QUOTE, QUOTE, ITEM_MARK = "\u275d\u275d", "\u275d", "\u2022"
+_MARKS = f" {ITEM_MARK}*_#"
+
 # English contractions are one word; elsewhere an apostrophe parts two.
 _WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
 _DIGIT = re.compile(r"\d")
@@ -42,7 +50,7 @@ class Cues:
     """Patterns with the literals that they cannot match without: most are never tried."""
 
     def __init__(self, *cues: Cue) -> None:
-        self.patterns = [re.compile(pattern) for _, pattern in cues]
+        self.patterns = [re.compile(hoisted(pattern)) for _, pattern in cues]
         # of a literal of several words the longest is enough, as a cue that is tried in vain costs only time
         self.literals = [[max(part.split(), key=len) for part in literals.split("|")] for literals, _ in cues]
 
@@ -55,30 +63,39 @@ class Cues:
         return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
 
 
-@dataclass(frozen=True, slots=True)
-class Sentence:
+class Sentence(NamedTuple):
     """What a sentence is by itself.
 
     Attributes:
         groups: words of each of `GROUPS`.
+        negates: the speaker negates.
         meta: three words in ten or more are of those groups, without the addressed and the abstract.
         declines: it turns down what was asked.
         announces: it says that something is given after all.
         redirects: it offers something else, or somebody else's help.
-        instructs: it begins with an instruction.
-        number: it holds a digit.
         asks: it is a question.
+        item: it is an item of a list.
+        hard: signs that it gives something: an item, an instruction, a number, quotations.
     """
 
     words: int
     groups: tuple[int, ...]
+    negates: bool
     meta: bool
     declines: bool
     announces: bool
     redirects: bool
-    instructs: bool
-    number: bool
     asks: bool
+    item: bool
+    hard: float
+
+
+class Chunk(NamedTuple):
+    """What stands between two spaces: the groups of its words, and the cues to try for them, as bits."""
+
+    groups: tuple[int, ...]
+    declining: int
+    giving: int
 
 
 _META = 0.3
@@ -115,7 +132,7 @@ class Wording:
         return [re.compile("|".join(map(_starred, self.meta[group].split()))) for group in GROUPS]
 
     @cached_property
-    def _known(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    def _known(self) -> dict[str, Chunk]:
         return {}
 
     @cached_property
@@ -124,16 +141,18 @@ class Wording:
 
     def groups_of(self, word: str) -> tuple[int, ...]:
         """Return the numbers of the groups that a word belongs to."""
-        return self._looked_up(word)[0]
+        return (self._known.get(word) or self._looked_up(word)).groups
 
-    def _looked_up(self, word: str) -> tuple[tuple[int, ...], int, int]:
-        """Return a word's groups and the cues to try for it; most of any text is the same few thousand words."""
-        found = self._known.get(word)
-        if found is None:
-            groups = tuple(i for i, pattern in enumerate(self._patterns) if pattern.fullmatch(word))
-            found = groups, self.declines.tried_for(word), self.gives.tried_for(word)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[word] = found
+    def _looked_up(self, chunk: str) -> Chunk:
+        """Read what stands between two spaces; most of any text is the same few thousand words."""
+        groups, declining, giving = [], 0, 0
+        for word in _WORD.findall(chunk):
+            groups += [i for i, pattern in enumerate(self._patterns) if pattern.fullmatch(word)]
+            declining |= self.declines.tried_for(word)
+            giving |= self.gives.tried_for(word)
+        found = Chunk(tuple(groups), declining, giving)
+        if len(self._known) < _MOST_KNOWN:
+            self._known[chunk] = found
         return found
 
     def words_of(self, text: str) -> int:
@@ -154,28 +173,42 @@ class Wording:
             self._read[sentence] = found
         return found
 
-    def _analysed(self, sentence: str) -> Sentence:
+    def _analysed(self, marked: str) -> Sentence:
+        sentence = marked.lstrip(_MARKS)
         counts, declining, giving = self._counted(sentence)
         words = self.words_of(sentence)
         return Sentence(
             words=words,
             groups=tuple(counts),
+            negates=bool(counts[SELF] and counts[NEGATION]),
             meta=sum(counts[_META_FROM:]) >= _META * words,
-            declines=bool(declining) and self.declines.found_in(sentence, declining),
+            declines=bool(declining) and self._declines(sentence, declining),
             announces=bool(giving) and self.gives.found_in(sentence, giving),
             redirects=self.redirects.search(sentence) is not None,
-            instructs=self.instructs.match(sentence) is not None,
-            number=words >= 3 and _DIGIT.search(sentence) is not None,
             asks=sentence.endswith("?"),
+            item=marked.startswith(ITEM_MARK),
+            hard=marked.startswith(ITEM_MARK) + self._given_in(marked, sentence, words),
         )
+
+    def _given_in(self, marked: str, sentence: str, words: int) -> float:
+        quotes = LONG_QUOTE in marked or (QUOTE in marked and words <= 3)
+        number = words >= 3 and _DIGIT.search(sentence) is not None
+        return number + 2.0 * quotes + (self.instructs.match(sentence) is not None)
+
+    def _declines(self, sentence: str, tried: int) -> bool:
+        """Tell whether a sentence declines, and is no English idiom such as "I can't wait"."""
+        if not self.declines.found_in(sentence, tried):
+            return False
+        rest = without_idioms(sentence)
+        return rest == sentence or self.declines.found_in(rest)
 
     def _counted(self, text: str) -> tuple[list[int], int, int]:
         """Count the words of each group, and return them with the cues to try."""
         if not self.spaced:
             return [len(pattern.findall(text)) for pattern in self._patterns], -1, -1
-        counts, declining, giving = [0] * len(GROUPS), 0, 0
-        for word in _WORD.findall(text):
-            groups, tried, announced = self._looked_up(word)
+        counts, declining, giving, known = [0] * len(GROUPS), 0, 0, self._known
+        for chunk in text.split():
+            groups, tried, announced = known.get(chunk) or self._looked_up(chunk)
             declining |= tried
             giving |= announced
             for group in groups:
