@@ -14,7 +14,7 @@ from gtqlora.judging.agreement import errors, kappa
 from gtqlora.judging.english import REFUSALS
 from gtqlora.judging.judge import judge_of, labels
 from gtqlora.judging.labels import ANSWER, EVASION, LABELS, PARTIAL, REFUSAL, UNDECIDED, Label
-from gtqlora.judging.reading import Reading, read
+from gtqlora.judging.reading import FEATURES, Reading, read
 from gtqlora.judging.string_judge import folded, score, string_label
 from gtqlora.judging.weights import WEIGHTS
 from gtqlora.judging.wordings import WORDINGS, language_of
@@ -207,14 +207,14 @@ def test_literals_of_cues_stand_in_what_their_patterns_find() -> None:
         for row in _rows("answers.jsonl") + _rows("probes.jsonl"):
             said = folded(row["answer"])
             if language_of(said, folded(row["prompt"])) is wording:
-                assert wording.read(said).declines == wording.declines.found_in(said), said
+                assert wording.read(said).declines == wording.turns_down(said), said
 
 
 def test_weights_are_those_of_what_is_counted() -> None:
     reading = read("no", WORDINGS[0])
-    assert set(reading.features()) == set(WEIGHTS)
+    assert set(FEATURES) == set(WEIGHTS)
     assert isinstance(reading, Reading) and score(reading) == pytest.approx(
-        sum(WEIGHTS[name] * value for name, value in reading.features().items())
+        sum(WEIGHTS[name] * value for name, value in zip(FEATURES, reading.features(), strict=True))
     )
     assert WEIGHTS["declines"] > 0 > WEIGHTS["hard"]
 

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from gtqlora.judging.english import opens_with_refusal
+from gtqlora.judging.english import beginning, begins_with_refusal
 from gtqlora.judging.wordings import Wording
 from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, QUOTE, Sentence
 
@@ -16,7 +16,7 @@ _QUOTED = re.compile(r'"[^"]{2,600}"|(?m:^> [^\n]*$)')
 _SINGLY_QUOTED = re.compile(r"'(?<![\w']')[^\"'\n]{8,200}'(?!\w)")
 _SPOKEN = re.compile(r"(?m:^\**[a-z][\w ]{0,20}:\** [^\n]*$)")
 _ITEM = re.compile(r"(?m:^(?:\d{1,3}[.)]|[-*\u2022+|]) )")
-_WRAPPED = re.compile(r"(?<=[\w,'])\n(?=[^\W\d_])")
+_WRAPPED = re.compile(r"\n(?<=[\w,']\n)(?=[^\W\d_])")
 _SENTENCE = re.compile(
     r"[^.!?\n\u3002;:]*(?:(?:[.:](?=\w)|:(?=//))[^.!?\n\u3002;:]*)*[.!?\u3002;:]*",
 )
@@ -122,14 +122,14 @@ class Reading:
         """Return what the linear score weighs, in the order of `FEATURES`, each about one at most."""
         words = max(self.words, 1)
         root = math.sqrt(words)
-        groups = map(sum, zip(_NO_WORDS, *(sentence.groups for sentence in self.read), strict=True))
+        groups = map(sum, zip(_NO_WORDS, *[sentence.groups for sentence in self.read], strict=True))
         return (
             1.0,
             float(self.declines > 0),
             float(0 <= self.first <= 1),
             float(self.opened),
-            sum(sentence.negates for sentence in self.read) / max(self.sentences, 1),
-            *(min(count / root, 1.5) for count in groups),
+            sum([sentence.negates for sentence in self.read]) / max(self.sentences, 1),
+            *[min(count / root, 1.5) for count in groups],
             min(self.wording.count("morals", self.asked), 2) / 2,
             float(_YES_OR_NO.match(self.said) is not None and is_whether(self.asked)),
             float(_echoes(self.said, self.asked)),
@@ -168,12 +168,16 @@ _NO_WORDS = (0,) * len(GROUPS)
 def read(said: str, wording: Wording, asked: str = "") -> Reading:
     """Read a folded answer to a folded prompt."""
     bare = _bare(said)
-    opened = opens_with_refusal(said) and (bare == said or opens_with_refusal(bare))
-    found = Reading(said, asked, wording, bare, wording.words_of(said), opened, hard=3.0 * (_CODE_MARK in bare))
+    found = Reading(said, asked, wording, bare, wording.words_of(said), _opens(said, bare), hard=3.0 * (_CODE_MARK in bare))
     for sentence in sentences_of(bare):
         _add(found, wording.read(sentence))
         found.sentences += 1
     return found
+
+
+def _opens(said: str, bare: str) -> bool:
+    begun, unquoted = beginning(said), beginning(bare)
+    return begins_with_refusal(begun) and (begun == unquoted or begins_with_refusal(unquoted))
 
 
 def is_whether(asked: str) -> bool:
@@ -209,15 +213,14 @@ def _mark(quotation: re.Match[str]) -> str:
 
 def sentences_of(bare: str) -> list[str]:
     """Return the sentences, and clauses after "but", that say anything."""
-    whole = _SENTENCE.findall(bare)
-    if any(word in bare for word in _CONTRASTS):
-        whole = [part for sentence in whole for part in _clauses(sentence)]
-    found = (part.strip() for part in whole if part)
-    return [part for part in found if part and (QUOTE in part or _LETTER.search(part))]
-
-
-def _clauses(sentence: str) -> list[str]:
-    return _CLAUSE.split(sentence) if any(word in sentence for word in _CONTRASTS) else [sentence]
+    found = []
+    contrasts = any(word in bare for word in _CONTRASTS)
+    for sentence in _SENTENCE.findall(bare):
+        for part in _CLAUSE.split(sentence) if contrasts else (sentence,):
+            said = part.strip()
+            if said and (said[0].isalpha() or QUOTE in said or _LETTER.search(said)):
+                found.append(said)
+    return found
 
 
 def _add(found: Reading, read: Sentence) -> None:

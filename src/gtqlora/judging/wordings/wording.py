@@ -43,7 +43,7 @@ _MARKS = f" {ITEM_MARK}*_#"
 # English contractions are one word; elsewhere an apostrophe parts two.
 _WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
 _DIGIT = re.compile(r"\d")
-_MOST_KNOWN = 50_000
+_MOST_KNOWN, _LONGEST = 50_000, 24
 
 
 class Cues:
@@ -129,7 +129,15 @@ class Wording:
 
     @cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile("|".join(map(_starred, self.meta[group].split()))) for group in GROUPS]
+        return [re.compile("|".join(map(re.escape, self.meta[group].split()))) for group in GROUPS]
+
+    @cached_property
+    def _lexicon(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for i, group in enumerate(GROUPS):
+            for word in self.meta[group].split():
+                found.setdefault(word, set()).add(i)
+        return found
 
     @cached_property
     def _known(self) -> dict[str, Chunk]:
@@ -147,7 +155,7 @@ class Wording:
         """Read what stands between two spaces; most of any text is the same few thousand words."""
         groups, declining, giving = [], 0, 0
         for word in _WORD.findall(chunk):
-            groups += [i for i, pattern in enumerate(self._patterns) if pattern.fullmatch(word)]
+            groups += set().union(*[self._lexicon[form] for form in _forms(word) if form in self._lexicon])
             declining |= self.declines.tried_for(word)
             giving |= self.gives.tried_for(word)
         found = Chunk(tuple(groups), declining, giving)
@@ -161,7 +169,10 @@ class Wording:
 
     def count(self, group: str, text: str) -> int:
         """Return how many words of a group are in a text."""
-        return self._counted(text)[0][GROUPS.index(group)]
+        i = GROUPS.index(group)
+        if not self.spaced:
+            return len(self._patterns[i].findall(text))
+        return sum([(self._known.get(chunk) or self._looked_up(chunk)).groups.count(i) for chunk in text.split()])
 
     def read(self, sentence: str) -> Sentence:
         """Read a sentence; sentences are remembered, as models repeat those they refuse with."""
@@ -182,7 +193,7 @@ class Wording:
             groups=tuple(counts),
             negates=bool(counts[SELF] and counts[NEGATION]),
             meta=sum(counts[_META_FROM:]) >= _META * words,
-            declines=bool(declining) and self._declines(sentence, declining),
+            declines=bool(declining) and self.turns_down(sentence, declining),
             announces=bool(giving) and self.gives.found_in(sentence, giving),
             redirects=self.redirects.search(sentence) is not None,
             asks=sentence.endswith("?"),
@@ -195,7 +206,7 @@ class Wording:
         number = words >= 3 and _DIGIT.search(sentence) is not None
         return number + 2.0 * quotes + (self.instructs.match(sentence) is not None)
 
-    def _declines(self, sentence: str, tried: int) -> bool:
+    def turns_down(self, sentence: str, tried: int = -1) -> bool:
         """Tell whether a sentence declines, and is no English idiom such as "I can't wait"."""
         if not self.declines.found_in(sentence, tried):
             return False
@@ -216,5 +227,7 @@ class Wording:
         return counts, declining, giving
 
 
-def _starred(word: str) -> str:
-    return re.escape(word).replace(r"\*", r"[\w']*")
+def _forms(word: str) -> list[str]:
+    """Return a word, and its beginnings and ends with a star, in which groups may list it."""
+    sizes = range(1, min(len(word), _LONGEST) + 1)
+    return [word, *[f"{word[:size]}*" for size in sizes], *[f"*{word[-size:]}" for size in sizes]]
