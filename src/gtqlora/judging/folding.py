@@ -77,7 +77,7 @@ def fold(text: str) -> str:
             text = text.replace(char, "")
         text = _MARKED.sub(r"\1", unicodedata.normalize("NFKD", text))
         text = unicodedata.normalize("NFC", text)
-    if not text.replace("\n", "").isprintable():
+    if not (text.isascii() and text.replace("\n", "").isprintable()):
         text = _UNSEEN.sub("", text)
     text = text.casefold().replace("`", "'")
     return text if text.isascii() else _MARKED.sub(r"\1", text.translate(_TO_LATIN))

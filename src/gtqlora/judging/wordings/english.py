@@ -186,7 +186,7 @@ DECLINES = Cues(
     ),
     # none will be given, no way to
     (
-        "no |not |won't",
+        " no |nothing| not |won't|nope",
         r"\bno (?:\w+ ){1,3}(?:will|can|shall|may) be (?:given|provided|generated|produced|offered|shared|written"
         r"|made|issued)\b"
         r"|\b(?:nothing|no) [^.!?\n]{0,40}\bwill be (?:generated|provided|given|said|shared|produced)\b"
@@ -266,7 +266,7 @@ DECLINES = Cues(
     ),
     # a topic I avoid
     (
-        " i",
+        "topic|request|subject|something| one|thing|line|question|area|matter|conversation|territor",
         r"\b(?:topic|request|subject|something|one|thing|line|question|area|matter|conversation|territory)s? (?:that "
         r"|which |where )?i(?:'d|'ll| would| will| have to| must| need to| prefer"
         r"| choose| try)?(?: rather| have to| not| never| prefer to| to| must)* (?:not|stay|avoid|turn|leave|keep"
@@ -281,7 +281,7 @@ DECLINES = Cues(
     ),
     # the answer is no
     (
-        "no",
+        " no |nothing",
         r"\b(?:answer|reply|response)[^.!?\n]{0,20} (?:is|be|remains?) (?:a |an )?(?:\w+ )?no\b|\b(?:a )?hard no\b"
         r"|\bno (?:comment|thanks|thank you)\W*$|\bknow nothing (?:about|of)\b|\b(?:and|but) nothing (?:about|of)\b"
         r"|\bno (?:knowledge|room|place here|answer)\b[^.!?\n]{0,12}(?:of|for|from)\b|\b(?:got|have) no (?:hands|arms"
@@ -296,7 +296,8 @@ DECLINES = Cues(
     ),
     # ended, blocked, not completed
     (
-        "been|was|were|be |comply|is |are |generated",
+        "request|conversation|chat|message|prompt|question|response|content|session|topic|answer|unable|unwilling"
+        "|generated",
         r"\b(?:request|conversation|chat|message|prompt|question|response|content|session|topic"
         r"|answer)s?\b[^.!?\n]{0,30}\b(?:been|was|were|be|is|are)(?: not)? (?:ended|blocked|declined|stopped|refused"
         r"|rejected|"
@@ -343,10 +344,10 @@ DECLINES = Cues(
 )
 
 GIVES = Cues(
+    ("as for|as to", r"^(?:as for|as to) "),
     (
-        "here|below|following|that said|that being said|having said|general|what i can|as for|as to|insist|anyway"
-        "|still,|instead:|still|regardless|on the other hand|however|though|for example|for instance"
-        "|gentle|in its place|commonly|usually|typically|roughly|most people|rule of thumb|often",
+        "here|below|following| said|general|what |insist|must|really|still|go ahead|anyway|place|example|instance"
+        "|gentle|soft|mild|tam|clean|regardless|hand|instead|though|usual|typical|common|rule|most ",
         r"\b(?:here(?:'s| is| are)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
         r"general\b(?:,| terms)|generally,|what i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: "
         r"instead)? is"
@@ -355,7 +356,6 @@ GIVES = Cues(
         r"(?:information|rule|idea)"
         r"|(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|(?:gentle"
         r"|soft|mild|tam|clean)\w* (?:one|version)\b|regardless\b|on the other hand\b|instead:|though[,:])"
-        r"|(?:^|[.!?\n] ?)(?:as for|as to) ",
     ),
 )
 

@@ -15,7 +15,7 @@ from gtqlora.judging.english import without_idioms
 from gtqlora.judging.patterns import hoisted
 
 Cue = tuple[str, str]
-"""Literals, one of which stands in a word of the text ("can't|cannot"), and the pattern sought where one does."""
+"""Literals ("can't|cannot| no "), one of which is in what the pattern finds, and the pattern; spaces are edges of words."""
 
 GROUPS = (
     "you",
@@ -42,6 +42,7 @@ _MARKS = f" {ITEM_MARK}*_#"
 
 # English contractions are one word; elsewhere an apostrophe parts two.
 _WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
+_SIGN = re.compile(r"[^\w']")
 _DIGIT = re.compile(r"\d")
 _MOST_KNOWN, _LONGEST = 50_000, 24
 
@@ -51,12 +52,20 @@ class Cues:
 
     def __init__(self, *cues: Cue) -> None:
         self.patterns = [re.compile(hoisted(pattern)) for _, pattern in cues]
-        # of a literal of several words the longest is enough, as a cue that is tried in vain costs only time
-        self.literals = [[max(part.split(), key=len) for part in literals.split("|")] for literals, _ in cues]
+        self.pieces: dict[str, int] = {}
+        for i, (literals, _) in enumerate(cues):
+            for literal in literals.split("|"):
+                # of a literal of several words the longest is enough, as a cue tried in vain costs only time
+                piece = max(re.findall(r" ?[^ ]+ ?", literal), key=len)
+                self.pieces[piece] = self.pieces.get(piece, 0) | 1 << i
 
-    def tried_for(self, word: str) -> int:
-        """Return which patterns a word is reason to try, as bits."""
-        return sum(1 << i for i, literals in enumerate(self.literals) if any(literal in word for literal in literals))
+    def tried_for(self, chunk: str) -> int:
+        """Return which patterns what stands between two spaces is reason to try, as bits."""
+        padded, tried = f" {_SIGN.sub(' ', chunk)} ", 0
+        for piece, bits in self.pieces.items():
+            if piece in padded:
+                tried |= bits
+        return tried
 
     def found_in(self, text: str, tried: int = -1) -> bool:
         """Tell whether any of the patterns that are tried matches somewhere."""
@@ -99,6 +108,7 @@ class Chunk(NamedTuple):
 
 
 _META = 0.3
+_NO_WORD = Chunk((), 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +163,10 @@ class Wording:
 
     def _looked_up(self, chunk: str) -> Chunk:
         """Read what stands between two spaces; most of any text is the same few thousand words."""
-        groups, declining, giving = [], 0, 0
-        for word in _WORD.findall(chunk):
+        words, groups = _WORD.findall(chunk), []
+        for word in words:
             groups += set().union(*[self._lexicon[form] for form in _forms(word) if form in self._lexicon])
-            declining |= self.declines.tried_for(word)
-            giving |= self.gives.tried_for(word)
-        found = Chunk(tuple(groups), declining, giving)
+        found = Chunk(tuple(groups), self.declines.tried_for(chunk), self.gives.tried_for(chunk)) if words else _NO_WORD
         if len(self._known) < _MOST_KNOWN:
             self._known[chunk] = found
         return found
