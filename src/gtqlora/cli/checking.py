@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from gtqlora.cli import checked, printing
-from gtqlora.cli.console import starting
+from gtqlora.cli.console import stage_progress, starting
 from gtqlora.cli.settings import (
     JUDGES,
     Json,
@@ -73,7 +73,8 @@ def check(
     reader = _reader(settled) if model else _Reader()
     dropped: list[Problem] = []
     try:
-        rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
+        with stage_progress():
+            rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
@@ -114,9 +115,9 @@ def _checked(
     """Return the rows and what they hold; rows with problems are left out and listed, if there is a list."""
     from gtqlora.contrasts import load
     from gtqlora.contrasts.statistics import statistics, without_misrendered
-    from gtqlora.judging.judge import judge_of
+    from gtqlora.judging.judge import Remembering, judge_of
 
-    judge = judge_of(settled.judge)
+    judge = Remembering(judge_of(settled.judge))
     rows = load(settled.contrast, judge, dropped=dropped)
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)

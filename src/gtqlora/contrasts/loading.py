@@ -23,6 +23,7 @@ from gtqlora.contrasts.sources import (
 )
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Judge, Messages
+from gtqlora.progress import track_many
 from gtqlora.run import write_parquet
 
 
@@ -41,13 +42,13 @@ def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = No
     """
     name = str(source)
     problems = Problems(name)
-    found = [_parsed(*record) for record in records(name)]
+    found = [_parsed(*record) for record in track_many(list(records(name)), "reading rows")]
     if not found:
         raise ContrastError(f"{name}: no rows; write one JSON object per line")
     # All rows at once: a judge that is a model answers a batch much faster than row by row.
     judged = iter(judged_rows([row for _, row in found if isinstance(row, Row)], judge))
     rows = []
-    for number, row in found:
+    for number, row in track_many(found, "checking rows"):
         try:
             if isinstance(row, ContrastError):
                 raise row
@@ -217,7 +218,7 @@ def _check_repeated(rows: Sequence[Row], problems: Problems) -> None:
 
 
 def _check_one_kind(rows: Sequence[Row], problems: Problems) -> None:
-    for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
+    for group in _grouped(rows, lambda row: row.prompt_key):
         if len({row.kind for row in group}) > 1:
             problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
 
@@ -246,7 +247,7 @@ def leaking(rows: Sequence[Row]) -> Iterator[tuple[list[Row], str]]:
 
 
 def _keys(row: Row) -> list[str]:
-    return [prompt_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
+    return [row.prompt_key] if row.twin is None else [row.prompt_key, prompt_key(row.twin)]
 
 
 def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
@@ -274,6 +275,6 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
             trained.setdefault(prompt, row.number)
     problems = Problems(heldout.source)
     for row in heldout.rows:
-        if (number := trained.get(prompt_key(row.prompt))) is not None:
+        if (number := trained.get(row.prompt_key)) is not None:
             problems.add([row.number], f"its prompt was trained on (row {number} of {train.source}); remove it here")
     problems.stop()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from gtqlora.contrasts.rows import Row, digest
 from gtqlora.judging.folding import words
 from gtqlora.judging.messages import Messages
+from gtqlora.progress import track_many
 
 _RUN = 3
 _OVERLAP = 0.7
@@ -37,8 +38,7 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     runs: dict[int, frozenset[tuple[str, ...]]] = {}
     found: dict[int, int] = {}
-    for place, text in enumerate(texts):
-        own = _runs(text)
+    for place, own in enumerate(map(_runs, track_many(texts, "comparing prompts"))):
         shared = Counter(other for run in own for other in holders.get(run, ()))
         near = (o for o, n in shared.items() if n >= _OVERLAP * (len(own) + len(runs[o]) - n))
         if (first := min(near, default=None)) is not None:

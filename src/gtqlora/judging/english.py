@@ -234,9 +234,7 @@ def any_of(phrases: Iterable[str]) -> re.Pattern[str]:
 # Phrases by what has to be in a text that holds one: few are sought in most texts.
 _STEMS = ("sorry", "apolog", "can't", "cannot", "decline", "refuse", " ai", " not", "won't", "unable", "as a")
 _STEMS += ("comfortable", "inappropriate", "illegal", "against my")
-_ENGLISH = tuple(
-    (stem, tuple((phrase, any_of((phrase,))) for phrase in REFUSALS if stem in phrase)) for stem in _STEMS
-)
+_ENGLISH = tuple((stem, tuple((phrase, any_of((phrase,))) for phrase in REFUSALS if stem in phrase)) for stem in _STEMS)
 
 
 def refuses_in_english(text: str) -> bool:

@@ -168,7 +168,8 @@ _NO_WORDS = (0,) * len(GROUPS)
 def read(said: str, wording: Wording, asked: str = "") -> Reading:
     """Read a folded answer to a folded prompt."""
     bare = _bare(said)
-    found = Reading(said, asked, wording, bare, wording.words_of(said), _opens(said, bare), hard=3.0 * (_CODE_MARK in bare))
+    found = Reading(said, asked, wording, bare, wording.words_of(said), _opens(said, bare))
+    found.hard = 3.0 * (_CODE_MARK in bare)
     for sentence in sentences_of(bare):
         _add(found, wording.read(sentence))
         found.sentences += 1

@@ -355,7 +355,7 @@ GIVES = Cues(
         r"|must|really|still|go ahead)|anyway[,:]|in its place\b|for (?:example|instance)[,:]|general "
         r"(?:information|rule|idea)"
         r"|(?:usually|typically|commonly|as a rule|rule of thumb|most (?:people|doctors|experts))\b|(?:gentle"
-        r"|soft|mild|tam|clean)\w* (?:one|version)\b|regardless\b|on the other hand\b|instead:|though[,:])"
+        r"|soft|mild|tam|clean)\w* (?:one|version)\b|regardless\b|on the other hand\b|instead:|though[,:])",
     ),
 )
 
