@@ -15,7 +15,7 @@ from gtqlora.judging.english import without_idioms
 from gtqlora.judging.patterns import hoisted
 
 Cue = tuple[str, str]
-"""Literals ("can't| no "), one of which is in what the pattern finds, and the pattern; a space is the edge of a word."""
+"""Literals ("can't| no "), one of which is in what the pattern finds, and the pattern; a space is a word's edge."""
 
 GROUPS = (
     "you",
