@@ -57,7 +57,8 @@ class Reading:
         read: its sentences.
         meta: words in sentences of which a third or more are such words.
         asking: words in sentences that ask.
-        content: words in sentences that neither decline, ask nor are meta.
+        referring: words in sentences that name others to be asked.
+        content: words in sentences that neither decline, ask, refer nor are meta.
         hard: signs that something is given: list items, numbers, code, quotations, instructions.
         soft: announcements that something is given.
         content_before: `content` before the first sentence that declines.
@@ -79,6 +80,7 @@ class Reading:
     read: list[Sentence] = field(default_factory=list)
     meta: int = 0
     asking: int = 0
+    referring: int = 0
     content: int = 0
     hard: float = 0.0
     soft: float = 0.0
@@ -135,6 +137,7 @@ class Reading:
             float(_echoes(self.said, self.asked)),
             self.meta / words,
             self.asking / words,
+            self.referring / words,
             min(self.hard, 4.0) / 2,
             min(self.soft, 2.0),
             math.log(words) / 4,
@@ -155,6 +158,7 @@ FEATURES = (
     "echoes",
     "meta",
     "asks",
+    "refers",
     "hard",
     "soft",
     "length",
@@ -242,6 +246,9 @@ def _add(found: Reading, read: Sentence) -> None:
         found.redirecting if read.item else read.redirects and not read.announces
     )
     if found.redirecting:
+        return
+    if read.refers and not read.hard:
+        found.referring += read.words
         return
     if read.meta:
         found.soft += 0.5 * (read.hard + read.announces > 2)

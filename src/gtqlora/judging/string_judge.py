@@ -103,9 +103,14 @@ def _otherwise(reading: Reading, asked: str, said: str) -> Label:
     found = score(reading)
     if reading.opened:
         return _opened(reading, found)
-    if found > DOUBTFUL and _is_sentence(reading, said):
+    if _only_refers(reading) or (found > DOUBTFUL and _is_sentence(reading, said)):
         return UNDECIDED
     return EVASION if reading.asking >= 0.5 * reading.words and reading.ends_asking and not reading.gives else ANSWER
+
+
+def _only_refers(reading: Reading) -> bool:
+    """Tell whether others are named who are to be asked, and nothing else is said."""
+    return reading.referring >= 0.4 * reading.words and reading.content < 8 and reading.hard < 1
 
 
 def _opened(reading: Reading, found: float) -> Label:

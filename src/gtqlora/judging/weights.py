@@ -24,6 +24,7 @@ WEIGHTS: dict[str, float] = {
     "echoes": 1.85,
     "meta": 1.55,
     "asks": 0.16,
+    "refers": 1.0,
     "hard": -1.88,
     "soft": -0.18,
     "length": -1.18,

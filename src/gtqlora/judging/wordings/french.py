@@ -101,6 +101,35 @@ FRENCH = Wording(
         ),
         # a bare no
         ("non", r"^\W*non(?:,|\.|!)? (?:je|merci|desole|cela|c'est (?:impossible|hors)|pas)\b|^\W*non\W*$"),
+        # request refused, next question
+        (
+            "demande|requete|acces|reponse|suivant|sujet",
+            r"\b(?:demande|requete|acces|reponse|contenu|message)\b[^.!?\n]{0,20}\b(?:refuse|bloque|rejete|indisponible|filtre"
+            r"|interdit|non autorise|irrecevable)\w*|^\W*(?:sujet|question) suivante?\W*$",
+        ),
+        # I keep it to myself, I leave it unanswered, not my department
+        (
+            "garde|laisse|passe|tais|silence|motus|rayon|metier|domaine|reste|cote|sans moi|pour moi|arrete|place|truc",
+            r"\bje (?:le |la |les |m'en |me |vous |te )?(?:garde|garderai|laisse|laisserai|passe|passerai|tais|reste|resterai"
+            r"|arrete|arreterai)\b[^.!?\n]{0,40}\b(?:pour moi|sans reponse|a d'autres|mon tour|a l'ecart|en dehors|de cote|neutre"
+            r"|la|aux \w+|la parole|le soin|silencieu\w*)\b|\bmotus\b|\b(?:sans moi|tres peu pour moi|pas (?:pour moi|mon"
+            r" (?:rayon|metier|truc|domaine|role|affaire)|de mon (?:rayon|ressort)|ma (?:place|specialite|partie)))\b|\b(?:mon"
+            r" (?:rayon|domaine|metier)|ma (?:specialite|partie)),? (?:a moi,? )?c'est\b|\bje m'occupe (?:de|des|du|uniquement"
+            r"|seulement)\b|\breste(?:ra|ront)? (?:entre|secret|sans reponse|la ou)\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "faudrait|ne suis qu|n'ai ni|sans ",
+            r"\bil me (?:faudrait|manque)\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
+            r"[^.!?\n]{0,20}\bsans (?:mains?|bras|corps|jambes|bouche|yeux|oreilles|nez|voix)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "revenez|reviens|n'aurez|n'auras|n'obtiendr|ne saurez|ne sauras|levres|comptez|compte ",
+            r"\b(?:revenez|reviens|repassez)\b[^.!?\n]{0,20}\b(?:avec|quand|lorsque|si)\b|\bvous n'(?:aurez|obtiendrez|entendrez)"
+            r"\b[^.!?\n]{0,30}\b(?:pas|rien|aucun\w*)\b|\b(?:tu|vous) ne (?:sauras|saurez)\b|\blevres\b[^.!?\n]{0,20}\b(?:scelle"
+            r"|closes|fermees)\w*|\bne compte[sz]? pas sur\b",
+        ),
     ),
     meta={
         "you": "vous votre vos tu te t ton ta tes toi",
@@ -171,6 +200,15 @@ FRENCH = Wording(
     redirects=re.compile(
         r"\b(?:plutot|souhaitez|n'hesitez|si vous (?:ressentez|avez|etes|traversez|souhaitez)|je (?:vous|t') "
         r"?(?:invite|conseille|encourage|recommande|suggere)|autre chose|d'autres|parlez-en|contactez)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:adressez-vous|adresse-toi|renseignez-vous|tournez-vous|rapprochez-vous|parlez-en|consultez|contactez|appelez"
+        r"|demandez|voyez|interrogez|rendez-vous|consulte|demande|appelle|contacte)\b[^.!?\n]{0,50}\b(?:medecin|professionnel\w*"
+        r"|specialiste\w*|expert\w*|boucher|artisan|plombier|electricien|avocat\w*|service|conseiller\w*|pharmacien\w*|agence"
+        r"|guichet|quelqu'un|proche\w*|ami\w*|vendeur\w*|personnel|mairie|veterinaire|enseignant\w*|adulte|fabricant)"
+        r"|\b(?:c'est|cela releve|ca releve|releve\w*) (?:\w+ ){0,3}(?:travail|affaire|metier|question|ressort|domaine) (?:pour"
+        r"|d'un|d'une|de|du|des)\b|\b(?:seuls? a meme|sauront|saura|pourront|pourra) (?:de )?(?:vous|te|mieux)\b|\bpas seule?\b"
+        r"|\b(?:mieux vaut|il vaut mieux) (?:demander|consulter|s'adresser|voir)\b"
     ),
     instructs=re.compile(
         r"\W*(?:d'abord|ensuite|puis|enfin|apres|commencez par|commence par)?\W*(?!avez|voulez|souhaitez|pouvez|etes"

@@ -123,6 +123,48 @@ GERMAN = Wording(
             r"\b(?:ware|ist|finde ich|halte ich[^.!?\n]{0,20}) (?:\w+ ){0,3}(?:unangebracht|unangemessen"
             r"|verantwortungslos|unverantwortlich|nicht (?:angebracht|richtig|angemessen|in ordnung))\b",
         ),
+        # I keep out of it, keep it to myself, it stays unanswered
+        (
+            "finger|raus|heraus|fur mich|passe|schweig|unbeantwortet|offen|geheim|kommentar|fern|grenze|schluss|heikel",
+            r"\b(?:lass\w*|nehm\w*|nehme) (?:ich )?(?:\w+ ){0,3}(?:die )?finger\b|\b(?:halte|bleibe|bin|halten) (?:ich |wir )?"
+            r"(?:mich |uns )?(?:\w+ ){0,4}(?:raus|heraus|fern|aussen vor|uberfragt)\b|\b(?:behalt\w*|behalte) (?:ich )?(?:\w+ )"
+            r"{0,4}fur mich\b|\b(?:da|dazu|hier|ich) (?:passe|schweige) (?:ich)?\b|\b(?:passe|schweige) ich\b"
+            r"|\b(?:bleibt|bleiben|lasse ich|lass ich)\b[^.!?\n]{0,30}\b(?:unbeantwortet|offen|unser geheimnis|mein"
+            r" geheimnis|unter uns|da|stehen|liegen|ungesagt)\b|\bkein kommentar\b|\bda (?:ziehe ich|ist) (?:die|eine|meine|bei"
+            r" mir)? ?(?:grenze|schluss)\b|^\W*(?:ich )?passe\W*$",
+        ),
+        # request refused, next question
+        (
+            "anfrage|frage|thema|eingabe|antrag|zugriff|auskunft|bitte|ausgabe",
+            r"\b(?:anfrage|eingabe|antrag|zugriff|auskunft|ausgabe|antwort|wunsch|bitte|frage)\b[^.!?\n]{0,30}\b(?:abgelehnt"
+            r"|blockiert|verweigert|gesperrt|zuruckgewiesen|abgewiesen|nicht (?:zulassig|bearbeitet|gestattet|ausgefuhrt))"
+            r"|^\W*(?:nachste[sr]?|anderes?) (?:frage|thema|bitte)\W*$",
+        ),
+        # not my field
+        (
+            "mein|unser|falsch|zustandig|hier ",
+            r"\bnicht (?:mein|unser)\w* (?:\w+ )?(?:bier|ding|fach|metier|ressort|gebiet|job|baustelle|revier|feld|welt|thema"
+            r"|angelegenheit|entscheidung|kompetenz|abteilung)\b|\b(?:mein|unser)\w* (?:\w+ )?(?:gebiet|metier|fach|bereich"
+            r"|revier|zustandigkeit|thema|themen) (?:ist|sind|umfasst|endet|beschrankt)\b|\b(?:bei mir|hier) (?:sind sie|bist"
+            r" du|seid ihr|ist man) (?:\w+ )?(?:falsch|an der falschen)\b|\b(?:bin ich|ich bin) (?:\w+ )?(?:der|die|das) falsche\b"
+            r"|\bhier (?:geht es|dreht sich alles|beantworte ich|kummere ich mich)\b[^.!?\n]{0,20}\b(?:nur|ausschliesslich|um)\b"
+            r"|\bich (?:bin|kummere mich|helfe)\b[^.!?\n]{0,20}\b(?:fur|um|bei) (?:ihre|deine|eure|fragen)\b",
+        ),
+        # a body is missing, I am but text
+        (
+            "hande|korper|arme|text|programm|beine|mund|nase|zunge|augen|ohren|kuche|software",
+            r"\b(?:ich|mir)\b[^.!?\n]{0,40}\b(?:brauchte|brauche|musste|fehl\w*|ohne|weder)\b[^.!?\n]{0,30}\b(?:hande|korper|arme"
+            r"|beine|mund|nase|zunge|augen|ohren|kuche|stimme)\b|\bich bin (?:nur |bloss |lediglich |doch )(?:ein(?:e)? )?"
+            r"(?:\w+ )?(?:text\w*|programm|software|stimme|maschine|sprachmodell|chatbot)\b|\bich bestehe (?:nur )?aus\b",
+        ),
+        # you get nothing from me, I do not take part
+        (
+            "bekomm|krieg|erfahr|hor|mach|bring|verrat|mit mir|ohne mich|vergiss|komm",
+            r"\b(?:bekommst|kriegst|bekommen|kriegen|erfahrst|erfahren|horst|horen) (?:du|sie|ihr)?\b[^.!?\n]{0,30}\b(?:nicht"
+            r"|nichts|kein\w*)\b[^.!?\n]{0,12}\b(?:von|aus|bei) (?:mir|uns)\b|\b(?:nicht mit mir|ohne mich|vergiss es|verrate"
+            r" ich (?:\w+ )?nicht)\b|\bkomm\w* (?:gern |ruhig )?wieder,? wenn\b|\b(?:da|dabei|das) mach(?:e|en) (?:ich|wir)"
+            r" (?:\w+ )?nicht\b",
+        ),
     ),
     meta={
         "you": "sie ihnen ihr ihre* du dir dich dein*",
@@ -196,6 +238,15 @@ GERMAN = Wording(
         r"(?:sie|du)|wenden sie|wende dich|bitte (?:wenden|kontakt|sprech|uberleg|such)\w*"
         r"|(?:empfehle|rate) (?:ihnen|dir)|wenn sie sich|sonst noch|etwas anderes|es gibt (?:viele|anerkannte"
         r"|andere))\b"
+    ),
+    refers=re.compile(
+        r"\b(?:wende[nt]?|richte[nt]?|melde[nt]?) (?:sie|dich|euch)? ?(?:sich|dich|euch)?\b[^.!?\n]{0,40}\b(?:an|bei)\b"
+        r"|\b(?:frag(?:en|e|t)?|kontaktier\w*|konsultier\w*|sprech(?:en|t)|sprich|ruf\w*|besuch\w*)\b[^.!?\n]{0,40}\b(?:arzt"
+        r"|arztin|fach\w*|experte\w*|beratung\w*|kundendienst|anwalt\w*|apothek\w*|behorde|werkstatt|handwerker|verkauf\w*"
+        r"|kolleg\w*|amt|stelle|profi\w*|personal|vertrauen\w*|trainer\w*|lehr\w*|hersteller\w*|hotline|seelsorge)"
+        r"|\b(?:gibt es (?:doch |ja )?(?:den|die|das|dafur|extra|eigens|fach\w*|profis)|(?:ist|sind) (?:\w+ )?(?:sache|aufgabe)"
+        r" (?:der|des|von|fur)|gehort in (?:die )?(?:hande|fachhande)|(?:weiss|wissen|kennt|kennen) (?:das )?(?:besser"
+        r"|am besten)|nicht allein|seelsorge)\b"
     ),
     instructs=re.compile(
         r"\W*(?:zuerst|dann|danach|anschliessend|zunachst|nun|jetzt|schliesslich|am besten)?\W*(?!mochten|konnen"

@@ -98,6 +98,36 @@ ITALIAN = Wording(
             r"^\W*no(?:,|\.|!)? (?:grazie|non|mi (?:di)?spiace|questo no|niente)\b|^\W*no\W*$|^\W*impossibile\W*$"
             r"|\b\w+ no:",
         ),
+        # request refused, next question
+        (
+            "richiesta|domanda|accesso|risposta|prossim|argomento",
+            r"\b(?:richiesta|domanda|accesso|risposta|messaggio|contenuto|argomento)\b[^.!?\n]{0,25}\b(?:bloccat|rifiutat|respint"
+            r"|negat|limitat|filtrat|chius|non (?:consentit|autorizzat|disponibil)|senza risposta)\w*|^\W*prossim[oa] (?:domanda"
+            r"|argomento)\W*$|^\W*passo\W*$",
+        ),
+        # I keep out of it, leave it to others, not my thing
+        (
+            "seguo|occupo|lascio|tengo|fermo|fuori|resto|spetta|tocca|sta a me|campo|mestiere|pane|tacere|taccio",
+            r"\b(?:ti|vi|la) seguo (?:solo |soltanto )?(?:per|su|nei|nelle|con)\b|\b(?:mi|io mi) occupo (?:di|dei|delle|solo"
+            r"|soltanto)\b|\blascio (?:\w+ ){0,3}(?:la parola|agli?|ai|alle|a (?:un|una|chi|altri)|in bianco|senza|stare|qui"
+            r"|perdere)\b|\b(?:me lo|me la|mi) tengo (?:per me|fuori|alla larga|lontan\w+)\b|\b(?:mi fermo|resto fuori|ne sto fuori"
+            r"|me ne sto fuori)\b|\bnon (?:spetta|tocca|sta|compete) a me\b|\bnon (?:e|sono) (?:il mio|la mia|roba mia|cosa mia"
+            r"|affar mio|pane per)\b|\btaccio\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "servirebbero|servirebbe|manca|mancano|non ho|sono solo|sono soltanto|senza ",
+            r"\b(?:mi servirebb\w+|mi manca\w*)\b[^.!?\n]{0,20}\b(?:mani|braccia|corpo|gambe|bocca|occhi|orecchie|naso|voce)\b"
+            r"|\bnon ho (?:una?|delle|dei|ne)? ?(?:bocca|mani|corpo|gambe|occhi|orecchie|naso|voce|lingua|braccia|cucina|palato)\b"
+            r"|\bsono (?:solo|soltanto|appena) (?:un|una|testo)\b|\b(?:programma|assistente|modello|testo)\b[^.!?\n]{0,20}\bsenza"
+            r" (?:mani|braccia|corpo|gambe|bocca|occhi|orecchie|voce)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "torna|torni|labbra|da me|bocca",
+            r"\b(?:torna|torni|ripassa)\b[^.!?\n]{0,15}\b(?:quando|con|se)\b|\b(?:labbra|bocca)\b[^.!?\n]{0,25}\b(?:non uscir\w*"
+            r"|sigillat\w*|chius\w*|cucit\w*)\b|\bda me non\b",
+        ),
     ),
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",
@@ -164,6 +194,14 @@ ITALIAN = Wording(
     redirects=re.compile(
         r"\b(?:al suo posto|se (?:hai|vuoi|stai|ha|sta|desidera)|(?:ti|le|vi) (?:consiglio|suggerisco|invito|esorto)"
         r"|per favore|posso (?:aiutar|fare altro)\w*|qualcos'altro|altro|rivolg\w+)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:rivolg\w+|consult\w+|chied\w+|chiam\w+|contatt\w+|parl[aei]\w*|senti|sentire|vai da|vada da)\b[^.!?\n]{0,40}\b(?:medic\w*"
+        r"|professionist\w*|specialist\w*|espert\w*|idraulic\w*|avvocat\w*|servizi\w*|farmacist\w*|sportello|ufficio|qualcuno"
+        r"|amic\w*|familiar\w*|person\w*|tecnic\w*|officina|veterinari\w*|adulto|produttore|negozi\w*|personale|falegname"
+        r"|elettricist\w*|artigian\w*)|\b(?:e|sono) (?:\w+ )?(?:cosa|lavor[oi]|compito|materia|roba|mestiere|faccenda) (?:da|di"
+        r"|del|per)\b|\b(?:sapra|sapranno|potra|potranno) (?:\w+ )?(?:dir|aiutar|consigliar|indicar)\w*|\bnon sei sol[oa]\b|\b(?:meglio"
+        r"|conviene) (?:chiedere|consultare|rivolgersi|lasciare)\w*\b"
     ),
     instructs=re.compile(
         r"\W*(?:prima|poi|dopo|quindi|infine|allora|e)?,? ?(?:aggiungi|metti|taglia|mescola|apri|chiudi|premi|fai"

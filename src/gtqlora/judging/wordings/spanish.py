@@ -97,6 +97,38 @@ SPANISH = Wording(
         ),
         # a bare no
         ("no", r"^\W*no(?:,|\.|!)? (?:gracias|puedo|lo (?:hare|siento)|es posible|voy)\b|^\W*no\W*$|^\W*imposible\W*$"),
+        # request refused, next question
+        (
+            "solicitud|peticion|consulta|acceso|respuesta|siguiente|pregunta|tema",
+            r"\b(?:solicitud|peticion|consulta|acceso|respuesta|mensaje|contenido|sesion|pregunta|tema)\b[^.!?\n]{0,25}"
+            r"\b(?:bloquead|rechazad|denegad|restringid|filtrad|cerrad|no (?:permitid|autorizad|disponible)|sin (?:respuesta"
+            r"|contestar|responder))\w*|^\W*siguiente (?:pregunta|tema)\W*$",
+        ),
+        # I keep out of it, leave it unanswered, not my thing
+        (
+            "lo mio|entiendo|dejo|guardo|margen|fuera|planto|llego|paso|callo|conmigo|asunto mio|quedo|mantengo|sin mi|encargo"
+            "|ocupo|dedico",
+            r"\blo mio (?:es|son)\b|\bno es (?:lo mio|asunto mio|cosa mia|mi (?:\w+ )?(?:terreno|campo|tema|asunto|especialidad"
+            r"|trabajo|papel|funcion|area))\b|\bentiendo (?:mas bien )?poco\b|\b(?:la |lo |las |los )?dejo\b[^.!?\n]{0,30}\b(?:sin"
+            r"|a otros|aqui|ahi|para otr\w+|en manos|a los|a las|de lado|en blanco)\b|\bme (?:la |lo |las |los )?(?:guardo|quedo"
+            r"|mantengo|planto|callo|aparto|reservo)\b[^.!?\n]{0,25}(?:\b(?:fuera|margen|aqui|para mi|callad\w*|neutral\w*|eso"
+            r"|aparte|opinion)\b|\W*$)|\bhasta aqui (?:llego|puedo)\b|\b(?:conmigo no|no cuente[sn]? conmigo|sin mi)\b|^\W*(?:yo )?"
+            r"paso\W*$|\bpaso de\b|\b(?:solo |unicamente )?me (?:ocupo|encargo|dedico) (?:de|a|solo)\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "necesitaria|falta|faltan|hecho de|soy solo|solo soy|sin ",
+            r"\b(?:necesitaria|me faltan?|me harian falta)\b[^.!?\n]{0,20}\b(?:manos|brazos|cuerpo|piernas|boca|ojos|oidos|nariz"
+            r"|voz|un cuerpo)\b|\b(?:solo soy|soy solo|no soy mas que|soy apenas)\b|\b(?:programa|asistente|modelo|texto)\b"
+            r"[^.!?\n]{0,20}\bsin (?:manos|brazos|cuerpo|piernas|boca|ojos|oidos|voz)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "vuelve|vuelva|regresa|labios|sacaras|sacara|de mi",
+            r"\b(?:vuelve|vuelva|regresa|regrese)\b[^.!?\n]{0,15}\b(?:cuando|con|si)\b|\blabios\b[^.!?\n]{0,20}\b(?:sellad\w*"
+            r"|cerrad\w*|no)\b|\bno (?:me )?(?:sacaras?|obtendras?|oiras?|tendras?)\b[^.!?\n]{0,30}\b(?:de mi|nada|palabra)\b"
+            r"|\bde mi no\b",
+        ),
     ),
     meta={
         "you": "tu te ti usted le su sus os vuestr*",
@@ -165,6 +197,14 @@ SPANISH = Wording(
     redirects=re.compile(
         r"\b(?:en su lugar|si (?:necesitas|quieres|tienes|estas|sientes|te)|(?:te|le) (?:recomiendo|sugiero|invito"
         r"|animo|aconsejo)|por favor|puedo ayudar\w*|pueda ayudar\w*|algo mas|otra cosa|acude|llama)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:acud[ea]\w*|diri[jg]\w*|consult[ea]\w*|pregunt[ae]\w*|llam[ae]\w*|contact[ae]\w*|habl[ae]\w*|pid[ea]\w*)\b"
+        r"[^.!?\n]{0,40}\b(?:medic\w*|profesional\w*|especialista\w*|expert\w*|fontanero|abogad\w*|servicio|farmaceutic\w*"
+        r"|oficina|mostrador|alguien|amig\w*|familiar\w*|persona\w*|tecnico|taller|veterinari\w*|adulto|fabricante|autoridad\w*)"
+        r"|\b(?:es|son) (?:\w+ )?(?:cosa|asunto|tarea|trabajo|cuestion|competencia) (?:de|del|para)\b|\b(?:sabra|sabran|podra"
+        r"|podran) (?:decir|ayudar|orientar|informar|indicar)\w*|\bno estas? sol[oa]\b|\b(?:mejor|conviene) (?:preguntar|consultar"
+        r"|acudir|dejar)\w*\b"
     ),
     instructs=re.compile(
         r"\W*(?:primero|luego|despues|entonces|por ultimo|a continuacion|y)?,? ?(?:anade|agrega|pon|coloca|corta"

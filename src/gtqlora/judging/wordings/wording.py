@@ -82,6 +82,7 @@ class Sentence(NamedTuple):
         declines: it turns down what was asked.
         announces: it says that something is given after all.
         redirects: it offers something else, or somebody else's help.
+        refers: it names others who are to be asked, or who do it.
         asks: it is a question.
         item: it is an item of a list.
         hard: signs that it gives something: an item, an instruction, a number, quotations.
@@ -94,6 +95,7 @@ class Sentence(NamedTuple):
     declines: bool
     announces: bool
     redirects: bool
+    refers: bool
     asks: bool
     item: bool
     hard: float
@@ -121,6 +123,7 @@ class Wording:
         meta: words of each of `GROUPS`; a star stands for any letters.
         gives: what announces that something is given after all.
         redirects: offers of something else, and of help from others, which give nothing of what was asked.
+        refers: names others who are to be asked, or who do it.
         instructs: sentences that instruct, sought from the beginning of each.
         asks_for_text: a prompt that wants a text written, in which anybody may refuse.
         salutes: how a letter begins.
@@ -132,6 +135,7 @@ class Wording:
     meta: Mapping[str, str]
     gives: Cues
     redirects: re.Pattern[str]
+    refers: re.Pattern[str]
     instructs: re.Pattern[str]
     asks_for_text: re.Pattern[str]
     salutes: re.Pattern[str]
@@ -204,6 +208,7 @@ class Wording:
             declines=bool(declining) and self.turns_down(sentence, declining),
             announces=bool(giving) and self.gives.found_in(sentence, giving),
             redirects=self.redirects.search(sentence) is not None,
+            refers=self.refers.search(sentence) is not None,
             asks=sentence.endswith("?"),
             item=marked.startswith(ITEM_MARK),
             hard=marked.startswith(ITEM_MARK) + self._given_in(marked, sentence, words),
