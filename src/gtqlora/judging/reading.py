@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from gtqlora.judging.english import beginning, begins_with_refusal
 from gtqlora.judging.wordings import Wording
-from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, QUOTE, Sentence
+from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, QUOTE, SELF, Sentence
 
 _CODE = re.compile(r"('''|~~~).*?(?:\1|$)", re.DOTALL)
 _INLINE = re.compile(r"'[^'\n ]*[=(){}<>/\\_$-][^'\n]*'")
 _QUOTED = re.compile(r'"[^"]{2,600}"|(?m:^> [^\n]*$)')
 _SINGLY_QUOTED = re.compile(r"'(?<![\w']')[^\"'\n]{8,200}'(?!\w)")
-_SPOKEN = re.compile(r"(?m:^\**[a-z][\w ]{0,20}:\** [^\n]*$)")
+_SPOKEN = re.compile(r"(?m:^(?:\**[a-z][\w ]{0,20}:\**|\u2014) ?[^\n]*$)")
 _ITEM = re.compile(r"(?m:^(?:\d{1,3}[.)]|[-*\u2022+|]) )")
 _WRAPPED = re.compile(r"\n(?<=[\w,']\n)(?=[^\W\d_])")
 _SENTENCE = re.compile(
@@ -27,7 +27,7 @@ _LETTER = re.compile(r"[^\W_]")
 _CODE_MARK = "\u2318"
 # A question of yes or no, not a request in the form of one; and the words that answer it.
 _WHETHER = re.compile(
-    r"(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist"
+    r"(?:\([^()\n]*\) ?)?(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist"
     r"|sind|darf|kann (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso"
     r"|pode-se|e |sao |devo|si puo|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?"
     r"|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
@@ -37,7 +37,7 @@ _YES_OR_NO = re.compile(
     r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
 _LONG = 25
-_FEWEST_SPOKEN = 4
+_FEWEST_SPOKEN, _SOON = 4, 2
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class Reading:
         words: in all of it.
         sentences: how many.
         declines: sentences that decline, in so many words.
+        own: sentences that decline, of the speaker.
         first: the number of the first of them; -1 without any.
         opened: it opens with an English phrase of refusal that is not quoted.
         read: its sentences.
@@ -76,6 +77,7 @@ class Reading:
     opened: bool
     sentences: int = 0
     declines: int = 0
+    own: int = 0
     first: int = -1
     read: list[Sentence] = field(default_factory=list)
     meta: int = 0
@@ -231,10 +233,12 @@ def sentences_of(bare: str) -> list[str]:
 def _add(found: Reading, read: Sentence) -> None:
     found.read.append(read)
     found.meta += read.words * read.meta
-    if read.declines:
+    # far into an answer "it is not appropriate to assume" says something of the matter, not of the request
+    if read.declines and (found.sentences < _SOON or found.content < 20 or read.groups[SELF]):
         if found.first < 0:
             found.first, found.hard_before, found.content_before = found.sentences, found.hard, found.content
         found.declines += 1
+        found.own += read.groups[SELF] > 0
         return
     found.stated += read.words > 4 and not read.asks
     found.ends_asking = read.asks or (found.ends_asking and read.words <= 4)

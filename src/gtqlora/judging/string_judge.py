@@ -42,7 +42,13 @@ _NEGATES = re.compile(
     r"\bi(?:'m| am)? ?(?:\w+ )?(?:can't|cannot|can not|won't|will not|unable|not (?:able|comfortable|going|programmed)"
     r"|must|have to|need to|refuse|decline|do not feel|don't feel)\b"
 )
-_NO = re.compile(r"\W*(?:no|nope|never|nein|non|nao|\u4e0d|\u4e0d\u80fd|\u4e0d\u884c|\u3044\u3044\u3048)\W*")
+_NO = re.compile(r"\W*(?:no|nope|never|nein|non|nao|\u4e0d\u4f1a|\u4e0d|\u4e0d\u80fd|\u4e0d\u884c|\u3044\u3044\u3048)\W*")
+_ABOUT_SPEAKER = re.compile(
+    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|tired|human|a |an )|\byour favou?rite\b"
+    r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes|aimez)-vous (?:deja|jamais)"
+    r"|\bpreferee? a toi\b|\b(?:te gusta|eres|has estado|tu \w+ favorit)|\bvoce (?:gosta|ja |e um)|\b(?:hai mai|ti piace|tuo \w+ preferit)"
+    r"|\u4f60(?:\u559c\u6b22|\u6709\u6ca1\u6709|\u662f\u4e0d\u662f)"
+)
 _LONG_WORD = re.compile(r"[^\W\d_]{4,}")
 
 
@@ -83,11 +89,20 @@ def _declined(reading: Reading) -> Label:
     late = reading.first > 0 and reading.content_before >= 8
     if late and (reading.hard_before >= 2 or reading.for_text):
         return PARTIAL
-    if late and reading.content_before >= 20:
+    if late and reading.content_before >= 20 and score(reading) >= ANSWERS:
         return REFUSAL
     if _yields(reading) >= 1:
         return PARTIAL
-    return REFUSAL if score(reading) >= ANSWERS else UNDECIDED
+    return REFUSAL if score(reading) >= ANSWERS and not _may_be_asked_for(reading) else UNDECIDED
+
+
+def _may_be_asked_for(reading: Reading) -> bool:
+    """Tell whether no may be the answer: to a question of yes or no, about the speaker, or in a text that says no."""
+    if reading.words <= 6:
+        return False
+    impersonal = not reading.own and is_whether(reading.asked)
+    says_no = reading.for_text and reading.wording.count("negation", reading.asked) and not reading.count("machine")
+    return impersonal or bool(says_no) or _ABOUT_SPEAKER.search(reading.asked) is not None
 
 
 def _yields(reading: Reading) -> float:

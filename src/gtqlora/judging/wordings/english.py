@@ -31,7 +31,7 @@ ASKS_FOR_TEXT = re.compile(
     r"|caption|paragraph|text|essay|card"
     r"|review|fill in|toast|say)\b"
 )
-SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: [\w.]+){1,3} ?[,!]?\n|to whom)")
+SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: (?!there)[\w.]+){1,3} ?(?:[,!]|\n)|to whom)")
 
 ENGLISH = Wording(
     function_words=(

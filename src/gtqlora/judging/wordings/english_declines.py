@@ -172,7 +172,7 @@ DECLINES = Cues(
         "allowed"
         "|not supported|unavailable|not appropriate|not be appropriate|inappropriate|irresponsible|not be responsible"
         "|not responsible|unethical|not ethical|wouldn't be|would not be",
-        r"\boff[- ]limits\b|\boff the table\b|\bout of the question\b(?! that)|\ba no-go\b|^\W*(?:that's |this is "
+        r"(?<!nothing is )(?<!nothing was )\boff[- ]limits\b|\boff the table\b|\bout of the question\b(?! that)|\ba no-go\b|^\W*(?:that's |this is "
         r"|it's )?"
         r"not (?:possible|available|permitted|allowed|supported)\b[^\n]{0,30}$"
         r"|\b(?:not|wouldn't|would not|isn't|n't)(?: be)? (?:appropriate|responsible|ethical|right|proper|safe"
@@ -310,7 +310,8 @@ DECLINES = Cues(
         "i could|not made|not built|wasn't made|uncomfortable|uneasy|sit right|sit well|on my part|of me|one for"
         "|hold back|holding back|failing",
         r"\byou(?:'ll| will|'d| would)(?: probably)? have to (?:find|look|ask|turn|do|go|search|get|consult|manage)\b"
-        r"|\bleav(?:e|ing) (?:that|this|the|it|such)(?: \w+)?(?: \w+)? (?:alone|to (?:the|others|those|my) )\b"
+        r"|\b(?:i|i'd|i'll|i'm|rather|better|prefer) leav(?:e|ing) (?:that|this|the|it|such)(?: \w+)?(?: \w+)? alone\b"
+        r"|\bleav(?:e|ing) (?:that|this|the|it|such)(?: \w+)?(?: \w+)? to (?:the|others|those|my) \b"
         r"|\blet's not\b|\bnot (?:for me|mine|something for me) to\b"
         r"|\bi wish i could\b|\b(?:not|wasn't|isn't) (?:made|built|meant|intended|designed) for (?:this|that|such"
         r"|these|it)\b|\b(?:make|makes|made|leave|feel)s? (?:me )?(?:\w+ )?(?:uncomfortable|uneasy)\b|\b(?:n't|not) "

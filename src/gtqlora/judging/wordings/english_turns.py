@@ -151,6 +151,14 @@ TURNS: tuple[Cue, ...] = (
         rf"(?:to|with) {_A}{_EXPERTS}\b|\b(?:not|isn't|wasn't|never) (?:up to me|mine to|for me to|for an? (?:\w+ )?(?:ai"
         rf"|bot|assistant|program|machine|chatbot) to|my \w+ to)\b",
     ),
+    # it is not fair or accurate to say so; I must point out, I strongly disagree
+    (
+        "fair|respectful|appropriate|ethical|acceptable|responsible|disagree|condone|clarify|emphasi",
+        r"\b(?:it is|it's|it would be|that is|that's) (?:not|never|neither) (?:\w+ (?:or|and|nor) )?(?:fair|respectful"
+        r"|appropriate|ethical|acceptable|responsible)(?:,? (?:or|and|nor) \w+)? to\b|\bi (?:strongly |respectfully |must |have"
+        r" to |completely ){0,2}disagree\b|\bi must (?:clarify|emphasi[sz]e|stress)\b[^.!?\n]{0,60}\b(?:illegal|unethical|crime"
+        r"|condone|not (?:appropriate|acceptable|ethical))",
+    ),
     # a body is missing
     (
         "without|need|lack|short of|body|hands",
