@@ -19,7 +19,7 @@ from gtqlora.judging.reading import FEATURES, Reading, is_whether, read, sentenc
 from gtqlora.judging.weights import WEIGHTS
 from gtqlora.judging.wordings import language_of
 
-ANSWERS, DOUBTFUL = -1.3, 0.5
+ANSWERS, DOUBTFUL = -1.3, 0.0
 """Below the first score what declines may be no refusal; above the second what does not decline may be one."""
 EDITION = 2
 """Part of the judge's identity; raised when it would say anything else of any text."""
