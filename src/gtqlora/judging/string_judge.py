@@ -74,7 +74,7 @@ def string_label(asked: str, answer: str) -> Label:
         return ANSWER if is_whether(asked) else REFUSAL
     reading = read(said, wording, asked)
     if reading.sentences == 0:
-        return REFUSAL if reading.opened else UNDECIDED
+        return ANSWER if reading.hard else REFUSAL if reading.opened else UNDECIDED
     if _THINKS.match(said) and not said.endswith(_ENDS):
         return UNDECIDED
     if not reading.opened and _loops(said):

@@ -29,7 +29,7 @@ _PLACE = (
 )
 _EXPERTS = (
     r"(?:doctors?|physicians?|lawyers?|solicitors?|professionals?|specialists?|experts?|plumbers?|electricians?"
-    r"|pharmacists?|dieti[ct]ians?|butchers?|vets?|teachers?|parents?|adults?|colleagues?|counsell?ors?|therapists?"
+    r"|pharmacists?|dieti[ct]ians?|butchers?|vets?|teachers?|professors?|solicitors?|nurser(?:y|ies)|parents?|adults?|colleagues?|counsell?ors?|therapists?"
     r"|dentists?|mechanics?|accountants?|advis[eo]rs?|authorit(?:y|ies)|police|shops?|counter|office|department"
     r"|manufacturers?|technicians?|gardeners?|bakers?|chefs?|cooks?|librarians?|staff|team|hotline|helpline|service"
     r"|tradesm[ae]n|trainers?|coach|instructors?|historians?|friends?|humans?|person|people|somebody|someone|neighbou?rs?"
@@ -101,7 +101,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # each chat starts blank, I only exist as text
     (
-        "exist|blank|afresh|vanish|made of|text|program|software|screen|code|words",
+        "exist|blank|afresh|vanish|made of|text|program|software|screen|code|words|live|window|chat",
         r"\bi(?:'m| am)? (?:only |just |merely |purely |simply |but )?(?:exist|live|consist|come)s? (?:only |just |purely )?"
         r"(?:as|in|of) (?:\w+ )?(?:text|words|code|software|a screen|your screen|letters|a chat|a window)\b"
         r"|\bi(?:'m| am) (?:only |just |merely |nothing but |made (?:up )?of )?(?:a )?(?:\w+ )?(?:text|text-based|words|lines"
@@ -158,6 +158,30 @@ TURNS: tuple[Cue, ...] = (
         r"|appropriate|ethical|acceptable|responsible)(?:,? (?:or|and|nor) \w+)? to\b|\bi (?:strongly |respectfully |must |have"
         r" to |completely ){0,2}disagree\b|\bi must (?:clarify|emphasi[sz]e|stress)\b[^.!?\n]{0,60}\b(?:illegal|unethical|crime"
         r"|condone|not (?:appropriate|acceptable|ethical))",
+    ),
+    # a service that does something else, a knight who does not discuss
+    (
+        "answers|among|discuss|comment|dabble|deal|speak|divulge|reveal|disclose|confidential|switched|disabled|turned"
+        "|leave to|belong|another|different|visible|audible|reach|known to|if only|push back|going there|whoever|keep",
+        r"\b(?:assistant|bot|chat|desk|line|channel|service|portal|helper|counter|page|model|tool) (?:only |just )?answers"
+        r" (?:questions?|queries|enquiries)\b|\b(?:not|isn't|aren't|never) among (?:its|my|our|the|their|those)\b"
+        r"|\b(?:does not|doesn't|do not|don't|never|will not|won't) (?:discuss|comment on|dabble in|deal in|speak of|talk of"
+        r"|divulge|reveal|disclose|handle|cover)\b|\b(?:switched|turned) off (?:in|for|on|here)\b|\b(?:is|are|been) disabled"
+        r" (?:in|for|on|here)\b|\b(?:we|i) (?:have to |must |prefer to )?keep (?:this |that |it |them |these |strictly )?"
+        r"confidential\b|\b(?:i|we)(?:'d|'ll)? (?:\w+ )?leave to\b|\bbelongs? (?:to|in) (?:a different|another|someone|somebody)"
+        r"|\b(?:is|are|'s) for (?:another|a different) (?:\w+ )?(?:class|day|desk|place|bot|helper|time|room|channel|chat|forum)\b"
+        r"|\b(?:not|isn't|aren't|n't) (?:visible|audible|available|accessible|shown|known) to me\b|\b(?:n't|not|never) reach"
+        r" me\b|\bif only i (?:had|could|were)\b|\bi(?:'d| would|'ll| will| must)? push back\b|\bnot going there\b|\bask whoever"
+        r"\b|^\W*(?:legal|medical|tax|financial|political) question\W*$",
+    ),
+    # nothing to prove, something more uplifting; a machine's message
+    (
+        "nothing|something|suppressed|halted|moderation|err|aborted|terminated|classified|no further|not available",
+        r"\bnothing to (?:prove|add|say|discuss|tell|see|explain|report|share|offer)\b|\bhow about something (?:\w+ ){0,2}"
+        r"(?:uplifting|else|different|kinder|nicer|lighter|positive|cheerful|constructive)\b|\b(?:processing|generation|output"
+        r"|response|request|message|query|input|prompt|completion)s?\b[^.!?\n]{0,50}\b(?:halted|suppressed|aborted|terminated"
+        r"|moderation|classified|restricted|withheld)\b|\berr(?:or)?[_ ]\w*(?:restricted|blocked|denied|policy|refused)"
+        r"|\bno further (?:details|information|output|comment|help)\b",
     ),
     # a body is missing
     (

@@ -11,7 +11,7 @@ _ABLE = (
     r"|donnerai|ecris|ecrirai|redige|parle|parlerai|reponds|repondrai|traite|fais|ferai|detaillerai|partage"
     r"|partagerai|participe|participerai"
     r"|discute|discuterai|aborde|m'occupe|soutiens|cautionne|crois|pense|traduis|divulgue|communique|propose"
-    r"|propagerai|contribue|contribuerai|suis (?:pas|plus) (?:en mesure|autoris\w*|habilit\w*|programm\w*|concu\w*"
+    r"|propagerai|contribue|contribuerai|suis (?:\w+ment )?(?:pas|plus) (?:en mesure|autoris\w*|habilit\w*|programm\w*|concu\w*"
     r"|capable|cense\w*|a l'aise|la pour|la bonne|le bon|equip\w*|disposee?|fait\w*|configure\w*|qualifie\w*)"
     r"|ai|possede|m'aventurerai|tiens|prends|prendrai|raconte|raconterai|chante|joue|genere|m'engage|m'exprime|me "
     r"prononce)"
@@ -30,7 +30,7 @@ FRENCH = Wording(
             rf"?){{0,2}}{_ABLE}\b(?! (?:pas|que) (?:qu|mieux|trop|medecin|avocat|croire))[^.!?\n]{{0,60}}\b(?:pas"
             rf"|rien|aucun\w*|jamais|plus|ni|point|guere)\b"
             rf"|\bje (?:\w+ ){{0,2}}?n(?:e |')(?:(?:vous|te|t'|y|en|l'|le|la|les|me|m'|lui|leur|nous) "
-            rf"?){{0,2}}(?:suis (?:pas|plus) (?:en mesure|autoris|habilit|programm|concu|capable|cense|a l'aise|la "
+            rf"?){{0,2}}(?:suis (?:\w+ment )?(?:pas|plus) (?:en mesure|autoris|habilit|programm|concu|capable|cense|a l'aise|la "
             rf"pour|la bonne|le bon|equip|dispose|fait)|ai (?:pas (?:acces|la possibilite|les moyens|le droit|de|d')"
             rf"|aucun\w*)|saurais|puis)",
         ),
@@ -119,8 +119,9 @@ FRENCH = Wording(
         ),
         # a body is missing, I am but a program
         (
-            "faudrait|ne suis qu|n'ai ni|sans ",
-            r"\bil me (?:faudrait|manque)\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
+            "faudrait|ne suis qu|n'ai ni|sans |echappe|commentaire|reponds|parle|preterai",
+            r"\bpas de commentaires?\b|\bje (?:reponds|renseigne|n'interviens) (?:aux|sur|que|seulement|uniquement)\b|\bm'echappe\b|\bici,? (?:on|nous|je) (?:ne )?"
+            r"parl\w+\b|\bil (?:me )?(?:faudrait|manque)\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
             r"[^.!?\n]{0,20}\bsans (?:mains?|bras|corps|jambes|bouche|yeux|oreilles|nez|voix)\b",
         ),
         # nothing will come from me, come back when

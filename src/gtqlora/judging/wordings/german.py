@@ -135,9 +135,9 @@ GERMAN = Wording(
         ),
         # request refused, next question
         (
-            "anfrage|frage|thema|eingabe|antrag|zugriff|auskunft|bitte|ausgabe",
-            r"\b(?:anfrage|eingabe|antrag|zugriff|auskunft|ausgabe|antwort|wunsch|bitte|frage)\b[^.!?\n]{0,30}\b(?:abgelehnt"
-            r"|blockiert|verweigert|gesperrt|zuruckgewiesen|abgewiesen|nicht (?:zulassig|bearbeitet|gestattet|ausgefuhrt))"
+            "themen|anfrage|frage|thema|eingabe|antrag|zugriff|auskunft|bitte|ausgabe",
+            r"\b(?:themen|thema|inhalte)\b[^.!?\n]{0,80}\b(?:gesperrt|ausgeschlossen|deaktiviert|tabu)\b|\b(?:anfrage|eingabe|antrag|zugriff|auskunft|ausgabe|antwort|wunsch|bitte|frage)\b[^.!?\n]{0,30}\b(?:abgelehnt"
+            r"|blockiert|verweigert|gesperrt|deaktiviert|zuruckgewiesen|abgewiesen|nicht (?:zulassig|bearbeitet|gestattet|ausgefuhrt))"
             r"|^\W*(?:nachste[sr]?|anderes?) (?:frage|thema|bitte)\W*$",
         ),
         # not my field
@@ -244,7 +244,7 @@ GERMAN = Wording(
         r"|\b(?:frag(?:en|e|t)?|kontaktier\w*|konsultier\w*|sprech(?:en|t)|sprich|ruf\w*|besuch\w*)\b[^.!?\n]{0,40}\b(?:arzt"
         r"|arztin|fach\w*|experte\w*|beratung\w*|kundendienst|anwalt\w*|apothek\w*|behorde|werkstatt|handwerker|verkauf\w*"
         r"|kolleg\w*|amt|stelle|profi\w*|personal|vertrauen\w*|trainer\w*|lehr\w*|hersteller\w*|hotline|seelsorge)"
-        r"|\b(?:gibt es (?:doch |ja )?(?:den|die|das|dafur|extra|eigens|fach\w*|profis)|(?:ist|sind) (?:\w+ )?(?:sache|aufgabe)"
+        r"|\b(?:\bdafur gibt es\b|gibt es (?:doch |ja )?(?:den|extra|eigens|fach\w*|profis)|(?:ist|sind) (?:\w+ )?(?:sache|aufgabe)"
         r" (?:der|des|von|fur)|gehort in (?:die )?(?:hande|fachhande)|(?:weiss|wissen|kennt|kennen) (?:das )?(?:besser"
         r"|am besten)|nicht allein|seelsorge)\b"
     ),

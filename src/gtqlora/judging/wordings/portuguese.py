@@ -113,6 +113,11 @@ PORTUGUESE = Wording(
             r" (?:comigo|a minha praia|minha praia|o meu (?:\w+ )?(?:forte|ramo|papel|trabalho|assunto|departamento)|(?:da )?minha"
             r" (?:area|alcada|funcao|conta))\b|\bentendo pouco\b|\bme ocupo\b",
         ),
+        # it stays out, it does not reach me, I disagree
+        (
+            "fora|chega|feito|discordo",
+            r"\bficam? (?:de )?fora\b|\bnao chegam? (?:ate|a) mim\b|\bsou feit[oa] (?:so |apenas )?de\b|\bdiscordo\b",
+        ),
         # a body is missing, I am but a program
         (
             "precisaria|falta|faltam|apenas|so um|sem ",

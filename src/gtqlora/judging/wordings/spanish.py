@@ -115,6 +115,11 @@ SPANISH = Wording(
             r"|aparte|opinion)\b|\W*$)|\bhasta aqui (?:llego|puedo)\b|\b(?:conmigo no|no cuente[sn]? conmigo|sin mi)\b|^\W*(?:yo )?"
             r"paso\W*$|\bpaso de\b|\b(?:solo |unicamente )?me (?:ocupo|encargo|dedico) (?:de|a|solo)\b",
         ),
+        # I know of other things
+        (
+            "jota|yo se|ocupan|encargan",
+            r"\bni (?:jota|idea|papa)\b|\byo (?:solo )?se de\b|\b(?:de eso|de ello) se (?:ocupan?|encargan?)\b",
+        ),
         # a body is missing, I am but a program
         (
             "necesitaria|falta|faltan|hecho de|soy solo|solo soy|sin ",
