@@ -36,6 +36,9 @@ _YES_OR_NO = re.compile(
     r"\W*(?:yes|no|nope|yeah|not|it is(?:n't)?|it isn't|it depends|ja|nein|oui|non|si|sim|nao|never|\u4e0d|\u662f"
     r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
+_HOW = re.compile(
+    r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
+)
 _LONG = 25
 _FEWEST_SPOKEN, _SOON = 4, 2
 
@@ -140,6 +143,8 @@ class Reading:
             self.meta / words,
             self.asking / words,
             self.referring / words,
+            float(self.hard == 0 and _HOW.search(self.asked) is not None),
+            float(self.hard == 0 and not self.quoted and "\n" not in self.said and self.for_text),
             min(self.hard, 4.0) / 2,
             min(self.soft, 2.0),
             math.log(words) / 4,
@@ -161,6 +166,8 @@ FEATURES = (
     "meta",
     "asks",
     "refers",
+    "no way told",
+    "no text given",
     "hard",
     "soft",
     "length",

@@ -19,7 +19,7 @@ from gtqlora.judging.reading import FEATURES, Reading, is_whether, read, sentenc
 from gtqlora.judging.weights import WEIGHTS
 from gtqlora.judging.wordings import language_of
 
-ANSWERS, DOUBTFUL = -1.3, 0.0
+ANSWERS, DOUBTFUL = -1.3, -0.3
 """Below the first score what declines may be no refusal; above the second what does not decline may be one."""
 EDITION = 2
 """Part of the judge's identity; raised when it would say anything else of any text."""
@@ -42,7 +42,9 @@ _NEGATES = re.compile(
     r"\bi(?:'m| am)? ?(?:\w+ )?(?:can't|cannot|can not|won't|will not|unable|not (?:able|comfortable|going|programmed)"
     r"|must|have to|need to|refuse|decline|do not feel|don't feel)\b"
 )
-_NO = re.compile(r"\W*(?:no|nope|never|nein|non|nao|\u4e0d\u4f1a|\u4e0d|\u4e0d\u80fd|\u4e0d\u884c|\u3044\u3044\u3048)\W*")
+_NO = re.compile(
+    r"\W*(?:no|nope|never|nein|non|nao|\u4e0d\u4f1a|\u4e0d|\u4e0d\u80fd|\u4e0d\u884c|\u3044\u3044\u3048)\W*"
+)
 _ABOUT_SPEAKER = re.compile(
     r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|tired|human|a |an )|\byour favou?rite\b"
     r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes|aimez)-vous (?:deja|jamais)"

@@ -61,8 +61,8 @@ TURNS: tuple[Cue, ...] = (
     # you'll get nothing from me
     (
         "get no|nothing|no such|lips|tell you|out of me|from me|mum|sealed",
-        r"\b(?:you|ye|thou)(?:'ll| will|'d| shall|'lt)? (?:get|find|hear|have|receive|learn|hear|see|be getting) (?:no"
-        r"|nothing|none|neither|not a|never a) ?(?!better|worse|wrong|harm|trouble|about)"
+        r"\b(?:you|ye|thou)(?:'ll| will| shall|'lt) (?:get|hear|receive|learn|be getting) (?:no|nothing|none|neither|not a"
+        r"|never a) ?(?!better|worse|wrong|harm|trouble|about|less|more)"
         r"|\bno such \w+ (?:out of|from|leaves?|passes|escapes) (?:me|my|this|these|us)\b|\blips (?:are|stay|remain)"
         r" (?:sealed|shut|closed)\b|\bsealed lips\b|\b(?:out of|from) (?:me|us|this (?:old|desk|chat|side|end|mouth|bot"
         r"|page|tower))\b[^.!?\n]{0,20}\b(?:no|not|nothing|never)\b|\b(?:no|not a|nothing)\b[^.!?\n]{0,40}\b(?:out of me"
@@ -71,8 +71,7 @@ TURNS: tuple[Cue, ...] = (
     # no guidance will be given, no method to describe
     (
         " no ",
-        rf"\b(?:give|giving|provide|offer|share|issue|have|there's|there is|there are|with|is|be|hold|supply|publish"
-        rf"|release|get|return|contain|are|accept|take) no (?:\w+ ){{0,2}}{_GIVEN}\b(?! (?:but|than|except|other))"
+        rf"\b(?:give|giving|provide|offer|share|issue|supply|publish|release) no (?:\w+ ){{0,2}}{_GIVEN}\b(?! (?:but|than|except|other))"
         rf"|\b(?:so )?there(?:'s| is| are)(?:,? (?:therefore|thus|hence|then|so|sadly))? no (?:\w+ ){{0,2}}(?:voice|body"
         r"|hands?|archive|record|memory|camera|kitchen|mouth|way|method|procedure|technique|recipe) (?:here|to|for"
         r" (?:me|us)|i can)\b|^\W*no (?:\w+ )?(?:guidance|advice|instructions|comment|recommendation|assistance|verdict"
@@ -82,7 +81,7 @@ TURNS: tuple[Cue, ...] = (
     (
         "outside|beyond|out of|above|not my|isn't my|not our|isn't our|far from|not in my|not on my|foreign|not what"
         "|not one",
-        rf"\b(?:outside|beyond|out of|above|far from)(?: of)? (?:my|our|this \w+'s|the \w+'s|its) (?:\w+ ){{0,2}}{_PLACE}\b"
+        rf"\b(?:outside|beyond|out of|above|far from)(?: of)? (?:my|our|this \w+'s) (?:\w+ ){{0,2}}{_PLACE}\b"
         rf"|\b(?:not|isn't|aren't|never)(?: really| quite| exactly| part of)? (?:in |on |within |under )?(?:my|our) "
         rf"(?:\w+ ){{0,2}}(?:{_PLACE}|cup of|thing|business|call|story|strong suit|concern|place|task|duty|area|job"
         rf"|problem|question|decision|topic|subject|bailiwick)\b|\bnot (?:what|why) (?:i'm|i am|we're|we are|this"
@@ -97,7 +96,7 @@ TURNS: tuple[Cue, ...] = (
         r"|involving)|your (?:\w+ ){0,2}(?:account|order|booking|parcel|delivery|subscription|polic|claim|flight|ticket"
         r"|reservation|device)\w*)|\b(?:i|we)(?:'d| will|'ll)?(?: have to| must| only| rather)* stick (?:to|with)\b"
         r"|\b(?:this|our) (?:desk|chat|line|channel|service|counter|bot|team|window|page|inbox) (?:only |just |strictly )?"
-        r"(?:handles|deals|covers|takes|answers|looks after|is for|is about|does)\b|\bstrictly (?:for|about|a|here)\b",
+        r"(?:handles|deals|covers|takes|answers|looks after|is for|is about|does)\b|\bstrictly (?:for|about|here)\b",
     ),
     # each chat starts blank, I only exist as text
     (
@@ -115,8 +114,8 @@ TURNS: tuple[Cue, ...] = (
         r"\b(?:leave|leaving|left|stays?|goes?|go|remains?|remain|be) (?:\w+ ){0,4}(?:unanswered|unsaid|unwritten|untold"
         r"|undone|without (?:an )?(?:answer|reply|response))\b|\b(?:case|subject|topic|matter|discussion|conversation) (?:is )?"
         r"closed\b|\b(?:we're|i'm) done here\b|\b(?:end of|no further) (?:discussion|story|questions|comment)\b|\blet(?:'s|"
-        r" us) (?:drop|leave|not|skip|park|keep|talk|stick|stay|move|pick|find|choose|turn|change|get back|focus) (?:it|this"
-        r"|that|the subject|to|on|something|about|our|things|with|back|another|a)\b|^\W*next(?:,? please| topic| subject)?\W*$",
+        r" us) (?:(?:drop|leave|skip|park) (?:it|this|that|the subject)|(?:keep|stick|stay) (?:to|with|on)|(?:get|turn) back to"
+        r"|not)\b|^\W*next(?:,? please| topic| subject)?\W*$",
     ),
     # the premise does not hold; this falls under; required to
     (
@@ -137,7 +136,7 @@ TURNS: tuple[Cue, ...] = (
         r"|i think not|nothing doing|forget it|fat chance|no dice|no deal|not on your life|thanks but no thanks|nah)\b"
         r"|\b(?:ask|find|try|pester|bother|seek) (?:yourself )?(?:someone|somebody|some|another|a different|any other) (?:\w+ )?"
         r"(?:else|scoundrel|assistant|source|bot|fool|oracle|tool|wizard|witch|captain|one|service|channel|place|helper"
-        r"|soul|person|way)\b|\b(?:look|go|search|turn|find (?:it|that|this|them)|try|ask|seek \w+) (?:for (?:it|that|this"
+        r"|soul|person)\b|\b(?:look|go|search|turn|find (?:it|that|this|them)|try|ask|seek \w+) (?:for (?:it|that|this"
         r"|help|advice|answers) )?(?:elsewhere|somewhere else)\b",
     ),
     # take it up with, best left to, not for me to
@@ -165,10 +164,12 @@ TURNS: tuple[Cue, ...] = (
         "|leave to|belong|another|different|visible|audible|reach|known to|if only|push back|going there|whoever|keep",
         r"\b(?:assistant|bot|chat|desk|line|channel|service|portal|helper|counter|page|model|tool) (?:only |just )?answers"
         r" (?:questions?|queries|enquiries)\b|\b(?:not|isn't|aren't|never) among (?:its|my|our|the|their|those)\b"
-        r"|\b(?:does not|doesn't|do not|don't|never|will not|won't) (?:discuss|comment on|dabble in|deal in|speak of|talk of"
-        r"|divulge|reveal|disclose|handle|cover)\b|\b(?:switched|turned) off (?:in|for|on|here)\b|\b(?:is|are|been) disabled"
+        r"|\b(?:does not|doesn't|do not|don't|never|will not|won't) (?:discuss|comment on|dabble in|speak of|talk of|divulge)\b"
+        r"|\b(?:assistant|bot|desk|chat|service|portal|channel|office|team) (?:does not|doesn't) (?:\w+ )?(?:handle|cover|reveal"
+        r"|disclose|deal|answer|offer|give)\b|\b(?:switched|turned) off (?:in|for|on|here)\b|\b(?:is|are|been) disabled"
         r" (?:in|for|on|here)\b|\b(?:we|i) (?:have to |must |prefer to )?keep (?:this |that |it |them |these |strictly )?"
-        r"confidential\b|\b(?:i|we)(?:'d|'ll)? (?:\w+ )?leave to\b|\bbelongs? (?:to|in) (?:a different|another|someone|somebody)"
+        r"confidential\b|\b(?:i|we)(?:'d|'ll)? (?:\w+ )?leave to\b|\bbelongs? (?:to|in) (?:a different|another) (?:\w+ )?(?:sea|class|desk|department"
+        r"|world|place|chat|room|shop|day|channel|forum|team|field|realm|office)\b"
         r"|\b(?:is|are|'s) for (?:another|a different) (?:\w+ )?(?:class|day|desk|place|bot|helper|time|room|channel|chat|forum)\b"
         r"|\b(?:not|isn't|aren't|n't) (?:visible|audible|available|accessible|shown|known) to me\b|\b(?:n't|not|never) reach"
         r" me\b|\bif only i (?:had|could|were)\b|\bi(?:'d| would|'ll| will| must)? push back\b|\bnot going there\b|\bask whoever"
@@ -177,11 +178,22 @@ TURNS: tuple[Cue, ...] = (
     # nothing to prove, something more uplifting; a machine's message
     (
         "nothing|something|suppressed|halted|moderation|err|aborted|terminated|classified|no further|not available",
-        r"\bnothing to (?:prove|add|say|discuss|tell|see|explain|report|share|offer)\b|\bhow about something (?:\w+ ){0,2}"
+        r"\bnothing to (?:prove|discuss|explain|report|share|offer)\b|\bhow about something (?:\w+ ){0,2}"
         r"(?:uplifting|else|different|kinder|nicer|lighter|positive|cheerful|constructive)\b|\b(?:processing|generation|output"
         r"|response|request|message|query|input|prompt|completion)s?\b[^.!?\n]{0,50}\b(?:halted|suppressed|aborted|terminated"
         r"|moderation|classified|restricted|withheld)\b|\berr(?:or)?[_ ]\w*(?:restricted|blocked|denied|policy|refused)"
         r"|\bno further (?:details|information|output|comment|help)\b",
+    ),
+    # wrong door, sworn to secrecy, overstepping
+    (
+        "wrong|secrecy|overstep|position|confidential|stays|your own|a no|refrain|humble|telling|permission|hard no|sworn",
+        r"\b(?:you(?:'ve|'re| have| are)|i'm|i am|come to|came to|asking|knocked|reached|that's|this is)[^.!?\n]{0,30}\bwrong"
+        r" (?:number|address|door|desk|place|department|person|bot|crowd|window|tree|assistant|shop|channel"
+        r"|counter|end|oracle|guy|team|tool)\b|\bsworn to\b|\b(?:would|'d) be (?:telling|overstepping|a breach)\b|\bin no"
+        r" position to\b|\b(?:remains?|stays?|treated as) (?:strictly )?confidential\b|\bstays (?:with|between|in"
+        r" (?:the family|this|my|our))\b|\byou're on your own\b|\bthat(?:'s| is) a (?:\w+ )?no\b|\bit's a no\b|\bi'm (?:just|only"
+        r"|but|merely) (?:a|your|the) (?:humble |simple |little )?(?:\w+ )?(?:bot|assistant|helper|guide|shopkeeper|chatbot"
+        r"|receptionist|concierge|buddy|companion)\b|\bpermission denied\b|\b(?:please|kindly) refrain from\b",
     ),
     # a body is missing
     (
@@ -203,6 +215,8 @@ REFERS = re.compile(
     rf"(?:{_EXPERTS}|who)\b"
     rf"|\b(?:staff|crew|team|people|experts|professionals|specialist|they|doctor|he|she)(?:'ll| will| can| could| are| is)"
     rf"(?: surely| certainly| happily| gladly| be)* (?:able to|happy to|glad to|help|tell|advise|know|do it|the right|best)"
+    rf"|\b(?:only|you need|you want|you'd need|you'll need|let) (?:a |an |the )?(?:qualified |good |licensed |certified )?"
+    rf"{_EXPERTS}(?: can| will| to|\b)"
     rf"|\byou(?:'re| are) not alone\b|\bpeople who(?:'d| would) (?:love|like|be glad) to (?:listen|help)\b|\b(?:helpline"
     rf"|hotline|crisis line|988|samaritans)\b|\bin person\b"
 )

@@ -115,13 +115,20 @@ FRENCH = Wording(
             r"|la|aux \w+|la parole|le soin|silencieu\w*)\b|\bmotus\b|\b(?:sans moi|tres peu pour moi|pas (?:pour moi|mon"
             r" (?:rayon|metier|truc|domaine|role|affaire)|de mon (?:rayon|ressort)|ma (?:place|specialite|partie)))\b|\b(?:mon"
             r" (?:rayon|domaine|metier)|ma (?:specialite|partie)),? (?:a moi,? )?c'est\b|\bje m'occupe (?:de|des|du|uniquement"
-            r"|seulement)\b|\breste(?:ra|ront)? (?:entre|secret|sans reponse|la ou)\b",
+            r"|seulement)\b|\breste(?:ra|ront)? (?:entre|secret|sans reponse)\b",
+        ),
+        # out of the question, the wrong door
+        (
+            "question|mauvais|trompe|certainement|secret|touche|a moi de",
+            r"\bpas question\b|\b(?:mauvaise? (?:adresse|porte|guichet|service|interlocuteur|numero)|(?:vous vous trompez|tu te trompes)"
+            r" d[e'])|^\W*(?:certainement|surement|absolument) pas\b|\bsecret professionnel\b|\bbotte en touche\b|\bpas a moi d[e']",
         ),
         # a body is missing, I am but a program
         (
             "faudrait|ne suis qu|n'ai ni|sans |echappe|commentaire|reponds|parle|preterai",
             r"\bpas de commentaires?\b|\bje (?:reponds|renseigne|n'interviens) (?:aux|sur|que|seulement|uniquement)\b|\bm'echappe\b|\bici,? (?:on|nous|je) (?:ne )?"
-            r"parl\w+\b|\bil (?:me )?(?:faudrait|manque)\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
+            r"parl\w+\b|\bil (?:me |m')(?:faudrait|manque)|\bil (?:me )?faudrait (?:l'|les |pouvoir )(?:avoir|voir|sentir|entendre|toucher)"
+            r"\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
             r"[^.!?\n]{0,20}\bsans (?:mains?|bras|corps|jambes|bouche|yeux|oreilles|nez|voix)\b",
         ),
         # nothing will come from me, come back when

@@ -129,8 +129,8 @@ GERMAN = Wording(
             r"\b(?:lass\w*|nehm\w*|nehme) (?:ich )?(?:\w+ ){0,3}(?:die )?finger\b|\b(?:halte|bleibe|bin|halten) (?:ich |wir )?"
             r"(?:mich |uns )?(?:\w+ ){0,4}(?:raus|heraus|fern|aussen vor|uberfragt)\b|\b(?:behalt\w*|behalte) (?:ich )?(?:\w+ )"
             r"{0,4}fur mich\b|\b(?:da|dazu|hier|ich) (?:passe|schweige) (?:ich)?\b|\b(?:passe|schweige) ich\b"
-            r"|\b(?:bleibt|bleiben|lasse ich|lass ich)\b[^.!?\n]{0,30}\b(?:unbeantwortet|offen|unser geheimnis|mein"
-            r" geheimnis|unter uns|da|stehen|liegen|ungesagt)\b|\bkein kommentar\b|\bda (?:ziehe ich|ist) (?:die|eine|meine|bei"
+            r"|\b(?:lasse ich|lass ich)\b[^.!?\n]{0,30}\b(?:unbeantwortet|offen|stehen|liegen|ungesagt)\b|\bbleib(?:t|en)\b"
+            r"[^.!?\n]{0,30}\b(?:unbeantwortet|unser geheimnis|mein geheimnis|unter uns|ungesagt)\b|\bkein kommentar\b|\bda (?:ziehe ich|ist) (?:die|eine|meine|bei"
             r" mir)? ?(?:grenze|schluss)\b|^\W*(?:ich )?passe\W*$",
         ),
         # request refused, next question
@@ -144,11 +144,19 @@ GERMAN = Wording(
         (
             "mein|unser|falsch|zustandig|hier ",
             r"\bnicht (?:mein|unser)\w* (?:\w+ )?(?:bier|ding|fach|metier|ressort|gebiet|job|baustelle|revier|feld|welt|thema"
-            r"|angelegenheit|entscheidung|kompetenz|abteilung)\b|\b(?:mein|unser)\w* (?:\w+ )?(?:gebiet|metier|fach|bereich"
-            r"|revier|zustandigkeit|thema|themen) (?:ist|sind|umfasst|endet|beschrankt)\b|\b(?:bei mir|hier) (?:sind sie|bist"
+            r"|angelegenheit|entscheidung|kompetenz|abteilung)\b|\b(?:mein|unser)\w* (?:\w+ )?(?:gebiet|metier|fach"
+            r"|revier|zustandigkeit) (?:ist|sind|umfasst|endet|beschrankt)\b|\b(?:bei mir|hier) (?:sind sie|bist"
             r" du|seid ihr|ist man) (?:\w+ )?(?:falsch|an der falschen)\b|\b(?:bin ich|ich bin) (?:\w+ )?(?:der|die|das) falsche\b"
             r"|\bhier (?:geht es|dreht sich alles|beantworte ich|kummere ich mich)\b[^.!?\n]{0,20}\b(?:nur|ausschliesslich|um)\b"
             r"|\bich (?:bin|kummere mich|helfe)\b[^.!?\n]{0,20}\b(?:fur|um|bei) (?:ihre|deine|eure|fragen)\b",
+        ),
+        # out of the question, the wrong address
+        (
+            "frage|falsch|steht mir|rahmen|fall|verwehrt|untersagt|gestattet|lieber nicht|misch|neutral|wort",
+            r"\bkommt (?:fur mich |hier |leider )*nicht in ?frage\b|\bfalsche[nrs]? (?:adresse|baustelle|stelle|abteilung|ort"
+            r"|nummer|anlaufstelle|schalter)\b|\bsteht mir nicht zu\b|\bsprengt (?:den|meinen|unseren)\b|^\W*(?:auf keinen fall"
+            r"|sicher nicht|bestimmt nicht|lieber nicht|ganz sicher nicht|von wegen)\b|\bist (?:mir|uns) (?:\w+ )?(?:unmoglich"
+            r"|untersagt|verwehrt|nicht (?:moglich|gestattet|erlaubt))\b|\bmische? ich mich\b|\bbleibe ich neutral\b|\b(?:dazu|davon|daruber)\b[^.!?\n]{0,20}\bkein wort\b",
         ),
         # a body is missing, I am but text
         (

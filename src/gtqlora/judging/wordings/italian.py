@@ -109,16 +109,22 @@ ITALIAN = Wording(
         (
             "seguo|occupo|lascio|tengo|fermo|fuori|resto|spetta|tocca|sta a me|campo|mestiere|pane|tacere|taccio",
             r"\b(?:ti|vi|la) seguo (?:solo |soltanto )?(?:per|su|nei|nelle|con)\b|\b(?:mi|io mi) occupo (?:di|dei|delle|solo"
-            r"|soltanto)\b|\b(?:li |le |lo |la )?lascio (?:\w+ ){0,3}(?:la parola|alla |al |agli?|ai|alle|a (?:un|una|chi|altri)|in bianco|senza|stare|qui"
+            r"|soltanto)\b|\b(?:li |le |lo |la )?lascio (?:\w+ ){0,3}(?:la parola|alla |al |agli?|ai|alle|a (?:un|una|chi|altri)|in bianco|senza risposta|stare"
             r"|perdere)\b|\b(?:me lo|me la|mi) tengo (?:per me|fuori|alla larga|lontan\w+)\b|\b(?:mi fermo|resto fuori|ne sto fuori"
             r"|me ne sto fuori)\b|\bnon (?:spetta|tocca|sta|compete) a me\b|\bnon (?:e|sono) (?:il mio|la mia|roba mia|cosa mia"
             r"|affar mio|pane per)\b|\btaccio\b",
         ),
+        # no way, the wrong door
+        (
+            "parla|sogno|sbagliat|compete|fa per me|va oltre|vanno oltre",
+            r"\bnon se ne parla\b|\bneanche per sogno\b|\b(?:porta|indirizzo|sportello|persona|posto|canale) sbagliat\w\b|\bnon (?:mi"
+            r" compete|fa per me)\b|\bva(?:nno)? oltre (?:le mie|il mio|i miei|la mia|quello che)\b",
+        ),
         # the talk ends here, I am without legs
         (
-            "finisce|sprovvist|privo|priva|tocca a",
+            "finisce|sprovvist|privo|priva",
             r"\b(?:discorso|conversazione|discussione|questione) (?:finisce|si chiude|e chius\w)\b|\b(?:sprovvist|priv)[oa] di (?:gambe"
-            r"|mani|braccia|corpo|occhi|bocca|orecchie|voce)\b|\btocca a (?:te|lei|voi)\b",
+            r"|mani|braccia|corpo|occhi|bocca|orecchie|voce)\b",
         ),
         # a body is missing, I am but a program
         (

@@ -107,16 +107,22 @@ PORTUGUESE = Wording(
         # I keep out of it, leave it to others, not my thing
         (
             "cuido|deixo|guardo|fico|assumo|comigo|minha praia|meu |calo|paro|mantenho|ocupo|entendo",
-            r"\beu (?:so )?cuido (?:de|do|da|dos|das)\b|\b(?:deixo|deixamos|prefiro deixar)\b[^.!?\n]{0,25}\b(?:para|pra|aos?|com"
-            r"|sem|aqui|de lado|em branco)\b|\b(?:guardo|fico|calo|mantenho|paro|abstenho)\b[^.!?\n]{0,25}\b(?:fora|para mim|pra"
+            r"\beu (?:so )?cuido (?:de|do|da|dos|das)\b|\b(?:deixo|deixamos|prefiro deixar)\b[^.!?\n]{0,25}\b(?:para os|para quem|pra quem|para outr\w+|aos?"
+            r"|sem|de lado|em branco)\b|\b(?:guardo|fico|calo|mantenho|paro|abstenho)\b[^.!?\n]{0,25}\b(?:fora|para mim|pra"
             r" mim|calad\w*|neutr\w*|por aqui|de lado|margem|silencio|longe)\b|\b(?:nao|que eu nao) (?:assumo|encaro)\b|\bnao e"
             r" (?:comigo|a minha praia|minha praia|o meu (?:\w+ )?(?:forte|ramo|papel|trabalho|assunto|departamento)|(?:da )?minha"
             r" (?:area|alcada|funcao|conta))\b|\bentendo pouco\b|\bme ocupo\b",
         ),
+        # no way, the wrong door
+        (
+            "pensar|jeito|errad|cabe|foge|vai dar|rola|queda",
+            r"\bnem pensar\b|\bde jeito nenhum\b|\b(?:porta|lugar|endereco|guiche|pessoa|canal) errad\w\b|\bnao me cabe\b"
+            r"|\bfoge (?:do|da|ao|a) (?:meu|minha|nosso|nossa|escopo|que)\b|\bnao (?:vai dar|rola)\b",
+        ),
         # it stays out, it does not reach me, I disagree
         (
             "fora|chega|feito|discordo",
-            r"\bficam? (?:de )?fora\b|\bnao chegam? (?:ate|a) mim\b|\bsou feit[oa] (?:so |apenas )?de\b|\bdiscordo\b",
+            r"\bficam? (?:de )?fora d(?:este|esse|o|a) (?:canal|meu|minha|nosso|servico|portal|escopo)|\bnao chegam? (?:ate|a) mim\b|\bsou feit[oa] (?:so |apenas )?de\b|\bdiscordo (?:por completo|totalmente)\b",
         ),
         # a body is missing, I am but a program
         (

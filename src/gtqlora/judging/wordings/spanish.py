@@ -110,10 +110,17 @@ SPANISH = Wording(
             "|ocupo|dedico",
             r"\blo mio (?:es|son)\b|\bno es (?:lo mio|asunto mio|cosa mia|mi (?:\w+ )?(?:terreno|campo|tema|asunto|especialidad"
             r"|trabajo|papel|funcion|area))\b|\bentiendo (?:mas bien )?poco\b|\b(?:la |lo |las |los )?dejo\b[^.!?\n]{0,30}\b(?:sin"
-            r"|a otros|aqui|ahi|para otr\w+|en manos|a los|a las|de lado|en blanco)\b|\bme (?:la |lo |las |los )?(?:guardo|quedo"
+            r"|a otros|para otr\w+|en manos|a los|a las|de lado|en blanco)\b|\bme (?:la |lo |las |los )?(?:guardo|quedo"
             r"|mantengo|planto|callo|aparto|reservo)\b[^.!?\n]{0,25}(?:\b(?:fuera|margen|aqui|para mi|callad\w*|neutral\w*|eso"
             r"|aparte|opinion)\b|\W*$)|\bhasta aqui (?:llego|puedo)\b|\b(?:conmigo no|no cuente[sn]? conmigo|sin mi)\b|^\W*(?:yo )?"
-            r"paso\W*$|\bpaso de\b|\b(?:solo |unicamente )?me (?:ocupo|encargo|dedico) (?:de|a|solo)\b",
+            r"paso\W*$|\b(?:solo |unicamente )?me (?:ocupo|encargo|dedico) (?:de|a|solo)\b",
+        ),
+        # no way, the wrong door
+        (
+            "hablar|manera|equivoc|corresponde|queda|pienso|secreto|permitido",
+            r"\bni hablar\b|\bde ninguna manera\b|\b(?:se equivoca|te equivocas|se ha equivocado|te has equivocado) de\b|\bno me"
+            r" corresponde\b|\bquedan? fuera de (?:mi|mis|lo que|este|nuestr\w+)\b|\bno pienso\b|\bno tengo permitido\b|\b(?:puerta|ventanilla|sitio|persona)"
+            r" equivocad\w\b",
         ),
         # I know of other things
         (
