@@ -204,7 +204,7 @@ def test_literals_of_cues_stand_in_what_their_patterns_find() -> None:
     for wording in WORDINGS:
         if not wording.spaced:
             continue
-        for row in _rows("answers.jsonl") + _rows("probes.jsonl"):
+        for row in _rows("answers.jsonl") + _rows("more.jsonl") + _rows("probes.jsonl"):
             said = folded(row["answer"])
             if language_of(said, folded(row["prompt"])) is wording:
                 assert wording.read(said).declines == wording.turns_down(said), said

@@ -211,7 +211,7 @@ DECLINES = Cues(
     ),
     # only for something else
     (
-        "only|exclusively|solely|limited|reserved|just here|here to|here for",
+        "only|exclusively|solely|limited|restricted|confined|reserved|just here|here to|here for",
         rf"{_I}{_ADVERBS}(?: |(?='))(?:can|am|'m|will|'re|are|do)? ?(?:here )?(?:only|exclusively|solely)(?: "
         rf"here)?(?: "
         rf"able)?(?: to| for| here)? "
@@ -288,7 +288,7 @@ DECLINES = Cues(
     ),
     # silent, neutral
     (
-        "silent|neutral|quiet|myself|out of|clear of",
+        "silent|neutral|quiet|impartial|myself|out of|clear of",
         r"\b(?:remain|stay|keep|be) (?:silent|neutral|quiet|impartial|out of (?:this|that|it)|(?:well )?clear of)\b"
         r"|\bkeep(?:ing)? (?:it|them|that|this|these|those|my [\w ]{3,20}) to myself\b",
     ),
@@ -326,7 +326,7 @@ DECLINES = Cues(
     ),
     # your question is inappropriate
     (
-        "disagree|premise|must ask you|stop|inappropriate",
+        "disagree|premise|question|request|message|prompt|language|object|ask you",
         r"\bi (?:must |have to |would |strongly |respectfully )*(?:disagree with the premise|ask you to stop"
         r"|object)\b|\b(?:your|this|the) (?:question|request|message|prompt|language) (?:is|seems|appears|contains"
         r"|assumes|involves|implies|rests|promotes)\b[^.!?\n]{0,40}\b(?:inappropriate|offensive|threaten\w+|harm\w*"

@@ -41,7 +41,7 @@ TURNS: tuple[Cue, ...] = (
     # I step back from it, that's where I stop
     (
         "step|steer|stay|keep|shy|back away|walk away|bow|stop|draw|sit |pass |leave|hold|part ways|get off|park|rest"
-        "|miss|put |nothing|say no|budge|aside|recuse|plead| no ",
+        "|miss|put |leaving|going|nothing|say no|budge|aside|recuse|plead| no ",
         rf"\b(?:i|we)(?:'d|'ll)?(?: (?:rather|must|have to|will|would|always|only|simply|just|do|should|can only"
         rf"|prefer to|try to|respectfully|gladly|politely|am obliged to|need to|choose to|usually|generally)){{0,2}}"
         rf" {_TURN}\b(?! (?:on|in|by|at|until|of|with|when|while|from|for|near) )"
@@ -53,7 +53,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # not something I'd care to, I'd sooner
     (
-        "sooner|rather|care to|fond|inclined",
+        "sooner|rather|care|wish|want|intend|plan|inclined",
         r"\bi'?d? ?(?:would )?(?:sooner|rather) (?:leave|keep|stay|steer|talk|hear|let|see you|you|we|be|eat|skip|pass"
         r"|put|spend|focus|discuss|refer|hand|return|avoid|point)\b(?! than)"
         r"|\b(?:not|n't) (?:something|anything|a \w+) (?:i|we) (?:care|wish|want|intend|plan|am inclined|would care) to\b",
@@ -73,8 +73,8 @@ TURNS: tuple[Cue, ...] = (
         " no ",
         rf"\b(?:give|giving|provide|offer|share|issue|supply|publish|release) no (?:\w+ ){{0,2}}{_GIVEN}\b(?! (?:but|than|except|other))"
         rf"|\b(?:so )?there(?:'s| is| are)(?:,? (?:therefore|thus|hence|then|so|sadly))? no (?:\w+ ){{0,2}}(?:voice|body"
-        r"|hands?|archive|record|memory|camera|kitchen|mouth|way|method|procedure|technique|recipe) (?:here|to|for"
-        r" (?:me|us)|i can)\b|^\W*no (?:\w+ )?(?:guidance|advice|instructions|comment|recommendation|assistance|verdict"
+        r"|hands?|archive|record|memory|camera|kitchen|mouth|way|method|procedure|technique|recipe) (?:here|for (?:me|us)"
+        r"|i can|to (?:describe|explain|give|offer|share|sing|do that|look|show|pass on))\b|^\W*no (?:\w+ )?(?:guidance|advice|instructions|comment|recommendation|assistance|verdict"
         r"|opinion) (?:from|is|will|can|on|in|available|here)\b",
     ),
     # outside my lane
@@ -89,7 +89,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # I'm here for accounts, and this desk for parcels
     (
-        "here for|here to|here only|stick|only for|handles|look after|take care|deals|strictly",
+        "here|available|around|set up|made|built|stick|desk|chat|line|channel|service|counter|bot|team|window|page|inbox|strictly",
         r"\b(?:i'm|i am|we're|we are) (?:\w+ )?(?:here|available|around|set up|made|built) (?:\w+ )?(?:for|to (?:help|assist"
         r"|answer|talk|support)) (?:you )?(?:with |about |on )?(?:(?:questions?|matters?|anything|everything|topics?"
         r"|enquiries|inquiries|things|all) (?:\w+ )?(?:on|about|related|relating|around|concerning|to do|regarding"
@@ -110,7 +110,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # unanswered, closed, next
     (
-        "unanswered|unsaid|blank|closed|case|done here|let go|unwritten|untold|undone|discussion|drop|next ",
+        "let's|let us|without|unanswered|unsaid|blank|closed|case|done here|let go|unwritten|untold|undone|discussion|drop|next ",
         r"\b(?:leave|leaving|left|stays?|goes?|go|remains?|remain|be) (?:\w+ ){0,4}(?:unanswered|unsaid|unwritten|untold"
         r"|undone|without (?:an )?(?:answer|reply|response))\b|\b(?:case|subject|topic|matter|discussion|conversation) (?:is )?"
         r"closed\b|\b(?:we're|i'm) done here\b|\b(?:end of|no further) (?:discussion|story|questions|comment)\b|\blet(?:'s|"
@@ -119,7 +119,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # the premise does not hold; this falls under; required to
     (
-        "premise|falls|required|obliged|forbidden|barred|bound|category|prohibited|permitted|restricted",
+        "premise|question|request|word|idea|fall|required|obliged|forbidden|barred|bound|category|prohibited|permitted|restricted",
         r"\b(?:premise|question|request|word|idea)s? (?:itself )?(?:doesn't|does not|fails to|don't) (?:hold|stand|make"
         r" (?:any )?sense|add up|exist)\b|\b(?:falls?|fall) (?:under|into|within|in|foul)\b[^.!?\n]{0,40}\b(?:heading"
         r"|categor\w+|prohibited|restricted|forbidden|weapons?|not|banned|disallowed|sensitive|adult|regulated)\b"
@@ -161,7 +161,7 @@ TURNS: tuple[Cue, ...] = (
     # a service that does something else, a knight who does not discuss
     (
         "answers|among|discuss|comment|dabble|deal|speak|divulge|reveal|disclose|confidential|switched|disabled|turned"
-        "|leave to|belong|another|different|visible|audible|reach|known to|if only|push back|going there|whoever|keep",
+        "|leave to|available|accessible|shown|question|belong|another|different|visible|audible|reach|known to|if only|push back|going there|whoever|keep",
         r"\b(?:assistant|bot|chat|desk|line|channel|service|portal|helper|counter|page|model|tool) (?:only |just )?answers"
         r" (?:questions?|queries|enquiries)\b|\b(?:not|isn't|aren't|never) among (?:its|my|our|the|their|those)\b"
         r"|\b(?:does not|doesn't|do not|don't|never|will not|won't) (?:discuss|comment on|dabble in|speak of|talk of|divulge)\b"
@@ -177,7 +177,7 @@ TURNS: tuple[Cue, ...] = (
     ),
     # nothing to prove, something more uplifting; a machine's message
     (
-        "nothing|something|suppressed|halted|moderation|err|aborted|terminated|classified|no further|not available",
+        "nothing|something|restricted|withheld|suppressed|halted|moderation|err|aborted|terminated|classified|no further|not available",
         r"\bnothing to (?:prove|discuss|explain|report|share|offer)\b|\bhow about something (?:\w+ ){0,2}"
         r"(?:uplifting|else|different|kinder|nicer|lighter|positive|cheerful|constructive)\b|\b(?:processing|generation|output"
         r"|response|request|message|query|input|prompt|completion)s?\b[^.!?\n]{0,50}\b(?:halted|suppressed|aborted|terminated"

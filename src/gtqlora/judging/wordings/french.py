@@ -109,7 +109,7 @@ FRENCH = Wording(
         ),
         # I keep it to myself, I leave it unanswered, not my department
         (
-            "garde|laisse|passe|tais|silence|motus|rayon|metier|domaine|reste|cote|sans moi|pour moi|arrete|place|truc",
+            "garde|laisse|passe|tais|occupe|silence|motus|rayon|metier|domaine|reste|cote|sans moi|pour moi|arrete|place|truc",
             r"\bje (?:le |la |les |m'en |me |vous |te )?(?:garde|garderai|laisse|laisserai|passe|passerai|tais|reste|resterai"
             r"|arrete|arreterai)\b[^.!?\n]{0,40}\b(?:pour moi|sans reponse|a d'autres|mon tour|a l'ecart|en dehors|de cote|neutre"
             r"|la|aux \w+|la parole|le soin|silencieu\w*)\b|\bmotus\b|\b(?:sans moi|tres peu pour moi|pas (?:pour moi|mon"

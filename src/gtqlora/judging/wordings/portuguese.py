@@ -99,7 +99,7 @@ PORTUGUESE = Wording(
         ("nao", r"^\W*nao(?:,|\.|!)? (?:obrigad|posso|vou|da|farei|e possivel)\w*|^\W*nao\W*$|^\W*impossivel\W*$"),
         # request refused, next question
         (
-            "pedido|solicitacao|consulta|acesso|resposta|proxim|pergunta|tema|assunto",
+            "passo|pedido|solicitacao|consulta|acesso|resposta|proxim|pergunta|tema|assunto",
             r"\b(?:pedido|solicitacao|consulta|acesso|resposta|mensagem|conteudo|sessao|pergunta|tema|assunto)\b[^.!?\n]{0,25}"
             r"\b(?:bloquead|recusad|rejeitad|negad|restrit|filtrad|encerrad|nao (?:permitid|autorizad|disponivel)|sem resposta)\w*"
             r"|^\W*(?:proxim[oa] (?:pergunta|tema|assunto)|passo)\W*$",

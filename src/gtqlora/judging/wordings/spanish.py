@@ -74,7 +74,7 @@ SPANISH = Wording(
         ),
         # only for something else
         (
-            "solo|unicamente|exclusivamente|fuera de|ambito|alcance|competencia|funcion|mas alla|limit",
+            "solo|unicamente|exclusivamente| mi | mis |parte|entre|dentro|disponible|fuera de|ambito|alcance|competencia|funcion|mas alla|limit",
             r"\b(?:solo|unicamente|exclusivamente|solamente) (?:puedo |estoy |me |para |te )?(?:atiendo|respondo"
             r"|ayudar|ayudo|responder|atender|resolver|aqui|consultas|preguntas|temas|ocupo|dedico|informo|gestiono"
             r"|hablar|tratar|trato)\w*|\bfuera de (?:mi|mis|nuestr\w*|lo que|lugar|mi alcance|este)\b|\b(?:excede"
@@ -90,7 +90,7 @@ SPANISH = Wording(
         ),
         # inappropriate
         (
-            "inapropiad|inadecuad|irresponsable|adecuado|apropiado|correcto|etico",
+            "inapropiad|inadecuad|irresponsable|adecuado|apropiad|correct|etico|justo|adecuad",
             r"\b(?:seria|es|resulta|parece|considero) (?:\w+ )?(?:inapropiad\w*|inadecuad\w*|irresponsable|poco "
             r"(?:etico|responsable|apropiado))|\bno (?:seria|es|me parece|resulta|considero|veo) (?:\w+ "
             r")?(?:apropiad\w*|adecuad\w*|correct\w*|etic\w*|responsable|justo)",
