@@ -27,7 +27,8 @@ _LETTER = re.compile(r"[^\W_]")
 _CODE_MARK = "\u2318"
 # A question of yes or no, not a request in the form of one; and the words that answer it.
 _WHETHER = re.compile(
-    r"(?:\([^()\n]*\) ?)?(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could (?!you\b)|must|ist"
+    r"(?:\([^()\n]*\) ?)?(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could"
+    r" (?!you\b)|must|ist"
     r"|sind|darf|kann (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso"
     r"|pode-se|e |sao |devo|si puo|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?"
     r"|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
@@ -37,7 +38,8 @@ _YES_OR_NO = re.compile(
     r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
 _HOW = re.compile(
-    r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
+    r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)"
+    r"|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
 )
 _LONG = 25
 _FEWEST_SPOKEN, _SOON = 4, 2

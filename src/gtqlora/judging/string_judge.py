@@ -46,9 +46,12 @@ _NO = re.compile(
     r"\W*(?:no|nope|never|nein|non|nao|\u4e0d\u4f1a|\u4e0d|\u4e0d\u80fd|\u4e0d\u884c|\u3044\u3044\u3048)\W*"
 )
 _ABOUT_SPEAKER = re.compile(
-    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|tired|human|a |an )|\byour favou?rite\b"
-    r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes|aimez)-vous (?:deja|jamais)"
-    r"|\bpreferee? a toi\b|\b(?:te gusta|eres|has estado|tu \w+ favorit)|\bvoce (?:gosta|ja |e um)|\b(?:hai mai|ti piace|tuo \w+ preferit)"
+    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|tired|human|a |an )"
+    r"|\byour favou?rite\b"
+    r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes"
+    r"|aimez)-vous (?:deja|jamais)"
+    r"|\bpreferee? a toi\b|\b(?:te gusta|eres|has estado|tu \w+ favorit)|\bvoce (?:gosta|ja |e um)|\b(?:hai mai|ti"
+    r" piace|tuo \w+ preferit)"
     r"|\u4f60(?:\u559c\u6b22|\u6709\u6ca1\u6709|\u662f\u4e0d\u662f)"
 )
 _LONG_WORD = re.compile(r"[^\W\d_]{4,}")

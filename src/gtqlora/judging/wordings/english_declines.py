@@ -172,7 +172,8 @@ DECLINES = Cues(
         "allowed"
         "|not supported|unavailable|not appropriate|not be appropriate|inappropriate|irresponsible|not be responsible"
         "|not responsible|unethical|not ethical|wouldn't be|would not be",
-        r"(?<!nothing is )(?<!nothing was )\boff[- ]limits\b|\boff the table\b|\bout of the question\b(?! that)|\ba no-go\b|^\W*(?:that's |this is "
+        r"(?<!nothing is )(?<!nothing was )\boff[- ]limits\b|\boff the table\b|\bout of the question\b(?! that)|\ba"
+        r" no-go\b|^\W*(?:that's |this is "
         r"|it's )?"
         r"not (?:possible|available|permitted|allowed|supported)\b[^\n]{0,30}$"
         r"|\b(?:not|wouldn't|would not|isn't|n't)(?: be)? (?:appropriate|responsible|ethical|right|proper|safe"
