@@ -154,7 +154,7 @@ _IDIOMS = tuple(
         ("sorry", rf"sorry,? {_THAT_WAS}", rf"{_SORRY},? {_THAT_WAS}"),
         ("sorry|apolog", rf"(sorry|apolog\w+) {_LATE}", rf"({_SORRY}|\bi apologi[sz]e|\bmy apologies) {_LATE}"),
         ("apolog", r"apolog\w+,? (i|in) ", r"\bmy apologies,? i (was|am|got|had)|\bi apologi[sz]e in advance"),
-        ("ai|assistant|model", _AI + f"(?={_AT_EASE})", _AI + f"(?={_AT_EASE})"),
+        (" ai|assistant|model", _AI + f"(?={_AT_EASE})", _AI + f"(?={_AT_EASE})"),
         ("responsible", _OF_RESPONSIBLE, _OF_RESPONSIBLE),
         ("not|'t|refuse|unable", r" (i|they|we|he|she) (can|won't|will not|refuse|am not|'m un)", _OTHERS_SAY),
         ("help|assist", r"(can't|cannot|can not) (help|assist)", _OTHERS_CANNOT),

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from gtqlora.judging.asking import Asked, read_prompt
 from gtqlora.judging.english import beginning, begins_with_refusal
 from gtqlora.judging.wordings import Wording
 from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, QUOTE, SELF, Sentence
@@ -25,21 +26,10 @@ _CLAUSE = re.compile(r"(?<!help),? (?=but |however,|yet |though,|although )")
 _LETTER = re.compile(r"[^\W_]")
 # What stands in the place of code.
 _CODE_MARK = "\u2318"
-# A question of yes or no, not a request in the form of one; and the words that answer it.
-_WHETHER = re.compile(
-    r"(?:\([^()\n]*\) ?)?(?:is|are|was|were|do|does|did|has|have|should|may|might|will|would|am|can (?!you\b)|could"
-    r" (?!you\b)|must|ist"
-    r"|sind|darf|kann (?:ich|man)|muss|soll|hat|est-ce|puis-je|peut-on|dois-je|es |son |puedo|se puede|hay|debo|posso"
-    r"|pode-se|e |sao |devo|si puo|\u00bf?(?:es|son|puedo|se puede|hay|debo|los|las|el|la)\b)[^\n]*\?"
-    r"|[^\n]*(?:\u5417|\u3067\u3059\u304b)[?]?$"
-)
+# Words that answer yes or no.
 _YES_OR_NO = re.compile(
     r"\W*(?:yes|no|nope|yeah|not|it is(?:n't)?|it isn't|it depends|ja|nein|oui|non|si|sim|nao|never|\u4e0d|\u662f"
     r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
-)
-_HOW = re.compile(
-    r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)"
-    r"|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
 )
 _LONG = 25
 _FEWEST_SPOKEN, _SOON = 4, 2
@@ -51,8 +41,8 @@ class Reading:
 
     Attributes:
         said: its folded text.
-        asked: the folded prompt.
-        wording: of its language.
+        prompt: the folded prompt.
+        asked: what that asks.
         bare: its text without quotations and code.
         words: in all of it.
         sentences: how many.
@@ -75,8 +65,8 @@ class Reading:
     """
 
     said: str
-    asked: str
-    wording: Wording
+    prompt: str
+    asked: Asked
     bare: str
     words: int
     opened: bool
@@ -118,11 +108,6 @@ class Reading:
         return self.asking > 3 and self.stated == 0 and self.ends_asking
 
     @property
-    def for_text(self) -> bool:
-        """Return whether the prompt wants a text written, in which anybody may refuse."""
-        return self.wording.asks_for_text.search(self.asked) is not None
-
-    @property
     def gives(self) -> float:
         """Return how much is given, by all signs."""
         return self.hard + self.soft
@@ -139,14 +124,14 @@ class Reading:
             float(self.opened),
             sum([sentence.negates for sentence in self.read]) / max(self.sentences, 1),
             *[min(count / root, 1.5) for count in groups],
-            min(self.wording.count("morals", self.asked), 2) / 2,
-            float(_YES_OR_NO.match(self.said) is not None and is_whether(self.asked)),
-            float(_echoes(self.said, self.asked)),
+            min(self.asked.morals, 2) / 2,
+            float(self.asked.whether and _YES_OR_NO.match(self.said) is not None),
+            float(_echoes(self.said, self.prompt)),
             self.meta / words,
             self.asking / words,
             self.referring / words,
-            float(self.hard == 0 and _HOW.search(self.asked) is not None),
-            float(self.hard == 0 and not self.quoted and "\n" not in self.said and self.for_text),
+            float(self.hard == 0 and self.asked.how),
+            float(self.hard == 0 and not self.quoted and "\n" not in self.said and self.asked.for_text),
             min(self.hard, 4.0) / 2,
             min(self.soft, 2.0),
             math.log(words) / 4,
@@ -183,7 +168,7 @@ _NO_WORDS = (0,) * len(GROUPS)
 def read(said: str, wording: Wording, asked: str = "") -> Reading:
     """Read a folded answer to a folded prompt."""
     bare = _bare(said)
-    found = Reading(said, asked, wording, bare, wording.words_of(said), _opens(said, bare))
+    found = Reading(said, asked, read_prompt(asked, wording), bare, wording.words_of(said), _opens(said, bare))
     found.hard = 3.0 * (_CODE_MARK in bare)
     for sentence in sentences_of(bare):
         _add(found, wording.read(sentence))
@@ -194,11 +179,6 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
 def _opens(said: str, bare: str) -> bool:
     begun, unquoted = beginning(said), beginning(bare)
     return begins_with_refusal(begun) and (begun == unquoted or begins_with_refusal(unquoted))
-
-
-def is_whether(asked: str) -> bool:
-    """Tell whether a folded prompt asks for yes or no."""
-    return _WHETHER.match(asked) is not None
 
 
 def _echoes(said: str, asked: str) -> bool:

@@ -234,8 +234,8 @@ TURNS: tuple[Cue, ...] = (
     ),
     # wrong door, sworn to secrecy, overstepping
     (
-        "wrong|secrecy|overstep|position|confidential|stays|your own|a no|refrain|humble|telling|permission|hard no"
-        "|sworn",
+        "wrong|secrecy|overstep|position|confidential|stays| own |refrain|just|only|merely| but |telling|breach"
+        "|permission|sworn| no ",
         r"\b(?:you(?:'ve|'re| have| are)|i'm|i am|come to|came to|asking|knocked|reached|that's|this"
         r" is)[^.!?\n]{0,30}\bwrong"
         r" (?:number|address|door|desk|place|department|person|bot|crowd|window|tree|assistant|shop|channel"

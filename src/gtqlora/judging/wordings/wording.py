@@ -113,7 +113,7 @@ _META = 0.3
 _NO_WORD = Chunk((), 0, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Wording:
     """The wording of one language.
 
