@@ -250,7 +250,11 @@ def opens_with_refusal(said: str) -> bool:
 def begins_with_refusal(begun: str) -> bool:
     """Tell of the `beginning` of a folded text what `opens_with_refusal` tells of all of it."""
     # only where a quotation goes can two words come together to a phrase
-    return ('"' in begun or _holds_phrase(begun)) and _holds_phrase(without_idioms(begun))
+    holds = _holds_phrase(begun)
+    if not holds and '"' not in begun:
+        return False
+    rest = without_idioms(begun)
+    return holds if rest == begun else _holds_phrase(rest)
 
 
 def beginning(said: str) -> str:

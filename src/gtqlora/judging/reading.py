@@ -177,8 +177,11 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
 
 
 def _opens(said: str, bare: str) -> bool:
-    begun, unquoted = beginning(said), beginning(bare)
-    return begins_with_refusal(begun) and (begun == unquoted or begins_with_refusal(unquoted))
+    begun = beginning(said)
+    if not begins_with_refusal(begun):
+        return False
+    unquoted = beginning(bare)
+    return begun == unquoted or begins_with_refusal(unquoted)
 
 
 def _echoes(said: str, asked: str) -> bool:

@@ -42,6 +42,8 @@ _MARKS = f" {ITEM_MARK}*_#"
 
 # English contractions are one word; elsewhere an apostrophe parts two.
 _WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
+# Letters by which literals are looked up; none is shorter.
+_SEEN = 2
 _SIGN = re.compile(r"[^\w']")
 _DIGIT = re.compile(r"\d")
 _MOST_KNOWN, _LONGEST = 50_000, 24
@@ -52,24 +54,31 @@ class Cues:
 
     def __init__(self, *cues: Cue) -> None:
         self.patterns = [re.compile(hoisted(pattern)) for _, pattern in cues]
-        self.pieces: dict[str, int] = {}
+        pieces: dict[str, int] = {}
         for i, (literals, _) in enumerate(cues):
             for literal in literals.split("|"):
                 # of a literal of several words the longest is enough, as a cue tried in vain costs only time
                 piece = max(re.findall(r" ?[^ ]+ ?", literal), key=len)
-                self.pieces[piece] = self.pieces.get(piece, 0) | 1 << i
+                pieces[piece] = pieces.get(piece, 0) | 1 << i
+        self._beginning: dict[str, list[tuple[str, int]]] = {}
+        for piece, bits in pieces.items():
+            self._beginning.setdefault(piece[:_SEEN], []).append((piece, bits))
 
     def tried_for(self, chunk: str) -> int:
         """Return which patterns what stands between two spaces is reason to try, as bits."""
-        padded, tried = f" {_SIGN.sub(' ', chunk)} ", 0
-        for piece, bits in self.pieces.items():
-            if piece in padded:
-                tried |= bits
+        padded, tried = f" {chunk if chunk.isalpha() else _SIGN.sub(' ', chunk)} ", 0
+        for i in range(len(padded)):
+            for piece, bits in self._beginning.get(padded[i : i + _SEEN], ()):
+                if padded.startswith(piece, i):
+                    tried |= bits
         return tried
 
     def found_in(self, text: str, tried: int = -1) -> bool:
         """Tell whether any of the patterns that are tried matches somewhere."""
-        return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
+        for i, pattern in enumerate(self.patterns):
+            if tried >> i & 1 and pattern.search(text):
+                return True
+        return False
 
 
 class Sentence(NamedTuple):
