@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from gtqlora.contrasts.rows import Row, digest
 from gtqlora.judging.folding import words
@@ -39,8 +40,10 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
     runs: dict[int, frozenset[tuple[str, ...]]] = {}
     found: dict[int, int] = {}
     for place, own in enumerate(map(_runs, track_many(texts, "comparing prompts"))):
-        shared = Counter(other for run in own for other in holders.get(run, ()))
-        near = (o for o, n in shared.items() if n >= _OVERLAP * (len(own) + len(runs[o]) - n))
+        shared = Counter(chain.from_iterable(holders[run] for run in own if run in holders))
+        # what both have is no less than the share of one's own, which is soon asked of thousands of texts
+        least = _OVERLAP * len(own)
+        near = [o for o, n in shared.items() if n >= least and n >= _OVERLAP * (len(own) + len(runs[o]) - n)]
         if (first := min(near, default=None)) is not None:
             found[place] = first
             continue

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from gtqlora.judging.wordings import Wording
 
@@ -32,37 +32,48 @@ _ABOUT_SPEAKER = re.compile(
 _MOST_KNOWN = 4096
 
 
-class Asked(NamedTuple):
-    """What a prompt is.
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a prompt is; each of it is read when it is needed."""
 
-    Attributes:
-        whether: it asks for yes or no.
-        how: it asks for a way to do something.
-        for_text: it wants a text written, in which anybody may refuse.
-        negates: it holds a word that negates.
-        about_speaker: it asks the assistant about itself.
-        morals: words of morals in it.
-    """
+    text: str
+    wording: Wording
 
-    whether: bool
-    how: bool
-    for_text: bool
-    negates: bool
-    about_speaker: bool
-    morals: int
+    @cached_property
+    def whether(self) -> bool:
+        """Return whether it asks for yes or no."""
+        return is_whether(self.text)
+
+    @cached_property
+    def how(self) -> bool:
+        """Return whether it asks for a way to do something."""
+        return _HOW.search(self.text) is not None
+
+    @cached_property
+    def for_text(self) -> bool:
+        """Return whether it wants a text written, in which anybody may refuse."""
+        return self.wording.asks_for_text.search(self.text) is not None
+
+    @cached_property
+    def negates(self) -> bool:
+        """Return whether it holds a word that negates."""
+        return self.wording.count("negation", self.text) > 0
+
+    @cached_property
+    def about_speaker(self) -> bool:
+        """Return whether it asks the assistant about itself."""
+        return _ABOUT_SPEAKER.search(self.text) is not None
+
+    @cached_property
+    def morals(self) -> int:
+        """Return how many words of morals are in it."""
+        return self.wording.count("morals", self.text)
 
 
 @lru_cache(_MOST_KNOWN)
 def read_prompt(asked: str, wording: Wording) -> Asked:
     """Read a folded prompt; prompts are remembered, as each is asked before an edit, after it, and in frames."""
-    return Asked(
-        whether=is_whether(asked),
-        how=_HOW.search(asked) is not None,
-        for_text=wording.asks_for_text.search(asked) is not None,
-        negates=wording.count("negation", asked) > 0,
-        about_speaker=_ABOUT_SPEAKER.search(asked) is not None,
-        morals=wording.count("morals", asked),
-    )
+    return Asked(asked, wording)
 
 
 def is_whether(asked: str) -> bool:

@@ -41,8 +41,7 @@ class Reading:
 
     Attributes:
         said: its folded text.
-        prompt: the folded prompt.
-        asked: what that asks.
+        asked: its prompt.
         bare: its text without quotations and code.
         words: in all of it.
         sentences: how many.
@@ -65,7 +64,6 @@ class Reading:
     """
 
     said: str
-    prompt: str
     asked: Asked
     bare: str
     words: int
@@ -126,7 +124,7 @@ class Reading:
             *[min(count / root, 1.5) for count in groups],
             min(self.asked.morals, 2) / 2,
             float(self.asked.whether and _YES_OR_NO.match(self.said) is not None),
-            float(_echoes(self.said, self.prompt)),
+            float(_echoes(self.said, self.asked.text)),
             self.meta / words,
             self.asking / words,
             self.referring / words,
@@ -168,7 +166,7 @@ _NO_WORDS = (0,) * len(GROUPS)
 def read(said: str, wording: Wording, asked: str = "") -> Reading:
     """Read a folded answer to a folded prompt."""
     bare = _bare(said)
-    found = Reading(said, asked, read_prompt(asked, wording), bare, wording.words_of(said), _opens(said, bare))
+    found = Reading(said, read_prompt(asked, wording), bare, wording.words_of(said), _opens(said, bare))
     found.hard = 3.0 * (_CODE_MARK in bare)
     for sentence in sentences_of(bare):
         _add(found, wording.read(sentence))

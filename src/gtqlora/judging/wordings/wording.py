@@ -75,10 +75,7 @@ class Cues:
 
     def found_in(self, text: str, tried: int = -1) -> bool:
         """Tell whether any of the patterns that are tried matches somewhere."""
-        for i, pattern in enumerate(self.patterns):
-            if tried >> i & 1 and pattern.search(text):
-                return True
-        return False
+        return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
 
 
 class Sentence(NamedTuple):
