@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +75,7 @@ def check(
     reader = _reader(settled) if model else _Reader()
     dropped: list[Problem] = []
     try:
-        with stage_progress():
+        with stage_progress(), _uncollected():
             rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
     except ContrastProblems as error:
         if as_json:
@@ -122,6 +124,16 @@ def _checked(
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
     return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave the collector of cycles off: rows have none, and it would look for some in all of them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True)

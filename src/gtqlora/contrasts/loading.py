@@ -232,7 +232,8 @@ def _check_leaks(rows: Sequence[Row], problems: Problems) -> None:
 
 def repeated(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Return the groups of rows that are one row given more than once; none in a set that was loaded."""
-    return _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected))
+    for group in _grouped(rows, lambda row: (row.kind, row.chosen, row.rejected)):
+        yield from _grouped(group, lambda row: json.dumps(row.prompt))
 
 
 def leaking(rows: Sequence[Row]) -> Iterator[tuple[list[Row], str]]:

@@ -135,7 +135,7 @@ def _opened(reading: Reading, found: float) -> Label:
     negates = _negates_first(reading)
     if found < ANSWERS and reading.content >= 12 and (not negates or _yields(reading) >= 1):
         return ANSWER
-    if (reading.content < 8 and reading.hard < 2) or _yields(reading) < (1 if negates else 0.5):
+    if (reading.content < 8 and (reading.hard < 2 or reading.words < 12)) or _yields(reading) < (1 if negates else 0.5):
         return REFUSAL
     return PARTIAL if negates else UNDECIDED
 
