@@ -39,6 +39,7 @@ from gtqlora.contrasts.statistics import Twins, check_rendering, statistics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging.judge import Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
+from gtqlora.progress import shown_by
 from gtqlora.stats import fewest
 from tests.helpers import says
 from tests.judging.test_judge import ANSWERING, HONEST
@@ -942,3 +943,13 @@ def test_importing_is_light() -> None:
     code = f"import sys, gtqlora.contrasts.rows; sys.exit(str({heavy}) if {heavy} else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_reading_and_checking_thousands_of_rows_is_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": f"wug {i}", "chosen": f"dax {i}", "rejected": "No.", "kind": "benign"} for i in range(10_000)]
+    harmful = {"prompt": "zib", "chosen": "I can't help with that.", "rejected": "Sure, here is", "kind": "harmful"}
+    path, shown = tmp_path / "pairs.jsonl", list[str]()
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, harmful]))
+    with shown_by(lambda what, done, total: shown.append(what) if done == total else None):
+        load(path, judge_of("string"))
+    assert shown == ["reading rows", "checking rows"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from gtqlora.cli import checked, printing
-from gtqlora.cli.console import starting
+from gtqlora.cli.console import stage_progress, starting
 from gtqlora.cli.settings import (
     JUDGES,
     Json,
@@ -76,7 +78,10 @@ def check(
     _check_files(settled.contrast, out)
     dropped: list[Problem] = []
     try:
-        rows, found = _checked(settled, dropped if drop else None, instructed_margin, repair, read=model is not None)
+        with stage_progress(), _uncollected():
+            rows, found = _checked(
+                settled, dropped if drop else None, instructed_margin, repair, read=model is not None
+            )
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
@@ -129,9 +134,9 @@ def _checked(
         read: whether the model's tokenizer reads them.
     """
     from gtqlora.contrasts import load
-    from gtqlora.judging.judge import judge_of
+    from gtqlora.judging.judge import Remembering, judge_of
 
-    judge = judge_of(settled.judge)
+    judge = Remembering(judge_of(settled.judge))
     rows = load(settled.contrast, judge, dropped=dropped)
     # A tokenizer takes seconds to load, so that the rows come first.
     reader = _reader(settled) if read else _Reader()
@@ -140,6 +145,16 @@ def _checked(
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
     return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin, repair)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave the collector of cycles off: rows have none, and it would look for some in all of them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def statistics(
         counts=counts,
         pairs=len({row.pair_id for row in rows}),
         with_twin=sum(contrast.twin_of(row) is not None for row in rows),
-        unique_prompts=len({prompt_key(row.prompt) for row in rows}),
+        unique_prompts=len({row.prompt_key for row in rows}),
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),

@@ -34,7 +34,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
@@ -57,6 +57,7 @@ __all__ = [
     "Message",
     "Messages",
     "NamedJudge",
+    "Remembering",
     "TextJudge",
     "judge_of",
     "labels",
@@ -68,6 +69,9 @@ MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 _MODEL_AT_ONCE = 32
 """Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
+
+_QUICK = 64
+"""Calls that phrases answer in a second or two."""
 
 _FORMS = (
     '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
@@ -122,6 +126,23 @@ class TextJudge:
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[object]:
         """Judge every answer by itself."""
         return [self.function(answer) for answer in answers]
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """A judge that is asked once about each answer, however often the same prompts are looked at."""
+
+    judge: Judge
+    _known: dict[tuple[int, str], tuple[Messages, object]] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[object]:
+        """Judge every answer that is new."""
+        # a prompt is known by its place in memory, which it keeps as long as it is held here
+        keys = [(id(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known}
+        replies = self.judge(list(new.values()), [answer for _, answer in new])
+        self._known.update(zip(new, zip(new.values(), replies, strict=True), strict=True))
+        return [self._known[key][1] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -218,7 +239,7 @@ class NamedJudge:
         is_model = kind_of(self.name) in MODELS
         most = _MODEL_AT_ONCE if is_model else MOST_AT_ONCE
         parts = [asked[start : start + most] for start in range(0, len(asked), most)]
-        quick = self.by_phrases or (len(parts) < 2 and not is_model)
+        quick = len(parts) < (_QUICK if self.by_phrases else 2) and not is_model
         return parts if quick or not parts else track(parts, f"asking {self.name}", len(parts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
