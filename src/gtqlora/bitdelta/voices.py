@@ -11,8 +11,7 @@ from tempfile import TemporaryDirectory
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gtqlora.capture import Subject
-from gtqlora.config.stages import check_variables
-from gtqlora.config.values import Scalar
+from gtqlora.config.values import Scalar, check_variables
 from gtqlora.errors import ConfigError, ModelError
 from gtqlora.families import load_tokenizer
 from gtqlora.families.files import CONFIG, GENERATION, checked_file, config_file, has, read_json, small_names

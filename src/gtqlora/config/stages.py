@@ -7,14 +7,13 @@ Python API. docs/settings.md is written from the attributes' descriptions here, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import Scalar, coerce, is_variable, require
+from gtqlora.config.values import Scalar, check_variables, coerce, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -38,23 +37,6 @@ def _absolute(source: str) -> str:
         return os.path.abspath(path)
     inside = Path(folder).expanduser()
     return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
-
-
-def check_variables(template: Mapping[str, Scalar]) -> None:
-    """Check that these are variables of a chat template, and nothing that it is given in any case.
-
-    Raises:
-        ConfigError: the message names the first that is none.
-    """
-    # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
-    for name in template:
-        require(
-            name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
-        )
-        require(
-            is_variable(name),
-            f"template.{name}: the prompt and the special tokens are not settings; leave it out",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,23 @@ def is_variable(name: str) -> bool:
     return name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens"))
 
 
+def check_variables(template: Mapping[str, Scalar]) -> None:
+    """Check that these are variables of a chat template, and nothing that it is given in any case.
+
+    Raises:
+        ConfigError: the message names the first that is none.
+    """
+    # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
+    for name in template:
+        require(
+            name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
+        )
+        require(
+            is_variable(name),
+            f"template.{name}: the prompt and the special tokens are not settings; leave it out",
+        )
+
+
 def coerce(value: object, hint: object, key: str) -> object:
     """Return a TOML value, an override's text or a caller's value as the type of a field.
 
