@@ -102,7 +102,7 @@ _TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "m
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One way: seconds of each counted step, the mean loss of all (of each, with `--curve`), GiB at the peak and of weights."""
+    """One way: seconds of each counted step, the loss, the mean of all, GiB at the peak and of weights."""
 
     way: str
     steps: list[float]

@@ -89,7 +89,8 @@ class _Replay(torch.autograd.Function):
 class CapturedStack:
     """Stands in for the forward of a wrapped model's decoder stack, inside `running`.
 
-    The first batch of a shape runs eagerly, which compiles and loads what its kernels need; the second is recorded.
+    The first batch of a shape runs eagerly, which compiles and loads what its kernels need; the second is recorded. A
+    model that waits for the GPU cannot be recorded: it runs eagerly throughout, and the user is told why.
 
     Args:
         recomputation: decides which layers keep their activations.
@@ -102,8 +103,8 @@ class CapturedStack:
         self._eager = self.stack.forward
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled: list[bool] = []
-        self._capture = graphs
-        self._graphs: dict[tuple[int, ...], _Graphs | None] = {}
+        self._capture, self._waited = graphs, False
+        self._graphs: dict[torch.Size, _Graphs | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recorder = Recorder()
 
@@ -119,9 +120,8 @@ class CapturedStack:
 
     def _forward(self, input_ids: Tensor, **settings: Any) -> BaseModelOutputWithPast:
         self.recomputation.before(input_ids.numel(), lambda: self._eager(input_ids=input_ids, **settings))
-        shape = tuple(input_ids.shape)
+        shape = input_ids.shape
         if not self._capture or shape not in self._graphs:
-            self._graphs[shape] = None
             return self._as_it_is(input_ids, settings)
         graphs = self._graphs[shape] = self._graphs[shape] or self._captured(input_ids)
         for experts, tiled in zip(self._experts, self._tiled, strict=True):
@@ -141,9 +141,12 @@ class CapturedStack:
         if not self._capture:
             return run()
         found, waits = watched(run)
-        if waits is not None:
+        if waits is None:
+            self._graphs[ids_BS.shape] = None
+        elif self._waited:
             self._capture = False
             note(f"training runs without CUDA graphs: {waits} waits for the GPU")
+        self._waited = waits is not None  # once may be a table that a kernel is given when it first runs
         return found
 
     def _captured(self, ids_BS: Tensor) -> _Graphs:
