@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.kernels import cuda, sorting
-from gtqlora.experts.kernels.rows import Experts, Placed
+from gtqlora.experts.kernels.rows import Experts, Placed, place_rows
 from gtqlora.experts.layout import Fused
 from gtqlora.experts.nf4 import levels, nested_levels
 from gtqlora.experts.tiles import TILE
@@ -26,12 +26,17 @@ GRAIN = 128
 # Three warpgroups of 128 threads: one copies and dequantizes, two multiply.
 _THREADS = 384
 _TILE_BYTES, _ROW_BYTES = 2048, 128
-_MOST_WIDE = 4
 _ROWS_TIMES_WIDE = 256
 """More accumulators than these do not fit into the registers."""
+
+_MOST_ROWS_SORTED = 2**15
+"""Rows up to which one block sorts them faster than torch, as measured on an H100: 0.02 against 0.07 ms for 8,192."""
+
+_FEW_ROWS = 16
+"""Rows per expert up to which a launch costs more than it saves."""
 # What a block may have on compute capability 9.0, less 1 KiB to align the first stage.
 _SHARED_LIMIT = 227 * 1024 - 1024
-_LEVELS_BYTES = 256 * 32 * 4
+_TABLES_BYTES = 256 * 32 * 4 + 256 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +68,13 @@ class Variant:
     @property
     def _stage_bytes(self) -> int:
         scales = self.scale_box[0] * self.scale_box[1] * 2 * _scales_per_tile(self.group)
-        return self.max_rows * _ROW_BYTES + self.tiles * _TILE_BYTES + scales + 16
+        absmax = self.nf4 * (self.tiles * TILE + 8)
+        return self.max_rows * _ROW_BYTES + self.tiles * _TILE_BYTES + scales + absmax + 16
 
     @property
     def stages(self) -> int:
         """Return how many stages of the pipeline fit into shared memory."""
-        return (_SHARED_LIMIT - self.nf4 * _LEVELS_BYTES) // self._stage_bytes
+        return (_SHARED_LIMIT - self.nf4 * _TABLES_BYTES) // self._stage_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -82,7 +88,13 @@ def _scales_per_tile(group: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiled:
-    """The matrices [N, K] of E experts in the order of `tiles`; scales are bf16."""
+    """The matrices [N, K] of E experts in the order of `tiles`.
+
+    Attributes:
+        scales: bf16, or for NF4 codes of the scales (uint8).
+        nested: for NF4, fp32 [E, M, nested blocks] and [E, M]: the scales' scales and offsets in the M matrices that
+            are stacked to N rows.
+    """
 
     nf4: bool
     group: int
@@ -90,6 +102,7 @@ class Tiled:
     columns: int
     codes: Tensor
     scales: Tensor
+    nested: tuple[Tensor, Tensor] | None
 
 
 def _wgmma(rows: int) -> str:
@@ -131,11 +144,22 @@ def compile_variant(variant: Variant) -> bytes:
     return cuda.compile_source(source(), "hopper.cu", settings, "sm_90a")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A variant on a GPU, with what each launch needs."""
+
+    variant: Variant
+    shared_bytes: int
+    most: int
+    function: cuda.Function
+
+
 @cache
-def _loaded(variant: Variant, device: int) -> dict[str, cuda.Function]:
-    functions = cuda.load(compile_variant(variant), ("grouped", "absmax"), device)
-    cuda.allow_shared_memory(functions["grouped"], variant.shared_bytes)
-    return functions
+def _loaded(nf4: bool, group: int, transposed: bool, wide: int, device: int) -> _Loaded:
+    variant = Variant(nf4=nf4, group=group, transposed=transposed, wide=wide)
+    function = cuda.load(compile_variant(variant), ("grouped",), device)["grouped"]
+    cuda.allow_shared_memory(function, variant.shared_bytes)
+    return _Loaded(variant=variant, shared_bytes=variant.shared_bytes, most=variant.max_rows, function=function)
 
 
 @lru_cache(maxsize=4096)
@@ -147,7 +171,7 @@ def _maps(
     size = (rows if variant.transposed else columns, n_rows)
     lines, across = n_experts * rows // TILE, columns // TILE
     box = (_TILE_BYTES // 8, *((variant.tiles, 1) if variant.transposed else (1, variant.tiles)))
-    words = _scales_per_tile(variant.group) * 2 // 8
+    words = TILE // 8 if variant.nf4 else _scales_per_tile(variant.group) * 2 // 8
     scale_columns = across // 2 if variant.group == 128 else across
     maps = (
         cuda.tensor_map(x, "BFLOAT16", size, (TILE, 16), "128B"),
@@ -176,17 +200,23 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _wide_for(rows_per_expert: int, results: int) -> int:
-    """Return the fastest width, as `bench/experts.py` measured it on an H200."""
-    # Many rows leave no registers for many results.
-    wanted = 4 if rows_per_expert <= 48 else 2 if rows_per_expert <= 128 else 1
+def _wide_for(n_rows: int, n_experts: int, results: int, multiprocessors: int) -> int:
+    """Return the fastest width, as `bench/experts.py` measured it on an H200 and an H100."""
+    # Many rows leave no registers for many results, and few experts with rows leave multiprocessors without work.
+    mean = n_rows // n_experts
+    wanted = 4 if mean <= 48 else 2 if mean <= 128 else 1
+    while wanted > 1 and 2 * min(n_rows, n_experts) * results < multiprocessors * wanted * GRAIN:
+        wanted //= 2
     return next(wide for wide in (4, 2, 1) if wide <= wanted and results % (wide * GRAIN) == 0)
 
 
 def sort(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
     """Sort rows for `multiply`, and cut them into the tiles that most of its products want."""
-    wide = _wide_for(top_k_index_TK.numel() // count, _MOST_WIDE * GRAIN)
-    return sorting.sort(top_k_index_TK, first, count, _ROWS_TIMES_WIDE // wide)
+    n_rows = top_k_index_TK.numel()
+    if n_rows > _MOST_ROWS_SORTED:
+        return place_rows(top_k_index_TK, first, count)
+    mean = n_rows // count
+    return sorting.sort(top_k_index_TK, first, count, 64 if mean <= 48 else 128 if mean <= 128 else 256)
 
 
 def product(x_SC: Tensor, weights: Tiled, rows: Placed, *, transposed: bool, wide: int | None = None) -> Tensor:
@@ -205,41 +235,33 @@ def product(x_SC: Tensor, weights: Tiled, rows: Placed, *, transposed: bool, wid
     out_SR = x_SC.new_empty(s, results)
     if not s:
         return out_SR
-    wide = wide or _wide_for(s // n_experts, results)
-    variant = Variant(nf4=weights.nf4, group=weights.group, transposed=transposed, wide=wide)
     device = x_SC.get_device()
-    kernel = _loaded(variant, device)["grouped"]
+    multiprocessors = _multiprocessors(device)
+    wide = wide or _wide_for(s, n_experts, results, multiprocessors)
+    loaded = _loaded(weights.nf4, weights.group, transposed, wide, device)
     addresses = (weights.codes.data_ptr(), weights.scales.data_ptr())
-    maps = _maps(x_SC.data_ptr(), s, *addresses, weights.rows, weights.columns, n_experts, variant)
+    maps = _maps(x_SC.data_ptr(), s, *addresses, weights.rows, weights.columns, n_experts, loaded.variant)
     with torch.cuda.device(device):
-        tiles, n_tiles = _tiles(rows, s, variant.max_rows)
-        arguments = (maps, out_SR, tiles, n_tiles, results, contraction)
-        cuda.launch(kernel, _multiprocessors(device), _THREADS, variant.shared_bytes, *arguments)
+        tiles, n_tiles = _tiles(rows, s, loaded.most)
+        arguments = (maps, out_SR, tiles, n_tiles, results, contraction, *_absmax(weights))
+        cuda.launch(loaded.function, multiprocessors, _THREADS, loaded.shared_bytes, *arguments)
     return out_SR
 
 
+def _absmax(weights: Tiled) -> tuple[Tensor | int, ...]:
+    """Return what else NF4's kernel takes: values of the scales' codes, their scales, offsets, and a matrix's tiles."""
+    if weights.nested is None:
+        return ()
+    matrices = weights.nested[1].shape[1]
+    return nested_levels(weights.codes.device), *weights.nested, weights.rows // matrices // TILE
+
+
 def _tiles(rows: Placed, n_rows: int, most: int) -> tuple[Tensor, Tensor]:
-    if rows.most == most and rows.tiles is not None and rows.n_tiles is not None:
+    # Lower tiles do as well, but experts with many rows are then dequantized more often.
+    fit = rows.most == most or (rows.most < most and n_rows <= _FEW_ROWS * (len(rows.offsets_E1) - 1))
+    if fit and rows.tiles is not None and rows.n_tiles is not None:
         return rows.tiles, rows.n_tiles
     return sorting.cut(rows.offsets_E1, n_rows, most)
-
-
-def decode_absmax(absmax: Tensor, scale: Tensor, offset: Tensor, offsets_E1: Tensor, rows: int, columns: int) -> Tensor:
-    """Decode NF4's scales to bf16, in the order of the tiles; those of experts without rows are left undefined.
-
-    Args:
-        absmax: uint8, in the order of the tiles, of E experts with M matrices [rows, columns] each.
-        scale: fp32 [E, M, nested blocks]; offset: fp32 [E, M].
-        offsets_E1: int32; the rows of expert e are offsets[e] to offsets[e + 1].
-    """
-    device = absmax.get_device()
-    kernels = _loaded(Variant(nf4=True, group=64, transposed=False, wide=1), device)
-    out = torch.empty(absmax.numel(), dtype=torch.bfloat16, device=absmax.device)
-    experts, matrices = offset.shape
-    arguments = (absmax, nested_levels(absmax.device), scale, offset, offsets_E1, out, rows, columns)
-    with torch.cuda.device(device):
-        cuda.launch(kernels["absmax"], (matrices * rows // TILE, experts), 256, 0, *arguments)
-    return out
 
 
 @cache
@@ -261,47 +283,27 @@ def takes(module: Experts, hidden_states: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-_decoded: dict[int, dict[tuple[int, str], tuple[Tensor, Tensor]]] = {}
-"""By device, NF4 scales of the layer that last ran forward, and for which rows: under checkpointing its backward comes
-next."""
-
-
-def _scales(module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tensor:
-    """Return bf16 scales in the order of the tiles, decoded once for a forward pass and its backward."""
-    if module.format.name != "nf4":
-        return module.get_buffer(f"{projection}_scale")
-    absmax = module.get_buffer(f"{projection}_absmax")
-    kept, key = _decoded.setdefault(absmax.get_device(), {}), (id(module), projection)
-    if transposed and key in kept:
-        scales, offsets_E1 = kept.pop(key)
-        # Only those of experts that had rows were decoded.
-        if offsets_E1.data_ptr() == rows.offsets_E1.data_ptr():
-            return scales
-    scale, offset = (module.get_buffer(f"{projection}_absmax_{part}") for part in ("scale", "offset"))
-    scales = decode_absmax(absmax, scale, offset, rows.offsets_E1, *module.sizes(projection))
-    if not transposed:
-        for other in [other for other in kept if other[0] != id(module)]:
-            del kept[other]
-        kept[key] = scales, rows.offsets_E1
-    return scales
-
-
-def tiled_of(module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tiled:
-    """Return a projection of a module whose weights are in tiles, as it is needed for these rows."""
+def tiled_of(module: Experts, projection: Fused) -> Tiled:
+    """Return a projection of a module whose weights are in tiles."""
     outputs, columns = module.sizes(projection)
-    codes = module.get_buffer(f"{projection}_packed")
+    nf4 = module.format.name == "nf4"
+
+    def part(name: str) -> Tensor:
+        return module.get_buffer(f"{projection}_{name}")
+
+    codes = part("packed")
     return Tiled(
-        nf4=module.format.name == "nf4",
+        nf4=nf4,
         group=module.format.group,
         rows=codes.shape[1] * outputs,
         columns=columns,
         codes=codes,
-        scales=_scales(module, projection, rows, transposed),
+        scales=part("absmax" if nf4 else "scale"),
+        nested=(part("absmax_scale"), part("absmax_offset")) if nf4 else None,
     )
 
 
 def multiply(values_RC: Tensor, module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tensor:
     """Multiply rows sorted by expert by their experts' matrices, for `layer.run`; put the weights into tiles first."""
     module.arrange(tiled=True)
-    weights = tiled_of(module, projection, rows, transposed)
-    return product(values_RC.contiguous(), weights, rows, transposed=transposed)
+    return product(values_RC.contiguous(), tiled_of(module, projection), rows, transposed=transposed)
