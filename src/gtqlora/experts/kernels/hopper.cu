@@ -181,14 +181,13 @@ __device__ __forceinline__ void produce(const Shared& sm, Ring& ring, const Maps
 struct Absmax { const float *values, *nested, *offset; int tall, across, matrices; };
 __shared__ float scale_values[256];
 
-// Decodes the scales of every third stage to bf16, in the order of the tiles: a word of four codes a lane and turn.
-__device__ __forceinline__ void decode_scales(const Shared& sm, Ring& ring, int& turn, const Absmax& absmax, Work work, int steps, int lane) {
+// Decodes the scales of every stage to bf16, in the order of the tiles: a word of four codes a thread of three warps. All of them take
+// part in every stage, as a thread that skipped one could not tell its barrier's phases apart.
+__device__ __forceinline__ void decode_scales(const Shared& sm, Ring& ring, const Absmax& absmax, Work work, int steps, int thread) {
   const int nested_blocks = (absmax.tall * 64 * absmax.across + 255) / 256;
-  for (int step = 0; step < steps; step++, ring.next(), turn = turn ? turn - 1 : 2) {
-    if (turn) continue;
+  for (int step = 0; step < steps; step++, ring.next()) {
     barrier_wait(sm.full + 8 * ring.stage, ring.phase);
-#pragma unroll 2
-    for (int at = lane; at < TILES * 16; at += 32) {
+    for (int at = thread; at < TILES * 16; at += 96) {
       const int tile = work.block * TILES + at / 16, slot = at % 16;
       const int column = TRANSPOSED ? tile : step, row = TRANSPOSED ? step : tile, which = row >= absmax.tall;
       const int matrix = work.expert * absmax.matrices + which, n = (row - which * absmax.tall) * 64 + slot / 4 * 16 + slot % 4 * 2;
@@ -207,7 +206,7 @@ __device__ __forceinline__ void decode_scales(const Shared& sm, Ring& ring, int&
       asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(sm.s + ring.stage * S_BYTES + 8 * at), "r"(found[0]), "r"(found[1]) : "memory");
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(sm.decoded + 8 * ring.stage);
+    if (thread % 32 == 0) barrier_arrive(sm.decoded + 8 * ring.stage);
   }
 }
 #endif
@@ -322,7 +321,7 @@ grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const in
     for (int i = 0; i < STAGES; i++) {
       barrier_init(sm.full + 8 * i, 1);
       barrier_init(sm.empty + 8 * i, CONSUMERS * 4);
-      if (NF4) barrier_init(sm.decoded + 8 * i, 1);
+      if (NF4) barrier_init(sm.decoded + 8 * i, 3);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -333,8 +332,9 @@ grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const in
   __syncthreads();
   const int blocks = R / (64 * TILES), total = *n_tiles * blocks;
   Ring ring;
+  // A block has 168 registers a thread: 256 threads must not want more than 128 give, or they wait for ever.
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NF4 ? 40 : 24));
     if (threadIdx.x == 0) {
       for (int item = blockIdx.x; item < total; item += gridDim.x)
         produce(sm, ring, maps, work_item(tiles, item, blocks), R, C);
@@ -343,13 +343,12 @@ grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const in
     else if (threadIdx.x >= 32) {
       const int lines = (TRANSPOSED ? C : R) / 64;
       const Absmax absmax = {values, nested, offset, tall, (TRANSPOSED ? R : C) / 64, lines / tall};
-      int turn = threadIdx.x / 32 - 1;
       for (int item = blockIdx.x; item < total; item += gridDim.x)
-        decode_scales(sm, ring, turn, absmax, work_item(tiles, item, blocks), C / 64, threadIdx.x & 31);
+        decode_scales(sm, ring, absmax, work_item(tiles, item, blocks), C / 64, threadIdx.x - 32);
     }
 #endif
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NF4 ? 232 : 240));
     const int group = threadIdx.x / 128 - 1, warp = (threadIdx.x / 32) & 3, lane = threadIdx.x & 31;
     for (int item = blockIdx.x; item < total; item += gridDim.x) {
       Work work = work_item(tiles, item, blocks);
