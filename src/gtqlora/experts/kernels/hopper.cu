@@ -4,8 +4,7 @@
 //   out[s, r] = sum_c in[s, c] * W_e[r, c]     forward   (R = outputs, C = inputs)
 //   out[s, r] = sum_c in[s, c] * W_e[c, r]     TRANSPOSED: the gradient of the inputs
 //
-// One producer thread feeds a ring of stages by TMA, for NF4 three warps beside it decode the scales there; two consumer warpgroups of
-// 64 * M results each multiply. Compiled per variant:
+// One producer thread feeds a ring of stages by TMA; two consumer warpgroups of 64 * M results each multiply. Compiled per variant:
 //   NF4 0|1, GROUP 32|64|128 (values per scale along the inputs), TRANSPOSED 0|1, M (64-wide tiles of results per warpgroup).
 // What bounds it is the rows of `in` coming from L2, so a block takes many results (128 * M) and at most 256 / M rows.
 // A tile holds 64 x 64 weights as 16 x 16 blocks of 128 bytes; tiles.py says how.
@@ -26,8 +25,6 @@ constexpr int SHARED_BY = TRANSPOSED && GROUP == 128 ? 2 : 1;  // neighbouring t
 constexpr int X_BYTES = MAX_ROWS * 128;             // rows of 64 bf16
 constexpr int W_BYTES = TILES * 2048;
 constexpr int S_BYTES = TILES / SHARED_BY * PER_TILE * 2;
-constexpr int A_BYTES = NF4 ? TILES * 64 : 0;       // NF4: the scales' codes, from which the scales are made
-constexpr int LOADED_S_BYTES = NF4 ? A_BYTES : S_BYTES;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -152,7 +149,7 @@ struct Ring {
   }
 };
 
-struct Shared { u32 x, w, s, a, full, empty, decoded; };
+struct Shared { u32 x, w, s, full, empty; };
 
 struct Maps { TensorMap few_rows, many_rows, codes, scales; };  // 16 rows; 64 rows; a block's tiles; their scales
 
@@ -160,7 +157,7 @@ __device__ __forceinline__ void produce(const Shared& sm, Ring& ring, const Maps
   const int n_rows = padded(work.rows), steps = C / 64;
   // Codes are [experts * outputs / 64][inputs / 64] tiles; scales likewise, by their groups.
   const int first_row = work.expert * ((TRANSPOSED ? C : R) / 64);
-  const u32 bytes = n_rows * 128 + W_BYTES + LOADED_S_BYTES;
+  const u32 bytes = n_rows * 128 + W_BYTES + S_BYTES;
   for (int step = 0; step < steps; step++, ring.next()) {
     u32 full = sm.full + 8 * ring.stage;
     barrier_wait(sm.empty + 8 * ring.stage, ring.phase ^ 1);
@@ -168,48 +165,12 @@ __device__ __forceinline__ void produce(const Shared& sm, Ring& ring, const Maps
     u32 x = sm.x + ring.stage * X_BYTES;
     const int row = first_row + (TRANSPOSED ? step : work.block * TILES), column = TRANSPOSED ? work.block * TILES : step;
     load_tiles(sm.w + ring.stage * W_BYTES, &maps.codes, column, row, full);
-    load_tiles((NF4 ? sm.a : sm.s) + ring.stage * LOADED_S_BYTES, &maps.scales, GROUP == 128 ? column / 2 : column, row, full);
+    load_tiles(sm.s + ring.stage * S_BYTES, &maps.scales, GROUP == 128 ? column / 2 : column, row, full);
     int done = 0;
     for (; done + 64 <= n_rows; done += 64) load_rows(x + done * 128, &maps.many_rows, step * 64, work.row + done, full);
     for (; done < n_rows; done += 16) load_rows(x + done * 128, &maps.few_rows, step * 64, work.row + done, full);
   }
 }
-
-#if NF4
-// Double-quantized scales: value of a code * nested[matrix][block / 256] + offset[matrix], for blocks in the plain order. `tall` tiles
-// are above each other in a matrix, `across` beside each other.
-struct Absmax { const float *values, *nested, *offset; int tall, across, matrices; };
-__shared__ float scale_values[256];
-
-// Decodes the scales of every stage to bf16, in the order of the tiles: a word of four codes a thread of three warps. All of them take
-// part in every stage, as a thread that skipped one could not tell its barrier's phases apart.
-__device__ __forceinline__ void decode_scales(const Shared& sm, Ring& ring, const Absmax& absmax, Work work, int steps, int thread) {
-  const int nested_blocks = (absmax.tall * 64 * absmax.across + 255) / 256;
-  for (int step = 0; step < steps; step++, ring.next()) {
-    barrier_wait(sm.full + 8 * ring.stage, ring.phase);
-    for (int at = thread; at < TILES * 16; at += 96) {
-      const int tile = work.block * TILES + at / 16, slot = at % 16;
-      const int column = TRANSPOSED ? tile : step, row = TRANSPOSED ? step : tile, which = row >= absmax.tall;
-      const int matrix = work.expert * absmax.matrices + which, n = (row - which * absmax.tall) * 64 + slot / 4 * 16 + slot % 4 * 2;
-      const float* nested = absmax.nested + (u64)matrix * nested_blocks;
-      const float shift = __ldg(absmax.offset + matrix);
-      u32 four, found[2];
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(four) : "r"(sm.a + ring.stage * A_BYTES + 4 * at) : "memory");
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float pair[2];
-#pragma unroll
-        for (int c = 0; c < 2; c++)
-          pair[c] = scale_values[four >> (16 * i + 8 * c) & 255] * __ldg(nested + (((n + 8 * i + c) * absmax.across + column) >> 8)) + shift;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found[i]) : "f"(pair[1]), "f"(pair[0]));
-      }
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(sm.s + ring.stage * S_BYTES + 8 * at), "r"(found[0]), "r"(found[1]) : "memory");
-    }
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(sm.decoded + 8 * ring.stage);
-  }
-}
-#endif
 
 // Scales of a warp's 16 x 16 block, as bf16 pairs to multiply the decoded pairs at (i, j) with. In shared memory they lie in the order
 // group, block of outputs, b, i, c for the output 2b + c + 8i of the block.
@@ -273,9 +234,6 @@ __device__ __forceinline__ void consume(const Shared& sm, Ring& ring, u16* out, 
   u32 previous = 0;
   for (int step = 0; step < C / 64; step++, ring.next()) {
     barrier_wait(sm.full + 8 * ring.stage, ring.phase);
-#if NF4
-    barrier_wait(sm.decoded + 8 * ring.stage, ring.phase);
-#endif
     u32 codes[M][4];
     Scales scales[M];
 #pragma unroll
@@ -305,50 +263,33 @@ __device__ __forceinline__ void consume(const Shared& sm, Ring& ring, u16* out, 
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMERS), 1)
-grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const int* n_tiles, int R, int C
-#if NF4
-        , const float* values, const float* nested, const float* offset, int tall
-#endif
-) {
+grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const int* n_tiles, int R, int C) {
   extern __shared__ u8 raw[];
   u32 base = (shared_address(raw) + 1023) & ~1023u;
-  Shared sm = {base, base + STAGES * X_BYTES, base + STAGES * (X_BYTES + W_BYTES), 0, 0, 0, 0};
-  sm.a = sm.s + STAGES * S_BYTES;
-  sm.full = sm.a + STAGES * A_BYTES;
+  Shared sm = {base, base + STAGES * X_BYTES, base + STAGES * (X_BYTES + W_BYTES), 0, 0};
+  sm.full = sm.s + STAGES * S_BYTES;
   sm.empty = sm.full + 8 * STAGES;
-  sm.decoded = sm.empty + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(sm.full + 8 * i, 1);
       barrier_init(sm.empty + 8 * i, CONSUMERS * 4);
-      if (NF4) barrier_init(sm.decoded + 8 * i, 3);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #if NF4
   fill_levels();
-  if (threadIdx.x < 256) scale_values[threadIdx.x] = values[threadIdx.x];
 #endif
   __syncthreads();
   const int blocks = R / (64 * TILES), total = *n_tiles * blocks;
-  Ring ring;
-  // A block has 168 registers a thread: 256 threads must not want more than 128 give, or they wait for ever.
+    Ring ring;
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NF4 ? 40 : 24));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
       for (int item = blockIdx.x; item < total; item += gridDim.x)
         produce(sm, ring, maps, work_item(tiles, item, blocks), R, C);
     }
-#if NF4
-    else if (threadIdx.x >= 32) {
-      const int lines = (TRANSPOSED ? C : R) / 64;
-      const Absmax absmax = {values, nested, offset, tall, (TRANSPOSED ? R : C) / 64, lines / tall};
-      for (int item = blockIdx.x; item < total; item += gridDim.x)
-        decode_scales(sm, ring, absmax, work_item(tiles, item, blocks), C / 64, threadIdx.x - 32);
-    }
-#endif
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NF4 ? 232 : 240));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int group = threadIdx.x / 128 - 1, warp = (threadIdx.x / 32) & 3, lane = threadIdx.x & 31;
     for (int item = blockIdx.x; item < total; item += gridDim.x) {
       Work work = work_item(tiles, item, blocks);
@@ -361,5 +302,37 @@ grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const in
       else CONSUME(256);
 #endif
     }
+  }
+}
+
+// Decodes NF4's double-quantized absmax, in tile order, to bf16: a block for 64 outputs (x) of an expert (y), four outputs a thread.
+// Experts without rows are left out, by their offsets [E + 1].
+// codes [E][M * rows / 64][columns / 64][64]; scale [E][M][nested blocks]; offset [E][M], for M matrices of `rows` x `columns`.
+extern "C" __global__ void absmax(const u32* codes, const float* values, const float* scale, const float* offset, const int* offsets,
+                                  uint2* out, int rows, int columns) {
+  if (offsets[blockIdx.y] == offsets[blockIdx.y + 1]) return;
+  __shared__ float value_of[256];
+  value_of[threadIdx.x] = values[threadIdx.x];
+  __syncthreads();
+  const int tiles = columns / 64, nested = (rows * tiles + 255) / 256;
+  const int matrices = gridDim.x * 64 / rows, matrix = blockIdx.y * matrices + blockIdx.x * 64 / rows, first = blockIdx.x * 64 % rows;
+  const float shift = offset[matrix];
+  scale += (u64)matrix * nested;
+  const u64 line = ((u64)blockIdx.y * gridDim.x + blockIdx.x) * tiles * 16;
+  for (int at = threadIdx.x; at < tiles * 16; at += 256) {
+    const int tile = at / 16, slot = at % 16, n = first + slot / 4 * 16 + slot % 4 * 2;
+    const u32 four = codes[line + at];
+    u32 found[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float pair[2];
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int block = (n + 8 * i + c) * tiles + tile;
+        pair[c] = value_of[four >> (16 * i + 8 * c) & 255] * scale[block / 256] + shift;
+      }
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found[i]) : "f"(pair[1]), "f"(pair[0]));
+    }
+    out[line + at] = make_uint2(found[0], found[1]);
   }
 }

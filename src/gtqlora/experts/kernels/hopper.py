@@ -36,7 +36,7 @@ _FEW_ROWS = 16
 """Rows per expert up to which a launch costs more than it saves."""
 # What a block may have on compute capability 9.0, less 1 KiB to align the first stage.
 _SHARED_LIMIT = 227 * 1024 - 1024
-_TABLES_BYTES = 256 * 32 * 4 + 256 * 4
+_LEVELS_BYTES = 256 * 32 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,12 @@ class Variant:
     @property
     def _stage_bytes(self) -> int:
         scales = self.scale_box[0] * self.scale_box[1] * 2 * _scales_per_tile(self.group)
-        absmax = self.nf4 * (self.tiles * TILE + 8)
-        return self.max_rows * _ROW_BYTES + self.tiles * _TILE_BYTES + scales + absmax + 16
+        return self.max_rows * _ROW_BYTES + self.tiles * _TILE_BYTES + scales + 16
 
     @property
     def stages(self) -> int:
         """Return how many stages of the pipeline fit into shared memory."""
-        return (_SHARED_LIMIT - self.nf4 * _TABLES_BYTES) // self._stage_bytes
+        return (_SHARED_LIMIT - self.nf4 * _LEVELS_BYTES) // self._stage_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -88,13 +87,7 @@ def _scales_per_tile(group: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiled:
-    """The matrices [N, K] of E experts in the order of `tiles`.
-
-    Attributes:
-        scales: bf16, or for NF4 codes of the scales (uint8).
-        nested: for NF4, fp32 [E, M, nested blocks] and [E, M]: the scales' scales and offsets in the M matrices that
-            are stacked to N rows.
-    """
+    """The matrices [N, K] of E experts in the order of `tiles`; scales are bf16."""
 
     nf4: bool
     group: int
@@ -102,7 +95,6 @@ class Tiled:
     columns: int
     codes: Tensor
     scales: Tensor
-    nested: tuple[Tensor, Tensor] | None
 
 
 def _wgmma(rows: int) -> str:
@@ -151,15 +143,16 @@ class _Loaded:
     variant: Variant
     shared_bytes: int
     most: int
-    function: cuda.Function
+    grouped: cuda.Function
+    absmax: cuda.Function
 
 
 @cache
 def _loaded(nf4: bool, group: int, transposed: bool, wide: int, device: int) -> _Loaded:
     variant = Variant(nf4=nf4, group=group, transposed=transposed, wide=wide)
-    function = cuda.load(compile_variant(variant), ("grouped",), device)["grouped"]
-    cuda.allow_shared_memory(function, variant.shared_bytes)
-    return _Loaded(variant=variant, shared_bytes=variant.shared_bytes, most=variant.max_rows, function=function)
+    functions = cuda.load(compile_variant(variant), ("grouped", "absmax"), device)
+    cuda.allow_shared_memory(functions["grouped"], variant.shared_bytes)
+    return _Loaded(variant=variant, shared_bytes=variant.shared_bytes, most=variant.max_rows, **functions)
 
 
 @lru_cache(maxsize=4096)
@@ -171,7 +164,7 @@ def _maps(
     size = (rows if variant.transposed else columns, n_rows)
     lines, across = n_experts * rows // TILE, columns // TILE
     box = (_TILE_BYTES // 8, *((variant.tiles, 1) if variant.transposed else (1, variant.tiles)))
-    words = TILE // 8 if variant.nf4 else _scales_per_tile(variant.group) * 2 // 8
+    words = _scales_per_tile(variant.group) * 2 // 8
     scale_columns = across // 2 if variant.group == 128 else across
     maps = (
         cuda.tensor_map(x, "BFLOAT16", size, (TILE, 16), "128B"),
@@ -203,11 +196,16 @@ def _multiprocessors(device: int) -> int:
 def _wide_for(n_rows: int, n_experts: int, results: int, multiprocessors: int) -> int:
     """Return the fastest width, as `bench/experts.py` measured it on an H200 and an H100."""
     # Many rows leave no registers for many results, and few experts with rows leave multiprocessors without work.
-    mean = n_rows // n_experts
-    wanted = 4 if mean <= 48 else 2 if mean <= 128 else 1
+    wanted = _ROWS_TIMES_WIDE // _most_for(n_rows, n_experts)
     while wanted > 1 and 2 * min(n_rows, n_experts) * results < multiprocessors * wanted * GRAIN:
         wanted //= 2
     return next(wide for wide in (4, 2, 1) if wide <= wanted and results % (wide * GRAIN) == 0)
+
+
+def _most_for(n_rows: int, n_experts: int) -> int:
+    """Return how many rows a tile should have at most."""
+    mean = n_rows // n_experts
+    return 64 if mean <= 48 else 128 if mean <= 128 else 256
 
 
 def sort(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
@@ -215,8 +213,7 @@ def sort(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
     n_rows = top_k_index_TK.numel()
     if n_rows > _MOST_ROWS_SORTED:
         return place_rows(top_k_index_TK, first, count)
-    mean = n_rows // count
-    return sorting.sort(top_k_index_TK, first, count, 64 if mean <= 48 else 128 if mean <= 128 else 256)
+    return sorting.sort(top_k_index_TK, first, count, _most_for(n_rows, count))
 
 
 def product(x_SC: Tensor, weights: Tiled, rows: Placed, *, transposed: bool, wide: int | None = None) -> Tensor:
@@ -243,17 +240,9 @@ def product(x_SC: Tensor, weights: Tiled, rows: Placed, *, transposed: bool, wid
     maps = _maps(x_SC.data_ptr(), s, *addresses, weights.rows, weights.columns, n_experts, loaded.variant)
     with torch.cuda.device(device):
         tiles, n_tiles = _tiles(rows, s, loaded.most)
-        arguments = (maps, out_SR, tiles, n_tiles, results, contraction, *_absmax(weights))
-        cuda.launch(loaded.function, multiprocessors, _THREADS, loaded.shared_bytes, *arguments)
+        arguments = (maps, out_SR, tiles, n_tiles, results, contraction)
+        cuda.launch(loaded.grouped, multiprocessors, _THREADS, loaded.shared_bytes, *arguments)
     return out_SR
-
-
-def _absmax(weights: Tiled) -> tuple[Tensor | int, ...]:
-    """Return what else NF4's kernel takes: values of the scales' codes, their scales, offsets, and a matrix's tiles."""
-    if weights.nested is None:
-        return ()
-    matrices = weights.nested[1].shape[1]
-    return nested_levels(weights.codes.device), *weights.nested, weights.rows // matrices // TILE
 
 
 def _tiles(rows: Placed, n_rows: int, most: int) -> tuple[Tensor, Tensor]:
@@ -262,6 +251,24 @@ def _tiles(rows: Placed, n_rows: int, most: int) -> tuple[Tensor, Tensor]:
     if fit and rows.tiles is not None and rows.n_tiles is not None:
         return rows.tiles, rows.n_tiles
     return sorting.cut(rows.offsets_E1, n_rows, most)
+
+
+def decode_absmax(absmax: Tensor, scale: Tensor, offset: Tensor, offsets_E1: Tensor, rows: int, columns: int) -> Tensor:
+    """Decode NF4's scales to bf16, in the order of the tiles; those of experts without rows are left undefined.
+
+    Args:
+        absmax: uint8, in the order of the tiles, of E experts with M matrices [rows, columns] each.
+        scale: fp32 [E, M, nested blocks]; offset: fp32 [E, M].
+        offsets_E1: int32; the rows of expert e are offsets[e] to offsets[e + 1].
+    """
+    device = absmax.get_device()
+    loaded = _loaded(True, 64, False, 1, device)
+    out = torch.empty(absmax.numel(), dtype=torch.bfloat16, device=absmax.device)
+    experts, matrices = offset.shape
+    arguments = (absmax, nested_levels(absmax.device), scale, offset, offsets_E1, out, rows, columns)
+    with torch.cuda.device(device):
+        cuda.launch(loaded.absmax, (matrices * rows // TILE, experts), 256, 0, *arguments)
+    return out
 
 
 @cache
@@ -283,27 +290,47 @@ def takes(module: Experts, hidden_states: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def tiled_of(module: Experts, projection: Fused) -> Tiled:
-    """Return a projection of a module whose weights are in tiles."""
+_decoded: dict[int, dict[tuple[int, str], tuple[Tensor, Tensor]]] = {}
+"""By device, NF4 scales of the layer that last ran forward, and for which rows: under checkpointing its backward comes
+next."""
+
+
+def _scales(module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tensor:
+    """Return bf16 scales in the order of the tiles, decoded once for a forward pass and its backward."""
+    if module.format.name != "nf4":
+        return module.get_buffer(f"{projection}_scale")
+    absmax = module.get_buffer(f"{projection}_absmax")
+    kept, key = _decoded.setdefault(absmax.get_device(), {}), (id(module), projection)
+    if transposed and key in kept:
+        scales, offsets_E1 = kept.pop(key)
+        # Only those of experts that had rows were decoded.
+        if offsets_E1.data_ptr() == rows.offsets_E1.data_ptr():
+            return scales
+    scale, offset = (module.get_buffer(f"{projection}_absmax_{part}") for part in ("scale", "offset"))
+    scales = decode_absmax(absmax, scale, offset, rows.offsets_E1, *module.sizes(projection))
+    if not transposed:
+        for other in [other for other in kept if other[0] != id(module)]:
+            del kept[other]
+        kept[key] = scales, rows.offsets_E1
+    return scales
+
+
+def tiled_of(module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tiled:
+    """Return a projection of a module whose weights are in tiles, as it is needed for these rows."""
     outputs, columns = module.sizes(projection)
-    nf4 = module.format.name == "nf4"
-
-    def part(name: str) -> Tensor:
-        return module.get_buffer(f"{projection}_{name}")
-
-    codes = part("packed")
+    codes = module.get_buffer(f"{projection}_packed")
     return Tiled(
-        nf4=nf4,
+        nf4=module.format.name == "nf4",
         group=module.format.group,
         rows=codes.shape[1] * outputs,
         columns=columns,
         codes=codes,
-        scales=part("absmax" if nf4 else "scale"),
-        nested=(part("absmax_scale"), part("absmax_offset")) if nf4 else None,
+        scales=_scales(module, projection, rows, transposed),
     )
 
 
 def multiply(values_RC: Tensor, module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tensor:
     """Multiply rows sorted by expert by their experts' matrices, for `layer.run`; put the weights into tiles first."""
     module.arrange(tiled=True)
-    return product(values_RC.contiguous(), tiled_of(module, projection), rows, transposed=transposed)
+    weights = tiled_of(module, projection, rows, transposed)
+    return product(values_RC.contiguous(), weights, rows, transposed=transposed)
