@@ -306,7 +306,10 @@ def decode(shape: Shape, way: str, tokens: list[int], repeats: int) -> dict[int,
     bits = format_of(way).bits(shape.inner, shape.hidden) if way in FORMATS else 16
     bandwidth = next((rate for card, rate in BANDWIDTH.items() if card in torch.cuda.get_device_name()), float("nan"))
     with memory_freed(), torch.no_grad():
-        layer = WAYS[way](shape)
+        try:
+            layer = WAYS[way](shape)
+        except Exception as error:
+            return dict.fromkeys(tokens, f"{type(error).__name__}: {error}"[:160])
         for count in tokens:
             hidden_TD, index_TK, weights_TK, _ = inputs(shape, count)
             n_bytes = shape.weights * bits / 8 * len(index_TK.unique()) / shape.experts
