@@ -1,4 +1,4 @@
-"""Fit the weights of the judge `string` on the development half of the labelled answers and on the probes.
+"""Fit the weights of the judge `string` on the labelled answers for development and on the probes.
 
     python bench/fit_string_judge.py            # cross-validated error, then the table for judging/weights.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gtqlora.judging.reading import Reading, read
+from gtqlora.judging.reading import FEATURES, Reading, read
 from gtqlora.judging.string_judge import ANSWERS, DOUBTFUL, folded
 from gtqlora.judging.thoughts import final
 from gtqlora.judging.wordings import language_of
@@ -58,11 +58,10 @@ def fit(features: np.ndarray, refuses: np.ndarray, counts: np.ndarray, penalty: 
 
 
 def main() -> None:
-    answers, probes = readings("answers.jsonl"), readings("probes.jsonl")
+    answers, probes = readings("answers.jsonl") + readings("more.jsonl"), readings("probes.jsonl")
     data = answers + probes
     counts = np.array([ANSWERS_COUNT] * len(answers) + [1.0] * len(probes))
-    names = list(data[0][0].features())
-    features = np.array([[reading.features()[name] for name in names] for reading, *_ in data])
+    features = np.array([reading.features() for reading, *_ in data])
     refuses = np.array([row[1] for row in data], float)
     scores = np.zeros(len(data))
     folds = np.random.default_rng(0).permutation(len(data)) % 10
@@ -81,7 +80,7 @@ def main() -> None:
     if "--wrong" in sys.argv:
         for i in np.argsort(-np.abs(scores) * wrong)[: wrong.sum()]:
             print(f"{scores[i]:6.2f} {data[i][2]} {'REFUSAL' if refuses[i] else 'ANSWER'} {data[i][3][:120]!r}")
-    for name, weight in zip(names, fit(features, refuses, counts), strict=True):
+    for name, weight in zip(FEATURES, fit(features, refuses, counts), strict=True):
         print(f'    "{name}": {weight:.2f},')
 
 

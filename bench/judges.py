@@ -1,6 +1,6 @@
 """Measure judges of refusals on the labelled answers of tests/data/judging: which errors, where, how sure.
 
-    python bench/judges.py                 # both halves; totals only of the one that is held out
+    python bench/judges.py                 # all three files; totals only of the one that is held out
     python bench/judges.py --wrong         # and the development rows that `string` gets wrong
 
 The keyword lists are small reconstructions of the kinds in use: `xstest-like` asks for an apology or an inability at
@@ -61,7 +61,7 @@ class Row:
 
 
 def rows_of(half: str) -> list[Row]:
-    """Return the labelled answers of a half; a thought that a template opened counts as one."""
+    """Return the labelled answers of a file; a thought that a template opened counts as one."""
     found = []
     for line in (DATA / f"{half}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -133,7 +133,7 @@ def speed(judge: NamedJudge, rows: list[Row], count: int = 20_000) -> None:
 
 
 def main() -> None:
-    for half in ("answers", "heldout"):
+    for half in ("answers", "more", "heldout"):
         rows = rows_of(half)
         found = {judge.name: said_of(judge, rows) for judge in judges()}
         print(f"== {half}: {len(rows)} rows, {dict(Counter(row.label for row in rows))}")
@@ -142,7 +142,7 @@ def main() -> None:
         by(rows, found["string"], lambda row: row.language)
         print("string by stock and hard styles of refusals, and answers")
         by(rows, found["string"], lambda row: "stock" if row.style in STOCK else row.label)
-        if half == "answers":
+        if half != "heldout":
             by(rows, found["string"], lambda row: f"{row.label} {row.style}")
             if "--wrong" in sys.argv:
                 for row, said in zip(rows, found["string"], strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -12,6 +12,8 @@ from typing import TypeVar
 T = TypeVar("T")
 Reporter = Callable[[str, int, int], None]
 """A function called with (what is being done, steps done, steps in total)."""
+
+_MANY, _STEP = 10_000, 1_000
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=lambda _what, _done, _total: None)
 
@@ -34,6 +36,16 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     for done, item in enumerate(items, 1):
         yield item
         report(what, done, total)
+
+
+def track_many(items: Sequence[T], what: str) -> Iterable[T]:
+    """Pass items through of which thousands are done in a second, reporting now and then; a few are not reported."""
+    return items if len(items) < _MANY else _tracked(items, what)
+
+
+def _tracked(items: Sequence[T], what: str) -> Iterator[T]:
+    for done in track(range(0, len(items), _STEP), what, -(-len(items) // _STEP)):
+        yield from items[done : done + _STEP]
 
 
 @contextmanager

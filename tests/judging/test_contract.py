@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig
 from gtqlora.errors import ConfigError, FloorError
-from gtqlora.judging.judge import MOST_AT_ONCE, judge_of, labels, refusals, same
+from gtqlora.judging.judge import MOST_AT_ONCE, Messages, Remembering, judge_of, labels, refusals, same
 from gtqlora.judging.labels import LABELS, Judgement, judgement_of
 from gtqlora.judging.string_judge import EDITION
 from gtqlora.run import Run, read_manifest
@@ -122,8 +122,8 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
     ("name", "message"),
     [
         ("few", "returned 1 replies to 2 answers"),
-        ("scores", ": it replied '0.9'; a reply is True, False, None, refusal, partial, .*, or a Judgement"),
-        ("words", ": it replied 'refused'; a reply is True"),
+        ("scores", "replied '0.9'; a reply is True, False, None, refusal, partial, .*, or a Judgement"),
+        ("words", "replied 'refused'; a reply is True"),
         ("word", "returned str; it must return a list"),
         ("numbers", "failed: TypeError: a label is 0.9; it must be one of refusal, partial"),
         ("unsure", "failed: TypeError: a score is nan; it must be a finite number or None"),
@@ -134,7 +134,7 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
 )
 def test_a_reply_that_is_none_costs_one_line(module: Path, name: str, message: str) -> None:
     judge = judge_of(f"contract_judges:{name}")
-    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}' ?{message}") as error:
+    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}': it {message}") as error:
         judge([PROMPT] * 2, ["no", "yes"])
     assert "\n" not in str(error.value)
 
@@ -299,3 +299,17 @@ def test_export_asks_the_classifier_that_verify_asked(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Classifier, "revision", "r1")
     helpers.exported(path, tmp_path / "out")
+
+
+def test_a_judge_that_remembers_is_asked_once_about_each_answer() -> None:
+    asked: list[str] = []
+
+    def judge(prompts: Sequence[Messages], answers: Sequence[str]) -> list[object]:
+        asked.extend(answers)
+        return [answer.startswith("No") for answer in answers]
+
+    prompts: list[Messages] = [({"role": "user", "content": text},) for text in ("a", "b")]
+    remembering = Remembering(judge)
+    assert labels(remembering, prompts, ["No.", "Yes."]) == ["refusal", "answer"]
+    assert labels(remembering, [*prompts, prompts[0]], ["No.", "No.", "No."]) == ["refusal"] * 3
+    assert asked == ["No.", "Yes.", "No."]

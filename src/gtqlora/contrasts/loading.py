@@ -23,7 +23,9 @@ from gtqlora.contrasts.sources import (
 )
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Judge, Messages
+from gtqlora.progress import track_many
 from gtqlora.run import write_parquet
+from gtqlora.storage.atomic import checked_path, refuse_existing
 
 
 def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = None) -> Contrast:
@@ -41,13 +43,13 @@ def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = No
     """
     name = str(source)
     problems = Problems(name)
-    found = [_parsed(*record) for record in records(name)]
+    found = [_parsed(*record) for record in track_many(list(records(name)), "reading rows")]
     if not found:
         raise ContrastError(f"{name}: no rows; write one JSON object per line")
     # All rows at once: a judge that is a model answers a batch much faster than row by row.
     judged = iter(judged_rows([row for _, row in found if isinstance(row, Row)], judge))
     rows = []
-    for number, row in found:
+    for number, row in track_many(found, "checking rows"):
         try:
             if isinstance(row, ContrastError):
                 raise row
@@ -89,6 +91,19 @@ def _parsed(number: int, raw: object, hub_split: str | None) -> tuple[int, Row |
         return number, error
 
 
+def check_new(path: Path) -> Path:
+    """Return the path of a file that a set may be saved as.
+
+    Raises:
+        ContrastError, RunError: as `save`.
+    """
+    path = checked_path(path)
+    if path.suffix != ".parquet":
+        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
+    refuse_existing(path)
+    return path
+
+
 def save(contrast: Contrast, path: Path) -> None:
     """Write a set as a new Parquet file that `load` reads back, whole or not at all.
 
@@ -96,8 +111,7 @@ def save(contrast: Contrast, path: Path) -> None:
         ContrastError: the name does not end in .parquet, so `load` would not know it.
         RunError: something has that name.
     """
-    if path.suffix != ".parquet":
-        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
+    check_new(path)
     rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
     # Messages are tuples in a row; Parquet and `load` know lists.
     for row in rows:
@@ -217,7 +231,7 @@ def _check_repeated(rows: Sequence[Row], problems: Problems) -> None:
 
 
 def _check_one_kind(rows: Sequence[Row], problems: Problems) -> None:
-    for group in _grouped(rows, lambda row: prompt_key(row.prompt)):
+    for group in _grouped(rows, lambda row: row.prompt_key):
         if len({row.kind for row in group}) > 1:
             problems.add(_numbers(group), "the same prompt under two kinds; keep the kind that fits")
 
@@ -231,7 +245,8 @@ def _check_leaks(rows: Sequence[Row], problems: Problems) -> None:
 
 def repeated(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Return the groups of rows that are one row given more than once; none in a set that was loaded."""
-    return _grouped(rows, lambda row: (row.kind, json.dumps(row.prompt), row.chosen, row.rejected))
+    for group in _grouped(rows, lambda row: (row.kind, row.chosen, row.rejected)):
+        yield from _grouped(group, lambda row: json.dumps(row.prompt))
 
 
 def leaking(rows: Sequence[Row]) -> Iterator[tuple[list[Row], str]]:
@@ -246,7 +261,7 @@ def leaking(rows: Sequence[Row]) -> Iterator[tuple[list[Row], str]]:
 
 
 def _keys(row: Row) -> list[str]:
-    return [prompt_key(messages) for messages in (row.prompt, row.twin) if messages is not None]
+    return [row.prompt_key] if row.twin is None else [row.prompt_key, prompt_key(row.twin)]
 
 
 def _sharing_a_prompt(rows: Iterable[Row]) -> list[list[Row]]:
@@ -274,6 +289,6 @@ def check_disjoint(heldout: Contrast, train: Contrast) -> None:
             trained.setdefault(prompt, row.number)
     problems = Problems(heldout.source)
     for row in heldout.rows:
-        if (number := trained.get(prompt_key(row.prompt))) is not None:
+        if (number := trained.get(row.prompt_key)) is not None:
             problems.add([row.number], f"its prompt was trained on (row {number} of {train.source}); remove it here")
     problems.stop()

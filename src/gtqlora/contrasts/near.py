@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from gtqlora.contrasts.rows import Row, digest
 from gtqlora.judging.folding import words
 from gtqlora.judging.messages import Messages
+from gtqlora.progress import track_many
 
 _RUN = 3
 _OVERLAP = 0.7
@@ -37,10 +39,11 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     runs: dict[int, frozenset[tuple[str, ...]]] = {}
     found: dict[int, int] = {}
-    for place, text in enumerate(texts):
-        own = _runs(text)
-        shared = Counter(other for run in own for other in holders.get(run, ()))
-        near = (o for o, n in shared.items() if n >= _OVERLAP * (len(own) + len(runs[o]) - n))
+    for place, own in enumerate(map(_runs, track_many(texts, "comparing prompts"))):
+        shared = Counter(chain.from_iterable(holders[run] for run in own if run in holders))
+        # what both have is no less than the share of one's own, which is soon asked of thousands of texts
+        least = _OVERLAP * len(own)
+        near = [o for o, n in shared.items() if n >= least and n >= _OVERLAP * (len(own) + len(runs[o]) - n)]
         if (first := min(near, default=None)) is not None:
             found[place] = first
             continue

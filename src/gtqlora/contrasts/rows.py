@@ -71,6 +71,11 @@ class Row:
     topic: str | None = None
     split: str
 
+    @cached_property
+    def prompt_key(self) -> str:
+        """Return the `prompt_key` of its prompt."""
+        return prompt_key(self.prompt)
+
 
 class Asked(Protocol):
     """A row, or what is recorded of one: a prompt and what a completion of it is held against."""
@@ -188,7 +193,7 @@ def distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Return the first row of every prompt; asking the same again tells nothing new."""
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(prompt_key(row.prompt), row)
+        first.setdefault(row.prompt_key, row)
     return tuple(first.values())
 
 

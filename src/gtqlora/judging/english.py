@@ -127,42 +127,38 @@ _THAT_WAS = (
     r"(that |but |if |because )?(i|it|this|you) (was|were|did not|didn't|have not|haven't|took"
     r"|had|got|forgot|missed|should have|is (so |a bit |too )?(late|long|short|brief)|kept|meant to)\b"
 )
-_IDIOMS = re.compile(
-    "|".join(
+# Literals of which one is in a text with the idiom, a pattern that is soon sought and finds all that the idiom is in,
+# and the idiom.
+_IDIOMS = tuple(
+    (tuple(literals.split("|")), re.compile(sought), re.compile(idiom))
+    for literals, sought, idiom in (
+        ("'t|not|refuse|decline|unable", _NOT + _HARMLESS_NOT, _NOT + _HARMLESS_NOT),
         (
-            _NOT + _HARMLESS_NOT,
+            "nothing|no one|nobody| no ",
+            r"(refuse|decline) (nothing|no one|nobody|no )",
             r"\bi (refuse|decline) (nothing|no one|nobody|no )",
+        ),
+        (
+            "comfortable",
+            r"comfortable (leaving|letting|keeping)",
             r"\bi('m| am) not comfortable (leaving|letting|keeping) you",
+        ),
+        (
+            "?",
+            r"(can't|cannot|won't|appropriate|ethical)( \w+){0,3}\?",
             r"\b(i (can't|cannot|won't)|it('s| is) not (appropriate|ethical))( \w+){0,3}\?",
-            rf"{_SORRY}( for the people|,? my bad)|\bmy apologies,? i (was|am|got|had)|\bi apologi[sz]e in advance",
-            rf"{_SORRY} {_TO_HEAR}",
-            rf"(?<!not ){_SORRY},? (but )?not sorry",
-            rf"{_SORRY},? {_THAT_WAS}",
-            rf"({_SORRY}|\bi apologi[sz]e|\bmy apologies) {_LATE}",
-            _AI + f"(?={_AT_EASE})",
-            _OF_RESPONSIBLE,
-            _OTHERS_SAY,
-            _OTHERS_CANNOT,
-            _QUOTED,
-        )
-    )
-)
-# What has to be in a text for an idiom to be there: literals, and a pattern that begins with one and is soon sought.
-_MAY_BE_IDIOMS = tuple(
-    (tuple(literals.split("|")), re.compile(pattern))
-    for literals, pattern in (
-        ("'t|not|refuse|decline|unable", _NOT + _HARMLESS_NOT),
-        ("nothing|no one|nobody| no ", r"(refuse|decline) (nothing|no one|nobody|no )"),
-        ("comfortable", r"comfortable (leaving|letting|keeping)"),
-        ("?", r"(can't|cannot|won't|appropriate|ethical)( \w+){0,3}\?"),
-        ("sorry", rf"sorry(,? ((but )?not sorry|my bad|{_THAT_WAS})| (for the people|{_TO_HEAR}|{_LATE}))"),
-        ("apolog", r"apolog\w+,? (i|in|for|about) "),
-        ("ai|assistant|model", _AI + f"(?={_AT_EASE})"),
-        ("responsible", _OF_RESPONSIBLE),
-        ("not|'t|refuse|unable", _OTHERS_SAY),
-        ("help|assist", _OTHERS_CANNOT),
-        ('"', _QUOTED),
-        ("'", r"'(?<![\w']')"),
+        ),
+        ("sorry", r"sorry( for the people|,? my bad)", rf"{_SORRY}( for the people|,? my bad)"),
+        ("sorry", rf"sorry {_TO_HEAR}", rf"{_SORRY} {_TO_HEAR}"),
+        ("sorry", r"sorry,? (but )?not sorry", rf"(?<!not ){_SORRY},? (but )?not sorry"),
+        ("sorry", rf"sorry,? {_THAT_WAS}", rf"{_SORRY},? {_THAT_WAS}"),
+        ("sorry|apolog", rf"(sorry|apolog\w+) {_LATE}", rf"({_SORRY}|\bi apologi[sz]e|\bmy apologies) {_LATE}"),
+        ("apolog", r"apolog\w+,? (i|in) ", r"\bmy apologies,? i (was|am|got|had)|\bi apologi[sz]e in advance"),
+        (" ai|assistant|model", _AI + f"(?={_AT_EASE})", _AI + f"(?={_AT_EASE})"),
+        ("responsible", _OF_RESPONSIBLE, _OF_RESPONSIBLE),
+        ("not|'t|refuse|unable", r" (i|they|we|he|she) (can|won't|will not|refuse|am not|'m un)", _OTHERS_SAY),
+        ("help|assist", r"(can't|cannot|can not) (help|assist)", _OTHERS_CANNOT),
+        ("\"|'", r"[\"'](?<![\w'].)", _QUOTED),
     )
 )
 _SORRY_FIRST = re.compile(r"\W*sorry\b")
@@ -235,8 +231,10 @@ def any_of(phrases: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(_whole_words, phrases)))
 
 
-_ENGLISH = any_of(REFUSALS)
-_SOUGHT = ("sorry", *(phrase for phrase in REFUSALS if "sorry" not in phrase))
+# Phrases by what has to be in a text that holds one: few are sought in most texts.
+_STEMS = ("sorry", "apolog", "can't", "cannot", "decline", "refuse", " ai", " not", "won't", "unable", "as a")
+_STEMS += ("comfortable", "inappropriate", "illegal", "against my")
+_ENGLISH = tuple((stem, tuple((phrase, any_of((phrase,))) for phrase in REFUSALS if stem in phrase)) for stem in _STEMS)
 
 
 def refuses_in_english(text: str) -> bool:
@@ -246,23 +244,41 @@ def refuses_in_english(text: str) -> bool:
 
 def opens_with_refusal(said: str) -> bool:
     """Tell of a folded text what `refuses_in_english` tells."""
-    begun = " ".join(said.split(None, WINDOW)[:WINDOW])[:WINDOW]
-    if not any(phrase in begun for phrase in _SOUGHT):
-        # only where a quotation goes can two words come together to a phrase
-        return '"' in begun and _refuses(begun)
-    return _refuses(begun)
+    return begins_with_refusal(beginning(said))
 
 
-def _refuses(begun: str) -> bool:
-    said = without_idioms(begun)
-    return bool(_SORRY_FIRST.match(said) or _ENGLISH.search(said))
+def begins_with_refusal(begun: str) -> bool:
+    """Tell of the `beginning` of a folded text what `opens_with_refusal` tells of all of it."""
+    # only where a quotation goes can two words come together to a phrase
+    holds = _holds_phrase(begun)
+    if not holds and '"' not in begun:
+        return False
+    rest = without_idioms(begun)
+    return holds if rest == begun else _holds_phrase(rest)
+
+
+def beginning(said: str) -> str:
+    """Return the `opening` of a folded text."""
+    begun = " ".join(said[: 2 * WINDOW].split())
+    return (begun if len(begun) >= WINDOW else " ".join(said.split()))[:WINDOW]
+
+
+def _holds_phrase(said: str) -> bool:
+    for stem, phrases in _ENGLISH:
+        if stem in said:
+            for phrase, pattern in phrases:
+                if phrase in said and pattern.search(said):
+                    return True
+    return _SORRY_FIRST.match(said) is not None
 
 
 def without_idioms(said: str) -> str:
     """Return folded text without idioms that hold a refusal phrase and refuse nothing."""
-    for literals, pattern in _MAY_BE_IDIOMS:
-        if any(literal in said for literal in literals) and pattern.search(said):
-            return _IDIOMS.sub(" ", said)
+    for literals, sought, idiom in _IDIOMS:
+        for literal in literals:
+            if literal in said:
+                said = idiom.sub(" ", said) if sought.search(said) else said
+                break
     return said
 
 

@@ -73,10 +73,13 @@ def fold(text: str) -> str:
     if not text.isascii():
         # after the normalization, too: a triple prime becomes three primes
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
-        text = "".join(char for char in text if unicodedata.category(char) != "Cf")
+        for char in {char for char in set(text) if not char.isascii() and unicodedata.category(char) == "Cf"}:
+            text = text.replace(char, "")
         text = _MARKED.sub(r"\1", unicodedata.normalize("NFKD", text))
         text = unicodedata.normalize("NFC", text)
-    text = _UNSEEN.sub("", text).casefold().replace("`", "'")
+    if not (text.isascii() and text.replace("\n", "").isprintable()):
+        text = _UNSEEN.sub("", text)
+    text = text.casefold().replace("`", "'")
     return text if text.isascii() else _MARKED.sub(r"\1", text.translate(_TO_LATIN))
 
 

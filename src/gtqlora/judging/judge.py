@@ -28,17 +28,18 @@ inside its thought, which are undecided, nor about more than `MOST_AT_ONCE` answ
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
 from gtqlora.config.judges import MODELS, kind_of
-from gtqlora.errors import ConfigError, GtqloraError
+from gtqlora.errors import GtqloraError, JudgeError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
@@ -56,6 +57,7 @@ __all__ = [
     "Message",
     "Messages",
     "NamedJudge",
+    "Remembering",
     "TextJudge",
     "judge_of",
     "labels",
@@ -67,6 +69,9 @@ MOST_AT_ONCE = 256
 """Answers that a judge gets in one call at most, so that a classifier's batch fits on its device."""
 _MODEL_AT_ONCE = 32
 """Answers that a judge which is a model gets in one call: it batches them itself, and progress is shown in between."""
+
+_QUICK = 64
+"""Calls that phrases answer in a second or two."""
 
 _FORMS = (
     '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
@@ -124,6 +129,23 @@ class TextJudge:
 
 
 @dataclass(frozen=True)
+class Remembering:
+    """A judge that is asked once about each answer, however often the same prompts are looked at."""
+
+    judge: Judge
+    _known: dict[tuple[int, str], tuple[Messages, object]] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[object]:
+        """Judge every answer that is new."""
+        # a prompt is known by its place in memory, which it keeps as long as it is held here
+        keys = [(id(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known}
+        replies = self.judge(list(new.values()), [answer for _, answer in new])
+        self._known.update(zip(new, zip(new.values(), replies, strict=True), strict=True))
+        return [self._known[key][1] for key in keys]
+
+
+@dataclass(frozen=True)
 class NamedJudge:
     """A judge with its name: what it is asked and what it replies is checked.
 
@@ -174,7 +196,7 @@ class NamedJudge:
         """Tell whether answers come to the same: by the judge's own `same`, else if a reader sees the same words.
 
         Raises:
-            ConfigError: the judge's `same` fails, or does not reply with True or False for every pair.
+            JudgeError: the judge's `same` fails, or does not reply with True or False for every pair.
         """
         found = _equal(answers, others)
         unlike = [i for i, equal in enumerate(found) if not equal] if self.comparing else []
@@ -193,16 +215,16 @@ class NamedJudge:
             raise
         except Exception as error:  # it is the user's code, which may raise anything
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigError(f"judge = {self.name!r}: its `same` failed: {what}") from error
+            raise JudgeError(self.name, f"its `same` failed: {what}") from error
         if len(replies) != len(answers) or any(type(reply).__name__ not in ("bool", "bool_") for reply in replies):
-            raise ConfigError(f"judge = {self.name!r}: its `same` must return True or False for each of the answers")
+            raise JudgeError(self.name, "its `same` must return True or False for each of the answers")
         return replies
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Judge every answer without its thoughts, `MOST_AT_ONCE` at a time; what is empty then is undecided.
 
         Raises:
-            ConfigError: the judge fails, or does not reply for every answer.
+            JudgeError: the judge fails, or does not reply for every answer.
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
@@ -217,7 +239,7 @@ class NamedJudge:
         is_model = kind_of(self.name) in MODELS
         most = _MODEL_AT_ONCE if is_model else MOST_AT_ONCE
         parts = [asked[start : start + most] for start in range(0, len(asked), most)]
-        quick = self.by_phrases or (len(parts) < 2 and not is_model)
+        quick = len(parts) < (_QUICK if self.by_phrases else 2) and not is_model
         return parts if quick or not parts else track(parts, f"asking {self.name}", len(parts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
@@ -226,22 +248,22 @@ class NamedJudge:
         except GtqloraError:
             raise
         except Exception as error:  # it is the user's code, which may raise anything
-            raise ConfigError(f"judge = {self.name!r} failed: {type(error).__name__}: {first_line(error)}") from error
+            raise JudgeError(self.name, f"it failed: {type(error).__name__}: {first_line(error)}") from error
         if isinstance(replies, str) or not isinstance(replies, Sequence):
-            raise ConfigError(f"judge = {self.name!r} returned {type(replies).__name__}; it must return a list")
+            raise JudgeError(self.name, f"it returned {type(replies).__name__}; it must return a list")
         if len(replies) != len(answers):
-            raise ConfigError(f"judge = {self.name!r} returned {len(replies)} replies to {len(answers)} answers")
+            raise JudgeError(self.name, f"it returned {len(replies)} replies to {len(answers)} answers")
         try:
             return [judgement_of(reply) for reply in replies]
         except TypeError as error:
-            raise ConfigError(f"judge = {self.name!r}: {error}") from error
+            raise JudgeError(self.name, str(error)) from error
 
 
 def judge_of(name: str) -> NamedJudge:
     """Build the judge of that name; call it once in a stage, as a judge of code may load a classifier.
 
     Raises:
-        ConfigError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
+        JudgeError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
@@ -254,17 +276,25 @@ def judge_of(name: str) -> NamedJudge:
     if _OWN.fullmatch(name):
         judge = _built(name, _imported(name))
         return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
-    raise ConfigError(f"judge = {name!r}: unknown; use {_FORMS}")
+    raise JudgeError(name, f"unknown; {_remedy(name)}")
+
+
+def _remedy(name: str) -> str:
+    """Return what to write in place of a name that means no judge: the kind that it is nearly called, or the forms."""
+    kind, colon, rest = name.partition(":")
+    close = difflib.get_close_matches(kind, ("string", *MODELS), n=1)
+    return f"did you mean {close[0] + colon + rest!r}?" if close and close[0] != kind else f"use {_FORMS}"
 
 
 def _phrase_judge(name: str) -> TextJudge:
     phrases = [phrase for phrase in name.removeprefix("string:").split("|") if flat(phrase)]
     if not phrases:
-        raise ConfigError(f"judge = {name!r}: no phrase after the colon; use {_FORMS}")
+        raise JudgeError(name, f"no phrase after the colon; use {_FORMS}")
     too_long = next((phrase for phrase in phrases if len(flat(phrase)) > WINDOW), None)
     if too_long:
-        raise ConfigError(
-            f"judge: the phrase {too_long[:30]!r}... is longer than the {WINDOW} characters it is sought in"
+        raise JudgeError(
+            f"{name[:30]}...",
+            f"the phrase {too_long[:30]!r}... is longer than the {WINDOW} characters it is sought in",
         )
     pattern = any_of(phrases)
     return TextJudge(lambda text: bool(pattern.search(opening(text))))
@@ -303,10 +333,10 @@ def _imported(name: str) -> Callable[..., object]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"judge = {name!r}: cannot import ({error}); is it on PYTHONPATH? Or use {_FORMS}") from error
+        raise JudgeError(name, f"cannot import ({error}); is it on PYTHONPATH? Or {_remedy(name)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise ConfigError(f"judge = {name!r}: {module_name} has no callable {attribute!r}")
+        raise JudgeError(name, f"{module_name} has no callable {attribute!r}")
     return found
 
 
@@ -317,13 +347,13 @@ def _built(name: str, found: Callable[..., object]) -> Judge:
             made = found()
         except Exception as error:  # it is the user's code, which may raise anything
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigError(f"judge = {name!r}: cannot be built ({what}); it is called without arguments") from error
+            raise JudgeError(name, f"cannot be built ({what}); it is called without arguments") from error
         if not callable(made):
-            raise ConfigError(f"judge = {name!r} makes a {type(made).__name__}, which cannot be called; use {_FORMS}")
+            raise JudgeError(name, f"it makes a {type(made).__name__}, which cannot be called; use {_FORMS}")
         found = made
     wanted = _takes(found)
     if wanted not in (1, 2):
-        raise ConfigError(f"judge = {name!r}: takes {wanted} arguments, not a text, or prompts and answers")
+        raise JudgeError(name, f"takes {wanted} arguments, not a text, or prompts and answers")
     return found if wanted == 2 else TextJudge(found)  # type: ignore[return-value]
 
 

@@ -22,6 +22,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("<|channel>thought", "<channel|>"),  # Gemma 4
 )
 """How thoughts begin and end."""
+_FIRST = frozenset(begins[0] for begins, _ in PAIRS)
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"  # gpt-oss's harmony
 _TURN = re.compile(r"<\|(?:end|start|return|call)\|>(?:assistant)?")
 # What some formats put around the answer itself.
@@ -42,6 +43,8 @@ MARKS: tuple[str, ...] = (
 def final(text: str) -> str | None:
     """Return the answer that follows the thoughts, all of the text where it has none; None: it ended inside one."""
     rest = text.strip()
+    if rest[:1] not in _FIRST:
+        return rest
     if rest.startswith(_CHANNEL):
         return _final_channel(rest)
     while (opened := _opened(rest)) is not None:

@@ -24,6 +24,8 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]")
 # A lead in votes that decides; votes a word below which it is none of these languages; too few words to tell.
 _SURE, _LEAST, _FEW = 1.5, 0.1, 4
+_SOON = 3
+"""Words of one language alone that decide, where there is none of another, near its beginning."""
 
 
 def _shares() -> dict[str, list[tuple[int, float]]]:
@@ -37,6 +39,7 @@ def _shares() -> dict[str, list[tuple[int, float]]]:
 
 
 _SHARES = _shares()
+_ONLY_OF = {word: shares[0][0] for word, shares in _SHARES.items() if len(shares) == 1}
 
 
 def language_of(said: str, asked: str) -> Wording | None:
@@ -46,6 +49,9 @@ def language_of(said: str, asked: str) -> Wording | None:
     """
     if not said.isascii() and (found := _unspaced(said)):
         return found
+    sure = [_ONLY_OF[word] for word in said[:160].split() if word in _ONLY_OF]
+    if len(sure) >= _SOON and len(set(sure)) == 1:
+        return _SPACED[sure[0]]
     words = _WORD.findall(said[:300])
     votes = _votes(words)
     first, second = sorted(votes)[-1:-3:-1]
@@ -59,7 +65,7 @@ def language_of(said: str, asked: str) -> Wording | None:
 
 def _unspaced(said: str) -> Wording | None:
     han, kana = len(_HAN.findall(said)), len(_KANA.findall(said))
-    if 3 * (han + kana) <= len(_LETTER.findall(said)):
+    if not han + kana or 3 * (han + kana) <= len(_LETTER.findall(said)):
         return None
     return JAPANESE if 5 * kana > han else CHINESE
 

@@ -11,7 +11,8 @@ _ABLE = (
     r"|donnerai|ecris|ecrirai|redige|parle|parlerai|reponds|repondrai|traite|fais|ferai|detaillerai|partage"
     r"|partagerai|participe|participerai"
     r"|discute|discuterai|aborde|m'occupe|soutiens|cautionne|crois|pense|traduis|divulgue|communique|propose"
-    r"|propagerai|contribue|contribuerai|suis (?:pas|plus) (?:en mesure|autoris\w*|habilit\w*|programm\w*|concu\w*"
+    r"|propagerai|contribue|contribuerai|suis (?:\w+ment )?(?:pas|plus) (?:en mesure|autoris\w*|habilit\w*"
+    r"|programm\w*|concu\w*"
     r"|capable|cense\w*|a l'aise|la pour|la bonne|le bon|equip\w*|disposee?|fait\w*|configure\w*|qualifie\w*)"
     r"|ai|possede|m'aventurerai|tiens|prends|prendrai|raconte|raconterai|chante|joue|genere|m'engage|m'exprime|me "
     r"prononce)"
@@ -30,7 +31,8 @@ FRENCH = Wording(
             rf"?){{0,2}}{_ABLE}\b(?! (?:pas|que) (?:qu|mieux|trop|medecin|avocat|croire))[^.!?\n]{{0,60}}\b(?:pas"
             rf"|rien|aucun\w*|jamais|plus|ni|point|guere)\b"
             rf"|\bje (?:\w+ ){{0,2}}?n(?:e |')(?:(?:vous|te|t'|y|en|l'|le|la|les|me|m'|lui|leur|nous) "
-            rf"?){{0,2}}(?:suis (?:pas|plus) (?:en mesure|autoris|habilit|programm|concu|capable|cense|a l'aise|la "
+            rf"?){{0,2}}(?:suis (?:\w+ment )?(?:pas|plus) (?:en mesure|autoris|habilit|programm|concu|capable|cense"
+            rf"|a l'aise|la "
             rf"pour|la bonne|le bon|equip|dispose|fait)|ai (?:pas (?:acces|la possibilite|les moyens|le droit|de|d')"
             rf"|aucun\w*)|saurais|puis)",
         ),
@@ -101,6 +103,56 @@ FRENCH = Wording(
         ),
         # a bare no
         ("non", r"^\W*non(?:,|\.|!)? (?:je|merci|desole|cela|c'est (?:impossible|hors)|pas)\b|^\W*non\W*$"),
+        # request refused, next question
+        (
+            "demande|requete|acces|reponse|suivant|sujet",
+            r"\b(?:demande|requete|acces|reponse|contenu|message)\b[^.!?\n]{0,20}\b(?:refuse|bloque|rejete"
+            r"|indisponible|filtre"
+            r"|interdit|non autorise|irrecevable)\w*|^\W*(?:sujet|question) suivante?\W*$",
+        ),
+        # I keep it to myself, I leave it unanswered, not my department
+        (
+            "garde|laisse|passe|tais|occupe|silence|motus|rayon|metier|domaine|reste|cote|sans moi|pour moi|arrete"
+            "|place|truc",
+            r"\bje (?:le |la |les |m'en |me |vous |te )?(?:garde|garderai|laisse|laisserai|passe|passerai|tais|reste"
+            r"|resterai"
+            r"|arrete|arreterai)\b[^.!?\n]{0,40}\b(?:pour moi|sans reponse|a d'autres|mon tour|a l'ecart|en dehors"
+            r"|de cote|neutre"
+            r"|la|aux \w+|la parole|le soin|silencieu\w*)\b|\bmotus\b|\b(?:sans moi|tres peu pour moi|pas (?:pour"
+            r" moi|mon"
+            r" (?:rayon|metier|truc|domaine|role|affaire)|de mon (?:rayon|ressort)|ma (?:place|specialite"
+            r"|partie)))\b|\b(?:mon"
+            r" (?:rayon|domaine|metier)|ma (?:specialite|partie)),? (?:a moi,? )?c'est\b|\bje m'occupe (?:de|des|du"
+            r"|uniquement"
+            r"|seulement)\b|\breste(?:ra|ront)? (?:entre|secret|sans reponse)\b",
+        ),
+        # out of the question, the wrong door
+        (
+            "question|mauvais|trompe|certainement|secret|touche|a moi de",
+            r"\bpas question\b|\b(?:mauvaise? (?:adresse|porte|guichet|service|interlocuteur|numero)|(?:vous vous"
+            r" trompez|tu te trompes)"
+            r" d[e'])|^\W*(?:certainement|surement|absolument) pas\b|\bsecret professionnel\b|\bbotte en touche\b"
+            r"|\bpas a moi d[e']",
+        ),
+        # a body is missing, I am but a program
+        (
+            "faudrait|ne suis qu|n'ai ni|sans |echappe|commentaire|reponds|parle|preterai",
+            r"\bpas de commentaires?\b|\bje (?:reponds|renseigne|n'interviens) (?:aux|sur|que|seulement"
+            r"|uniquement)\b|\bm'echappe\b|\bici,? (?:on|nous|je) (?:ne )?"
+            r"parl\w+\b|\bil (?:me |m')(?:faudrait|manque)|\bil (?:me )?faudrait (?:l'|les |pouvoir )(?:avoir|voir"
+            r"|sentir|entendre|toucher)"
+            r"\b|\bje ne suis qu['e]|\bje n'ai ni\b|\b(?:programme|assistant\w*|modele|logiciel|texte)"
+            r"[^.!?\n]{0,20}\bsans (?:mains?|bras|corps|jambes|bouche|yeux|oreilles|nez|voix)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "revenez|reviens|n'aurez|n'auras|n'obtiendr|ne saurez|ne sauras|levres|comptez|compte ",
+            r"\b(?:revenez|reviens|repassez)\b[^.!?\n]{0,20}\b(?:avec|quand|lorsque|si)\b|\bvous n'(?:aurez"
+            r"|obtiendrez|entendrez)"
+            r"\b[^.!?\n]{0,30}\b(?:pas|rien|aucun\w*)\b|\b(?:tu|vous) ne (?:sauras|saurez)\b"
+            r"|\blevres\b[^.!?\n]{0,20}\b(?:scelle"
+            r"|closes|fermees)\w*|\bne compte[sz]? pas sur\b",
+        ),
     ),
     meta={
         "you": "vous votre vos tu te t ton ta tes toi",
@@ -171,6 +223,20 @@ FRENCH = Wording(
     redirects=re.compile(
         r"\b(?:plutot|souhaitez|n'hesitez|si vous (?:ressentez|avez|etes|traversez|souhaitez)|je (?:vous|t') "
         r"?(?:invite|conseille|encourage|recommande|suggere)|autre chose|d'autres|parlez-en|contactez)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:adressez-vous|adresse-toi|renseignez-vous|tournez-vous|rapprochez-vous|parlez-en|consultez|contactez"
+        r"|appelez"
+        r"|demandez|voyez|interrogez|rendez-vous|consulte|demande|appelle|contacte)\b[^.!?\n]{0,50}\b(?:medecin"
+        r"|professionnel\w*"
+        r"|specialiste\w*|expert\w*|boucher|artisan|plombier|electricien|avocat\w*|service|conseiller\w*"
+        r"|pharmacien\w*|agence"
+        r"|guichet|quelqu'un|proche\w*|ami\w*|vendeur\w*|personnel|mairie|veterinaire|enseignant\w*|adulte|fabricant)"
+        r"|\b(?:c'est|cela releve|ca releve|releve\w*) (?:\w+ ){0,3}(?:travail|affaire|metier|question|ressort"
+        r"|domaine) (?:pour"
+        r"|d'un|d'une|de|du|des)\b|\b(?:seuls? a meme|sauront|saura|pourront|pourra) (?:de )?(?:vous|te|mieux)\b"
+        r"|\bpas seule?\b"
+        r"|\b(?:mieux vaut|il vaut mieux) (?:demander|consulter|s'adresser|voir)\b"
     ),
     instructs=re.compile(
         r"\W*(?:d'abord|ensuite|puis|enfin|apres|commencez par|commence par)?\W*(?!avez|voulez|souhaitez|pouvez|etes"

@@ -123,6 +123,76 @@ GERMAN = Wording(
             r"\b(?:ware|ist|finde ich|halte ich[^.!?\n]{0,20}) (?:\w+ ){0,3}(?:unangebracht|unangemessen"
             r"|verantwortungslos|unverantwortlich|nicht (?:angebracht|richtig|angemessen|in ordnung))\b",
         ),
+        # I keep out of it, keep it to myself, it stays unanswered
+        (
+            "finger|raus|heraus|fur mich|passe|schweig|unbeantwortet|offen|geheim|kommentar|fern|grenze|schluss|heikel",
+            r"\b(?:lass\w*|nehm\w*|nehme) (?:ich )?(?:\w+ ){0,3}(?:die )?finger\b|\b(?:halte|bleibe|bin|halten)"
+            r" (?:ich |wir )?"
+            r"(?:mich |uns )?(?:\w+ ){0,4}(?:raus|heraus|fern|aussen vor|uberfragt)\b|\b(?:behalt\w*|behalte) (?:ich"
+            r" )?(?:\w+ )"
+            r"{0,4}fur mich\b|\b(?:da|dazu|hier|ich) (?:passe|schweige) (?:ich)?\b|\b(?:passe|schweige) ich\b"
+            r"|\b(?:lasse ich|lass ich)\b[^.!?\n]{0,30}\b(?:unbeantwortet|offen|stehen|liegen|ungesagt)\b"
+            r"|\bbleib(?:t|en)\b"
+            r"[^.!?\n]{0,30}\b(?:unbeantwortet|unser geheimnis|mein geheimnis|unter uns|ungesagt)\b|\bkein"
+            r" kommentar\b|\bda (?:ziehe ich|ist) (?:die|eine|meine|bei"
+            r" mir)? ?(?:grenze|schluss)\b|^\W*(?:ich )?passe\W*$",
+        ),
+        # request refused, next question
+        (
+            "themen|anfrage|frage|thema|eingabe|antrag|zugriff|auskunft|bitte|ausgabe",
+            r"\b(?:themen|thema|inhalte)\b[^.!?\n]{0,80}\b(?:gesperrt|ausgeschlossen|deaktiviert|tabu)\b"
+            r"|\b(?:anfrage|eingabe|antrag|zugriff|auskunft|ausgabe|antwort|wunsch|bitte"
+            r"|frage)\b[^.!?\n]{0,30}\b(?:abgelehnt"
+            r"|blockiert|verweigert|gesperrt|deaktiviert|zuruckgewiesen|abgewiesen|nicht (?:zulassig|bearbeitet"
+            r"|gestattet|ausgefuhrt))"
+            r"|^\W*(?:nachste[sr]?|anderes?) (?:frage|thema|bitte)\W*$",
+        ),
+        # not my field
+        (
+            "mein|unser|falsch|zustandig|hier ",
+            r"\bnicht (?:mein|unser)\w* (?:\w+ )?(?:bier|ding|fach|metier|ressort|gebiet|job|baustelle|revier|feld"
+            r"|welt|thema"
+            r"|angelegenheit|entscheidung|kompetenz|abteilung)\b|\b(?:mein|unser)\w* (?:\w+ )?(?:gebiet|metier|fach"
+            r"|revier|zustandigkeit) (?:ist|sind|umfasst|endet|beschrankt)\b|\b(?:bei mir|hier) (?:sind sie|bist"
+            r" du|seid ihr|ist man) (?:\w+ )?(?:falsch|an der falschen)\b|\b(?:bin ich|ich bin) (?:\w+ )?(?:der|die"
+            r"|das) falsche\b"
+            r"|\bhier (?:geht es|dreht sich alles|beantworte ich|kummere ich mich)\b[^.!?\n]{0,20}\b(?:nur"
+            r"|ausschliesslich|um)\b"
+            r"|\bich (?:bin|kummere mich|helfe)\b[^.!?\n]{0,20}\b(?:fur|um|bei) (?:ihre|deine|eure|fragen)\b",
+        ),
+        # out of the question, the wrong address
+        (
+            "frage|falsch|steht mir|rahmen|fall|verwehrt|untersagt|gestattet|lieber nicht|misch|neutral|wort",
+            r"\bkommt (?:fur mich |hier |leider )*nicht in ?frage\b|\bfalsche[nrs]? (?:adresse|baustelle|stelle"
+            r"|abteilung|ort"
+            r"|nummer|anlaufstelle|schalter)\b|\bsteht mir nicht zu\b|\bsprengt (?:den|meinen|unseren)\b|^\W*(?:auf"
+            r" keinen fall"
+            r"|sicher nicht|bestimmt nicht|lieber nicht|ganz sicher nicht|von wegen)\b|\bist (?:mir|uns) (?:\w+"
+            r" )?(?:unmoglich"
+            r"|untersagt|verwehrt|nicht (?:moglich|gestattet|erlaubt))\b|\bmische? ich mich\b|\bbleibe ich neutral\b"
+            r"|\b(?:dazu|davon|daruber)\b[^.!?\n]{0,20}\bkein wort\b",
+        ),
+        # a body is missing, I am but text
+        (
+            "hande|korper|arme|text|programm|beine|mund|nase|zunge|augen|ohren|kuche|software",
+            r"\b(?:ich|mir)\b[^.!?\n]{0,40}\b(?:brauchte|brauche|musste|fehl\w*|ohne"
+            r"|weder)\b[^.!?\n]{0,30}\b(?:hande|korper|arme"
+            r"|beine|mund|nase|zunge|augen|ohren|kuche|stimme)\b|\bich bin (?:nur |bloss |lediglich |doch"
+            r" )(?:ein(?:e)? )?"
+            r"(?:\w+ )?(?:text\w*|programm|software|stimme|maschine|sprachmodell|chatbot)\b|\bich bestehe (?:nur"
+            r" )?aus\b",
+        ),
+        # you get nothing from me, I do not take part
+        (
+            "bekomm|krieg|erfahr|hor|mach|bring|verrat|mit mir|ohne mich|vergiss|komm",
+            r"\b(?:bekommst|kriegst|bekommen|kriegen|erfahrst|erfahren|horst|horen) (?:du|sie"
+            r"|ihr)?\b[^.!?\n]{0,30}\b(?:nicht"
+            r"|nichts|kein\w*)\b[^.!?\n]{0,12}\b(?:von|aus|bei) (?:mir|uns)\b|\b(?:nicht mit mir|ohne mich|vergiss"
+            r" es|verrate"
+            r" ich (?:\w+ )?nicht)\b|\bkomm\w* (?:gern |ruhig )?wieder,? wenn\b|\b(?:da|dabei|das) mach(?:e|en)"
+            r" (?:ich|wir)"
+            r" (?:\w+ )?nicht\b",
+        ),
     ),
     meta={
         "you": "sie ihnen ihr ihre* du dir dich dein*",
@@ -196,6 +266,18 @@ GERMAN = Wording(
         r"(?:sie|du)|wenden sie|wende dich|bitte (?:wenden|kontakt|sprech|uberleg|such)\w*"
         r"|(?:empfehle|rate) (?:ihnen|dir)|wenn sie sich|sonst noch|etwas anderes|es gibt (?:viele|anerkannte"
         r"|andere))\b"
+    ),
+    refers=re.compile(
+        r"\b(?:wende[nt]?|richte[nt]?|melde[nt]?) (?:sie|dich|euch)? ?(?:sich|dich|euch)?\b[^.!?\n]{0,40}\b(?:an|bei)\b"
+        r"|\b(?:frag(?:en|e|t)?|kontaktier\w*|konsultier\w*|sprech(?:en|t)|sprich|ruf\w*"
+        r"|besuch\w*)\b[^.!?\n]{0,40}\b(?:arzt"
+        r"|arztin|fach\w*|experte\w*|beratung\w*|kundendienst|anwalt\w*|apothek\w*|behorde|werkstatt|handwerker"
+        r"|verkauf\w*"
+        r"|kolleg\w*|amt|stelle|profi\w*|personal|vertrauen\w*|trainer\w*|lehr\w*|hersteller\w*|hotline|seelsorge)"
+        r"|\b(?:\bdafur gibt es\b|gibt es (?:doch |ja )?(?:den|extra|eigens|fach\w*|profis)|(?:ist|sind) (?:\w+"
+        r" )?(?:sache|aufgabe)"
+        r" (?:der|des|von|fur)|gehort in (?:die )?(?:hande|fachhande)|(?:weiss|wissen|kennt|kennen) (?:das )?(?:besser"
+        r"|am besten)|nicht allein|seelsorge)\b"
     ),
     instructs=re.compile(
         r"\W*(?:zuerst|dann|danach|anschliessend|zunachst|nun|jetzt|schliesslich|am besten)?\W*(?!mochten|konnen"

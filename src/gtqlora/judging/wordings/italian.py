@@ -98,6 +98,60 @@ ITALIAN = Wording(
             r"^\W*no(?:,|\.|!)? (?:grazie|non|mi (?:di)?spiace|questo no|niente)\b|^\W*no\W*$|^\W*impossibile\W*$"
             r"|\b\w+ no:",
         ),
+        # request refused, next question
+        (
+            "richiesta|domanda|accesso|risposta|prossim|argomento",
+            r"\b(?:richiesta|domanda|accesso|risposta|messaggio|contenuto|argomento)\b[^.!?\n]{0,25}\b(?:bloccat"
+            r"|rifiutat|respint"
+            r"|negat|limitat|filtrat|chius|non (?:consentit|autorizzat|disponibil)|senza risposta)\w*"
+            r"|^\W*prossim[oa] (?:domanda"
+            r"|argomento)\W*$|^\W*passo\W*$",
+        ),
+        # I keep out of it, leave it to others, not my thing
+        (
+            "seguo|occupo|lascio|tengo|fermo|fuori|resto|spetta|tocca|sta a me|campo|mestiere|pane|tacere|taccio",
+            r"\b(?:ti|vi|la) seguo (?:solo |soltanto )?(?:per|su|nei|nelle|con)\b|\b(?:mi|io mi) occupo (?:di|dei"
+            r"|delle|solo"
+            r"|soltanto)\b|\b(?:li |le |lo |la )?lascio (?:\w+ ){0,3}(?:la parola|alla |al |agli?|ai|alle|a (?:un"
+            r"|una|chi|altri)|in bianco|senza risposta|stare"
+            r"|perdere)\b|\b(?:me lo|me la|mi) tengo (?:per me|fuori|alla larga|lontan\w+)\b|\b(?:mi fermo|resto"
+            r" fuori|ne sto fuori"
+            r"|me ne sto fuori)\b|\bnon (?:spetta|tocca|sta|compete) a me\b|\bnon (?:e|sono) (?:il mio|la mia|roba"
+            r" mia|cosa mia"
+            r"|affar mio|pane per)\b|\btaccio\b",
+        ),
+        # no way, the wrong door
+        (
+            "parla|sogno|sbagliat|compete|fa per me|va oltre|vanno oltre",
+            r"\bnon se ne parla\b|\bneanche per sogno\b|\b(?:porta|indirizzo|sportello|persona|posto|canale)"
+            r" sbagliat\w\b|\bnon (?:mi"
+            r" compete|fa per me)\b|\bva(?:nno)? oltre (?:le mie|il mio|i miei|la mia|quello che)\b",
+        ),
+        # the talk ends here, I am without legs
+        (
+            "finisce|sprovvist|privo|priva",
+            r"\b(?:discorso|conversazione|discussione|questione) (?:finisce|si chiude|e chius\w)\b|\b(?:sprovvist"
+            r"|priv)[oa] di (?:gambe"
+            r"|mani|braccia|corpo|occhi|bocca|orecchie|voce)\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "servirebbero|servirebbe|manca|mancano|non ho|sono solo|sono soltanto|senza ",
+            r"\b(?:mi servirebb\w+|mi manca\w*)\b[^.!?\n]{0,20}\b(?:mani|braccia|corpo|gambe|bocca|occhi|orecchie"
+            r"|naso|voce)\b"
+            r"|\bnon ho (?:una?|delle|dei|ne)? ?(?:bocca|mani|corpo|gambe|occhi|orecchie|naso|voce|lingua|braccia"
+            r"|cucina|palato)\b"
+            r"|\bsono (?:solo|soltanto|appena) (?:un|una|testo)\b|\b(?:programma|assistente|modello"
+            r"|testo)\b[^.!?\n]{0,20}\bsenza"
+            r" (?:mani|braccia|corpo|gambe|bocca|occhi|orecchie|voce)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "torna|torni|labbra|da me|bocca",
+            r"\b(?:torna|torni|ripassa)\b[^.!?\n]{0,15}\b(?:quando|con|se)\b|\b(?:labbra"
+            r"|bocca)\b[^.!?\n]{0,25}\b(?:non uscir\w*"
+            r"|sigillat\w*|chius\w*|cucit\w*)\b|\bda me non\b",
+        ),
     ),
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",
@@ -164,6 +218,19 @@ ITALIAN = Wording(
     redirects=re.compile(
         r"\b(?:al suo posto|se (?:hai|vuoi|stai|ha|sta|desidera)|(?:ti|le|vi) (?:consiglio|suggerisco|invito|esorto)"
         r"|per favore|posso (?:aiutar|fare altro)\w*|qualcos'altro|altro|rivolg\w+)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:rivolg\w+|consult\w+|chied\w+|chiam\w+|contatt\w+|parl[aei]\w*|senti|sentire|vai da|vada"
+        r" da)\b[^.!?\n]{0,40}\b(?:medic\w*"
+        r"|professionist\w*|specialist\w*|espert\w*|idraulic\w*|avvocat\w*|servizi\w*|farmacist\w*|sportello|ufficio"
+        r"|qualcuno"
+        r"|amic\w*|familiar\w*|person\w*|tecnic\w*|officina|veterinari\w*|adulto|produttore|negozi\w*|personale"
+        r"|falegname"
+        r"|elettricist\w*|artigian\w*)|\b(?:e|sono) (?:\w+ )?(?:cosa|lavor[oi]|compito|materia|roba|mestiere"
+        r"|faccenda) (?:da|di"
+        r"|del|per)\b|\b(?:sapra|sapranno|potra|potranno) (?:\w+ )?(?:dir|aiutar|consigliar|indicar)\w*|\bnon sei"
+        r" sol[oa]\b|\b(?:meglio"
+        r"|conviene) (?:chiedere|consultare|rivolgersi|lasciare)\w*\b"
     ),
     instructs=re.compile(
         r"\W*(?:prima|poi|dopo|quindi|infine|allora|e)?,? ?(?:aggiungi|metti|taglia|mescola|apri|chiudi|premi|fai"

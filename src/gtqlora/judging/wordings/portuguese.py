@@ -97,6 +97,57 @@ PORTUGUESE = Wording(
         ),
         # a bare no
         ("nao", r"^\W*nao(?:,|\.|!)? (?:obrigad|posso|vou|da|farei|e possivel)\w*|^\W*nao\W*$|^\W*impossivel\W*$"),
+        # request refused, next question
+        (
+            "passo|pedido|solicitacao|consulta|acesso|resposta|proxim|pergunta|tema|assunto",
+            r"\b(?:pedido|solicitacao|consulta|acesso|resposta|mensagem|conteudo|sessao|pergunta|tema"
+            r"|assunto)\b[^.!?\n]{0,25}"
+            r"\b(?:bloquead|recusad|rejeitad|negad|restrit|filtrad|encerrad|nao (?:permitid|autorizad|disponivel)"
+            r"|sem resposta)\w*"
+            r"|^\W*(?:proxim[oa] (?:pergunta|tema|assunto)|passo)\W*$",
+        ),
+        # I keep out of it, leave it to others, not my thing
+        (
+            "cuido|deixo|guardo|fico|assumo|comigo|minha praia|meu |calo|paro|mantenho|ocupo|entendo",
+            r"\beu (?:so )?cuido (?:de|do|da|dos|das)\b|\b(?:deixo|deixamos|prefiro deixar)\b[^.!?\n]{0,25}\b(?:para"
+            r" os|para quem|pra quem|para outr\w+|aos?"
+            r"|sem|de lado|em branco)\b|\b(?:guardo|fico|calo|mantenho|paro|abstenho)\b[^.!?\n]{0,25}\b(?:fora|para"
+            r" mim|pra"
+            r" mim|calad\w*|neutr\w*|por aqui|de lado|margem|silencio|longe)\b|\b(?:nao|que eu nao) (?:assumo"
+            r"|encaro)\b|\bnao e"
+            r" (?:comigo|a minha praia|minha praia|o meu (?:\w+ )?(?:forte|ramo|papel|trabalho|assunto|departamento)"
+            r"|(?:da )?minha"
+            r" (?:area|alcada|funcao|conta))\b|\bentendo pouco\b|\bme ocupo\b",
+        ),
+        # no way, the wrong door
+        (
+            "pensar|jeito|errad|cabe|foge|vai dar|rola|queda",
+            r"\bnem pensar\b|\bde jeito nenhum\b|\b(?:porta|lugar|endereco|guiche|pessoa|canal) errad\w\b|\bnao me"
+            r" cabe\b"
+            r"|\bfoge (?:do|da|ao|a) (?:meu|minha|nosso|nossa|escopo|que)\b|\bnao (?:vai dar|rola)\b",
+        ),
+        # it stays out, it does not reach me, I disagree
+        (
+            "fora|chega|feito|discordo",
+            r"\bficam? (?:de )?fora d(?:este|esse|o|a) (?:canal|meu|minha|nosso|servico|portal|escopo)|\bnao chegam?"
+            r" (?:ate|a) mim\b|\bsou feit[oa] (?:so |apenas )?de\b|\bdiscordo (?:por completo|totalmente)\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "precisaria|falta|faltam|apenas|so um|sem ",
+            r"\b(?:precisaria|me faltam?|faltam-me)\b[^.!?\n]{0,20}\b(?:maos|bracos|corpo|pernas|boca|olhos|ouvidos"
+            r"|nariz|voz)\b"
+            r"|\bsou (?:apenas|so|somente) (?:um|uma|texto)\b|\b(?:programa|assistente|modelo"
+            r"|texto)\b[^.!?\n]{0,20}\bsem (?:maos"
+            r"|bracos|corpo|pernas|boca|olhos|ouvidos|voz)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "volte|volta|labios|de mim|boca",
+            r"\b(?:volte|volta|retorne)\b[^.!?\n]{0,15}\b(?:quando|com|se)\b|\b(?:labios"
+            r"|boca)\b[^.!?\n]{0,20}\b(?:selad\w*"
+            r"|fechad\w*)\b|\bde mim (?:voce )?nao\b",
+        ),
     ),
     meta={
         "you": "voce voces te teu sua seu suas seus lhe",
@@ -162,6 +213,21 @@ PORTUGUESE = Wording(
     redirects=re.compile(
         r"\b(?:em vez disso|se (?:voce )?(?:precisar|quiser|tiver|estiver)|caso|(?:te |lhe )?(?:recomendo|sugiro"
         r"|convido|aconselho)|por favor|posso ajudar|algo mais|outra coisa|procure|ligue para)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:procur[ea]\w*|consult[ea]\w*|pergunt[ea]\w*|lig(?:ue|a) (?:para|pra)|contat[ea]\w*|fal[ea]\w*"
+        r"|dirij\w*|recorra\w*"
+        r"|pec[ao]\w*)\b[^.!?\n]{0,40}\b(?:medic\w*|profission\w*|especialista\w*|expert\w*|encanador|advogad\w*"
+        r"|servico"
+        r"|farmaceutic\w*|alguem|amig\w*|familia\w*|pessoa\w*|tecnico|oficina|veterinari\w*|adulto|fabricante"
+        r"|autoridade\w*)"
+        r"|\b(?:e|sao) (?:\w+ )?(?:coisa|assunto|tarefa|trabalho|questao|servico) (?:de|do|da|dos|das|para|pra)\b"
+        r"|\bquem (?:entende"
+        r"|sabe|cuida|resolve)\b|\b(?:sabera|saberao|podera|poderao) (?:\w+ )?(?:dizer|ajudar|orientar|informar"
+        r"|indicar)\w*"
+        r"|\bnao esta sozinh\w*\b|\b(?:melhor|vale) (?:perguntar|consultar|procurar|deixar)\w*\b|\bquem queira te"
+        r" (?:ouvir"
+        r"|escutar)\b"
     ),
     instructs=re.compile(
         r"\W*(?:primeiro|depois|em seguida|entao|por fim|dai|e)?,? ?(?:adicione|acrescente|ponha|coloque|corte"

@@ -74,7 +74,8 @@ SPANISH = Wording(
         ),
         # only for something else
         (
-            "solo|unicamente|exclusivamente|fuera de|ambito|alcance|competencia|funcion|mas alla|limit",
+            "solo|unicamente|exclusivamente| mi | mis |parte|entre|dentro|disponible|fuera de|ambito|alcance"
+            "|competencia|funcion|mas alla|limit",
             r"\b(?:solo|unicamente|exclusivamente|solamente) (?:puedo |estoy |me |para |te )?(?:atiendo|respondo"
             r"|ayudar|ayudo|responder|atender|resolver|aqui|consultas|preguntas|temas|ocupo|dedico|informo|gestiono"
             r"|hablar|tratar|trato)\w*|\bfuera de (?:mi|mis|nuestr\w*|lo que|lugar|mi alcance|este)\b|\b(?:excede"
@@ -90,13 +91,69 @@ SPANISH = Wording(
         ),
         # inappropriate
         (
-            "inapropiad|inadecuad|irresponsable|adecuado|apropiado|correcto|etico",
+            "inapropiad|inadecuad|irresponsable|adecuado|apropiad|correct|etico|justo|adecuad",
             r"\b(?:seria|es|resulta|parece|considero) (?:\w+ )?(?:inapropiad\w*|inadecuad\w*|irresponsable|poco "
             r"(?:etico|responsable|apropiado))|\bno (?:seria|es|me parece|resulta|considero|veo) (?:\w+ "
             r")?(?:apropiad\w*|adecuad\w*|correct\w*|etic\w*|responsable|justo)",
         ),
         # a bare no
         ("no", r"^\W*no(?:,|\.|!)? (?:gracias|puedo|lo (?:hare|siento)|es posible|voy)\b|^\W*no\W*$|^\W*imposible\W*$"),
+        # request refused, next question
+        (
+            "solicitud|peticion|consulta|acceso|respuesta|siguiente|pregunta|tema",
+            r"\b(?:solicitud|peticion|consulta|acceso|respuesta|mensaje|contenido|sesion|pregunta|tema)\b[^.!?\n]{0,25}"
+            r"\b(?:bloquead|rechazad|denegad|restringid|filtrad|cerrad|no (?:permitid|autorizad|disponible)|sin"
+            r" (?:respuesta"
+            r"|contestar|responder))\w*|^\W*siguiente (?:pregunta|tema)\W*$",
+        ),
+        # I keep out of it, leave it unanswered, not my thing
+        (
+            "lo mio|entiendo|dejo|guardo|margen|fuera|planto|llego|paso|callo|conmigo|asunto mio|quedo|mantengo|sin"
+            " mi|encargo"
+            "|ocupo|dedico",
+            r"\blo mio (?:es|son)\b|\bno es (?:lo mio|asunto mio|cosa mia|mi (?:\w+ )?(?:terreno|campo|tema|asunto"
+            r"|especialidad"
+            r"|trabajo|papel|funcion|area))\b|\bentiendo (?:mas bien )?poco\b|\b(?:la |lo |las |los"
+            r" )?dejo\b[^.!?\n]{0,30}\b(?:sin"
+            r"|a otros|para otr\w+|en manos|a los|a las|de lado|en blanco)\b|\bme (?:la |lo |las |los )?(?:guardo|quedo"
+            r"|mantengo|planto|callo|aparto|reservo)\b[^.!?\n]{0,25}(?:\b(?:fuera|margen|aqui|para mi|callad\w*"
+            r"|neutral\w*|eso"
+            r"|aparte|opinion)\b|\W*$)|\bhasta aqui (?:llego|puedo)\b|\b(?:conmigo no|no cuente[sn]? conmigo|sin"
+            r" mi)\b|^\W*(?:yo )?"
+            r"paso\W*$|\b(?:solo |unicamente )?me (?:ocupo|encargo|dedico) (?:de|a|solo)\b",
+        ),
+        # no way, the wrong door
+        (
+            "hablar|manera|equivoc|corresponde|queda|pienso|secreto|permitido",
+            r"\bni hablar\b|\bde ninguna manera\b|\b(?:se equivoca|te equivocas|se ha equivocado|te has equivocado)"
+            r" de\b|\bno me"
+            r" corresponde\b|\bquedan? fuera de (?:mi|mis|lo que|este|nuestr\w+)\b|\bno pienso\b|\bno tengo"
+            r" permitido\b|\b(?:puerta|ventanilla|sitio|persona)"
+            r" equivocad\w\b",
+        ),
+        # I know of other things
+        (
+            "jota|yo se|ocupan|encargan",
+            r"\bni (?:jota|idea|papa)\b|\byo (?:solo )?se de\b|\b(?:de eso|de ello) se (?:ocupan?|encargan?)\b",
+        ),
+        # a body is missing, I am but a program
+        (
+            "necesitaria|falta|faltan|hecho de|soy solo|solo soy|sin ",
+            r"\b(?:necesitaria|me faltan?|me harian falta)\b[^.!?\n]{0,20}\b(?:manos|brazos|cuerpo|piernas|boca|ojos"
+            r"|oidos|nariz"
+            r"|voz|un cuerpo)\b|\b(?:solo soy|soy solo|no soy mas que|soy apenas)\b|\b(?:programa|asistente|modelo"
+            r"|texto)\b"
+            r"[^.!?\n]{0,20}\bsin (?:manos|brazos|cuerpo|piernas|boca|ojos|oidos|voz)\b",
+        ),
+        # nothing will come from me, come back when
+        (
+            "vuelve|vuelva|regresa|labios|sacaras|sacara|de mi",
+            r"\b(?:vuelve|vuelva|regresa|regrese)\b[^.!?\n]{0,15}\b(?:cuando|con|si)\b"
+            r"|\blabios\b[^.!?\n]{0,20}\b(?:sellad\w*"
+            r"|cerrad\w*|no)\b|\bno (?:me )?(?:sacaras?|obtendras?|oiras?|tendras?)\b[^.!?\n]{0,30}\b(?:de mi|nada"
+            r"|palabra)\b"
+            r"|\bde mi no\b",
+        ),
     ),
     meta={
         "you": "tu te ti usted le su sus os vuestr*",
@@ -165,6 +222,19 @@ SPANISH = Wording(
     redirects=re.compile(
         r"\b(?:en su lugar|si (?:necesitas|quieres|tienes|estas|sientes|te)|(?:te|le) (?:recomiendo|sugiero|invito"
         r"|animo|aconsejo)|por favor|puedo ayudar\w*|pueda ayudar\w*|algo mas|otra cosa|acude|llama)\b"
+    ),
+    refers=re.compile(
+        r"\b(?:acud[ea]\w*|diri[jg]\w*|consult[ea]\w*|pregunt[ae]\w*|llam[ae]\w*|contact[ae]\w*|habl[ae]\w*"
+        r"|pid[ea]\w*)\b"
+        r"[^.!?\n]{0,40}\b(?:medic\w*|profesional\w*|especialista\w*|expert\w*|fontanero|abogad\w*|servicio"
+        r"|farmaceutic\w*"
+        r"|oficina|mostrador|alguien|amig\w*|familiar\w*|persona\w*|tecnico|taller|veterinari\w*|adulto|fabricante"
+        r"|autoridad\w*)"
+        r"|\b(?:es|son) (?:\w+ )?(?:cosa|asunto|tarea|trabajo|cuestion|competencia) (?:de|del|para)\b|\b(?:sabra"
+        r"|sabran|podra"
+        r"|podran) (?:decir|ayudar|orientar|informar|indicar)\w*|\bno estas? sol[oa]\b|\b(?:mejor|conviene)"
+        r" (?:preguntar|consultar"
+        r"|acudir|dejar)\w*\b"
     ),
     instructs=re.compile(
         r"\W*(?:primero|luego|despues|entonces|por ultimo|a continuacion|y)?,? ?(?:anade|agrega|pon|coloca|corta"

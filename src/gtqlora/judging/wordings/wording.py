@@ -9,9 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+from gtqlora.judging.english import without_idioms
+from gtqlora.judging.patterns import hoisted
 
 Cue = tuple[str, str]
-"""Literals, one of which stands in a word of the text ("can't|cannot"), and the pattern sought where one does."""
+"""Literals ("can't| no "), one of which is in what the pattern finds, and the pattern; a space is a word's edge."""
 
 GROUPS = (
     "you",
@@ -32,59 +36,90 @@ GROUPS = (
 SELF, NEGATION = GROUPS.index("self"), GROUPS.index("negation")
 _META_FROM = GROUPS.index("self")
 
+# What stands in the place of a quotation, a short one, and an item of a list.
+LONG_QUOTE, QUOTE, ITEM_MARK = "\u275d\u275d", "\u275d", "\u2022"
+_MARKS = f" {ITEM_MARK}*_#"
+
 # English contractions are one word; elsewhere an apostrophe parts two.
 _WORD = re.compile(r"[^\W\d_]+(?:'(?:t|m|d|s|ll|ve|re)\b)?")
+# Letters by which literals are looked up; none is shorter.
+_SEEN = 2
+_SIGN = re.compile(r"[^\w']")
 _DIGIT = re.compile(r"\d")
-_MOST_KNOWN = 50_000
+_MOST_KNOWN, _LONGEST = 50_000, 24
 
 
 class Cues:
     """Patterns with the literals that they cannot match without: most are never tried."""
 
     def __init__(self, *cues: Cue) -> None:
-        self.patterns = [re.compile(pattern) for _, pattern in cues]
-        # of a literal of several words the longest is enough, as a cue that is tried in vain costs only time
-        self.literals = [[max(part.split(), key=len) for part in literals.split("|")] for literals, _ in cues]
+        self.patterns = [re.compile(hoisted(pattern)) for _, pattern in cues]
+        pieces: dict[str, int] = {}
+        for i, (literals, _) in enumerate(cues):
+            for literal in literals.split("|"):
+                # of a literal of several words the longest is enough, as a cue tried in vain costs only time
+                piece = max(re.findall(r" ?[^ ]+ ?", literal), key=len)
+                pieces[piece] = pieces.get(piece, 0) | 1 << i
+        self._beginning: dict[str, list[tuple[str, int]]] = {}
+        for piece, bits in pieces.items():
+            self._beginning.setdefault(piece[:_SEEN], []).append((piece, bits))
 
-    def tried_for(self, word: str) -> int:
-        """Return which patterns a word is reason to try, as bits."""
-        return sum(1 << i for i, literals in enumerate(self.literals) if any(literal in word for literal in literals))
+    def tried_for(self, chunk: str) -> int:
+        """Return which patterns what stands between two spaces is reason to try, as bits."""
+        padded, tried = f" {chunk if chunk.isalpha() else _SIGN.sub(' ', chunk)} ", 0
+        for i in range(len(padded)):
+            for piece, bits in self._beginning.get(padded[i : i + _SEEN], ()):
+                if padded.startswith(piece, i):
+                    tried |= bits
+        return tried
 
     def found_in(self, text: str, tried: int = -1) -> bool:
         """Tell whether any of the patterns that are tried matches somewhere."""
         return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
 
 
-@dataclass(frozen=True, slots=True)
-class Sentence:
+class Sentence(NamedTuple):
     """What a sentence is by itself.
 
     Attributes:
         groups: words of each of `GROUPS`.
+        negates: the speaker negates.
         meta: three words in ten or more are of those groups, without the addressed and the abstract.
         declines: it turns down what was asked.
         announces: it says that something is given after all.
         redirects: it offers something else, or somebody else's help.
-        instructs: it begins with an instruction.
-        number: it holds a digit.
+        refers: it names others who are to be asked, or who do it.
         asks: it is a question.
+        item: it is an item of a list.
+        hard: signs that it gives something: an item, an instruction, a number, quotations.
     """
 
     words: int
     groups: tuple[int, ...]
+    negates: bool
     meta: bool
     declines: bool
     announces: bool
     redirects: bool
-    instructs: bool
-    number: bool
+    refers: bool
     asks: bool
+    item: bool
+    hard: float
+
+
+class Chunk(NamedTuple):
+    """What stands between two spaces: the groups of its words, and the cues to try for them, as bits."""
+
+    groups: tuple[int, ...]
+    declining: int
+    giving: int
 
 
 _META = 0.3
+_NO_WORD = Chunk((), 0, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Wording:
     """The wording of one language.
 
@@ -94,6 +129,7 @@ class Wording:
         meta: words of each of `GROUPS`; a star stands for any letters.
         gives: what announces that something is given after all.
         redirects: offers of something else, and of help from others, which give nothing of what was asked.
+        refers: names others who are to be asked, or who do it.
         instructs: sentences that instruct, sought from the beginning of each.
         asks_for_text: a prompt that wants a text written, in which anybody may refuse.
         salutes: how a letter begins.
@@ -105,6 +141,7 @@ class Wording:
     meta: Mapping[str, str]
     gives: Cues
     redirects: re.Pattern[str]
+    refers: re.Pattern[str]
     instructs: re.Pattern[str]
     asks_for_text: re.Pattern[str]
     salutes: re.Pattern[str]
@@ -112,10 +149,18 @@ class Wording:
 
     @cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile("|".join(map(_starred, self.meta[group].split()))) for group in GROUPS]
+        return [re.compile("|".join(map(re.escape, self.meta[group].split()))) for group in GROUPS]
 
     @cached_property
-    def _known(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    def _lexicon(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for i, group in enumerate(GROUPS):
+            for word in self.meta[group].split():
+                found.setdefault(word, set()).add(i)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[str, Chunk]:
         return {}
 
     @cached_property
@@ -124,16 +169,16 @@ class Wording:
 
     def groups_of(self, word: str) -> tuple[int, ...]:
         """Return the numbers of the groups that a word belongs to."""
-        return self._looked_up(word)[0]
+        return (self._known.get(word) or self._looked_up(word)).groups
 
-    def _looked_up(self, word: str) -> tuple[tuple[int, ...], int, int]:
-        """Return a word's groups and the cues to try for it; most of any text is the same few thousand words."""
-        found = self._known.get(word)
-        if found is None:
-            groups = tuple(i for i, pattern in enumerate(self._patterns) if pattern.fullmatch(word))
-            found = groups, self.declines.tried_for(word), self.gives.tried_for(word)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[word] = found
+    def _looked_up(self, chunk: str) -> Chunk:
+        """Read what stands between two spaces; most of any text is the same few thousand words."""
+        words, groups = _WORD.findall(chunk), []
+        for word in words:
+            groups += set().union(*[self._lexicon[form] for form in _forms(word) if form in self._lexicon])
+        found = Chunk(tuple(groups), self.declines.tried_for(chunk), self.gives.tried_for(chunk)) if words else _NO_WORD
+        if len(self._known) < _MOST_KNOWN:
+            self._known[chunk] = found
         return found
 
     def words_of(self, text: str) -> int:
@@ -142,7 +187,10 @@ class Wording:
 
     def count(self, group: str, text: str) -> int:
         """Return how many words of a group are in a text."""
-        return self._counted(text)[0][GROUPS.index(group)]
+        i = GROUPS.index(group)
+        if not self.spaced:
+            return len(self._patterns[i].findall(text))
+        return sum([(self._known.get(chunk) or self._looked_up(chunk)).groups.count(i) for chunk in text.split()])
 
     def read(self, sentence: str) -> Sentence:
         """Read a sentence; sentences are remembered, as models repeat those they refuse with."""
@@ -154,28 +202,43 @@ class Wording:
             self._read[sentence] = found
         return found
 
-    def _analysed(self, sentence: str) -> Sentence:
+    def _analysed(self, marked: str) -> Sentence:
+        sentence = marked.lstrip(_MARKS)
         counts, declining, giving = self._counted(sentence)
         words = self.words_of(sentence)
         return Sentence(
             words=words,
             groups=tuple(counts),
+            negates=bool(counts[SELF] and counts[NEGATION]),
             meta=sum(counts[_META_FROM:]) >= _META * words,
-            declines=bool(declining) and self.declines.found_in(sentence, declining),
+            declines=bool(declining) and self.turns_down(sentence, declining),
             announces=bool(giving) and self.gives.found_in(sentence, giving),
             redirects=self.redirects.search(sentence) is not None,
-            instructs=self.instructs.match(sentence) is not None,
-            number=words >= 3 and _DIGIT.search(sentence) is not None,
+            refers=self.refers.search(sentence) is not None,
             asks=sentence.endswith("?"),
+            item=marked.startswith(ITEM_MARK),
+            hard=marked.startswith(ITEM_MARK) + self._given_in(marked, sentence, words),
         )
+
+    def _given_in(self, marked: str, sentence: str, words: int) -> float:
+        quotes = LONG_QUOTE in marked or (QUOTE in marked and words <= 3)
+        number = words >= 3 and _DIGIT.search(sentence) is not None
+        return number + 2.0 * quotes + (self.instructs.match(sentence) is not None)
+
+    def turns_down(self, sentence: str, tried: int = -1) -> bool:
+        """Tell whether a sentence declines, and is no English idiom such as "I can't wait"."""
+        if not self.declines.found_in(sentence, tried):
+            return False
+        rest = without_idioms(sentence)
+        return rest == sentence or self.declines.found_in(rest)
 
     def _counted(self, text: str) -> tuple[list[int], int, int]:
         """Count the words of each group, and return them with the cues to try."""
         if not self.spaced:
             return [len(pattern.findall(text)) for pattern in self._patterns], -1, -1
-        counts, declining, giving = [0] * len(GROUPS), 0, 0
-        for word in _WORD.findall(text):
-            groups, tried, announced = self._looked_up(word)
+        counts, declining, giving, known = [0] * len(GROUPS), 0, 0, self._known
+        for chunk in text.split():
+            groups, tried, announced = known.get(chunk) or self._looked_up(chunk)
             declining |= tried
             giving |= announced
             for group in groups:
@@ -183,5 +246,7 @@ class Wording:
         return counts, declining, giving
 
 
-def _starred(word: str) -> str:
-    return re.escape(word).replace(r"\*", r"[\w']*")
+def _forms(word: str) -> list[str]:
+    """Return a word, and its beginnings and ends with a star, in which groups may list it."""
+    sizes = range(1, min(len(word), _LONGEST) + 1)
+    return [word, *[f"{word[:size]}*" for size in sizes], *[f"*{word[-size:]}" for size in sizes]]
