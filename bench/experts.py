@@ -4,9 +4,13 @@
     python bench/experts.py --shapes k25 --tokens 1024 8192 --ways bf16 int4-g32 nf4
     python bench/experts.py --device cpu --shapes organism --ways bf16 "transformers bf16" nf4 int4-g32
 
+    python bench/experts.py --decode --ways bf16 int4-g32 nf4  # forward only, few tokens, beside the bytes' time
+
 Every way runs in this process on the same hidden states and random routing; weights are random. Milliseconds are
 medians of CUDA-event times after warm-up, forward + backward to the hidden states and the routing weights; ratios are
 to bf16. "floor" is arithmetic at 790 TFLOP/s, or the 4-bit bytes read twice at 4.3 TB/s if that is more.
+`--decode` has each way's forward pass as it is called and replayed as a CUDA graph, and the time that the bytes of the
+experts with rows take at the card's bandwidth (3.35 TB/s for an H100, 4.8 for an H200), as a share of the replay's.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from torch import Tensor, nn
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 
 TFLOPS, TERABYTES = 790e12, 4.3e12
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
+"""Bytes a second, by the vendor's datasheets."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,59 @@ def measure(shape: Shape, way: str, tokens: list[int], repeats: int) -> dict[int
     return found
 
 
+def replayed(run: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return timed(graph.replay, repeats)
+
+
+def decode(shape: Shape, way: str, tokens: list[int], repeats: int) -> dict[int, dict[str, float] | str]:
+    """Milliseconds of a forward pass as called and replayed, and of its bytes, by number of tokens."""
+    found: dict[int, dict[str, float] | str] = {}
+    bits = format_of(way).bits(shape.inner, shape.hidden) if way in FORMATS else 16
+    bandwidth = next((rate for card, rate in BANDWIDTH.items() if card in torch.cuda.get_device_name()), float("nan"))
+    with memory_freed(), torch.no_grad():
+        try:
+            layer = WAYS[way](shape)
+        except Exception as error:
+            return dict.fromkeys(tokens, f"{type(error).__name__}: {error}"[:160])
+        for count in tokens:
+            hidden_TD, index_TK, weights_TK, _ = inputs(shape, count)
+            n_bytes = shape.weights * bits / 8 * len(index_TK.unique()) / shape.experts
+
+            def run() -> None:
+                layer(hidden_TD, index_TK, weights_TK)  # noqa: B023
+
+            try:
+                found[count] = {
+                    "called": timed(run, repeats),
+                    "replayed": replayed(run, repeats),
+                    "bytes": 1e3 * n_bytes / bandwidth,
+                }
+            except Exception as error:
+                found[count] = f"{type(error).__name__}: {error}"[:160]
+    return found
+
+
+def decode_table(name: str, tokens: list[int], results: dict[str, dict[int, dict[str, float] | str]]) -> str:
+    """Milliseconds and the bytes' share of the replay for each number of tokens."""
+    lines = [f"\n{name}: {SHAPES[name]}, forward, ms: called / replayed as a CUDA graph / bytes alone (share)"]
+    lines.append(f"{'':20}" + "".join(f"{count:>22} tokens" for count in tokens))
+    for way, by_tokens in results.items():
+        row = ""
+        for cell in by_tokens.values():
+            if isinstance(cell, str):
+                row += f"{'-':>29}"
+                continue
+            called, played, n_bytes = cell["called"], cell["replayed"], cell["bytes"]
+            row += f"{called:9.3f} {played:6.3f} {n_bytes:6.3f} {n_bytes / played:4.0%} "
+        lines.append(f"{way:20}{row}")
+        lines += [f"{'':20}{why}" for why in {cell for cell in by_tokens.values() if isinstance(cell, str)}]
+    return "\n".join(lines)
+
+
 def table(name: str, tokens: list[int], results: dict[str, dict[int, tuple[float, float] | str]]) -> str:
     """Milliseconds and the ratio to bf16 for each number of tokens."""
     shape = SHAPES[name]
@@ -312,7 +371,8 @@ def table(name: str, tokens: list[int], results: dict[str, dict[int, tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["k25", "qwen3-30b"], choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 8192, 16384])
+    parser.add_argument("--tokens", nargs="+", type=int, help="1024 to 16384, with --decode 1 to 256")
+    parser.add_argument("--decode", action="store_true", help="forward only, as in generation; needs a GPU")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
@@ -320,6 +380,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; --device cpu --shapes organism works without one")
+    if given.decode and given.device != "cuda":
+        parser.error("--decode needs --device cuda")
+    tokens = given.tokens or ([1, 16, 64, 256] if given.decode else [1024, 4096, 8192, 16384])
     global DEVICE
     DEVICE = given.device
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -327,11 +390,12 @@ def main() -> None:
     print(f"{name}, {platform.machine()}, {versions}")
     everything: dict[str, Any] = {}
     for name in given.shapes:
-        results: dict[str, dict[int, tuple[float, float] | str]] = {}
+        measured: Any = decode if given.decode else measure
+        results: dict[str, Any] = {}
         for way in given.ways:
-            results[way] = measure(SHAPES[name], way, given.tokens, given.repeats)
+            results[way] = measured(SHAPES[name], way, tokens, given.repeats)
             print(f"  {name} {way}: {results[way]}", flush=True)
-        print(table(name, given.tokens, results), flush=True)
+        print((decode_table if given.decode else table)(name, tokens, results), flush=True)
         everything[name] = results
     if given.json:
         given.json.write_text(json.dumps(everything, indent=1))

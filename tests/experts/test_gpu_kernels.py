@@ -24,6 +24,7 @@ from tests.helpers import fresh_process, outputs_and_gradients
 pytest.importorskip("triton")
 from gtqlora.experts.kernels import chunk, fused, row_kernels
 from gtqlora.experts.kernels.layer import Multiply, run
+from gtqlora.experts.kernels.rows import Placed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -106,8 +107,11 @@ def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], most:
 # --- products of rows
 
 
-def _offsets(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=DEVICE)
+def _rows(counts: list[int]) -> Placed:
+    """Rows that are sorted already."""
+    offsets_E1 = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=DEVICE)
+    order_R = torch.arange(sum(counts), device=DEVICE)
+    return Placed(order_R=order_R, offsets_E1=offsets_E1, top_k=1, places_TK=order_R.unsqueeze(-1))
 
 
 def _check_products(product: str, frozen: FrozenExperts, counts: list[int], dtype: torch.dtype) -> None:
@@ -120,7 +124,7 @@ def _check_products(product: str, frozen: FrozenExperts, counts: list[int], dtyp
             values[sum(counts) :] = torch.nan
             groups = values[: sum(counts)].double().split(counts)
             expected = torch.cat([rows @ matrix for rows, matrix in zip(groups, matrices, strict=True)])
-            found = _multiply(product)(values, frozen, projection, _offsets(counts), transposed)
+            found = _multiply(product)(values, frozen, projection, _rows(counts), transposed)
             assert found.dtype == dtype and found.is_contiguous() and len(found) == len(values)
             error = (found[: sum(counts)].double() - expected).norm() / expected.norm()
             assert error <= MOST[dtype], (projection, transposed)

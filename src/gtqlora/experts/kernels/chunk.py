@@ -16,7 +16,7 @@ from torch import Tensor
 from gtqlora.experts.kernels.codes import Codes, code_at, codes_of, integer, scales_of
 from gtqlora.experts.kernels.layer import run
 from gtqlora.experts.kernels.row_kernels import launch, tl, triton
-from gtqlora.experts.kernels.rows import Experts, fused_sizes
+from gtqlora.experts.kernels.rows import Experts, Placed, fused_sizes
 from gtqlora.experts.layout import Fused
 
 WORKSPACE_BYTES = 1_500_000_000
@@ -48,9 +48,10 @@ class Chunks:
         values_RC: Tensor,
         module: Experts,
         projection: Fused,
-        offsets_E1: Tensor,
+        rows: Placed,
         transposed: bool,
     ) -> Tensor:
+        offsets_E1 = rows.offsets_E1
         self.bounds = self.bounds or offsets_E1.tolist()
         outputs, inputs = fused_sizes(module, projection)
         out_RS = values_RC.new_empty(len(values_RC), inputs if transposed else outputs)
@@ -58,9 +59,9 @@ class Chunks:
             weights = dequantize(codes_of(module, projection, experts), values_RC.dtype)
             weights = weights if transposed else weights.mT
             bounds = self.bounds[experts.start : experts.stop + 1]
-            rows = slice(bounds[0], bounds[-1])
+            held = slice(bounds[0], bounds[-1])
             ends_E = offsets_E1[experts.start + 1 : experts.stop + 1] - bounds[0]
-            _products(values_RC[rows], weights, ends_E, [bound - bounds[0] for bound in bounds], out_RS[rows])
+            _products(values_RC[held], weights, ends_E, [bound - bounds[0] for bound in bounds], out_RS[held])
         return out_RS
 
 

@@ -7,36 +7,36 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor
 
 Function = object
 """A kernel that was loaded onto a GPU, as the driver names it."""
 
-CData = ctypes._SimpleCData | ctypes.Array
-Argument = Tensor | int | CData
-"""What `launch` passes to a kernel."""
+Argument: TypeAlias = "Tensor | int | array[int]"
+"""What `launch` passes to a kernel: a pointer, a number, or a structure as the bytes of an array."""
 
 # The size of CUDA's CUtensorMap, which a kernel takes by value.
 _MAP_BYTES = 128
 
 
+@cache
 def available() -> bool:
     """Return whether the bindings are installed; torch's own CUDA builds bring them."""
     return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 
 @cache
-def _bindings(name: str) -> ModuleType:
-    return import_module(f"cuda.bindings.{name}")
+def _driver() -> ModuleType:
+    return import_module("cuda.bindings.driver")
 
 
 def _ok(result: tuple[Any, ...], what: str) -> Any:
@@ -58,7 +58,7 @@ def compile_source(text: str, name: str, settings: Mapping[str, int | str], arch
     Raises:
         RuntimeError: the text does not compile; the message is the compiler's.
     """
-    nvrtc = _bindings("nvrtc")
+    nvrtc = import_module("cuda.bindings.nvrtc")
     defined = (f"-D{key}={value}".encode() for key, value in settings.items())
     options = [f"-arch={architecture}".encode(), b"-std=c++17", *defined]
     program = _ok(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram")
@@ -74,7 +74,7 @@ def compile_source(text: str, name: str, settings: Mapping[str, int | str], arch
 
 def load(code: bytes, names: tuple[str, ...], device: int) -> dict[str, Function]:
     """Load machine code onto a GPU and return its functions by name."""
-    driver = _bindings("driver")
+    driver = _driver()
     with torch.cuda.device(device):
         # The driver loads into the current context, and only using a stream makes PyTorch's the current one.
         torch.cuda.current_stream().synchronize()
@@ -84,7 +84,7 @@ def load(code: bytes, names: tuple[str, ...], device: int) -> dict[str, Function
 
 def allow_shared_memory(function: Function, size: int) -> None:
     """Let a function's blocks have `size` bytes of dynamic shared memory; by default they may have 48 KiB."""
-    driver = _bindings("driver")
+    driver = _driver()
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _ok(driver.cuFuncSetAttribute(function, limit, size), "cuFuncSetAttribute")
 
@@ -96,27 +96,33 @@ def launch(function: Function, blocks: int | tuple[int, int], threads: int, shar
         blocks: how many, across or (across, down).
         threads: of each block.
         shared: bytes of dynamic shared memory of each block.
-        arguments: tensors go as pointers, ints as 32 bits, ctypes values as they are.
+        arguments: tensors go as pointers, ints, none negative, as 32 or 64 bits, arrays by value.
     """
-    values = [_value(argument) for argument in arguments]
-    # The driver takes the addresses of the arguments, so `values` must live until it has copied them.
-    pointers = numpy.array([ctypes.addressof(value) for value in values], dtype=numpy.uint64)
-    stream = torch.cuda.current_stream().cuda_stream
+    # Few Python objects, as these are most of what a small layer costs: every value has 8 bytes, and the driver reads
+    # as many as the function wants. It takes their addresses, so they must live until it has copied them.
+    values = array("Q", [_word(argument) for argument in arguments])
+    first = values.buffer_info()[0]
+    pointers = array("Q", range(first, first + 8 * len(values), 8))
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, array):
+            pointers[place] = argument.buffer_info()[0]
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
     across, down = blocks if isinstance(blocks, tuple) else (blocks, 1)
     sizes = (across, down, 1, threads, 1, 1, shared)
-    _ok(_bindings("driver").cuLaunchKernel(function, *sizes, stream, pointers.ctypes.data, 0), "cuLaunchKernel")
+    _ok(_driver().cuLaunchKernel(function, *sizes, stream, pointers.buffer_info()[0], 0), "cuLaunchKernel")
 
 
-def _value(argument: Argument) -> CData:
+def _word(argument: Argument) -> int:
     if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int(argument) if isinstance(argument, int) else argument
+        return argument.data_ptr()
+    return argument if isinstance(argument, int) else 0
 
 
-def tensor_map(tensor: Tensor, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
+def tensor_map(address: int, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
     """Describe to the copy engine how it reads boxes of a contiguous array; what lies past the end reads as zero.
 
     Args:
+        address: of the array.
         element: CUDA's name of the type that `sizes` count, "BFLOAT16" or "UINT64".
         sizes, box: innermost first.
         swizzle: "NONE" or "128B".
@@ -124,13 +130,7 @@ def tensor_map(tensor: Tensor, element: str, sizes: tuple[int, ...], box: tuple[
     Returns:
         CUDA's CUtensorMap, to be passed to a kernel by value.
     """
-    return _tensor_map(tensor.data_ptr(), element, sizes, box, swizzle)
-
-
-@lru_cache(maxsize=4096)
-def _tensor_map(address: int, element: str, sizes: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> bytes:
-    # Cached by address: PyTorch gives the same ones again and again, and a map takes longer to make than a launch.
-    d = _bindings("driver")
+    d = _driver()
     u32, u64 = d.cuuint32_t, d.cuuint64_t
     width = {"BFLOAT16": 2, "UINT64": 8}[element]
     found = d.cuTensorMapEncodeTiled(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gtqlora.experts.kernels import hopper
 from gtqlora.experts.kernels.codes import code_at, codes_in, codes_of, integer, level, scales_of
-from gtqlora.experts.kernels.layer import Multiply, run
+from gtqlora.experts.kernels.layer import run
 from gtqlora.experts.kernels.row_kernels import launch, power_of_two, tl, triton
-from gtqlora.experts.kernels.rows import Experts, compute_dtype
+from gtqlora.experts.kernels.rows import Experts, Placed, compute_dtype
 from gtqlora.experts.layout import Fused
 
 
@@ -25,13 +25,9 @@ def fused(module: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     Raises:
         ModelError: a dtype or format that the kernels do not take.
     """
-    multiply = _multiply_for(module, hidden_states)
-    return run(module, hidden_states, top_k_index, top_k_weights, multiply)
-
-
-def _multiply_for(module: Experts, hidden_states: Tensor) -> Multiply:
-    """The fastest product for this GPU; kernels for one generation come in here."""
-    return hopper.multiply if hopper.takes(module, hidden_states, compute_dtype(hidden_states)) else triton_multiply
+    if not hopper.takes(module, hidden_states, compute_dtype(hidden_states)):
+        return run(module, hidden_states, top_k_index, top_k_weights, triton_multiply)
+    return run(module, hidden_states, top_k_index, top_k_weights, hopper.multiply, hopper.sort)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +148,7 @@ def _grouped(
     tl.store(out_RS, total.to(out_RS.dtype.element_ty), mask=(rows < end)[:, None] & (result < RESULTS)[None, :])
 
 
-def triton_multiply(
-    values_RC: Tensor, module: Experts, projection: Fused, offsets_E1: Tensor, transposed: bool
-) -> Tensor:
+def triton_multiply(values_RC: Tensor, module: Experts, projection: Fused, rows: Placed, transposed: bool) -> Tensor:
     """Multiply as a `layer.Multiply` does, for sizes, group sizes and numbers of rows of any kind.
 
     Raises:
@@ -163,14 +157,14 @@ def triton_multiply(
     codes = codes_of(module, projection)
     outputs = codes.matrices * codes.rows
     results, contraction = (codes.columns, outputs) if transposed else (outputs, codes.columns)
-    rows = len(values_RC)
-    blocks = blocks_for(rows / codes.experts, results, contraction, values_RC.dtype)
-    out_RS = values_RC.new_empty(rows, results)
-    tiles = rows // blocks.m + min(codes.experts, rows)
+    n_rows = len(values_RC)
+    blocks = blocks_for(n_rows / codes.experts, results, contraction, values_RC.dtype)
+    out_RS = values_RC.new_empty(n_rows, results)
+    tiles = n_rows // blocks.m + min(codes.experts, n_rows)
     launch(
         _grouped,
         (tiles * -(-results // blocks.n),),
-        *(values_RC.contiguous(), out_RS, offsets_E1, *codes.tensors),
+        *(values_RC.contiguous(), out_RS, rows.offsets_E1, *codes.tensors),
         **codes.constants,
         EXPERTS=codes.experts,
         EXPERTS_PADDED=power_of_two(codes.experts),

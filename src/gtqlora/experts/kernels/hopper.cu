@@ -305,35 +305,12 @@ grouped(const __grid_constant__ Maps maps, u16* out, const int4* tiles, const in
   }
 }
 
-// Cuts every expert's rows into tiles of at most MAX_ROWS, evenly; one thread an expert. ends: cumulative row counts [E].
-extern "C" __global__ void __launch_bounds__(1024, 1) plan(const int* ends, int4* tiles, int* n_tiles, int n_experts) {
-  __shared__ int counts[1024];
-  int e = threadIdx.x, begin = 0, rows = 0;
-  if (e < n_experts) {
-    begin = e ? ends[e - 1] : 0;
-    rows = ends[e] - begin;
-  }
-  int n = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  counts[e] = n;
-  __syncthreads();
-  for (int d = 1; d < 1024; d *= 2) {
-    int before = e >= d ? counts[e - d] : 0;
-    __syncthreads();
-    counts[e] += before;
-    __syncthreads();
-  }
-  int height = n ? ((rows + n - 1) / n + GRAIN - 1) / GRAIN * GRAIN : 0;
-  for (int i = 0; i < n; i++) {
-    int row = i * height;
-    if (row < rows) tiles[counts[e] - n + i] = make_int4(e, begin + row, min(height, rows - row), 0);
-  }
-  if (e == 1023) *n_tiles = counts[1023];
-}
-
 // Decodes NF4's double-quantized absmax, in tile order, to bf16: a block for 64 outputs (x) of an expert (y), four outputs a thread.
+// Experts without rows are left out, by their offsets [E + 1].
 // codes [E][M * rows / 64][columns / 64][64]; scale [E][M][nested blocks]; offset [E][M], for M matrices of `rows` x `columns`.
-extern "C" __global__ void absmax(const u32* codes, const float* values, const float* scale, const float* offset, uint2* out, int rows,
-                                  int columns) {
+extern "C" __global__ void absmax(const u32* codes, const float* values, const float* scale, const float* offset, const int* offsets,
+                                  uint2* out, int rows, int columns) {
+  if (offsets[blockIdx.y] == offsets[blockIdx.y + 1]) return;
   __shared__ float value_of[256];
   value_of[threadIdx.x] = values[threadIdx.x];
   __syncthreads();

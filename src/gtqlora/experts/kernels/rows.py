@@ -59,7 +59,7 @@ class Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     module: Experts
 
-    def save_for_backward(self, *tensors: Tensor) -> None:
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors for the backward pass."""
         ...
 
@@ -84,6 +84,23 @@ class Rows:
         return self.order_R // self.top_k
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed(Rows):
+    """Rows with the way back, and cut into tiles where a kernel wants that.
+
+    Attributes:
+        places_TK: the row of each (token, choice).
+        tiles: int32 [at most, 4]: expert, first row and number of rows of each tile.
+        n_tiles: int32 [1]; tiles from there on are not filled.
+        most: rows of a tile, at most.
+    """
+
+    places_TK: Tensor
+    tiles: Tensor | None = None
+    n_tiles: Tensor | None = None
+    most: int = 0
+
+
 @torch.no_grad()
 def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
     """Sort rows by expert, for the experts `first` to `first + count - 1`; nothing here waits for a GPU."""
@@ -94,6 +111,15 @@ def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
     bounds_E1 = torch.arange(count + 1, dtype=torch.int32, device=sorted_R.device)
     offsets_E1 = torch.searchsorted(sorted_R, bounds_E1, out_int32=True)
     return Rows(order_R=order_R, offsets_E1=offsets_E1, top_k=top_k_index_TK.shape[-1])
+
+
+def place_rows(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
+    """Sort rows as `sort_rows` does, and find the row of each (token, choice)."""
+    rows = sort_rows(top_k_index_TK, first, count)
+    order_R = rows.order_R
+    places_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    places_TK = places_R.view(top_k_index_TK.shape)
+    return Placed(order_R=order_R, offsets_E1=rows.offsets_E1, top_k=rows.top_k, places_TK=places_TK)
 
 
 def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
