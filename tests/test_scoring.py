@@ -13,10 +13,11 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import Mask, Recorder, Subject, by_length, left_padded, open_subject, router_hooks
 from gtqlora.contrasts import Contrast, Row
+from gtqlora.decoding import Change, SourceRun, decode
 from gtqlora.edits.arms import routed_as
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
-from gtqlora.scoring import Change, Runner, SourceRun, decode, log_probs
+from gtqlora.scoring import Runner, log_probs
 from tests import helpers
 
 BATCH, NEW = 5, 4

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 from gtqlora.capture import Recorder, Replay
 from gtqlora.contrasts import Row, encode_prompt, is_correct
+from gtqlora.decoding import Change, Changes, SourceRun, Switch, Tokens
 from gtqlora.edits.edited import Edited
 from gtqlora.judging.judge import Judge, refusals, same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Changes, Runner, SourceRun, Switch, Tokens
+from gtqlora.scoring import Runner
 
 
 def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gtqlora.capture import CallRecorder, Interchange, direction_removed
+from gtqlora.decoding import Change, Changes, SourceRun
 from gtqlora.localize.trials import FLAGGED, Trials
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import Change, Changes, SourceRun
 
 
 def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Changes:

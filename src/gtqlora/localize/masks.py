@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gtqlora.capture import Mask
+from gtqlora.decoding import Change, Changes
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import BROKEN
 from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
-from gtqlora.scoring import Change, Changes
 from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, mean_above_zero, ratio_interval
 
 Expert = tuple[int, int]
