@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtqlora import decoding
 from gtqlora.capture import (
     CallRecorder,
+    Decision,
     Interchange,
     Mask,
     Recorder,
@@ -25,7 +26,8 @@ from gtqlora.capture import (
     open_subject,
     positions,
 )
-from gtqlora.decoding import AS_IS, Change, Decoded, SourceRun, decode, decode_by_row
+from gtqlora.config import ModelConfig
+from gtqlora.decoding import AS_IS, Change, Decoded, SourceRun, completing, decode, decode_by_row
 from gtqlora.decoding.completing import by_columns
 from gtqlora.decoding.engine import LOOK, Engine, Said
 from gtqlora.errors import ModelError
@@ -70,7 +72,13 @@ def by_row(subject: Subject, prompts: Sequence[Sequence[int]], change: Change = 
 
 
 def an_engine(
-    subject: Subject, rows: int, change: Change = AS_IS, *, columns: int = 64, by_row: bool = False
+    subject: Subject,
+    rows: int,
+    change: Change = AS_IS,
+    *,
+    columns: int = 64,
+    by_row: bool = False,
+    capture: bool = False,
 ) -> Engine:
     return Engine(
         subject,
@@ -79,7 +87,7 @@ def an_engine(
         columns=columns,
         max_new_tokens=NEW,
         by_row=by_row,
-        capture=False,
+        capture=capture,
         on_first=lambda _prompts, _logits: None,
     )
 
@@ -163,7 +171,8 @@ def interchanges(subject: Subject) -> Change:
 def removes(subject: Subject) -> Change:
     """Another state of the model: without a direction."""
     direction_D = torch.randn(subject.model.config.hidden_size, generator=torch.Generator().manual_seed(2))
-    return Change(switch=lambda: direction_removed(subject.model, subject.anatomy, direction_D))
+    removed = direction_removed(subject.model, subject.anatomy, direction_D)
+    return Change(switch=lambda: removed)
 
 
 @pytest.mark.parametrize("make", [masks, replays, interchanges, removes])
@@ -284,3 +293,60 @@ def test_a_window_that_is_shorter_than_the_columns_needs_a_cache_that_grows(
 
 def test_on_a_processor_batches_stay_as_they_are(one: Subject, prompts: list[list[int]]) -> None:
     assert not decoding.goes_by_row(one, prompts, AS_IS, NEW)
+
+
+# --- captured
+
+
+def on_gpu(path: Path, family: str, dtype: Any) -> Subject:
+    """A tiny model on the GPU, with the same experts in 4 bits where the way through its own waits for the GPU."""
+    experts = "bf16" if dtype == "bfloat16" else "int4-g32"
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64}
+    save_tiny(path, family, model=tiny_model(family, dtype=getattr(torch, dtype), **sizes))
+    return open_subject(ModelConfig(model=str(path), device="cuda", dtype=dtype, expert_format=experts))
+
+
+def as_it_is(_subject: Subject) -> Change:
+    return AS_IS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [as_it_is, masks, replays, interchanges, removes])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next"])
+def test_a_captured_step_is_the_same_step(
+    tmp_path: Path, prompts: list[list[int]], family: str, dtype: str, make: Callable[[Subject], Change]
+) -> None:
+    subject = on_gpu(tmp_path, family, dtype)
+    captured = an_engine(subject, ROWS, make(subject), by_row=True, capture=True)
+    eager = an_engine(subject, ROWS, make(subject), by_row=True)
+    assert tokens_of(said_in(captured, prompts)) == tokens_of(said_in(eager, prompts))
+    assert captured.captured and not eager.captured
+    if dtype == "float32":
+        grown_ = completing.grown(subject, prompts, make(subject), NEW, completing.Odds([]))
+        assert tokens_of(said_in(captured, prompts)) == tokens_of(grown_)
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_gpu_is_not_captured(
+    tmp_path: Path, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    subject, seen = on_gpu(tmp_path, "qwen3_moe", "bfloat16"), list[float]()
+
+    def waits(_position: int, _module: nn.Module, decision: Decision) -> None:
+        seen.append(float(decision.logits_TE.max()))
+
+    engine = an_engine(subject, len(prompts), Change(handlers=(waits,)), capture=True)
+    expected = said_in(an_engine(subject, len(prompts), capture=True), prompts)
+    assert tokens_of(said_in(engine, prompts)) == tokens_of(expected)
+    assert not engine.captured and "waits for the GPU at every step" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_runner_goes_by_row_on_a_gpu(tmp_path: Path, prompts: list[list[int]]) -> None:
+    subject = on_gpu(tmp_path, "qwen3_moe", "float32")
+    assert decoding.goes_by_row(subject, prompts, AS_IS, NEW)
+    assert not decoding.goes_by_row(subject, prompts, lambda _chosen: AS_IS, NEW)
+    assert not decoding.goes_by_row(subject, prompts, AS_IS, 1)
+    rows = decode_by_row(subject, prompts, AS_IS, rows=ROWS, max_new_tokens=NEW)
+    assert rows.tokens == decode(subject, prompts, max_new_tokens=NEW).tokens

@@ -246,7 +246,8 @@ class direction_removed:
     def __init__(self, model: nn.Module, anatomy: Anatomy, direction_D: Tensor) -> None:
         check_projectable(anatomy)
         self.model, self.writers = model, (anatomy.family.embedding, *anatomy.blocks)
-        self.direction_D = direction_D / direction_D.norm()
+        # On the device from here on: a step that is captured must copy nothing to it.
+        self.direction_D = (direction_D / direction_D.norm()).to(next(model.parameters()).device)
         self._handles: list[RemovableHandle] = []
 
     def _remove(
@@ -261,8 +262,6 @@ class direction_removed:
     def enable(self) -> None:
         """Remove the direction from here on."""
         base = language_model(self.model)
-        # On the device from here on: a step that is captured must copy nothing to it.
-        self.direction_D = self.direction_D.to(next(base.parameters()).device)
         self._handles = [base.get_submodule(path).register_forward_hook(self._remove) for path in self.writers]
 
     def disable(self) -> None:

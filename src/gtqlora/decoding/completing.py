@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtqlora.capture import Subject, left_padded, log_odds, positions
 from gtqlora.contrasts.template import completions
@@ -54,7 +55,7 @@ class Decoded:
         )
 
 
-class _Odds:
+class Odds:
     """The readout's log-odds, by prompt."""
 
     def __init__(self, readout: Sequence[int]) -> None:
@@ -86,7 +87,7 @@ def decode(
         ModelError: the logits hold NaN.
         ValueError: a source run's prompts differ from ours in their token counts.
     """
-    odds = _Odds(readout)
+    odds = Odds(readout)
     if captures(subject, prompts, max_new_tokens):
         columns = _columns(map(len, prompts), max_new_tokens)
         engine = Engine(
@@ -101,7 +102,7 @@ def decode(
         )
         said = list(engine.run(prompts, range(len(prompts))))
     else:
-        said = _grown(subject, prompts, change, max_new_tokens, odds)
+        said = grown(subject, prompts, change, max_new_tokens, odds)
     return _decoded(subject, prompts, said, begun, odds)
 
 
@@ -138,7 +139,7 @@ def decode_by_row(
     Raises:
         ModelError: the logits hold NaN.
     """
-    odds, said = _Odds(readout), list[Said]()
+    odds, said = Odds(readout), list[Said]()
     found = _by_row(subject, prompts, change, rows, max_new_tokens, capture, odds)
     said += found if label is None else track(found, label, len(prompts))
     return _decoded(subject, prompts, said, begun, odds)
@@ -158,7 +159,7 @@ def _by_row(
     rows: int,
     max_new_tokens: int,
     capture: bool,
-    odds: _Odds,
+    odds: Odds,
 ) -> Iterator[Said]:
     for columns, order in by_columns(prompts, max_new_tokens).items():
         fitting = min(len(order), _fitting(subject, rows, columns * len(runs_of(change))) if capture else rows)
@@ -197,18 +198,24 @@ def by_columns(prompts: Sequence[Tokens], max_new_tokens: int) -> dict[int, list
 
 def _fitting(subject: Subject, rows: int, columns: int) -> int:
     """Return how many rows have room for their caches, twice: as prompts are read, theirs are there a second time."""
-    cache = growing(subject)
-    ids_11 = torch.full((1, 1), subject.pad_id, device=subject.device)
-    forward(subject, [AS_IS], [cache], [ids_11], torch.ones_like(ids_11), torch.zeros_like(ids_11))
+    if subject.model not in _token_bytes:
+        cache = growing(subject)
+        ids_11 = torch.full((1, 1), subject.pad_id, device=subject.device)
+        forward(subject, [AS_IS], [cache], [ids_11], torch.ones_like(ids_11), torch.zeros_like(ids_11))
+        _token_bytes[subject.model] = size_of(cache)
     free, _ = torch.cuda.mem_get_info(subject.device)
     free += torch.cuda.memory_reserved(subject.device) - torch.cuda.memory_allocated(subject.device)
-    fitting = max(1, int(_USABLE * free) // (2 * columns * size_of(cache)))
+    fitting = max(1, int(_USABLE * free) // (2 * columns * _token_bytes[subject.model]))
     if fitting < rows:
         note(f"{fitting} prompts run at once, not {rows}: the memory of {subject.device} holds no more keys and values")
     return min(rows, fitting)
 
 
-def _grown(subject: Subject, prompts: Sequence[Tokens], change: Change, max_new_tokens: int, odds: _Odds) -> list[Said]:
+_token_bytes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""What a model keeps of one token; states of linear attention count as if each token had one."""
+
+
+def grown(subject: Subject, prompts: Sequence[Tokens], change: Change, max_new_tokens: int, odds: Odds) -> list[Said]:
     """Decode a batch with a cache that grows, a step at a time."""
     ids_BS, mask_BS = left_padded(prompts, subject.pad_id, subject.device)
     runs, stops = runs_of(change), subject.stop_ids
@@ -238,7 +245,7 @@ def _cut(ids_BS: Tensor, stops: frozenset[int], max_new_tokens: int) -> list[Sai
     return found
 
 
-def _decoded(subject: Subject, prompts: Sequence[Tokens], said: Sequence[Said], begun: Tokens, odds: _Odds) -> Decoded:
+def _decoded(subject: Subject, prompts: Sequence[Tokens], said: Sequence[Said], begun: Tokens, odds: Odds) -> Decoded:
     said = sorted(said, key=lambda each: each.prompt)
     asked, tokens = [ids[: len(ids) - len(begun)] for ids in prompts], [each.tokens for each in said]
     texts = completions(subject.tokenizer, asked, [[*begun, *ids] for ids in tokens])

@@ -85,7 +85,12 @@ class Engine:
         self.caches: list[ColumnCache] = []
         self.shared: list[Cache] | None = None
         self.in_row: list[Said | None] = [None] * rows
-        self._logits_BV = Repeated(self._step, capture=capture)
+        self._repeated = Repeated(capture=capture)
+
+    @property
+    def captured(self) -> bool:
+        """Return whether its steps are replayed from a capture."""
+        return self._repeated.captured
 
     def run(self, prompts: Sequence[Tokens], order: Sequence[int]) -> Iterator[Said]:
         """Yield what is said to each prompt, as they end; they begin in the given order."""
@@ -185,7 +190,7 @@ class Engine:
         steps = min(LOOK, max(self.most - len(said.tokens) for said in self.in_row if said))
         block: list[Tensor] = []
         for _ in range(steps):
-            block.append(self._chosen(self._logits_BV()))
+            block.append(self._chosen(self._repeated(self._step)))
             self.column_1.add_(1).remainder_(self.columns)
             self._advance(slice(None), block[-1])
         for said, tokens in zip(self.in_row, torch.stack(block, 1).tolist(), strict=True):

@@ -5,6 +5,7 @@ Shape letters: B rows, S sequence, C columns of a cache, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -75,27 +76,43 @@ class Repeated:
         capture: False leaves it as it is.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], *, capture: bool) -> None:
-        self.compute, self.capture = compute, capture
+    def __init__(self, *, capture: bool) -> None:
+        self.capture = capture
         self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: Tensor | None = None
 
-    def __call__(self) -> Tensor:
-        """Return what it computes; the next call may overwrite it."""
+    @property
+    def captured(self) -> bool:
+        """Return whether it has been captured."""
+        return self._graph is not None
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what it computes, the same function every time; the next call may overwrite it."""
         if not self.capture:
-            return self.compute()
+            return compute()
         if not self._warm:
             # Kernels are compiled and libraries set up now, which no capture allows.
             self._warm = True
-            found, self.capture = _watched(self.compute)
+            found, self.capture = _watched(compute)
             return found
         if self._graph is None or self._found is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._found = self.compute()
+            self._graph, self._found = _captured(compute)
         self._graph.replay()
         return self._found
+
+
+def _captured(compute: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    # Garbage may hold an older graph, and to destroy one breaks off a capture.
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = compute()
+    finally:
+        if collects:
+            gc.enable()
+    return graph, found
 
 
 _WAITS = "synchronizing CUDA operation"

@@ -28,13 +28,11 @@ def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: 
         ours: puts it into the state in which the routing is replayed.
     """
     recorder = Recorder()
-
-    def change(chosen: list[int]) -> Change:
-        theirs = None if prompts is None else [prompts[i] for i in chosen]
-        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
-        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
-
-    return change
+    source_run = SourceRun(handlers=(recorder,), switch=switch)
+    same = Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+    if prompts is None:
+        return same
+    return lambda chosen: replace(same, source_runs=(replace(source_run, prompts=[prompts[i] for i in chosen]),))
 
 
 def has_parts(edited: Edited) -> bool:
