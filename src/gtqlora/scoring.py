@@ -6,6 +6,7 @@ Shape letters: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,7 @@ class Runner:
     ) -> Iterator[tuple[list[int], Decoded]]:
         """Yield the completions of prompts of like length, with the places of these prompts."""
         model, most, batches = self.model, self.max_new_tokens, by_length(prompts, self.batch_size)
-        try:
+        with _fitting(self.batch_size):
             if goes_by_row(model, prompts, change, most):
                 whole = decode_by_row(
                     model,
@@ -150,15 +151,11 @@ class Runner:
                     label=label,
                 )
                 yield from ((chosen, whole.of(chosen)) for chosen in batches)
-            else:
-                for chosen in _shown(batches, label):
-                    batch = [prompts[i] for i in chosen]
-                    yield (
-                        chosen,
-                        decode(model, batch, change(chosen), max_new_tokens=most, begun=begun, readout=readout),
-                    )
-        except torch.OutOfMemoryError as error:
-            raise ModelError(f"out of memory with {self.batch_size} prompts at once; lower --batch-size") from error
+                return
+            for chosen in _shown(batches, label):
+                batch = [prompts[i] for i in chosen]
+                found = decode(model, batch, change(chosen), max_new_tokens=most, begun=begun, readout=readout)
+                yield chosen, found
 
     def _judged(self, rows: Sequence[Asked], decoded: Decoded) -> list[Answer]:
         found = labels(self.judge, [row.prompt for row in rows], decoded.texts)
@@ -183,7 +180,8 @@ class Runner:
         found: dict[int, float] = {}
         for chosen in by_length(prompts, self.batch_size):
             batch = [prompts[i] for i in chosen]
-            decoded = decode(self.model, batch, change(chosen), max_new_tokens=1, readout=readout)
+            with _fitting(self.batch_size):
+                decoded = decode(self.model, batch, change(chosen), max_new_tokens=1, readout=readout)
             found.update(zip(chosen, decoded.odds, strict=True))
         return [found[i] for i in range(len(prompts))]
 
@@ -224,12 +222,22 @@ class Runner:
         self, chosen: list[int], texts: Sequence[Tokens], spans: list[slice], keep: int, change: Change
     ) -> Logits:
         ids_BS, mask_BS = left_padded(texts, self.model.pad_id, self.model.device)
-        for run in change.source_runs:
-            with changed(self.model, run):
-                forward(self.model, source_ids(self.model, run, ids_BS, mask_BS), mask_BS)
-        with changed(self.model, change):
-            values_BSV = forward(self.model, ids_BS, mask_BS, keep).float()
+        with _fitting(self.batch_size):
+            for run in change.source_runs:
+                with changed(self.model, run):
+                    forward(self.model, source_ids(self.model, run, ids_BS, mask_BS), mask_BS)
+            with changed(self.model, change):
+                values_BSV = forward(self.model, ids_BS, mask_BS, keep).float()
         return Logits(chosen=chosen, values_BSV=values_BSV, spans=spans, mask_BS=mask_BS)
+
+
+@contextmanager
+def _fitting(prompts: int) -> Iterator[None]:
+    """Say in one line what to do where so many prompts at once do not fit the memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"out of memory with {prompts} prompts at once; lower --batch-size") from error
 
 
 def _shown(batches: list[list[int]], label: str | None) -> Iterable[list[int]]:
