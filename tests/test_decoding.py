@@ -28,6 +28,7 @@ from gtqlora.capture import (
 )
 from gtqlora.config import ModelConfig
 from gtqlora.decoding import AS_IS, Change, Decoded, SourceRun, completing, decode, decode_by_row
+from gtqlora.decoding import engine as engine_module
 from gtqlora.decoding.completing import by_columns
 from gtqlora.decoding.engine import LOOK, Engine, Said
 from gtqlora.errors import ModelError
@@ -122,6 +123,23 @@ def test_past_the_last_column_a_row_goes_on_at_the_first(subject: Subject, promp
     """The narrowest cache there may be, and more steps in all than it has columns."""
     said = said_in(an_engine(subject, 2, columns=max(LENGTHS) + NEW + LOOK, by_row=True), prompts)
     assert tokens_of(said) == decode(subject, prompts, max_new_tokens=NEW).tokens
+
+
+def test_many_tokens_are_read_in_parts_and_no_row_waits_for_them(
+    one: Subject, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_TOKENS_AT_ONCE", 2 * max(LENGTHS))
+    shapes = list[tuple[int, ...]]()
+    inner = one.model.forward
+
+    def watched(*given: Any, **more: Any) -> Any:
+        shapes.append(tuple(more["input_ids"].shape))
+        return inner(*given, **more)
+
+    expected = decode(one, prompts, max_new_tokens=NEW).tokens
+    monkeypatch.setattr(one.model, "forward", watched)
+    assert tokens_of(said_in(an_engine(one, len(prompts), by_row=True), prompts)) == expected
+    assert [shape[0] for shape in shapes[:5]] == [2, 2, 2, 2, len(prompts)]
 
 
 def test_what_all_prompts_begin_with_is_read_once(one: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

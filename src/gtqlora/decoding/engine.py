@@ -99,9 +99,10 @@ class Engine:
         while waiting or any(self.in_row):
             free = [row for row, said in enumerate(self.in_row) if said is None]
             if waiting and self._worth_beginning(len(free), len(waiting)):
-                begun = self._begun_together(prompts, waiting[: len(free)])
-                del waiting[: len(begun)]
-                self._begin(free[: len(begun)], begun, prompts, n_shared)
+                begun, waiting = waiting[: len(free)], waiting[len(free) :]
+                for some in self._read_together(prompts, begun):
+                    self._begin(free[: len(some)], some, prompts, n_shared)
+                    free = free[len(some) :]
             else:
                 self._go_on()
             yield from self._ended()
@@ -110,11 +111,12 @@ class Engine:
         """Tell whether enough rows are free: reading a few prompts costs several steps of all rows."""
         return free >= min(waiting, max(1, len(self.in_row) // 4))
 
-    def _begun_together(self, prompts: Sequence[Tokens], waiting: list[int]) -> list[int]:
+    def _read_together(self, prompts: Sequence[Tokens], begun: list[int]) -> list[list[int]]:
+        """Return the prompts that begin in parts that are read at once."""
         if not self.by_row:
-            return waiting
-        longest = max(len(prompts[i]) for i in waiting)
-        return waiting[: max(1, _TOKENS_AT_ONCE // longest)]
+            return [begun]
+        size = max(1, _TOKENS_AT_ONCE // max(len(prompts[i]) for i in begun))
+        return [begun[start : start + size] for start in range(0, len(begun), size)]
 
     # --- what all prompts begin with
 
