@@ -29,6 +29,7 @@ from gtqlora.capture import (
 from gtqlora.config import ModelConfig
 from gtqlora.decoding import AS_IS, Change, Decoded, SourceRun, completing, decode, decode_by_row
 from gtqlora.decoding import engine as engine_module
+from gtqlora.decoding.caches import ColumnCache, bytes_of_row, growing, has_columns, tensors_of
 from gtqlora.decoding.completing import by_columns
 from gtqlora.decoding.engine import LOOK, Engine, Said
 from gtqlora.errors import ModelError
@@ -299,6 +300,18 @@ def test_logits_that_are_no_numbers_are_named(
         by_row(one, prompts)
 
 
+@torch.no_grad()
+def test_the_bytes_of_a_row_are_those_of_its_cache(subject: Subject) -> None:
+    cache = growing(subject)
+    subject.model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    column_1 = torch.zeros(1, dtype=torch.long)
+    few, more = (
+        sum(tensor.nbytes for layer in ColumnCache(cache, rows, 40, column_1).layers for tensor in tensors_of(layer))
+        for rows in (2, 5)
+    )
+    assert more - few == 3 * bytes_of_row(cache, 40)
+
+
 def test_long_prompts_have_columns_of_their_own() -> None:
     lengths = [10, 500, 30, 40, 260]
     found = by_columns([[0] * length for length in lengths], 20)
@@ -309,8 +322,6 @@ def test_long_prompts_have_columns_of_their_own() -> None:
 def test_a_window_that_is_shorter_than_the_columns_needs_a_cache_that_grows(
     tmp_path: Path, prompts: list[list[int]]
 ) -> None:
-    from gtqlora.decoding.caches import has_columns
-
     model = tiny_model("mixtral", sliding_window=48)
     subject = open_subject(str(save_tiny(tmp_path, "mixtral", model=model)))
     assert not has_columns(subject, 64) and not has_columns(subject, 48) and has_columns(subject, 47)

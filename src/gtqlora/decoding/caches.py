@@ -51,12 +51,15 @@ def attends_only(subject: Subject) -> bool:
     return not any(isinstance(layer, LinearAttentionLayer) for layer in growing(subject).layers)
 
 
-def size_of(cache: Cache) -> int:
-    """Return the bytes that a cache holds."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(layer))
+def bytes_of_row(cache: Cache, columns: int) -> int:
+    """Return the bytes that a row of so many columns takes; the cache given holds one token of one row."""
+    sizes = [sum(tensor.nbytes for tensor in tensors_of(layer)) for layer in cache.layers]
+    tokens = sum(size for size, layer in zip(sizes, cache.layers, strict=True) if isinstance(layer, DynamicLayer))
+    return sum(sizes) + (columns - 1) * tokens
 
 
-def _tensors(layer: Any) -> list[Tensor]:
+def tensors_of(layer: Any) -> list[Tensor]:
+    """Return what a layer's cache holds."""
     if isinstance(layer, LinearAttentionLayer):
         return [*_states(layer.conv_states), *_states(layer.recurrent_states)]
     return [layer.keys, layer.values]
@@ -104,7 +107,7 @@ class ColumnCache(Cache):
             if isinstance(mine, _Columns):
                 mine.take(theirs, rows_b, columns_S)
             else:
-                for own, state in zip(_tensors(mine), _tensors(theirs), strict=True):
+                for own, state in zip(tensors_of(mine), tensors_of(theirs), strict=True):
                     own.index_copy_(0, rows_b, state)
 
 

@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from gtqlora.capture import Subject, left_padded, log_odds, positions
 from gtqlora.contrasts.template import completions
-from gtqlora.decoding.caches import growing, has_columns, size_of
+from gtqlora.decoding.caches import bytes_of_row, growing, has_columns
 from gtqlora.decoding.change import AS_IS, Change, Changes, Tokens, source_ids
 from gtqlora.decoding.engine import FEW, LOOK, Engine, Said
 from gtqlora.decoding.steps import check, forward, runs_of
@@ -162,7 +163,7 @@ def _by_row(
     odds: Odds,
 ) -> Iterator[Said]:
     for columns, order in by_columns(prompts, max_new_tokens).items():
-        fitting = min(len(order), _fitting(subject, rows, columns * len(runs_of(change))) if capture else rows)
+        fitting = min(len(order), _fitting(subject, rows, columns, len(runs_of(change))) if capture else rows)
         engine = Engine(
             subject,
             change,
@@ -196,23 +197,23 @@ def by_columns(prompts: Sequence[Tokens], max_new_tokens: int) -> dict[int, list
     return {columns: found[columns][::-1] for columns in sorted(found)}
 
 
-def _fitting(subject: Subject, rows: int, columns: int) -> int:
+def _fitting(subject: Subject, rows: int, columns: int, runs: int) -> int:
     """Return how many rows have room for their caches, twice: as prompts are read, theirs are there a second time."""
-    if subject.model not in _token_bytes:
-        cache = growing(subject)
+    if subject.model not in _one_token:
+        _one_token[subject.model] = cache = growing(subject)
         ids_11 = torch.full((1, 1), subject.pad_id, device=subject.device)
         forward(subject, [AS_IS], [cache], [ids_11], torch.ones_like(ids_11), torch.zeros_like(ids_11))
-        _token_bytes[subject.model] = size_of(cache)
     free, _ = torch.cuda.mem_get_info(subject.device)
     free += torch.cuda.memory_reserved(subject.device) - torch.cuda.memory_allocated(subject.device)
-    fitting = max(1, int(_USABLE * free) // (2 * columns * _token_bytes[subject.model]))
+    each = 2 * runs * bytes_of_row(_one_token[subject.model], columns)
+    fitting = max(1, int(_USABLE * free) // each)
     if fitting < rows:
         note(f"{fitting} prompts run at once, not {rows}: the memory of {subject.device} holds no more keys and values")
     return min(rows, fitting)
 
 
-_token_bytes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""What a model keeps of one token; states of linear attention count as if each token had one."""
+_one_token: WeakKeyDictionary[nn.Module, Cache] = WeakKeyDictionary()
+"""What a model keeps of one token."""
 
 
 def grown(subject: Subject, prompts: Sequence[Tokens], change: Change, max_new_tokens: int, odds: Odds) -> list[Said]:
