@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2, help="runs of which the fastest counts")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--profile", action="store_true")
