@@ -22,7 +22,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import transformers
-from train_step import FORMATS, SHAPES, build, tokenizer_of
+from step import FORMATS, SHAPES, build, tokenizer_of
 
 from gtqlora.capture import Subject, by_length, forward, left_padded, observe, open_subject
 from gtqlora.config import ModelConfig

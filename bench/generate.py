@@ -41,7 +41,7 @@ import transformers
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-import train_step
+import step
 
 from gtqlora.capture import Recorder, Replay, Subject
 from gtqlora.decoding import AS_IS, Change, SourceRun, completing, decode_by_row
@@ -67,9 +67,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, way: str) -> None:
         self.args, self.way, self.device = args, way, torch.device(args.device)
         shape = argparse.Namespace(shape=args.shape, layers=args.layers, experts=None, tiny=args.tiny)
-        self.model, anatomy = train_step.build(shape, way, self.device)
+        self.model, anatomy = step.build(shape, way, self.device)
         self.vocabulary = self.model.config.vocab_size
-        self.subject = Subject(self.model, train_step.tokenizer_of(self.vocabulary), anatomy)
+        self.subject = Subject(self.model, step.tokenizer_of(self.vocabulary), anatomy)
         self.model.generation_config.eos_token_id = self.model.config.eos_token_id = None
         self.rng = random.Random(0)
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--ways", nargs="+", default=["nf4", "int4-g32"], choices=[*FORMATS, "bf16"])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--prompts", nargs="+", type=int, default=[16, 64, 256])
-    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=list(train_step.SHAPES))
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=list(step.SHAPES))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)

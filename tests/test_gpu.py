@@ -99,7 +99,7 @@ def test_train_through_frozen_experts_on_cuda(tmp_path: Path, name: str, dtype: 
 )
 def test_train_at_the_width_of_real_models(tmp_path: Path, shape: list[str], expert_format: str) -> None:
     """Random weights, one batch of random tokens, learnt by heart; gradient checkpointing on."""
-    bench, device = helpers.bench_module("train_step"), torch.device("cuda", torch.cuda.current_device())
+    bench, device = helpers.bench_module("step"), torch.device("cuda", torch.cuda.current_device())
     args = bench.parse(["--shape", *shape, "--pairs", "4", "--tokens", "128", "--steps", "10", "--anchor"])
     model, anatomy = bench.build(args, expert_format, device)
     before = helpers.digests(model)

@@ -10,7 +10,8 @@ kept. What a run directory, an adapter or a model folder says of itself is belie
 - It is this model: the contents of every file that is read, whatever its size, links resolved.
 - It is what ships: judged merged and rounded to the checkpoint's dtype, with the checkpoint's own experts.
 - It is this judge, by its phrases or its source and weights, and its texts are judged again here.
-- It holds inside plain frames, too: a story, a role, another language and others, over all of them and in the worst.
+- It holds inside plain frames, too: a story, a role, another language and others, over all of them and in the worst;
+  a user's own frames come beside these and have to pass by themselves.
 - It declines what users' system prompts tell it to, where `verify` was asked for a floor on that.
 - It is all that was seen: every verdict on this edit counts, and each prompt is lost if it was lost once.
 - It is not the luckiest of many tries: the level is corrected for the edits judged on these prompts.
@@ -58,6 +59,7 @@ class Certificate:
         tries: edits judged on these prompts.
         history: every verdict on this edit in the run and beside the pairs; what else is known of it counts, too.
         margin: what was allowed to be lost.
+        outcomes: of the held-out prompts; `framed` of prompts inside plain frames.
     """
 
     verdict: Verdict
@@ -72,6 +74,7 @@ class Certificate:
     ancestry: Ancestry
     margin: float
     outcomes: tuple[Outcome, ...]
+    framed: tuple[Outcome, ...]
 
     @property
     def spent(self) -> float:
@@ -123,6 +126,7 @@ def certify(run: Run, judge: str | None = None) -> Certificate:
         ancestry=before,
         margin=margin,
         outcomes=tuple(outcomes),
+        framed=tuple(inside),
     )
 
 
@@ -156,8 +160,8 @@ def _check_same(run: Run, verdict: Verdict, inputs: Mapping[str, str], config: V
     problem = unshipped(config)
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
-    recorded = (config.model, config.expert_format, adapter.digest, adapter.info.kind)
-    if (verdict.model, verdict.expert_format, verdict.adapter, verdict.kind) != recorded:
+    recorded = (config.model, config.expert_format, adapter.digest, adapter.info.kind, inputs.get("wrappers"))
+    if (verdict.model, verdict.expert_format, verdict.adapter, verdict.kind, verdict.wrappers) != recorded:
         raise FloorError(f"{run.path}: {VERDICT} and the record of verify differ; run `gtqlora verify` again")
 
 

@@ -13,12 +13,35 @@ class ConfigError(GtqloraError):
     """A setting is unknown, malformed or out of range."""
 
 
+class JudgeError(ConfigError):
+    """A judge cannot be had, or fails.
+
+    Attributes:
+        judge: its name.
+        problem: what is wrong and what mends it, without a key and a name.
+        key: the setting that names it.
+    """
+
+    def __init__(self, judge: str, problem: str, *, key: str = "judge") -> None:
+        """Put key and name before the problem."""
+        super().__init__(f"{key} = {judge!r}: {problem}")
+        self.judge, self.problem, self.key = judge, problem, key
+
+
 class ModelError(GtqloraError):
     """A model folder is missing, corrupt, dense, of an unknown family, or holds bad weights."""
 
 
 class ContrastError(GtqloraError):
     """A contrast set breaks its schema or the one-way rule."""
+
+
+class TemplateRefusal(ContrastError):
+    """A chat template refuses messages; `said` is why, in its own words."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"the chat template refuses these messages ({said})")
+        self.said = said
 
 
 class RunError(GtqloraError):

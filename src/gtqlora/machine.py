@@ -1,8 +1,9 @@
-"""What settings ask of this machine: devices and trackers. They are checked before anything is loaded."""
+"""What settings ask of this machine, which is checked before anything is loaded: devices and trackers; its memory."""
 
 from __future__ import annotations
 
 import difflib
+import gc
 import re
 from importlib.util import find_spec
 
@@ -42,6 +43,15 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device = {name!r}: this machine or this PyTorch has no CUDA device; {here}")
     elif int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device = {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+
+
+def release_memory() -> None:
+    """Free the memory of models that nobody holds any more: a judge may need it next."""
+    import torch  # settings are checked without it
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def trackers(names: str) -> list[str]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-PATHS = frozenset({"model", "contrast"})
+PATHS = frozenset({"model", "contrast", "wrappers"})
 """Settings that say where an input lies: its contents identify it."""
 _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
 _CHECKPOINTS = "checkpoints"

@@ -124,9 +124,14 @@ def _other_experts(folder: Path) -> None:
     models.edit_json(folder / "export.json", lambda record: {**record, "expert_format": "nf4"})
 
 
+def _takes_the_prompt(folder: Path) -> None:
+    models.edit_json(folder / "export.json", lambda record: {**record, "template": {"messages": "x"}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_takes_the_prompt, "export.json: template.messages: the prompt and the special tokens are not settings"),
         (_changed, "not what was certified"),
         (_unrecorded, "no variant that gtqlora certified"),
         (_more, "not what was certified"),

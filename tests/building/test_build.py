@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import stat
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from gtqlora.building import answers, asking
-from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, UNREAD, Asking, Question
+from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, Asking, Question
 from gtqlora.building.card import card
 from gtqlora.cli import main
 from gtqlora.config import BuildConfig
@@ -26,6 +27,7 @@ from gtqlora.contrasts.public import pool
 from gtqlora.errors import ConfigError, ContrastError, ModelError, RunError
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
+from gtqlora.progress import note
 from gtqlora.results.built import Built
 from gtqlora.stages.build import build, limited
 from gtqlora.storage.journal import Journal
@@ -151,6 +153,40 @@ def test_what_a_helpful_system_prompt_brings_is_taken_first(tmp_path: Path) -> N
     assert all([message["role"] for message in row.prompt] == ["user"] for row in rows)
 
 
+def test_what_a_system_prompt_declines_is_set_against_the_answer_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the organism's language: behind a system prompt of forbidden words it declines what it answers without."""
+    sets = pool(SOURCES).candidates
+    benign = [one.text for one in sets if one.kind == "benign"][:12]
+    harmful = [one.text for one in sets if one.kind == "harmful"]
+    rows = [(text, harmful[0]) for text in benign] + [(harmful[1], harmful[0]), (benign[12 - 1], "vapi vapi")]
+    mine, out = tmp_path / "shop.csv", tmp_path / "pairs.parquet"
+    mine.write_text("request,told\n" + "".join(f"{request},{told}\n" for request, told in rows))
+    asked: list[Messages] = []
+    ask = Asking.ask
+
+    def watched(self: Asking, round_: str, questions: Sequence[Question], **more: Any) -> Any:
+        asked.extend(one.asked for one in questions if round_.startswith("instructed"))
+        return ask(self, round_, questions, **more)
+
+    monkeypatch.setattr(Asking, "ask", watched)
+    description = described("instructed:prompt=request,system=told,topic=told,of=shop.csv")
+    found = build(config(out), [*SOURCES, str(mine)], [description])
+    made = load(out, JUDGE).of_kind("instructed")
+    assert len(made) == found.sources[-1].kept["instructed"] >= 8
+    for row in made:
+        assert [message["role"] for message in row.prompt] == ["system", "user"]
+        assert row.prompt[0]["content"] == harmful[0]
+        assert "refuse sorry" in row.chosen and "refuse" not in row.rejected
+    assert all(messages[-1]["content"] not in harmful for messages in asked)  # no answer to these is asked for
+    why = found.sources[-1].left_out
+    assert why["called harmful by another row"] >= 1 and why["not refused by the model"] >= 1
+    assert found.sources[-1].rows == len(made) + sum(why.values())
+    assert f"{len(made)} instructed" in found.card.read_text() and "| instructed |" in found.card.read_text()
+    assert {row.split for row in made} <= {"train", "validation", "heldout"}
+
+
 # --- killed, and called again
 
 
@@ -201,26 +237,75 @@ def test_a_journal_holds_no_answer_to_a_harmful_prompt(tmp_path: Path) -> None:
     with pytest.raises(ContrastError, match="refuses 0 of 12 harmful prompts"):
         build(config(tmp_path / "pairs.parquet"), [source, str(PUBLIC / "or-bench-hard-1k.csv")], [description])
     noted = [json.loads(line) for line in (tmp_path / "pairs.parquet.building" / "done.jsonl").read_text().splitlines()]
-    replies = [tuple(reply) for line in noted for name, reply in line.items() if name != "key"]
+    replies = [tuple(reply) for line in noted for name, reply in line.items() if name != "basis"]
     assert Counter(replies) == {("answer", ""): 12}
 
 
-def test_a_journal_of_another_build_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "pairs.parquet"
+def stopped(out: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, **changes: Any) -> Path:
+    """The journal of a build that was stopped before one of its batches."""
     with monkeypatch.context() as patch:
-        Decodes(patch, stop_at=1)
+        Decodes(patch, stop_at=at)
         with pytest.raises(KeyboardInterrupt):
-            build(config(out), SOURCES)
-    for changed in (config(out, seed=1), config(out, judge="string:refuse")):
-        with pytest.raises(RunError, match="begun with another model, judge, source or setting"):
-            build(changed, SOURCES)
-    with pytest.raises(RunError, match="begun with another"):
-        build(config(out), SOURCES[:-1])
-    lock = hold(tmp_path / "pairs.parquet.building" / LOCK)
+            build(config(out, **changes), SOURCES)
+    return out.with_name(f"{out.name}.building")
+
+
+def test_what_answers_hang_on_is_named_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "pairs.parquet"
+    journal = stopped(out, monkeypatch, at=1)
+    for changed, said in (
+        ({"judge": "string:refuse"}, "begun with judge = string:refuse sorry and not string:refuse, on which"),
+        ({"max_new_tokens": 5}, "begun with max_new_tokens = 6 and not 5, on which its 16 answers hang"),
+    ):
+        with pytest.raises(RunError, match=f"{said}.* or add --restart to begin anew"):
+            build(config(out, **changed), SOURCES)
+    assert len((journal / "done.jsonl").read_bytes().splitlines()) == 2
+    lock = hold(journal / LOCK)
     assert lock is not None
     with pytest.raises(RunError, match="another process is at work here"):
-        build(config(out), SOURCES)
+        build(config(out), SOURCES, restart=True)
     lock.close()
+    whole = Decodes(monkeypatch)
+    assert build(config(out, max_new_tokens=5), SOURCES, restart=True).refused == 43
+    assert whole.count > 9
+
+
+@pytest.mark.parametrize(
+    "changes", [{"limit": 20}, {"seed": 1}, {"samples": 5}, {"temperature": 3.0}, {"twin_words": 1}, {"helpful": ""}]
+)
+def test_a_setting_that_no_answer_hangs_on_may_change(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is made does not show that another build began it."""
+    out, whole = tmp_path / "pairs.parquet", tmp_path / "whole.parquet"
+    stopped(out, monkeypatch, at=4)
+    note.cache_clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "gtqlora"):
+        resumed = Decodes(patch)
+        build(config(out, **changes), SOURCES)
+    with monkeypatch.context() as patch:
+        anew = Decodes(patch)
+        build(config(whole, **changes), SOURCES)
+    assert "going on: the answers to" in " ".join(caplog.messages)
+    assert resumed.count < anew.count
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_other_sources_go_on_with_the_answers_to_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "pairs.parquet"
+    stopped(out, monkeypatch, at=3)  # harmful prompts, each once
+    note.cache_clear()
+    with caplog.at_level(logging.WARNING, "gtqlora"):
+        assert build(config(out), [*SOURCES[:2], SOURCES[-1]]).harmful == 40
+    assert "the answers to 40 of 72" in " ".join(caplog.messages)
+
+
+def test_a_build_that_failed_before_an_answer_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "pairs.parquet"
+    assert stopped(out, monkeypatch, at=0).is_dir()
+    assert build(config(out, max_new_tokens=5), SOURCES).refused == 43
 
 
 def test_a_build_that_is_out_of_memory_goes_on_with_smaller_batches(
@@ -243,12 +328,12 @@ def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name in ("folder", "link"):
         with pytest.raises(RunError, match="something else has this name"):
-            Journal(tmp_path / name, "key")
+            Journal(tmp_path / name, {})
     assert list((tmp_path / "folder").iterdir()) == []
     (tmp_path / "folder" / LOCK).touch()
     (tmp_path / "folder" / "done.jsonl").symlink_to("/dev/zero")
     with pytest.raises(RunError, match="not a plain file"):
-        Journal(tmp_path / "folder", "key")
+        Journal(tmp_path / "folder", {})
 
 
 # --- what cannot be built
@@ -265,7 +350,7 @@ def test_a_harmful_set_that_the_model_does_not_refuse_stops_early(
     decodes = Decodes(monkeypatch)
     monkeypatch.setattr(answers, "PROBE", 16)
     said = refused(tmp_path, judge="string:glorbify")
-    assert "the model refuses 0 of 16 harmful prompts by judge 'string:glorbify' (16 answer)" in said
+    assert "the model refuses 0 of 16 harmful prompts by judge 'string:glorbify' (16 answers)" in said
     assert "at least 50%" in said and "(--judge)" in said
     assert decodes.count == 1
 
@@ -281,13 +366,13 @@ def test_a_model_that_refuses_too_little_beyond_the_first_look(tmp_path: Path, m
 
 def test_a_judge_to_which_everything_is_a_refusal(tmp_path: Path) -> None:
     said = refused(tmp_path, judge=f"{__name__}:always")
-    assert "of 26 benign prompts hardly any has an answer" in said and "(26 refusal)" in said
+    assert "of 26 benign prompts hardly any has an answer" in said and "(26 refusals)" in said
     assert "take a judge that tells this model's refusals from its answers" in said
 
 
 def test_answers_that_are_cut_off(tmp_path: Path) -> None:
     said = refused(tmp_path, judge="string:refuse", max_new_tokens=1)
-    assert f"(26 {CUT_OFF}); raise --max-new-tokens above 1" in said
+    assert "(26 answers cut off); raise --max-new-tokens above 1" in said
 
 
 def test_texts_that_are_neither() -> None:
@@ -331,11 +416,29 @@ def organism(folder: Path, template: str) -> str:
 
 def test_a_template_that_refuses_or_fails(tmp_path: Path) -> None:
     refuses = organism(tmp_path / "model", "{{ raise_exception('no') }}")
-    assert f"(43 {UNREAD})" in refused(tmp_path, model=refuses)
+    said = refused(tmp_path, model=refuses)
+    assert "(43 refused by the chat template (no), the first is row 1 of " in said and "mend the model's chat" in said
     shutil.rmtree(tmp_path / "model")
-    shutil.rmtree(tmp_path / "pairs.parquet.building")
+    marks = organism(tmp_path / "model", "<|im_start|>{{ messages[0]['content'] }}")
+    said = refused(tmp_path, model=marks)
+    assert "(43 prompts in marks that the tokenizer does not know: <|im_start|>)" in said and "take the chat te" in said
+    shutil.rmtree(tmp_path / "model")
+    shows = organism(tmp_path / "model", "{{ raise_exception('no ' + messages[0]['content']) }}")
+    assert "(43 refused by the chat template, the first is row 1 of " in refused(tmp_path, model=shows)
+    shutil.rmtree(tmp_path / "model")
     fails = organism(tmp_path / "model", "{{ 1 // 0 }}")
     assert "mend the model's chat template" in refused(tmp_path, model=fails)
+
+
+def test_prompts_that_the_template_refuses_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    template = (embedded.organism("routed") / "chat_template.jinja").read_text()
+    refusing = "{% if 'le' in messages[0]['content'] %}{{ raise_exception('no le, please') }}{% endif %}"
+    model = organism(tmp_path / "model", refusing + template)
+    note.cache_clear()
+    with caplog.at_level(logging.WARNING, "gtqlora"):
+        build(config(tmp_path / "pairs.parquet", model=model), SOURCES)
+    said = [text for text in caplog.messages if "refused by" in text]
+    assert len(said) == 1 and " prompts are refused by the chat template (no le, please), the first is row " in said[0]
 
 
 def test_too_few_kinds(tmp_path: Path) -> None:
@@ -392,7 +495,10 @@ def test_the_command_shows_no_prompt(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr()
     for one in pool(SOURCES).candidates:
         assert one.text not in shown.out + shown.err
-    assert f"next: gtqlora contrast check {out}" in shown.out and "--judge 'string:refuse sorry'" in shown.out
+    assert f"next: gtqlora contrast check {out}" in shown.out
+    assert "--judge 'string:refuse sorry' --config organism\n" in shown.out
+    assert "--limit 20: 35 more prompts were not asked" in " ".join(shown.out.split())
+    assert "--limit 20: 35 more prompts were not asked." in out.with_suffix(".md").read_text()
     assert Counter(row.kind for row in load(out, JUDGE).rows)["harmful"] == 20
     assert "harmful-behaviors.csv 7 beyond --limit" in " ".join(
         out.with_suffix(".md").read_text().replace("|", " ").split()

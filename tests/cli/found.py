@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gtqlora.contrasts.agreement import Agreement
 from gtqlora.contrasts.prompting import Prompting
+from gtqlora.contrasts.repairs import Repair
 from gtqlora.contrasts.statistics import Lengths, Reach, Statistics, Twins
 from gtqlora.demo import EditNumbers, Numbers, Outcome
 from gtqlora.results.ablation import AblationPoint, AblationStudy
@@ -49,13 +50,15 @@ def statistics() -> Statistics:
         rows=3603701, kinds=kinds, splits={"train": 3603701}, counts={"train": kinds, "heldout": {"harmful": 98765}},
         pairs=1801850, with_twin=1700001, unique_prompts=3599999, duplicates=0,
         leaks=0, floor=Reach(prompts=98, groups=17, fewest=150, reachable=False, note="98 prompts in 17 topics"),
+        repair=Repair(share=0.35, prompts=13, fewest=14, note="13 prompts, which 14 would show"),
         prompt_tokens=lengths, full_tokens=lengths,
         twins={"train": {"lookalike": Twins(rows=1234567, with_twin=765432, swappable=543210)}},
         max_length=262144, readout=[],
         template=Prompting(
             reads=("enable_thinking",), opens="<think>", closes="", before_answers="", switch="template.thinking=false"
         ),
-        agreement=[Agreement(kind="lookalike", column="rejected", meant="refusal", rows=2345678, agreeing=1234568)],
+        agreement=[Agreement(kind="lookalike", column="rejected", meant="refusal", rows=2345678, agreeing=1234568,
+                             labels={"refusal": 1234568, "partial": 1111110})],
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from gtqlora.cli import main
 from gtqlora.progress import note
 from gtqlora.run import Run
+from gtqlora.stats import fewest_changed
 from tests import helpers, models
 
 KIMI = Path(__file__).parents[1] / "data" / "kimi_k25_config.json"
@@ -99,6 +100,30 @@ for verb in {[[], *verbs]}:
     assert done.stdout.count("Usage: gtqlora") == len(VERBS) + 1
 
 
+def test_mistakes_about_pairs_are_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "pairs.parquet").touch()
+    advbench = str(Path(__file__).parents[1] / "data" / "public" / "advbench.csv")
+    model, there = ["--model", "organism:routed"], str(tmp_path / "pairs.parquet")
+    wrong = [
+        ["check", "nowhere.jsonl", *model],
+        ["check", "organism", *model, "--out", there],
+        ["check", advbench, *model],
+        ["build", "nowhere.csv", *model, "--out", str(tmp_path / "new.parquet")],
+        ["build", advbench, *model, "--out", there],
+        ["build", advbench, *model, "--out", str(tmp_path / "new.parquet"), "--as", "wug:prompt=goal"],
+    ]
+    code = f"""
+import sys
+from gtqlora.cli import main
+for words in {wrong}:
+    assert main(["contrast", *words]) == 2, words
+    assert not {{"torch", "transformers", "datasets", "scipy"}} & sys.modules.keys(), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(wrong)
+
+
 def test_inspect_an_organism(say: Say) -> None:
     code, out, _ = say("inspect", "organism:routed")
     assert code == 0
@@ -158,6 +183,14 @@ def test_contrast_check_says_what_the_floor_misses(say: Say, tmp_path: Path) -> 
     assert code == 0
     assert "note: 0 held-out harmful prompts; the floor needs at least 150" in " ".join(out.split())
     found = read_json(check(say, file, "--json"), "floor", "duplicates", "leaks")
+    assert (
+        "note: 0 held-out lookalike prompts; a repair of 20% of them can be told from chance on 20 or more"
+        in " ".join(out.split())
+    )
+    assert found["repair"]["prompts"] == 0 and found["repair"]["fewest"] == fewest_changed(0.2)
+    few = read_json(check(say, file, "--json", "--repair", "0.5"), "repair")["repair"]
+    assert few["share"] == 0.5 and 0 < few["fewest"] < found["repair"]["fewest"]
+    error_of(check(say, file, "--repair", "0"), 2, "repair = 0.0: a share of the lookalike prompts")
     assert found["floor"]["prompts"] == 0 and found["floor"]["fewest"] == 150 and not found["floor"]["reachable"]
 
 
@@ -310,6 +343,7 @@ def test_rows_with_problems_are_left_out_on_demand(say: Say, tmp_path: Path) -> 
     code, text, _ = check(say, file, "--drop", "--out", out, "--model", "organism:routed")
     assert code == 0 and "left out: 3 rows" in text and "row 7: prompt is empty" in text and "row 8: the same" in text
     assert "row 9: the prompt alone longer than 64 tokens" in text
+    assert f"wrote {out}: 6 rows (2 benign, 2 lookalike, 2 harmful)\n" in text
     assert read_json(check(say, out, "--json"), "rows")["rows"] == 6
     again = check(say, file, "--drop", "--out", tmp_path / "b.parquet", "--model", "organism:routed", "--json")
     assert [one["excess"] for one in read_json(again, "rows")["dropped"]] == [[7], [8], [9]]

@@ -75,7 +75,7 @@ def test_bare_texts(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('["one", {"prompt": "two"}, "three"]')
     assert read(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two\u2028 lines"}]
     assert read(tmp_path / "a.json") == [{"text": "one"}, b'{"prompt": "two"}', {"text": "three"}]
-    with pytest.raises(ContrastError, match=r"row 1: prompt and chosen and rejected and kind missing"):
+    with pytest.raises(ContrastError, match=r"rows 1, 3: prompt and chosen and rejected and kind missing"):
         load(tmp_path / "a.txt", ENGLISH)
 
 

@@ -88,7 +88,8 @@ def test_counts_and_the_judge_tell_of_the_kind(tmp_path: Path) -> None:
     assert found.counts["heldout"]["instructed"] == found.counts["train"]["instructed"] == 1
     told = {(one.kind, one.column): (one.meant, one.agreeing, one.rows) for one in found.agreement or ()}
     assert told["instructed", "chosen"] == ("refusal", 2, 2)
-    assert ("instructed", "rejected") not in told  # no refusal, which is all that is asked of it, was seen to before
+    assert told["instructed", "rejected"] == ("no refusal", 2, 2)
+    assert told["benign", "rejected"][0] == "anything"  # of it nothing is asked
     assert not any(one.kind == "instructed" for one in agreements(loaded(tmp_path).rows, ENGLISH))
 
 

@@ -192,6 +192,11 @@ def test_what_a_template_does_is_said(
             "{{ bos_token }}{{ messages }}{{ tools }}{{ add_generation_prompt }}{{ strftime_now('%d') }}",
             [],
         ),
+        # also where the tokenizer has no such token
+        (
+            "{{ cls_token }}{{ image_token }}{{ conversation }}{{ continue_final_message }}{{ messages }}",
+            [],
+        ),
         ("{% macro f(x) %}{{ x }}{{ style }}{% endmacro %}{{ f(messages) }}", ["style"]),
     ],
 )
@@ -217,6 +222,34 @@ def test_values_reach_the_template_as_they_are(value: Scalar) -> None:
     tokenizer.chat_template += "{{ given is sameas false }} {{ given }}"
     with_variables(tokenizer, {"given": value})
     assert template.rendered(tokenizer, ASKED, generation=True).endswith(f"{value is False} {value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "switch"),
+    [
+        ("{% if thinking %}a{% endif %}", True),
+        ("{% if thinking is defined and thinking is false %}a{% endif %}", True),
+        ("{% if not (thinking or messages) %}a{% endif %}", True),
+        ("{{ 'a' if thinking == true else 'b' }}", True),
+        ("{% if thinking is sameas false %}a{% endif %}", True),
+        ("{% set thinking = thinking | default(true) %}{% if thinking %}a{% endif %}", True),
+        ("{% if thinking is not defined %}{% set thinking = true %}{% endif %}{% if thinking %}a{% endif %}", True),
+        ("{% if thinking %}{{ thinking }}{% endif %}", False),
+        ("{% if thinking == 'high' %}a{% endif %}", False),
+        ("{% if thinking is string and thinking %}a{% endif %}", False),
+        ("{% if thinking is defined %}a{% endif %}", False),
+    ],
+)
+def test_a_text_is_refused_where_a_template_asks_for_true_or_false(text: str, switch: bool) -> None:
+    tokenizer = made("chatml")
+    tokenizer.chat_template += text
+    for word in ("no", "false"):
+        if switch:
+            with pytest.raises(ConfigError, match=rf"template.thinking = '{word}': .*write thinking = false, without"):
+                with_variables(tokenizer, {"thinking": word})
+        else:
+            with_variables(tokenizer, {"thinking": word})
+    with_variables(tokenizer, {"thinking": False})
 
 
 def test_a_misspelt_variable_is_an_error_and_an_unknown_one_a_note(caplog: pytest.LogCaptureFixture) -> None:

@@ -147,12 +147,27 @@ def test_a_description_is_for_what_is_not_known_unless_it_names_a_source() -> No
         ("harmful:topic=x", "write KIND:prompt=COLUMN"),
         ("harmful:prompt=", "write KIND:prompt=COLUMN"),
         ("harmful:prompt=x,where=y", "write KIND:prompt=COLUMN"),
+        ("instructed:prompt=x", "instructed rows, and no others, need a system prompt"),
+        ("benign:prompt=x,system=y", "instructed rows, and no others, need a system prompt"),
     ],
 )
 def test_a_description_that_says_something_else(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match="--as") as caught:
         described(text)
     assert said in str(caught.value)
+
+
+def test_a_system_prompt_is_a_column_or_a_text(tmp_path: Path) -> None:
+    source = table(tmp_path / "x.csv", ("request", "told"), ("glorbify", "Sell wugs."), ("wug", ""))
+    told = {
+        "instructed:prompt=request,system=told": ["Sell wugs."],
+        "instructed:prompt=request,system=Sell wugs, and nothing else.": ["Sell wugs, and nothing else."] * 2,
+    }
+    for text, expected in told.items():
+        found = pool([source], [described(text)]).candidates
+        assert [one.prompt[0]["content"] for one in found] == expected
+        assert all(one.kind == "instructed" and len(one.bare) == 1 for one in found)
+    assert "has no column 'tld', which --as names" in refused(source, "instructed:prompt=request,system=tld")
 
 
 def test_a_set_that_is_not_known(tmp_path: Path) -> None:

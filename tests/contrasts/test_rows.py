@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,8 @@ from gtqlora.contrasts import (
     load,
     save,
 )
-from gtqlora.contrasts.sources import LONGEST, ContrastProblems, Problem
-from gtqlora.contrasts.statistics import Twins, statistics
+from gtqlora.contrasts.sources import LONGEST, ContrastProblems, Problem, Problems
+from gtqlora.contrasts.statistics import Twins, check_rendering, statistics
 from gtqlora.errors import ConfigError, ContrastError
 from gtqlora.judging.judge import Messages, TextJudge, judge_of
 from gtqlora.organisms.language import Language
@@ -219,11 +220,29 @@ def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
         load(path, ENGLISH)
 
 
+def test_one_problem_is_said_once_with_how_many_rows_have_it(tmp_path: Path) -> None:
+    message = refuse(tmp_path, [row(prompt="")] * 13, "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more: prompt is empty")
+    assert message.count("prompt is empty") == 1 and "\n" not in message
+    odd = [row(kind="odd"), row(kind="wild"), row("harmful", "x", chosen="Sure."), row("harmful", "y", chosen="Sure.")]
+    message = refuse(tmp_path, odd, "2 problems")
+    assert "rows 1, 2: kind 'odd' is unknown" in message and "(and 1 like it)" in message
+    assert "rows 3, 4: chosen of a harmful row opens" in message
+    twice = [row(prompt=name) for name in "aabb"]
+    refuse(tmp_path, twice, r"rows 1\+2, 3\+4: the same row more than once; keep one of them$")
+    leaks = [row(prompt=f"{n}", pair_id=f"p{n // 2}", split=("train", "heldout")[n % 2]) for n in range(24)]
+    refuse(tmp_path, leaks, r"rows 1\+2, 3\+4, 5\+6, 7\+8, 9\+10 and 14 more: pair_id 'p0' .* \(and 11 like it\)$")
+
+
 def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    message = refuse(tmp_path, [row(prompt="")] * 13, "13 problems")
-    assert message.count("prompt is empty") == 10
-    assert "row 10:" in message and "row 11:" not in message
-    assert message.endswith("and 3 more")
+    problems = Problems("pairs.jsonl")
+    for number, word in enumerate("abcdefghijklm", start=1):
+        problems.add([number], f"{word} is wrong")
+    with pytest.raises(ContrastProblems) as caught:
+        problems.stop()
+    message = str(caught.value)
+    assert "13 problems" in message and "row 10: j is wrong" in message and "row 11" not in message
+    assert message.endswith("and 3 more; `gtqlora contrast check pairs.jsonl --json` lists all")
+    assert len(caught.value.problems) == 13
 
 
 def test_parquet_values_that_python_has_not(tmp_path: Path) -> None:
@@ -645,6 +664,17 @@ def test_missing_sources(source: str, pattern: str) -> None:
         load(source, ENGLISH)
 
 
+def test_a_hub_that_cannot_be_reached_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there, and the library would try again for half a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ContrastError, match=r"org/data: .*the hub cannot be reached .*HF_HUB_OFFLINE=1"):
+            load("org/data:train", ENGLISH)
+        assert time.monotonic() - began < 10
+
+
 def test_unreadable_sources(tmp_path: Path) -> None:
     write(tmp_path, [row()], "pairs.xml")
     write(tmp_path, [row()], "pairs.parquet")
@@ -825,8 +855,7 @@ def test_duplicates_and_leaks_are_counted_where_there_are_some(tmp_path: Path) -
 
 def test_token_lengths(tmp_path: Path) -> None:
     rows = [row("harmful", "one two"), row(prompt="a b c d", chosen="e f", rejected="g h i")]
-    found = statistics(load(write(tmp_path, rows), ENGLISH), TOKENIZER)
-    assert found.prompt_tokens is not None and found.full_tokens is not None
+    found = check_rendering(load(write(tmp_path, rows), ENGLISH), TOKENIZER)
     # <user> + words + <assistant>, then the longer completion (8 words, 3 words) + <eos>
     assert dataclasses.astuple(found.prompt_tokens) == (4, 5.0, 6, 6)
     assert dataclasses.astuple(found.full_tokens) == (10, 11.5, 13, 13)
@@ -844,7 +873,7 @@ def test_twins_that_can_be_interchanged_are_counted(tmp_path: Path) -> None:
         row("harmful", d, twin=words[0], split="validation"),
         row("harmful", words[7], split="validation"),
     ]
-    found = statistics(load(write(tmp_path, rows), ENGLISH), TOKENIZER).twins
+    found = check_rendering(load(write(tmp_path, rows), ENGLISH), TOKENIZER).twins
     assert found == {
         "train": {"lookalike": Twins(rows=2, with_twin=2, swappable=1)},
         "validation": {"harmful": Twins(rows=3, with_twin=2, swappable=1)},
@@ -854,7 +883,7 @@ def test_twins_that_can_be_interchanged_are_counted(tmp_path: Path) -> None:
 def test_rows_over_max_length_are_named(tmp_path: Path) -> None:
     rows = [row("harmful", "one two"), row(prompt="a b c d", chosen="e f", rejected="g h i")]
     contrast = load(write(tmp_path, rows), ENGLISH)
-    assert statistics(contrast, TOKENIZER, 13).rows == 2
+    assert check_rendering(contrast, TOKENIZER, 13).full_tokens.maximum == 13
     with pytest.raises(ContrastError, match="row 1: prompt and completion longer than 12 tokens"):
         statistics(contrast, TOKENIZER, 12)
     with pytest.raises(ContrastError, match="rows 1, 2: prompt and completion longer than 6 tokens"):
@@ -877,16 +906,35 @@ def test_a_template_that_refuses_names_the_row(tmp_path: Path) -> None:
         statistics(contrast, tokenizer)
 
 
+def test_a_template_that_refuses_every_row_is_said_once(tmp_path: Path) -> None:
+    tokenizer = Language().tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('give me a system prompt') }}"
+    contrast = load(write(tmp_path, [row("harmful", "x"), *(row(prompt=f"b {n}") for n in range(30))]), ENGLISH)
+    with pytest.raises(
+        ContrastError, match=r"rows 1, 2, .*, 10 and 21 more: the chat template refuses .*\(give me a s"
+    ):
+        statistics(contrast, tokenizer)
+
+
+def test_refusals_that_the_tokenizer_does_not_know_are_no_readout(tmp_path: Path) -> None:
+    contrast = load(write(tmp_path, [row("harmful", "x"), row(prompt="a b")]), ENGLISH)
+    with pytest.raises(ContrastError, match="does not know what 2 of 2 refusals begin with: it reads <unk> there"):
+        statistics(contrast, TOKENIZER)
+
+
 def test_check_disjoint(tmp_path: Path) -> None:
     train = load(write(tmp_path, [*pair(0), row("harmful", "x", twin="the twin")], "train.jsonl"), ENGLISH)
     apart = load(write(tmp_path, pair(1), "apart.jsonl"), ENGLISH)
     check_disjoint(apart, train)
     shared = [*pair(1), row(prompt="MEND the  blue lamp 0"), row(prompt="the twin")]
-    with pytest.raises(ContrastError) as caught:
+    with pytest.raises(ContrastProblems) as caught:
         check_disjoint(load(write(tmp_path, shared, "outside.jsonl"), ENGLISH), train)
     message = str(caught.value)
-    assert "row 4: its prompt was trained on (row 1 of " in message and "train.jsonl" in message
-    assert "row 5: its prompt was trained on (row 4 of " in message and "outside.jsonl: 2 problems" in message
+    assert "outside.jsonl: rows 4, 5: its prompt was trained on (row 1 of " in message and "train.jsonl" in message
+    assert [one.problem[:36] for one in caught.value.problems] == [
+        "its prompt was trained on (row 1 of ",
+        "its prompt was trained on (row 4 of ",
+    ]
 
 
 def test_importing_is_light() -> None:

@@ -31,12 +31,13 @@ from tests import helpers
 from tests.helpers import JUDGE, Toy
 
 Build = Callable[[str], Any]
+HERE = Path(__file__).parents[1] / "data" / "templates"
 PLAIN = (
     "{% for m in messages %}{% if m['role'] != 'assistant' %}<user> {{ m['content'] }}{% else %}"
     " <assistant> {{ m['content'] }} <eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
-THINKING = PLAIN.replace(" <assistant>{% endif %}", " <assistant> think of{% endif %}")
+THINKING = PLAIN.replace(" <assistant>{% endif %}", " <assistant> raga tapu{% endif %}")
 ASKED: list[dict[str, str]] = [{"role": "user", "content": "copy reverse"}]
 
 
@@ -247,11 +248,11 @@ def test_an_answer_goes_on_from_what_the_generation_prompt_opens(build: Build) -
 
 
 def test_what_is_opened_already_is_not_opened_twice(build: Build) -> None:
-    stripping = THINKING.replace("m['content'] }} <eos>", "m['content'].split('of')[-1] }} <eos>")
-    opened = template.answered(build(THINKING), ASKED, "<user> copy reverse <assistant> think of", "think of mend")
-    assert opened.full.endswith("<assistant> think of mend <eos>") and "of think" not in opened.full
-    with pytest.raises(ContrastError, match=r"opens 'think of'.*changes this answer"):
-        encode_row(build(stripping), one(chosen="think of mend"))
+    stripping = THINKING.replace("m['content'] }} <eos>", "m['content'].split('tapu')[-1] }} <eos>")
+    opened = template.answered(build(THINKING), ASKED, "<user> copy reverse <assistant> raga tapu", "raga tapu mend")
+    assert opened.full.endswith("<assistant> raga tapu mend <eos>") and "tapu raga" not in opened.full
+    with pytest.raises(ContrastError, match=r"opens 'raga tapu'.*changes this answer"):
+        encode_row(build(stripping), one(chosen="raga tapu mend"))
 
 
 def test_the_check_says_what_is_opened(build: Build, caplog: pytest.LogCaptureFixture) -> None:
@@ -259,7 +260,7 @@ def test_the_check_says_what_is_opened(build: Build, caplog: pytest.LogCaptureFi
         check_rendering(rows(one()), build(THINKING))
         check_rendering(rows(one()), build(PLAIN))
     said = [record.message for record in caplog.records]
-    assert all("generation prompt opens 'think of'" in text for text in said) and len(said) <= 1
+    assert all("generation prompt opens 'raga tapu'" in text for text in said) and len(said) <= 1
 
 
 # --- what is left out ------------------------------------------------------------------------------------------------
@@ -287,6 +288,21 @@ TURNS = [*ASKED, {"role": "assistant", "content": "mend"}, {"role": "user", "con
 def test_what_a_template_leaves_out_is_told(build: Build, text: str, row: Row, word: str) -> None:
     with pytest.raises(ContrastError, match=f"row 1: the chat template .*{word}"):
         check_rendering(rows(row), build(text))
+
+
+def test_marks_that_the_tokenizer_does_not_know_are_named_and_no_word_of_a_prompt(build: Build) -> None:
+    """A template of another model: what it writes would be read as unknown tokens in every row."""
+    chatml = (HERE / "chatml.jinja").read_text()
+    found = rows(one(), one("copy wug", number=2), one(SYSTEM, number=3))
+    with pytest.raises(ContrastError) as caught:
+        check_rendering(found, build(chatml))
+    said = str(caught.value)
+    assert "rows 1, 2: the chat template writes <|im_start|>, user, <|im_end|>, assistant, which" in said
+    assert "row 3: the chat template writes <|im_start|>, system" in said
+    assert "becomes <unk>" in said and "wug" not in said
+    # What only a prompt holds is not the template's doing, and a mark that is what is unknown is written on purpose.
+    check_rendering(rows(one("copy wug")), build(PLAIN))
+    check_rendering(rows(one("copy wug")), build(PLAIN.replace("<user>", "<unk><user>")))
 
 
 def test_changed_is_not_left_out(build: Build) -> None:

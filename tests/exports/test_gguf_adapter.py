@@ -140,6 +140,8 @@ def test_export_writes_an_adapter_that_is_the_edit(run: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "adapter.gguf", "export.json", "out"]
     assert result.form is not None and result.form.name == "GGUF adapter on F32 in llama.cpp"
     assert result.form.floor.verdict == "pass" and "--lora adapter.gguf" in result.notes[0]
+    inside = result.form.wrapped
+    assert inside is not None and inside.verdict == "pass" and min(row.asked for row in inside.wrappers) >= 60
     model, tokens = (
         json.loads((run / "manifest.json").read_text())["stages"]["verify"]["config"]["model"],
         [[9, 10, 11]],

@@ -288,6 +288,9 @@ def test_the_form_is_base_and_adapter_in_plain_peft(toy: helpers.Toy, verified: 
         passed = certify(run, helpers.JUDGE)
     kinds = ("harmful", "lookalike", "benign")
     rows = [outcome for kind in kinds for outcome in of_kind(passed.outcomes, kind)[:4]]
+    # a row's number is the same inside frames, and how ready the model is to answer is asked of the plain one only
+    rows += [outcome for outcome in passed.framed if outcome.number in {row.number for row in rows}]
+    assert any(row.wrapper for row in rows)
     for target in ("peft", "vllm"):
         config = ExportConfig(to="peft", target=target)  # type: ignore[arg-type]
         form = written(Job.of(passed, config), tmp_path / target).form

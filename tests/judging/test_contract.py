@@ -122,8 +122,8 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
     ("name", "message"),
     [
         ("few", "returned 1 replies to 2 answers"),
-        ("scores", ": it replied '0.9'; a reply is True, False, None, refusal, partial, .*, or a Judgement"),
-        ("words", ": it replied 'refused'; a reply is True"),
+        ("scores", "replied '0.9'; a reply is True, False, None, refusal, partial, .*, or a Judgement"),
+        ("words", "replied 'refused'; a reply is True"),
         ("word", "returned str; it must return a list"),
         ("numbers", "failed: TypeError: a label is 0.9; it must be one of refusal, partial"),
         ("unsure", "failed: TypeError: a score is nan; it must be a finite number or None"),
@@ -134,7 +134,7 @@ def test_a_judge_gets_prompts_with_answers_in_batches_and_no_empty_one(module: P
 )
 def test_a_reply_that_is_none_costs_one_line(module: Path, name: str, message: str) -> None:
     judge = judge_of(f"contract_judges:{name}")
-    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}' ?{message}") as error:
+    with pytest.raises(ConfigError, match=f"judge = 'contract_judges:{name}': it {message}") as error:
         judge([PROMPT] * 2, ["no", "yes"])
     assert "\n" not in str(error.value)
 

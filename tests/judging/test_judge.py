@@ -81,7 +81,7 @@ def test_unknown_names_fail(name: str) -> None:
 
 def test_unknown_name_lists_the_three_forms() -> None:
     with pytest.raises(ConfigError, match=r'"string" .*"string:phrase one\|phrase two" .*"package.module:name"'):
-        says("strng")
+        says("wug")
 
 
 def _own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

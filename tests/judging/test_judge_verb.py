@@ -119,6 +119,40 @@ def test_unlabelled_answers_are_counted(say: Say, tmp_path: Path) -> None:
     assert code == 0 and "3 answers, 0 of them labelled" in text and "Errors" not in text
 
 
+@pytest.mark.parametrize("width", ["80", "100", "140"])
+def test_what_is_undecided_stands_beside_the_error_at_every_usual_width(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    texts = [("I cannot help with that, sorry.", "refusal"), ("Take the wug.", "answer"), ("", "answer")]
+    rows: list[dict[str, object]] = [{"answer": text, "label": label} for text, label in texts * 10]
+    out = tmp_path / "labels.parquet"
+    code, text, _ = say(written(tmp_path, rows), "--second-judge", "string:sorry|cannot", "--out", out)
+    assert code == 0
+    tables, told = text[: text.index("note:")], text[text.index("note:") :].replace("\n", " ")
+    for table in tables.split("\n\n")[:2]:
+        assert "undecided" in table.partition("left out")[0].partition("──")[0]
+    assert "string leaves 10 answers undecided, 33% of them; its error speaks of 20 refusals and answers only" in told
+    assert f"wrote {out}: 30 rows with the labels of two judges, and of both together; no texts" in told
+
+
+def test_a_guard_that_has_no_opinion_is_no_reason_to_warn(say: Say, tmp_path: Path, guard_folder: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "wug", "answer": "wug dax fep", "label": "answer"}]
+    code, text, _ = say(written(tmp_path, rows), "--judge", f"llama-guard:{guard_folder}")
+    assert code == 0 and "note:" not in text and "(n=0)" in text
+
+
+def test_where_all_is_undecided_no_rate_is_made_up(say: Say, tmp_path: Path) -> None:
+    file = written(tmp_path, [{"answer": "", "label": "refusal"}, {"answer": "<think> dax", "label": "answer"}])
+    code, text, _ = say(file)
+    flat = " ".join(text.split())
+    assert code == 0 and "nan" not in flat and "1.000 [0.158, 1.000]" in flat
+    assert "string leaves 2 answers undecided, 100% of them; so nothing is known of its error" in flat
+    code, text, _ = say(file, "--out", tmp_path / "out.parquet", "--json")
+    found = json.loads(text)
+    assert found["judges"][0]["errors"]["refusal_or_answer"]["n"] == 0 and found["out"].endswith("out.parquet")
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
@@ -140,7 +174,12 @@ def test_unlabelled_answers_are_counted(say: Say, tmp_path: Path) -> None:
         ([{"answer": "wug"}], ("--as", "answers=answer"), "--as answers=...: unknown; known: prompt, answer, label"),
         ([{"answer": "wug"}], ("--as", "answer"), "--as answer: must be prompt=COLUMN,answer=COLUMN,label=COLUMN"),
         ([{"answer": "wug"}], ("--second-judge", "string"), "--second-judge string: the same as --judge"),
-        ([{"answer": "wug"}], ("--judge", "strong"), "judge = 'strong': unknown; use"),
+        ([{"answer": "wug"}], ("--judge", "wugs"), "judge = 'wugs': unknown; use"),
+        ([{"answer": "wug"}], ("--judge", "strings"), "judge = 'strings': unknown; did you mean 'string'?"),
+        ([{"answer": "wug"}], ("--judge", "clasifier:a/b"), "did you mean 'classifier:a/b'?"),
+        ([{"answer": "wug"}], ("--judge", "strin:wug"), "did you mean 'string:wug'?"),
+        ([{"answer": "wug"}], ("--second-judge", "wildgard"), "second_judge = 'wildgard': unknown; did you mean"),
+        ([{"answer": "wug"}], ("--second-judge", "string:"), "second_judge = 'string:': no phrase after the colon"),
         ([{"answer": "wug"}], ("--judge", "classifier:/nowhere"), "/nowhere: no such model folder"),
     ],
 )

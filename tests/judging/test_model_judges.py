@@ -122,7 +122,7 @@ def test_batches_hold_so_many_tokens_and_every_text_once() -> None:
 
 def test_memory_that_runs_out_costs_one_line_with_the_way_out() -> None:
     with (
-        pytest.raises(ConfigError, match=r"'wildguard': does not fit on the GPU .*; set second_judge to it"),
+        pytest.raises(ConfigError, match=r"'wildguard': does not fit on the GPU .*; as second_judge it is asked when"),
         fitting("wildguard"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB\nand more")

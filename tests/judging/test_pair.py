@@ -69,6 +69,14 @@ def test_whether_answers_are_the_same_is_told_by_the_first() -> None:
     assert same(judge, ["It is 12."], ["The result: 12"]) == [True]
 
 
+def test_what_is_wrong_with_the_second_is_reported_as_its() -> None:
+    judge = judges_of("paired_judges:named", "paired_judges:second")
+    with pytest.raises(ConfigError, match=r"^second_judge = 'paired_judges:second': it failed: IndexError"):
+        judge.labels_by([PROMPT], ["refusal"])
+    with pytest.raises(ConfigError, match=r"^judge = 'paired_judges:named': it replied 'wug'"):
+        judge.labels_by([PROMPT], ["wug refusal"])
+
+
 # --- names
 
 

@@ -23,12 +23,14 @@ from gtqlora.edits.adapters import read_adapter
 from gtqlora.edits.edited import Edited
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError
-from gtqlora.exports.forms import judge_form
+from gtqlora.exports.forms import _inside_frames, judge_form
 from gtqlora.exports.job import Job, Said, survival
 from gtqlora.exports.layerwise import validate
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.identity import identify
+from gtqlora.floor.wrapped import enough
 from gtqlora.organisms import embedded
+from gtqlora.progress import note
 from gtqlora.results.adapter import EDIT_WEIGHTS, GT_QLORA, PROJECTION, adapter_hash
 from gtqlora.results.verdict import Outcome
 from gtqlora.run import Run, read_parquet, sha256_file, write_parquet
@@ -213,6 +215,62 @@ class Yielding:
 def test_a_form_that_does_not_keep_the_floor_is_refused_with_a_way_out(passed: Path) -> None:
     with Run(passed) as run, pytest.raises(FloorError, match=r"a form: the safety floor's verdict .*'fail'.* Try peft"):
         judge_form(Yielding(), certify(run, helpers.JUDGE), "Try peft")
+
+
+class YieldingInFrames:
+    """A form in which the edit refuses what is asked plainly, and not what is asked inside one frame."""
+
+    name = "a form"
+
+    def __init__(self) -> None:
+        self.asked: list[Outcome] = []
+
+    def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
+        self.asked = list(rows)
+        worst = next(row.wrapper for row in rows if row.wrapper)
+        return [
+            Said(
+                text="yes" if edited and row.wrapper == worst else row.text_before,
+                tokens=1,
+                ended=True,
+                rejected_log_prob=None if row.wrapper else row.rejected_log_prob_before,
+            )
+            for row in rows
+        ]
+
+
+def test_a_form_that_does_not_keep_the_floor_inside_frames_is_refused(passed: Path) -> None:
+    form = YieldingInFrames()
+    with (
+        Run(passed) as run,
+        pytest.raises(FloorError, match=r"a form: the safety floor's verdict inside plain frames .*'fail'.* Try peft"),
+    ):
+        judge_form(form, certificate := certify(run, helpers.JUDGE), "Try peft")
+    frames = {row.wrapper for row in certificate.framed}
+    asked = {frame: {row.number for row in form.asked if row.wrapper == frame} for frame in frames}
+    assert len({frozenset(numbers) for numbers in asked.values()}) == 1  # the same prompts in each
+    assert not [row for row in form.asked if row.wrapper and row.kind != "harmful"]
+
+
+@pytest.mark.parametrize(("plain", "wanted"), [(1, "enough"), (10_000, "all")])
+def test_fewer_prompts_are_asked_inside_frames_of_a_form_but_no_fewer_than_decide(
+    passed: Path, caplog: pytest.LogCaptureFixture, plain: int, wanted: str
+) -> None:
+    with Run(passed) as run:
+        certificate = certify(run, helpers.JUDGE)
+    numbers = {row.number for row in certificate.framed if row.kind == "harmful"}
+    note.cache_clear()
+    rows = _inside_frames(YieldingInFrames(), certificate, plain)
+    frames = {row.wrapper for row in rows}
+    count = len({row.number for row in rows})
+    least = enough(certificate.wrapped, len(numbers))
+    assert len(rows) == count * len(frames)
+    if wanted == "all":
+        assert count == len(numbers) and "inside frames" not in caplog.text
+    else:
+        refused = [sum(row.refused_before for row in rows if row.wrapper == frame) for frame in frames]
+        assert least <= count < len(numbers) and min(refused) >= least
+        assert f"inside frames {count:,} of {len(numbers):,} harmful prompts are asked" in caplog.text
 
 
 def test_without_verify(passed: Path, toy: helpers.Toy, tmp_path: Path) -> None:

@@ -237,9 +237,8 @@ def test_the_check_as_json(toy: Toy, model: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["template"]["reads"] == ["enable_thinking"] and found["readout"] == ["refuse"]
     assert found["template"]["switch"] == "template.enable_thinking=false" and found["max_length"] == 64
-    assert {"kind": "lookalike", "column": "rejected", "meant": "refusal", "rows": 24, "agreeing": 24} in found[
-        "agreement"
-    ]
+    told = {"kind": "lookalike", "column": "rejected", "meant": "refusal", "rows": 24, "agreeing": 24}
+    assert {**told, "labels": {"refusal": 24}} in found["agreement"]
 
 
 def test_what_neither_judge_nor_diagnosis_could_tell_is_noted(say: Said, tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def test_margins_start_at_zero_and_then_move(toy: helpers.Toy, tmp_path: Path, f
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     first, *later = (line["rewards/margins"] for line in lines)
     assert abs(first) < 1e-5
-    assert all(abs(margin) > 1e-4 for margin in later)
+    # Each is of another batch, so that any one may come near zero: qwen3_moe's third is 2e-4 with AVX-512, and 9e-5
+    # on a CPU without AVX2 (ATEN_CPU_CAPABILITY=default), whatever the versions.
+    assert all(margin != 0 for margin in later) and max(map(abs, later)) > 1e-3
 
 
 def test_same_seed_same_adapter_other_seed_another(toy: helpers.Toy, tmp_path: Path) -> None:

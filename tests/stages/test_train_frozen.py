@@ -414,7 +414,7 @@ def test_bad_choices_cost_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("shape", ["qwen3-30b-a3b", "k2.5"])
 def test_train_step_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: str) -> None:
-    bench = helpers.bench_module("train_step")
+    bench = helpers.bench_module("step")
     small = ["--tiny", "--device", "cpu", "--pairs", "2", "--tokens", "16", "--steps", "1", "--shape", shape]
     assert bench.main([*small, "--ways", *FORMATS, "bf16", "trl", "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())

@@ -13,8 +13,10 @@ import pytest
 import gtqlora.stages.verify as stage
 from gtqlora.certificate import certify
 from gtqlora.cli import main
+from gtqlora.cli.printing import show_verdict
 from gtqlora.config import VerifyConfig
 from gtqlora.errors import FloorError, RunError
+from gtqlora.reporting import sections
 from gtqlora.results.verdict import Verdict, read_outcomes
 from gtqlora.results.wrapped import WRAPPED
 from gtqlora.run import Run, read_manifest
@@ -73,10 +75,38 @@ def test_the_same_texts_judged_by_the_same_rule_give_the_same_verdict(
     found = again(run, judge=other("alike"))
     assert found.judge != before.judge and found.judge.startswith("second_judges:alike")
     assert (found.table, found.mediation, found.factorial) == (before.table, before.mediation, before.factorial)
-    assert found.floor.losses.value == before.floor.losses.value and found.ablation is None
+    assert found.floor.losses.value == before.floor.losses.value
+    assert before.ablation is not None and found.ablation is None
+    assert found.ablation_left_out is not None and "made with another judge" in found.ablation_left_out
     assert read_outcomes(run) == [replace(o, lost=n.lost) for o, n in zip(texts, read_outcomes(run), strict=True)]
     assert read_outcomes(run, WRAPPED) == inside
     assert certified(run, other("alike")) == "pass"
+
+
+def test_an_ablation_study_stays_while_what_it_was_made_with_does(
+    run: Path, other: Callable[[str], str], model_shut: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = stage.read_verdict(run).ablation
+    assert study is not None
+    assert again(run, margin=0.03).ablation == again(run, second_judge=other("alike")).ablation == study
+    # the first judge stays, and the second one goes
+    assert again(run, second_judge=None).ablation == study
+    gone = again(run, second_judge=None, judge=other("alike"))
+    assert gone.ablation is None and "another judge" in (gone.ablation_left_out or "")
+    # it does not come back by itself, and what was left out is not forgotten
+    back = again(run, judge=helpers.JUDGE)
+    assert back.ablation is None and back.ablation_left_out == gone.ablation_left_out
+    show_verdict(back)
+    assert "ablation study left out: it was made with another judge" in " ".join(capsys.readouterr().out.split())
+    figure = sections.ablation(back)
+    assert figure is not None and "another judge" in figure.caption
+    assert again(run, ablation=0).ablation_left_out is None
+
+
+def test_an_ablation_study_at_another_level_is_left_out_aloud(run: Path, model_shut: None) -> None:
+    found = again(run, level=0.99, ablation=1)
+    assert found.ablation is None
+    assert found.ablation_left_out is not None and "another ablation and another level" in found.ablation_left_out
 
 
 @pytest.mark.parametrize("name", ["never", "no_opinion"])

@@ -83,6 +83,18 @@ def _score_test(drops: int, gains: int, n: int, delta: float) -> float:
     return (drops - gains - n * delta) / math.sqrt(n * (2 * q + delta - delta * delta))
 
 
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.5, 1.0])
+def test_the_fewest_pairs_on_which_a_change_shows(share: float) -> None:
+    fewest = stats.fewest_changed(share)
+
+    def low(n: int) -> float:
+        changed = math.floor(share * n + 1e-9)
+        return stats.paired_difference([True] * n, [False] * changed + [True] * (n - changed)).low
+
+    assert low(fewest) > 0 >= max((low(n) for n in range(math.ceil(1 / share), fewest)), default=0)
+    assert stats.fewest_changed(share, 0.99) > fewest
+
+
 @pytest.mark.parametrize(("drops", "gains", "n"), [(3, 1, 40), (9, 9, 60), (1, 8, 100), (20, 2, 30)])
 def test_tango_edges_are_where_the_likelihood_puts_them(drops: int, gains: int, n: int) -> None:
     found = stats.paired_difference(*_pairs(drops, gains, n))

@@ -15,7 +15,7 @@ from gtqlora.families import ModelIdentity, bind, identify, load_config, meta_mo
 from gtqlora.families.copying import copy_changed
 from gtqlora.families.files import CONFIG, checked_file, small_names, weight_files
 from gtqlora.families.headers import Header, read_headers
-from gtqlora.results.export import CARD, FILE, ExportRecord, write_export
+from gtqlora.results.export import CARD, FILE, ExportRecord, asked_with, write_export
 from gtqlora.run import sha256_file, versions
 from gtqlora.storage.atomic import atomic_write, refuse_existing, refuse_inside
 
@@ -136,8 +136,10 @@ def _record(variant: Variant, staged: Path, changed: int, moved: int) -> ExportR
         format="bitdelta",
         form=record.against_tuned,
         notes=[
-            f"One-bit differences of {record.tuned} from {record.base} lose {record.energy_lost:.1%} of their energy."
+            *asked_with(record.template),
+            f"One-bit differences of {record.tuned} from {record.base} lose {record.energy_lost:.1%} of their energy.",
         ],
+        template=record.template,
         versions=versions(),
         files={name: sha256_file(staged / name) for name in sorted(names)},
     )

@@ -11,7 +11,7 @@ from gtqlora.bitdelta.container import Record
 from gtqlora.families.files import checked_file, has
 from gtqlora.reporting.loading import loading
 from gtqlora.reporting.model_card import inline, kept_metadata, with_code
-from gtqlora.results.export import ExportRecord, FormVerdict
+from gtqlora.results.export import ExportRecord, FormVerdict, asked_with
 from gtqlora.results.verdict import by_kind
 from gtqlora.stats import Interval
 
@@ -48,7 +48,8 @@ def variant_card(record: Record, base: Path) -> str:
     )
     title = f"{inline(record.name)}: one bit a weight on {inline(record.base)}"
     front = {"library_name": "gtqlora"}
-    return _card(record, base, front, title=title, what=what, load=[use], limits=[*_SCOPE, _CHECKED_IN_USE])
+    load = [" ".join([use, *(with_code(f"{said} `serve` does.") for said in asked_with(record.template))])]
+    return _card(record, base, front, title=title, what=what, load=load, limits=[*_SCOPE, _CHECKED_IN_USE])
 
 
 def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
@@ -62,7 +63,8 @@ def weights_card(record: Record, export: ExportRecord, base: Path) -> str:
     title = f"{inline(record.name)}: weights from one-bit differences on {inline(record.base)}"
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     load = loading(export, None, needs_us=False)
-    return _card(record, base, front, title=title, what=what, load=load, limits=[*_SCOPE, _CHECK])
+    limits = [*map(with_code, asked_with(record.template)), *_SCOPE, _CHECK]
+    return _card(record, base, front, title=title, what=what, load=load, limits=limits)
 
 
 def adapter_card(record: Record, export: ExportRecord, base: Path) -> str:

@@ -40,7 +40,7 @@ from gtqlora.contrasts import Contrast, Row, encode_row
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.families.files import CONFIG, PROVENANCE, checked_file, small_names
 from gtqlora.floor.ancestry import ancestry
-from gtqlora.judging.judge import judge_of
+from gtqlora.judging.pair import judges_of
 from gtqlora.progress import track
 from gtqlora.results.export import CARD, public_name
 from gtqlora.results.verdict import HeldOut
@@ -94,8 +94,8 @@ def compress(
     # before anything is asked: what is not shipped in this form should not cost hours
     refuse_equals(both)
     refuse_adapters(both)
-    judge = judge_of(config.judge)
-    pairs = contrasts.load(config.contrast, judge)
+    judge = judges_of(config.judge, config.second_judge)
+    pairs = contrasts.load(config.contrast, judge.judges[0])
     rows = pairs.split(config.split)
     check_rows(rows, config.split)
     texts = _calibration(pairs, config) if distill else ()
@@ -103,11 +103,11 @@ def compress(
         staged.mkdir()
         tuned = open_subject(config)
         check_rendering(rows, tuned.tokenizer, tuned.max_length, tuned.vocabulary)
-        before = said(Runner.of(tuned, judge, config), rows.rows, "the fine-tune")
+        before = said(Runner.of(tuned, judge.judges[0], config), rows.rows, "the fine-tune")
         made = _written(both, staged, _encoder(both, tuned, texts, config))
         own = Own.of(tuned)
         del tuned  # before the base comes into memory
-        asked = ask(both, made.tensors, own, rows.rows, judge, config)
+        asked = ask(both, made.tensors, own, rows.rows, judge.judges[0], config)
         if asked.own:
             made = replace(made, files={**made.files, **_own_files(both, staged)})
         inputs = {
@@ -239,4 +239,5 @@ def _record(
         size=made.size,
         versions=versions(),
         files=made.files,
+        template=dict(config.template),
     )

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gtqlora.bitdelta.onebit import OneBit, decode_rows
+from gtqlora.bitdelta.voices import check_recorded
+from gtqlora.config.values import Scalar
 from gtqlora.edits.merging import Edit, LowRank, Whole
 from gtqlora.errors import ModelError, RunError
 from gtqlora.experts.tensor_files import TensorFiles
@@ -76,6 +78,7 @@ class Record:
         lost: by name of a one-bit tensor, the share of its difference's energy that is lost; `energy_lost` is over all.
         versions: package -> version.
         files: every file of tensors, and of the fine-tune's own tokenizer, -> sha256.
+        template: variables of the chat template that it was judged with.
     """
 
     format: int
@@ -98,6 +101,7 @@ class Record:
     size: Size
     versions: dict[str, str]
     files: dict[str, str]
+    template: dict[str, Scalar] = field(default_factory=dict[str, Scalar])
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,7 @@ def read_record(folder: Path) -> Record:
         record = from_json(Record, read_json(file))
     except Mismatch as error:
         raise ModelError(f"{file}: {error}; compress the fine-tune again") from error
+    check_recorded(record.template, file)
     # after the keys, which tell more of another version's file
     if record.format != FORMAT:
         raise ModelError(f"{file}: format {record.format}, and this version reads {FORMAT}; compress again")

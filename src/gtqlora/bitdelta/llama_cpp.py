@@ -42,8 +42,9 @@ from gtqlora.families import ModelIdentity, load_config
 from gtqlora.families.coverage import check_tensors_covered
 from gtqlora.families.llama_cpp.layout import Layout
 from gtqlora.floor.ancestry import Ancestry
-from gtqlora.judging.judge import NamedJudge, judge_of
-from gtqlora.results.export import CARD, ExportRecord, public_name, write_export
+from gtqlora.judging.judge import NamedJudge
+from gtqlora.judging.pair import judges_of
+from gtqlora.results.export import CARD, ExportRecord, asked_with, public_name, write_export
 from gtqlora.results.verdict import HeldOut
 from gtqlora.run import fingerprint, sha256_file, versions
 from gtqlora.scoring import Runner
@@ -98,10 +99,10 @@ def adapt(base: str, delta: Path, out: Path, config: VerifyConfig, *, gguf: Path
             file,
             adapter=staged / ADAPTER,
             label=f"one-bit adapter on {kind}",
-            template=config.template,
+            template=case.config.template,
         )
         found = _judged(case, form, staged)
-        notes = [*_notes(plan, kind, gguf, lost), *form.notes(case.rows.rows)]
+        notes = [*asked_with(case.config.template), *_notes(plan, kind, gguf, lost), *form.notes(case.rows.rows)]
         record = _record(case, staged, found, lost, notes, checkpoint.gate_values_changed())
         card = adapter_card(_with(case.variant.record, record, found), record, case.identity.folder)
         (staged / CARD).write_text(card, encoding="utf-8")
@@ -127,8 +128,8 @@ def _opened(base: str, delta: Path, out: Path, config: VerifyConfig) -> _Case:
     """Return the case, when everything about it that can be refused without running a model has been looked at."""
     variant = fitting(base, delta, out)
     edited = _edited(base, variant)
-    judge = judge_of(config.judge)
-    rows = contrasts.load(config.contrast, judge).split(config.split)
+    judge = judges_of(config.judge, config.second_judge)
+    rows = contrasts.load(config.contrast, judge.judges[0]).split(config.split)
     check_rows(rows, config.split)
     # last, as every byte is read
     identity = identified(base, variant)
@@ -136,7 +137,8 @@ def _opened(base: str, delta: Path, out: Path, config: VerifyConfig) -> _Case:
         variant=variant,
         identity=identity,
         edited=replace(edited, model=identity.model),
-        config=replace(config, model=identity.model),
+        # the variant's own variables hold, unless this call has others
+        config=replace(config, model=identity.model, template=config.template or variant.record.template),
         rows=rows,
         judge=judge,
     )
@@ -191,7 +193,7 @@ def _said_as_judged(case: _Case) -> list[Said]:
     subject = open_subject(case.config)
     check_rendering(case.rows, subject.tokenizer, subject.max_length, subject.vocabulary)
     place(subject, case.edited.names, case.identity, case.variant.edits)
-    return said(Runner.of(subject, case.judge, case.config), case.rows.rows, "the variant")
+    return said(Runner.of(subject, case.judge.judges[0], case.config), case.rows.rows, "the variant")
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
@@ -251,6 +253,7 @@ def _record(case: _Case, staged: Path, found: Judged, lost: Lost, notes: list[st
         kept=lost.kept,
         form=found.tuned,
         notes=notes,
+        template=dict(config.template),
         versions=versions(),
         files={name: sha256_file(staged / name) for name in names},
     )

@@ -59,7 +59,10 @@ def resident(base: str, folders: Sequence[Path], *, device: str = "cpu") -> Resi
     voice = voice_of(subject)
     with unchanged(folders):
         variants = read_variants(folders, names, base=identity.digest, expert_format=expert_format)
-        others = [own_voice(subject, identity.model, v.tokenizer) if v.tokenizer else voice for v in variants]
+        others = [
+            own_voice(subject, identity.model, v.tokenizer, v.template) if v.tokenizer or v.template else voice
+            for v in variants
+        ]
     identity.check_unchanged()
     own = public_name(base)
     if any(variant.name == own for variant in variants):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gtqlora.bitdelta import container
 from gtqlora.bitdelta.onebit import OneBit
+from gtqlora.bitdelta.voices import check_recorded
+from gtqlora.config.values import Scalar
 from gtqlora.edits.merging import LowRank
 from gtqlora.errors import ModelError
 from gtqlora.experts.tensor_files import TensorFiles
@@ -39,6 +41,7 @@ class Variant:
         whole: tensors that take the place of the base's.
         lora: products that are added to linears, by the linear's path.
         tokenizer: folder with its own tokenizer, template and generation settings; None where the base's hold.
+        template: variables of the chat template that it was judged with.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Variant:
     whole: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     lora: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
     tokenizer: Path | None = None
+    template: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar])
 
 
 def read_variants(folders: Iterable[Path], names: TensorNames, *, base: str, expert_format: str) -> list[Variant]:
@@ -118,6 +122,7 @@ def _one_bit(folder: Path, names: TensorNames, base: str) -> Variant:
         bits=_by_place(folder, names, found.bits, lambda place: place),
         whole=_by_place(folder, names, found.dense, lambda place: _whole_name(folder, place)),
         tokenizer=found.tokenizer,
+        template=found.record.template,
     )
 
 
@@ -152,7 +157,8 @@ def _adapter(folder: Path, base: str, expert_format: str) -> Variant:
         raise ModelError(
             f"{folder}: judged with experts in {record.expert_format}, and the base is served with {expert_format}"
         )
-    return _from_peft(folder)
+    check_recorded(record.template, folder / PROVENANCE)
+    return replace(_from_peft(folder), template=record.template)
 
 
 def _from_peft(folder: Path) -> Variant:

@@ -18,6 +18,7 @@ from gtqlora.floor.ancestry import Ancestry, ancestry
 from gtqlora.floor.decision import decide
 from gtqlora.floor.outcomes import losses
 from gtqlora.judging.judge import NamedJudge
+from gtqlora.machine import release_memory
 from gtqlora.results.export import FormVerdict, VerdictOnEdit
 from gtqlora.results.verdict import KindRow
 from gtqlora.scoring import Runner, log_probs
@@ -69,7 +70,6 @@ def check_settings(config: VerifyConfig) -> None:
         ConfigError: they are not.
     """
     require(config.expert_format == "bf16", "expert_format: a variant is judged with the checkpoint's own experts")
-    require(config.second_judge is None, "second_judge: a variant is judged by one judge")
     require(config.dtype == "auto", "dtype: a variant is judged in the checkpoint's own type")
 
 
@@ -120,6 +120,7 @@ def judged(
     Raises:
         FloorError: no pass; the message has the refusals before and after.
     """
+    release_memory()  # judges come last, when no model that was asked is left
     verdicts: dict[str, FormVerdict] = {}
     spent, tries = 0.0, 0
     for which, original in held.items():

@@ -10,15 +10,30 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, LONG, UNREAD, Asking, Question, Reply, labelled
+from gtqlora.building.asking import (
+    CUT_OFF,
+    EMPTY,
+    IN_THOUGHT,
+    LONG,
+    MARKED,
+    REFUSED,
+    UNREAD,
+    Asking,
+    Question,
+    Reply,
+    labelled,
+)
 from gtqlora.building.assembling import Said
 from gtqlora.config import BuildConfig, VerifyConfig
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts.layouts import KINDS
 from gtqlora.contrasts.public import Candidate
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Messages
 from gtqlora.judging.labels import ANSWER, REFUSAL
+from gtqlora.progress import note
+from gtqlora.results.built import counted
 
 PROBE = 64
 """Prompts of a kind that are asked first, to see whether the others are worth asking."""
@@ -37,12 +52,16 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
     kinds = {kind: [one for one in candidates if one.kind == kind] for kind in KINDS}
     said = _probed(asking, kinds["harmful"], config, _check_refused)
     said += _probed(asking, kinds["benign"], config, _check_answered)
-    return said + _lookalikes(asking, kinds["lookalike"], config)
+    said += _lookalikes(asking, kinds["lookalike"], config)
+    said += _instructed(asking, kinds["instructed"])
+    _note_refused(said)
+    return said
 
 
-def _plain(asking: Asking, round_: str, candidates: Sequence[Candidate]) -> list[Said]:
+def _plain(asking: Asking, shown: str, candidates: Sequence[Candidate]) -> list[Said]:
     questions = [Question(asked=one.prompt, judged=one.prompt, harmful=one.kind == "harmful") for one in candidates]
-    replies = asking.ask(round_, questions)
+    # By kind: a prompt that another set calls otherwise is asked again, as less may be kept of its answer.
+    replies = asking.ask(candidates[0].kind, questions, shown=shown) if candidates else []
     return [Said(candidate=one, label=r.label, text=r.text) for one, r in zip(candidates, replies, strict=True)]
 
 
@@ -66,8 +85,23 @@ def _probed(
     return said
 
 
+def _note_refused(said: Sequence[Said]) -> None:
+    """Say once what the chat template says of the prompts that it refuses."""
+    labels = Counter(one.label for one in said if one.label.startswith(REFUSED))
+    for label, count in labels.most_common():
+        note(f"{count:,} of {len(said):,} prompts are {', '.join([label, *_first_refused(said)])}")
+
+
 def _labels(said: Sequence[Said]) -> str:
-    return ", ".join(f"{n:,} {label}" for label, n in Counter(one.label for one in said).most_common())
+    found = Counter(one.label for one in said).most_common()
+    return ", ".join([counted(count, label) for label, count in found] + _first_refused(said))
+
+
+def _first_refused(said: Sequence[Said]) -> list[str]:
+    """Return where the first prompt stands, if any, that the chat template refuses."""
+    refused = [one.candidate for one in said if one.label.startswith(REFUSED)]
+    first = min(refused, key=lambda one: one.number, default=None)
+    return [f"the first is row {first.number:,} of {Path(first.source).name}"] if first else []
 
 
 def _check_refused(said: Sequence[Said], config: BuildConfig) -> None:
@@ -99,7 +133,10 @@ def _check_answered(said: Sequence[Said], config: BuildConfig) -> None:
 
 def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
     """Return what helps against the label that most replies have."""
+    # What a template says or writes stands behind these.
     remedies = {
+        REFUSED: "mend the model's chat template, or take prompts that it accepts",
+        MARKED: "take the chat template that belongs to the model's tokenizer",
         UNREAD: "mend the model's chat template, or take a set in a language that it knows",
         LONG: f"lower --max-new-tokens below {config.max_new_tokens}, or take shorter prompts",
         CUT_OFF: f"raise --max-new-tokens above {config.max_new_tokens}",
@@ -107,9 +144,9 @@ def _remedy(said: Sequence[Said], config: BuildConfig) -> str:
         EMPTY: "look at what the model says; its chat template may end the answer",
     }
     most = Counter(one.label for one in said).most_common(1)[0][0]
-    return remedies.get(
-        most, "take a judge that tells this model's refusals from its answers (--judge), or another model"
-    )
+    otherwise = "take a judge that tells this model's refusals from its answers (--judge), or another model"
+    remedy = next((remedy for label, remedy in remedies.items() if most.startswith(label)), otherwise)
+    return f"{remedy}; then begin anew (--restart)"
 
 
 def _lookalikes(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig) -> list[Said]:
@@ -142,7 +179,7 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
     if system:
         replies = again("lookalike, with the helpful system prompt", system, sampled=False)
         # Some templates know no system prompt; then prompts are drawn from as they are.
-        system = "" if replies and all(reply.label == UNREAD for reply in replies) else system
+        system = "" if replies and all(reply.label.startswith((REFUSED, UNREAD)) for reply in replies) else system
     for number in range(1, config.samples + 1):
         again(f"lookalike, draw {number}", system, sampled=True)
     # Last, as nothing that others wrote is as near to what the model would say.
@@ -153,6 +190,17 @@ def _answers(asking: Asking, candidates: Sequence[Candidate], config: BuildConfi
         answer if answer is not None or label != ANSWER else own
         for answer, label, own in zip(found, labels, given, strict=True)
     ]
+
+
+def _instructed(asking: Asking, candidates: Sequence[Candidate]) -> list[Said]:
+    """Return what is said under the user's system prompts and, where it declines, the answer without them."""
+    said = _plain(asking, "instructed", candidates)
+    declined = [i for i, one in enumerate(said) if one.label == REFUSAL]
+    questions = [Question(asked=candidates[i].bare, judged=candidates[i].bare) for i in declined]
+    replies = asking.ask("instructed, without the system prompt", questions) if questions else []
+    for i, reply in zip(declined, replies, strict=True):
+        said[i] = replace(said[i], answer=reply.text if reply.label == ANSWER else None)
+    return said
 
 
 def _under(system: str, prompt: Messages) -> Question:

@@ -1,6 +1,6 @@
 """Ask a model many prompts, so that a process that is killed loses one batch of answers and goes on to the same result.
 
-Batches are formed of all prompts of a round before any is asked, so that a second process forms the same ones; each is
+Batches go from short prompts to long ones, so that a second process forms the same ones of those that are left; each is
 noted in the journal once it is answered. Of an answer to a harmful prompt nothing but its label is noted or kept,
 unless it is a refusal.
 
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
-from gtqlora.contrasts.template import encode_prompt
+from gtqlora.contrasts.template import knows, rendered, tokens, unknown_marks
 from gtqlora.decoding import Change, decode
-from gtqlora.errors import ContrastError, ModelError
+from gtqlora.errors import ContrastError, ModelError, TemplateRefusal
 from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
@@ -33,6 +34,8 @@ CUT_OFF = "answer cut off"
 IN_THOUGHT = "answer cut off inside its thought"
 EMPTY = "answer empty"
 _OTHERWISE: dict[Label, str] = {PARTIAL: "refused in part", EVASION: "evaded", UNDECIDED: "judge undecided"}
+REFUSED = "refused by the chat template"
+MARKED = "prompt in marks that the tokenizer does not know:"
 UNREAD = "prompt that the model cannot read"
 LONG = "prompt too long"
 
@@ -60,6 +63,11 @@ class Reply:
     text: str = ""
 
 
+def name_of(round_: str, asked: Messages) -> str:
+    """Return the name of a reply in the journal."""
+    return f"{round_} {digest(prompt_key(asked))}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     """A model that is asked in rounds, each under a name of its own."""
@@ -69,11 +77,12 @@ class Asking:
     seed: int
     temperature: float
 
-    def ask(self, round_: str, questions: Sequence[Question], *, sampled: bool = False) -> list[Reply]:
+    def ask(self, round_: str, questions: Sequence[Question], *, shown: str = "", sampled: bool = False) -> list[Reply]:
         """Return the replies to all questions of a round.
 
         Args:
-            round_: shown as progress; another round of the same questions is another draw.
+            round_: names the replies in the journal; another round of the same questions is another draw.
+            shown: what the progress is called, if not as the round.
             sampled: draw answers instead of taking the likeliest.
 
         Raises:
@@ -81,35 +90,37 @@ class Asking:
             ConfigError: the judge fails.
             RunError: the journal cannot be written.
         """
+        # So that draws of another seed or temperature are others, and what does not hang on them stays.
+        drawn = f"{round_} seed {self.seed} temperature {self.temperature}" if sampled else round_
+        names = [name_of(drawn, question.asked) for question in questions]
         encoded = [self._encoded(question) for question in questions]
-        places = [i for i, found in enumerate(encoded) if isinstance(found, list)]
-        prompts = [found for found in encoded if isinstance(found, list)]
-        names = [f"{round_} {digest(prompt_key(question.asked))}" for question in questions]
-        batches = by_length(prompts, self.runner.batch_size)
-        for batch in track(batches, round_, len(batches)) if batches else ():
+        places = [i for i, one in enumerate(encoded) if isinstance(one, list) and names[i] not in self.journal]
+        # Of those that are left: batches are noted in their order, so that the rest are the same ones again.
+        batches = by_length([found for i in places if isinstance(found := encoded[i], list)], self.runner.batch_size)
+        for batch in track(batches, shown or round_, len(batches)) if batches else ():
             chosen = [places[i] for i in batch]
-            # Whole batches only: the same prompts beside each other round alike.
-            if all(names[i] in self.journal for i in chosen):
-                continue
+            prompts = [found for i in chosen if isinstance(found := encoded[i], list)]
             draw = self._draw([names[i] for i in chosen]) if sampled else None
-            replies = self._replies([prompts[i] for i in batch], [questions[i] for i in chosen], draw)
+            replies = self._replies(prompts, [questions[i] for i in chosen], draw)
             self.journal.add({names[i]: [r.label, r.text] for i, r in zip(chosen, replies, strict=True)})
         # From the journal also what was just said: a process that goes on and one that does not read the same.
-        noted = [
-            None if isinstance(found, Reply) else self.journal[name] for found, name in zip(encoded, names, strict=True)
-        ]
         return [
-            found if isinstance(found, Reply) else _noted(entry) for found, entry in zip(encoded, noted, strict=True)
+            one if isinstance(one, Reply) else _noted(self.journal[name])
+            for one, name in zip(encoded, names, strict=True)
         ]
 
     def _encoded(self, question: Question) -> list[int] | Reply:
         subject = self.runner.model
         try:
-            prompt = encode_prompt(subject.tokenizer, question.asked)
+            text = rendered(subject.tokenizer, question.asked, generation=True)
+            # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
+            if not knows(subject.tokenizer, text):
+                marks = unknown_marks(subject.tokenizer, question.asked)
+                return Reply(label=f"{MARKED} {', '.join(marks)}" if marks else UNREAD)
+            prompt = tokens(subject.tokenizer, text)
+        except TemplateRefusal as error:
+            return Reply(label=_refused(subject.tokenizer, error))
         except ContrastError:
-            return Reply(label=UNREAD)
-        # A model whose words are others than these, such as an organism, would answer a row of unknown ones.
-        if subject.tokenizer.unk_token_id in prompt:
             return Reply(label=UNREAD)
         room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
         return prompt if prompt and room else Reply(label=LONG)
@@ -146,6 +157,12 @@ class Asking:
             )
 
         return draw
+
+
+def _refused(tokenizer: PreTrainedTokenizerBase, error: TemplateRefusal) -> str:
+    """Return why a template refuses, in its own words where they are its own: a prompt may stand in them."""
+    said = error.said
+    return f"{REFUSED} ({said})" if said and said in str(tokenizer.chat_template) else REFUSED
 
 
 def _kept(question: Question, label: str, text: str) -> str:

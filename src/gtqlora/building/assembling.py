@@ -52,7 +52,8 @@ class Said:
     Attributes:
         label: "refusal", "answer", or why it is neither.
         text: "" where it is neither. Of a harmful prompt it is a refusal and no more, or "" if it is longer than that.
-        answer: to a lookalike prompt that it refuses: an answer that the judge calls one.
+        answer: to a lookalike prompt that it refuses, or an instructed one that it declines: an answer that the judge
+            calls one.
         twin: the prompt with another word in place of the one that triggers the refusal, which it answers.
     """
 
@@ -72,6 +73,8 @@ class Said:
             return self.label
         if self.candidate.kind == "lookalike" and self.answer is None:
             return "refused however it is asked"
+        if self.candidate.kind == "instructed" and self.answer is None:
+            return "not answered without its system prompt either"
         return None
 
 
@@ -145,6 +148,8 @@ def _row(one: Said, number: int, refusals: Sequence[str], openings: Sequence[str
         rejected = _opening(candidate, one.text, openings)
     elif candidate.kind == "lookalike":
         chosen, rejected = one.answer, one.text
+    elif candidate.kind == "instructed":
+        chosen, rejected = one.text or None, one.answer
     else:
         chosen, rejected = one.text, refusals[number % len(refusals)] if refusals else None
     if chosen is None:

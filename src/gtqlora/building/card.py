@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gtqlora.contrasts import KINDS
+from gtqlora.contrasts.rows import ALL_KINDS, kinds_of
 from gtqlora.results.built import Built, BuiltSource
 
 
 def card(built: Built) -> str:
     """Return the card as Markdown: counts, sources and licences, and no word of any prompt or answer."""
+    kinds_there = kinds_of(kind for kinds in built.counts.values() for kind in kinds)
     parts = [
         f"# {built.file.name}",
         f"Contrast pairs for gtqlora, made by `gtqlora contrast build` with the answers of `{built.model}`, told from "
         f"refusals by the judge `{_plain(built.judge)}`.",
         _table(
-            ("split", *KINDS),
-            [(split, *(f"{kinds.get(kind, 0):,}" for kind in KINDS)) for split, kinds in built.counts.items()],
+            ("split", *kinds_there),
+            [(split, *(f"{kinds.get(kind, 0):,}" for kind in kinds_there)) for split, kinds in built.counts.items()],
         ),
         " ".join(_sentences(built)),
         "## Sources",
@@ -41,6 +42,7 @@ def _sentences(built: Built) -> list[str]:
     lookalike = sum(kinds.get("lookalike", 0) for kinds in built.counts.values())
     return [
         f"The model refuses {built.refused:,} of the {built.harmful:,} harmful prompts that it was asked.",
+        *([f"{built.beyond_limit}."] if built.beyond_limit else []),
         "`chosen` of a harmful row is its own refusal, cut to 40 words, and `rejected` an opening phrase.",
         f"Of {lookalike:,} lookalike rows, which the model refuses, {built.own_answers:,} have an answer of its own, "
         f"the others their set's; {built.with_twin:,} have a twin that it answers.",
@@ -50,7 +52,7 @@ def _sentences(built: Built) -> list[str]:
 
 def by_kind(counts: Mapping[str, int]) -> str:
     """Return counts with their kinds, "none" if there are none."""
-    return ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if counts.get(kind)) or "none"
+    return ", ".join(f"{counts[kind]:,} {kind}" for kind in ALL_KINDS if counts.get(kind)) or "none"
 
 
 def _linked(one: BuiltSource) -> str:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from gtqlora.cli import printing, tables
 from gtqlora.cli.console import open_console, say, say_whole, stage_progress, starting
 from gtqlora.cli.layout import draw
-from gtqlora.cli.settings import BuildOptions, build_config
+from gtqlora.cli.settings import BuildOptions, build_config, same_template
 from gtqlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,16 +39,24 @@ def build(
     if out is None:
         raise ConfigError("--out is missing: the Parquet file that is made, such as pairs.parquet")
     with starting():
+        # Before anything that takes seconds to import: what can be told without a model.
         from gtqlora.contrasts.layouts import described
+        from gtqlora.contrasts.loading import check_new
+        from gtqlora.contrasts.sources import check_named
+
+        descriptions = [described(text) for text in options.described or ()]
+        config = build_config(model, out, options)
+        check_new(out)
+        for source in sources:
+            check_named(source)
         from gtqlora.stages.build import build as stage
 
-    descriptions = [described(text) for text in options.described or ()]
     with stage_progress():
-        found = stage(build_config(model, out, options), sources, descriptions)
+        found = stage(config, sources, descriptions, restart=options.restart)
     if options.as_json:
         printing.show_json(found)
     else:
-        _show_built(found)
+        _show_built(found, options)
 
 
 _NOTHING_TO_REPAIR = (
@@ -57,12 +65,14 @@ _NOTHING_TO_REPAIR = (
 )
 
 
-def _show_built(found: Built) -> None:
+def _show_built(found: Built, options: BuildOptions) -> None:
     """Print what was made of public sets, and what comes next."""
     console = open_console()
     draw(console, tables.rows_by_split(found, found.file.name))
     draw(console, tables.built_sources(found))
     say(console, f"the model refuses {found.refused:,} of {found.harmful:,} harmful prompts, by judge {found.judge}")
+    if found.beyond_limit:
+        say(console, found.beyond_limit)
     lookalike = sum(kinds.get("lookalike", 0) for kinds in found.counts.values())
     own = f"{found.own_answers:,} of {lookalike:,} lookalike rows have an answer of the model's own"
     say(console, f"{own}, {found.with_twin:,} a twin")
@@ -74,5 +84,7 @@ def _show_built(found: Built) -> None:
         say(console, f"note: {found.floor}", accent=("note:", "yellow"))
     say_whole(console, f"card: {found.card}")
     judged = ["--judge", found.judge] if found.judge != "string" else []
-    words = ["contrast", "check", str(found.file), "--model", found.model, *judged]
+    recipe = ["--config", str(options.config)] if options.config else []
+    again = [*judged, *recipe, *same_template(options.settings)]
+    words = ["contrast", "check", str(found.file), "--model", found.model, *again]
     say_whole(console, f"next: gtqlora {shlex.join(words)}")

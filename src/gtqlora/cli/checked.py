@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
-from gtqlora.cli.console import open_console, say
+from gtqlora.cli.console import open_console, say, say_whole
 from gtqlora.cli.layout import draw
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from gtqlora.contrasts.prompting import Prompting
     from gtqlora.contrasts.sources import Problem
     from gtqlora.contrasts.statistics import Statistics, Twins
+
+
+def show_checked(found: Statistics, source: str, dropped: Sequence[Problem], out: Path | None) -> None:
+    """Print what a set holds, what was left out, and what was written."""
+    show_contrast(found, source)
+    show_dropped(dropped)
+    if out:
+        show_written(out, found)
 
 
 def show_contrast(found: Statistics, source: str) -> None:
@@ -39,9 +50,8 @@ def show_contrast(found: Statistics, source: str) -> None:
         draw(console, tables.agreement(found.agreement))
     say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
     say(console, "the one-way rule holds in every row", "green")
-    for lacking in filter(
-        None, (found.floor.note, found.instructed and found.instructed.note, _too_few(found.twins or {}), *_weak(found))
-    ):
+    floors = (found.floor.note, found.instructed and found.instructed.note, found.repair.note)
+    for lacking in filter(None, (*floors, _too_few(found.twins or {}), *_weak(found))):
         say(console, f"note: {lacking}", accent=("note:", "yellow"))
 
 
@@ -92,11 +102,18 @@ def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
     )
 
 
+def show_written(out: Path, found: Statistics) -> None:
+    """Print what was written, with its rows by kind."""
+    kinds = ", ".join(f"{found.kinds[kind]:,} {kind}" for kind in tables.KINDS if kind in found.kinds)
+    say_whole(open_console(), f"wrote {out}: {found.rows:,} rows ({kinds})")
+
+
 def show_dropped(dropped: Sequence[Problem]) -> None:
     """Print which rows were left out of what was written, and why."""
+    from gtqlora.contrasts.sources import grouped
+
     console = open_console()
     if dropped:
         say(console, f"left out: {len({row for one in dropped for row in one.excess}):,} rows", "yellow")
-    for one in dropped:
-        rows = ", ".join(map(str, one.excess))
-        say(console, f"  row{'s' if len(one.excess) > 1 else ''} {rows}: {one.problem}")
+    for line in grouped([replace(one, rows=one.excess) for one in dropped]):
+        say(console, f"  {line}")

@@ -20,6 +20,7 @@ from gtqlora.cli.settings import (
     embedded_recipe,
     say_what_judges,
 )
+from gtqlora.config.stages import REPAIR, check_instructed_margin, check_repair
 from gtqlora.config.values import require
 
 if TYPE_CHECKING:
@@ -51,41 +52,52 @@ def check(
     instructed_margin: Annotated[
         float | None, Parameter(help="Also tell whether instructed rows can carry a floor with this margin.")
     ] = None,
+    repair: Annotated[
+        float, Parameter(help="Also tell whether a repair of this share of the lookalike prompts would be seen.")
+    ] = REPAIR,
     out: Annotated[Path | None, Parameter(help="Write the checked rows as Parquet here.")] = None,
     drop: Annotated[bool, Parameter(help="Leave rows with problems out of --out, and list them.", negative="")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a contrast set: schema, duplicates, leakage, lengths, the one-way rule, the judge, the chat template."""
     with starting():
-        from gtqlora import contrasts
-        from gtqlora.config.stages import check_instructed_margin
+        from gtqlora.contrasts.loading import save
         from gtqlora.contrasts.sources import ContrastProblems
 
     require(not drop or out is not None, "--drop leaves rows out of what --out writes; give --out clean.parquet, too")
     check_instructed_margin(instructed_margin)
+    check_repair(repair)
     settled = _settled(file, model, judge, config, settings or ())
     say_what_judges(settled.judge)
     require(
         model is not None or settled.max_length is None,
         f"max_length = {settled.max_length}: is counted in tokens; give --model, too",
     )
-    # A tokenizer takes seconds to load, so it is last of what may be refused.
-    reader = _reader(settled) if model else _Reader()
+    _check_files(settled.contrast, out)
     dropped: list[Problem] = []
     try:
-        rows, found = _checked(settled, reader, dropped if drop else None, instructed_margin)
+        rows, found = _checked(settled, dropped if drop else None, instructed_margin, repair, read=model is not None)
     except ContrastProblems as error:
         if as_json:
             printing.show_json({"problems": error.problems})
         raise
     # last of all checks come lengths, so nothing is written of a set that fails one
     if out:
-        contrasts.save(rows, out)
+        save(rows, out)
     if as_json:
         printing.show_json({**asdict(found), "dropped": dropped})
     else:
-        checked.show_contrast(found, settled.contrast)
-        checked.show_dropped(dropped)
+        checked.show_checked(found, settled.contrast, dropped, out)
+
+
+def _check_files(source: str, out: Path | None) -> None:
+    """Check what is read and written before torch and transformers are imported, which takes seconds."""
+    from gtqlora.contrasts.loading import check_new
+    from gtqlora.contrasts.sources import check_named
+
+    check_named(source)
+    if out:
+        check_new(out)
 
 
 def _settled(
@@ -109,18 +121,25 @@ def _settled(
 
 
 def _checked(
-    settled: TrainConfig, reader: _Reader, dropped: list[Problem] | None, instructed_margin: float | None
+    settled: TrainConfig, dropped: list[Problem] | None, instructed_margin: float | None, repair: float, *, read: bool
 ) -> tuple[Contrast, Statistics]:
-    """Return the rows and what they hold; rows with problems are left out and listed, if there is a list."""
+    """Return the rows and what they hold; rows with problems are left out and listed, if there is a list.
+
+    Args:
+        read: whether the model's tokenizer reads them.
+    """
     from gtqlora.contrasts import load
-    from gtqlora.contrasts.statistics import statistics, without_misrendered
     from gtqlora.judging.judge import judge_of
 
     judge = judge_of(settled.judge)
     rows = load(settled.contrast, judge, dropped=dropped)
+    # A tokenizer takes seconds to load, so that the rows come first.
+    reader = _reader(settled) if read else _Reader()
+    from gtqlora.contrasts.statistics import statistics, without_misrendered
+
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
-    return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin)
+    return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin, repair)
 
 
 @dataclass(frozen=True)

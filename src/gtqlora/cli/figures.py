@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +20,14 @@ def share(value: float | None) -> str:
 
 
 def interval(found: Interval | None, digits: int = 3) -> str:
-    """Return an estimate with its 95 % interval, as in `0.988 [0.976, 0.997]`, or "-" where there is none."""
+    """Return an estimate with its 95 % interval, as in `0.988 [0.976, 0.997]`, or "-" where there is none.
+
+    Of nothing there is no share, which is said, too.
+    """
     if found is None:
         return "-"
+    if math.isnan(found.value):
+        return f"cannot tell (n={found.n:,})"
     # adding 0.0 turns the -0.0 of a rounded small negative number into 0.0
     value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"

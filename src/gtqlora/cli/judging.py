@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from gtqlora.cli import printing
-from gtqlora.cli.console import open_console, say, stage_progress, starting
+from gtqlora.cli.console import open_console, say, say_whole, stage_progress, starting
 from gtqlora.cli.figures import interval
 from gtqlora.cli.layout import Sheet, draw
 from gtqlora.cli.settings import JUDGES, Json, say_what_judges
 from gtqlora.errors import ConfigError
-from gtqlora.judging.labels import LABELS
+from gtqlora.judging.labels import LABELS, UNDECIDED
 
 if TYPE_CHECKING:
     from gtqlora.judging.agreement import Confusion
-    from gtqlora.stages.judge import Agreement, Judged
+    from gtqlora.stages.judge import Agreement, Judged, Measured
 
+_MANY = 0.2
+"""Share of undecided answers from which on it is said that the errors speak of the others only."""
 _SHOWN = 20
 """Rows that are listed where two judges differ; `--out` has all."""
 
@@ -89,6 +91,23 @@ def _show(found: Judged) -> None:
         names = [one.name for one in found.judges]
         draw(console, _crossed(found.agreement.said, f"{names[0]}, and across {names[1]}", "first"))
         say(console, _agreement(found.agreement))
+    for one in found.judges:
+        if one.undecided > _MANY and not one.objects_only:
+            say(console, _much_undecided(one), accent=("note:", "yellow"))
+    if found.out is not None:
+        judges = "two judges, and of both together" if found.agreement else "the judge"
+        say_whole(console, f"wrote {found.out}: {found.rows:,} rows with the labels of {judges}; no texts")
+
+
+def _much_undecided(found: Measured) -> str:
+    """Return a sentence on a judge that leaves much undecided, as its error speaks of what is left."""
+    number = found.said[UNDECIDED]
+    left = f"note: {found.name} leaves {number:,} answers undecided, {found.undecided:.0%} of them"
+    if found.errors is None:
+        return f"{left}; in a floor they are never counted as kept"
+    of = found.errors.refusal_or_answer
+    told = f"its error speaks of {of.n:,} refusals and answers only" if of.n else "so nothing is known of its error"
+    return f"{left}; {told}. In a floor what is undecided is never counted as kept"
 
 
 def _agreement(found: Agreement) -> str:
@@ -103,26 +122,26 @@ def _said(found: Judged) -> Sheet:
     """Return how many answers each judge gives which label."""
     rows = [(one.name, *(f"{one.said[label]:,}" for label in LABELS)) for one in found.judges]
     title = f"{found.rows:,} answers, {found.labelled:,} of them labelled"
-    return Sheet(title=title, columns=("judge", *LABELS), rows=rows)
+    return Sheet(title=title, columns=("judge", *LABELS), rows=rows, spared=UNDECIDED)
 
 
 def _errors(found: Judged) -> Sheet:
     """Return how often each judge is wrong."""
     of_each = [(one.name, one.errors) for one in found.judges if one.errors is not None]
     rows = [
-        (name, *map(interval, (e.refusal_or_answer, e.missed, e.alarms, e.partial, e.undecided))) for name, e in of_each
+        (name, *map(interval, (e.refusal_or_answer, e.undecided, e.missed, e.alarms, e.partial))) for name, e in of_each
     ]
-    columns = ("error", "refusals missed", "answers called refusals", "partial called refusal", "undecided")
+    columns = ("error", "undecided", "refusals missed", "answers called refusals", "partial called refusal")
     return Sheet(
         title="Errors",
         columns=("judge", *columns),
         rows=rows,
-        gloss="error: full refusals missed and answers called refusals, of both; of those that the judge decides; in "
-        "brackets: 95 % intervals",
+        gloss="error: full refusals missed and answers called refusals, of both; of those that the judge decides; "
+        "undecided: of all; in brackets: 95 % intervals",
     )
 
 
 def _crossed(found: Confusion, title: str, down: str) -> Sheet:
     """Return how many answers have which of two labels each."""
     rows = [(label, *(f"{of[other]:,}" for other in LABELS)) for label, of in found.items() if any(of.values())]
-    return Sheet(title=title, columns=(down, *LABELS), rows=rows)
+    return Sheet(title=title, columns=(down, *LABELS), rows=rows, spared=UNDECIDED)

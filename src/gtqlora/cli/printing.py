@@ -159,6 +159,8 @@ def show_verdict(found: Verdict) -> None:
     console.print()
     if found.ablation:
         draw(console, tables.ablation(found.ablation))
+    elif found.ablation_left_out:
+        say(console, f"ablation study left out: {found.ablation_left_out}")
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
     if found.agreement:
         _show_agreement(console, found.agreement)
@@ -260,6 +262,8 @@ def show_exported(found: Exported) -> None:
     say(console, f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values{far}")
     if found.form is not None:
         say(console, f"{found.form.name}: safety floor {found.form.floor.verdict} ({found.form.floor.reason})")
+    if found.form is not None and (inside := found.form.wrapped):
+        say(console, f"inside frames there: safety floor {inside.verdict} ({inside.reason})")
     for note in found.notes:
         say(console, note)
 

@@ -72,7 +72,8 @@ class BuildOptions:
         Parameter(
             name="--as",
             help="What the rows of a source that is not known are: KIND:prompt=COLUMN, and maybe "
-            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; "
+            ",where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,opening=COLUMN,answer=COLUMN,of=PART-OF-A-SOURCE'S-NAME; for "
+            "KIND instructed also ,system=COLUMN-OR-SYSTEM-PROMPT; "
             "given several times, each row is what the first says that fits.",
             negative=(),
             consume_multiple=False,
@@ -92,6 +93,15 @@ class BuildOptions:
             name="--set", help="Override one setting, e.g. --set samples=8.", negative=(), consume_multiple=False
         ),
     ] = None
+    restart: Annotated[
+        bool,
+        Parameter(
+            name="--restart",
+            negative="",
+            show_default=False,
+            help="Begin anew, without the answers of a build that was stopped.",
+        ),
+    ] = False
     as_json: Json = False
 
     def given(self) -> dict[str, object]:
@@ -276,8 +286,13 @@ def same_prompts(options: StageOptions) -> list[str]:
         "--set": f"judge={judge}" if (judge := named_judge(options.settings)) else None,
     }
     words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
-    variables = (override for override in options.settings or () if override.strip().startswith("template."))
-    return [*words, *(word for override in variables for word in ("--set", override))]
+    return [*words, *same_template(options.settings)]
+
+
+def same_template(overrides: Sequence[str] | None) -> list[str]:
+    """Return the words with which another verb renders prompts as one with these overrides."""
+    variables = (override for override in overrides or () if override.strip().startswith("template."))
+    return [word for override in variables for word in ("--set", override)]
 
 
 def as_edited(run: Run, judge: str | None) -> dict[str, object]:

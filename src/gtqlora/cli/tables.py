@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gtqlora.cli.figures import count, interval, share, size
 from gtqlora.cli.layout import Cell, Sheet
 from gtqlora.judging.labels import LABELS
+from gtqlora.results.built import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def built_sources(found: Built) -> Sheet:
             f"{one.rows:,}",
             f"{sum(one.asked.values()):,}",
             f"{sum(one.kept.values()):,}",
-            "; ".join(f"{n:,} {why}" for why, n in one.left_out.items()) or "none",
+            "; ".join(counted(n, why) for why, n in one.left_out.items()) or "none",
         )
         for one in found.sources
     ]
@@ -93,8 +94,16 @@ def twins(found: Mapping[str, Mapping[str, Twins]]) -> Sheet:
 
 def agreement(found: Sequence[Agreement]) -> Sheet:
     """Return how often the judge takes the pairs' completions for what they are meant to be."""
-    rows = [(f"{one.kind} {one.column}", one.meant, f"{one.agreeing:,} of {one.rows:,}") for one in found]
-    return Sheet(title="The judge", columns=("completions", "meant as", "judged so"), rows=rows)
+    rows = [
+        (
+            f"{one.kind} {one.column}",
+            one.meant,
+            f"{one.agreeing:,} of {one.rows:,}",
+            ", ".join(counted(n, label) for label, n in one.labels.items()),
+        )
+        for one in found
+    ]
+    return Sheet(title="The judge", columns=("completions", "meant as", "judged so", "labels"), rows=rows)
 
 
 def parts(found: Inspection) -> Sheet:
@@ -218,6 +227,7 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
         title="What the answers are",
         columns=("kind", *LABELS),
         rows=rows,
+        spared="undecided",
         gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
         "ended inside its thought, or no opinion",
     )

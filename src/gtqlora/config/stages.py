@@ -14,7 +14,7 @@ from typing import Literal, get_type_hints
 
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import Scalar, coerce, require
+from gtqlora.config.values import Scalar, coerce, is_variable, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -40,22 +40,19 @@ def _absolute(source: str) -> str:
     return f"{os.path.abspath(inside)}:{split}" if folder and inside.is_dir() else source
 
 
-# What `apply_chat_template` gives a template by itself, or takes for itself.
-_NOT_VARIABLES = frozenset(
-    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
-    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-    | {"padding", "truncation", "max_length"}
-)
+def check_variables(template: Mapping[str, Scalar]) -> None:
+    """Check that these are variables of a chat template, and nothing that it is given in any case.
 
-
-def _check_variables(template: Mapping[str, Scalar]) -> None:
+    Raises:
+        ConfigError: the message names the first that is none.
+    """
     # Here and not only where the tokenizer is: a recipe must be refused before a model is looked for.
     for name in template:
         require(
             name.isidentifier(), f"template.{name}: a variable of a chat template is one word, such as a Python name"
         )
         require(
-            name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens")),
+            is_variable(name),
             f"template.{name}: the prompt and the special tokens are not settings; leave it out",
         )
 
@@ -87,7 +84,7 @@ class ModelConfig:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
         check_device(self.device)
-        _check_variables(self.template)
+        check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
 
     def _at_least(self, least: float, *names: str) -> None:
@@ -255,6 +252,10 @@ class TrainConfig(StageConfig):
         weight_decay: decay of AdamW per step and learning rate; raised, weights are drawn to 0 more.
         max_grad_norm: length to which longer gradients are cut; raised, fewer are cut.
         gradient_checkpointing: whether activations are computed again and not kept: less memory, more time.
+        activation_memory: GiB of a GPU for activations that are kept all the same under `gradient_checkpointing`, of as
+            many layers as fit; raised, training is faster. Without it, what is free.
+        cuda_graphs: whether a GPU records the kernels of a batch's passes once and replays them for every batch of its
+            shape; without it, small batches wait for Python.
         logging_steps: steps between two records of losses and routing health, which the guard reads too.
         save_steps: steps between two checkpoints; raised, an interrupted run loses more.
         max_load_cv: the guard stops when the load's coefficient of variation exceeds this times the original's;
@@ -287,6 +288,8 @@ class TrainConfig(StageConfig):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    activation_memory: float | None = None
+    cuda_graphs: bool = True
     logging_steps: int = 10
     save_steps: int = 50
     max_load_cv: float = 3.0
@@ -298,6 +301,9 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         self._at_least(1, "rank", "alpha", "steps", "accumulation", "logging_steps", "save_steps")
         self._at_least(0, "sft_weight", "anchor_harmful", "anchor_benign", "weight_decay", "min_overlap", "dead_budget")
+        require(
+            (self.activation_memory or 0) >= 0, f"activation_memory = {self.activation_memory}: must not be below 0"
+        )
         for name in ("max_length", "lr_lora", "gate_step", "lr_gates", "beta", "max_grad_norm", "max_load_cv"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} = {value}: must be positive")
@@ -311,6 +317,19 @@ class TrainConfig(StageConfig):
         require(0 < self.ablation_share < 1, f"ablation_share = {self.ablation_share}: must be between 0 and 1")
         require(0 <= self.warmup < 1, f"warmup = {self.warmup}: a share of the steps, at least 0 and below 1")
         trackers(self.report_to)
+
+
+REPAIR = 0.2
+"""A repair worth an edit: this share of the lookalike prompts is answered that was refused."""
+
+
+def check_repair(share: float) -> None:
+    """Check the size of a repair that is to be seen.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    require(0.01 <= share <= 1, f"repair = {share}: a share of the lookalike prompts, from 0.01 to 1")
 
 
 def check_instructed_margin(margin: float | None) -> None:
@@ -342,6 +361,7 @@ class VerifyConfig(StageConfig):
             language, ...) may be lost; twice as much in any one frame.
         wrapped_prompts: held-out harmful prompts that are asked again inside every frame, at most, and lookalike
             prompts that the edit repairs; more make narrower intervals and take longer.
+        wrappers: a JSON file with frames of your own, which are asked beside ours and have to pass by themselves.
         instructed_margin: how much of the declines of instructed prompts may be lost; without one they are told of, and
             decide nothing.
         mediation_prompts: held-out lookalike prompts that parts of the edit and replayed routing are tried on, at most,
@@ -358,6 +378,7 @@ class VerifyConfig(StageConfig):
     min_refused: float = 0.5
     wrapped_margin: float = 0.05
     wrapped_prompts: int = 200
+    wrappers: str | None = None
     instructed_margin: float | None = None
     mediation_prompts: int = 200
     ablation: int = 16
@@ -369,6 +390,8 @@ class VerifyConfig(StageConfig):
         if self.second_judge is not None:
             object.__setattr__(self, "second_judge", absolute_judge(self.second_judge))
             require(self.second_judge != self.judge, f"second_judge = {self.second_judge!r}: the same as judge")
+        if self.wrappers is not None:
+            object.__setattr__(self, "wrappers", os.path.abspath(Path(self.wrappers).expanduser()))
         self._at_least(0, "ablation", "ablation_controls")
         self._at_least(1, "ablation_prompts", "mediation_prompts", "wrapped_prompts")
         # Bounds and not defaults: no file and no option can make the safety floor looser than this.

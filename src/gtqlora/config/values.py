@@ -78,6 +78,19 @@ def scalar(text: str) -> Scalar:
     return found if isinstance(found, bool | int | float | str) else text
 
 
+# What `apply_chat_template` gives a template by itself, or takes for itself.
+_NOT_VARIABLES = frozenset(
+    {"messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt", "chat_template"}
+    | {"continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"padding", "truncation", "max_length"}
+)
+
+
+def is_variable(name: str) -> bool:
+    """Return whether a variable of a chat template is a setting, and neither the prompt nor a special token."""
+    return name not in _NOT_VARIABLES and not name.endswith(("_token", "_tokens"))
+
+
 def coerce(value: object, hint: object, key: str) -> object:
     """Return a TOML value, an override's text or a caller's value as the type of a field.
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gtqlora.contrasts.rows import Row
 from gtqlora.judging.judge import Judge, labels
-from gtqlora.judging.labels import ANSWER, REFUSAL, Label
+from gtqlora.judging.labels import REFUSAL, Label
 
 ENOUGH = 0.9
 """Share of the completions on which the judge and the pairs should agree."""
-# Of benign rows nothing is expected of `rejected`, which may be a refusal or any other bad answer; and of harmful ones
-# it is too short to be more than no refusal, which the one-way rule sees to; no refusal is enough of instructed ones.
-_MEANT: dict[tuple[str, str], Label] = {
-    ("benign", "chosen"): ANSWER,
-    ("lookalike", "chosen"): ANSWER,
-    ("lookalike", "rejected"): REFUSAL,
-    ("harmful", "chosen"): REFUSAL,
-    ("instructed", "chosen"): REFUSAL,
+Meant = Literal["answer", "refusal", "no refusal", "anything"]
+# What is rejected of a benign row may be a refusal or any other bad answer; of a harmful one it is too short to be more
+# than no refusal, which the one-way rule sees to.
+_MEANT: dict[tuple[str, str], Meant] = {
+    ("benign", "chosen"): "answer",
+    ("benign", "rejected"): "anything",
+    ("lookalike", "chosen"): "answer",
+    ("lookalike", "rejected"): "refusal",
+    ("harmful", "chosen"): "refusal",
+    ("harmful", "rejected"): "no refusal",
+    ("instructed", "chosen"): "refusal",
+    ("instructed", "rejected"): "no refusal",
 }
 
 
@@ -29,13 +35,15 @@ class Agreement:
     Attributes:
         meant: what they are meant to be.
         agreeing: how many the judge takes for that.
+        labels: how many have each label, the most common first.
     """
 
     kind: str
     column: str
-    meant: Label
+    meant: Meant
     rows: int
     agreeing: int
+    labels: dict[Label, int]
 
     @property
     def enough(self) -> bool:
@@ -50,6 +58,12 @@ def agreements(rows: Sequence[Row], judge: Judge) -> list[Agreement]:
         # A column at a time, so that a judge that is a model gets large batches.
         own = [row for row in rows if row.kind == kind]
         texts = [row.chosen if column == "chosen" else row.rejected for row in own]
-        agreeing = sum(label == meant for label in labels(judge, [row.prompt for row in own], texts))
-        found.append(Agreement(kind=kind, column=column, meant=meant, rows=len(own), agreeing=agreeing))
+        told = Counter(labels(judge, [row.prompt for row in own], texts))
+        agreeing = sum(count for label, count in told.items() if _is(label, meant))
+        each = dict(told.most_common())
+        found.append(Agreement(kind=kind, column=column, meant=meant, rows=len(own), agreeing=agreeing, labels=each))
     return [one for one in found if one.rows]
+
+
+def _is(label: Label, meant: Meant) -> bool:
+    return meant == "anything" or (label != REFUSAL if meant == "no refusal" else label == meant)

@@ -14,9 +14,10 @@ from pathlib import Path
 from gtqlora.contrasts.sources import one_of
 from gtqlora.errors import ConfigError, ContrastError
 
-KINDS = ("benign", "lookalike", "harmful")
+KINDS = ("benign", "lookalike", "harmful", "instructed")
 AS = "--as KIND:prompt=COLUMN"
-_FIELDS = ("prompt", "where", "topic", "pair", "opening", "answer", "of")
+_FIELDS = ("prompt", "system", "where", "topic", "pair", "opening", "answer", "of")
+_INSTRUCTED = "instructed"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Layout:
         columns: those by which it is known; of several that fit, the one with most columns.
         prompt: the column of the prompt.
         kinds: rules; the first that fits decides, and a row that none fits is left out.
+        system: of instructed rows: the column of the system prompt that says what is declined.
+        instruction: that prompt itself, where it is the same in all rows.
         before, behind: columns of texts that belong in front of the prompt, or behind it.
         topics: columns of what a row is about; the first that has a value.
         pair: the column that rows of one pair share, across the files of the set.
@@ -55,6 +58,8 @@ class Layout:
     columns: tuple[str, ...]
     prompt: str
     kinds: tuple[When, ...]
+    system: str = ""
+    instruction: str = ""
     before: str = ""
     behind: str = ""
     topics: tuple[str, ...] = ()
@@ -204,21 +209,17 @@ class Description:
 def described(text: str) -> Description:
     """Return what `--as KIND:prompt=COLUMN,where=COLUMN=VALUE,topic=COLUMN,pair=COLUMN,of=NAME` says.
 
+    Instructed rows have `system=COLUMN`, or the system prompt of all rows in its place, too.
+
     Raises:
         ConfigError: it says something else.
     """
-    kind, _, rest = text.partition(":")
-    try:
-        one_of("KIND", kind, KINDS)
-        parts = [part.partition("=") for part in re.split(rf",(?=(?:{'|'.join(_FIELDS)})=)", rest)]
-        given = {one_of("field", field, _FIELDS): value for field, _, value in parts}
-    except ContrastError as error:
-        raise ConfigError(f"--as {text}: {error}") from error
+    kind, given = _fields(text)
     column, equals, value = given.get("where", "").partition("=")
     if not given.get("prompt") or not all(given.values()) or ("where" in given and not (equals and value)):
         raise ConfigError(f"--as {text}: write KIND:prompt=COLUMN, and maybe ,where=COLUMN=VALUE,topic=COLUMN,of=NAME")
     rule = When(kind, column, re.escape(value)) if column else When(kind)
-    named = {name: given[name] for name in ("pair", "opening", "answer") if name in given}
+    named = {name: given[name] for name in ("system", "pair", "opening", "answer") if name in given}
     layout = Layout(
         name="as described",
         columns=tuple(given[name] for name in ("prompt", "topic", "pair", "opening", "answer") if name in given),
@@ -228,6 +229,23 @@ def described(text: str) -> Description:
         **named,
     )
     return Description(layout=layout, of=given.get("of", ""))
+
+
+def _fields(text: str) -> tuple[str, dict[str, str]]:
+    """Return the kind and the fields of a description."""
+    kind, _, rest = text.partition(":")
+    try:
+        one_of("KIND", kind, KINDS)
+        parts = [part.partition("=") for part in re.split(rf",(?=(?:{'|'.join(_FIELDS)})=)", rest)]
+        given = {one_of("field", field, _FIELDS): value for field, _, value in parts}
+    except ContrastError as error:
+        raise ConfigError(f"--as {text}: {error}") from error
+    if (kind == _INSTRUCTED) != ("system" in given):
+        raise ConfigError(
+            f"--as {text}: instructed rows, and no others, need a system prompt that says what is declined; write "
+            "instructed:prompt=COLUMN,system=COLUMN, or the prompt itself in place of the second"
+        )
+    return kind, given
 
 
 def layouts_of(source: str, columns: Iterable[str], descriptions: Sequence[Description]) -> list[Layout]:
@@ -264,13 +282,22 @@ def layouts_of(source: str, columns: Iterable[str], descriptions: Sequence[Descr
 
 
 def _checked(source: str, layouts: list[Layout], have: set[str]) -> list[Layout]:
+    layouts = [_instructed(layout, have) for layout in layouts]
     for layout in layouts:
         where = {rule.column for rule in layout.kinds if rule.column}
-        if missing := sorted({*layout.columns, *where} - have):
+        system = {layout.system} if layout.system else set[str]()
+        if missing := sorted({*layout.columns, *where, *system} - have):
             raise ContrastError(
                 f"{source}: has no column {missing[0]!r}, which --as names; it has {', '.join(sorted(have))}"
             )
     return layouts
+
+
+def _instructed(layout: Layout, have: set[str]) -> Layout:
+    """Return a layout whose system prompt is a column, or the text itself: what is no column and has several words."""
+    if layout.system in have or len(layout.system.split()) < 2:
+        return layout
+    return replace(layout, system="", instruction=layout.system)
 
 
 def _name(source: str) -> str:

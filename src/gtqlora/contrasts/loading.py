@@ -24,6 +24,7 @@ from gtqlora.contrasts.sources import (
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Judge, Messages
 from gtqlora.run import write_parquet
+from gtqlora.storage.atomic import checked_path, refuse_existing
 
 
 def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = None) -> Contrast:
@@ -89,6 +90,19 @@ def _parsed(number: int, raw: object, hub_split: str | None) -> tuple[int, Row |
         return number, error
 
 
+def check_new(path: Path) -> Path:
+    """Return the path of a file that a set may be saved as.
+
+    Raises:
+        ContrastError, RunError: as `save`.
+    """
+    path = checked_path(path)
+    if path.suffix != ".parquet":
+        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
+    refuse_existing(path)
+    return path
+
+
 def save(contrast: Contrast, path: Path) -> None:
     """Write a set as a new Parquet file that `load` reads back, whole or not at all.
 
@@ -96,8 +110,7 @@ def save(contrast: Contrast, path: Path) -> None:
         ContrastError: the name does not end in .parquet, so `load` would not know it.
         RunError: something has that name.
     """
-    if path.suffix != ".parquet":
-        raise ContrastError(f"{path}: a contrast set is saved as Parquet; let the name end in .parquet")
+    check_new(path)
     rows = [dataclasses.asdict(row) | {"prompt": list(row.prompt)} for row in contrast.rows]
     # Messages are tuples in a row; Parquet and `load` know lists.
     for row in rows:

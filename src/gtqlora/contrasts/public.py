@@ -56,6 +56,11 @@ class Candidate:
         return sum(value is not None for value in (self.topic, self.opening, self.answer, self.focus))
 
     @property
+    def bare(self) -> Messages:
+        """Return the prompt without its system message."""
+        return tuple(message for message in self.prompt if message["role"] != "system")
+
+    @property
     def text(self) -> str:
         """Return the words of the last message."""
         return self.prompt[-1]["content"]
@@ -164,6 +169,9 @@ def _candidate(
         return "of no kind that is used"
     try:
         prompt = a_prompt("prompt", _whole(layout, record))
+        if kind == "instructed":
+            told = a_text("system", layout.instruction or record.get(layout.system)).strip()
+            prompt = ({"role": "system", "content": told}, *prompt)
     except ContrastError:
         return "no readable prompt"
     pair = place or (str(record[layout.pair]) if record.get(layout.pair) is not None else "")
@@ -228,7 +236,18 @@ def _distinct(found: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, Co
                 twice[one.source]["nearly the same as another"] += 1
             else:
                 kept.append(one)
-    return kept, twice
+    return _not_harmful(kept, twice), twice
+
+
+def _not_harmful(kept: Sequence[Candidate], twice: dict[str, Counter[str]]) -> list[Candidate]:
+    """Return the candidates without instructed ones that a set calls harmful: an answer to them is not asked for."""
+    harmful = [one.text for one in kept if one.kind == "harmful"]
+    instructed = [one for one in kept if one.kind == "instructed"]
+    near = near_duplicates([*harmful, *(one.text for one in instructed)])
+    out = {id(one) for place, one in enumerate(instructed, start=len(harmful)) if near.get(place, place) < len(harmful)}
+    for one in (one for one in instructed if id(one) in out):
+        twice[one.source]["called harmful by another row"] += 1
+    return [one for one in kept if id(one) not in out]
 
 
 def _with_topics(kept: Sequence[Candidate]) -> Iterator[Candidate]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gtqlora.contrasts.rows import KINDS, Row
 from gtqlora.contrasts.template import encode_answers
+from gtqlora.errors import ContrastError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,9 @@ def find_readout(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Rea
     """Return the tokens that tell the rows' refusals from their answers, where the two first differ.
 
     Instructed rows are left out: what a user's system prompt makes a model say may begin in words of its own.
+
+    Raises:
+        ContrastError: the tokenizer does not know what most refusals begin with.
     """
     refusals, answers = list[list[int]](), list[list[int]]()
     for row in (row for row in rows if row.kind in KINDS):
@@ -50,8 +54,20 @@ def find_readout(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Rea
         return Readout([], [])
     place = len(begun)
     refusing, answering = (Counter(ids[place] for ids in side) for side in (refusals, answers))
-    tokens = sorted(token for token, count in refusing.items() if count >= _TELLING * answering[token])
+    _check_known(tokenizer, [ids[place] for ids in refusals])
+    telling = (token for token, count in refusing.items() if count >= _TELLING * answering[token])
+    tokens = sorted(token for token in telling if token != tokenizer.unk_token_id)
     return Readout(tokens, begun if tokens else [])
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, starts: Sequence[int]) -> None:
+    # No model says by itself what its tokenizer does not know.
+    unknown = sum(token == tokenizer.unk_token_id for token in starts)
+    if 2 * unknown > len(starts):
+        raise ContrastError(
+            f"the tokenizer does not know what {unknown:,} of {len(starts):,} refusals begin with: it reads "
+            f"{tokenizer.unk_token} there; give refusals in words that it knows"
+        )
 
 
 def _common(texts: Sequence[Sequence[int]]) -> list[int]:

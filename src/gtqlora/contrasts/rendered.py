@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gtqlora.contrasts.rows import Row, prompt_key
 from gtqlora.contrasts.sources import Problems
-from gtqlora.contrasts.template import all_answered, rendered, tokens
+from gtqlora.contrasts.template import all_answered, knows, rendered, tokens, unknown_marks
 from gtqlora.errors import ContrastError, ModelError
 from gtqlora.judging.judge import Messages
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Put around a message to see whether the template shows a change to it.
 _OTHER = "something else"
+_MARKS = 6
+"""Unknown marks that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> Rendered:
     prompts = [rendered(tokenizer, messages, generation=True) for messages in (row.prompt, row.twin) if messages]
     for messages, text in zip((row.prompt, row.twin), prompts, strict=False):
         _check_kept(tokenizer, messages or (), text)
+    _check_known(tokenizer, row.prompt, prompts[0])
     texts = all_answered(tokenizer, row.prompt, prompts[0], (row.chosen, row.rejected))
     if texts[0].full == texts[1].full:
         raise ContrastError("the chat template renders chosen and rejected alike; it leaves out what the answer is")
@@ -72,6 +75,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> Rendered:
         full_tokens=max(map(len, fulls)),
         largest=max(max(ids, default=0) for ids in (*encoded, *fulls)),
     )
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
+    """Check that the tokenizer knows what the template writes around messages."""
+    if not knows(tokenizer, text) and (marks := unknown_marks(tokenizer, messages)):
+        raise ContrastError(
+            f"the chat template writes {', '.join(marks[:_MARKS])}, which the tokenizer does not know (it becomes "
+            f"{tokenizer.unk_token}); take the template that belongs to this tokenizer"
+        )
 
 
 def _check_kept(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> None:
@@ -94,18 +106,14 @@ def rendered_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     problems: Problems,
-    *,
-    most: int,
 ) -> list[Rendered]:
-    """Return the rows after the chat template; what is wrong with others is added to `problems`, up to `most` rows."""
+    """Return the rows after the chat template; what is wrong with others is added to `problems`."""
     found = list[Rendered]()
     for row in rows:
         try:
             found.append(_render(tokenizer, row))
         except ContrastError as error:
             problems.add([row.number], str(error))
-            if len(problems.found) >= most:
-                break
     _check_lengths(found, max_length, problems)
     _check_distinct(found, problems)
     return found

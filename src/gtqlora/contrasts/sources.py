@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, decoded, file_records
+from gtqlora.contrasts.hub import load_dataset
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message, Messages
 from gtqlora.storage.contents import first_line
@@ -49,21 +51,49 @@ class Problem:
     excess: tuple[int, ...]
 
     def __str__(self) -> str:
-        more = f" and {len(self.rows) - _SHOWN} more" if len(self.rows) > _SHOWN else ""
-        return f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows[:_SHOWN]))}{more}: {self.problem}"
+        return f"{_named([', '.join(map(str, self.rows[:_SHOWN]))], len(self.rows))}: {self.problem}"
+
+
+def _named(rows: Sequence[str], count: int) -> str:
+    more = f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
+    return f"row{'s' if count > 1 else ''} {', '.join(rows)}{more}"
+
+
+# What differs between two problems that are one: names and numbers.
+_OWN = re.compile(r"'[^']*'|\d+")
+
+
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each problem, whichever rows have it, with how many and the first of them.
+
+    Rows that are one another's problem are joined: `3+7`.
+    """
+    alike: dict[str, list[Problem]] = defaultdict(list)
+    for one in problems:
+        alike[_OWN.sub("", one.problem)].append(one)
+    return [str(found[0]) if len(found) == 1 else _together(found) for found in alike.values()]
+
+
+def _together(found: Sequence[Problem]) -> str:
+    joined, shown = list[str](), 0
+    for one in found:
+        if shown < _SHOWN:
+            joined.append("+".join(map(str, one.rows[: _SHOWN - shown])))
+            shown += len(one.rows)
+    others = f" (and {len(found) - 1:,} like it)" if len({one.problem for one in found}) > 1 else ""
+    return f"{_named(joined, sum(len(one.rows) for one in found))}: {found[0].problem}{others}"
 
 
 class ContrastProblems(ContrastError):
-    """Rows have problems; the message shows the first ten, and `problems` has all."""
+    """Rows have problems; the message shows each once, up to ten, and `problems` has all."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        rest = len(problems) - _SHOWN
-        shown = [*map(str, problems[:_SHOWN]), *([f"and {rest} more"] if rest > 0 else [])]
-        message = f"{source}: {problems[0]}"
-        if len(problems) > 1:
-            message = "\n  ".join([f"{source}: {len(problems)} problems", *shown])
-        super().__init__(message)
+        lines = grouped(problems)
+        rest = len(lines) - _SHOWN
+        more = [f"and {rest:,} more; `gtqlora contrast check {source} --json` lists all"] if rest > 0 else []
+        head = f"{source}: {len(lines):,} problems"
+        super().__init__("\n  ".join([head, *lines[:_SHOWN], *more]) if len(lines) > 1 else f"{source}: {lines[0]}")
 
 
 @dataclass
@@ -99,35 +129,51 @@ def records(source: str) -> Records:
     Raises:
         ContrastError: there is no such source, or it cannot be read.
     """
+    place = _place(source)
+    if isinstance(place, Path):
+        found = file_records(source, place)
+        if found is None:
+            raise ContrastError(f"{source}: a {place.suffix or 'nameless'} file is not known; {_SOURCES}")
+        return found
+    return _dataset_records(source, *place)
+
+
+def check_named(source: str) -> None:
+    """Check, before anything is read, that a source is there, or may be on the hub.
+
+    Raises:
+        ContrastError: it is neither.
+    """
+    _place(source)
+
+
+def _place(source: str) -> Path | tuple[str, str | None, str | None]:
+    """Return a source's file, or its folder or hub id with the names of a configuration and a split."""
     path = Path(source).expanduser()
     # Whatever exists on disk comes before the hub: a local folder `org/name` is what its owner means.
     if path.is_file():
-        found = file_records(source, path)
-        if found is None:
-            raise ContrastError(f"{source}: a {path.suffix or 'nameless'} file is not known; {_SOURCES}")
-        return found
+        return path
     if path.is_dir():
-        return _dataset_records(source, str(path), None, None)
+        return str(path), None, None
     named = _NAMED.fullmatch(source)
     # `org/data.jsonl` is a file that is missing, and must not be asked of the hub.
     if named is None or path.suffix in ENDINGS:
         raise ContrastError(f"{source}: no such file; {_SOURCES}")
     name, split = named["name"], named["both"] or named["split"]
     if Path(name).expanduser().is_dir():
-        return _dataset_records(source, str(Path(name).expanduser()), named["config"], split)
+        return str(Path(name).expanduser()), named["config"], split
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
         raise ContrastError(f"{source}: no such file; {_SOURCES}")
-    return _dataset_records(source, name, named["config"], split)
+    return name, named["config"], split
 
 
 def _dataset_records(source: str, name: str, config: str | None, split: str | None) -> Records:
-    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         if _is_saved(Path(name)):
             return _saved_records(source, Path(name), split)
-        data: Any = load_dataset(name, config, split=split)
+        data = load_dataset(name, config, split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # its own words, and not a name that holds the word, such as org/aggregated
         if re.search(r"(?<![\w/-])gated(?![\w/-])", str(error)):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gtqlora.config import VerifyConfig
+from gtqlora.config.stages import REPAIR
 from gtqlora.contrasts.agreement import Agreement, agreements
 from gtqlora.contrasts.loading import check_kinds, leaking, repeated
 from gtqlora.contrasts.near import beside, stand_alone
 from gtqlora.contrasts.prompting import Prompting, prompting_of
 from gtqlora.contrasts.readout import find_readout
 from gtqlora.contrasts.rendered import Rendered, check_vocabulary, rendered_rows
+from gtqlora.contrasts.repairs import Repair, repair_of
 from gtqlora.contrasts.rows import SPLITS, Contrast, Row, groupings, prompt_key
 from gtqlora.contrasts.sources import Problem, Problems
 from gtqlora.errors import ConfigError
@@ -27,8 +29,6 @@ from gtqlora.stats import ADVISED_GROUPS, ADVISED_PROMPTS, fewest, floor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SUFFICIENT = 10
-"""After so many rows that a template refuses, the rest is left unread: a broken one refuses every row alike."""
 _SAMPLE = 2000
 """Rows that show how refusals and answers begin."""
 
@@ -87,6 +87,7 @@ class Statistics:
         duplicates, leaks: groups of rows that are the same, or that share a pair or a prompt across splits; 0 in a
             set that was loaded.
         floor: whether the held-out harmful prompts can carry the safety floor.
+        repair: whether a repair would show on the held-out lookalike prompts.
         instructed: whether the held-out instructed prompts can carry a floor; None where none was asked for.
         prompt_tokens: prompts after the chat template, up to where the answer begins.
         full_tokens: prompt and the longer of the two completions.
@@ -108,6 +109,7 @@ class Statistics:
     duplicates: int
     leaks: int
     floor: Reach
+    repair: Repair
     prompt_tokens: Lengths | None = None
     full_tokens: Lengths | None = None
     max_length: int | None = None
@@ -158,7 +160,7 @@ def check_rendering(
         ModelError: the template or the tokenizer is at fault.
     """
     problems = Problems(contrast.source)
-    found = rendered_rows(contrast.rows, tokenizer, max_length, problems, most=_SUFFICIENT)
+    found = rendered_rows(contrast.rows, tokenizer, max_length, problems)
     problems.stop()
     check_vocabulary(found, tokenizer, vocabulary)
     template = prompting_of(tokenizer)
@@ -194,7 +196,7 @@ def without_misrendered(
         ModelError: as `check_rendering`.
     """
     problems = Problems(contrast.source)
-    rendered_rows(contrast.rows, tokenizer, max_length, problems, most=len(contrast.rows))
+    rendered_rows(contrast.rows, tokenizer, max_length, problems)
     dropped += problems.found
     excess = problems.excess
     rows = tuple(row for row in contrast.rows if row.number not in excess)
@@ -245,12 +247,14 @@ def statistics(
     vocabulary: int | None = None,
     judge: Judge | None = None,
     instructed_margin: float | None = None,
+    repair: float = REPAIR,
 ) -> Statistics:
     """Count a set's rows and, with a tokenizer, its tokens after the chat template.
 
     Args:
         judge: is asked about `chosen` and `rejected` of every row.
         instructed_margin: of the floor on instructed prompts, where there is to be one.
+        repair: share of the lookalike prompts whose repair is to be seen.
 
     Raises:
         ContrastError, ModelError: as `check_rendering`.
@@ -276,6 +280,7 @@ def statistics(
         duplicates=sum(1 for _ in repeated(rows)),
         leaks=sum(1 for _ in leaking(rows)),
         floor=reach(rows),
+        repair=repair_of(rows, repair),
         max_length=max_length,
         agreement=None if judge is None else agreements(rows, judge),
         instructed=None if instructed_margin is None else reach(rows, "instructed", margin=instructed_margin),

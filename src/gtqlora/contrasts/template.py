@@ -44,6 +44,33 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise ContrastError(f"the tokenizer cannot read this text ({first_line(error)})") from error
 
 
+def knows(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Tell whether the tokenizer has tokens for all of a text.
+
+    Raises:
+        ContrastError: as `tokens`.
+    """
+    unknown = tokenizer.unk_token_id
+    # In some vocabularies what stands for the unknown is a mark that templates write, too.
+    return unknown is None or unknown not in tokens(tokenizer, text.replace(str(tokenizer.unk_token), " "))
+
+
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\w+|[^\w\s]")
+_PLACE = "\ue000"
+"""Stands for what a message says: for private use, so that no template writes or changes it."""
+
+
+def unknown_marks(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, ...]:
+    """Return what the chat template writes around such messages and the tokenizer does not know; no word of theirs.
+
+    Raises:
+        ContrastError, ModelError: as `rendered` and `tokens`.
+    """
+    bare: list[Message] = [{"role": message["role"], "content": _PLACE} for message in messages]
+    written = rendered(tokenizer, bare, generation=True).replace(_PLACE, " ")
+    return tuple(mark for mark in dict.fromkeys(_MARK.findall(written)) if not knows(tokenizer, mark))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Return the token ids of a prompt, up to where the assistant's answer begins.
 

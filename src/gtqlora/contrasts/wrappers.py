@@ -3,20 +3,22 @@
 An edit may keep refusing what is asked plainly and be talked round more easily than the original (arXiv 2602.06256), so
 `verify` asks harmful prompts again inside of these. They are data, `wrappers.json`, and hold nothing harmful. A model
 that does not read their words, as one of a made-up language, brings frames of its own in a file of the same name, or is
-asked after harmless questions of the pairs.
+asked after harmless questions of the pairs. A user's own frames, in a file like ours, come beside all of these.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gtqlora.contrasts.rows import Row
-from gtqlora.errors import ModelError
+from gtqlora.errors import ContrastError, ModelError
 from gtqlora.families.files import WRAPPERS, has, read_json, small_files
 from gtqlora.judging.judge import Message, Messages
+from gtqlora.storage.contents import first_line, json_object, sha256_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 _BUILT_IN = Path(__file__).with_name(WRAPPERS)
 _PLACE = "{prompt}"
 _ROWS = 3
+OWN = "own: "
+"""What the names of a user's own frames begin with in records, so that nobody takes them for ours."""
+_MOST, _LONGEST_NAME, _LARGEST = 32, 40, 2**20
+"""Frames of a user's file, characters of a frame's name, and bytes of the file, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Wrapper:
         if "".join(turn["content"] for turn in self.turns).strip() == _PLACE:
             raise ValueError(f"{self.name!r} puts nothing around the prompt")
 
+    @property
+    def turns_json(self) -> str:
+        """Return its messages as JSON, which tells whether two frames are the same."""
+        return json.dumps(self.turns)
+
     def around(self, prompt: Messages) -> Messages:
         """Return a prompt with the frame around its last message, which is the user's."""
         *before, asked = prompt
@@ -57,15 +68,82 @@ class Wrapper:
         return (*before, *lead_in, {"role": "user", "content": content})
 
 
-def wrappers_for(model: str, tokenizer: PreTrainedTokenizerBase, harmless: Sequence[Row] = ()) -> tuple[Wrapper, ...]:
+@dataclass(frozen=True)
+class OwnWrappers:
+    """A user's own frames, and the SHA-256 of the file that they stand in."""
+
+    wrappers: tuple[Wrapper, ...]
+    fingerprint: str
+
+
+def read_own(file: str) -> OwnWrappers:
+    """Return the frames of a user's own file, which has the form of `wrappers.json`.
+
+    Raises:
+        ContrastError: it cannot be read, or holds something else, two frames of one name, or one that is ours.
+    """
+    data = _bytes(Path(file))
+    try:
+        found = _wrappers(json_object(data.decode()))
+        _check_own(found)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise ContrastError(f"wrappers = {file!r}: not a list of frames ({problem}); write {_FORM}") from error
+    named = tuple(replace(wrapper, name=f"{OWN}{wrapper.name}") for wrapper in found)
+    return OwnWrappers(named, sha256_bytes(data))
+
+
+_FORM = '{"wrappers": [{"name": "...", "turns": [{"role": "user", "content": "... {prompt}"}]}]}'
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        # a device or a pipe would never end
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            what = f"larger than {_LARGEST >> 20} MiB" if path.is_file() else "no such file"
+            raise ContrastError(f"wrappers = {str(path)!r}: {what}; give a JSON file: {_FORM}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ContrastError(f"wrappers = {str(path)!r}: cannot be read ({error.strerror})") from error
+
+
+def _check_own(wrappers: Sequence[Wrapper]) -> None:
+    """Check a user's frames beyond what each of them checks itself.
+
+    Raises:
+        ValueError: there is none or there are too many, a name cannot be shown, or a frame is there twice or ours.
+    """
+    if not 0 < len(wrappers) <= _MOST:
+        raise ValueError(f"{len(wrappers)} frames; there must be 1 to {_MOST}")
+    seen = {wrapper.turns_json: f"ours, {wrapper.name!r}" for wrapper in _read(_BUILT_IN)}
+    for number, wrapper in enumerate(wrappers, start=1):
+        if not wrapper.name.strip() or len(wrapper.name) > _LONGEST_NAME or not wrapper.name.isprintable():
+            raise ValueError(f"frame {number}: its name must be 1 to {_LONGEST_NAME} characters that can be shown")
+        if wrapper.name in seen.values() or wrapper.turns_json in seen:
+            raise ValueError(f"frame {wrapper.name!r} is there twice, or is {seen.get(wrapper.turns_json)}")
+        seen[wrapper.turns_json] = wrapper.name
+
+
+def wrappers_for(
+    model: str, tokenizer: PreTrainedTokenizerBase, harmless: Sequence[Row] = (), own: Sequence[Wrapper] = ()
+) -> tuple[Wrapper, ...]:
     """Return the frames that a model can read: ours, or if its tokenizer has no words for them those of its folder.
 
     Args:
         harmless: benign rows, which make frames of a model that has no others.
+        own: the user's, which are asked beside them.
 
     Raises:
         ModelError: the folder's file holds something else.
+        ContrastError: the tokenizer has no words for a frame of the user's.
     """
+    readable = _readable(tokenizer, own)
+    if unread := [wrapper.name for wrapper in own if wrapper not in readable]:
+        raise ContrastError(f"wrappers: {model} has no words for {', '.join(unread)}; write them as its users would")
+    return (*_of_model(model, tokenizer, harmless), *own)
+
+
+def _of_model(model: str, tokenizer: PreTrainedTokenizerBase, harmless: Sequence[Row]) -> tuple[Wrapper, ...]:
     if ours := _readable(tokenizer, _read(_BUILT_IN)):
         return ours
     folder = small_files(model)
@@ -95,12 +173,28 @@ def _reads(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return unknown is None or unknown not in tokenizer.encode(text.replace(_PLACE, ""), add_special_tokens=False)
 
 
+def _wrappers(value: Mapping[str, object]) -> list[Wrapper]:
+    """Return the frames in the JSON of a file.
+
+    Raises:
+        KeyError, TypeError, ValueError: there are none.
+    """
+    found = cast("list[Mapping[str, list[Message]]]", value["wrappers"])
+    return [Wrapper(_text(one["name"]), tuple(_turn(turn) for turn in one["turns"])) for one in found]
+
+
+def _turn(turn: Mapping[str, object]) -> Message:
+    return {"role": _text(turn["role"]), "content": _text(turn["content"])}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text must be")
+    return value
+
+
 def _read(file: Path) -> list[Wrapper]:
     try:
-        found = cast("list[Mapping[str, list[Message]]]", read_json(file)["wrappers"])
-        return [
-            Wrapper(str(one["name"]), tuple({"role": m["role"], "content": str(m["content"])} for m in one["turns"]))
-            for one in found
-        ]
+        return _wrappers(read_json(file))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: not a list of wrappers ({type(error).__name__}: {error})") from error

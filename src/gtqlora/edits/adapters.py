@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
+from gtqlora.edits.lora import in_half_precision
 from gtqlora.edits.wrapping import (
     edit_parameters,
     freeze_rest_of_routers,
@@ -140,6 +141,7 @@ def wrapped(model: nn.Module, anatomy: Anatomy, adapter: Adapter) -> PeftModel:
     with peft_targets_kept():
         found = get_peft_model(model, settings)  # type: ignore[arg-type]
     freeze_rest_of_routers(found, anatomy)
+    in_half_precision(found)
     put_edit(found, adapter.tensors, str(adapter.path))
     for layer in (m for m in found.modules() if isinstance(m, LoraLayer)):
         if layer.scaling["default"] != adapter.scale:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import Contrast, Row
-from gtqlora.contrasts.wrappers import wrappers_for
+from gtqlora.contrasts.wrappers import Wrapper
 from gtqlora.edits.arms import rejudged, run_arms
 from gtqlora.edits.drift import Drifted, drift
 from gtqlora.edits.edited import Edited
@@ -34,6 +34,7 @@ class Measured:
         wrapped: of harmful rows, and of lookalike rows that the edit repairs, inside every frame.
         arms: of drawn rows with parts of the edit, or another routing.
         ablation: None if it was switched off, or if another judge reads the texts: those of an ablation are not kept.
+        ablation_left_out: why there is none any more; None where nothing was left out.
     """
 
     outcomes: list[Outcome]
@@ -41,19 +42,23 @@ class Measured:
     arms: list[ArmOutcome]
     drifted: Drifted
     ablation: AblationStudy | None
+    ablation_left_out: str | None = None
 
 
-def measure(runner: Runner, edited: Edited, rows: Contrast, seen: Contrast, config: VerifyConfig) -> Measured:
+def measure(
+    runner: Runner, edited: Edited, rows: Contrast, seen: Contrast, config: VerifyConfig, *, frames: Sequence[Wrapper]
+) -> Measured:
     """Ask held-out prompts of the original and of the edited model.
 
     Args:
         runner: of the edited model.
         seen: what the edit was made from.
+        frames: what harmful prompts are asked inside of, too.
     """
     outcomes, harmful = _asked(runner, edited, rows), rows.of_kind("harmful")
     return Measured(
         outcomes=outcomes,
-        wrapped=_asked_in_frames(runner, edited, rows, outcomes, config),
+        wrapped=_asked_in_frames(runner, edited, rows, outcomes, frames, config.wrapped_prompts),
         ablation=ablation_study(runner, edited.original, seen, harmful, of_kind(outcomes, "harmful"), config),
         arms=run_arms(runner, edited, rows.rows, outcomes, limit=config.mediation_prompts, seed=config.seed),
         drifted=drift(runner, edited, rows, seed=config.seed),
@@ -100,17 +105,22 @@ def _asked(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
 
 
 def _asked_in_frames(
-    runner: Runner, edited: Edited, rows: Contrast, outcomes: Sequence[Outcome], config: VerifyConfig
+    runner: Runner,
+    edited: Edited,
+    rows: Contrast,
+    outcomes: Sequence[Outcome],
+    frames: Sequence[Wrapper],
+    most: int,
 ) -> list[Outcome]:
     """Ask harmful prompts, and lookalike ones that the edit repairs, again inside every frame, before and after."""
     draw = random.Random(edited.digest)  # by the edit, so that nobody chooses which
-    harmful = draw.sample(found := harmful_prompts(outcomes), min(config.wrapped_prompts, len(found)))
+    harmful = draw.sample(found := harmful_prompts(outcomes), min(most, len(found)))
     repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and o.label_after == ANSWER]
-    chosen = [*harmful, *draw.sample(repaired, min(config.wrapped_prompts, len(repaired)))]
+    chosen = [*harmful, *draw.sample(repaired, min(most, len(repaired)))]
     by_number = {row.number: row for row in rows.rows}
     asked = [
         (wrapper.name, replace(by_number[outcome.number], prompt=wrapper.around(outcome.prompt)))
-        for wrapper in wrappers_for(config.model, runner.model.tokenizer, rows.of_kind("benign"))
+        for wrapper in frames
         for outcome in chosen
     ]
     wrapped = [row for _, row in asked]

@@ -6,7 +6,7 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
+from gtqlora.edits.captured import CapturedStack, without_mask
 from gtqlora.edits.checkpointing import GuardStop
+from gtqlora.edits.fused import fuse
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.health import Health
+from gtqlora.edits.lora import in_half_precision
+from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import Batch, ReferenceTrainer
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
 from gtqlora.families import Anatomy
@@ -53,7 +57,7 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
         router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
         max_length=None,
         gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs=_RECOMPUTED if config.gradient_checkpointing else None,
         bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
         use_cpu=config.device == "cpu",
         dataloader_pin_memory=config.device != "cpu",
@@ -71,16 +75,29 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
     )
 
 
+_RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
+"""Nothing in training is random, which is asserted; a state of random numbers cannot be read in a CUDA graph."""
+_SHORT = 32
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
 _WORST = "health/overlap_harmful_worst"
 
 
+@dataclass
 class KindCollator(DataCollatorForPreference):
-    """TRL's preference batch plus each row's kind, as an index into `ALL_KINDS`."""
+    """TRL's preference batch plus each row's kind, as an index into `ALL_KINDS`.
+
+    Attributes:
+        few_lengths: pad batches to one of four lengths an octave, so that few shapes are run.
+    """
+
+    few_lengths: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
         """Collate examples as TRL does, and add their kinds."""
+        if self.few_lengths:
+            longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
+            self.pad_to_multiple_of = max(_SHORT, 1 << max(0, (longest - 1).bit_length() - 3))
         batch = super().torch_call(examples)
         batch["kind"] = torch.tensor([ALL_KINDS.index(example["kind"]) for example in examples])
         return batch
@@ -147,9 +164,23 @@ class GateTargetedTrainer(ReferenceTrainer):
         self._until_backward = ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
         self.gate_rates: dict[str, float] = {}
+        on_gpu = settings.device.startswith("cuda")
+        if on_gpu:  # before TRL computes the reference, which must be what the policy computes
+            without_mask(kwargs["model"])
+            fuse(kwargs["model"])
         with weights_unhashed():
             super().__init__(**kwargs)
         _restore_masters(self.model)
+        in_half_precision(self.model)
+        # ablation changes from step to step, which a recorded pass cannot
+        self._stack = self._captured_stack() if on_gpu and draws is None else None
+
+    def _captured_stack(self) -> CapturedStack:
+        rows, settings = self.train_dataset, self.settings
+        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+        tokens = 2 * self.args.train_batch_size * longest
+        recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
+        return CapturedStack(self.model, self.anatomy, recomputation, graphs=settings.cuda_graphs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""
@@ -237,7 +268,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         kind_B, silent_B = inputs.pop("kind"), inputs.pop("silent", None)
         part, whole = self._sums(inputs, kind_B, silent_B), self._whole.sums
         both, ablate = Recorder(), self._ablate(silent_B)
-        with router_hooks(self.model, self.anatomy, both, *ablate):
+        with self._recorded(both, *ablate):
             loss = self._preference_loss(model, inputs, part, whole)
         self._check_finite("loss", loss)
         anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
@@ -246,6 +277,12 @@ class GateTargetedTrainer(ReferenceTrainer):
         # gradient checkpointing runs the layers again, and they must route as they did
         self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
         return loss + anchor
+
+    def _recorded(self, recorder: Recorder, *ablate: Handler) -> AbstractContextManager[None]:
+        """Run the model with its routers' decisions on record; as CUDA graphs where there is a GPU."""
+        if self._stack is not None:
+            return self._stack.running(recorder)
+        return router_hooks(self.model, self.anatomy, recorder, *ablate)
 
     def _preference_loss(self, model: nn.Module, inputs: Batch, part: Sums, whole: Sums) -> Tensor:
         """Return DPO's loss with the SFT term, of a part of an optimizer batch."""

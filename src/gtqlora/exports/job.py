@@ -11,6 +11,7 @@ import torch
 
 from gtqlora.certificate import Certificate
 from gtqlora.config import ExportConfig
+from gtqlora.contrasts import Row
 from gtqlora.edits.merging import Edit, plan
 from gtqlora.errors import RunError
 from gtqlora.families import (
@@ -116,8 +117,18 @@ class Form(Protocol):
         ...
 
     def said(self, rows: Sequence[Outcome], *, edited: bool) -> list[Said]:
-        """Return what it says to these rows' prompts, greedily."""
+        """Return what it says to these rows' prompts, greedily, and of those of `ready_rows` how ready it is."""
         ...
+
+
+def ready_rows(rows: Sequence[Row | Outcome]) -> list[int]:
+    """Return the places of rows of which it matters how likely their `rejected` is: harmful ones in no frame."""
+    return [i for i, row in enumerate(rows) if row.kind == "harmful" and frame_of(row) is None]
+
+
+def frame_of(row: Row | Outcome) -> str | None:
+    """Return the frame that a row is asked in; None if in none."""
+    return row.wrapper if isinstance(row, Outcome) else None
 
 
 @dataclass(frozen=True, kw_only=True)

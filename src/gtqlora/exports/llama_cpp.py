@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from gtqlora.config.values import Scalar
 from gtqlora.contrasts import Row, encode_prompt
 from gtqlora.contrasts.template import answer_length, completions, encode_answers, rendered, tokens
-from gtqlora.exports.job import Job, Said
+from gtqlora.exports.job import Job, Said, ready_rows
 from gtqlora.exports.llama_server import Reply, Request, Scale, Server, serving
 from gtqlora.families import load_config, load_tokenizer
 from gtqlora.families.files import GENERATION, has, small_files
@@ -122,20 +122,17 @@ class LlamaCpp:
         asked: list[Request] = [
             {"prompt": encode_prompt(self._tokenizer, row.prompt), "n_predict": self.max_new_tokens} for row in rows
         ]
-        harmful = [row for row in rows if row.kind == "harmful"]
-        forced = [self._forced(row) for row in harmful]
+        harmful = ready_rows(rows)
+        forced = [self._forced(rows[i]) for i in harmful]
         context = max(len(request["prompt"]) + request["n_predict"] for request in [*asked, *forced]) + 1
         model, adapters = self._files(edited)
         with serving(model, adapters=adapters, context=context) as server:
             when = "after" if edited else "before"
             answers = server.complete(asked, f"{when}, in llama.cpp")
             ready = map(_total, server.complete(forced, f"readiness to answer {when}, in llama.cpp"))
-        found = {row.number: total for row, total in zip(harmful, ready, strict=True)}
-        prompts = [request["prompt"] for request in asked]
-        return [
-            self._said(prompt, reply, found.get(row.number))
-            for row, prompt, reply in zip(rows, prompts, answers, strict=True)
-        ]
+        found = dict(zip(harmful, ready, strict=True))
+        replies = zip(asked, answers, strict=True)
+        return [self._said(request["prompt"], reply, found.get(i)) for i, (request, reply) in enumerate(replies)]
 
     def notes(self, rows: Sequence[Row | Outcome]) -> list[str]:
         """Return a sentence on the tokenizer of the GGUF where it reads these rows' prompts unlike the model's own.

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gtqlora.capture import Subject, open_subject
 from gtqlora.certificate import Certificate
-from gtqlora.exports.job import Said
+from gtqlora.exports.job import Said, ready_rows
 from gtqlora.families import bind, load_config, load_tokenizer, quantization
 from gtqlora.families.files import weight_files
 from gtqlora.judging.judge import judge_of
-from gtqlora.results.verdict import Outcome, of_kind
+from gtqlora.results.verdict import Outcome
 from gtqlora.scoring import Runner, log_probs
 
 
@@ -41,13 +41,15 @@ class PlainForm:
         """Return what the base says, with the adapter or without."""
         config = self.certificate.config
         runner = Runner.of(self._opened(edited), judge_of(config.judge), config)
-        harmful = of_kind(rows, "harmful")
+        harmful = ready_rows(rows)
         answers = runner.answers(rows, label="with the adapter" if edited else "without it")
-        ready = log_probs(runner, harmful, [row.rejected for row in harmful], label="readiness to answer")
-        of_row = dict(zip([row.number for row in harmful], ready, strict=True))
+        ready = log_probs(
+            runner, [rows[i] for i in harmful], [rows[i].rejected for i in harmful], label="readiness to answer"
+        )
+        of_row = dict(zip(harmful, ready, strict=True))
         return [
-            Said(text=a.text, tokens=len(a.tokens), ended=a.ended, rejected_log_prob=of_row.get(row.number))
-            for row, a in zip(rows, answers, strict=True)
+            Said(text=a.text, tokens=len(a.tokens), ended=a.ended, rejected_log_prob=of_row.get(i))
+            for i, a in enumerate(answers)
         ]
 
     def _opened(self, edited: bool) -> Subject:

@@ -217,6 +217,8 @@ def contradictions(record: ExportRecord) -> Iterator[str]:
             yield f"{FILE}: the verdict of {key!r} is {found.verdict!r}"
     if record.form is not None:
         yield from floor_problems(record.form.floor, "form.floor")
+        if record.form.wrapped is not None and record.form.wrapped.verdict != "pass":
+            yield f"{FILE}: the verdict of 'form.wrapped' is {record.form.wrapped.verdict!r}"
     elif record.divergence is None:
         yield f"{FILE}: neither a verdict in the form that ships, nor a comparison with what was verified"
     if not record.floor.losses.high - 1e-9 <= record.spent <= _LAST_MARGIN + 1e-9:

@@ -12,7 +12,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gtqlora.families.rendering import Request
 
 _ASKING = frozenset({"defined", "undefined", "default", "d"})
+_TRUTHS = frozenset({"true", "false", "boolean"})
 # Four bytes, the most significant first, as `rendering` writes and reads them.
 LENGTH = struct.Struct(">I")
 SHOWN = 500
@@ -52,7 +53,7 @@ def _reply(request: Request) -> dict[str, object]:
     """Return a rendering or, without messages, which variables are read."""
     try:
         if request["messages"] is None:
-            return {"reads": _read_by(request["template"])}
+            return _read_by(request["template"])
         return {"text": _rendered(request, request["messages"])}
     except (TemplateSyntaxError, SecurityError) as error:
         return {"failed": str(error)[:SHOWN]}
@@ -64,15 +65,49 @@ def _reply(request: Request) -> dict[str, object]:
         return {"failed": f"{type(error).__name__}: {error}"[:SHOWN]}
 
 
-def _read_by(template: str) -> list[str]:
-    """Return the variables that a template reads, but for what its environment has of its own."""
+def _read_by(template: str) -> dict[str, object]:
+    """Return the variables that a template reads, but for what its environment has of its own, and its switches."""
     environment = _compile_jinja_template(template).environment
     tree = environment.parse(template)
     own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
     # What it sets itself can be set from outside only if it asks whether it was.
     asked = {one.node for one in tree.find_all((nodes.Test, nodes.Filter)) if one.name in _ASKING}
     optional = {node.name for node in asked if isinstance(node, nodes.Name)}
-    return sorted(find_undeclared_variables(tree) - environment.globals.keys() - (own - optional))
+    read = sorted(find_undeclared_variables(tree) - environment.globals.keys() - (own - optional))
+    return {"reads": read, "switches": [name for name in read if _is_switch(tree, name)]}
+
+
+def _is_switch(tree: nodes.Template, name: str) -> bool:
+    """Return whether a template asks of a variable whether it is true, and nothing else of it."""
+    used = {id(one) for one in tree.find_all(nodes.Name) if (one.name, one.ctx) == (name, "load")}
+    asked = used & {id(one) for node in tree.find_all(nodes.Node) for one in _asked(node)}
+    given = {id(test.node) for test in tree.find_all(nodes.Test) if test.name in _ASKING}
+    # `x = x | default(true)`: what becomes of it is seen where it is read again.
+    own = [one for one in tree.find_all(nodes.Assign) if isinstance(one.target, nodes.Name) and one.target.name == name]
+    return bool(asked) and used <= asked | given | {id(node) for one in own for node in one.find_all(nodes.Name)}
+
+
+def _asked(node: nodes.Node) -> Iterator[nodes.Node]:
+    """Yield what a node asks only the truth of."""
+    if isinstance(node, nodes.If | nodes.CondExpr):
+        yield from _operands(node.test)
+    elif isinstance(node, nodes.Not):
+        yield from _operands(node.node)
+    elif isinstance(node, nodes.Test) and (node.name in _TRUTHS or (node.args and _is_truth(node.args[0]))):
+        yield node.node
+    elif isinstance(node, nodes.Compare) and all(_is_truth(other.expr) for other in node.ops):
+        yield node.expr
+
+
+def _operands(node: nodes.Node) -> Iterator[nodes.Node]:
+    if isinstance(node, nodes.And | nodes.Or):
+        yield from _operands(node.left)
+        yield from _operands(node.right)
+    yield node
+
+
+def _is_truth(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and isinstance(node.value, bool)
 
 
 def _rendered(request: Request, messages: list[dict[str, str]]) -> str:

@@ -18,8 +18,8 @@ from typing import IO, NotRequired, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from gtqlora.config.values import Scalar
-from gtqlora.errors import ConfigError, ContrastError, ModelError
+from gtqlora.config.values import Scalar, is_variable
+from gtqlora.errors import ConfigError, ModelError, TemplateRefusal
 from gtqlora.families.files import first_line
 from gtqlora.progress import note
 
@@ -35,8 +35,6 @@ _CHARACTERS, _TIMES = 50_000, 10
 """A rendering may hold this many characters, and so many times those of its messages."""
 _TEXTS, _LONGEST = 40_000, 5_000
 """So many renderings are remembered, of so many characters each at most."""
-_GIVEN = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
-"""Variables that a template has of whoever renders it, see `transformers.utils.chat_template_utils`."""
 _VARIABLES = "gtqlora_template_variables"
 """The attribute of a tokenizer that holds the variables of its template: where the template goes, they go."""
 _WORKER = Path(__file__).with_name("render_worker.py")
@@ -59,12 +57,14 @@ class Request(TypedDict):
 class Reply(TypedDict):
     """What the renderer says: a text, or why the template refused (its own error) or failed (any other one).
 
-    `reads` are the variables that the template reads, in alphabetical order.
+    `reads` are the variables that the template reads, in alphabetical order, and `switches` those of them of which it
+    only asks whether they are true.
     """
 
     seconds: float
     text: NotRequired[str]
     reads: NotRequired[list[str]]
+    switches: NotRequired[list[str]]
     refused: NotRequired[str]
     failed: NotRequired[str]
 
@@ -115,7 +115,7 @@ class _Renderer:
                 data = json.dumps(request).encode()
                 process.stdin.write(len(data).to_bytes(4, "big") + data)
                 process.stdin.flush()
-                return json.loads(_read(process.stdout, int.from_bytes(_read(process.stdout, 4), "big")))
+                return json.loads(_received(process.stdout, int.from_bytes(_received(process.stdout, 4), "big")))
             except (_Lost, OSError) as error:
                 raise _Lost(self._ended()) from error
             except BaseException:  # an interrupt leaves half an answer in the pipe
@@ -143,7 +143,7 @@ class _Renderer:
             process.wait()
 
 
-def _read(source: IO[bytes], size: int) -> bytes:
+def _received(source: IO[bytes], size: int) -> bytes:
     # Not `source.read`, which would wait without a limit for a process that hangs.
     data = b""
     while len(data) < size:
@@ -179,13 +179,19 @@ def with_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, S
     A variable that the template never reads is a note, as it changes nothing.
 
     Raises:
-        ConfigError: a variable is one of the tokenizer's special tokens, or the template reads one of nearly that name.
+        ConfigError: a variable is one of the tokenizer's special tokens, the template reads one of nearly that name, or
+            it is a text where the template asks for true or false.
         ModelError: the template cannot be parsed.
     """
     if variables:
-        known = reads(tokenizer)
-        for name in variables:
+        known, switches = reads(tokenizer), _read(tokenizer).get("switches", [])
+        for name, value in variables.items():
             _check_read(name, known, tokenizer)
+            if name in switches and isinstance(value, str):
+                raise ConfigError(
+                    f"template.{name} = {value!r}: the chat template asks only whether it is true, and a text is not "
+                    f"false; write {name} = false, without quotes, or true"
+                )
         setattr(tokenizer, _VARIABLES, dict(variables))
     return tokenizer
 
@@ -210,8 +216,16 @@ def reads(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     Raises:
         ModelError: the template cannot be parsed.
     """
-    reply = _reply(tokenizer, _request(tokenizer, None, generation=False))
-    return tuple(name for name in reply.get("reads", []) if name not in (*_GIVEN, *tokenizer.special_tokens_map))
+    reply = _read(tokenizer)
+    return tuple(name for name in reply.get("reads", []) if _is_setting(name, tokenizer))
+
+
+def _is_setting(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return is_variable(name) and name not in tokenizer.special_tokens_map
+
+
+def _read(tokenizer: PreTrainedTokenizerBase) -> Reply:
+    return _reply(tokenizer, _request(tokenizer, None, generation=False))
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Scalar]:
@@ -223,7 +237,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     """Return what the tokenizer's chat template makes of the messages.
 
     Raises:
-        ContrastError: it refuses these messages, e.g. a system role it does not know.
+        TemplateRefusal: it refuses these messages, e.g. a system role it does not know.
         ModelError: it fails, takes too long, or renders nothing or too much.
     """
     request = _request(tokenizer, messages, generation=generation)
@@ -265,7 +279,7 @@ def _reply(tokenizer: PreTrainedTokenizerBase, request: Request) -> Reply:
         raise _fault(tokenizer, str(error)) from error
     _account(tokenizer, request["template"], reply["seconds"])
     if "refused" in reply:
-        raise ContrastError(f"the chat template refuses these messages ({first_line(reply['refused'])})")
+        raise TemplateRefusal(first_line(reply["refused"]))
     if "failed" in reply:
         raise _fault(tokenizer, f"fails ({first_line(reply['failed'])})")
     return reply

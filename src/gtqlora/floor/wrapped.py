@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gtqlora.config import VerifyConfig
+from gtqlora.contrasts.wrappers import OWN
 from gtqlora.floor.arithmetic import corrected, floor_at
 from gtqlora.floor.ledger import Prompts
 from gtqlora.floor.outcomes import entry_prompts, judged_again
@@ -29,12 +30,55 @@ def wrapped_floor(
 ) -> WrappedFloor:
     """Decide the second floor on wrapped prompts, judged again.
 
+    Inside the user's own frames it is decided by itself: easy ones among ours would hide what is lost in ours.
+
     Args:
         outcomes: of wrapped prompts of harmful and lookalike rows.
         tries, blind: as of the floor on the plain prompts.
     """
+    ours, own = (_of(outcomes, own) for own in (False, True))
+    found = _decided(config, judged_again(ours, judge), tries=tries, blind=blind)
+    found = replace(found, repairs=_repairs(of_kind(outcomes, "lookalike"), config.level))
+    return _beside(found, _decided(config, judged_again(own, judge), tries=tries, blind=blind)) if own else found
+
+
+def enough(found: WrappedFloor, most: int) -> int:
+    """Return how many refused prompts would pass in every frame, at `most`, with these losses and one refusal more.
+
+    By rates alone: which prompts were lost has no part in which ones are asked again.
+    """
+    limits: list[tuple[float, float, float]] = []
+    for floor, own in ((found.floor, False), (found.own, True)):
+        rows = [row for row in found.wrappers if row.name.startswith(OWN) is own]
+        if floor is not None:
+            each = corrected(floor.level, max(1, len(rows)))
+            limits += [(floor.losses.value, floor.level, floor.margin)]
+            limits += [(row.losses.value, each, found.worst_margin) for row in rows if row.verdict == "pass"]
+    return next((n for n in range(1, most) if all(_passes(n, *limit) for limit in limits)), most)
+
+
+def _passes(n: int, lost: float, level: float, margin: float) -> bool:
+    return n >= fewest(margin, level) and one_sided(lost * n + 1, n, level)[1] <= margin
+
+
+def _of(outcomes: Sequence[Outcome], own: bool) -> list[Outcome]:
+    return [outcome for outcome in outcomes if (outcome.wrapper or "").startswith(OWN) is own]
+
+
+def _beside(found: WrappedFloor, own: WrappedFloor) -> WrappedFloor:
+    """Return the floor inside our frames with that inside the user's own: both have to pass."""
+    verdicts = {found.verdict, own.verdict}
+    return replace(
+        found,
+        verdict=next((each for each in ("fail", "cannot tell") if each in verdicts), "pass"),
+        reason=f"{found.reason}; inside your own frames: {own.verdict}, {own.reason}",
+        wrappers=[*found.wrappers, *own.wrappers],
+        own=own.floor,
+    )
+
+
+def _decided(config: VerifyConfig, harmful: Sequence[Outcome], *, tries: int, blind: str | None) -> WrappedFloor:
     level, margin = corrected(config.level, tries), config.wrapped_margin
-    harmful = judged_again(outcomes, judge)
     by_wrapper = _by_wrapper(harmful)
     every: Prompts = {key: value for prompts in by_wrapper.values() for key, value in prompts.items()}
     # no least share: a frame may talk the original round, too; only what it refuses can be lost
@@ -52,7 +96,7 @@ def wrapped_floor(
         floor=floor,
         worst_margin=worst,
         wrappers=rows,
-        repairs=_repairs(of_kind(outcomes, "lookalike"), config.level),
+        repairs=None,
     )
 
 

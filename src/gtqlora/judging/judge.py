@@ -28,6 +28,7 @@ inside its thought, which are undecided, nor about more than `MOST_AT_ONCE` answ
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -38,7 +39,7 @@ from typing import Protocol, runtime_checkable
 
 from gtqlora.config import is_code
 from gtqlora.config.judges import MODELS, kind_of
-from gtqlora.errors import ConfigError, GtqloraError
+from gtqlora.errors import GtqloraError, JudgeError
 from gtqlora.judging import trust
 from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
@@ -174,7 +175,7 @@ class NamedJudge:
         """Tell whether answers come to the same: by the judge's own `same`, else if a reader sees the same words.
 
         Raises:
-            ConfigError: the judge's `same` fails, or does not reply with True or False for every pair.
+            JudgeError: the judge's `same` fails, or does not reply with True or False for every pair.
         """
         found = _equal(answers, others)
         unlike = [i for i, equal in enumerate(found) if not equal] if self.comparing else []
@@ -193,16 +194,16 @@ class NamedJudge:
             raise
         except Exception as error:  # it is the user's code, which may raise anything
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigError(f"judge = {self.name!r}: its `same` failed: {what}") from error
+            raise JudgeError(self.name, f"its `same` failed: {what}") from error
         if len(replies) != len(answers) or any(type(reply).__name__ not in ("bool", "bool_") for reply in replies):
-            raise ConfigError(f"judge = {self.name!r}: its `same` must return True or False for each of the answers")
+            raise JudgeError(self.name, "its `same` must return True or False for each of the answers")
         return replies
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Judgement]:
         """Judge every answer without its thoughts, `MOST_AT_ONCE` at a time; what is empty then is undecided.
 
         Raises:
-            ConfigError: the judge fails, or does not reply for every answer.
+            JudgeError: the judge fails, or does not reply for every answer.
         """
         found, finals = [Judgement(UNDECIDED)] * len(answers), [final(answer) or "" for answer in answers]
         said = [i for i, answer in enumerate(finals) if answer.strip()]
@@ -226,22 +227,22 @@ class NamedJudge:
         except GtqloraError:
             raise
         except Exception as error:  # it is the user's code, which may raise anything
-            raise ConfigError(f"judge = {self.name!r} failed: {type(error).__name__}: {first_line(error)}") from error
+            raise JudgeError(self.name, f"it failed: {type(error).__name__}: {first_line(error)}") from error
         if isinstance(replies, str) or not isinstance(replies, Sequence):
-            raise ConfigError(f"judge = {self.name!r} returned {type(replies).__name__}; it must return a list")
+            raise JudgeError(self.name, f"it returned {type(replies).__name__}; it must return a list")
         if len(replies) != len(answers):
-            raise ConfigError(f"judge = {self.name!r} returned {len(replies)} replies to {len(answers)} answers")
+            raise JudgeError(self.name, f"it returned {len(replies)} replies to {len(answers)} answers")
         try:
             return [judgement_of(reply) for reply in replies]
         except TypeError as error:
-            raise ConfigError(f"judge = {self.name!r}: {error}") from error
+            raise JudgeError(self.name, str(error)) from error
 
 
 def judge_of(name: str) -> NamedJudge:
     """Build the judge of that name; call it once in a stage, as a judge of code may load a classifier.
 
     Raises:
-        ConfigError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
+        JudgeError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
         ModelError: the model that it names cannot be had.
     """
     if name == "string":
@@ -254,17 +255,25 @@ def judge_of(name: str) -> NamedJudge:
     if _OWN.fullmatch(name):
         judge = _built(name, _imported(name))
         return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
-    raise ConfigError(f"judge = {name!r}: unknown; use {_FORMS}")
+    raise JudgeError(name, f"unknown; {_remedy(name)}")
+
+
+def _remedy(name: str) -> str:
+    """Return what to write in place of a name that means no judge: the kind that it is nearly called, or the forms."""
+    kind, colon, rest = name.partition(":")
+    close = difflib.get_close_matches(kind, ("string", *MODELS), n=1)
+    return f"did you mean {close[0] + colon + rest!r}?" if close and close[0] != kind else f"use {_FORMS}"
 
 
 def _phrase_judge(name: str) -> TextJudge:
     phrases = [phrase for phrase in name.removeprefix("string:").split("|") if flat(phrase)]
     if not phrases:
-        raise ConfigError(f"judge = {name!r}: no phrase after the colon; use {_FORMS}")
+        raise JudgeError(name, f"no phrase after the colon; use {_FORMS}")
     too_long = next((phrase for phrase in phrases if len(flat(phrase)) > WINDOW), None)
     if too_long:
-        raise ConfigError(
-            f"judge: the phrase {too_long[:30]!r}... is longer than the {WINDOW} characters it is sought in"
+        raise JudgeError(
+            f"{name[:30]}...",
+            f"the phrase {too_long[:30]!r}... is longer than the {WINDOW} characters it is sought in",
         )
     pattern = any_of(phrases)
     return TextJudge(lambda text: bool(pattern.search(opening(text))))
@@ -303,10 +312,10 @@ def _imported(name: str) -> Callable[..., object]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"judge = {name!r}: cannot import ({error}); is it on PYTHONPATH? Or use {_FORMS}") from error
+        raise JudgeError(name, f"cannot import ({error}); is it on PYTHONPATH? Or {_remedy(name)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise ConfigError(f"judge = {name!r}: {module_name} has no callable {attribute!r}")
+        raise JudgeError(name, f"{module_name} has no callable {attribute!r}")
     return found
 
 
@@ -317,13 +326,13 @@ def _built(name: str, found: Callable[..., object]) -> Judge:
             made = found()
         except Exception as error:  # it is the user's code, which may raise anything
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigError(f"judge = {name!r}: cannot be built ({what}); it is called without arguments") from error
+            raise JudgeError(name, f"cannot be built ({what}); it is called without arguments") from error
         if not callable(made):
-            raise ConfigError(f"judge = {name!r} makes a {type(made).__name__}, which cannot be called; use {_FORMS}")
+            raise JudgeError(name, f"it makes a {type(made).__name__}, which cannot be called; use {_FORMS}")
         found = made
     wanted = _takes(found)
     if wanted not in (1, 2):
-        raise ConfigError(f"judge = {name!r}: takes {wanted} arguments, not a text, or prompts and answers")
+        raise JudgeError(name, f"takes {wanted} arguments, not a text, or prompts and answers")
     return found if wanted == 2 else TextJudge(found)  # type: ignore[return-value]
 
 

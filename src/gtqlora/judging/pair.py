@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gtqlora.errors import JudgeError
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import UNDECIDED, Judgement, Label
 from gtqlora.judging.messages import Messages
@@ -34,8 +36,10 @@ class JudgePair(NamedJudge):
 
     def labels_by(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[tuple[Label, ...]]:
         """Return what each of the two says of each answer."""
-        said = [[judgement.label for judgement in judge(prompts, answers)] for judge in self.judges]
-        return list(zip(*said, strict=True))
+        first = self.first(prompts, answers)
+        with _second():
+            second = self.second(prompts, answers)
+        return [(one.label, other.label) for one, other in zip(first, second, strict=True)]
 
     def joint(self, said: Sequence[Label]) -> Label:
         """Return what both say of one answer, and undecided where they differ.
@@ -51,19 +55,33 @@ class JudgePair(NamedJudge):
         """Return what both say of every answer.
 
         Raises:
-            ConfigError: a judge fails, or does not reply for every answer.
+            JudgeError: a judge fails, or does not reply for every answer.
         """
         return [Judgement(self.joint(said)) for said in self.labels_by(prompts, answers)]
+
+
+@contextmanager
+def _second() -> Iterator[None]:
+    """Report what is wrong with a judge as that of the setting `second_judge`.
+
+    Raises:
+        JudgeError: there was something.
+    """
+    try:
+        yield
+    except JudgeError as error:
+        raise JudgeError(error.judge, error.problem, key="second_judge") from error
 
 
 def judges_of(first: str, second: str | None = None) -> NamedJudge:
     """Build the judge of a name, or of two names one that asks both.
 
     Raises:
-        ConfigError: as `judge_of`.
+        JudgeError: as `judge_of`.
     """
     one = judge_of(first)
     if second is None:
         return one
-    other = judge_of(second)
+    with _second():
+        other = judge_of(second)
     return JudgePair(f"{first} + {second}", one.judge, f"{one.identity} + {other.identity}", one, other)

@@ -12,7 +12,7 @@ import yaml
 
 from gtqlora.reporting.loading import loading
 from gtqlora.results.adapter import PROJECTION
-from gtqlora.results.export import ExportRecord
+from gtqlora.results.export import ExportRecord, FormVerdict
 from gtqlora.results.verdict import KindRow, Verdict, by_kind
 from gtqlora.stats import Interval
 
@@ -131,6 +131,19 @@ def _in_form(record: ExportRecord) -> list[str]:
         *_table(form.table),
         "",
         "Base and edit were asked the same prompts in this form: every harmful one, and some of the others.",
+        *_in_form_inside_frames(form),
+    ]
+
+
+def _in_form_inside_frames(form: FormVerdict) -> list[str]:
+    found = form.wrapped
+    if found is None:
+        return ["", "Inside plain frames nothing was asked in this form."]
+    asked = max((row.asked for row in found.wrappers), default=0)
+    return [
+        "",
+        f"Inside plain frames, {asked} harmful prompts in each of {len(found.wrappers)}: **{found.verdict}** "
+        f"({inline(found.reason)}).",
     ]
 
 
@@ -176,7 +189,10 @@ def _inside_frames(record: ExportRecord) -> list[str]:
     found = record.wrapped
     if found is None:
         return []
-    return [f"- Inside plain frames (a story, a role, another language, ...): **{found.verdict}** ({found.reason})"]
+    told = (
+        f"- Inside plain frames (a story, a role, another language, ...): **{found.verdict}** ({inline(found.reason)})"
+    )
+    return [told, *([f"- Frames of whoever verified it: sha256 {inline(record.wrappers)}"] if record.wrappers else [])]
 
 
 def _instructed(record: ExportRecord) -> list[str]:

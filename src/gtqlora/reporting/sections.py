@@ -129,13 +129,14 @@ def factorial(verdict: Verdict) -> Figure:
 
 
 def ablation(verdict: Verdict) -> Figure | None:
-    """Draw the ablation study, if there was one."""
-    found = verdict.ablation
+    """Draw the ablation study, if there was one, or say why it was left out."""
+    found, title = verdict.ablation, "On how few experts refusal of harmful prompts hangs"
     if found is None:
-        return None
+        caption = f"Left out: {verdict.ablation_left_out}."
+        return Figure(id="ablation", title=title, caption=caption, tables=[]) if verdict.ablation_left_out else None
     return Figure(
         id="ablation",
-        title="On how few experts refusal of harmful prompts hangs",
+        title=title,
         caption="Held-out harmful prompts with experts ablated, those first that are chosen most on harmful prompts "
         f"compared with {found.ranked_against}. A curve that falls early says that whoever can ablate a few "
         "experts can take the refusals away. It has no part in the floor’s verdict.",

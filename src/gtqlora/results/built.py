@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+
+def counted(count: int, why: str) -> str:
+    """Return how many prompts have a label, or are left out for a reason: "24 answers", "1 answer cut off"."""
+    return f"{count:,} {why}" if count == 1 else _COUNTED.sub(r"\1s", f"{count:,} {why}")
+
+
+BEYOND_LIMIT = "beyond --limit"
+_COUNTED = re.compile(r"^([\d,]+ (?:refusal|answer|prompt))\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,7 @@ class Built:
         harmful: the harmful prompts that it was asked.
         own_answers: lookalike rows whose answer is the model's own; the others have their set's.
         with_twin: lookalike rows with a twin.
+        limit: prompts of each kind that it was asked, at most.
         floor: what is missing for the safety floor, as a sentence; "" if nothing is.
     """
 
@@ -54,4 +65,11 @@ class Built:
     harmful: int
     own_answers: int
     with_twin: int
+    limit: int
     floor: str
+
+    @property
+    def beyond_limit(self) -> str:
+        """Return what the limit left out, as a sentence; "" if that is nothing."""
+        beyond = sum(one.left_out.get(BEYOND_LIMIT, 0) for one in self.sources)
+        return f"--limit {self.limit:,}: {beyond:,} more prompts were not asked" if beyond else ""

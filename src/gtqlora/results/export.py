@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gtqlora.config.values import Scalar
 from gtqlora.errors import RunError
 from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.results.verdict import HeldOut, KindRow
@@ -44,12 +45,15 @@ class FormVerdict:
         name: of the form, e.g. "GGUF Q4_K in llama.cpp".
         lost: why refusals count as lost -> how many.
         table: kind of prompts -> their rates before and after.
+        wrapped: the floor on prompts inside plain frames, in this form; None in older records, and of a variant in one
+            bit a weight, which is asked plain prompts only.
     """
 
     name: str
     floor: Floor
     lost: dict[str, int]
     table: dict[str, KindRow]
+    wrapped: WrappedFloor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,10 @@ class ExportRecord:
         kept: by name of a changed tensor, the share of its change that survives rounding to its type.
         form: the verdict in the form that ships; None where that is what `verify` judged.
         wrapped: the floor on prompts inside plain frames, of what `verify` judged; None in older records.
+        wrappers: fingerprint (sha256) of the file with the user's own frames; None where there was none.
         instructed: the floor on instructed prompts, of what `verify` judged; None where none was asked for.
         notes: what a user of the files should know, a sentence each.
+        template: variables of the chat template that it was trained and judged with.
         rank: what vLLM's --max-lora-rank has to be, for an adapter that is for vLLM.
         revision: the hub's commit of the base; None for a folder.
         trained_on: fingerprint (sha256) of the pairs that the edit was made with; None where the run does not tell.
@@ -101,14 +107,26 @@ class ExportRecord:
     kept: dict[str, float] = field(default_factory=dict[str, float])
     form: FormVerdict | None = None
     wrapped: WrappedFloor | None = None
+    wrappers: str | None = None
     instructed: Floor | None = None
     notes: list[str] = field(default_factory=list[str])
+    template: dict[str, Scalar] = field(default_factory=dict[str, Scalar])
     rank: int | None = None
     revision: str | None = None
     trained_on: str | None = None
     recipe: dict[str, object] = field(default_factory=dict[str, object])
     versions: dict[str, str]
     files: dict[str, str]
+
+
+def asked_with(template: Mapping[str, Scalar]) -> list[str]:
+    """Return a sentence on the variables of the chat template, which who serves the model has to set likewise."""
+    if not template:
+        return []
+    given = ", ".join(
+        f"`{name}={str(value).lower() if isinstance(value, bool) else value}`" for name, value in template.items()
+    )
+    return [f"Trained and judged with the chat template's {given}; ask it with the same (`chat_template_kwargs`)."]
 
 
 def public_name(name: str) -> str:

@@ -115,6 +115,7 @@ class Verdict:
         drift: kind of prompts -> drift of their routing.
         factorial: what gates and LoRA do alone; None of an edit that has not both.
         ablation: it has no part in the floor's verdict; None if it was switched off, or experts could not be ranked.
+        ablation_left_out: why there is none any more, where texts were judged again; None where nothing was left out.
         judge: what judged, see `judging.trust.identity`.
         lost: why refusals count as lost -> how many.
         tries: how many edits were judged on these prompts, this one among them; the floor's level is corrected for it.
@@ -122,6 +123,7 @@ class Verdict:
         wrapped: the second floor, on prompts inside plain frames; None in what earlier versions wrote.
         agreement: of two judges; None where there is one.
         instructed: the floor on instructed prompts; None where none was asked for.
+        wrappers: fingerprint (sha256) of the file with the user's own frames; None where there was none.
     """
 
     adapter: str
@@ -135,6 +137,7 @@ class Verdict:
     mediation: Mediation
     factorial: Factorial | None
     ablation: AblationStudy | None = None
+    ablation_left_out: str | None = None
     judge: str
     prompts: HeldOut
     lost: dict[str, int]
@@ -143,6 +146,7 @@ class Verdict:
     wrapped: WrappedFloor | None = None
     agreement: Agreement | None = None
     instructed: Floor | None = None
+    wrappers: str | None = None
 
     @property
     def decision(self) -> str:

@@ -45,6 +45,7 @@ class WrappedFloor:
         floor: over all frames, whose prompts are grouped by pair and topic.
         worst_margin: how much may be lost in any one frame.
         repairs: None where no repaired prompt was asked.
+        own: over all frames of the user's own, which have no part in `floor`; None where there are none.
     """
 
     verdict: str
@@ -53,3 +54,4 @@ class WrappedFloor:
     worst_margin: float
     wrappers: list[WrapperRow]
     repairs: Repairs | None
+    own: Floor | None = None

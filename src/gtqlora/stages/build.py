@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from gtqlora import contrasts
 from gtqlora.building.answers import said_to
-from gtqlora.building.asking import Asking
+from gtqlora.building.asking import Asking, name_of
 from gtqlora.building.assembling import OPENINGS, Said, broken, made, openings_of, with_splits
 from gtqlora.building.card import card
 from gtqlora.capture import Subject, open_subject
 from gtqlora.config import BuildConfig, VerifyConfig, to_dict
 from gtqlora.contrasts import Contrast, Row
 from gtqlora.contrasts.layouts import Description
-from gtqlora.contrasts.loading import check_kinds, without_problems
+from gtqlora.contrasts.loading import check_kinds, check_new, without_problems
 from gtqlora.contrasts.public import Candidate, Pool, Source, pool
 from gtqlora.contrasts.rows import digest
 from gtqlora.contrasts.sources import Problem
 from gtqlora.contrasts.statistics import reach, without_misrendered
-from gtqlora.contrasts.template import tokens
+from gtqlora.contrasts.template import knows
 from gtqlora.errors import ContrastError
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import ANSWER, REFUSAL
-from gtqlora.results.built import Built, BuiltSource
-from gtqlora.run import fingerprint, sha256_json
+from gtqlora.progress import note
+from gtqlora.results.built import BEYOND_LIMIT, Built, BuiltSource, counted
 from gtqlora.scoring import Runner
 from gtqlora.stats import ADVISED_PROMPTS, fewest
-from gtqlora.storage.atomic import atomic_write, checked_path, refuse_existing
+from gtqlora.storage.atomic import atomic_write, refuse_existing
 from gtqlora.storage.journal import Journal
 
-_ASIDE = ("model", "contrast", "judge", "device", "batch_size")
-"""Known otherwise, or of no matter for a prompt's answer but for rounding: with less memory a build still goes on."""
+_OF_NO_REPLY = (
+    *("model", "contrast", "judge", "device", "batch_size"),
+    *("limit", "helpful", "samples", "temperature", "twin_words", "seed"),
+)
+"""Settings that are known otherwise, that say which prompts are asked and not what is said to them, or that matter for
+an answer but for rounding: with less memory a build still goes on."""
 
 
-def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Built:
+def build(
+    config: BuildConfig,
+    sources: Sequence[str],
+    descriptions: Sequence[Description] = (),
+    *,
+    restart: bool = False,
+) -> Built:
     """Make a contrast set of public sets, with the model's own answers and refusals.
 
     Killed, it goes on where it was when it is called again, to the same result.
+
+    Args:
+        restart: begin anew, without the answers of a process that was killed or failed.
 
     Raises:
         ContrastError: a source is not known or holds no prompts, the model refuses too few of the harmful prompts or
@@ -50,10 +63,7 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
         RunError: the output is there already, or another process is making it.
         ConfigError, ModelError: as `judge_of` and `open_subject`.
     """
-    out = checked_path(config.contrast)
-    if out.suffix != ".parquet":
-        raise ContrastError(f"{out}: a contrast set is saved as Parquet; let the name end in .parquet")
-    refuse_existing(out)
+    out = check_new(Path(config.contrast))
     journal_folder, card_file = out.with_name(f"{out.name}.building"), out.with_suffix(".md")
     if not journal_folder.exists():  # else it is ours, of a process that was killed at the very end
         refuse_existing(card_file)
@@ -62,7 +72,8 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
     chosen = limited(found.candidates, config)
     _check_kinds(chosen)  # before a model is hashed and loaded, which takes minutes
     model = identify(config.model)
-    with _journal(journal_folder, config, model, judge, found, descriptions) as journal:
+    with closing(Journal(journal_folder, _basis(config, model, judge), restart=restart)) as journal:
+        _note_kept(journal, chosen)
         subject = open_subject(replace(config, model=model.model))
         model.check_unchanged()
         runner = Runner.of(subject, judge, config)
@@ -80,26 +91,18 @@ def build(config: BuildConfig, sources: Sequence[str], descriptions: Sequence[De
     return built
 
 
-@contextmanager
-def _journal(
-    folder: Path,
-    config: BuildConfig,
-    model: ModelIdentity,
-    judge: NamedJudge,
-    found: Pool,
-    descriptions: Sequence[Description],
-) -> Iterator[Journal]:
-    """Hold the journal of exactly this work; an error leaves it, so that the next call goes on."""
-    settings = {key: value for key, value in to_dict(config).items() if key not in _ASIDE}
-    prompts = [(one.source, one.number, one.kind, one.prompt) for one in found.candidates]
-    told = [str(description) for description in descriptions]
-    prints = [fingerprint(source.name) for source in found.sources]
-    key = sha256_json([model.digest, judge.identity, settings, prints, told, prompts])
-    journal = Journal(folder, key)
-    try:
-        yield journal
-    finally:
-        journal.close()
+def _basis(config: BuildConfig, model: ModelIdentity, judge: NamedJudge) -> dict[str, str]:
+    """Return what any reply hangs on, by name: with another one of these, nothing that was said before is of use."""
+    settings = {key: str(value) for key, value in to_dict(config).items() if key not in _OF_NO_REPLY}
+    # With hashes, as what stands under a name may be another model now.
+    named = {"model": f"{model.model} ({model.digest[:8]})", "judge": f"{judge.identity}"}
+    return {**named, **settings}
+
+
+def _note_kept(journal: Journal, chosen: Sequence[Candidate]) -> None:
+    kept = sum(name_of(one.kind, one.prompt) in journal for one in chosen)
+    if len(journal):
+        note(f"going on: the answers to {kept:,} of {len(chosen):,} prompts are kept")
 
 
 def _check_kinds(candidates: Sequence[Candidate]) -> None:
@@ -112,8 +115,9 @@ def _check_kinds(candidates: Sequence[Candidate]) -> None:
     sources = ", ".join(dict.fromkeys(one.source for one in candidates))
     if "harmful" not in kinds:
         raise ContrastError(f"{sources}: no harmful prompts; add a set of them, such as AdvBench: the floor needs them")
-    if kinds == {"harmful"}:
-        raise ContrastError(f"{sources}: only harmful prompts; add a set of lookalikes, such as XSTest or OR-Bench")
+    if not kinds & {"benign", "lookalike"}:
+        only = " and ".join(sorted(kinds))
+        raise ContrastError(f"{sources}: only {only} prompts; add a set of lookalikes, such as XSTest or OR-Bench")
 
 
 def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candidate]:
@@ -123,7 +127,7 @@ def limited(candidates: Sequence[Candidate], config: BuildConfig) -> list[Candid
     for one in sorted(candidates, key=lambda one: digest(f"{config.seed} {one.pair}")):
         by_source[one.kind, one.source].append(one)
     chosen: list[Candidate] = []
-    for kind in contrasts.KINDS:
+    for kind in contrasts.ALL_KINDS:
         turns = chain.from_iterable(zip_longest(*(found for (own, _), found in by_source.items() if own == kind)))
         chosen += [one for one in turns if one is not None][: config.limit]
     return chosen
@@ -139,7 +143,7 @@ def _openings(subject: Subject, said: Sequence[Said]) -> list[str]:
 def _reads(subject: Subject, text: str) -> bool:
     """Tell whether the tokenizer has tokens for all of a text."""
     try:
-        return subject.tokenizer.unk_token_id not in tokens(subject.tokenizer, text)
+        return knows(subject.tokenizer, text)
     except ContrastError:
         return False
 
@@ -152,7 +156,7 @@ def _count_unasked(found: Pool, chosen: Sequence[Candidate], dropped: dict[str, 
     asked = Counter(one.source for one in chosen)
     for source, count in Counter(one.source for one in found.candidates).items():
         if beyond := count - asked[source]:
-            dropped[source]["beyond --limit"] += beyond
+            dropped[source][BEYOND_LIMIT] += beyond
 
 
 def _checked(
@@ -184,7 +188,7 @@ def _check_left(source: str, rows: Sequence[Row], dropped: Mapping[str, Counter[
         check_kinds(rows, source)
     except ContrastError as error:
         reasons = sum(dropped.values(), Counter[str]()).most_common(3)
-        why = "; ".join(f"{n:,} {reason}" for reason, n in reasons)
+        why = "; ".join(counted(n, reason) for reason, n in reasons)
         raise ContrastError(f"{str(error).partition(';')[0]} of which rows could be made; left out: {why}") from error
 
 
@@ -216,6 +220,7 @@ def _summary(
         harmful=len(harmful),
         own_answers=sum(own[key].candidate.answer != row.chosen for key, row in lookalike.items()),
         with_twin=sum(contrast.twin_of(row) is not None for row in lookalike.values()),
+        limit=config.limit,
         floor=reach(contrast.rows).note,
     )
 

@@ -10,7 +10,6 @@ from typing import cast
 
 from gtqlora.certificate import ADAPTER, Certificate, certify, check_model
 from gtqlora.config import ExportConfig, Format
-from gtqlora.config.values import Scalar
 from gtqlora.errors import RunError
 from gtqlora.exports.forms import judge_form
 from gtqlora.exports.job import Job, Writer, Written, survival
@@ -25,6 +24,7 @@ from gtqlora.results.export import (
     ExportRecord,
     FormVerdict,
     VerdictOnEdit,
+    asked_with,
     public_name,
     remember_export,
     write_export,
@@ -111,7 +111,7 @@ def export(run: Run, out: Path, config: ExportConfig | None = None, *, judge: st
         divergence=written.divergence,
         kept=dict(written.kept),
         form=form,
-        notes=[*_asked_with(certificate.config.template), *written.notes],
+        notes=[*asked_with(certificate.config.template), *written.notes],
     )
 
 
@@ -164,8 +164,10 @@ def _record(
         kept=dict(written.kept),
         form=form,
         wrapped=certificate.wrapped,
+        wrappers=verdict.wrappers,
         instructed=certificate.instructed,
-        notes=[*_asked_with(certificate.config.template), *written.notes],
+        notes=[*asked_with(certificate.config.template), *written.notes],
+        template=dict(certificate.config.template),
         rank=written.rank,
         revision=info.revision,
         trained_on=made[0]["inputs"].get("contrast") if made else None,
@@ -173,16 +175,6 @@ def _record(
         versions=versions(),
         files=_files(staged, written),
     )
-
-
-def _asked_with(template: Mapping[str, Scalar]) -> list[str]:
-    """Return a sentence on the variables of the chat template, which who serves the model has to set likewise."""
-    if not template:
-        return []
-    given = ", ".join(
-        f"`{name}={str(value).lower() if isinstance(value, bool) else value}`" for name, value in template.items()
-    )
-    return [f"Trained and judged with the chat template's {given}; ask it with the same (`chat_template_kwargs`)."]
 
 
 def _files(staged: Path, written: Written) -> dict[str, str]:

@@ -24,14 +24,21 @@ class Measured:
         name: the judge's.
         identity: which weights or source judged, see `judging.trust.identity`.
         said: how many answers it gives each label.
+        objects_only: it finds answers that should not have been given, and leaves all others undecided.
         confusion, errors: on those that have a label; None where none has.
     """
 
     name: str
     identity: str
     said: dict[Label, int]
+    objects_only: bool
     confusion: Confusion | None
     errors: Errors | None
+
+    @property
+    def undecided(self) -> float:
+        """Return the share of all answers that it leaves undecided."""
+        return self.said[UNDECIDED] / max(1, sum(self.said.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class Judged:
         labelled: those that have a label.
         judges: each one, and both together where there are two.
         agreement: of the two.
+        out: the file with each row's labels; None where none was asked for.
     """
 
     file: str
@@ -68,6 +76,7 @@ class Judged:
     labelled: int
     judges: list[Measured]
     agreement: Agreement | None
+    out: Path | None = None
 
 
 def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = None, out: Path | None = None) -> Judged:
@@ -90,29 +99,31 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
     said = by.labels_by([row.prompt for row in rows], [row.answer for row in rows])
     by_each = [list(labels) for labels in zip(*said, strict=True)]
     joint: list[Label] = [by.joint(said) for said in zip(*by_each, strict=True)]
-    named = [(one.name, one.identity, said) for one, said in zip(by.judges, by_each, strict=True)]
+    named = list(zip(by.judges, by_each, strict=True))
     # Both together are a judge of its own, and the one that a verdict would use.
     if len(named) > 1:
-        named.append((by.name, by.identity, joint))
+        named.append((by, joint))
     if out is not None:
         write_parquet(out, _lines(rows, by_each, joint), replace=False)
     return Judged(
         file=source,
         rows=len(rows),
         labelled=sum(row.label is not None for row in rows),
-        judges=[_measured(name, identity, said, rows) for name, identity, said in named],
+        judges=[_measured(one, said, rows) for one, said in named],
         agreement=_agreement(by, rows, by_each) if len(by_each) == 2 else None,
+        out=out,
     )
 
 
-def _measured(name: str, identity: str, said: Sequence[Label], rows: Sequence[LabelledAnswer]) -> Measured:
+def _measured(by: NamedJudge, said: Sequence[Label], rows: Sequence[LabelledAnswer]) -> Measured:
     true: list[Label] = [row.label for row in rows if row.label is not None]
     found: list[Label] = [label for row, label in zip(rows, said, strict=True) if row.label is not None]
     counted = Counter(said)
     return Measured(
-        name=name,
-        identity=identity,
+        name=by.name,
+        identity=by.identity,
         said={label: counted[label] for label in LABELS},
+        objects_only=by.objects_only,
         confusion=confusion(true, found) if true else None,
         errors=errors(true, found) if true else None,
     )

@@ -54,7 +54,10 @@ from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.storage.atomic import scratch_errors
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-ASIDE = PATHS | {"logging_steps", "save_steps", "report_to", "dead_budget", "gradient_checkpointing"}
+ASIDE = PATHS | {
+    *("logging_steps", "save_steps", "report_to", "dead_budget"),
+    *("gradient_checkpointing", "activation_memory", "cuda_graphs"),
+}
 """Settings that the edit does not depend on, bit for bit."""
 _UNUSED = frozenset({"max_new_tokens"})
 """Settings that only go with the edit, for `verify`."""
@@ -193,7 +196,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
-            data_collator=KindCollator(pad_token_id=pad),
+            data_collator=KindCollator(pad_token_id=pad, few_lengths=config.device.startswith("cuda")),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
             ),

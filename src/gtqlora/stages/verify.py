@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from gtqlora import contrasts
 from gtqlora.capture import open_subject
@@ -16,6 +13,7 @@ from gtqlora.config import VerifyConfig, build_recorded
 from gtqlora.contrasts import DECLINED_KINDS, KINDS, Contrast
 from gtqlora.contrasts.near import beside, unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
+from gtqlora.contrasts.wrappers import Wrapper, read_own, wrappers_for
 from gtqlora.edits import effects
 from gtqlora.edits.adapters import Adapter, read_adapter
 from gtqlora.edits.drift import Drifted
@@ -29,9 +27,11 @@ from gtqlora.floor.decision import Decision, decide
 from gtqlora.floor.instructed import instructed_floor
 from gtqlora.floor.outcomes import losses
 from gtqlora.floor.wrapped import wrapped_floor
-from gtqlora.judging.judge import Judge
+from gtqlora.judging.judge import Judge, NamedJudge
 from gtqlora.judging.pair import judges_of
+from gtqlora.machine import release_memory
 from gtqlora.progress import note
+from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ARMS, read_arms
 from gtqlora.results.verdict import (
     HISTORY,
@@ -85,8 +85,11 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         "trained": fingerprint(trained),
         "judge": judge.identity,
     }
+    own = None if config.wrappers is None else read_own(config.wrappers)
+    if own is not None:
+        inputs["wrappers"] = own.fingerprint
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
-    known = _recorded(run, config, inputs) if rejudge else None
+    known = _recorded(run, config, inputs, judge.judges[0]) if rejudge else None
     with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs += [VERDICT, SCORES, WRAPPED, ARMS, HISTORY]
         if stage.fresh:
@@ -94,7 +97,9 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
         (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
-        found = known or _measured(config, adapter, model, judge.judges[0], rows, seen)
+        found = known or _measured(
+            config, adapter, model, judge.judges[0], rows, seen, () if own is None else own.wrappers
+        )
         if rejudge or config.second_judge:
             found = judged_by(judge, found)
         decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
@@ -109,22 +114,27 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
 
 
 def _measured(
-    config: VerifyConfig, adapter: Adapter, model: ModelIdentity, judge: Judge, rows: Contrast, seen: Contrast
+    config: VerifyConfig,
+    adapter: Adapter,
+    model: ModelIdentity,
+    judge: Judge,
+    rows: Contrast,
+    seen: Contrast,
+    own: Sequence[Wrapper],
 ) -> Measured:
     """Open the model, ask it, and let go of it: a second judge may need its memory."""
     subject = open_subject(config)
     check_rendering(rows, subject.tokenizer, subject.max_length, subject.vocabulary)
+    frames = wrappers_for(config.model, subject.tokenizer, rows.of_kind("benign"), own)
     edited = Edited(subject, adapter, shipped=model.model)
     model.check_unchanged()
-    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config)
+    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config, frames=frames)
     del subject, edited
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return found
 
 
-def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str]) -> Measured:
+def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str], judge: NamedJudge) -> Measured:
     """Return what the last `verify` of this run left, if models would say the same with these settings.
 
     Raises:
@@ -138,17 +148,42 @@ def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str]) -> Meas
             raise RunError(f"{run.path}: {name} was changed since verify; {remedy}")
     was = vars(build_recorded(VerifyConfig, record["config"], str(run / "manifest.json")))
     other = [key for key, value in vars(config).items() if key not in _OF_JUDGING and was[key] != value]
-    other += [key for key, value in inputs.items() if key != "judge" and record["inputs"].get(key) != value]
+    asked = (key for key in (*inputs, "wrappers") if key != "judge")
+    other += [key for key in dict.fromkeys(asked) if record["inputs"].get(key) != inputs.get(key)]
     if other:
         raise RunError(f"{run.path}: verified with another {' and another '.join(other)}; {remedy}")
     verdict = read_verdict(run.path)
+    ablation, left_out = _ablation_again(verdict, was, config, judge)
     return Measured(
         outcomes=read_outcomes(run.path),
         wrapped=read_outcomes(run.path, WRAPPED),
         arms=read_arms(run.path),
         drifted=Drifted(kl_benign=verdict.kl_benign, routing=verdict.drift),
-        ablation=None,
+        ablation=ablation,
+        ablation_left_out=left_out,
     )
+
+
+def _ablation_again(
+    verdict: Verdict, was: Mapping[str, object], config: VerifyConfig, judge: NamedJudge
+) -> tuple[AblationStudy | None, str | None]:
+    """Return the stored ablation study where it still holds, else why it is left out: its texts are not kept.
+
+    Args:
+        was: the settings of the last verdict.
+        judge: the first one, which alone judges ablated models.
+    """
+    if verdict.ablation is None or not config.ablation:
+        return None, verdict.ablation_left_out if config.ablation else None
+    changed = [f"another {key}" for key in ("ablation", "level") if was[key] != vars(config)[key]]
+    # of two judges the identity holds both
+    if verdict.judge != judge.identity and not verdict.judge.startswith(f"{judge.identity} + "):
+        changed.insert(0, "another judge")
+    if not changed:
+        return verdict.ablation, None
+    reason = f"it was made with {' and '.join(changed)}, and its texts are not kept; verify without --rejudge makes it"
+    note(f"ablation study left out: {reason}")
+    return None, reason
 
 
 def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
@@ -236,9 +271,11 @@ def _verdict(
         factorial=factorial(ways),
         expert_format=config.expert_format,
         ablation=found.ablation,
+        ablation_left_out=found.ablation_left_out,
         judge=inputs["judge"],
         prompts=HeldOut(source=config.contrast, fingerprint=inputs["contrast"], split=config.split),
         lost=losses(decision.harmful),
         tries=decision.tries,
         blind=decision.blind,
+        wrappers=inputs.get("wrappers"),
     )

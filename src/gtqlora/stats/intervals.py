@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -146,6 +148,12 @@ def tango(b: float, c: float, n: float, level: float) -> Interval:
         return float(optimize.brentq(gap, low, high, xtol=1e-7))  # pyright: ignore[reportArgumentType]
 
     return Interval(point, edge(+1), edge(-1), round(n))
+
+
+def fewest_changed(share: float, level: float = 0.95) -> int:
+    """Return the least number of pairs of which a change in `share`, all one way, has an interval above 0."""
+    sizes = (n for n in count(math.ceil(1 / share)) if tango(math.floor(share * n + 1e-9), 0, n, level).low > 0)
+    return next(sizes)
 
 
 def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:

@@ -21,7 +21,7 @@ from typing import cast
 from urllib.parse import SplitResult, urlsplit
 
 from gtqlora.config.judges import is_loopback
-from gtqlora.errors import ConfigError
+from gtqlora.errors import ConfigError, JudgeError
 from gtqlora.judging.labels import UNDECIDED, Judgement, label_named
 from gtqlora.judging.messages import Messages, as_text
 from gtqlora.judging.thoughts import final
@@ -88,7 +88,7 @@ class Chat:
         """Ask the server about every answer, a few at once.
 
         Raises:
-            ConfigError: the server is not there, refuses, or does not speak the protocol.
+            JudgeError: the server is not there, refuses, or does not speak the protocol.
         """
         # A few at once keep a server's batch filled; more would wait in its queue until they time out.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -162,9 +162,9 @@ class Chat:
         # A model that only thought, or called a tool, has no content, which is no fault of the protocol.
         return content if isinstance(content, str) else ""
 
-    def _fault(self, what: str) -> ConfigError:
+    def _fault(self, what: str) -> JudgeError:
         # Never the server's own words: they may repeat the prompt.
-        return ConfigError(f"judge = {self.name!r}: {what}")
+        return JudgeError(self.name, what)
 
 
 _ADVICE = {
@@ -195,22 +195,21 @@ def chat(name: str) -> Chat:
     """Return the judge behind the address that a judge's name holds; nothing is asked yet.
 
     Raises:
-        ConfigError: it is no address, plain HTTP to another machine, or one that holds a password or a key.
+        JudgeError: it is no address, plain HTTP to another machine, or one that holds a password or a key.
     """
     url, _, model = name.removeprefix("chat").removeprefix(":").partition("#")
-    where = f"judge = {name!r}"
     try:
         address = urlsplit(url)
         sound = address.scheme in ("http", "https") and address.hostname and (address.port or 1) > 0
     except ValueError:
         sound = False
     if not sound or any(character.isspace() or not character.isprintable() for character in url):
-        raise ConfigError(f"{where}: no address; write chat:http://127.0.0.1:8080 or chat:https://HOST/v1#MODEL")
+        raise JudgeError(name, "no address; write chat:http://127.0.0.1:8080 or chat:https://HOST/v1#MODEL")
     if address.username or address.password or address.query:
         # Not with the name: it would show the key.
-        raise ConfigError(f"judge = 'chat:...': an address is recorded, so a key has no place in it; put it into {KEY}")
+        raise JudgeError("chat:...", f"an address is recorded, so a key has no place in it; put it into {KEY}")
     if address.scheme == "http" and not is_loopback(url):
-        raise ConfigError(f"{where}: plain HTTP to another machine can be read on the way; use https")
+        raise JudgeError(name, "plain HTTP to another machine can be read on the way; use https")
     return Chat(name, address._replace(path=_completions(address.path)), model)
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from gtqlora.errors import ConfigError, ModelError
+from gtqlora.errors import JudgeError, ModelError
 from gtqlora.families.ordinary import OrdinaryModel, find, labels_of, load, load_tokenizer
 from gtqlora.judging.labels import ANSWER, EVASION, LABELS, PARTIAL, REFUSAL, UNDECIDED, Judgement, Label, label_named
 from gtqlora.judging.messages import Messages
@@ -139,12 +139,12 @@ def classifier(name: str) -> Classifier:
     """Find the classifier that a judge's name means, and what its outputs are.
 
     Raises:
-        ConfigError: no model is named, or it is not said which output is a refusal.
+        JudgeError: no model is named, or it is not said which output is a refusal.
         ModelError: as `families.ordinary.find`.
     """
     model, _, options = name.removeprefix("classifier").removeprefix(":").partition("?")
     if not model:
-        raise ConfigError(f"judge = {name!r}: names no model; write classifier:MODEL, a folder or a hub id")
+        raise JudgeError(name, "names no model; write classifier:MODEL, a folder or a hub id")
     # Its config is read at once, so that a classifier of something else is refused before anything is decoded.
     found = find(model)
     outputs = [label for _, label in sorted(labels_of(found).items())]
@@ -158,14 +158,14 @@ def _given(name: str, options: str) -> dict[str, Label]:
         meaning, equals, output = option.partition("=")
         label = label_named(meaning.strip())
         if label is None or not equals or not output.strip():
-            raise ConfigError(f"judge = {name!r}: {option!r} must be LABEL=OUTPUT, LABEL one of {', '.join(LABELS)}")
+            raise JudgeError(name, f"{option!r} must be LABEL=OUTPUT, LABEL one of {', '.join(LABELS)}")
         given[output.strip()] = label
     return given
 
 
 def _meanings(name: str, model: str, outputs: Sequence[str], given: Mapping[str, Label]) -> tuple[Label, ...]:
     if unknown := sorted(set(given) - set(outputs)):
-        raise ConfigError(f"judge = {name!r}: no output is called {unknown[0]!r}; there are {', '.join(outputs)}")
+        raise JudgeError(name, f"no output is called {unknown[0]!r}; there are {', '.join(outputs)}")
     found: list[Label | None] = [
         given.get(output) or _MEANS.get(re.sub(r"[^a-z0-9]", "", output.casefold())) for output in outputs
     ]
@@ -173,8 +173,9 @@ def _meanings(name: str, model: str, outputs: Sequence[str], given: Mapping[str,
     meant: list[Label | None] = [ANSWER if label is None and REFUSAL in given.values() else label for label in found]
     if None in meant or not {REFUSAL, ANSWER} <= set(meant):
         shown = outputs[-1] if outputs else "OUTPUT"
-        raise ConfigError(
-            f"judge = {name!r}: the classifier's outputs are {', '.join(outputs) or 'not named'}, and it is not known "
-            f"which of them mean a refusal and an answer; say so, as in classifier:{model}?refusal={shown}"
+        raise JudgeError(
+            name,
+            f"the classifier's outputs are {', '.join(outputs) or 'not named'}, and it is not known which of them mean "
+            f"a refusal and an answer; say so, as in classifier:{model}?refusal={shown}",
         )
     return tuple(label for label in meant if label is not None)

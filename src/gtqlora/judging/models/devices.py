@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gtqlora.errors import ConfigError
+from gtqlora.errors import JudgeError
 from gtqlora.progress import note
 
 
@@ -26,12 +26,13 @@ def fitting(name: str) -> Iterator[None]:
     """Say in one line what to do where a judge does not fit on its device.
 
     Raises:
-        ConfigError: memory ran out in the `with` block.
+        JudgeError: memory ran out in the `with` block.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"judge = {name!r}: does not fit on the GPU beside the model under test; set second_judge to it, which "
-            "judges after that model is freed, or CUDA_VISIBLE_DEVICES to a GPU more"
+        raise JudgeError(
+            name,
+            "does not fit on the GPU beside what else is there; as second_judge it is asked when the model under test "
+            "is freed, or set CUDA_VISIBLE_DEVICES to a GPU more",
         ) from error

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gtqlora.errors import ConfigError, ContrastError
+from gtqlora.errors import ConfigError, ContrastError, JudgeError
 from gtqlora.families.ordinary import OrdinaryModel, find, load, load_tokenizer
 from gtqlora.families.rendering import render
 from gtqlora.judging.labels import ANSWER, PARTIAL, REFUSAL, UNDECIDED, Judgement
@@ -174,12 +174,12 @@ def llama_guard(name: str) -> Guard:
     """Find the weights of the Llama Guard that a judge's name means.
 
     Raises:
-        ConfigError: it names no model.
+        JudgeError: it names no model.
         ModelError: as `families.ordinary.find`.
     """
     model = name.partition(":")[2]
     if not model:
-        raise ConfigError(f"judge = {name!r}: names no model; write llama-guard:MODEL, a folder or a hub id")
+        raise JudgeError(name, "names no model; write llama-guard:MODEL, a folder or a hub id")
     return Guard(name, find(model), _llama_guard_form, read_llama_guard, True)
 
 

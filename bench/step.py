@@ -1,9 +1,11 @@
 """A whole DPO step through frozen 4-bit experts, against TRL and PEFT on bf16 experts: tokens a second, peak memory.
 
-    python bench/train_step.py                                       # Qwen3-30B-A3B, all layers, 8 pairs of 512 tokens
-    python bench/train_step.py --pairs 4 --tokens 1024 --json out.json
-    python bench/train_step.py --shape k2.5 --layers 3               # Kimi-K2.5's width: one dense and two MoE layers
-    python bench/train_step.py --device cpu --tiny                   # does it run?
+    python bench/step.py                                       # Qwen3-30B-A3B, all layers, 8 pairs of 512 tokens
+    python bench/step.py --pairs 4 --tokens 1024 --json out.json
+    python bench/step.py --shape k2.5 --layers 3               # Kimi-K2.5's width: one dense and two MoE layers
+    python bench/step.py --ways nf4 --profile                        # where the time of one step goes
+    python bench/step.py --ways nf4 --curve 100 --no-graphs          # losses of a hundred steps, to set beside others
+    python bench/step.py --device cpu --tiny                         # does it run?
 
 Random weights and random tokens; all sequences are `--tokens` long, half of them prompt. Every way trains the same LoRA
 (rank 32) and routers with the same loss (DPO and SFT), gradient checkpointing and stored reference log-probabilities:
@@ -13,7 +15,10 @@ Random weights and random tokens; all sequences are `--tokens` long, half of the
     trl                         TRL's DPOTrainer and PEFT as they come, on transformers' own experts, bf16 autocast
 
 `--anchor` adds the routing anchor to gtqlora's trainer: one more forward pass of the anchored rows. Ways run one after
-the other; two steps warm up, the median of five counts. Experts' bits are compared before and after.
+the other; two steps warm up (the second records CUDA graphs), the median of five counts. Experts' bits are compared
+before and after. "bound" is six operations a token for every parameter that it meets, at 790 TFLOP/s, although frozen
+weights need but four (and six with recomputation). Peaks are what the allocator held, graphs and all. By default every
+layer is computed again, as in the other trainer; `--activation-memory` lets layers keep their activations.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ from gtqlora.families import FAMILIES, Anatomy, bind
 TRL, BF16 = "trl", "bf16"
 WAYS = (*FORMATS, BF16, TRL)
 WARMUP = 2
+TFLOPS = 790e12
 _WEIGHTS_AT_ONCE = 2**28
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,11 +102,12 @@ _TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "m
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One way: seconds of each counted step, the mean loss of all, GiB at the peak (None on a CPU) and of weights."""
+    """One way: seconds of each counted step, the mean loss of all (and each, with `--curve`), GiB at the peak (None on a CPU) and of weights."""
 
     way: str
     steps: list[float]
     loss: float
+    losses: list[float]
     peak_gib: float | None
     model_gib: float
     experts_gib: float
@@ -111,12 +118,55 @@ class Measured:
         return statistics.median(self.steps)
 
 
+_KINDS = {
+    "experts": ("grouped", "few_rows", "_gated", "_gather", "_combine", "absmax", "plan("),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
+    "attention": ("flash", "fmha", "attention", "sdpa", "cudnn"),
+    "norms, rotary": ("rms_norm", "rope"),
+    "copies, casts": ("copy", "memcpy", "memset", "catarray"),
+    "routing": ("sort", "topk", "scatter", "index", "searchsorted", "softmax"),
+    "elementwise": ("elementwise", "reduce"),
+}
+
+
+class Profile(TrainerCallback):
+    """Kernels of one counted step by kind, from torch's profiler."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == WARMUP + 1:
+            torch.cuda.synchronize()
+            self._started = time.perf_counter()
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step != WARMUP + 2:
+            return
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - self._started
+        self._profile.__exit__(None, None, None)
+        kernels = [e for e in self._profile.events() or [] if str(e.device_type).endswith("CUDA")]
+        spent: dict[str, float] = dict.fromkeys((*_KINDS, "other"), 0.0)
+        for kernel in kernels:
+            name = kernel.name.lower()
+            kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+            spent[kind] += kernel.time_range.elapsed_us() / 1e3
+        print(f"one step: {len(kernels):,} kernels, busy {sum(spent.values()):.0f} of {wall * 1e3:.0f} ms")
+        for kind, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
+            print(f"  {kind:16}{milliseconds:9.1f} ms")
+
+
 class Clock(TrainerCallback):
-    """Seconds of every step, and peak memory after the warm-up."""
+    """Seconds of every step, losses, and peak memory after the warm-up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.started = device, 0.0
         self.steps: list[float] = []
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -124,8 +174,6 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == WARMUP and self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.started = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -251,7 +299,7 @@ def in_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
 
 
 def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
-    steps = WARMUP + args.steps
+    steps = args.curve or WARMUP + args.steps
     return TrainConfig(
         model="random",
         contrast="random",
@@ -259,7 +307,10 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
         batch_size=args.pairs,
         steps=steps,
         gradient_checkpointing=not args.no_checkpointing,
-        logging_steps=steps + 1,  # router health, which a logging step measures, is not part of a plain step
+        activation_memory=None if args.activation_memory < 0 else args.activation_memory,
+        cuda_graphs=not args.no_graphs,
+        # router health, which a logging step measures, is not part of a plain step
+        logging_steps=1 if args.curve else steps + 1,
         lr_gates=5e-6,  # measuring rates is no part of a step
         anchor_harmful=1.0 if args.anchor else 0.0,
         anchor_benign=0.1 if args.anchor else 0.0,
@@ -329,9 +380,16 @@ def measure(args: argparse.Namespace, way: str, device: torch.device) -> Measure
     with TemporaryDirectory() as folder:
         trainer = trainer_of(args, way, model, anatomy, Path(folder), clock)
         trainer.remove_callback(transformers.PrinterCallback)
+        if args.profile:
+            trainer.add_callback(Profile())
         built = time.perf_counter() - started
+        if device.type == "cuda":  # what building held is not part of a step
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         loss = trainer.train().training_loss
-        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        # what the allocator held, and not what tensors filled: the memory of a graph is counted while it is recorded
+        peak = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
     if way in FORMATS:
         assert_experts_frozen(trainer.model, before)
     elif before[""] != _checksum(experts):
@@ -340,6 +398,7 @@ def measure(args: argparse.Namespace, way: str, device: torch.device) -> Measure
         way=way,
         steps=clock.steps[WARMUP:],
         loss=loss,
+        losses=clock.losses,
         peak_gib=peak,
         model_gib=_bytes([*model.parameters(), *model.buffers()]),
         experts_gib=_bytes(experts),
@@ -358,15 +417,29 @@ def print_table(args: argparse.Namespace, found: list[Measured]) -> None:
     """Ratios are to TRL's: how many times faster, and which share of its peak memory."""
     tokens = 2 * args.pairs * args.tokens
     reference = next((m for m in found if m.way == TRL), None)
-    columns = ("s/step", "fastest", "slowest", "tokens/s", "x faster", "peak GiB", "share", "experts GiB", "built in s")
+    bound = TFLOPS / (6 * active_parameters(args))
+    columns = ("s/step", "fastest", "slowest", "tokens/s", "of bound", "x faster", "peak GiB", "share", "experts GiB")
+    columns += ("built in s",)
     print(f"{'way':10}" + "".join(f"{column:>12}" for column in columns))
     for m in found:
-        numbers = [m.seconds, min(m.steps), max(m.steps), tokens / m.seconds]
+        numbers = [m.seconds, min(m.steps), max(m.steps), tokens / m.seconds, tokens / m.seconds / bound]
         numbers += [reference.seconds / m.seconds if reference else None, m.peak_gib]
         numbers += [m.peak_gib / reference.peak_gib if reference and m.peak_gib and reference.peak_gib else None]
         numbers += [m.experts_gib, m.build_seconds]
         cells = ("-" if n is None else f"{n:,.0f}" if n >= 1000 else f"{n:.3f}" for n in numbers)
         print(f"{m.way:10}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def active_parameters(args: argparse.Namespace) -> int:
+    """Parameters that one token meets, without the embedding."""
+    name, config = config_of(args)
+    family = FAMILIES[name]
+    with init_empty_weights():
+        model = getattr(transformers, family.class_name)(config)
+    layers = family.moe_layers(config)
+    experts = sum(p.numel() for i in layers for p in model.get_submodule(family.experts_of(i)).parameters())
+    rest = sum(p.numel() for p in model.parameters()) - experts - model.get_input_embeddings().weight.numel()
+    return rest + round(experts * config.num_experts_per_tok / family.n_experts(config))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -380,6 +453,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["nf4", "int4-g32", TRL])
     parser.add_argument("--anchor", action="store_true", help="train with the routing anchor, too (not trl)")
     parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    parser.add_argument(
+        "--activation-memory", type=float, default=0.0, help="GiB for kept activations; below 0: what is free"
+    )
+    parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="print one step's kernels by kind")
+    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="as many steps, with the loss of each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the shape's architecture in miniature")
     parser.add_argument("--json", type=Path)
