@@ -37,6 +37,8 @@ from tests.models import FAMILIES, VOCABULARY, save_tiny, tiny_model
 
 NEW, ROWS = 11, 3
 LENGTHS = (5, 2, 9, 7, 3, 12, 6, 4)
+EVERY = ("deepseek_v3", "qwen3_moe", "qwen3_next")
+"""Families on which all is tried; on others what may differ, and the change that takes a second run."""
 
 
 def some_prompts(begin: Sequence[int] = ()) -> list[list[int]]:
@@ -120,6 +122,7 @@ def test_rows_say_what_a_batch_says(subject: Subject, prompts: list[list[int]]) 
     assert tokens_of(said) == expected.tokens and [each.ended for each in said] == expected.ended
 
 
+@pytest.mark.parametrize("subject", EVERY, indirect=True)
 def test_past_the_last_column_a_row_goes_on_at_the_first(subject: Subject, prompts: list[list[int]]) -> None:
     """The narrowest cache there may be, and more steps in all than it has columns."""
     said = said_in(an_engine(subject, 2, columns=max(LENGTHS) + NEW + LOOK, by_row=True), prompts)
@@ -195,8 +198,6 @@ def removes(subject: Subject) -> Change:
 
 
 CHANGES = (masks, replays, interchanges, removes)
-EVERY = ("deepseek_v3", "qwen3_moe", "qwen3_next")
-"""Families on which every change is tried; on others the one that takes a second run and replaces decisions."""
 
 
 @pytest.mark.parametrize(
