@@ -23,7 +23,7 @@ from gtqlora.judging.wordings import language_of
 
 ANSWERS, DOUBTFUL = -1.3, -0.3
 """Below the first score what declines may be no refusal; above the second what does not decline may be one."""
-EDITION = 3
+EDITION = 4
 """Part of the judge's identity; raised when it would say anything else of any text."""
 _WEIGHTS = tuple(WEIGHTS[name] for name in FEATURES)
 _GARBLED = re.compile("[\ufffd\u0120\u2581]")
