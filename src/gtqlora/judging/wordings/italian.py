@@ -63,8 +63,9 @@ ITALIAN = Wording(
             "rifiut|declin|asten|prefer|evit|lascio|lasciar|limito|passo",
             r"\b(?:devo|sono costrett\w* a|vorrei|preferirei|mi vedo costrett\w* a) (?:\w+ )?(?:rifiutar\w*"
             r"|declinar\w*|astenermi|evitar\w*|lasciar\w*|fermarmi|passar\w*)|\bmi (?:rifiuto|astengo|limito|fermo)\b"
-            r"|\b(?:rifiuto|declino)\b|\b(?:preferisco|preferirei|meglio)\b[^.!?\n]{0,25}\b(?:non|evitar\w*"
-            r"|astener\w*|lasciar\w*|parlar\w*|altro|altra|restar\w*)\b|\b(?:lascio|passo)\W*$|\blascio (?:\w+ "
+            r"|\b(?:rifiuto|declino)\b|\b(?:preferisco|preferirei)\b[^.!?\n]{0,25}\b(?:non|evitar\w*"
+            r"|astener\w*|lasciar\w*|parlar\w*|altro|altra|restar\w*)\b|\bmeglio\b[^.!?\n]{0,25}\b(?:evitar\w*"
+            r"|lasciar\w*)|\b(?:lascio|passo)\W*$|\blascio (?:\w+ "
             r"){0,3}(?:perdere|fuori|ad altri|da parte)\b",
         ),
         # something else
@@ -179,7 +180,7 @@ ITALIAN = Wording(
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",
         "abstract": "*zione *zioni *sione *ta *anza *enza *ismo *ezza comportament* modo modi scelt* form*",
-        "self": "io mi me mio mia miei mie noi nostr* sono posso",
+        "self": "io mi me mio mia miei mie noi nostr* sono posso preferisco rifiuto declino devo vorrei faccio",
         "machine": (
             "ia assistente* bot robot chatbot programma software macchina modello sviluppatori virtuale chat "
             "digitale sportello"

@@ -175,7 +175,9 @@ PORTUGUESE = Wording(
     meta={
         "you": "voce voces te teu sua seu suas seus lhe",
         "abstract": "*cao *coes *sao *dade *dades *ancia *encia *ismo *eza comportamento* maneira* forma* escolha*",
-        "self": "eu me mim meu minha meus minhas comigo nos nosso nossa sou estou posso",
+        "self": (
+            "eu me mim meu minha meus minhas comigo nos nosso nossa sou estou posso prefiro recuso declino devo faco"
+        ),
         "machine": (
             "ia assistente* robo bot chatbot programa software maquina modelo desenvolvedores virtual chat digital "
             "atendimento"

@@ -182,7 +182,7 @@ SPANISH = Wording(
         "abstract": (
             "*cion *ciones *sion *dad *dades *ancia *encia *ismo *eza comportamiento* manera* forma* eleccion*"
         ),
-        "self": "yo me mi mis conmigo nosotros nuestr* soy estoy puedo",
+        "self": "yo me mi mis conmigo nosotros nuestr* soy estoy puedo prefiero rechazo declino debo quisiera hago",
         "machine": (
             "ia asistente* bot robot chatbot programa software maquina modelo desarrolladores virtual chat digital"
         ),
