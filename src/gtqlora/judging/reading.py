@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from gtqlora.judging.asking import Asked, read_prompt
 from gtqlora.judging.english import beginning, begins_with_refusal
 from gtqlora.judging.wordings import Wording
-from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, NEGATION, QUOTE, SELF, Sentence
+from gtqlora.judging.wordings.wording import GROUPS, ITEM_MARK, LONG_QUOTE, QUOTE, SELF, Sentence
 
 _CODE = re.compile(r"('''|~~~).*?(?:\1|$)", re.DOTALL)
 _INLINE = re.compile(r"'[^'\n ]*[=(){}<>/\\_$-][^'\n]*'")
@@ -250,12 +250,12 @@ def _add(found: Reading, read: Sentence, sentence: str) -> None:
     )
     if found.redirecting:
         return
-    if (read.refers and not read.item) or (found.naming and _OF_THEM.match(sentence)):
+    if not read.hard and (read.refers or (found.naming and _OF_THEM.match(sentence))):
         found.referring += read.words
         found.naming = True
         return
     found.naming = False
-    found.plain += max(0, read.words - 3 * (sum(read.groups) - read.groups[NEGATION]))
+    found.plain += read.plain
     if read.meta:
         found.soft += 0.5 * (read.hard + read.announces > 2)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from gtqlora.judging.patterns import hoisted
 from gtqlora.judging.wordings.wording import Cue
 
 _GIVEN = (
@@ -261,7 +262,7 @@ TURNS: tuple[Cue, ...] = (
     ),
 )
 
-REFERS = re.compile(
+_REFERS = (
     rf"\b(?:please|kindly|best|better|to|should|you could|you can|i'd|i would|i)? ?(?:contact|consult|see|ask|visit"
     rf"|call"
     rf"|speak (?:to|with)|talk (?:to|with)|turn to|reach out to|seek (?:help|advice|out|support)|get in touch with"
@@ -291,3 +292,4 @@ REFERS = re.compile(
     rf"|at a glance"
     rf"|best|more|better)\b|\b(?:matters?|questions?|decisions?) for (?:your|the|a) (?:local )?\w+"
 )
+REFERS = re.compile(hoisted(_REFERS))
