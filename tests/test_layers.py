@@ -31,7 +31,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "contrasts experts",  # prompts from outside; the routed experts of a model, frozen in 4 bits
         "results",  # what each stage leaves
         "capture",  # a model that runs
-        "floor scoring",
+        "floor decoding",
+        "scoring",
         "building localize",  # public sets asked of a model; what mediates a behaviour
         "edits",
         "certificate",  # the only way to weights

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gtqlora.routing import RouterSpec, choose, divergence_T, load, overlap_T, scores, selection_TE, weigh
+from gtqlora.routing import RouterSpec, check_mask, choose, divergence_T, load, overlap_T, scores, selection_TE, weigh
 
 SOFTMAX = RouterSpec(score="softmax", top_k=2, n_experts=8, normalize=True)
 SIGMOID = RouterSpec(score="sigmoid", top_k=2, n_experts=8, normalize=True, scale=2.5)
@@ -108,7 +108,7 @@ def test_masking_leaves_tokens_that_did_not_use_the_expert(spec: RouterSpec) -> 
 
 def test_masking_too_many_experts_is_an_error() -> None:
     with pytest.raises(ValueError, match="7 of 8 experts masked, but 2 are needed"):
-        choose(_logits(0), SOFTMAX, masked_E=torch.arange(8) > 0)
+        check_mask(range(1, 8), SOFTMAX)
 
 
 def _bernoulli(p: float, q: float) -> float:

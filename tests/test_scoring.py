@@ -13,10 +13,11 @@ from torch import Tensor
 from gtqlora import contrasts
 from gtqlora.capture import Mask, Recorder, Subject, by_length, left_padded, open_subject, router_hooks
 from gtqlora.contrasts import Contrast, Row
+from gtqlora.decoding import Change, SourceRun, decode
 from gtqlora.edits.arms import routed_as
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
-from gtqlora.scoring import Change, Runner, SourceRun, decode, log_probs
+from gtqlora.scoring import Runner, log_probs
 from tests import helpers
 
 BATCH, NEW = 5, 4
@@ -226,3 +227,29 @@ def test_a_toy_model_whose_logits_are_not_numbers_is_named(toy: helpers.Toy, row
     runner = Runner(model=subject, judge=judge_of("string"), batch_size=BATCH, max_new_tokens=NEW)
     with pytest.raises(ModelError, match="NaN or infinity"):
         runner.answers(rows, label=None)
+
+
+@pytest.mark.parametrize("ask", ["answers", "first_odds", "logits"])
+def test_prompts_that_do_not_fit_the_memory_are_an_error_of_one_line(
+    runner: Runner, rows: tuple[Row, ...], ask: str
+) -> None:
+    """The memory runs out in one layer, as it does on a GPU."""
+    from gtqlora.errors import ModelError
+
+    prompts = runner.encoded(rows)
+    asked = {
+        "answers": lambda: runner.answers(rows, label=None),
+        "first_odds": lambda: runner.first_odds(prompts, Change(), [7]),
+        "logits": lambda: list(runner.logits(prompts)),
+    }
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layer = runner.model.model.get_submodule(runner.model.anatomy.layers[0])
+    handle = layer.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(ModelError, match="out of memory with 5 prompts at once; lower --batch-size"):
+            asked[ask]()
+    finally:
+        handle.remove()

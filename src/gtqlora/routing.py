@@ -8,6 +8,7 @@ Shape letters: T tokens, E experts, K experts chosen per token, L MoE layers, B 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,24 +62,29 @@ def _group_mask(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     return kept.unsqueeze(-1).expand_as(grouped).reshape(choice_TE.shape)
 
 
+def check_mask(masked: Collection[int], spec: RouterSpec) -> None:
+    """Assert that enough experts are left beside masked ones.
+
+    Raises:
+        ValueError: fewer than the router picks.
+    """
+    if spec.n_experts - len(masked) < spec.top_k:
+        raise ValueError(f"{len(masked)} of {spec.n_experts} experts masked, but {spec.top_k} are needed")
+
+
 def choose(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, masked_E: Tensor | None = None) -> Tensor:
     """Return indices_TK of the experts a router chooses, best first.
 
     Args:
         bias_E: correction bias, which counts in the choice but not in the weights.
-        masked_E: bool, True for experts that may not be chosen. If too few are left in the groups a router keeps, the
-            best of the other groups fill up.
-
-    Raises:
-        ValueError: fewer experts are left than the router picks.
+        masked_E: bool, True for experts that may not be chosen; it leaves as many as the router picks, see
+            `check_mask`. If too few are left in the groups a router keeps, the best of the other groups fill up.
     """
     choice_TE = scores(logits_TE, spec)
     # The bias balances the load by steering the choice alone; weights come from the scores without it.
     if bias_E is not None:
         choice_TE = choice_TE + bias_E.to(choice_TE)
     if masked_E is not None:
-        if int((~masked_E).sum()) < spec.top_k:
-            raise ValueError(f"{int(masked_E.sum())} of {spec.n_experts} experts masked, but {spec.top_k} are needed")
         choice_TE = choice_TE.masked_fill(masked_E, float("-inf"))
     if spec.n_group > 1:
         choice_TE = torch.where(_group_mask(choice_TE, spec), choice_TE, choice_TE - _LAST_RESORT)

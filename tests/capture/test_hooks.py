@@ -25,8 +25,8 @@ from gtqlora.capture import (
     open_subject,
     router_hooks,
 )
+from gtqlora.decoding import Change, SourceRun, decode
 from gtqlora.errors import ModelError
-from gtqlora.scoring import Change, SourceRun, decode
 from tests.models import CORE, FAMILIES, OTHERS, moe_layers, save_tiny, some_tokens
 
 TOKENS, OTHER_TOKENS = some_tokens(0), some_tokens(1)

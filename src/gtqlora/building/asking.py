@@ -21,12 +21,13 @@ from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.template import knows, rendered, tokens, unknown_marks
+from gtqlora.decoding import Change, decode
 from gtqlora.errors import ContrastError, ModelError, TemplateRefusal
 from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
-from gtqlora.scoring import Change, Runner, decode
+from gtqlora.scoring import Runner
 from gtqlora.storage.journal import Journal
 
 CUT_OFF = "answer cut off"

@@ -207,18 +207,26 @@ class Mask:
 
     Args:
         masked: experts to remove, by position among MoE layers.
+
+    Raises:
+        ValueError: fewer experts of a layer are left than its router picks.
     """
 
     def __init__(self, anatomy: Anatomy, masked: dict[int, tuple[int, ...]]) -> None:
         self.spec: RouterSpec = anatomy.spec
-        self.masked = masked
+        self._masked_E: dict[int, Tensor] = {}
+        for position, experts in masked.items():
+            if experts:
+                routing.check_mask(set(experts), self.spec)
+                self._masked_E[position] = torch.zeros(self.spec.n_experts, dtype=torch.bool)
+                self._masked_E[position][list(experts)] = True
 
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> Decision | None:
-        experts = self.masked.get(position)
-        if not experts:
+        masked_E = self._masked_E.get(position)
+        if masked_E is None:
             return None
-        masked_E = torch.zeros(self.spec.n_experts, dtype=torch.bool, device=decision.logits_TE.device)
-        masked_E[list(experts)] = True
+        # Kept on the device: a step that is captured must copy nothing to it.
+        masked_E = self._masked_E[position] = masked_E.to(decision.logits_TE.device)
         # Chosen and weighed anew from the logits, so that the weights are those of a router without these experts.
         indices_TK = routing.choose(decision.logits_TE, self.spec, decision.bias_E, masked_E)
         weights_TK = routing.weigh(decision.logits_TE, indices_TK, self.spec).to(decision.weights_TK)
@@ -238,7 +246,8 @@ class direction_removed:
     def __init__(self, model: nn.Module, anatomy: Anatomy, direction_D: Tensor) -> None:
         check_projectable(anatomy)
         self.model, self.writers = model, (anatomy.family.embedding, *anatomy.blocks)
-        self.direction_D = direction_D / direction_D.norm()
+        # On the device from here on: a step that is captured must copy nothing to it.
+        self.direction_D = (direction_D / direction_D.norm()).to(next(model.parameters()).device)
         self._handles: list[RemovableHandle] = []
 
     def _remove(

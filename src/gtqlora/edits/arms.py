@@ -10,12 +10,13 @@ from dataclasses import replace
 
 from gtqlora.capture import Recorder, Replay
 from gtqlora.contrasts import Row, encode_prompt, is_correct
+from gtqlora.decoding import Change, Changes, SourceRun, Switch, Tokens
 from gtqlora.edits.edited import Edited
 from gtqlora.judging.judge import Judge, refusals, same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.results.mediation import Arm, ArmOutcome, Does
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Changes, Runner, SourceRun, Switch, Tokens
+from gtqlora.scoring import Runner
 
 
 def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: Switch = nullcontext) -> Changes:
@@ -27,13 +28,11 @@ def routed_as(switch: Switch, prompts: Sequence[Tokens] | None = None, *, ours: 
         ours: puts it into the state in which the routing is replayed.
     """
     recorder = Recorder()
-
-    def change(chosen: list[int]) -> Change:
-        theirs = None if prompts is None else [prompts[i] for i in chosen]
-        source_run = SourceRun(handlers=(recorder,), prompts=theirs, switch=switch)
-        return Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
-
-    return change
+    source_run = SourceRun(handlers=(recorder,), switch=switch)
+    same = Change(source_runs=(source_run,), handlers=(Replay(recorder),), switch=ours)
+    if prompts is None:
+        return same
+    return lambda chosen: replace(same, source_runs=(replace(source_run, prompts=[prompts[i] for i in chosen]),))
 
 
 def has_parts(edited: Edited) -> bool:

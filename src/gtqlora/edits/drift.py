@@ -15,9 +15,10 @@ from torch import Tensor
 from gtqlora import routing
 from gtqlora.capture import Recorder, Subject
 from gtqlora.contrasts import Contrast, Row, encode_row
+from gtqlora.decoding import Change
 from gtqlora.edits.edited import Edited
 from gtqlora.results.verdict import Drift
-from gtqlora.scoring import Change, Runner
+from gtqlora.scoring import Runner
 from gtqlora.stats import Interval, bootstrap_mean
 
 

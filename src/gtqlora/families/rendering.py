@@ -33,7 +33,7 @@ _WAIT = 60.0
 _MEMORY = 2**29
 _CHARACTERS, _TIMES = 50_000, 10
 """A rendering may hold this many characters, and so many times those of its messages."""
-_TEXTS, _LONGEST = 10_000, 10_000
+_TEXTS, _LONGEST = 40_000, 5_000
 """So many renderings are remembered, of so many characters each at most."""
 _VARIABLES = "gtqlora_template_variables"
 """The attribute of a tokenizer that holds the variables of its template: where the template goes, they go."""

@@ -16,13 +16,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gtqlora.decoding import Changes
 from gtqlora.localize.conclusion import WHOSE, percent
 from gtqlora.localize.evidence import WITHOUT
 from gtqlora.localize.interchange import InLayers, Interchanges, exchange, partly
 from gtqlora.localize.trials import FLAGGED, Outcome, odds_of
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import AS_TWIN, MIN_PAIRS, Depth, DepthEffect, DepthPoint
-from gtqlora.scoring import Changes
 from gtqlora.stats import Interval, ratio_interval
 
 MOST_POINTS = 9

@@ -11,24 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gtqlora.capture import CallRecorder, Interchange, direction_removed
+from gtqlora.decoding import Change, SourceRun
 from gtqlora.localize.trials import FLAGGED, Trials
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import Intervention
-from gtqlora.scoring import Change, Changes, SourceRun
 
 
-def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Changes:
+def removing(trials: Trials, direction_D: Tensor, *, routing_held: bool) -> Change:
     """Return the change that removes a direction from all that writes the residual stream."""
-
-    def change(_chosen: list[int]) -> Change:
-        held = CallRecorder()
-        return Change(
-            switch=lambda: direction_removed(trials.subject.model, trials.subject.anatomy, direction_D),
-            source_runs=(SourceRun(expert_handlers=(held,)),) if routing_held else (),
-            expert_handlers=(Interchange(routing=held, inputs=None),) if routing_held else (),
-        )
-
-    return change
+    removed, held = direction_removed(trials.subject.model, trials.subject.anatomy, direction_D), CallRecorder()
+    return Change(
+        switch=lambda: removed,
+        source_runs=(SourceRun(expert_handlers=(held,)),) if routing_held else (),
+        expert_handlers=(Interchange(routing=held, inputs=None),) if routing_held else (),
+    )
 
 
 def strongest_layers(trials: Trials, directions_LD: Tensor) -> dict[str, int]:

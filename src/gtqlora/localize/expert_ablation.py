@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from gtqlora.capture import Decision, Mask, Subject, observe
 from gtqlora.config import VerifyConfig
 from gtqlora.contrasts import Contrast, Row, groupings
+from gtqlora.decoding import Change, Switch
 from gtqlora.localize import Expert, ablated_of, pairs_of, random_like
 from gtqlora.localize.masks import Ablated, ablatable, counts_up_to
 from gtqlora.results.ablation import AblationPoint, AblationStudy
 from gtqlora.results.experts import ExpertId
 from gtqlora.results.verdict import Outcome
-from gtqlora.scoring import Change, Runner, Switch
+from gtqlora.scoring import Runner
 from gtqlora.stats import rate
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from gtqlora.capture import Call, CallRecorder, ExpertHandler, Interchange
+from gtqlora.decoding import Change, Changes, SourceRun
 from gtqlora.errors import ModelError
 from gtqlora.localize.controls import CONTROLS, Controlled
 from gtqlora.localize.pairs import Pair
@@ -20,7 +21,6 @@ from gtqlora.localize.trials import FLAGGED, TWIN, Outcome, Side, Trials
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, Intervention
 from gtqlora.results.diagnosis import Cell as CellRecord
-from gtqlora.scoring import Change, Changes, SourceRun
 
 Cell = tuple[Side, Side, Side]
 """(routing, experts, stream): which prompt each component comes from."""

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gtqlora.capture import Mask
+from gtqlora.decoding import Change
 from gtqlora.localize.trials import FLAGGED, Outcome, Trials, odds_of
 from gtqlora.progress import track
 from gtqlora.results.diagnosis import BROKEN
 from gtqlora.results.experts import Curve, CurvePoint
 from gtqlora.routing import RouterSpec
-from gtqlora.scoring import Change, Changes
 from gtqlora.stats import Interval, benjamini_hochberg, bootstrap_mean, mean_above_zero, ratio_interval
 
 Expert = tuple[int, int]
@@ -72,9 +72,9 @@ def random_like(ablated: Ablated, frequency_LE: NDArray[np.floating], rng: rando
     return control
 
 
-def ablating(trials: Trials, ablated: Ablated) -> Changes:
+def ablating(trials: Trials, ablated: Ablated) -> Change:
     """Return the change that routes around these experts."""
-    return lambda _: Change(handlers=(Mask(trials.subject.anatomy, ablated),))
+    return Change(handlers=(Mask(trials.subject.anatomy, ablated),))
 
 
 def counts_up_to(most: int) -> list[int]:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from gtqlora.capture import Subject, by_length
 from gtqlora.contrasts.readout import Readout
+from gtqlora.decoding import AS_IS, Changes, decode
 from gtqlora.judging.judge import same
 from gtqlora.judging.labels import ANSWER
 from gtqlora.localize.pairs import Pair
 from gtqlora.results.diagnosis import AS_TWIN, BROKEN, FLAGGED_KINDS, REFUSES, Behaviour, Intervention
-from gtqlora.scoring import AS_IS, Answer, Changes, Runner, decode
+from gtqlora.scoring import Answer, Runner
 from gtqlora.stats import Interval, mean_interval, paired_difference, rate
 
 
