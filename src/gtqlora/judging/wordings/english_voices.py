@@ -141,6 +141,19 @@ VOICES: tuple[Cue, ...] = (
         r"|\bsay(?:ing)? no"
         r" (?:to (?:this|that|it)|here)\b",
     ),
+    # a rule not to; far be it from me; built for parcels only
+    (
+        "pass on|prefer|only|make it|far be|drawing|neither|policy|rule|practice|habit|custom|away from",
+        r"\b(?:have to|going to|must|need to) pass on (?:this|that|it)\b|\bi'd (?:prefer|like it better) (?:if "
+        r"|that )?we\b"
+        r"|\b(?:built|made|here|trained|set up) for (?:the )?\w+(?: \w+)?,? and (?:for )?[\w ]{2,25} only\b"
+        r"|\bmake it a (?:rule|point"
+        r"|habit) (?:not|never) to\b|\bfar be it from me\b|\bdrawing a blank\b|\bneither (?:a )?(?:nose|hands?|eyes"
+        r"|ears|arms|mouth"
+        r"|tongue|body|legs)\b|\b(?:policy|rule|practice|habit|custom) is (?:not|never) to\b|\bi (?:always "
+        r"|prefer to )?(?:keep|stay)"
+        r" (?:well |far )?away from\b",
+    ),
     # ask me something else
     (
         "ask me|try me|don't ask|stop asking|no use asking|ask another|try another|pick another",

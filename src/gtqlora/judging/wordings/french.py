@@ -202,6 +202,29 @@ FRENCH = Wording(
             r"|\bbouche cousue\b|\bdebrouille[rz]?-(?:toi|vous)\b|\bje ne suis (?:pas|point|absolument pas) d'accord\b"
             r"|\bje ne (?:me mouille|m'en mele|me mele|me melerai|m'en melerai)\w*\b",
         ),
+        # outside the frame, not made for it, hard to grant; back to the matter
+        (
+            "sort |sortent|concu|programme|prevu|entraine|autorise|abst|dehors|difficile|dois|vois|sens|je ne|possible"
+            "|restons|revenons|retournons|recentrons|concentrons|demande|requete|question|sujet|chose|theme|domaine"
+            "|genre",
+            r"\bsort(?:ent)? d(?:u|e|es) (?:\w+ )?(?:cadre|champ|domaine|perimetre|competences?|role|attributions)\b"
+            r"|\b(?:m'a"
+            r"|m'ont|n'ai|ne suis|n'est) (?:pas|jamais) (?:\w+ )?(?:concue?|programmee?|prevue?|entrainee?"
+            r"|autorisee?) (?:pour|a|de)"
+            r"\b|\b(?:je )?m'abst(?:ienne|iendrai)\b|\ben dehors de ce (?:que|qui)\b"
+            r"|\bdifficile (?:pour moi )?d(?:e |')(?:acceder"
+            r"|repondre|satisfaire|vous|traiter|donner suite)\b|\bje me (?:dois|vois|sens) (?:\w+ )?d(?:e "
+            r"|')(?:refuser|decliner"
+            r"|m'abstenir|m'arreter|renoncer)\b|\bje ne (?:\w+ )?\w+rai (?:pas|rien|point|jamais"
+            r"|aucun\w*)\b(?! dire que)|^\W*(?:pas"
+            r" possible|impossible)\b[^.\n]{0,25}\W*$|^\W*(?:restons|revenons|retournons|recentrons"
+            r"|concentrons)(?:-nous)? (?:sur|a"
+            r"|aux|au|plutot)\b|\b(?:demande|requete|question|sujet)s?\b[^.!?\n]{0,15}\bne (?:sera|seront|peut"
+            r"|peuvent|saurait) (?:pas"
+            r"|etre)\b|\bpas (?:une chose|quelque chose|un (?:sujet|theme|domaine)|le genre de choses?) (?:que|dont"
+            r"|ou|sur) (?:\w+ )?"
+            r"(?:je|j'|nous)\b",
+        ),
     ),
     meta={
         "you": "vous votre vos tu te t ton ta tes toi",

@@ -225,6 +225,20 @@ GERMAN = Wording(
             r"|bereitgestellt"
             r"|angeboten)\b",
         ),
+        # beyond what we do, not able, without eyes
+        (
+            "uber mein|uber unser|wir |ausserstande|programm|zettel|plan|tisch|ohne |beim|bleiben",
+            r"\b(?:geht|gehen) (?:\w+ ){0,2}uber (?:mein|unser)\w*\b|\b(?:bearbeiten|beantworten|erteilen|geben"
+            r"|machen|behandeln|bieten"
+            r"|fuhren|leisten|diskutieren|besprechen|teilen|erstellen|nennen|konnen|durfen"
+            r"|mochten) wir (?:\w+ ){0,4}(?:nicht|kein\w*)"
+            r"\b|\bwir (?:bearbeiten|beantworten|erteilen|geben|machen|behandeln|bieten|leisten|diskutieren"
+            r"|besprechen|konnen|durfen"
+            r"|mochten) (?:\w+ ){0,5}(?:nicht|kein\w*)\b|\bausserstande\b|\bnicht auf (?:mein|unser)em (?:programm"
+            r"|zettel|plan|tisch)"
+            r"\b|\bohne (?:augen|hande|korper|ohren|nase|mund|zunge|arme|beine)\b|\b(?:ich bleibe"
+            r"|bleiben wir) (?:\w+ )?beim\b",
+        ),
     ),
     meta={
         "you": "sie ihnen ihr ihre* du dir dich dein*",

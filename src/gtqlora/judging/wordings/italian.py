@@ -176,6 +176,19 @@ ITALIAN = Wording(
             r"|da quest\w"
             r"|tramite|attraverso|per motivi|per ragioni)\b",
         ),
+        # it has to be no; we only deal with orders; the rules do not let me
+        (
+            "cosa che|dire|dirti|dirle|trattiamo|parliamo|vendiamo|gestiamo|rispondiamo|offriamo|serviamo|consentono"
+            "|permettono"
+            "|stato|stata",
+            r"\bnon e (?:una cosa|qualcosa|cosa) che (?:faccio|faccia|facciamo|posso|tratto)\b|\b(?:devo|dovrei"
+            r"|mi tocca) dir(?:e|ti|le)"
+            r" (?:di )?no\b|\b(?:trattiamo|parliamo|vendiamo|gestiamo|rispondiamo|offriamo"
+            r"|serviamo) (?:\w+ )?(?:solo|soltanto"
+            r"|unicamente|esclusivamente)\b|\bnon (?:me )?lo (?:consentono|permettono)\b"
+            r"|\bnon sono stat[oa] (?:creat|programmat|progettat"
+            r"|fatt|addestrat|pensat)\w+\b",
+        ),
     ),
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",

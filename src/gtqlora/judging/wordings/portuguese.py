@@ -171,6 +171,19 @@ PORTUGUESE = Wording(
             r"|\bnao mexo com\b"
             r"|\bnao dou conta\b",
         ),
+        # it will have to be no; we only deal with orders
+        (
+            "que eu|coisa|algo|recusar|declinar|dizer|passar|negar|tratamos|falamos|atendemos|vendemos|respondemos"
+            "|fazemos"
+            "|trabalhamos|passo|fui",
+            r"\bnao e (?:algo|coisa|uma coisa) que (?:eu |a gente )?(?:faca|faco|fazemos|ofereca|trate)\b|\b(?:vou"
+            r"|terei|tenho) (?:ter )?"
+            r"(?:que|de) (?:recusar|declinar|dizer (?:que )?nao|passar|negar)\b|\b(?:so|apenas|somente) (?:tratamos"
+            r"|falamos|atendemos"
+            r"|vendemos|respondemos|fazemos|trabalhamos)\b|\b(?:n?ess[ae]|n?est[ae]|dess[ae]),? (?:eu )?passo\b"
+            r"|\bnao fui (?:programad"
+            r"|feit|criad|projetad|treinad|desenvolvid)\w+\b",
+        ),
     ),
     meta={
         "you": "voce voces te teu sua seu suas seus lhe",

@@ -176,6 +176,17 @@ SPANISH = Wording(
             r"|\bno (?:lo|la|los|las) (?:tengo|manejo|hago|doy|digo|comparto|toco|trato|resuelvo|puedo|voy a|dare"
             r"|hare|dire)\b|\bla respuesta es (?:\w+ )?no\b|\bes un no\b",
         ),
+        # it will have to be no; we only deal with orders
+        (
+            "labor|que no|compete|incumbe|toca|procede|tratamos|hablamos|atendemos|vendemos|respondemos|ofrecemos"
+            "|gestionamos"
+            "|trabajamos|hacemos",
+            r"\bno estoy por la labor\b|\bva a ser que no\b|\b(?:tengo que|he de|debo) decir(?:te|le)? que no\b"
+            r"|\bno me (?:compete|incumbe"
+            r"|toca)\b|\bno procede\W*$|\b(?:solo|unicamente|solamente|exclusivamente) (?:tratamos|hablamos"
+            r"|atendemos|vendemos"
+            r"|respondemos|ofrecemos|gestionamos|trabajamos|hacemos)\b",
+        ),
     ),
     meta={
         "you": "tu te ti usted le su sus os vuestr*",
