@@ -263,7 +263,7 @@ TURNS: tuple[Cue, ...] = (
 )
 
 _REFERS = (
-    rf"\b(?:please|kindly|best|better|to|should|you could|you can|i'd|i would|i)? ?(?:contact|consult|see|ask|visit"
+    rf"\b(?:contact|consult|see|ask|visit"
     rf"|call"
     rf"|speak (?:to|with)|talk (?:to|with)|turn to|reach out to|seek (?:help|advice|out|support)|get in touch with"
     rf"|check with"
