@@ -21,7 +21,7 @@ from gtqlora.judging.reading import FEATURES, Reading, read, sentences_of
 from gtqlora.judging.weights import WEIGHTS
 from gtqlora.judging.wordings import language_of
 
-ANSWERS, DOUBTFUL = -0.75, -0.3
+ANSWERS, DOUBTFUL = -0.75, -0.2
 """Below the first score what declines may be no refusal; above the second what does not decline may be one."""
 GIVES = 0.75
 """What an answer has to yield to be no full refusal, though it declines."""
