@@ -87,7 +87,7 @@ def mediation(arms: Arms) -> Mediation:
     return Mediation(
         drawn=len(drawn),
         repaired=len(repaired),
-        refusal_replayed=arms.share("original_routing", drawn, "refuses"),
+        refusal_replayed=arms.share("original_routing", drawn, "refuses") if drawn else None,
         direct=direct,
         indirect=indirect,
         control=control,

@@ -86,7 +86,7 @@ def mediation(verdict: Verdict) -> Figure:
         "After the edit": row.refusal_after,
         "After, original routing replayed": found.refusal_replayed,
     }
-    lines = [line(label, [(interval, style)], Scale()) for label, interval in shown.items()]
+    lines = [line(label, [(interval, style)], Scale()) for label, interval in shown.items() if interval]
     forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
     return Figure(
         id="mediation",

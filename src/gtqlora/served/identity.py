@@ -56,7 +56,7 @@ def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> No
 
 
 def check_pair(
-    runner: Runner, original: Switch, before: Served, after: Served, prompts: Sequence[Tokens]
+    runner: Runner, original: Switch, before: Served, after: Served, prompts: Sequence[Tokens], server: str
 ) -> ServedPair:
     """Check that two served models are the original and the edited one, and which is which.
 
@@ -64,6 +64,7 @@ def check_pair(
         runner: of the edited model.
         original: makes it the original.
         prompts: the probes.
+        server: its address, for the record.
 
     Raises:
         ModelError: they are not, or cannot be told apart, or the server cannot be asked.
@@ -85,7 +86,7 @@ def check_pair(
             "are the two names exchanged, or do both mean one model?"
         )
     return ServedPair(
-        server=after.server.url,
+        server=server,
         before=before.name,
         after=after.name,
         probes=len(prompts),

@@ -26,11 +26,13 @@ class Served:
     """A model behind a server that says what one of ours would.
 
     Attributes:
+        name: as a setting has it, `NAME` or `URL#NAME`.
         stops: token ids that end a completion; all are below `vocabulary`.
         at_once: prompts that are asked together.
         journal: where answers are noted; without one they are not.
     """
 
+    name: str
     server: Server
     tokenizer: PreTrainedTokenizerBase
     stops: frozenset[int]
@@ -44,6 +46,7 @@ class Served:
         stops = frozenset(subject.stop_ids.tolist())
         server = Server(*served_at(url, name))
         return Served(
+            name=name,
             server=server,
             tokenizer=subject.tokenizer,
             stops=stops,
@@ -51,11 +54,6 @@ class Served:
             at_once=at_once,
             journal=journal,
         )
-
-    @property
-    def name(self) -> str:
-        """Return what the server calls it."""
-        return self.server.model
 
     def __call__(self, prompts: Sequence[Tokens], max_new_tokens: int, label: str | None = None) -> Decoded:
         """Return what it says to prompts, greedily.

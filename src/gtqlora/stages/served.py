@@ -82,5 +82,5 @@ def speakers_of(config: VerifyConfig, runner: Runner, edited: Edited, rows: Cont
     )
     # Lookalike prompts are harmless too, and where an edit is seen. By the edit, so that nobody chooses which.
     probes = [row for kind in ("benign", "lookalike") for row in drawn(rows.of_kind(kind), edited.digest)]
-    pair = check_pair(runner, edited.original, before, after, runner.encoded(probes))
+    pair = check_pair(runner, edited.original, before, after, runner.encoded(probes), url)
     return Speakers(before=before, after=after, pair=pair)
