@@ -33,7 +33,7 @@ class Setting:
     def config(self, **changes: Any) -> VerifyConfig:
         """Settings of `verify` that ask the servers."""
         names = {"served_before": f"{self.before}#base", "served_after": f"{self.after}#edited"}
-        asked = {"generate_with": self.before, **names, "ablation": 0, "mediation_prompts": 0}
+        asked = {"generate_with": self.before, **names, "ablation": 0, "mediation_prompts": 0, "wrapped_prompts": 8}
         return self.toy.verify_config(self.model, **{**asked, **changes})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gtqlora.reporting import curves, tables, words
 from gtqlora.reporting.artefacts import Artefacts, Peer
@@ -76,6 +76,11 @@ def before_after(table: Mapping[str, KindRow]) -> Figure:
         tables=[tables.before_after(table), tables.labels(table)],
         forest=forest,
     )
+
+
+def served(verdict: Verdict) -> Figure:
+    """Draw what a server's models say before and after, by kind of prompt."""
+    return replace(before_after(verdict.table), id="served-before-after", title="Before and after, in a server’s words")
 
 
 def mediation(verdict: Verdict) -> Figure:

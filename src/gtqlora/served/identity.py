@@ -51,7 +51,7 @@ def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> No
     Raises:
         ModelError: it is not, or the server cannot be asked.
     """
-    said = _Said.of(runner, served, prompts)
+    said = _Said.of(runner, served, prompts, "probes")
     _share(said, said.held(runner, nullcontext), "the model")
 
 
@@ -69,7 +69,8 @@ def check_pair(
     Raises:
         ModelError: they are not, or cannot be told apart, or the server cannot be asked.
     """
-    was, now = _Said.of(runner, before, prompts), _Said.of(runner, after, prompts)
+    was = _Said.of(runner, before, prompts, "probes, before")
+    now = _Said.of(runner, after, prompts, "probes, after")
     was_own, was_other = was.held(runner, original), was.held(runner, nullcontext)
     now_own, now_other = now.held(runner, nullcontext), now.held(runner, original)
     same_before, same_after = _share(was, was_own, "the original"), _share(now, now_own, "the edited model")
@@ -107,10 +108,10 @@ class _Said:
     answers: list[list[int]]
 
     @staticmethod
-    def of(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> _Said:
+    def of(runner: Runner, served: Served, prompts: Sequence[Tokens], label: str) -> _Said:
         # Not from the journal: it is what the server says now that tells what it serves.
         asked = replace(served, journal=None)
-        said = asked(prompts, min(TOKENS, runner.max_new_tokens), f"probes of {served.name}")
+        said = asked(prompts, min(TOKENS, runner.max_new_tokens), label)
         answers = _with_stops(said, min(served.stops))
         kept = [i for i, answer in enumerate(answers) if answer]
         return _Said(served, [prompts[i] for i in kept], [answers[i] for i in kept])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import takewhile
@@ -103,9 +103,8 @@ class Served:
                 pool.submit(self.server.complete, questions[i]): i for i in range(first, len(questions))
             }
             try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
-            except BaseException:  # what waits need not be sent to a server that failed
+                yield from _as_they_come(waiting)
+            except BaseException:  # such as Ctrl-C
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -134,6 +133,22 @@ class Served:
         if not all(0 <= token < self.vocabulary for token in found):
             raise self.server.fault("it tells token ids that the model does not have")
         return found
+
+
+def _as_they_come(waiting: Mapping[Future[Completion], int]) -> Iterator[tuple[int, Completion]]:
+    """Yield completions with their places; if one fails what waits is dropped, and what was under way still comes."""
+    failed: BaseException | None = None
+    for done in as_completed(waiting):
+        if done.cancelled():
+            continue
+        if (error := done.exception()) is None:
+            yield waiting[done], done.result()
+        elif failed is None:
+            failed = error
+            for each in waiting:
+                each.cancel()
+    if failed is not None:
+        raise failed
 
 
 def _name(server: Server, asked: Question) -> str:
