@@ -71,7 +71,7 @@ def test_the_answers_are_those_of_the_model_here(served_run: Setting, told: Path
     assert len(framed) == 8 * 4 and not [key for key in framed.keys() & every.keys() if framed[key] != every[key]]
     pair = there.served
     assert pair is not None and pair.server == served_run.before and pair.after == f"{served_run.after}#edited"
-    assert pair.same_before == pair.same_after == 1 and pair.right == pair.telling >= 5 and pair.probes == 16
+    assert pair.same_before == pair.same_after == 1 and pair.right == pair.telling >= 5 and pair.probes == 32
     assert there.mediation.reason == "left out: mediation_prompts = 0" and there.ablation is None
     with Run(told) as held:
         page = report(held).read_text()
@@ -141,8 +141,8 @@ def test_what_a_server_said_before_it_failed_is_not_asked_again(
         assert answers.stat().st_mode & 0o077 == 0 and not (run / SERVED / VERDICT).exists()
         rest = Counting(monkeypatch)
         verdict = verify(served_run.config(), held)
-        # both models: 16 probes twice, 216 rows, and 8 in each of 4 frames
-        assert (broken.asked, rest.asked) == (150, 2 * (216 + 32 + 16 + 16) - 150)
+        # both models: 32 probes twice, 216 rows, and 8 in each of 4 frames
+        assert (broken.asked, rest.asked) == (150, 2 * (216 + 32 + 32 + 32) - 150)
         assert not answers.exists()
         none = Counting(monkeypatch)
         assert verify(served_run.config(), held) == verdict and none.asked == 0

@@ -1,6 +1,7 @@
 """Whether what a server says is said by our weights: its greedy answers to harmless prompts, read by our model.
 
-Each token that the server said is held against what our model says in its place, after the same tokens. Two programs
+A model is asked prompts of the pairs, and also the first half of each: models that were trained alike answer alike, and
+go on with a half of something each in its own way. Each token that the server said is held against what our model says in its place, after the same tokens. Two programs
 round differently, so that after a tie their texts part; the tokens before and behind it agree all the same. What a
 server tells of itself, such as a file's path, is no evidence and is not asked for.
 """
@@ -39,6 +40,12 @@ T = TypeVar("T")
 def drawn(candidates: Sequence[T], seed: str) -> list[T]:
     """Draw the probes among harmless prompts."""
     return random.Random(seed).sample(list(candidates), min(PROBES, len(candidates)))
+
+
+def with_halves(served: Served, prompts: Sequence[Tokens]) -> list[Tokens]:
+    """Return prompts, and the first halves of those whose halves are the tokens of a text, as some servers read texts."""
+    halves = [ids[: len(ids) // 2] for ids in prompts]
+    return [*prompts, *(half for half in halves if half and served.text_of(half) is not None)]
 
 
 def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> None:
@@ -90,7 +97,7 @@ def check_pair(
         server=server,
         before=before.name,
         after=after.name,
-        probes=len(prompts),
+        probes=len(now.prompts),
         tokens=len(own),
         same_before=same_before,
         same_after=same_after,
@@ -110,7 +117,7 @@ class _Said:
     @staticmethod
     def of(runner: Runner, served: Served, prompts: Sequence[Tokens], label: str) -> _Said:
         # Not from the journal: it is what the server says now that tells what it serves.
-        asked = replace(served, journal=None)
+        asked, prompts = replace(served, journal=None), with_halves(served, prompts)
         said = asked(prompts, min(TOKENS, runner.max_new_tokens), label)
         answers = _with_stops(said, min(served.stops))
         kept = [i for i, answer in enumerate(answers) if answer]

@@ -87,9 +87,12 @@ class Served:
         return self._decoded(questions, [found[i] for i in range(len(questions))])
 
     def _question(self, ids: Tokens, most: int, temperature: float = 0.0, seed: int = 0) -> Question:
+        return Question(ids=ids, text=self.text_of(ids), most=most, temperature=temperature, seed=seed)
+
+    def text_of(self, ids: Tokens) -> str | None:
+        """Return the text of a prompt's tokens; None if the tokenizer makes other ones of it."""
         text = str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-        same = tokens(self.tokenizer, text) == list(ids)
-        return Question(ids=ids, text=text if same else None, most=most, temperature=temperature, seed=seed)
+        return text if tokens(self.tokenizer, text) == list(ids) else None
 
     def _asked(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
         """Yield the completions as they come, each with its question's place."""
