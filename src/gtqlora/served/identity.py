@@ -1,9 +1,10 @@
 """Whether what a server says is said by our weights: its greedy answers to harmless prompts, read by our model.
 
-A model is asked prompts of the pairs, and also the first half of each: models that were trained alike answer alike, and
-go on with a half of something each in its own way. Each token that the server said is held against what our model says in its place, after the same tokens. Two programs
-round differently, so that after a tie their texts part; the tokens before and behind it agree all the same. What a
-server tells of itself, such as a file's path, is no evidence and is not asked for.
+The probes are prompts of the pairs, and the first half of each: models that were trained alike answer alike, and go on
+with half a prompt each in its own way. Each token that the server said is held against what our model says in its
+place, after the same tokens. Two programs round differently, so that after a tie their texts part; the tokens before
+and behind it agree all the same. What a server tells of itself, such as a file's path, is no evidence and is not asked
+for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def drawn(candidates: Sequence[T], seed: str) -> list[T]:
 
 
 def with_halves(served: Served, prompts: Sequence[Tokens]) -> list[Tokens]:
-    """Return prompts, and the first halves of those whose halves are the tokens of a text, as some servers read texts."""
+    """Return prompts, and the first halves that are the tokens of some text: there are servers that read texts only."""
     halves = [ids[: len(ids) // 2] for ids in prompts]
     return [*prompts, *(half for half in halves if half and served.text_of(half) is not None)]
 
