@@ -54,8 +54,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gtqlora.capture.subject import _routers_to_fp32
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
+from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state, sum_of_bits
-from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, weights_unhashed
+from gtqlora.edits.trainer import GateTargetedTrainer, weights_unhashed
 from gtqlora.edits.trainer import arguments as training_arguments
 from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targets_kept
 from gtqlora.experts import FORMATS, Format, FrozenExperts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,3 +72,44 @@ def test_rankings_are_named_only_where_their_mask_takes_refusals_away(organism: 
         assert found.ranked and bool(found.named) == named
         assert {does["as twin"] for does in found.does.values()} == {1.0 if named else 0.0}
         assert {does["broken"] for does in found.does.values()} == {0.0}
+
+
+# --- what changed between two runs
+
+
+def _steps(path: Path, seconds: list[float], device: str = "H100") -> str:
+    found = {"device": device, "settings": {"pairs": 8}, "ways": [{"way": "nf4", "steps": seconds, "peak_gib": 22.0}]}
+    path.write_text(json.dumps(found))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says", "code"),
+    [
+        ([0.65, 0.66, 0.64, 0.65], "2 numbers compared, 2 within noise", 0),
+        ([0.75, 0.76, 0.74, 0.75], "worse    1.15x  0.65 -> 0.75  ways / nf4 / steps", 1),
+        ([0.45, 0.46, 0.44, 0.45], "better   0.69x  0.65 -> 0.45  ways / nf4 / steps", 0),
+    ],
+)
+def test_two_runs_are_compared_beyond_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: list[float], says: str, code: int
+) -> None:
+    old, new = _steps(tmp_path / "old.json", [0.64, 0.65, 0.66, 0.65]), _steps(tmp_path / "new.json", seconds)
+    assert bench_module("compare").main([old, new]) == code
+    assert says in capsys.readouterr().out
+
+
+def test_runs_on_two_kinds_of_gpu_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _steps(tmp_path / "old.json", [1.0]), _steps(tmp_path / "new.json", [1.0], "H200")
+    assert bench_module("compare").main([old, new]) == 2
+    assert "H200" in capsys.readouterr().out
+
+
+def test_rates_are_better_when_they_rise(tmp_path: Path) -> None:
+    paths = []
+    for rate in (100.0, 150.0):
+        paths.append(tmp_path / f"{rate}.json")
+        paths[-1].write_text(json.dumps({"device": "H100", "lines": [{"way": "nf4", "tokens_per_second": rate}]}))
+    bench = bench_module("compare")
+    assert bench.main([str(path) for path in paths]) == 0
+    assert bench.main([str(path) for path in reversed(paths)]) == 1

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gtqlora.config import TrainConfig
+from gtqlora.edits.captured import without_mask
+from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.lora import in_half_precision
 from gtqlora.edits.recomputing import Recomputation
-from gtqlora.edits.trainer import KindCollator
 from gtqlora.edits.wrapping import lora_config, peft_targets_kept, trainable
 from gtqlora.experts import FrozenExperts
 from gtqlora.families import FAMILIES, bind
@@ -99,6 +100,22 @@ def test_batches_have_few_lengths(longest: int, padded: int) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_rows_padded_on_the_right_need_no_mask_and_the_model_has_its_own_again(family: str) -> None:
+    model: Any = models.tiny_model(family)
+    ids_BS, mask_BS = models.some_tokens(), torch.ones(4, 12, dtype=torch.long)
+    mask_BS[1, 7:] = mask_BS[2, 3:] = 0
+    padded = torch.cat([ids_BS[:, -4:], ids_BS], dim=1), torch.cat([torch.zeros_like(mask_BS[:, :4]), mask_BS], dim=1)
+    own, on_the_left = model.config._attn_implementation, model(input_ids=padded[0], attention_mask=padded[1]).logits
+    wanted = model(input_ids=ids_BS, attention_mask=mask_BS).logits
+    with without_mask(model):
+        found = model(input_ids=ids_BS, attention_mask=mask_BS).logits
+        assert not torch.allclose(model(input_ids=padded[0], attention_mask=padded[1]).logits, on_the_left, atol=1e-3)
+    torch.testing.assert_close(found[mask_BS.bool()], wanted[mask_BS.bool()], rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == own
+    assert torch.equal(model(input_ids=padded[0], attention_mask=padded[1]).logits, on_the_left)
+
+
 def test_layers_that_are_not_recomputed_are_the_last() -> None:
     model: Any = models.tiny_model("qwen3_moe")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -141,6 +158,12 @@ def test_graphs_train_as_eager_passes_do(
     assert losses == pytest.approx(wanted, rel=1e-3)
     for name, tensor in edit.items():
         torch.testing.assert_close(tensor, eager[name], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_trained_model_attends_as_it_did(toy: helpers.Toy, tmp_path: Path) -> None:
+    _, _, trainer = trained(toy, tmp_path)
+    assert trainer.model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.gpu

@@ -35,12 +35,17 @@ _ATTENTION = "gtqlora_right_padded"
 """Causal attention over rows that are padded on the right: no mask is ever made."""
 
 
-def without_mask(model: nn.Module) -> None:
-    """Let the model's attention ignore padding masks; its rows must be padded on the right from here on."""
+@contextmanager
+def without_mask(model: nn.Module) -> Iterator[None]:
+    """Let the model's attention ignore padding masks for a while, in which all rows are padded on the right."""
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
-    base: Any = language_model(model)
-    base.config._attn_implementation = _ATTENTION
+    config: Any = language_model(model).config
+    before, config._attn_implementation = config._attn_implementation, _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
@@ -77,30 +77,9 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
 
 _RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
 """Nothing in training is random, which is asserted; a state of random numbers cannot be read in a CUDA graph."""
-_SHORT = 32
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
 _WORST = "health/overlap_harmful_worst"
-
-
-@dataclass
-class KindCollator(DataCollatorForPreference):
-    """TRL's preference batch plus each row's kind, as an index into `ALL_KINDS`.
-
-    Attributes:
-        few_lengths: pad batches to one of four lengths an octave, so that few shapes are run.
-    """
-
-    few_lengths: bool = False
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
-        """Collate examples as TRL does, and add their kinds."""
-        if self.few_lengths:
-            longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
-            self.pad_to_multiple_of = max(_SHORT, 1 << max(0, (longest - 1).bit_length() - 3))
-        batch = super().torch_call(examples)
-        batch["kind"] = torch.tensor([ALL_KINDS.index(example["kind"]) for example in examples])
-        return batch
 
 
 @dataclass
@@ -161,12 +140,12 @@ class GateTargetedTrainer(ReferenceTrainer):
         self, *, anatomy: Anatomy, settings: TrainConfig, draws: AblationSampler | None = None, **kwargs: Any
     ) -> None:
         self.anatomy, self.settings, self.draws = anatomy, settings, draws
-        self._until_backward = ExitStack()
+        self._until_backward, self._until_trained = ExitStack(), ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
         self.gate_rates: dict[str, float] = {}
         on_gpu = settings.device.startswith("cuda")
         if on_gpu:  # before TRL computes the reference, which must be what the policy computes
-            without_mask(kwargs["model"])
+            self._until_trained.enter_context(without_mask(kwargs["model"]))
             fuse(kwargs["model"])
         with weights_unhashed():
             super().__init__(**kwargs)
@@ -223,6 +202,11 @@ class GateTargetedTrainer(ReferenceTrainer):
             max_grad_norm=self.settings.max_grad_norm,
         )
         self._metrics["train"].clear()  # training has not begun
+
+    def train(self, *arguments: Any, **more: Any) -> TrainOutput:
+        """Train; afterwards the model attends as it did before, also over rows that are padded on the left."""
+        with self._until_trained:
+            return super().train(*arguments, **more)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one part forward and backward; hooks that recomputation needs stay on until the end."""

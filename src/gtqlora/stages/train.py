@@ -32,9 +32,10 @@ from gtqlora.edits.checkpoint_files import (
     usable,
 )
 from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finite
+from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
-from gtqlora.edits.trainer import GateTargetedTrainer, KindCollator, arguments
+from gtqlora.edits.trainer import GateTargetedTrainer, arguments
 from gtqlora.edits.wrapping import (
     assert_bias_frozen,
     assert_trains_exactly,
