@@ -91,7 +91,7 @@ class Endpoint:
         try:
             connection.request("POST", self.address.path, body, self._headers)
             reply = connection.getresponse()
-            data = reply.read(_REPLY_BYTES + 1)
+            data = _read(reply, time.monotonic() + self.seconds)
         except (ConnectionRefusedError, OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
         finally:
@@ -114,3 +114,15 @@ class Endpoint:
         if isinstance(error, ConnectionError | http.client.HTTPException):
             return _TryAgain(f"the connection broke ({type(error).__name__})")
         return Unserved(f"cannot be reached ({first_line(error)})")
+
+
+def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
+    """Return the body, or a little more of it than may be; a server that trickles must not hold us up for ever."""
+    data = b""
+    while len(data) <= _REPLY_BYTES and (piece := reply.read1(_REPLY_BYTES)):
+        data += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    if len(data) <= _REPLY_BYTES and reply.length:
+        raise http.client.IncompleteRead(data, reply.length)
+    return data

@@ -125,9 +125,13 @@ def test_models_that_say_nearly_the_same_are_told_apart(
     for wrong in (names, {"served_after": f"{served_run.before}#b"}):
         with Run(run) as held, pytest.raises(ModelError, match="are the two names exchanged, or do both mean one"):
             verify(served_run.config(**wrong), held)
-    monkeypatch.setattr("gtqlora.served.identity.PROBES", 0)
-    with Run(run) as held, pytest.raises(ModelError, match="0 tokens tell them apart; it takes 5"):
-        verify(served_run.config(), held)
+    for limit, value, message in (
+        ("_FEWEST", 9999, r"\d+ tokens tell them apart; it takes"),
+        ("PROBES", 0, "nothing shows"),
+    ):
+        monkeypatch.setattr(f"gtqlora.served.identity.{limit}", value)
+        with Run(run) as held, pytest.raises(ModelError, match=message):
+            verify(served_run.config(), held)
 
 
 def test_what_a_server_said_before_it_failed_is_not_asked_again(

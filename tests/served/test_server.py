@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,39 @@ def test_a_server_in_trouble_costs_one_line_without_its_words(server: ChatServer
         model(server).complete(ASKED)
     said = str(error.value)
     assert said.startswith(f"{server.url} (model 'wugger'): ") and "\n" not in said and SECRET not in said
+
+
+def trickle(listener: socket.socket, pieces: Iterable[bytes], pause: float) -> None:
+    """Send one client pieces with pauses between them, and hang up."""
+    client, _ = listener.accept()
+    with client, suppress(OSError):
+        client.recv(2**16)
+        for piece in pieces:
+            client.sendall(piece)
+            time.sleep(pause)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "pause", "message"),
+    [
+        ([HEAD, *[b" "] * 100], 0.05, "no reply within 0.5 s, 1 times"),
+        ([HEAD, b"{"], 0.0, r"the connection broke \(IncompleteRead\), 1 times"),
+    ],
+)
+def test_a_reply_that_trickles_or_breaks_off(
+    pieces: list[bytes], pause: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gtqlora.served.server.SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener, pieces, pause))
+        thread.start()
+        asking = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "wugger", pauses=())
+        with pytest.raises(ModelError, match=message):
+            asking.complete(ASKED)
+        thread.join()
 
 
 def test_nothing_listens_there(server: ChatServer) -> None:

@@ -146,7 +146,9 @@ def _share(said: _Said, same: NDArray[np.bool_], what: str) -> float:
     Raises:
         ModelError: it is too small.
     """
-    share = float(same.mean()) if same.size else 0.0
+    if not same.size:
+        raise said.served.server.fault("nothing shows what is served: it was asked no harmless prompt, or said nothing")
+    share = float(same.mean())
     if share < SAME:
         raise _unlike(said.served, share, same.size, what)
     return share

@@ -16,7 +16,7 @@ from gtqlora.config.addresses import SERVER_KEY, http_address
 from gtqlora.errors import ModelError
 from gtqlora.posting import PAUSES, Endpoint, Unserved
 
-SECONDS = 900.0
+SECONDS = 600.0
 """Longest wait for an answer: of all that are asked at once a server may begin with the last one late."""
 _PATH = "/completions"
 
@@ -24,14 +24,16 @@ Form = Literal["ids, told", "ids", "text"]
 """How a prompt is sent: in token ids and with wishes beyond OpenAI's protocol, in ids, or as text."""
 _FORMS: tuple[Form, ...] = ("ids, told", "ids", "text")
 _REFUSED = (400, 422)
-# A server must neither leave the marks of thoughts out of a text, nor shape answers by settings that came with the
-# model: penalties are what generation_config.json and GGUF metadata may bring.
+# A server must neither leave the marks of thoughts out of a text, nor shape answers by defaults of its own or of the
+# model: generation_config.json and GGUF metadata may bring penalties and cuts.
 _WISHES = {
     "return_token_ids": True,
     "skip_special_tokens": False,
     "spaces_between_special_tokens": False,
     "repetition_penalty": 1.0,
     "repeat_penalty": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
 }
 _ADVICE = {
     401: f" (it wants a key: put it into {SERVER_KEY})",
