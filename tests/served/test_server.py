@@ -16,6 +16,9 @@ import pytest
 from gtqlora.config import BuildConfig, VerifyConfig, build
 from gtqlora.config.addresses import SERVER_KEY
 from gtqlora.errors import ConfigError, ModelError
+from gtqlora.families import load_tokenizer
+from gtqlora.organisms import embedded
+from gtqlora.served.saying import Served
 from gtqlora.served.server import Completion, Question, Server
 from tests.judging.chat_server import Asked, ChatServer, Reply
 
@@ -111,7 +114,9 @@ def trickle(listener: socket.socket, pieces: Iterable[bytes], pause: float) -> N
     """Send one client pieces with pauses between them, and hang up."""
     client, _ = listener.accept()
     with client, suppress(OSError):
-        client.recv(2**16)
+        request = b""
+        while not request.endswith(b"}"):  # what is left unread would reset the connection
+            request += client.recv(2**16)
         for piece in pieces:
             client.sendall(piece)
             time.sleep(pause)
@@ -145,6 +150,34 @@ def test_nothing_listens_there(server: ChatServer) -> None:
         pass
     with pytest.raises(ModelError, match="nothing listens there; start the server"):
         model(gone).complete(ASKED)
+
+
+# --- what is made of completions
+
+
+def test_tokens_that_a_server_tells_go_before_its_text(server: ChatServer) -> None:
+    """They end at a stop; a text without them is read by the model's tokenizer."""
+    folder = str(embedded.organism("routed"))
+    tokenizer = load_tokenizer(folder)
+    stop, word = tokenizer.eos_token_id, "refuse"
+    assert isinstance(stop, int)
+    ids = [int(i) for i in tokenizer.encode(f"{word} sorry", add_special_tokens=False)]
+    served = Served(
+        name="wugger", server=model(server), tokenizer=tokenizer, stops=frozenset([stop]), vocabulary=99999, at_once=2
+    )
+    replies = [
+        says("another text", token_ids=[*ids, stop, ids[0]], why="length"),
+        says(f" {word} sorry", why="length"),
+        says(f"{word} sorry {tokenizer.eos_token}"),
+    ]
+    for reply, ended in zip(replies, (True, False, True), strict=True):
+        server.reply = lambda asked, reply=reply: reply
+        found = served([[5, 6, 7]] * 3, 4)
+        assert (found.texts, found.tokens, found.ended) == ([f"{word} sorry"] * 3, [ids] * 3, [ended] * 3)
+    for ids_told in ([10**9], [-1]):
+        server.reply = lambda asked, told=ids_told: says(token_ids=told)
+        with pytest.raises(ModelError, match="it tells token ids that the model does not have"):
+            served([[5, 6, 7]], 4)
 
 
 # --- settings that name servers
