@@ -64,6 +64,7 @@ def work(job: Job) -> dict[str, Any]:
         for on in dict.fromkeys((experts, OWN)):
             found = verify(build(VerifyConfig, **given, expert_format=on), run)
             rows = {column: asdict(getattr(found.table[kind], rate)) for column, (kind, rate) in COLUMNS.items()}
+            assert found.mediation.refusal_replayed is not None
             rows["replayed"] = asdict(found.mediation.refusal_replayed)
             verdicts[on] = {"rates": rows, "floor": found.floor.verdict}
     seconds = {"train": round(trained - started), "verify": round(time.monotonic() - trained)}

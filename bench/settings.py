@@ -18,9 +18,9 @@ from gtqlora.errors import ConfigError
 TITLE = """\
 # All settings
 
-Written by `python bench/settings.py > docs/settings.md` from `src/gtqlora/config/stages.py`; change it there. A setting
-is given in a recipe (`--config FILE`), at its top for every stage that has it or in a stage's own section such as
-`[train]`, or by `--set` as in `--set steps=400`, which wins; `template` is a section of its own, or
+Written by `python bench/settings.py > docs/settings.md` from the dataclasses in `src/gtqlora/config`; change it there.
+A setting is given in a recipe (`--config FILE`), at its top for every stage that has it or in a stage's own section
+such as `[train]`, or by `--set` as in `--set steps=400`, which wins; `template` is a section of its own, or
 `--set template.enable_thinking=false`. [The guide](guide.md) says what the stages do.
 """
 SHARED = "Every stage has these too; a stage whose default differs lists it again below."

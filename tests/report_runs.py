@@ -405,6 +405,7 @@ def verdict_of(run: Run, *, harmful: float = 1.0, lookalike: float = 0.0, repair
         "agreement": None,
         "instructed": None,
         "wrappers": None,
+        "served": None,
         "ablation_left_out": None,
         "kl_benign": real(0.01, 0.005),
         "drift": {kind: {"kl": real(0.1), "overlap": interval(0.8)} for kind in KINDS},

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "progress routing stats",  # numbers and decisions, each known on its own
         "machine storage",  # which devices and trackers are here; files that appear whole
         "config",
-        "run",
+        "posting run",  # JSON to servers of models; the run directory
         "families",  # parts of a model and its files
         "judging",  # who tells a refusal from an answer
         "contrasts experts",  # prompts from outside; the routed experts of a model, frozen in 4 bits
@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "capture",  # a model that runs
         "floor decoding",
         "scoring",
+        "served",  # models that answer behind servers
         "building localize",  # public sets asked of a model; what mediates a behaviour
         "edits",
         "certificate",  # the only way to weights

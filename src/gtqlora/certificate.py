@@ -8,7 +8,8 @@ kept. What a run directory, an adapter or a model folder says of itself is belie
 
 - It is this edit: the adapter's bytes are read once, hashed and merged from memory.
 - It is this model: the contents of every file that is read, whatever its size, links resolved.
-- It is what ships: judged merged and rounded to the checkpoint's dtype, with the checkpoint's own experts.
+- It is what ships: judged merged and rounded to the checkpoint's dtype, with the checkpoint's own experts, by the
+  answers that this model gives here. Those of a server, whose weights are known by probes only, count neither way.
 - It is this judge, by its phrases or its source and weights, and its texts are judged again here.
 - It holds inside plain frames, too: a story, a role, another language and others, over all of them and in the worst;
   a user's own frames come beside these and have to pass by themselves.
@@ -160,8 +161,9 @@ def _check_same(run: Run, verdict: Verdict, inputs: Mapping[str, str], config: V
     problem = unshipped(config)
     if problem is not None:
         raise FloorError(f"{run.path}: {problem.replace('RUN', str(run.path))}")
-    recorded = (config.model, config.expert_format, adapter.digest, adapter.info.kind, inputs.get("wrappers"))
-    if (verdict.model, verdict.expert_format, verdict.adapter, verdict.kind, verdict.wrappers) != recorded:
+    recorded = (config.model, config.expert_format, adapter.digest, adapter.info.kind, inputs.get("wrappers"), None)
+    told = (verdict.model, verdict.expert_format, verdict.adapter, verdict.kind, verdict.wrappers, verdict.served)
+    if told != recorded:
         raise FloorError(f"{run.path}: {VERDICT} and the record of verify differ; run `gtqlora verify` again")
 
 
@@ -194,7 +196,7 @@ def _entry(run: Run, history: Sequence[Entry], inputs: Mapping[str, str], rows: 
     prompts = entry_prompts(rows)
     for entry in reversed(history):
         same = (entry.model, entry.contrast, entry.judge) == (inputs["model"], inputs["contrast"], inputs["judge"])
-        if same and entry.prompts.keys() == prompts.keys():
+        if same and entry.shipped and entry.prompts.keys() == prompts.keys():
             return replace(entry, prompts=prompts)
     raise FloorError(f"{run.path}: {HISTORY} does not hold this verdict; run `gtqlora verify {run.path} --again`")
 

@@ -272,7 +272,7 @@ def _edited(verdict: Verdict) -> EditNumbers:
         lookalike_accuracy=_value(lookalike.accuracy_after),
         benign_accuracy=_value(benign.accuracy_after),
         floor=verdict.decision,
-        replayed_lookalike_refusal=ways.refusal_replayed.value,
+        replayed_lookalike_refusal=_value(ways.refusal_replayed),
         repaired_by_routing=ways.indirect.as_edited.value if ways.indirect else None,
         repaired_by_gates=gates.value if gates else None,
         repaired_by_lora=lora.value if lora else None,

@@ -36,9 +36,11 @@ PATHS = frozenset({"model", "contrast", "wrappers"})
 """Settings that say where an input lies: its contents identify it."""
 _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
 _CHECKPOINTS = "checkpoints"
+SERVED = "served"
+"""The folder for verdicts on a server's answers, and for those answers while it is asked."""
 _ARTEFACTS = {
     *("adapter", "diagnosis", _CHECKPOINTS, "contrast.parquet", "metrics.jsonl", "scores.parquet", "verdict.json"),
-    *("report.html", "exports.jsonl", MANIFEST),
+    *("report.html", "exports.jsonl", SERVED, MANIFEST),
 }
 
 
@@ -206,7 +208,8 @@ class Run:
 
     def _mend(self) -> None:
         """Finish or clean up what killed processes left; a new run is marked as ours before anything else."""
-        for folder in (self.path, *self.path.glob(_CHECKPOINTS), *self.path.glob(f"{_CHECKPOINTS}/*")):
+        below = (SERVED, _CHECKPOINTS, f"{_CHECKPOINTS}/*")
+        for folder in (self.path, *(found for pattern in below for found in self.path.glob(pattern))):
             drop_leftovers(folder)
         take_over(self.path)
         if not (self.path / MANIFEST).exists():
@@ -344,6 +347,7 @@ def _recorded(folder: Path) -> set[str]:
 __all__ = [
     "MANIFEST",
     "PATHS",
+    "SERVED",
     "Run",
     "Stage",
     "atomic_write",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -83,11 +84,20 @@ class Logits:
         return [values_S[span] for values_S, span in zip(values_BS, self.spans, strict=True)]
 
 
+class Speaker(Protocol):
+    """Says in a model's place what that would say, such as a server of it."""
+
+    def __call__(self, prompts: Sequence[Tokens], max_new_tokens: int, label: str | None = None) -> Decoded:
+        """Return what is said to prompts, greedily; `label` is shown as progress."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runner:
     """A model with its judge, and how much runs at once.
 
     Attributes:
+        speaker: says the model's plain answers, those without a change and a readout; without one the model does.
         judge: built once for a stage.
         batch_size: prompts that run together.
         max_new_tokens: at which a completion is cut off.
@@ -97,6 +107,7 @@ class Runner:
     judge: Judge
     batch_size: int
     max_new_tokens: int
+    speaker: Speaker | None = None
 
     @staticmethod
     def of(model: Subject, judge: Judge, config: StageConfig) -> Runner:
@@ -138,6 +149,10 @@ class Runner:
     ) -> Iterator[tuple[list[int], Decoded]]:
         """Yield the completions of prompts of like length, with the places of these prompts."""
         model, most, batches = self.model, self.max_new_tokens, by_length(prompts, self.batch_size)
+        if self.speaker is not None and change is AS_IS and not (begun or readout):
+            whole = self.speaker(prompts, most, label)
+            yield from ((chosen, whole.of(chosen)) for chosen in batches)
+            return
         with _fitting(self.batch_size):
             if goes_by_row(model, prompts, change, most):
                 whole = decode_by_row(

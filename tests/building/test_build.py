@@ -20,7 +20,7 @@ from gtqlora.building.asking import CUT_OFF, EMPTY, IN_THOUGHT, Asking, Question
 from gtqlora.building.card import card
 from gtqlora.cli import main
 from gtqlora.config import BuildConfig
-from gtqlora.config.stages import HELPFUL
+from gtqlora.config.building import HELPFUL
 from gtqlora.contrasts import KINDS, Contrast, load, prompt_key
 from gtqlora.contrasts.layouts import described
 from gtqlora.contrasts.public import pool

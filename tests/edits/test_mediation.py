@@ -90,7 +90,9 @@ def test_few_or_no_repaired_prompts_say_nothing() -> None:
     assert few.routing == "cannot tell" and few.reason.startswith("29 repaired")
     none = mediation(arms(repaired=False, original_routing=GONE, edited_routing=GONE, other_routing=GONE))
     assert (none.repaired, none.direct, none.routing) == (0, None, "cannot tell")
-    assert none.refusal_replayed.value == 1
+    assert none.refusal_replayed is not None and none.refusal_replayed.value == 1
+    left_out = mediation(Arms.of([], [], 0.95))
+    assert (left_out.routing, left_out.refusal_replayed) == ("cannot tell", None) and "= 0" in left_out.reason
 
 
 @pytest.mark.parametrize(

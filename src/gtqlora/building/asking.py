@@ -21,13 +21,14 @@ from gtqlora.building.refusals import refusal_only, without_rest
 from gtqlora.capture import by_length
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.template import knows, rendered, tokens, unknown_marks
-from gtqlora.decoding import Change, decode
+from gtqlora.decoding import Change, Decoded, decode
 from gtqlora.errors import ContrastError, ModelError, TemplateRefusal
 from gtqlora.judging.judge import Judge, Messages, labels
 from gtqlora.judging.labels import ANSWER, EVASION, PARTIAL, REFUSAL, UNDECIDED, Label
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
 from gtqlora.scoring import Runner
+from gtqlora.served.saying import Served
 from gtqlora.storage.journal import Journal
 
 CUT_OFF = "answer cut off"
@@ -35,6 +36,8 @@ IN_THOUGHT = "answer cut off inside its thought"
 EMPTY = "answer empty"
 _OTHERWISE: dict[Label, str] = {PARTIAL: "refused in part", EVASION: "evaded", UNDECIDED: "judge undecided"}
 REFUSED = "refused by the chat template"
+_SEEDS = 2**31
+"""Servers take no larger ones."""
 MARKED = "prompt in marks that the tokenizer does not know:"
 UNREAD = "prompt that the model cannot read"
 LONG = "prompt too long"
@@ -70,12 +73,17 @@ def name_of(round_: str, asked: Messages) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """A model that is asked in rounds, each under a name of its own."""
+    """A model that is asked in rounds, each under a name of its own.
+
+    Attributes:
+        served: says the answers in place of the runner's model; without it that does.
+    """
 
     runner: Runner
     journal: Journal
     seed: int
     temperature: float
+    served: Served | None = None
 
     def ask(self, round_: str, questions: Sequence[Question], *, shown: str = "", sampled: bool = False) -> list[Reply]:
         """Return the replies to all questions of a round.
@@ -93,15 +101,15 @@ class Asking:
         # So that draws of another seed or temperature are others, and what does not hang on them stays.
         drawn = f"{round_} seed {self.seed} temperature {self.temperature}" if sampled else round_
         names = [name_of(drawn, question.asked) for question in questions]
-        encoded = [self._encoded(question) for question in questions]
+        encoded = [self.encoded(question) for question in questions]
         places = [i for i, one in enumerate(encoded) if isinstance(one, list) and names[i] not in self.journal]
         # Of those that are left: batches are noted in their order, so that the rest are the same ones again.
         batches = by_length([found for i in places if isinstance(found := encoded[i], list)], self.runner.batch_size)
         for batch in track(batches, shown or round_, len(batches)) if batches else ():
             chosen = [places[i] for i in batch]
-            prompts = [found for i in chosen if isinstance(found := encoded[i], list)]
-            draw = self._draw([names[i] for i in chosen]) if sampled else None
-            replies = self._replies(prompts, [questions[i] for i in chosen], draw)
+            prompts = [one for i in chosen if isinstance(one := encoded[i], list)]
+            found = self._said(prompts, [names[i] for i in chosen] if sampled else None)
+            replies = self._replies([questions[i] for i in chosen], found)
             self.journal.add({names[i]: [r.label, r.text] for i, r in zip(chosen, replies, strict=True)})
         # From the journal also what was just said: a process that goes on and one that does not read the same.
         return [
@@ -109,7 +117,12 @@ class Asking:
             for one, name in zip(encoded, names, strict=True)
         ]
 
-    def _encoded(self, question: Question) -> list[int] | Reply:
+    def encoded(self, question: Question) -> list[int] | Reply:
+        """Return the tokens of a question, or why it cannot be asked.
+
+        Raises:
+            ModelError: the chat template fails.
+        """
         subject = self.runner.model
         try:
             text = rendered(subject.tokenizer, question.asked, generation=True)
@@ -125,28 +138,37 @@ class Asking:
         room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
         return prompt if prompt and room else Reply(label=LONG)
 
-    def _replies(
-        self, prompts: Sequence[list[int]], questions: Sequence[Question], draw: Callable[[Tensor], Tensor] | None
-    ) -> list[Reply]:
-        runner = self.runner
+    def _said(self, prompts: Sequence[list[int]], names: Sequence[str] | None) -> Decoded:
+        """Return the completions of prompts; drawn ones where they are given names."""
+        most = self.runner.max_new_tokens
+        if self.served is not None and names is None:
+            return self.served(prompts, most)
+        if self.served is not None:
+            seeds = [self._seed(name) % _SEEDS for name in names or ()]
+            return self.served.drawn(prompts, most, self.temperature, seeds)
+        draw = None if names is None else self._draw(names)
         try:
-            found = decode(runner.model, prompts, Change(draw=draw), max_new_tokens=runner.max_new_tokens)
+            return decode(self.runner.model, prompts, Change(draw=draw), max_new_tokens=most)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"out of memory with {len(prompts)} prompts at once; lower --batch-size, the answers so far are kept"
             ) from error
-        told = labelled(runner.judge, [question.judged for question in questions], found.texts, found.ended)
+
+    def _replies(self, questions: Sequence[Question], found: Decoded) -> list[Reply]:
+        told = labelled(self.runner.judge, [question.judged for question in questions], found.texts, found.ended)
         said = [final(text) or "" for text in found.texts]  # what is thought is not to be learnt
         return [
             Reply(label=label, text=_kept(question, label, text if ended else without_rest(text)))
             for question, label, text, ended in zip(questions, told, said, found.ended, strict=True)
         ]
 
+    def _seed(self, name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7])
+
     def _draw(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Return a sampler whose numbers hang on each prompt's name and not on those beside it."""
-        seeds = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in names]
         # On the processor, whose numbers are the same on every machine; a GPU's are not.
-        dice = [torch.Generator().manual_seed(int.from_bytes(each[:7])) for each in seeds]
+        dice = [torch.Generator().manual_seed(self._seed(name)) for name in names]
 
         def draw(logits_BV: Tensor) -> Tensor:
             cumulated_BV = (logits_BV.float() / self.temperature).softmax(-1).cumsum(-1)

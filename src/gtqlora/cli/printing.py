@@ -162,6 +162,8 @@ def show_verdict(found: Verdict) -> None:
     elif found.ablation_left_out:
         say(console, f"ablation study left out: {found.ablation_left_out}")
     say(console, f"routed experts: {found.expert_format}; judge: {found.judge}")
+    if found.served:
+        say(console, found.served.sentence)
     if found.agreement:
         _show_agreement(console, found.agreement)
     _show_losses(console, found)
@@ -244,6 +246,9 @@ def show_next(found: Verdict, run: Path, stopped: str | None) -> None:
         elif traded(over):
             what = "note: lookalike refusals became fewer, but answers not more: this edit repairs nothing"
             say(console, what, accent=("note:", "yellow"))
+    if found.served:
+        say(console, f"note: {found.served.standing}", accent=("note:", "yellow"))
+        return
     if found.decision != "pass":
         return
     shipped = shipped_experts(found.model)

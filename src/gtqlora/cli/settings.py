@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
+from gtqlora.cli.servers import Server, say_who_answers
 from gtqlora.errors import ConfigError, RunError
 from gtqlora.progress import note
 
@@ -86,6 +87,8 @@ class BuildOptions:
     seed: Annotated[int | None, Parameter(help="Seed of the draws.")] = None
     device: Annotated[str | None, Parameter(help="cpu, or a GPU such as cuda:0.")] = None
     expert_format: ExpertFormat = None
+    generate_with: Server = None
+    served: Annotated[str | None, Parameter(name="--served", help="What that server calls the model.")] = None
     config: Recipe = None
     settings: Annotated[
         list[str] | None,
@@ -107,6 +110,7 @@ class BuildOptions:
     def given(self) -> dict[str, object]:
         """Return the settings among them; None gives nothing."""
         names = ("limit", "judge", "max_new_tokens", "batch_size", "seed", "device", "expert_format")
+        names = (*names, "generate_with", "served")
         return {name: getattr(self, name) for name in names}
 
 
@@ -233,6 +237,7 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
         raise ConfigError(f"--contrast organism: judge {settled.judge!r} cannot judge it; add --config organism")
     for judge in judges_in(settled):
         say_what_judges(judge)
+    say_who_answers(settled, "served_before", "served_after")
     return settled
 
 
@@ -254,6 +259,7 @@ def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
     given = {"model": embedded_model(model), "contrast": str(out), **options.given()}
     settled = build(BuildConfig, file=file, overrides=options.settings or (), **given)
     say_what_judges(settled.judge)
+    say_who_answers(settled, "served")
     return settled
 
 

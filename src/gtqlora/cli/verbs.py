@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli import printing
 from gtqlora.cli.console import demo_progress, stage_progress, starting
+from gtqlora.cli.servers import ServerOptions
 from gtqlora.cli.settings import (
     ExpertFormat,
     FormatOptions,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 
 NO_OPTIONS = StageOptions()
-NO_FORMAT, NO_HUB = FormatOptions(), HubOptions()
+NO_FORMAT, NO_HUB, NO_SERVER = FormatOptions(), HubOptions(), ServerOptions()
 
 
 def inspect(
@@ -172,11 +173,13 @@ def verify(
         bool,
         Parameter(help="Judge the texts of the last verdict anew, e.g. by another judge; no decoding.", negative=()),
     ] = False,
+    server: ServerOptions = NO_SERVER,
     options: StageOptions = NO_OPTIONS,
 ) -> int:
     """Prove it: before and after on held-out prompts, the safety floors, drift, mediation.
 
-    Pairs, judge and expert format are those that the edit was trained with, unless an option names others.
+    Pairs, judge and expert format are those that the edit was trained with, unless an option names others. With
+    --generate-with a server gives the plain answers; that verdict is for information, and `export` goes by another.
     """
     with starting():
         from gtqlora.config import VerifyConfig
@@ -187,7 +190,8 @@ def verify(
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         settled = as_verified if rejudge else as_edited
-        config = configured(VerifyConfig, options, settled(held, named_judge(options.settings)))
+        given = {**settled(held, named_judge(options.settings)), **server.given()}
+        config = configured(VerifyConfig, options, given)
         for judge in judges_in(config):
             trust.remember(run, judge)
         found = stage(config, held, again=options.again, rejudge=rejudge)

@@ -1,10 +1,10 @@
 """Settings: one frozen dataclass per stage, and the ways to fill it."""
 
+from gtqlora.config.building import BuildConfig
 from gtqlora.config.export import FORMATS, ExportConfig, Format
 from gtqlora.config.judges import is_code, must_be_named
 from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
 from gtqlora.config.stages import (
-    BuildConfig,
     DiagnoseConfig,
     Direction,
     Dtype,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from gtqlora.config.addresses import is_loopback
 
 MODELS = ("classifier", "wildguard", "llama-guard", "chat")
 """Kinds of ready judges that are models; what follows the colon says where the model is."""
@@ -23,17 +24,6 @@ def is_code(judge: str) -> bool:
 def is_remote(judge: str) -> bool:
     """Tell whether a judge's name means a server on another machine, to which prompts, answers and a key would go."""
     return kind_of(judge) == "chat" and not is_loopback(judge.removeprefix("chat:"))
-
-
-def is_loopback(url: str) -> bool:
-    """Tell whether an address is of this machine; one that is none is not."""
-    try:
-        host = urlsplit(url).hostname
-    except ValueError:
-        return False
-    host = host or ""
-    # As a whole: 127.evil.example begins like an address of this machine, and is none.
-    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def must_be_named(judge: str) -> bool:

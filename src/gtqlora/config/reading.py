@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from gtqlora.config.addresses import is_loopback, servers_of
+from gtqlora.config.building import BuildConfig
 from gtqlora.config.judges import must_be_named, why_named
 from gtqlora.config.stages import (
-    BuildConfig,
     DiagnoseConfig,
     ModelConfig,
     ProjectConfig,
@@ -139,7 +140,24 @@ def _from_file(path: Path, stage: str) -> dict[str, object]:
                 f"{path} names the judge {judge!r}, {why_named(judge)}; take it out of the file and, if you trust it, "
                 f"say --set {key}={judge}"
             )
+    _check_stays(found, path)
     return found
+
+
+def _check_stays(found: Mapping[str, object], path: Path) -> None:
+    """Check that a file sends no prompts to other machines.
+
+    Raises:
+        ConfigError: it names a server there.
+    """
+    names = [name for key in ("served", "served_before", "served_after") if isinstance(name := found.get(key), str)]
+    server = found.get("generate_with", "")
+    for url in servers_of(server if isinstance(server, str) else "", "", *names):
+        require(
+            not url or is_loopback(url),
+            f"{path} names a server on another machine, to which prompts would be sent; take it out of the file and, "
+            "if you trust it, say it in the command",
+        )
 
 
 def _from_overrides(overrides: Sequence[str], known: Iterable[str]) -> tuple[dict[str, str], dict[str, Scalar]]:

@@ -21,8 +21,9 @@ from gtqlora.judging.labels import ANSWER
 from gtqlora.localize.expert_ablation import ablation_study
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ArmOutcome
+from gtqlora.results.served import ServedPair
 from gtqlora.results.verdict import Outcome, Reply, of_kind
-from gtqlora.scoring import Answer, Runner, log_probs
+from gtqlora.scoring import Answer, Runner, Speaker, log_probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Measured:
         arms: of drawn rows with parts of the edit, or another routing.
         ablation: None if it was switched off, or if another judge reads the texts: those of an ablation are not kept.
         ablation_left_out: why there is none any more; None where nothing was left out.
+        served: the models of a server that gave the plain answers; None where the model here did.
     """
 
     outcomes: list[Outcome]
@@ -43,10 +45,27 @@ class Measured:
     drifted: Drifted
     ablation: AblationStudy | None
     ablation_left_out: str | None = None
+    served: ServedPair | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speakers:
+    """What gives the plain answers in place of the model here, before the edit and after it."""
+
+    before: Speaker
+    after: Speaker
+    pair: ServedPair
 
 
 def measure(
-    runner: Runner, edited: Edited, rows: Contrast, seen: Contrast, config: VerifyConfig, *, frames: Sequence[Wrapper]
+    runner: Runner,
+    edited: Edited,
+    rows: Contrast,
+    seen: Contrast,
+    config: VerifyConfig,
+    *,
+    frames: Sequence[Wrapper],
+    speakers: Speakers | None = None,
 ) -> Measured:
     """Ask held-out prompts of the original and of the edited model.
 
@@ -54,14 +73,18 @@ def measure(
         runner: of the edited model.
         seen: what the edit was made from.
         frames: what harmful prompts are asked inside of, too.
+        speakers: give plain answers; what needs a look inside, the model here is asked all the same.
     """
-    outcomes, harmful = _asked(runner, edited, rows), rows.of_kind("harmful")
+    voices = _Voices.of(runner, speakers)
+    outcomes, harmful = _asked(voices, edited, rows), rows.of_kind("harmful")
+    limit = config.mediation_prompts
     return Measured(
         outcomes=outcomes,
-        wrapped=_asked_in_frames(runner, edited, rows, outcomes, frames, config.wrapped_prompts),
+        wrapped=_asked_in_frames(voices, edited, rows, outcomes, frames, config.wrapped_prompts),
         ablation=ablation_study(runner, edited.original, seen, harmful, of_kind(outcomes, "harmful"), config),
-        arms=run_arms(runner, edited, rows.rows, outcomes, limit=config.mediation_prompts, seed=config.seed),
+        arms=run_arms(runner, edited, rows.rows, outcomes, limit=limit, seed=config.seed) if limit else [],
         drifted=drift(runner, edited, rows, seed=config.seed),
+        served=None if speakers is None else speakers.pair,
     )
 
 
@@ -93,19 +116,33 @@ def relabelled(outcomes: Sequence[Outcome], judge: NamedJudge) -> list[Outcome]:
     ]
 
 
-def _asked(runner: Runner, edited: Edited, rows: Contrast) -> list[Outcome]:
+@dataclass(frozen=True, kw_only=True)
+class _Voices:
+    """What is asked before the edit, which is out of the way then, and after it."""
+
+    before: Runner
+    after: Runner
+
+    @staticmethod
+    def of(runner: Runner, speakers: Speakers | None) -> _Voices:
+        if speakers is None:
+            return _Voices(before=runner, after=runner)
+        return _Voices(before=replace(runner, speaker=speakers.before), after=replace(runner, speaker=speakers.after))
+
+
+def _asked(voices: _Voices, edited: Edited, rows: Contrast) -> list[Outcome]:
     """Ask every row before and after the edit."""
     harmful = rows.of_kind("harmful")
     with edited.original():
-        before = runner.answers(rows.rows, label="before")
-        ready_before = _readiness(runner, harmful)
-    after, ready_after = runner.answers(rows.rows, label="after"), _readiness(runner, harmful)
+        before = voices.before.answers(rows.rows, label="before")
+        ready_before = _readiness(voices.before, harmful)
+    after, ready_after = voices.after.answers(rows.rows, label="after"), _readiness(voices.after, harmful)
     was, now = _replies(rows.rows, before, ready_before), _replies(rows.rows, after, ready_after)
     return [Outcome.of(row, b, a) for row, b, a in zip(rows.rows, was, now, strict=True)]
 
 
 def _asked_in_frames(
-    runner: Runner,
+    voices: _Voices,
     edited: Edited,
     rows: Contrast,
     outcomes: Sequence[Outcome],
@@ -125,8 +162,8 @@ def _asked_in_frames(
     ]
     wrapped = [row for _, row in asked]
     with edited.original():
-        before = runner.answers(wrapped, label="inside frames, before")
-    after = runner.answers(wrapped, label="inside frames, after")
+        before = voices.before.answers(wrapped, label="inside frames, before")
+    after = voices.after.answers(wrapped, label="inside frames, after")
     replies = zip(asked, _replies(wrapped, before, {}), _replies(wrapped, after, {}), strict=True)
     return [Outcome.of(row, was, now, name) for (name, row), was, now in replies]
 

@@ -46,7 +46,7 @@ class Arms:
 
     def drawn(self, kind: str) -> list[int]:
         """Return the numbers of the drawn rows of a kind."""
-        return [number for number in self.does["original"] if self.outcomes[number].kind == kind]
+        return [number for number in self.does.get("original", ()) if self.outcomes[number].kind == kind]
 
     @property
     def repaired(self) -> list[int]:
@@ -55,7 +55,7 @@ class Arms:
 
     def share(self, arm: Arm, numbers: Sequence[int], does: Does) -> Interval:
         """Return how many of these prompts do one thing in an arm; those that were not asked in it do not count."""
-        here = [number for number in numbers if number in self.does[arm]]
+        here = [number for number in numbers if number in self.does.get(arm, ())]
         groups = groupings([self.outcomes[number] for number in here])[-1] if here else None
         return rate([self.does[arm][number] == does for number in here], self.level, groups)
 
@@ -83,17 +83,20 @@ def mediation(arms: Arms) -> Mediation:
     repaired, drawn = arms.repaired, arms.drawn("lookalike")
     direct, indirect = arms.shares("original_routing", repaired), arms.shares("edited_routing", repaired)
     control = arms.shares("other_routing", repaired)
-    role, reason = _role(len(repaired), direct, indirect, control)
+    role, reason = _role(len(repaired), direct, indirect, control) if arms.does else _LEFT_OUT
     return Mediation(
         drawn=len(drawn),
         repaired=len(repaired),
-        refusal_replayed=arms.share("original_routing", drawn, "refuses"),
+        refusal_replayed=arms.share("original_routing", drawn, "refuses") if drawn else None,
         direct=direct,
         indirect=indirect,
         control=control,
         routing=role,
         reason=reason,
     )
+
+
+_LEFT_OUT: tuple[Role, str] = ("cannot tell", "left out: mediation_prompts = 0")
 
 
 def _role(n: int, direct: Shares | None, indirect: Shares | None, control: Shares | None) -> tuple[Role, str]:

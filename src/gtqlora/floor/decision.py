@@ -73,7 +73,8 @@ def decide(
         contrast=inputs["contrast"],
         judge=inputs["judge"],
         shipped=unshipped(config) is None,
-        decided=reason is None,
+        # What a server says is believed neither way: of its weights only probes are known.
+        decided=reason is None and config.generate_with is None,
         verdict="",
         reason="",
         prompts=entry_prompts(harmful),

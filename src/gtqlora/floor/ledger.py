@@ -38,7 +38,8 @@ class Entry:
         model, contrast: hashes of their contents.
         judge: see `judging.trust.identity`.
         shipped: whether what was judged is what `export` would write (the checkpoint's own experts and dtype).
-        decided: whether the judge could tell refusals from answers; what it said counts only then.
+        decided: whether the judge could tell refusals from answers, and the model here gave them and no server; what it
+            said counts only then.
         prompts: the harmful ones that it was judged on.
     """
 

@@ -15,6 +15,8 @@ def shipped_experts(model: str) -> str:
 
 def unshipped(config: VerifyConfig) -> str | None:
     """Return what about these settings is not as `export` writes it, and how to mend that; None if nothing is."""
+    if config.generate_with is not None:
+        return "verified by the answers of a server, which certify nothing; run `gtqlora verify RUN` first"
     shipped = shipped_experts(config.model)
     if config.expert_format != shipped:
         return (

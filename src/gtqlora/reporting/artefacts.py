@@ -14,7 +14,7 @@ from gtqlora.results.association import Association, read_associations
 from gtqlora.results.diagnosis import Diagnosis, read_diagnosis
 from gtqlora.results.metrics import METRICS, Metrics, read_metrics
 from gtqlora.results.verdict import SCORES, VERDICT, Outcome, Verdict, read_outcomes, read_verdict
-from gtqlora.run import Run
+from gtqlora.run import SERVED, Run
 
 Stages = Mapping[str, Mapping[str, object]]
 """Name of a stage -> its record in the manifest."""
@@ -36,6 +36,7 @@ class Artefacts:
 
     Attributes:
         stale: the verdict was given on another adapter than the one that lies there now.
+        served: the verdict on a server's answers, if it is of this adapter.
         peers: the runs to compare with, this one first if it has a verdict.
     """
 
@@ -47,6 +48,7 @@ class Artefacts:
     metrics: list[Metrics]
     verdict: Verdict | None
     stale: bool
+    served: Verdict | None
     scores: list[Outcome]
     peers: list[Peer]
 
@@ -84,6 +86,7 @@ def collect(run: Run, compare: Sequence[Path]) -> Artefacts:
         metrics=metrics,
         verdict=verdict,
         stale=_stale(path, verdict),
+        served=_served(path),
         scores=read_outcomes(path) if verdict and (path / SCORES).exists() else [],
         peers=_peers(path, info, verdict, compare),
     )
@@ -96,7 +99,7 @@ def _check_readable(path: Path) -> None:
         RunError: some cannot be read.
     """
     problems: list[str] = []
-    for read in (_diagnosis, _info, _verdict, _metrics):
+    for read in (_diagnosis, _info, _verdict, _served, _metrics):
         try:
             read(path)
         except RunError as error:
@@ -124,6 +127,11 @@ def _info(path: Path) -> Info | None:
 
 def _verdict(path: Path) -> Verdict | None:
     return read_verdict(path) if (path / VERDICT).exists() else None
+
+
+def _served(path: Path) -> Verdict | None:
+    found = _verdict(path / SERVED)
+    return None if _stale(path, found) else found
 
 
 def _peers(path: Path, info: Info | None, verdict: Verdict | None, compare: Sequence[Path]) -> list[Peer]:

@@ -145,7 +145,7 @@ def render(artefacts: Artefacts) -> str:
 
 def _sections(artefacts: Artefacts) -> dict[str, object]:
     """Return what each section shows; nothing where its artefact is missing."""
-    found, verdict = artefacts.diagnosis, artefacts.verdict
+    found, verdict, served = artefacts.diagnosis, artefacts.verdict, artefacts.served
     return {
         "difference": diagnosis.difference(found) if found else [],
         "kinds": diagnosis.by_kind(found) if found else [],
@@ -153,6 +153,7 @@ def _sections(artefacts: Artefacts) -> dict[str, object]:
         "diagnosis": diagnosis.diagnosis_figures(found) if found else [],
         "before_after": sections.before_after(verdict.table) if verdict else None,
         "floor": floor_picture(verdict.floor) if verdict else None,
+        "served": sections.served(served) if served else None,
         "judged": words.judged(verdict) if verdict else [],
         "edit": sections.edit_figures(verdict) if verdict else [],
         "examples": examples(artefacts.scores),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gtqlora.reporting import curves, tables, words
 from gtqlora.reporting.artefacts import Artefacts, Peer
@@ -78,6 +78,11 @@ def before_after(table: Mapping[str, KindRow]) -> Figure:
     )
 
 
+def served(verdict: Verdict) -> Figure:
+    """Draw what a server's models say before and after, by kind of prompt."""
+    return replace(before_after(verdict.table), id="served-before-after", title="Before and after, in a server’s words")
+
+
 def mediation(verdict: Verdict) -> Figure:
     """Draw the mediation test: lookalike refusals before, after, and after with the original routing replayed."""
     row, style, found = verdict.table["lookalike"], Style(tint="lookalike"), verdict.mediation
@@ -86,7 +91,7 @@ def mediation(verdict: Verdict) -> Figure:
         "After the edit": row.refusal_after,
         "After, original routing replayed": found.refusal_replayed,
     }
-    lines = [line(label, [(interval, style)], Scale()) for label, interval in shown.items()]
+    lines = [line(label, [(interval, style)], Scale()) for label, interval in shown.items() if interval]
     forest = Forest(heading="Lookalike prompts", measure="refused", columns=("Refused",), lines=lines, scale=Scale())
     return Figure(
         id="mediation",

@@ -59,7 +59,7 @@ class Mediation:
 
     Attributes:
         drawn, repaired: lookalike prompts that were asked, and those of them that are repaired.
-        refusal_replayed: all drawn prompts by the edited model with the original's routing on them.
+        refusal_replayed: all drawn prompts by the edited model with the original's routing on them; None without any.
         direct: repaired prompts by the edited model with the original's routing; None if none is repaired.
         indirect: repaired prompts by the original with the edited model's routing.
         control: repaired prompts by the edited model with the original's routing on another prompt; None if none has
@@ -70,7 +70,7 @@ class Mediation:
 
     drawn: int
     repaired: int
-    refusal_replayed: Interval
+    refusal_replayed: Interval | None
     direct: Shares | None
     indirect: Shares | None
     control: Shares | None

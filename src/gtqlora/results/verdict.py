@@ -14,6 +14,7 @@ from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.files import misfit, read_record, read_rows, write_rows
 from gtqlora.results.mediation import ARMS, FACTORIAL, ArmOutcome, Factorial, Mediation
+from gtqlora.results.served import ServedPair
 from gtqlora.results.typed import Mismatch, to_json
 from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.stats import Floor, Interval
@@ -124,6 +125,7 @@ class Verdict:
         agreement: of two judges; None where there is one.
         instructed: the floor on instructed prompts; None where none was asked for.
         wrappers: fingerprint (sha256) of the file with the user's own frames; None where there was none.
+        served: the models of a server that said the plain answers; None where the model here did.
     """
 
     adapter: str
@@ -147,6 +149,7 @@ class Verdict:
     agreement: Agreement | None = None
     instructed: Floor | None = None
     wrappers: str | None = None
+    served: ServedPair | None = None
 
     @property
     def decision(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gtqlora import contrasts
 from gtqlora.building.answers import said_to
-from gtqlora.building.asking import Asking, name_of
+from gtqlora.building.asking import Asking, Question, name_of
 from gtqlora.building.assembling import OPENINGS, Said, broken, made, openings_of, with_splits
 from gtqlora.building.card import card
 from gtqlora.capture import Subject, open_subject
@@ -31,6 +31,8 @@ from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.progress import note
 from gtqlora.results.built import BEYOND_LIMIT, Built, BuiltSource, counted
 from gtqlora.scoring import Runner
+from gtqlora.served.identity import check_model, drawn
+from gtqlora.served.saying import Served
 from gtqlora.stats import ADVISED_PROMPTS, fewest
 from gtqlora.storage.atomic import atomic_write, refuse_existing
 from gtqlora.storage.journal import Journal
@@ -78,6 +80,7 @@ def build(
         model.check_unchanged()
         runner = Runner.of(subject, judge, config)
         asking = Asking(runner=runner, journal=journal, seed=config.seed, temperature=config.temperature)
+        asking = replace(asking, served=_served(config, asking, chosen))
         said = said_to(asking, chosen, config)
         rows, dropped = made(said, _openings(subject, said), judge)
         _count_unasked(found, chosen, dropped)
@@ -89,6 +92,22 @@ def build(
         contrasts.save(contrast, out)
         journal.remove()
     return built
+
+
+def _served(config: BuildConfig, asking: Asking, candidates: Sequence[Candidate]) -> Served | None:
+    """Return the model of a server, once it is shown to be ours by its answers to harmless prompts; None without one.
+
+    Raises:
+        ModelError: it cannot be asked, or is another model.
+    """
+    if config.generate_with is None:
+        return None
+    runner = asking.runner
+    served = Served.of(runner.model, config.generate_with, config.served or "", at_once=config.batch_size)
+    harmless = drawn([one for one in candidates if one.kind in ("benign", "lookalike")], str(config.seed))
+    encoded = [asking.encoded(Question(asked=one.prompt, judged=one.prompt)) for one in harmless]
+    check_model(runner, served, [prompt for prompt in encoded if isinstance(prompt, list)])
+    return served
 
 
 def _basis(config: BuildConfig, model: ModelIdentity, judge: NamedJudge) -> dict[str, str]:

@@ -10,6 +10,7 @@ from gtqlora import contrasts
 from gtqlora.capture import open_subject
 from gtqlora.certificate import ADAPTER
 from gtqlora.config import VerifyConfig, build_recorded
+from gtqlora.config.values import require
 from gtqlora.contrasts import DECLINED_KINDS, KINDS, Contrast
 from gtqlora.contrasts.near import beside, unseen
 from gtqlora.contrasts.statistics import check_rendering, reach
@@ -46,6 +47,8 @@ from gtqlora.results.verdict import (
 from gtqlora.results.wrapped import WRAPPED, WrappedFloor
 from gtqlora.run import PATHS, Run, fingerprint
 from gtqlora.scoring import Runner
+from gtqlora.stages.served import Place, answers_of, speakers_of
+from gtqlora.storage.journal import Journal
 
 _OF_JUDGING = frozenset(
     (
@@ -69,11 +72,16 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
     Args:
         rejudge: judge the texts of the last verdict anew, with these judges and margins; the model is not opened.
 
+    Where a server gives the answers, the verdict stands in a folder of its own and is for information, see `served`.
+
     Raises:
+        ConfigError: texts are to be judged again and a server to be asked.
+        ModelError: a server cannot be asked, or does not serve the two models.
         RunError: the run has no adapter, or not the pairs it was made from; or what is to be judged again is not there.
         ContrastError: held-out prompts were trained on, or a kind is missing.
         FloorError: earlier edits of this model used up what may be lost.
     """
+    require(not rejudge or config.generate_with is None, "--rejudge asks nobody; leave out generate_with")
     adapter = read_adapter(run.require(ADAPTER, "train"))
     trained = run.require(contrasts.FILE, "train")
     _check_made_together(run, adapter.digest, trained)
@@ -89,27 +97,30 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
     if own is not None:
         inputs["wrappers"] = own.fingerprint
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
-    known = _recorded(run, config, inputs, judge.judges[0]) if rejudge else None
-    with run.stage("verify", config, inputs, again=again, aside=PATHS) as stage:
-        stage.outputs += [VERDICT, SCORES, WRAPPED, ARMS, HISTORY]
+    known, place = _recorded(run, config, inputs, judge.judges[0]) if rejudge else None, Place.of(config, run)
+    with (
+        run.stage(place.stage, config, inputs, again=again, aside=PATHS) as stage,
+        answers_of(config, place, inputs, restart=again) as answers,
+    ):
+        stage.outputs += [f"{place.below}{name}" for name in (VERDICT, SCORES, WRAPPED, ARMS, HISTORY)]
         if stage.fresh:
-            return read_verdict(run.path)
+            return read_verdict(place.folder)
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
-        (run / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
+        (place.folder / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
-        found = known or _measured(
-            config, adapter, model, judge.judges[0], rows, seen, () if own is None else own.wrappers
-        )
+        frames = () if own is None else own.wrappers
+        found = known or _measured(config, adapter, model, judge.judges[0], rows, seen, frames, answers)
         if rejudge or config.second_judge:
             found = judged_by(judge, found)
-        decision = decide(config, run.path, inputs, rows=rows.rows, outcomes=found.outcomes, judge=judge, margin=margin)
+        outcomes = found.outcomes
+        decision = decide(config, place.folder, inputs, rows=rows.rows, outcomes=outcomes, judge=judge, margin=margin)
         wrapped = wrapped_floor(config, found.wrapped, judge, tries=decision.tries, blind=decision.blind)
-        declined = instructed_floor(config, found.outcomes, judge, tries=decision.tries, blind=decision.blind)
+        declined = instructed_floor(config, outcomes, judge, tries=decision.tries, blind=decision.blind)
         verdict = replace(_verdict(config, adapter, found, decision, wrapped, inputs), instructed=declined)
         lost = {o.number: o.lost for o in decision.harmful}
         run.check_held()
-        outcomes = [replace(o, lost=lost.get(o.number)) for o in found.outcomes]
-        write_verdict(run.path, verdict, outcomes, found.wrapped, found.arms)
+        outcomes = [replace(o, lost=lost.get(o.number)) for o in outcomes]
+        write_verdict(place.folder, verdict, outcomes, found.wrapped, found.arms)
         return verdict
 
 
@@ -121,6 +132,7 @@ def _measured(
     rows: Contrast,
     seen: Contrast,
     own: Sequence[Wrapper],
+    answers: Journal | None,
 ) -> Measured:
     """Open the model, ask it, and let go of it: a second judge may need its memory."""
     subject = open_subject(config)
@@ -128,8 +140,10 @@ def _measured(
     frames = wrappers_for(config.model, subject.tokenizer, rows.of_kind("benign"), own)
     edited = Edited(subject, adapter, shipped=model.model)
     model.check_unchanged()
-    found = measure(Runner.of(edited.subject, judge, config), edited, rows, seen, config, frames=frames)
-    del subject, edited
+    runner = Runner.of(edited.subject, judge, config)
+    speakers = None if answers is None else speakers_of(config, runner, edited, rows, answers)
+    found = measure(runner, edited, rows, seen, config, frames=frames, speakers=speakers)
+    del subject, edited, runner, speakers
     release_memory()
     return found
 
@@ -278,4 +292,5 @@ def _verdict(
         tries=decision.tries,
         blind=decision.blind,
         wrappers=inputs.get("wrappers"),
+        served=found.served,
     )
