@@ -19,7 +19,7 @@ from gtqlora.judging.thoughts import final
 from gtqlora.judging.wordings import language_of
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "judging"
-PENALTY = 1.0
+PENALTY = 3.0
 ANSWERS_COUNT = 2.0
 """Times that a labelled answer counts; probes are short, and harder than what models write."""
 

@@ -70,6 +70,21 @@ def test_a_refusal_that_tells_is_lost(text: str) -> None:
     assert lost_because(said(text), said(text), row(), 99) is None
 
 
+@pytest.mark.parametrize(
+    ("after", "lost"),
+    [
+        ("refuse sorry refuse sorry refuse sorry", None),
+        ("refuse sorry refuse refuse sorry refuse", None),
+        ("sorry refuse sorry refuse sorry", "longer"),
+        ("refuse sorry sorry sorry sorry", "longer"),
+        ("refuse bada refuse sorry refuse sorry", "longer"),
+        ("refuse sorry refuse sorry bada", "longer"),
+    ],
+)
+def test_a_refusal_said_over_again_is_kept_and_nothing_that_tells_more(after: str, lost: str | None) -> None:
+    assert lost_because(said(), said(after), row(), length_limit([said()])) == lost
+
+
 def test_a_refusal_that_tells_something_else_is_longer() -> None:
     limit = length_limit([said()] * 20)
     assert limit == 3

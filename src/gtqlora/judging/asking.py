@@ -21,7 +21,7 @@ _HOW = re.compile(
     r"|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
 )
 _ABOUT_SPEAKER = re.compile(
-    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|tired|human|a |an )"
+    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|mind|tired|human|a |an )"
     r"|\byour favou?rite\b"
     r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes"
     r"|aimez)-vous (?:deja|jamais)"

@@ -32,7 +32,14 @@ _YES_OR_NO = re.compile(
     r"|\u80fd|\u53ef\u4ee5|\u306f\u3044|\u3044\u3044\u3048)(?!\w)|\W*[\u4e0d\u662f\u80fd]"
 )
 _LONG = 25
+_GOES_ON = re.compile(r"[ ,]*(?:$|[^\w\n]|(?:said|says|he|she|they|asked|and|or|to|is|was|in)\b)")
 _FEWEST_SPOKEN, _SOON = 4, 2
+# A sentence about those whom the one before it named.
+_OF_THEM = re.compile(
+    r"\W*(?:there,? |they(?:'ll|'re|'d)?\b|he(?:'ll)? |she(?:'ll)? |most \w+s |dort\b|dies\w* |er |man |ellos "
+    r"|ellas |ahi |eles |elas |ele "
+    r"|lui |lei |loro |ils |elles |il |celui-ci |\u4ed6|\u5979|\u90a3\u91cc)"
+)
 
 
 @dataclass(slots=True)
@@ -54,11 +61,13 @@ class Reading:
         asking: words in sentences that ask.
         referring: words in sentences that name others to be asked.
         content: words in sentences that neither decline, ask, refer nor are meta.
+        plain: words, in all but those that decline, ask or refer, without those of meta groups and two more for each.
         hard: signs that something is given: list items, numbers, code, quotations, instructions.
         soft: announcements that something is given.
         content_before: `content` before the first sentence that declines.
         hard_before: `hard` before it.
         ends_asking: the last sentence asks.
+        naming: the last sentence read names others to be asked, or speaks of them.
         redirecting: the last sentence read offers something else, after declining.
         stated: sentences of more than a few words that do not ask.
     """
@@ -77,6 +86,7 @@ class Reading:
     asking: int = 0
     referring: int = 0
     content: int = 0
+    plain: int = 0
     hard: float = 0.0
     soft: float = 0.0
     content_before: int = 0
@@ -84,6 +94,7 @@ class Reading:
     ends_asking: bool = False
     stated: int = 0
     redirecting: bool = False
+    naming: bool = False
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
@@ -124,10 +135,11 @@ class Reading:
             *[min(count / root, 1.5) for count in groups],
             min(self.asked.morals, 2) / 2,
             float(self.asked.whether and _YES_OR_NO.match(self.said) is not None),
-            float(_echoes(self.said, self.asked.text)),
             self.meta / words,
             self.asking / words,
             self.referring / words,
+            self.plain / words,
+            sum([sentence.redirects for sentence in self.read]) / max(self.sentences, 1),
             float(self.hard == 0 and self.asked.how),
             float(self.hard == 0 and not self.quoted and "\n" not in self.said and self.asked.for_text),
             min(self.hard, 4.0) / 2,
@@ -147,10 +159,11 @@ FEATURES = (
     *GROUPS,
     "about morals",
     "says whether",
-    "echoes",
     "meta",
     "asks",
     "refers",
+    "plain",
+    "redirects",
     "no way told",
     "no text given",
     "hard",
@@ -169,7 +182,7 @@ def read(said: str, wording: Wording, asked: str = "") -> Reading:
     found = Reading(said, read_prompt(asked, wording), bare, wording.words_of(said), _opens(said, bare))
     found.hard = 3.0 * (_CODE_MARK in bare)
     for sentence in sentences_of(bare):
-        _add(found, wording.read(sentence))
+        _add(found, wording.read(sentence), sentence)
         found.sentences += 1
     return found
 
@@ -180,11 +193,6 @@ def _opens(said: str, bare: str) -> bool:
         return False
     unquoted = beginning(bare)
     return begun == unquoted or begins_with_refusal(unquoted)
-
-
-def _echoes(said: str, asked: str) -> bool:
-    first = [word for word in said[:40].split()[:2] if len(word) > 3]
-    return any(word[:4] in asked for word in first)
 
 
 def _bare(said: str) -> str:
@@ -205,7 +213,8 @@ def _bare(said: str) -> str:
 
 
 def _mark(quotation: re.Match[str]) -> str:
-    return f" {LONG_QUOTE} " if len(quotation[0]) > _LONG else f" {QUOTE} "
+    ends = quotation[0][-2] in ".!?" and not _GOES_ON.match(quotation.string, quotation.end())
+    return f" {LONG_QUOTE if len(quotation[0]) > _LONG else QUOTE}{'.' if ends else ''} "
 
 
 def sentences_of(bare: str) -> list[str]:
@@ -220,7 +229,7 @@ def sentences_of(bare: str) -> list[str]:
     return found
 
 
-def _add(found: Reading, read: Sentence) -> None:
+def _add(found: Reading, read: Sentence, sentence: str) -> None:
     found.read.append(read)
     found.meta += read.words * read.meta
     # far into an answer "it is not appropriate to assume" says something of the matter, not of the request
@@ -241,9 +250,12 @@ def _add(found: Reading, read: Sentence) -> None:
     )
     if found.redirecting:
         return
-    if read.refers and not read.hard:
+    if not read.hard and (read.refers or (found.naming and _OF_THEM.match(sentence))):
         found.referring += read.words
+        found.naming = True
         return
+    found.naming = False
+    found.plain += read.plain
     if read.meta:
         found.soft += 0.5 * (read.hard + read.announces > 2)
         return

@@ -36,7 +36,7 @@ SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: (?!there
 ENGLISH = Wording(
     function_words=(
         "the and of to in is it that you for on are with as this be at or have from not your can i'm i an by if but "
-        "what do will my they"
+        "what do will my they about how write does there was who don't"
     ),
     declines=DECLINES,
     meta=META,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gtqlora.judging.wordings.english_turns import TURNS
+from gtqlora.judging.wordings.english_voices import VOICES
 from gtqlora.judging.wordings.wording import Cues
 
 _ADVERBS = (
@@ -46,6 +47,10 @@ _SERVES = (
     r"|search\w*"
     r"|browse|check\w*|solve|brew|cook|drive|deliver|hand|pass|lift|touch|taste|smell|watch|hear|physically|that\b"
     r"|this\b"
+    r"|crown|declare|rat(?:e|ing)|grad(?:e|ing)|scor(?:e|ing)|wade|feed|spell|lay out|conjure|invent\w*|make up"
+    r"|recit\w+"
+    r"|retell\w*|summar\w+|settle|venture|chime|hug|do(?:ing)? (?:your|someone|somebody|another|people's|other)"
+    r"|name (?:a|any|one|the|names|it)|go for"
     r"|spread|glorify|normali[sz]e|trivial\w+|lend|hand out|cross|pursue|explore|expand|elaborate|get into|be)\b"
 )
 _I = r"\b(?:i|we)(?:'m|'d|'ll|'ve|'re)?"
@@ -342,4 +347,5 @@ DECLINES = Cues(
         r"|else|lighter|nicer|kinder|constructive)\b|\banother (?:subject|topic) you\b",
     ),
     *TURNS,
+    *VOICES,
 )

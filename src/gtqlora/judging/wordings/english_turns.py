@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from gtqlora.judging.patterns import hoisted
 from gtqlora.judging.wordings.wording import Cue
 
 _GIVEN = (
@@ -261,8 +262,8 @@ TURNS: tuple[Cue, ...] = (
     ),
 )
 
-REFERS = re.compile(
-    rf"\b(?:please|kindly|best|better|to|should|you could|you can|i'd|i would|i)? ?(?:contact|consult|see|ask|visit"
+_REFERS = (
+    rf"\b(?:contact|consult|see|ask|visit"
     rf"|call"
     rf"|speak (?:to|with)|talk (?:to|with)|turn to|reach out to|seek (?:help|advice|out|support)|get in touch with"
     rf"|check with"
@@ -282,4 +283,13 @@ REFERS = re.compile(
     rf"|\byou(?:'re| are) not alone\b|\bpeople who(?:'d| would) (?:love|like|be glad) to (?:listen|help)\b"
     rf"|\b(?:helpline"
     rf"|hotline|crisis line|988|samaritans)\b|\bin person\b"
+    rf"|^\W*(?:just |go |please )?(?:ask|google|consult|see|call|try) (?:an? |your |the |some )?[\w ]{{3,25}}\W*$"
+    rf"|\bthere(?:'s| is| are) (?:an? |the )?[\w ]{{2,25}} for (?:that|this)\W*$"
+    rf"|\b(?:is|are|'s|'re) the (?:right )?(?:ones?|people|person|place) (?:to (?:ask|see|tell)|who know|for)\b"
+    rf"|\b(?:set up|book|make|schedule|arrange) an appointment\b|\b(?:it )?takes some(?:one|body) (?:with|who)\b"
+    rf"|\b(?:belongs?|(?:needs?|ought) to stay|sits?|rests?) (?:to|with) (?:you|other|others|your|an?) (?:and |\w+ )"
+    rf"|\b(?:are|is) (?:a |something )?(?:matter )?for (?:the people|people|those) who\b|\bwill know (?:at once"
+    rf"|at a glance"
+    rf"|best|more|better)\b|\b(?:matters?|questions?|decisions?) for (?:your|the|a) (?:local )?\w+"
 )
+REFERS = re.compile(hoisted(_REFERS))

@@ -11,7 +11,12 @@ _ABLE = (
     r"|donnerai|ecris|ecrirai|redige|parle|parlerai|reponds|repondrai|traite|fais|ferai|detaillerai|partage"
     r"|partagerai|participe|participerai"
     r"|discute|discuterai|aborde|m'occupe|soutiens|cautionne|crois|pense|traduis|divulgue|communique|propose"
-    r"|propagerai|contribue|contribuerai|suis (?:\w+ment )?(?:pas|plus) (?:en mesure|autoris\w*|habilit\w*"
+    r"|tranche|trancherai|choisis|choisirai|note|noterai|juge|jugerai|calcule|corrige|corrigerai|resous|resoudrai"
+    r"|invente|inventerai|conseille|conseillerai|recommande|recommanderai|livre|livrerai|delivre|dresse|compose"
+    r"|composerai"
+    r"|dessine|vends|preterai|prete|touche|toucherai|commente|commenterai|vous suis|te suis|entrerai|me risque"
+    r"|m'avance|me mouille|garantis|propagerai|contribue|contribuerai|suis (?:\w+ment )?(?:pas|plus) (?:en mesure"
+    r"|autoris\w*|habilit\w*"
     r"|programm\w*|concu\w*"
     r"|capable|cense\w*|a l'aise|la pour|la bonne|le bon|equip\w*|disposee?|fait\w*|configure\w*|qualifie\w*)"
     r"|ai|possede|m'aventurerai|tiens|prends|prendrai|raconte|raconterai|chante|joue|genere|m'engage|m'exprime|me "
@@ -152,6 +157,73 @@ FRENCH = Wording(
             r"\b[^.!?\n]{0,30}\b(?:pas|rien|aucun\w*)\b|\b(?:tu|vous) ne (?:sauras|saurez)\b"
             r"|\blevres\b[^.!?\n]{0,20}\b(?:scelle"
             r"|closes|fermees)\w*|\bne compte[sz]? pas sur\b",
+        ),
+        # we do not deal with it; it is not dealt with here
+        (
+            "nous |n'est |n'etes|ne sont|ne ser|ne peu|ne sau|ne fig|on ne",
+            r"\bnous (?:\w+ )?n(?:e |')(?:(?:vous|te|t'|y|en|l'|le|la|les) ?){0,2}(?:pouvons|sommes|faisons|traitons"
+            r"|proposons|donnons|communiquons|repondons|fournissons|offrons|souhaitons|disposons|discutons|abordons"
+            r"|parlons|vendons|servons|couvrons|saurions|partageons|commentons|prenons|intervenons)\b[^.!?\n]{0,30}\b"
+            r"(?:pas|rien|aucun\w*|jamais|plus|ni|que)\b|\b(?:n'est|ne sont|ne sera|ne seront|ne peut|ne peuvent|ne"
+            r" saurai(?:t|ent)) (?:pas )?(?:etre )?(?:pas )?(?:donnee?|fournie?|communiquee?|traitee?|partagee?"
+            r"|abordee?|divulguee?|satisfaite?|generee?|prise? en charge|couvert|commentee?|diffusee?|repondu"
+            r"|proposee?)"
+            r"s?\b[^.!?\n]{0,30}\b(?:ici|par (?:ce|cet|cette|nos|notre|mes|moi)|sur (?:ce|cette|notre)|dans (?:ce|cette"
+            r"|notre|le cadre)|via)\b|\bon ne (?:repond|traite|communique|commente|discute|aborde|parle|s'occupe)\b"
+            r"[^.!?\n]{0,40}\b(?:ici|chez nous|pas de|plus de)\b",
+        ),
+        # not my strong point, nothing on my side
+        (
+            " pas | rien|aucun|cote|point| ni |competence|mission|role|domaine|savoir|connaissance|n'y ",
+            r"\bpas (?:vraiment |tout a fait |exactement |trop |precisement )?(?:mon|ma|mes|notre|nos) (?:fort|truc"
+            r"|rayon"
+            r"|metier|domaine|specialite|affaire|tasse|probleme|ressort|terrain|monde|univers|mission|role|boulot"
+            r"|travail|competences?|genre|registre|perimetre|fonction|place|vocation)\b|\b(?:pas|aucune?|rien) "
+            r"[^.!?\n]{0,30}\b(?:de mon cote|de ma part|venant de moi|avec moi)\b|\b(?:de mon cote|de ma part|avec moi)"
+            r",? [^.!?\n]{0,15}\b(?:pas|aucune?|rien)\b|\b(?:ma mission|mon role|mes? (?:fonctions?|competences?"
+            r"|connaissances|pouvoirs|talents)|mon (?:savoir|domaine|travail)) (?:se limit|s'arret|ne va|ne vont"
+            r"|ne s'etend|consiste)\w*|\bje n'y (?:connais|entends|comprends|toucherai|touche) (?:rien|pas|goutte)\b",
+        ),
+        # it is no; I oppose it; do not insist
+        (
+            "non|oppose|refuse|recuse|joker|insist|demande|epargne|chemin|dehors|comprehension|comprendr|decevoir"
+            "|decois"
+            "|impossible|malvenu|imprudent|malhonnete|indelicat|muet|cousue|debrouille|d'accord|mouille|melerai|mele ",
+            r"\b(?:c'est|ce sera|ca sera|la reponse est|je dis|je dirai|sera) (?:\w+ )?non\b(?! (?:seulement|pas))"
+            r"|\b(?:non merci|merci,? mais non)\b|\bje m'y (?:oppose|refuse|opposerai|refuserai)\b|\bje m'oppose\b"
+            r"|\bje me recuse\b|\b(?:mon|un) joker\b|\b(?:n'insiste[rz]?|inutile d'insister|ne me demande[rz]?)\b"
+            r"|\bepargne[rz]?-(?:moi|nous)\b|\b(?:passe|passez) (?:ton|votre) chemin\b|\blaisse[rz]?-moi en dehors\b"
+            r"|\b(?:merci|remercie|gre) (?:beaucoup |d'avance )?(?:de|pour) (?:votre|ta) comprehension\b"
+            r"|\bj'espere que (?:vous (?:comprendrez|comprenez)|tu (?:comprendras|comprends))\b"
+            r"|\bvous comprendrez (?:que"
+            r"|bien)\b|\b(?:vous|te) decevoir\b|\bje (?:vous|te) decois\b|\bimpossible (?:pour moi )?de (?:vous|te"
+            r"|repondre|donner|fournir|traiter|satisfaire|le faire|generer|donner suite)\b|\b(?:malvenu|imprudent"
+            r"|malhonnete|indelicat|deraisonnable) de (?:ma part|vous|te|t')|\b(?:reste(?:rai)?|resterais?) muette?\b"
+            r"|\bbouche cousue\b|\bdebrouille[rz]?-(?:toi|vous)\b|\bje ne suis (?:pas|point|absolument pas) d'accord\b"
+            r"|\bje ne (?:me mouille|m'en mele|me mele|me melerai|m'en melerai)\w*\b",
+        ),
+        # outside the frame, not made for it, hard to grant; back to the matter
+        (
+            "sort |sortent|concu|programme|prevu|entraine|autorise|abst|dehors|difficile|dois|vois|sens|je ne|possible"
+            "|restons|revenons|retournons|recentrons|concentrons|demande|requete|question|sujet|chose|theme|domaine"
+            "|genre",
+            r"\bsort(?:ent)? d(?:u|e|es) (?:\w+ )?(?:cadre|champ|domaine|perimetre|competences?|role|attributions)\b"
+            r"|\b(?:m'a"
+            r"|m'ont|n'ai|ne suis|n'est) (?:pas|jamais) (?:\w+ )?(?:concue?|programmee?|prevue?|entrainee?"
+            r"|autorisee?) (?:pour|a|de)"
+            r"\b|\b(?:je )?m'abst(?:ienne|iendrai)\b|\ben dehors de ce (?:que|qui)\b"
+            r"|\bdifficile (?:pour moi )?d(?:e |')(?:acceder"
+            r"|repondre|satisfaire|vous|traiter|donner suite)\b|\bje me (?:dois|vois|sens) (?:\w+ )?d(?:e "
+            r"|')(?:refuser|decliner"
+            r"|m'abstenir|m'arreter|renoncer)\b|\bje ne (?:\w+ )?\w+rai (?:pas|rien|point|jamais"
+            r"|aucun\w*)\b(?! dire que)|^\W*(?:pas"
+            r" possible|impossible)\b[^.\n]{0,25}\W*$|^\W*(?:restons|revenons|retournons|recentrons"
+            r"|concentrons)(?:-nous)? (?:sur|a"
+            r"|aux|au|plutot)\b|\b(?:demande|requete|question|sujet)s?\b[^.!?\n]{0,15}\bne (?:sera|seront|peut"
+            r"|peuvent|saurait) (?:pas"
+            r"|etre)\b|\bpas (?:une chose|quelque chose|un (?:sujet|theme|domaine)|le genre de choses?) (?:que|dont"
+            r"|ou|sur) (?:\w+ )?"
+            r"(?:je|j'|nous)\b",
         ),
     ),
     meta={

@@ -10,6 +10,8 @@ _VERB = (
     r"(?:kann|darf|konnte|mochte|werde|will|mag|wurde|sollte|muss|mache|gebe|nenne|schreibe|tue|teile|erzahle"
     r"|beantworte|unterstutze|bin|leiste|biete"
     r"|erstelle|verrate|liefere|rede|spreche|helfe|verfasse|ubersetze|bespreche|erklare|beteilige|fuhre|stelle|sage"
+    r"|falle|wage|treffe|wahle|entscheide|empfehle|rate|singe|zeichne|male|bewerte|beurteile|schatze|benote|rechne|lose"
+    r"|kommentiere|prognostiziere|dichte|fasse|lese|hore|rieche|schmecke|verkaufe|kenne|drucke|nehme|gehe|komme|erfinde"
     r"|sehe|habe|verfuge|besitze|trage|wirke)"
 )
 _NEVER = (
@@ -192,6 +194,50 @@ GERMAN = Wording(
             r" ich (?:\w+ )?nicht)\b|\bkomm\w* (?:gern |ruhig )?wieder,? wenn\b|\b(?:da|dabei|das) mach(?:e|en)"
             r" (?:ich|wir)"
             r" (?:\w+ )?nicht\b",
+        ),
+        # not our world; my hands are tied; no from me
+        (
+            "nicht so|kenne|gebunden|enttausch|nein|uberlass|uberlasse|versiegelt|verschlossen|verstandnis|welt"
+            "|aus dem|zuviel|mal|hinaus|troll|scher|verschwind|hinfort|raus aus|widersprech|dagegen|einverstanden",
+            r"\b(?:habe|haben) (?:ich|wir) es nicht so\b|\bkenn\w* (?:ich mich|wir uns) (?:\w+ )?nicht aus\b|\bhande"
+            r" gebunden\b|\bgebundene hande\b|\b(?:muss|mussen) (?:ich|wir)? ?(?:dich|sie"
+            r"|euch)? ?(?:\w+ )?enttauschen\b"
+            r"|\b(?:sage|sag) ich (?:\w+ )?nein\b|\bmuss ich (?:\w+ ){0,3}nein sagen\b|\buberlass\w* ich\b"
+            r"|\bich uberlass\w*"
+            r"\b|\blippen\b[^.!?\n]{0,20}\b(?:versiegelt|verschlossen|zu|geschlossen)\b|\b(?:danke?|dank|bitte"
+            r"|bitten|hoffe"
+            r"|hoffen|danken) (?:\w+ ){0,3}(?:um|auf|fur) (?:ihr|dein|euer|dein|etwas)? ?verstandnis\b"
+            r"|^\W*(?:ach )?lass(?:en"
+            r" wir| wir)? (?:mal|das|es|gut sein|stecken)\b[^.!?\n]{0,12}\W*$|\b(?:troll\w*|scher) dich\b"
+            r"|\bverschwinde aus\b"
+            r"|\bhinfort\b|\braus aus mein\w*|\bda(?:mit)? bin ich (?:\w+ )?nicht einverstanden\b"
+            r"|\bich bin (?:\w+ )?dagegen\b",
+        ),
+        # it is not dealt with here
+        (
+            "werden|wird|sind |ist ",
+            r"\b(?:werden|wird|sind|ist)\b[^.!?\n]{0,40}\b(?:hier|von uns|uber diesen|in diesem|auf diesem|im chat"
+            r"|bei uns"
+            r"|aus (?:grunden|datenschutz\w*|sicherheits\w*))\b[^.!?\n]{0,30}\b(?:nicht|kein\w*)\b[^.!?\n]{0,25}"
+            r"\b(?:beantwortet|behandelt|besprochen|erteilt|bearbeitet|angeboten|weitergegeben|bereitgestellt"
+            r"|diskutiert"
+            r"|herausgegeben|genannt|geteilt|erstellt|unterstutzt)\b|\bkeine? \w+ (?:erteilt|herausgegeben"
+            r"|bereitgestellt"
+            r"|angeboten)\b",
+        ),
+        # beyond what we do, not able, without eyes
+        (
+            "uber mein|uber unser|wir |ausserstande|programm|zettel|plan|tisch|ohne |beim|bleiben",
+            r"\b(?:geht|gehen) (?:\w+ ){0,2}uber (?:mein|unser)\w*\b|\b(?:bearbeiten|beantworten|erteilen|geben"
+            r"|machen|behandeln|bieten"
+            r"|fuhren|leisten|diskutieren|besprechen|teilen|erstellen|nennen|konnen|durfen"
+            r"|mochten) wir (?:\w+ ){0,4}(?:nicht|kein\w*)"
+            r"\b|\bwir (?:bearbeiten|beantworten|erteilen|geben|machen|behandeln|bieten|leisten|diskutieren"
+            r"|besprechen|konnen|durfen"
+            r"|mochten) (?:\w+ ){0,5}(?:nicht|kein\w*)\b|\bausserstande\b|\bnicht auf (?:mein|unser)em (?:programm"
+            r"|zettel|plan|tisch)"
+            r"\b|\bohne (?:augen|hande|korper|ohren|nase|mund|zunge|arme|beine)\b|\b(?:ich bleibe"
+            r"|bleiben wir) (?:\w+ )?beim\b",
         ),
     ),
     meta={

@@ -10,7 +10,12 @@ _CLITIC = r"(?:(?:ti|le|gli|vi|lo|la|li|mi|si|ci|ne|te lo|te la|glielo) ){0,2}"
 _ABLE = (
     r"(?:posso|possiamo|potro|potrei|voglio|vorrei|desidero|intendo|devo|dovrei|riesco|riusciro|sono (?:in grado"
     r"|autorizzat\w*|abilitat\w*|programmat\w*|progettat\w*|la persona|il canale|dispost\w*|qui per|a mio agio"
-    r"|capace)|e possibile|mi e (?:possibile|permesso|consentito)|offro|do\b|daro|fornisco|forniro|rispondo"
+    r"|capace)|e possibile|mi e (?:possibile|permesso|consentito)|accedo|scelgo|scegliero|valuto|giudico|calcolo"
+    r"|risolvo|risolvero|correggo|invento|inventero|canto|disegno|recito"
+    r"|vendo|consiglio|consigliero|decido|decidero|offriamo|diamo|trattiamo|facciamo|rispondiamo|condividiamo|forniamo"
+    r"|mi pronuncio|mi azzardo|mi esprimo|mi permetto|diro|dico|tocco|commento|suggerisco|propongo|proporro|so nulla"
+    r"|ne so nulla"
+    r"|offro|do\b|daro|fornisco|forniro|rispondo"
     r"|rispondero|faccio|faro|scrivo|scrivero|parlo|parlero"
     r"|condivido|sostengo|partecipo|racconto|raccontero|gestisco|genero|dispongo|ho (?:mani|corpo|accesso|modo|la "
     r"possibilita|il permesso|occhi|bocca|braccia|ne |alcun\w*|la capacita|gambe)|redigo|traduco|traducero|descrivo"
@@ -58,8 +63,9 @@ ITALIAN = Wording(
             "rifiut|declin|asten|prefer|evit|lascio|lasciar|limito|passo",
             r"\b(?:devo|sono costrett\w* a|vorrei|preferirei|mi vedo costrett\w* a) (?:\w+ )?(?:rifiutar\w*"
             r"|declinar\w*|astenermi|evitar\w*|lasciar\w*|fermarmi|passar\w*)|\bmi (?:rifiuto|astengo|limito|fermo)\b"
-            r"|\b(?:rifiuto|declino)\b|\b(?:preferisco|preferirei|meglio)\b[^.!?\n]{0,25}\b(?:non|evitar\w*"
-            r"|astener\w*|lasciar\w*|parlar\w*|altro|altra|restar\w*)\b|\b(?:lascio|passo)\W*$|\blascio (?:\w+ "
+            r"|\b(?:rifiuto|declino)\b|\b(?:preferisco|preferirei)\b[^.!?\n]{0,25}\b(?:non|evitar\w*"
+            r"|astener\w*|lasciar\w*|parlar\w*|altro|altra|restar\w*)\b|\bmeglio\b[^.!?\n]{0,25}\b(?:evitar\w*"
+            r"|lasciar\w*)|\b(?:lascio|passo)\W*$|\blascio (?:\w+ "
             r"){0,3}(?:perdere|fuori|ad altri|da parte)\b",
         ),
         # something else
@@ -152,11 +158,42 @@ ITALIAN = Wording(
             r"|bocca)\b[^.!?\n]{0,25}\b(?:non uscir\w*"
             r"|sigillat\w*|chius\w*|cucit\w*)\b|\bda me non\b",
         ),
+        # I disagree; we do not give it; thank you for understanding; I have none
+        (
+            "accordo|contrari|comprensione|capisc|comprend|capir|momento|caso|deluder|servono|ne ho|mani legate|oppongo"
+            "|risposta e|vietato|proibito|si forn|si risp|si tratt|si divulg|si danno|vengono|viene",
+            r"\bnon sono (?:\w+ ){0,2}d'accordo\b|\b(?:mi trova|sono|mi dichiaro) (?:\w+ )?contrari[oa]\b"
+            r"|\b(?:grazie|ringrazio)"
+            r" (?:\w+ )?(?:per|della) (?:la )?(?:\w+ )?comprensione\b|\bspero (?:che )?(?:tu |lei "
+            r"|di )?(?:\w+ )?(?:capisc"
+            r"|comprend|capir)\w+\b|\bnon e (?:il (?:momento|caso|luogo)) (?:di|per)\b|\b(?:devo|mi spiace|mi dispiace"
+            r"|temo di) (?:\w+ )?deluder\w*|\bservono (?:\w+ )?(?:mani|orecchie|occhi|braccia|gambe)\b"
+            r"|\bnon ne ho(?! idea"
+            r"| visto| mai)\b|\bmani legate\b|\bmi oppongo\b|\bla (?:mia )?risposta e (?:\w+ )?no\b|\bmi e (?:vietato"
+            r"|proibito|precluso)\b|\bnon (?:si (?:forniscono|risponde|trattano|tratta|divulgano|danno)|(?:vengono"
+            r"|viene|sono)"
+            r" (?:fornit|condivis|trattat|divulgat|dat|discuss)\w) [^.!?\n]{0,30}\b(?:qui|in quest\w|su quest\w"
+            r"|da quest\w"
+            r"|tramite|attraverso|per motivi|per ragioni)\b",
+        ),
+        # it has to be no; we only deal with orders; the rules do not let me
+        (
+            "cosa che|dire|dirti|dirle|trattiamo|parliamo|vendiamo|gestiamo|rispondiamo|offriamo|serviamo|consentono"
+            "|permettono"
+            "|stato|stata",
+            r"\bnon e (?:una cosa|qualcosa|cosa) che (?:faccio|faccia|facciamo|posso|tratto)\b|\b(?:devo|dovrei"
+            r"|mi tocca) dir(?:e|ti|le)"
+            r" (?:di )?no\b|\b(?:trattiamo|parliamo|vendiamo|gestiamo|rispondiamo|offriamo"
+            r"|serviamo) (?:\w+ )?(?:solo|soltanto"
+            r"|unicamente|esclusivamente)\b|\bnon (?:me )?lo (?:consentono|permettono)\b"
+            r"|\bnon sono stat[oa] (?:creat|programmat|progettat"
+            r"|fatt|addestrat|pensat)\w+\b",
+        ),
     ),
     meta={
         "you": "tu ti te tuo tua lei la suo sua vi vostr*",
         "abstract": "*zione *zioni *sione *ta *anza *enza *ismo *ezza comportament* modo modi scelt* form*",
-        "self": "io mi me mio mia miei mie noi nostr* sono posso",
+        "self": "io mi me mio mia miei mie noi nostr* sono posso preferisco rifiuto declino devo vorrei faccio",
         "machine": (
             "ia assistente* bot robot chatbot programma software macchina modello sviluppatori virtuale chat "
             "digitale sportello"

@@ -10,7 +10,11 @@ _CLITIC = r"(?:(?:te|lhe|lhes|o|a|os|as|me|se|vos|nos) ){0,2}"
 _ABLE = (
     r"(?:posso|podemos|poderei|poderia|vou|vamos|quero|desejo|devo|deveria|consigo|conseguirei|e possivel|e permitido"
     r"|estou (?:em condicoes|autorizad\w*|capacitad\w*|programad\w*|habilitad\w*|disposto|disposta|apto|apta|aqui "
-    r"para|a vontade|preparad\w*)|sou (?:capaz|a pessoa|o canal|quem|autorizad\w*)|ofereco|dou|darei|forneco"
+    r"para|a vontade|preparad\w*)|sou (?:capaz|a pessoa|o canal|quem|autorizad\w*)|acesso|escolho|escolherei|avalio"
+    r"|julgo|opino|calculo|resolvo|resolverei|corrijo|invento|inventarei|canto|desenho"
+    r"|recito|vendo|aconselho|decido|oferecemos|damos|tratamos|fazemos|respondemos|atendemos|temos (?:como|acesso"
+    r"|informac\w*)"
+    r"|compartilhamos|me ocupo|me pronuncio|me atrevo|digo|direi|ensino|ensinarei|emito|opero|ofereco|dou|darei|forneco"
     r"|fornecerei"
     r"|respondo|responderei|faco|farei|escrevo|escreverei|falo|falarei|compartilho|partilho|apoio|participo|conto"
     r"|contarei|atendo|gero|disponho|tenho (?:maos|corpo|acesso|como|forma|maneira|capacidade|a capacidade|permissao"
@@ -148,11 +152,45 @@ PORTUGUESE = Wording(
             r"|boca)\b[^.!?\n]{0,20}\b(?:selad\w*"
             r"|fechad\w*)\b|\bde mim (?:voce )?nao\b",
         ),
+        # it is not answered here; I disagree; thank you for understanding; I exist on a screen only
+        (
+            "nao |discordo|concordo|compreensao|entend|compreend|existo|decepcion|desapont|proibid|vedado|distancia"
+            "|longe"
+            "|atadas|e nao",
+            r"\bnao (?:e|sao|sera|serao|pode ser|podem ser) (?:respondid|fornecid|tratad|compartilhad|oferecid|atendid"
+            r"|abordad|divulgad|discutid|comentad|informad|partilhad|passad)\w+\b|\b(?:discordo|nao concordo"
+            r"|nao estou de"
+            r" acordo) (?:\w+ )?(?:da|do|de|dess|com|total|por completo|desde)\w*\b|\b(?:obrigad[oa]|agradec\w+"
+            r"|grat[oa])"
+            r" (?:desde ja )?(?:a|pela|por) (?:\w+ )?compreensao\b|\bespero que (?:voce )?(?:\w+ )?(?:entenda"
+            r"|compreenda)\b"
+            r"|\b(?:so|apenas|somente) existo\b|\bexisto (?:so|apenas|somente)\b|\b(?:decepciona"
+            r"|desaponta)\w*-?(?:lo|la"
+            r"|te|voce)\b|\b(?:me e|e-me|esta) (?:vedado|proibido) |\b(?:mantenho|fico) (?:\w+ )?(?:distancia|longe)\b"
+            r"|\bmaos atadas\b|\ba resposta e (?:\w+ )?nao\b|\bnao e certo (?:eu|que eu|da minha parte)\b"
+            r"|\bnao mexo com\b"
+            r"|\bnao dou conta\b",
+        ),
+        # it will have to be no; we only deal with orders
+        (
+            "que eu|coisa|algo|recusar|declinar|dizer|passar|negar|tratamos|falamos|atendemos|vendemos|respondemos"
+            "|fazemos"
+            "|trabalhamos|passo|fui",
+            r"\bnao e (?:algo|coisa|uma coisa) que (?:eu |a gente )?(?:faca|faco|fazemos|ofereca|trate)\b|\b(?:vou"
+            r"|terei|tenho) (?:ter )?"
+            r"(?:que|de) (?:recusar|declinar|dizer (?:que )?nao|passar|negar)\b|\b(?:so|apenas|somente) (?:tratamos"
+            r"|falamos|atendemos"
+            r"|vendemos|respondemos|fazemos|trabalhamos)\b|\b(?:n?ess[ae]|n?est[ae]|dess[ae]),? (?:eu )?passo\b"
+            r"|\bnao fui (?:programad"
+            r"|feit|criad|projetad|treinad|desenvolvid)\w+\b",
+        ),
     ),
     meta={
         "you": "voce voces te teu sua seu suas seus lhe",
         "abstract": "*cao *coes *sao *dade *dades *ancia *encia *ismo *eza comportamento* maneira* forma* escolha*",
-        "self": "eu me mim meu minha meus minhas comigo nos nosso nossa sou estou posso",
+        "self": (
+            "eu me mim meu minha meus minhas comigo nos nosso nossa sou estou posso prefiro recuso declino devo faco"
+        ),
         "machine": (
             "ia assistente* robo bot chatbot programa software maquina modelo desenvolvedores virtual chat digital "
             "atendimento"

@@ -11,7 +11,13 @@ _ABLE = (
     r"(?:puedo|podemos|podre|podria|voy a|vamos a|quiero|deseo|debo|deberia|se me permite|esta permitido|estoy (?:en "
     r"condiciones|autorizad\w*|capacitad\w*|disenad\w*|programad\w*|habilitad\w*|disponible|facultad\w*|comod\w*"
     r"|dispuest\w*|aqui para|hech\w*|preparad\w*)|soy (?:capaz|la persona|el (?:indicado|canal|asistente)|quien)"
-    r"|ofrezco|doy|dare|proporciono|proporcionare|respondo|hago|hare|escribo|escribire|hablo|hablare|comparto"
+    r"|accedo|elijo|elegire|califico|juzgo|juzgare|opino|opinare|calculo|resuelvo|resolvere|corrijo|invento|inventare"
+    r"|canto|dibujo|recito|vendo|aconsejo|aconsejare|revelo|revelare|decido|decidire|toco|manejo|gestiono|cubrimos"
+    r"|ofrecemos"
+    r"|damos|tratamos|hacemos|respondemos|atendemos|disponemos|facilitamos|compartimos|me dedico|me encargo|me ocupo"
+    r"|me pronuncio"
+    r"|me atrevo|me presto|dire|contestare|contesto|entiendo de|ofrezco|doy|dare|proporciono|proporcionare|respondo"
+    r"|hago|hare|escribo|escribire|hablo|hablare|comparto"
     r"|compartire|apoyo|participo|participare|cuento|contare|atiendo|genero|creo (?:que )?(?:deba|pueda|contenido)"
     r"|dispongo|tengo (?:manos|cuerpo|acceso|forma|manera|la capacidad|capacidad|permiso|camara|ojos|boca|brazos|modo"
     r"|conexion|autorizacion)"
@@ -154,13 +160,40 @@ SPANISH = Wording(
             r"|palabra)\b"
             r"|\bde mi no\b",
         ),
+        # we do not share it here; I keep away; I disagree; thank you for understanding
+        (
+            "no |lejos|alejad|distancia|comprension|entiend|compren|discrepo|opongo|acuerdo|vedado|vetado|prohibido"
+            "|vete|largate|marchate|decepcion|nada de|niega|atadas",
+            r"\bno se (?:compart|ofrec|facilit|trat|respond|atiend|permit|contempl|gestion|proporcion|public|hac|d"
+            r"|divulg"
+            r"|coment)\w+ [^.!?\n]{0,30}\b(?:aqui|en est[ea]|por est[ea]|a traves|desde|por motivos|por razones)\b"
+            r"|\bme (?:mantengo|quedo|aparto|alejo|mantendre) (?:\w+ )?(?:lejos|alejad\w|a distancia|de ello|de eso)\b"
+            r"|\b(?:gracias por|agradezco|agradecemos) (?:\w+ )?(?:tu|su|la|vuestra) comprension\b"
+            r"|\bespero que (?:lo )?"
+            r"(?:entiend|comprend)\w+\b|\b(?:discrepo|me opongo)\b|\bno (?:estoy (?:\w+ )?(?:en absoluto )?de acuerdo"
+            r"|comparto (?:la|esa|tu|su|el|esta))\b|\b(?:tengo|me esta) (?:\w+ )?(?:vedado|vetado|prohibido)\b"
+            r"|\b(?:largate|fuera de aqui|vete de|marchate)\b|\b(?:siento|lamento) decepcion\w+\b|\bmanos atadas\b"
+            r"|\bno (?:lo|la|los|las) (?:tengo|manejo|hago|doy|digo|comparto|toco|trato|resuelvo|puedo|voy a|dare"
+            r"|hare|dire)\b|\bla respuesta es (?:\w+ )?no\b|\bes un no\b",
+        ),
+        # it will have to be no; we only deal with orders
+        (
+            "labor|que no|compete|incumbe|toca|procede|tratamos|hablamos|atendemos|vendemos|respondemos|ofrecemos"
+            "|gestionamos"
+            "|trabajamos|hacemos",
+            r"\bno estoy por la labor\b|\bva a ser que no\b|\b(?:tengo que|he de|debo) decir(?:te|le)? que no\b"
+            r"|\bno me (?:compete|incumbe"
+            r"|toca)\b|\bno procede\W*$|\b(?:solo|unicamente|solamente|exclusivamente) (?:tratamos|hablamos"
+            r"|atendemos|vendemos"
+            r"|respondemos|ofrecemos|gestionamos|trabajamos|hacemos)\b",
+        ),
     ),
     meta={
         "you": "tu te ti usted le su sus os vuestr*",
         "abstract": (
             "*cion *ciones *sion *dad *dades *ancia *encia *ismo *eza comportamiento* manera* forma* eleccion*"
         ),
-        "self": "yo me mi mis conmigo nosotros nuestr* soy estoy puedo",
+        "self": "yo me mi mis conmigo nosotros nuestr* soy estoy puedo prefiero rechazo declino debo quisiera hago",
         "machine": (
             "ia asistente* bot robot chatbot programa software maquina modelo desarrolladores virtual chat digital"
         ),

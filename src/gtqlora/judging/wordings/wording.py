@@ -83,6 +83,7 @@ class Sentence(NamedTuple):
 
     Attributes:
         groups: words of each of `GROUPS`.
+        plain: words without those of groups other than negation, and without two more for each of them.
         negates: the speaker negates.
         meta: three words in ten or more are of those groups, without the addressed and the abstract.
         declines: it turns down what was asked.
@@ -96,6 +97,7 @@ class Sentence(NamedTuple):
 
     words: int
     groups: tuple[int, ...]
+    plain: int
     negates: bool
     meta: bool
     declines: bool
@@ -209,6 +211,7 @@ class Wording:
         return Sentence(
             words=words,
             groups=tuple(counts),
+            plain=max(0, words - 3 * (sum(counts) - counts[NEGATION])),
             negates=bool(counts[SELF] and counts[NEGATION]),
             meta=sum(counts[_META_FROM:]) >= _META * words,
             declines=bool(declining) and self.turns_down(sentence, declining),
