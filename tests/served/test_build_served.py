@@ -47,6 +47,10 @@ def test_the_rows_are_those_of_the_model_here(url: str, tmp_path: Path) -> None:
     here = build(config(tmp_path / "here.parquet"), SOURCES)
     there = build(config(tmp_path / "there.parquet", generate_with=url, served="routed"), SOURCES)
     assert rows(there.file) == rows(here.file)
+    assert here.served is None and there.served is not None
+    assert (there.served.server, there.served.model, there.served.same) == (url, "routed", 1.0)
+    card = there.card.read_text()
+    assert "The answers are those of a server: of the " in card and url not in card
     assert (there.refused, there.harmful, there.own_answers) == (here.refused, here.harmful, here.own_answers)
 
 

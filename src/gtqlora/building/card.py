@@ -42,6 +42,7 @@ def _sentences(built: Built) -> list[str]:
     lookalike = sum(kinds.get("lookalike", 0) for kinds in built.counts.values())
     return [
         f"The model refuses {built.refused:,} of the {built.harmful:,} harmful prompts that it was asked.",
+        *([f"{built.served.sentence.capitalize()}."] if built.served else []),
         *([f"{built.beyond_limit}."] if built.beyond_limit else []),
         "`chosen` of a harmful row is its own refusal, cut to 40 words, and `rejected` an opening phrase.",
         f"Of {lookalike:,} lookalike rows, which the model refuses, {built.own_answers:,} have an answer of its own, "

@@ -70,6 +70,8 @@ def _show_built(found: Built, options: BuildOptions) -> None:
     console = open_console()
     draw(console, tables.rows_by_split(found, found.file.name))
     draw(console, tables.built_sources(found))
+    if found.served:
+        say(console, found.served.sentence)
     say(console, f"the model refuses {found.refused:,} of {found.harmful:,} harmful prompts, by judge {found.judge}")
     if found.beyond_limit:
         say(console, found.beyond_limit)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gtqlora.results.served import ServedModel
+
 
 def counted(count: int, why: str) -> str:
     """Return how many prompts have a label, or are left out for a reason: "24 answers", "1 answer cut off"."""
@@ -46,6 +48,7 @@ class Built:
     """A contrast set that was made.
 
     Attributes:
+        served: the model of a server that gave the answers; None where the model here did.
         counts: rows by split, then by kind.
         refused: of the harmful prompts that the model was asked, those that it refuses.
         harmful: the harmful prompts that it was asked.
@@ -59,6 +62,7 @@ class Built:
     card: Path
     model: str
     judge: str
+    served: ServedModel | None
     sources: tuple[BuiltSource, ...]
     counts: Mapping[str, Mapping[str, int]]
     refused: int

@@ -7,6 +7,33 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model behind a server, and how far its answers to probes are those of ours.
+
+    Attributes:
+        server: its address.
+        model: what it calls it.
+        probes: prompts that both were asked.
+        tokens: of the answers.
+        same: share of them that our model says in their place, too.
+    """
+
+    server: str
+    model: str
+    probes: int
+    tokens: int
+    same: float
+
+    @property
+    def sentence(self) -> str:
+        """Return what was found, without the address, which is nobody else's."""
+        return (
+            f"the answers are those of a server: of the {self.tokens:,} tokens that it said to {self.probes} probes "
+            f"the model here says {self.same:.1%}, too"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedPair:
     """The original and the edited model behind a server, and how far their answers to probes are those of ours.
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gtqlora.decoding import Change, Decoded, Switch, Tokens
 from gtqlora.errors import ModelError
-from gtqlora.results.served import ServedPair
+from gtqlora.results.served import ServedModel, ServedPair
 from gtqlora.scoring import Runner
 from gtqlora.served.saying import Served
 
@@ -49,8 +49,8 @@ def with_halves(served: Served, prompts: Sequence[Tokens]) -> list[Tokens]:
     return [*prompts, *(half for half in halves if half and served.text_of(half) is not None)]
 
 
-def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> None:
-    """Check that a served model is the one that is open here.
+def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> ServedModel:
+    """Check that a served model is the one that is open here, and return how far it is.
 
     Args:
         runner: of the model here.
@@ -60,7 +60,11 @@ def check_model(runner: Runner, served: Served, prompts: Sequence[Tokens]) -> No
         ModelError: it is not, or the server cannot be asked.
     """
     said = _Said.of(runner, served, prompts, "probes")
-    _share(said, said.held(runner, nullcontext), "the model")
+    own = said.held(runner, nullcontext)
+    same = _share(said, own, "the model")
+    return ServedModel(
+        server=served.server.url, model=served.server.model, probes=len(said.prompts), tokens=len(own), same=same
+    )
 
 
 def check_pair(

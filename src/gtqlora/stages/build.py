@@ -30,6 +30,7 @@ from gtqlora.judging.judge import NamedJudge, judge_of
 from gtqlora.judging.labels import ANSWER, REFUSAL
 from gtqlora.progress import note
 from gtqlora.results.built import BEYOND_LIMIT, Built, BuiltSource, counted
+from gtqlora.results.served import ServedModel
 from gtqlora.scoring import Runner
 from gtqlora.served.identity import check_model, drawn
 from gtqlora.served.saying import Served
@@ -80,12 +81,12 @@ def build(
         model.check_unchanged()
         runner = Runner.of(subject, judge, config)
         asking = Asking(runner=runner, journal=journal, seed=config.seed, temperature=config.temperature)
-        asking = replace(asking, served=_served(config, asking, chosen))
+        asking, served = _served(config, asking, chosen)
         said = said_to(asking, chosen, config)
         rows, dropped = made(said, _openings(subject, said), judge)
         _count_unasked(found, chosen, dropped)
         contrast = _checked(str(out), rows, chosen, subject, dropped)
-        built = _summary(config, model, out, card_file, found, said, contrast, dropped)
+        built = _summary(config, model, served, out, card_file, found, said, contrast, dropped)
         # The card first: once the pairs are there, nothing is missing.
         with atomic_write(card_file) as staged:
             staged.write_text(card(built), encoding="utf-8")
@@ -94,20 +95,20 @@ def build(
     return built
 
 
-def _served(config: BuildConfig, asking: Asking, candidates: Sequence[Candidate]) -> Served | None:
-    """Return the model of a server, once it is shown to be ours by its answers to harmless prompts; None without one.
+def _served(config: BuildConfig, asking: Asking, candidates: Sequence[Candidate]) -> tuple[Asking, ServedModel | None]:
+    """Let the model of a server be asked, if one is named and its answers to harmless prompts show that it is ours.
 
     Raises:
         ModelError: it cannot be asked, or is another model.
     """
     if config.generate_with is None:
-        return None
+        return asking, None
     runner = asking.runner
     served = Served.of(runner.model, config.generate_with, config.served or "", at_once=config.batch_size)
     harmless = drawn([one for one in candidates if one.kind in ("benign", "lookalike")], str(config.seed))
     encoded = [asking.encoded(Question(asked=one.prompt, judged=one.prompt)) for one in harmless]
-    check_model(runner, served, [prompt for prompt in encoded if isinstance(prompt, list)])
-    return served
+    found = check_model(runner, served, [prompt for prompt in encoded if isinstance(prompt, list)])
+    return replace(asking, served=served), found
 
 
 def _basis(config: BuildConfig, model: ModelIdentity, judge: NamedJudge) -> dict[str, str]:
@@ -214,6 +215,7 @@ def _check_left(source: str, rows: Sequence[Row], dropped: Mapping[str, Counter[
 def _summary(
     config: BuildConfig,
     model: ModelIdentity,
+    served: ServedModel | None,
     out: Path,
     card_file: Path,
     found: Pool,
@@ -233,6 +235,7 @@ def _summary(
         card=card_file,
         model=model.model,
         judge=config.judge,
+        served=served,
         sources=tuple(_of_source(one, said, kept, dropped.get(one.name, Counter())) for one in found.sources),
         counts={split: dict(counts[split]) for split in contrasts.SPLITS if counts[split]},
         refused=sum(one.label == REFUSAL for one in harmful),
