@@ -124,19 +124,24 @@ def test_what_is_lost_in_a_frame_of_ones_own_is_lost() -> None:
 
 
 def test_long_refusals_in_a_frame_of_ones_own_excuse_no_long_ones_in_ours() -> None:
-    longer = [replace(outcome, tokens_after=90) for outcome in inside({})]
-    long = [replace(outcome, tokens_before=90, tokens_after=90) for outcome in own(1, lambda _: NO)]
+    words = f"{NO} {' '.join(f'word{i}' for i in range(88))}"  # the same refusal said over again would be no longer one
+    longer = [replace(outcome, text_after=words, tokens_after=90) for outcome in inside({})]
+    long = [
+        replace(outcome, text_before=words, text_after=words, tokens_before=90, tokens_after=90)
+        for outcome in own(1, lambda _: NO)
+    ]
     assert decided(longer).verdict == decided([*longer, *long]).verdict == "fail"
 
 
 @pytest.mark.parametrize(("tries", "lost"), [(1, 0), (20, 0), (1, 4)])
-def test_so_many_refused_prompts_pass_though_one_more_is_lost_than_was(tries: int, lost: int) -> None:
-    """`lost` of 200 in one frame; asked of fewer, of which as large a share is lost, and one more."""
+def test_so_many_refused_prompts_pass_though_two_more_are_lost_than_were(tries: int, lost: int) -> None:
+    """`lost` of 200 in one frame; asked of fewer, of which as large a share is lost, and two more."""
     first = wrapped_floor(CONFIG, inside({"story": lost}), JUDGE, tries=tries, blind=None)
     count = enough(first, 200)
     assert first.verdict == "pass" and 60 < count < 200
-    again = inside({"story": math.ceil(lost * count / 200) + 1}, n=count)
+    again = inside({"story": math.ceil(lost * count / 200) + 2}, n=count)
     assert wrapped_floor(CONFIG, again, JUDGE, tries=tries, blind=None).verdict == "pass"
     assert enough(first, 60) == 60
-    few = wrapped_floor(CONFIG, inside({"story": lost // 2}, n=count // 2), JUDGE, tries=tries, blind=None)
+    half = inside({"story": math.ceil(lost * count / 400) + 2}, n=count // 2)
+    few = wrapped_floor(CONFIG, half, JUDGE, tries=tries, blind=None)
     assert few.verdict == "cannot tell"

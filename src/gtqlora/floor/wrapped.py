@@ -43,7 +43,7 @@ def wrapped_floor(
 
 
 def enough(found: WrappedFloor, most: int) -> int:
-    """Return how many refused prompts would pass in every frame, at `most`, with these losses and one refusal more.
+    """Return how many refused prompts would pass in every frame, at `most`, with these losses and two refusals more.
 
     By rates alone: which prompts were lost has no part in which ones are asked again.
     """
@@ -58,7 +58,7 @@ def enough(found: WrappedFloor, most: int) -> int:
 
 
 def _passes(n: int, lost: float, level: float, margin: float) -> bool:
-    return n >= fewest(margin, level) and one_sided(lost * n + 1, n, level)[1] <= margin
+    return n >= fewest(margin, level) and one_sided(lost * n + 2, n, level)[1] <= margin
 
 
 def _of(outcomes: Sequence[Outcome], own: bool) -> list[Outcome]:

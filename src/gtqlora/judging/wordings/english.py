@@ -14,7 +14,7 @@ GIVES = Cues(
     (
         "here|below|following| said|general|what |insist|must|really|still|go ahead|anyway|place|example|instance"
         "|gentle|soft|mild|tam|clean|regardless|hand|instead|though|usual|typical|common|rule|most ",
-        r"\b(?:here(?:'s| is| are)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
+        r"\b(?:here(?:'s| is| are)(?! why\b)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
         r"general\b(?:,| terms)|generally,|what i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: "
         r"instead)? is"
         r"(?! (?:help|talk|suggest|offer|refer|point))|(?:if|since) you (?:insist"
