@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 from gtqlora.errors import ConfigError
@@ -43,6 +45,18 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device = {name!r}: this machine or this PyTorch has no CUDA device; {here}")
     elif int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device = {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave Python's collector of cycles off for a while; it is on afterwards if it was before."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def release_memory() -> None:

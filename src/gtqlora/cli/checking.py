@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +22,7 @@ from gtqlora.cli.settings import (
 )
 from gtqlora.config.stages import REPAIR, check_instructed_margin, check_repair
 from gtqlora.config.values import require
+from gtqlora.machine import uncollected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +77,8 @@ def check(
     _check_files(settled.contrast, out)
     dropped: list[Problem] = []
     try:
-        with stage_progress(), _uncollected():
+        # rows have no cycles, and the collector would look for some in all of them again and again
+        with stage_progress(), uncollected():
             rows, found = _checked(
                 settled, dropped if drop else None, instructed_margin, repair, read=model is not None
             )
@@ -145,16 +145,6 @@ def _checked(
     if dropped is not None and reader.tokenizer is not None:
         rows = without_misrendered(rows, reader.tokenizer, reader.limit, dropped)
     return rows, statistics(rows, reader.tokenizer, reader.limit, reader.vocabulary, judge, instructed_margin, repair)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Leave the collector of cycles off: rows have none, and it would look for some in all of them again and again."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @dataclass(frozen=True)

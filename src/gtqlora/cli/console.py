@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 from gtqlora.cli.layout import wrap
+from gtqlora.machine import uncollected
 from gtqlora.progress import shown_by
 
 if TYPE_CHECKING:
@@ -143,18 +144,14 @@ def say_error(text: str) -> None:
 @contextmanager
 def starting() -> Iterator[None]:
     """Import libraries without the garbage collector's help; on a terminal, say that something is happening."""
-    console, collecting = open_console(stderr=True), gc.isenabled()
+    console = open_console(stderr=True)
     if console.is_terminal:
         console.print("starting ...", style="dim", highlight=False)
     # Imports make a million objects and hardly any garbage, which the collector looks for again and again: half a
     # second. When the process ends it would look once more, for a whole second, and nothing is left to be freed.
-    gc.disable()
     _leave_at_once()
-    try:
+    with uncollected():
         yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @cache

@@ -5,7 +5,6 @@ Shape letters: B rows, S sequence, C columns of a cache, V vocabulary.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 
@@ -17,6 +16,7 @@ from gtqlora.capture import Subject
 from gtqlora.capture.waiting import watched
 from gtqlora.decoding.change import Change, SourceRun, changed
 from gtqlora.errors import ModelError
+from gtqlora.machine import uncollected
 
 _log = logging.getLogger(__name__)
 
@@ -106,13 +106,8 @@ class Repeated:
 
 
 def _captured(compute: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    graph = torch.cuda.CUDAGraph()
     # Garbage may hold an older graph, and to destroy one breaks off a capture.
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = compute()
-    finally:
-        if collects:
-            gc.enable()
+    with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = compute()
     return graph, found

@@ -29,6 +29,7 @@ from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy, language_model
+from gtqlora.machine import uncollected
 from gtqlora.progress import note
 
 _ATTENTION = "gtqlora_right_padded"
@@ -161,7 +162,8 @@ class CapturedStack:
             TrainingError: a model does what cannot be recorded, such as to wait for the GPU.
         """
         try:
-            return self._recorded(ids_BS.clone())
+            with uncollected():  # to destroy a graph of another model breaks off a capture
+                return self._recorded(ids_BS.clone())
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

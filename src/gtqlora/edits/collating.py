@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from gtqlora.contrasts import ALL_KINDS
 from gtqlora.edits.reference import Batch
 
 _SHORT = 32
+
+
+def longest_of(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return the tokens of the longest prompt with its answer."""
+    return max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
 
 
 @dataclass
@@ -27,7 +33,7 @@ class KindCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
         """Collate examples as TRL does, and add their kinds."""
         if self.few_lengths:
-            longest = max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples)
+            longest = longest_of(examples)
             self.pad_to_multiple_of = max(_SHORT, 1 << max(0, (longest - 1).bit_length() - 3))
         batch = super().torch_call(examples)
         batch["kind"] = torch.tensor([ALL_KINDS.index(example["kind"]) for example in examples])

@@ -25,6 +25,7 @@ from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack, without_mask
 from gtqlora.edits.checkpointing import GuardStop
+from gtqlora.edits.collating import longest_of
 from gtqlora.edits.fused import fuse
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
@@ -155,9 +156,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         self._stack = self._captured_stack() if on_gpu and draws is None else None
 
     def _captured_stack(self) -> CapturedStack:
-        rows, settings = self.train_dataset, self.settings
-        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-        tokens = 2 * self.args.train_batch_size * longest
+        settings, tokens = self.settings, 2 * self.args.train_batch_size * longest_of(self.train_dataset)
         recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
         return CapturedStack(self.model, self.anatomy, recomputation, graphs=settings.cuda_graphs)
 
