@@ -35,6 +35,7 @@ from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finit
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
+from gtqlora.edits.packing import can_pack
 from gtqlora.edits.trainer import GateTargetedTrainer, arguments
 from gtqlora.edits.wrapping import (
     assert_bias_frozen,
@@ -197,7 +198,11 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
-            data_collator=KindCollator(pad_token_id=pad, few_lengths=config.device.startswith("cuda")),
+            data_collator=KindCollator(
+                pad_token_id=pad,
+                few_shapes=config.device.startswith("cuda"),
+                packed=draws is None and can_pack(anatomy),  # rows with ablated experts are told apart by their places
+            ),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
             ),
