@@ -121,8 +121,8 @@ class Measured:
 
 _KINDS = {
     "experts": ("grouped", "few_rows", "_gated", "_gather", "_combine", "absmax", "plan("),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
     "attention": ("flash", "fmha", "attention", "sdpa", "cudnn"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
     "norms, rotary": ("rms_norm", "rope"),
     "copies, casts": ("copy", "memcpy", "memset", "catarray"),
     "routing": ("sort", "topk", "scatter", "index", "searchsorted", "softmax"),

@@ -46,9 +46,10 @@ def run(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Recorder]:
     model.zero_grad()
     with router_hooks(model, bind(model, FAMILIES[model.gtqlora_family]), recorder):
         logits = model(**{name: batch[name] for name in names}, use_cache=False).logits[real]
-    (logits.float() * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum().backward()
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view(logits.shape)
+    (logits.float() * weights).sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    places_T = seen_at(batch, torch.arange(len(real)))[real.flatten()]
+    places_T = seen_at(batch, torch.arange(len(real), device=real.device))[real.flatten()]
     return logits.detach(), grads, recorder.at(places_T)
 
 

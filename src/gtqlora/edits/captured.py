@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.capture.waiting import watched
-from gtqlora.edits.packing import PackedStack
+from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
@@ -97,7 +97,9 @@ def _copied(inputs: _Inputs) -> _Inputs:
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
-    return replace(value, **{name: _copy(part) for name, part in vars(value).items()}) if is_dataclass(value) else value
+    if isinstance(value, Places | Sequences):
+        return replace(value, **{name: _copy(part) for name, part in vars(value).items()})
+    return value
 
 
 class CapturedStack:
@@ -185,7 +187,7 @@ class CapturedStack:
         recorder, forward, backward = Recorder(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # every graph lives in one pool, as no two shapes are ever in use together
         with torch.cuda.graph(forward, pool=self._pool), router_hooks(self.model, self.anatomy, recorder):
-            hidden_BSD = self.packed.eager(**inputs).last_hidden_state
+            hidden_BSD: Any = self.packed.eager(**inputs).last_hidden_state
         reached = tuple(place for place, seen in recorder.decisions.items() if seen.logits_TE.requires_grad)
         outputs = (hidden_BSD, *(recorder.decisions[place].logits_TE for place in reached))
         parameters, grads = tuple(trainable(self.model).values()), tuple(torch.zeros_like(output) for output in outputs)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -224,18 +224,20 @@ def _attention(
         window = _window(query_BHSD, sliding_window)
         return sdpa_attention_forward(module, query_BHSD, key_BHSD, value_BHSD, window, scaling=scaling, **settings)
     packing.attended.append(module)
-    over, parts = packing.over, (query_BHSD, key_BHSD, value_BHSD)
-    flat = [part[0].transpose(0, 1) for part in parts]  # [P, H, D]
+    over = packing.over
+    query_PHD, key_PHD, value_PHD = (part[0].transpose(0, 1) for part in (query_BHSD, key_BHSD, value_BHSD))
     if isinstance(over, Sequences):
-        return _flash(*flat, over, scaling, sliding_window)[None], None
+        dropout = settings.get("dropout", 0.0)
+        return _flash(query_PHD, key_PHD, value_PHD, over, scaling, sliding_window, dropout)[None], None
     places_T, rows = over.places_BS.flatten(), len(over.places_BS)
 
     def padded(values_PHD: Tensor) -> Tensor:
         values_TD = _Spread.apply(values_PHD.flatten(1), places_T, over.first_P, over.second_P)
         return values_TD.view(rows, -1, *values_PHD.shape[1:]).transpose(1, 2)  # type: ignore[union-attr]
 
-    query, key, value = map(padded, flat)
+    query = padded(query_PHD)
     window = _window(query, sliding_window)
+    key, value = padded(key_PHD), padded(value_PHD)
     out_BSHD, _ = sdpa_attention_forward(module, query, key, value, window, scaling=scaling, **settings)
     out_PD: Tensor = _Take.apply(out_BSHD.flatten(0, 1).flatten(1), over.first_P, places_T)  # type: ignore[assignment]
     return out_PD.unflatten(1, out_BSHD.shape[2:])[None], None
@@ -251,7 +253,13 @@ def _window(query_BHSD: Tensor, size: int | None) -> Tensor | None:
 
 
 def _flash(
-    query_PHD: Tensor, key_PHD: Tensor, value_PHD: Tensor, over: Sequences, scaling: float | None, window: int | None
+    query_PHD: Tensor,
+    key_PHD: Tensor,
+    value_PHD: Tensor,
+    over: Sequences,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
 ) -> Tensor:
     """Return attention of each sequence's queries to its keys, whose last one is the last query's."""
 
@@ -263,7 +271,7 @@ def _flash(
     value_RHD = nn.functional.pad(rows(value_PHD), (0, less)) if less else rows(value_PHD)
     found = torch.ops.aten._flash_attention_forward(
         *(query_PHD, rows(key_PHD), value_RHD, over.bounds_Q1, over.key_bounds_Q1, over.most, over.most),
-        *(0.0, True, False),
+        *(dropout, True, False),
         scale=scaling,
         window_size_left=window - 1 if window else None,
         window_size_right=0 if window else None,
@@ -298,8 +306,9 @@ class PackedStack:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Take the stack's place for a while, in which all rows are padded on the right and padding needs no mask."""
-        AttentionInterface.register(_ATTENTION, _attention)
-        AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
+        AttentionInterface.register(
+            _ATTENTION, _attention
+        )  # and nothing that makes masks: transformers makes none then
         attention, self.config._attn_implementation = self.config._attn_implementation, _ATTENTION
         self.stack.forward = self._forward
         try:
