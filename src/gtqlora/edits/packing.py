@@ -284,11 +284,6 @@ def _flash(
 Stack = Callable[..., BaseModelOutputWithPast]
 
 
-def can_pack(anatomy: Anatomy) -> bool:
-    """Return whether tokens of a row meet in attention only, and not in a recurrence over the sequence as well."""
-    return anatomy.family.attention_blocks == ("self_attn",)
-
-
 class PackedStack:
     """A decoder stack that packs what it is given, if the batch says how; inside `installed`.
 

@@ -168,6 +168,11 @@ class Family:
         if not 1 <= spec.top_k <= eligible:
             raise ModelError(f"{self.model_type}: {self.topk_key} is {spec.top_k}, but {eligible} experts are eligible")
 
+    @property
+    def only_attends(self) -> bool:
+        """Whether tokens of a row meet in attention only, and not in a recurrence over the sequence as well."""
+        return self.attention_blocks == Family.attention_blocks
+
     def layer(self, index: int) -> str:
         """Return the path of a decoder layer in the language model."""
         return f"{self.layers}.{index}"

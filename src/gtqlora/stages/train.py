@@ -35,7 +35,6 @@ from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finit
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
-from gtqlora.edits.packing import can_pack
 from gtqlora.edits.trainer import GateTargetedTrainer, arguments
 from gtqlora.edits.wrapping import (
     assert_bias_frozen,
@@ -201,7 +200,8 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             data_collator=KindCollator(
                 pad_token_id=pad,
                 few_shapes=config.device.startswith("cuda"),
-                packed=draws is None and can_pack(anatomy),  # rows with ablated experts are told apart by their places
+                packed=draws is None
+                and anatomy.family.only_attends,  # rows with ablated experts are told apart by their places
             ),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
