@@ -146,9 +146,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         self.health = Health(anatomy, settings.dead_budget)
         self.gate_rates: dict[str, float] = {}
         packed, on_gpu = PackedStack(kwargs["model"], anatomy), settings.device.startswith("cuda")
-        # before TRL computes the reference, which must be what the policy computes
-        self._until_trained.enter_context(packed.installed())
-        if on_gpu:
+        if on_gpu:  # before TRL computes the reference, which must be what the policy computes
+            self._until_trained.enter_context(packed.installed())
             fuse(kwargs["model"])
         with weights_unhashed():
             super().__init__(**kwargs)
