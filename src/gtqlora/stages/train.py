@@ -187,7 +187,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     anatomy = subject.anatomy
     pad = subject.pad_id
     encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
-    draws = sampler(config, subject, rows)
+    draws, on_gpu = sampler(config, subject, rows), config.device.startswith("cuda")
     with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
@@ -199,9 +199,9 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             processing_class=subject.tokenizer,
             data_collator=KindCollator(
                 pad_token_id=pad,
-                few_shapes=config.device.startswith("cuda"),
-                packed=draws is None
-                and anatomy.family.only_attends,  # rows with ablated experts are told apart by their places
+                few_shapes=on_gpu,
+                # rows with ablated experts are told apart by their places
+                packed=on_gpu and draws is None and anatomy.family.only_attends,
             ),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
