@@ -78,7 +78,7 @@ def _show(found: Plan) -> None:
         f"{found.family}, {found.layers} layers, {found.parameters:,} parameters, {count(found.active_parameters)} met "
         f"by a token; LoRA {count(found.lora_parameters)}",
     )
-    console.print()
+    say_whole(console, "")
     draw(console, _counts(found))
     draw(console, _formats(found))
     draw(console, _memory(found))

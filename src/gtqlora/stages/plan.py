@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from gtqlora import contrasts
 from gtqlora.config import TrainConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast
+from gtqlora.contrasts.rendered import rendered_rows
+from gtqlora.contrasts.sources import Problems
 from gtqlora.errors import TrainingError
 from gtqlora.families.sizes import Sizes, sizes_of
 from gtqlora.planning.cards import Cards, in_gib, parse_bytes, parse_cards
@@ -52,13 +53,22 @@ def check_memory(config: TrainConfig, rows: Contrast) -> None:
         return
     import torch  # only now: a plan by itself needs none
 
+    refuse_beyond(config, longest_row(config, rows), torch.cuda.mem_get_info(config.device)[0])
+
+
+def longest_row(config: TrainConfig, rows: Contrast) -> int:
+    """Return the tokens of the longest prompt with its answer, before the model is loaded.
+
+    Raises:
+        ContrastError: as `check_rendering`.
+        ModelError: as `load_tokenizer`.
+    """
     from gtqlora.families import load_tokenizer
 
-    free = torch.cuda.mem_get_info(config.device)[0]
-    tokenizer = load_tokenizer(config.model, config.template)
-    encoded = [contrasts.encode_preference(tokenizer, row) for row in rows.rows]
-    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded)
-    refuse_beyond(config, longest, free)
+    problems, limit = Problems(rows.source), config.max_length or sizes_of(config.model).context
+    found = rendered_rows(rows.rows, load_tokenizer(config.model, config.template), limit, problems)
+    problems.stop()
+    return max(row.full_tokens for row in found)
 
 
 def refuse_beyond(config: TrainConfig, longest: int, free: int) -> None:
