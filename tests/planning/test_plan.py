@@ -74,7 +74,7 @@ def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
     assert there.seconds == pytest.approx(there.per_pass / 46e9)
     assert found.speed is not None and found.speed.bound_by == "links"
     assert found.speed.seconds == pytest.approx(2 * there.seconds)
-    assert any("runs on one GPU" in note for note in found.notes)
+    assert any("all experts on its GPU" in note for note in found.notes)
     # as few layers as have to
     more = planned(str(KIMI), "2x141GB", host="1TB", batch_size=1, gradient_checkpointing=True)
     assert more.streamed is not None and more.streamed.layers < there.layers
@@ -84,6 +84,12 @@ def test_experts_that_do_not_divide_are_said_to_lie_unevenly() -> None:
     found = planned(str(KIMI), "5x141GB")
     assert [end - start for start, end in found.experts] == [77, 77, 77, 77, 76]
     assert "4 hold 77 of each layer and 1 hold 76" in found.notes[0]
+
+
+def test_a_model_is_planned_in_the_dtype_that_it_is_loaded_in(qwen: str) -> None:
+    half, whole = planned(qwen, expert_format="nf4"), planned(qwen, expert_format="nf4", dtype="float32")
+    assert whole.memory["other weights"] == 2 * half.memory["other weights"]
+    assert whole.memory["routed experts"] == half.memory["routed experts"]
 
 
 # --- the cheapest change

@@ -30,7 +30,8 @@ _DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("decoder_sparse_step", "n_shared_experts"), 1),
     **{"num_key_value_heads": None, "qkv_bias": True, "linear_conv_kernel_dim": 4, "full_attention_interval": 4},
 }
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight by dtype."""
 
 
 class Linear(NamedTuple):
@@ -322,7 +323,7 @@ def _norms(config: _Config, recurrent: bool) -> int:
 
 
 def _width(source: Source) -> int:
-    return _WIDTHS.get(str(source.first("dtype", "torch_dtype") or "bfloat16").removeprefix("torch."), 2)
+    return WIDTHS.get(str(source.first("dtype", "torch_dtype") or "bfloat16").removeprefix("torch."), 2)
 
 
 def _native(source: Source) -> str | None:

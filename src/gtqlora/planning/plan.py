@@ -214,8 +214,8 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
         )
     if cards.count > 1 or placed.on_host:
         yield (
-            "`gtqlora train` runs on one GPU with all experts on it; several GPUs and host memory are arithmetic, and "
-            "the time that GPUs wait for each other is not in it"
+            "`gtqlora train` holds all experts on its GPU; experts on several GPUs or in host memory are arithmetic, "
+            "without the time that GPUs wait for each other"
         )
     if any(layer.recurrent for layer in sizes.layers):
         yield "what linear attention keeps for its backward pass is an estimate that was never measured"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gtqlora.config import TrainConfig
 from gtqlora.config.values import require
 from gtqlora.contrasts import Contrast
 from gtqlora.contrasts.rendered import rendered_rows
 from gtqlora.contrasts.sources import Problems
 from gtqlora.errors import TrainingError
-from gtqlora.families.sizes import Sizes, sizes_of
+from gtqlora.families.sizes import WIDTHS, Sizes, sizes_of
 from gtqlora.planning.cards import Cards, in_gib, parse_bytes, parse_cards
 from gtqlora.planning.formats import PLAIN, held_as
 from gtqlora.planning.memory import CONTEXT, Placement, Step, memory_of
@@ -33,8 +35,14 @@ def plan(config: TrainConfig, *, gpus: str, tokens: int, host: str | None = None
     """
     require(tokens >= 2, f"--seq-len {tokens}: must be at least 2, for a prompt and an answer")
     cards, beside = parse_cards(gpus), parse_bytes(host, "--host") if host is not None else 0
-    sizes = sizes_of(config.model)
+    sizes = _sizes(config)
     return plan_for(sizes, Step.of(config, tokens, _held(config, sizes)), cards, beside, config.steps)
+
+
+def _sizes(config: TrainConfig) -> Sizes:
+    """Return the model's sizes, in the dtype that it is loaded in."""
+    found = sizes_of(config.model)
+    return found if config.dtype == "auto" else replace(found, width=WIDTHS[config.dtype])
 
 
 def _held(config: TrainConfig, sizes: Sizes) -> str:
@@ -80,7 +88,7 @@ def refuse_beyond(config: TrainConfig, longest: int, free: int) -> None:
     Raises:
         TrainingError: see `check_memory`.
     """
-    sizes = sizes_of(config.model)
+    sizes = _sizes(config)
     step = Step.of(config, longest, _held(config, sizes))
     memory = memory_of(sizes, step, Placement(), free)
     needed = memory.total - memory.parts[CONTEXT]  # the driver's own is not free any more
