@@ -61,8 +61,9 @@ def test_rates_are_the_shares_that_they_say() -> None:
     for rate in RATES:
         active = rate.share * TFLOPS / 6 / rate.tokens_per_second
         assert active == pytest.approx(3.04e9 if rate.hidden == 2048 else 2.67e9, rel=0.02)
-    assert nearest(2048, 2048, recomputed=True).tokens == 2048
-    assert nearest(6144, 4096, recomputed=True).hidden == 7168
+    assert nearest(2048, 2048, recomputed=True) == RATES[1] and nearest(2048, 8192, recomputed=False) == RATES[2]
+    assert nearest(6144, 4096, recomputed=True) == RATES[3] and nearest(7168, 10**6, recomputed=True) == RATES[3]
+    assert nearest(64, 8192, recomputed=True) is None and nearest(2048, 64, recomputed=True) is None
     assert link(1) > link(2) == link(8)
 
 
@@ -90,6 +91,12 @@ def test_a_model_is_planned_in_the_dtype_that_it_is_loaded_in(qwen: str) -> None
     half, whole = planned(qwen, expert_format="nf4"), planned(qwen, expert_format="nf4", dtype="float32")
     assert whole.memory["other weights"] == 2 * half.memory["other weights"]
     assert whole.memory["routed experts"] == half.memory["routed experts"]
+
+
+def test_no_time_is_told_of_what_is_unlike_all_that_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "organism:routed", "--gpus", "24GB", "--seq-len", "40"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "cannot be told" in out and "steps an hour" not in out and "MiB" in out
 
 
 # --- the cheapest change

@@ -13,7 +13,7 @@ from gtqlora.cli.layout import Sheet, draw
 from gtqlora.cli.printing import show_json
 from gtqlora.cli.settings import ExpertFormat, Json, Model, Recipe, embedded_model, embedded_recipe
 from gtqlora.errors import ConfigError, GtqloraError
-from gtqlora.planning.cards import in_gib
+from gtqlora.planning.cards import in_binary
 
 if TYPE_CHECKING:
     from gtqlora.planning.plan import Plan, Speed
@@ -84,8 +84,10 @@ def _show(found: Plan) -> None:
     draw(console, _memory(found))
     for line in (*_placement(found), *(_speed(found.speed, found.gpus) if found.speed else ())):
         say(console, line)
+    if found.fits and not found.speed:
+        say(console, "how long it takes cannot be told: no step with so few tokens, or so narrow a model, was measured")
     if not found.fits:
-        verdict = f"does not fit: {in_gib(found.needed)} of {in_gib(found.usable)} on each {found.card}"
+        verdict = f"does not fit: {in_binary(found.needed)} of {in_binary(found.usable)} on each {found.card}"
         say(console, verdict, accent=("does not fit", "bold red"))
         say(console, _change(found))
     for note in found.notes:
@@ -106,20 +108,20 @@ def _formats(found: Plan) -> Sheet:
 
 
 def _memory(found: Plan) -> Sheet:
-    rows = [(part, in_gib(number)) for part, number in found.memory.items()]
+    rows = [(part, in_binary(number)) for part, number in found.memory.items()]
     many = f"{found.gpus} x {found.card}" if found.gpus > 1 else f"one {found.card}"
     return Sheet(
         title=f"Memory on {'the fullest of ' if found.gpus > 1 else ''}{many}, {found.pairs} pairs x 2 x "
         f"{found.tokens} tokens, experts {found.expert_format}",
         columns=("part", "bytes"),
         rows=rows,
-        total=("all", f"{in_gib(found.needed)} of {in_gib(found.usable)}"),
+        total=("all", f"{in_binary(found.needed)} of {in_binary(found.usable)}"),
     )
 
 
 def _placement(found: Plan) -> Iterator[str]:
     if found.fits:
-        yield f"fits, with {in_gib(found.usable - found.needed)} to spare on each GPU"
+        yield f"fits, with {in_binary(found.usable - found.needed)} to spare on each GPU"
     yield f"layers whose activations are kept: {found.layers_kept} of {found.layers}"
     if found.gpus > 1:
         (_, first), (last, end) = found.experts[0], found.experts[-1]
@@ -144,4 +146,4 @@ def _speed(speed: Speed, gpus: int) -> Iterator[str]:
 def _change(found: Plan) -> str:
     if found.change is None:
         return "no change that was tried makes it fit: fewer tokens, or larger GPUs, may"
-    return f"cheapest change that fits: {', '.join(found.change.what)} ({in_gib(found.change.bytes)} on each GPU)"
+    return f"cheapest change that fits: {', '.join(found.change.what)} ({in_binary(found.change.bytes)} on each GPU)"

@@ -68,6 +68,6 @@ def _number(text: str, where: str) -> float:
     return value
 
 
-def in_gib(size: float) -> str:
+def in_binary(size: float) -> str:
     """Return bytes as GPUs' memory is told."""
-    return f"{size / GIB:,.1f} GiB"
+    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / _MIB:,.0f} MiB"

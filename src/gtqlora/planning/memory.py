@@ -185,7 +185,7 @@ def _saved(sizes: Sizes, layer: Layer, step: Step) -> int:
 
 def _of_row(sizes: Sizes, step: Step) -> int:
     """Numbers that experts keep for each row: gate and up; transformers' own experts also what comes after them."""
-    return 2 * sizes.inner + (2 * sizes.inner + sizes.hidden if step.held == PLAIN else 0)
+    return 2 * sizes.inner + (sizes.inner + sizes.hidden if step.held == PLAIN else 0)
 
 
 def _attention(sizes: Sizes, layer: Layer) -> int:

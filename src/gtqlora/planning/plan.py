@@ -74,7 +74,7 @@ class Plan:
         usable, needed: bytes of each GPU, and those needed on the fullest, by part in `memory`.
         layers_kept: layers whose activations are not computed again.
         streamed: experts in host memory, if some have to be there.
-        speed: of what fits; None if nothing does.
+        speed: of what fits; None if nothing does, or nothing like it was measured.
         change: the cheapest change that fits, if this does not; None, too, if no change does.
     """
 
@@ -188,8 +188,10 @@ def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> St
     return Streamed(layers=placed.on_host, host=memory.host, per_pass=per_pass, seconds=per_pass / link(placed.gpus))
 
 
-def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, steps: int) -> Speed:
+def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, steps: int) -> Speed | None:
     rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
+    if rate is None:
+        return None
     computing = step.together * 6 * sizes.active() / (TFLOPS * rate.share)
     # Copies hide under the work that there is, wholly: only the longer of both counts.
     copying = 2 * _streamed(sizes, step, placed, memory).seconds

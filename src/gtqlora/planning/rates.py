@@ -47,19 +47,26 @@ RATES = tuple(
         (_KIMI, 7168, 8192, True, 25_588, 0.519),
     )
 )
+_FARTHEST = 8
+"""How many times narrower than what was measured, or with how many times fewer tokens, a step may be."""
 # Bytes a second from pinned host memory: of one GPU alone, and of each of several, of which two were measured.
 LINK_ALONE, LINK_EACH = 50e9, 46e9
 LINKS = "50 GB/s from pinned host memory to one H100 alone, 46 GB/s to each of two (measured on one host)"
 
 
-def nearest(hidden: int, tokens: int, *, recomputed: bool) -> Rate:
-    """Return the measured step that is most like one: by width first, and by how many tokens run together."""
+def nearest(hidden: int, tokens: int, *, recomputed: bool) -> Rate | None:
+    """Return the measured step that is most like one: by width first, and by how many tokens run together.
+
+    None if none is like it: narrow models and few tokens wait for launches, which no share of the matrix rate tells.
+    """
 
     def apart(rate: Rate) -> float:
         width, batch = abs(log2(rate.hidden / hidden)), abs(log2(rate.tokens / tokens))
         return 2 * width + batch + (rate.recomputed != recomputed)
 
-    return min(RATES, key=apart)
+    found = min(RATES, key=apart)
+    near = found.hidden <= _FARTHEST * hidden and found.tokens <= _FARTHEST * tokens
+    return found if near else None
 
 
 def link(gpus: int) -> float:

@@ -11,7 +11,7 @@ from gtqlora.contrasts.rendered import rendered_rows
 from gtqlora.contrasts.sources import Problems
 from gtqlora.errors import TrainingError
 from gtqlora.families.sizes import WIDTHS, Sizes, sizes_of
-from gtqlora.planning.cards import Cards, in_gib, parse_bytes, parse_cards
+from gtqlora.planning.cards import Cards, in_binary, parse_bytes, parse_cards
 from gtqlora.planning.formats import PLAIN, held_as
 from gtqlora.planning.memory import CONTEXT, Placement, Step, memory_of
 from gtqlora.planning.plan import Plan, cheapest_change, plan_for
@@ -97,6 +97,6 @@ def refuse_beyond(config: TrainConfig, longest: int, free: int) -> None:
     change = cheapest_change(sizes, step, Cards(1, config.device, free), 0)
     fix = f"; cheapest change that fits: {', '.join(change.what)}" if change else ""
     raise TrainingError(
-        f"{config.device}: this training is predicted to need {in_gib(needed)}, and {in_gib(free)} are free{fix}. "
-        f"`gtqlora plan` shows the parts"
+        f"{config.device}: this training needs about {in_binary(needed)}, and {in_binary(free)} are free{fix}; "
+        "`gtqlora plan` shows the parts"
     )
