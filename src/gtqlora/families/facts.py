@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from gtqlora.errors import ModelError
 from gtqlora.families.unknown import refusal
-from gtqlora.routing import RouterSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from gtqlora.routing import RouterSpec
 
     class TextConfig(PreTrainedConfig):
         """A language model's config, with the keys that gtqlora reads by name.
@@ -145,6 +146,8 @@ class Family:
         Raises:
             ModelError: no router can choose so.
         """
+        from gtqlora.routing import RouterSpec  # which needs torch; facts are read without it
+
         text = cast("TextConfig", config)
         normalize = self.normalize == "always" or (self.normalize == "key" and bool(text.norm_topk_prob))
         spec = RouterSpec(

@@ -52,6 +52,7 @@ from gtqlora.progress import note
 from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.stages.plan import check_memory
 from gtqlora.storage.atomic import scratch_errors
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
@@ -147,6 +148,7 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
     """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
     rows = contrasts.load(config.contrast, judge).split(config.split)
     contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
+    check_memory(config, rows)
     while True:
         try:
             return _attempt(config, model, rows, run, origin, again)
