@@ -85,7 +85,10 @@ def test_texts_are_not_judged_again_as_if_other_frames_had_been_asked(
     config = toy.verify_config(toy.model("qwen3_moe"), wrappers=str(asked.parent / "mine.json"))
     other = written(tmp_path / "other.json", f"{{prompt}} {WORD}")
     for wrappers in (None, other):
-        with Run(run) as held, pytest.raises(RunError, match="verified with another wrappers; run `gtqlora verify`"):
+        with (
+            Run(run) as held,
+            pytest.raises(RunError, match=r"verified with other frames \(wrappers\); run `gtqlora verify`"),
+        ):
             verify(replace(config, wrappers=wrappers), held, rejudge=True)
     # the file may lie elsewhere by now
     moved = shutil.copy(asked.parent / "mine.json", tmp_path / "moved.json")

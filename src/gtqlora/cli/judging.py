@@ -53,8 +53,9 @@ def judge(
         from gtqlora.judging.pair import judges_of
         from gtqlora.stages.judge import judge as measure
 
-    for name in filter(None, (by, second)):
-        say_what_judges(name)
+    say_what_judges(by)
+    if second is not None:
+        say_what_judges(second, key="second_judge")
     with stage_progress():
         both = judges_of(absolute(by), None if second is None else absolute(second))
         found = measure(file, both, columns=named, out=out)

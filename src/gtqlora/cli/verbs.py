@@ -98,7 +98,7 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
     with _opened(path) as run:
         # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
-        for judge in judges_in(config):
+        for judge in judges_in(config).values():
             trust.remember(path, judge)
         return stage(config, run, again=again)
 
@@ -190,9 +190,9 @@ def verify(
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         settled = as_verified if rejudge else as_edited
-        given = {**settled(held, named_judge(options.settings)), **server.given()}
+        given = {**settled(held, options.settings), **server.given()}
         config = configured(VerifyConfig, options, given)
-        for judge in judges_in(config):
+        for judge in judges_in(config).values():
             trust.remember(run, judge)
         found = stage(config, held, again=options.again, rejudge=rejudge)
         made = read_info(held.require("adapter", "train")).details

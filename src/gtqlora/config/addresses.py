@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
 
 from gtqlora.config.values import require
 
+MODELS = {"served": "--served", "served_before": "--before", "served_after": "--after"}
+"""Settings that name a server's models, with the options of the command line that give them."""
 SERVER_KEY = "GTQLORA_SERVER_KEY"
 """The environment variable that holds the key of a server that says answers, where it wants one."""
 
@@ -59,15 +62,21 @@ def check_servers(server: str | None, **models: str | None) -> None:
     """
     if server is None:
         named = [key for key, name in models.items() if name is not None]
-        require(not named, f"{' and '.join(named)}: no server to ask; add generate_with, such as http://127.0.0.1:8000")
+        require(not named, f"{_options(named)}: no server to ask; add --generate-with, such as http://127.0.0.1:8000")
         return
     _check_address("generate_with", server)
+    missing = [key for key, name in models.items() if not name]
+    require(not missing, f"{_options(missing)} missing: the name that the server of --generate-with has for the model")
     for key, name in models.items():
-        require(bool(name), f"{key} is missing: what the server of generate_with calls the model")
         url, model = served_at(server, name or "")
         require(bool(model), f"{key} = {name!r}: no model; write NAME or URL#NAME")
         if url != server:
             _check_address(key, url)
+
+
+def _options(settings: Iterable[str]) -> str:
+    """Return settings as the options that a user types, each with its own name behind it."""
+    return " and ".join(f"{MODELS[key]} ({key})" for key in settings)
 
 
 def served_at(server: str, name: str) -> tuple[str, str]:

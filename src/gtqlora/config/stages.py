@@ -345,7 +345,10 @@ class VerifyConfig(StageConfig):
         super().__post_init__()
         if self.second_judge is not None:
             object.__setattr__(self, "second_judge", absolute_judge(self.second_judge))
-            require(self.second_judge != self.judge, f"second_judge = {self.second_judge!r}: the same as judge")
+            require(
+                self.second_judge != self.judge,
+                f"second_judge = {self.second_judge!r}: the same as judge; name another, or set it to none",
+            )
         check_servers(self.generate_with, served_before=self.served_before, served_after=self.served_after)
         if self.wrappers is not None:
             object.__setattr__(self, "wrappers", os.path.abspath(Path(self.wrappers).expanduser()))

@@ -266,6 +266,7 @@ def judge_of(name: str) -> NamedJudge:
         JudgeError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
         ModelError: the model that it names cannot be had.
     """
+    check_known(name)
     if name == "string":
         return NamedJudge(name, StringJudge(), f"{name} edition {EDITION}")
     if name.startswith("string:"):
@@ -273,17 +274,33 @@ def judge_of(name: str) -> NamedJudge:
     if (kind := kind_of(name)) in MODELS:
         judge = _model(kind, name)
         return NamedJudge(name, judge, f"{name} {judge.digest}")
-    if _OWN.fullmatch(name):
-        judge = _built(name, _imported(name))
-        return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
-    raise JudgeError(name, f"unknown; {_remedy(name)}")
+    judge = _built(name, _imported(name))
+    return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
+
+
+def check_known(name: str, *, key: str = "judge") -> None:
+    """Check that a name means a judge, as far as can be told without importing or reading anything.
+
+    Args:
+        key: the setting that names it.
+
+    Raises:
+        JudgeError: it has none of the forms, or no such module is there.
+    """
+    if not is_code(name):
+        return
+    if not _OWN.fullmatch(name):
+        raise JudgeError(name, f"unknown; {_remedy(name)}", key=key)
+    if not trust.can_be_imported(name):
+        raise JudgeError(name, f"no module {kind_of(name)!r}; is it on PYTHONPATH? Or {_remedy(name)}", key=key)
 
 
 def _remedy(name: str) -> str:
-    """Return what to write in place of a name that means no judge: the kind that it is nearly called, or the forms."""
+    """Return what to write in place of a name that means no judge: what it is nearly called, and the forms."""
     kind, colon, rest = name.partition(":")
     close = difflib.get_close_matches(kind, ("string", *MODELS), n=1)
-    return f"did you mean {close[0] + colon + rest!r}?" if close and close[0] != kind else f"use {_FORMS}"
+    meant = f"did you mean {close[0] + colon + rest!r}? Else " if close and close[0] != kind else ""
+    return f"{meant}use {_FORMS}"
 
 
 def _phrase_judge(name: str) -> TextJudge:
