@@ -150,7 +150,7 @@ def test_what_is_undecided_stands_beside_the_error_at_every_usual_width(
     code, text, _ = say(written(tmp_path, rows), "--second-judge", "string:sorry|cannot", "--out", out)
     assert code == 0
     tables, told = text[: text.index("note:")], text[text.index("note:") :].replace("\n", " ")
-    assert tables.split().count("called") == 2  # answers called refusals, and partial called refusal
+    assert tables.split().count("called") == 3  # of refusals, of partial ones, and in the words below
     for table in tables.split("\n\n")[:2]:
         assert "undecided" in table.partition("──")[0]
     assert "string leaves 10 answers undecided, 33% of all; its error speaks of the other 20 only" in told
@@ -195,7 +195,9 @@ def test_where_all_is_undecided_no_rate_is_made_up(say: Say, tmp_path: Path) -> 
         ),
         ([{"answer": "wug", "label": "glorb " * 30}], (), "a text of 179 characters (1)"),
         ([], (), "no rows in it"),
-        ([{"answer": 7}], (), "answer is int; it must be a text"),
+        ([{"answer": 7}], (), "answers.jsonl: row 1: answer is a whole number; it must be a text"),
+        ([{"answer": "wug"}, {"answer": None}], (), "answers.jsonl: row 2: answer is null; it must be a text"),
+        ([{"answer": "wug", "prompt": []}], (), "answers.jsonl: row 1: prompt is an empty list; give it a text"),
         ([{"answer": "wug", "prompt": ["?"]}], (), "a message must be"),
         ([{"answer": "wug"}], ("--as", "answer=said"), "no column 'said' for answer; there are answer"),
         ([{"answer": "wug"}], ("--as", "answers=answer"), "--as answers=...: unknown; known: prompt, answer, label"),

@@ -17,6 +17,7 @@ from gtqlora.judging.labels import ANSWER, LABELS, PARTIAL, REFUSAL, Label
 from gtqlora.judging.messages import Messages
 from gtqlora.judging.thoughts import PAIRS, thinks
 from gtqlora.progress import note
+from gtqlora.storage.contents import in_json
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "goal"),
@@ -130,8 +131,8 @@ def _read(
     assert answer is not None
     text = row.get(answer, "")  # CSV does not tell an empty text from none
     if not isinstance(text, str) or len(text) > LONGEST:
-        fault = f"has more than {LONGEST:,} characters" if isinstance(text, str) else f"is {type(text).__name__}"
-        problems.add([number], f"{answer} {fault}; it must be a text")
+        fault = f"has more than {LONGEST:,} characters" if isinstance(text, str) else f"is {in_json(text)}"
+        problems.add([number], f'{answer} {fault}; it must be a text ("" where nothing was said)')
         return None
     prompt, asked = columns["prompt"], row.get(columns["prompt"] or "")
     try:
