@@ -449,7 +449,7 @@ def test_too_few_kinds(tmp_path: Path) -> None:
 def test_nothing_is_left_of_the_other_kinds(tmp_path: Path) -> None:
     sources = [str(PUBLIC / "advbench.csv"), str(PUBLIC / "or-bench-hard-1k.csv")]
     said = refused(tmp_path, sources, samples=0)
-    assert "only harmful rows of which rows could be made; left out: 12 refused however it is asked" in said
+    assert "only harmful prompts became rows; left out: 12 refused however it is asked" in said
 
 
 def test_output_that_is_there_already(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gtqlora.contrasts.files import LONGEST
-from gtqlora.contrasts.sources import Problems, a_prompt, parsed, records
+from gtqlora.contrasts.sources import Problems, a_prompt, parsed, records, told_values
 from gtqlora.errors import ContrastError
 from gtqlora.judging.labels import ANSWER, LABELS, PARTIAL, REFUSAL, Label
 from gtqlora.judging.messages import Messages
@@ -33,7 +33,6 @@ _WORDS: dict[str, Label] = {
     **dict.fromkeys(("3_partial_refusal", "partial_refusal"), PARTIAL),
 }
 """What labels of public sets mean; yes and no are replies to whether the answer refuses."""
-_SHOWN, _LONGEST_LABEL = 8, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +100,10 @@ def _labels(
     # All of them at once, so that the user mends them in one go.
     values = Counter(_word(row.get(column)) for _, row in rows) if column is not None else Counter[str]()
     found: dict[str, Label | None] = {word: _WORDS.get(word.casefold().replace(" ", "_")) for word in values if word}
-    unknown = [word for word, label in found.items() if label is None]
-    if unknown:
-        # A column of texts was named by mistake, perhaps: they may be harmful, and are not shown.
-        names = [
-            repr(word) if len(word) <= _LONGEST_LABEL else f"a text of {len(word):,} characters" for word in unknown
-        ]
-        shown = ", ".join(f"{name} ({values[word]:,})" for name, word in zip(names[:_SHOWN], unknown, strict=False))
+    if unknown := {word: values[word] for word, label in found.items() if label is None}:
         raise ContrastError(
-            f"{source}: labels in {column!r} that are not known, with their rows: {shown}; known: {', '.join(_WORDS)}; "
-            "name the column with --as label=COLUMN, or write these"
+            f"{source}: labels in {column!r} that are not known, with their rows: {told_values(unknown)}; known: "
+            f"{', '.join(_WORDS)}; name the column with --as label=COLUMN, or write these"
         )
     found[""] = None
     return found
