@@ -195,7 +195,7 @@ NAMED = {"served_before": "a", "served_after": "b"}
         ({"generate_with": "http://192.0.2.1:8000", **NAMED}, "plain HTTP to another machine can be read on the way"),
         (
             {"generate_with": "https://h/v1", **NAMED, "served_after": "http://192.0.2.1#b"},
-            "^served_after = 'http://19",
+            r"^--after \(served_after\) = 'http://19",
         ),
         (
             {"generate_with": "https://h/v1", "served_before": "a"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -11,12 +11,11 @@ from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
 from gtqlora.cli.servers import Server, say_who_answers
-from gtqlora.errors import ConfigError, RunError
+from gtqlora.errors import ConfigError
 from gtqlora.progress import note
 
 if TYPE_CHECKING:
     from gtqlora.config import BuildConfig, StageConfig
-    from gtqlora.run import Run
 
     C = TypeVar("C", bound=StageConfig)
 
@@ -273,7 +272,7 @@ def say_what_judges(judge: str, *, key: str = "judge") -> None:
     """
     from gtqlora.config import is_code
     from gtqlora.config.judges import is_remote
-    from gtqlora.judging.judge import check_known
+    from gtqlora.judging.names import check_known
     from gtqlora.judging.trust import source_of
 
     check_known(judge, key=key)  # now: stages hash gigabytes before they build their judge
@@ -285,10 +284,10 @@ def say_what_judges(judge: str, *, key: str = "judge") -> None:
 
 def named_judge(overrides: Sequence[str] | None) -> str | None:
     """Return the judge that `--set judge=` of this call names, the last one if it does so twice."""
-    return _set(overrides).get("judge")
+    return set_by(overrides).get("judge")
 
 
-def _set(overrides: Sequence[str] | None) -> dict[str, str]:
+def set_by(overrides: Sequence[str] | None) -> dict[str, str]:
     """Return what each `--set` of this call sets, as `build` reads them: the last one wins."""
     pairs = (override.partition("=") for override in overrides or ())
     return {key.strip(): value.strip() for key, _, value in pairs}
@@ -310,96 +309,3 @@ def same_template(overrides: Sequence[str] | None) -> list[str]:
     """Return the words with which another verb renders prompts as one with these overrides."""
     variables = (override for override in overrides or () if override.strip().startswith("template."))
     return [word for override in variables for word in ("--set", override)]
-
-
-def as_edited(run: Run, overrides: Sequence[str] | None) -> dict[str, object]:
-    """Return what `verify` takes over from the settings that made the adapter.
-
-    They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
-
-    Args:
-        overrides: what this call sets; a judge that it does not name is taken over.
-
-    Raises:
-        RunError: there is no adapter.
-        ConfigError: the recorded judge is code that this user did not name for this run before.
-    """
-    from gtqlora.config import of_the_edit
-    from gtqlora.results.adapter import INFO, read_info
-
-    adapter = run.require("adapter", "train")
-    info = read_info(adapter)
-    given = _with_judges_named(run, of_the_edit(info.config), str(adapter / INFO), overrides)
-    return {**given, "model": info.model}  # pinned to the commit that was edited
-
-
-def _with_judges_named(
-    run: Run, recorded: Mapping[str, object], where: str, overrides: Sequence[str] | None
-) -> dict[str, object]:
-    """Return recorded settings without those that this call sets; judges among the others must not need naming.
-
-    Raises:
-        ConfigError: a recorded judge is code that this user did not name for this run before.
-    """
-    from gtqlora.config import JUDGE_KEYS
-    from gtqlora.judging import trust
-
-    given = {key: value for key, value in recorded.items() if key not in _set(overrides)}
-    for key in JUDGE_KEYS:
-        judge = given.get(key)
-        if judge is not None and not trust.is_remembered(run.path, str(judge)):
-            trust.check_named(str(judge), where, key=key)
-    return given
-
-
-_TOLD = ("judge", "second_judge", "margin", "level", "min_refused", "wrapped_margin", "instructed_margin")
-"""Settings by which a verdict is decided."""
-
-
-def as_verified(run: Run, overrides: Sequence[str] | None) -> dict[str, object]:
-    """Return the settings of the last `verify`, which `--rejudge` keeps; arguments and errors as of `as_edited`.
-
-    Those by which it is decided are told on stderr.
-    """
-    from gtqlora.config import VerifyConfig
-
-    record = run.manifest()["stages"].get("verify")
-    if record is None:
-        return as_edited(run, overrides)
-    given = _with_judges_named(run, record["config"], str(run / "manifest.json"), overrides)
-    usual = {field.name: field.default for field in fields(VerifyConfig)}
-    told = [key for key in _TOLD if key in given and (key in ("judge", "margin") or given[key] != usual[key])]
-    if told:
-        remark(f"as the last verdict: {', '.join(f'{key} = {given[key]}' for key in told)}; --set changes it")
-    return given
-
-
-def judge_of_verdict(run: Run, named: str | None) -> str | None:
-    """Return the judge that this call names, or the recorded one if it is code that was named for this run before."""
-    from gtqlora.judging import trust
-
-    record = run.manifest()["stages"].get("verify")
-    recorded = record["config"].get("judge") if record and isinstance(record["config"], dict) else None
-    if named is None and isinstance(recorded, str) and trust.is_remembered(run.path, recorded):
-        named = recorded
-    if named is not None:
-        say_what_judges(named)
-    return named
-
-
-def existing_run(run: Path) -> Path:
-    """Return a run directory that is there already: a mistyped name must not leave an empty one behind.
-
-    Raises:
-        RunError: there is none, or it is some other folder.
-    """
-    from gtqlora.run import MANIFEST
-    from gtqlora.storage.atomic import checked_path
-
-    # Before the run is opened for writing, which would make the folder.
-    run = checked_path(run)
-    if not run.is_dir():
-        raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
-    if not (run / MANIFEST).exists():
-        raise RunError(f"{run}: not a run directory (no {MANIFEST} in it); name the one that `gtqlora train` made")
-    return run

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli import printing
 from gtqlora.cli.console import demo_progress, stage_progress, starting
+from gtqlora.cli.recorded import as_edited, as_verified, existing_run, judge_of_verdict
 from gtqlora.cli.servers import ServerOptions
 from gtqlora.cli.settings import (
     ExpertFormat,
@@ -26,13 +27,9 @@ from gtqlora.cli.settings import (
     OldExpertFormat,
     RunDir,
     StageOptions,
-    as_edited,
-    as_verified,
     asked_format,
     configured,
     embedded_model,
-    existing_run,
-    judge_of_verdict,
     judges_in,
     named_judge,
     same_prompts,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
 
-from gtqlora.config.values import require
+from gtqlora.config.values import as_typed, require
 
-MODELS = {"served": "--served", "served_before": "--before", "served_after": "--after"}
-"""Settings that name a server's models, with the options of the command line that give them."""
 SERVER_KEY = "GTQLORA_SERVER_KEY"
 """The environment variable that holds the key of a server that says answers, where it wants one."""
 
@@ -61,22 +58,19 @@ def check_servers(server: str | None, **models: str | None) -> None:
             server, or a server without a model.
     """
     if server is None:
-        named = [key for key, name in models.items() if name is not None]
-        require(not named, f"{_options(named)}: no server to ask; add --generate-with, such as http://127.0.0.1:8000")
+        named = [as_typed(key) for key, name in models.items() if name is not None]
+        require(
+            not named, f"{' and '.join(named)}: no server to ask; add --generate-with, such as http://127.0.0.1:8000"
+        )
         return
     _check_address("generate_with", server)
-    missing = [key for key, name in models.items() if not name]
-    require(not missing, f"{_options(missing)} missing: the name that the server of --generate-with has for the model")
+    missing = " and ".join(as_typed(key) for key, name in models.items() if not name)
+    require(not missing, f"{missing} missing: the name that the server of --generate-with has for the model")
     for key, name in models.items():
         url, model = served_at(server, name or "")
-        require(bool(model), f"{key} = {name!r}: no model; write NAME or URL#NAME")
+        require(bool(model), f"{as_typed(key)} = {name!r}: no model; write NAME or URL#NAME")
         if url != server:
-            _check_address(key, url)
-
-
-def _options(settings: Iterable[str]) -> str:
-    """Return settings as the options that a user types, each with its own name behind it."""
-    return " and ".join(f"{MODELS[key]} ({key})" for key in settings)
+            _check_address(as_typed(key), url)
 
 
 def served_at(server: str, name: str) -> tuple[str, str]:

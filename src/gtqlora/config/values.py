@@ -16,6 +16,15 @@ Scalar = bool | int | float | str
 """A value that a table of a user's own keys holds."""
 
 
+_OPTIONS = {"target": "--for", "served": "--served", "served_before": "--before", "served_after": "--after"}
+"""Options of the command line that are not called as the settings that they give."""
+
+
+def as_typed(setting: str) -> str:
+    """Return what a message calls a setting: its option first, where that has another name."""
+    return f"{_OPTIONS[setting]} ({setting})" if setting in _OPTIONS else setting
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with the message unless the condition holds."""
     if not condition:

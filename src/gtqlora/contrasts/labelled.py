@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gtqlora.contrasts.columns import told_values
 from gtqlora.contrasts.files import LONGEST
-from gtqlora.contrasts.sources import Problems, a_prompt, parsed, records, told_values
+from gtqlora.contrasts.sources import Problems, a_prompt, parsed, records
 from gtqlora.errors import ContrastError
 from gtqlora.judging.labels import ANSWER, LABELS, PARTIAL, REFUSAL, Label
 from gtqlora.judging.messages import Messages

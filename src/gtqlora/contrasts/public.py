@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from gtqlora.contrasts.columns import told_values
 from gtqlora.contrasts.layouts import KINDS, Description, Layout, When, layouts_of, rule_of, value_of
 from gtqlora.contrasts.near import near_duplicates, shared_subjects
 from gtqlora.contrasts.rows import digest, prompt_key
-from gtqlora.contrasts.sources import a_prompt, a_text, parsed, records, told_values
+from gtqlora.contrasts.sources import a_prompt, a_text, parsed, records
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Messages
 from gtqlora.progress import report

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -363,21 +362,6 @@ def a_completion(name: str, value: object) -> str:
             "move those that chosen and rejected share into `prompt`"
         )
     return messages[0]["content"]
-
-
-_SHOWN_VALUES, _LONGEST_VALUE = 8, 24
-
-
-def told_values(values: Mapping[str, int]) -> str:
-    """Return some values of a column, each with how many rows have it.
-
-    A column of texts was named by mistake, perhaps: they may be harmful, and are not shown.
-    """
-    shown = (
-        f"{repr(value) if len(value) <= _LONGEST_VALUE else f'a text of {len(value):,} characters'} ({count:,})"
-        for value, count in islice(values.items(), _SHOWN_VALUES)
-    )
-    return ", ".join(shown) + (", ..." if len(values) > _SHOWN_VALUES else "")
 
 
 def a_name(column: str, value: object) -> str:
