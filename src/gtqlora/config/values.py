@@ -17,12 +17,13 @@ Scalar = bool | int | float | str
 
 
 _OPTIONS = {"target": "--for", "served": "--served", "served_before": "--before", "served_after": "--after"}
-"""Options of the command line that are not called as the settings that they give."""
+"""Options of the command line, of settings that are not otherwise known to whoever types them."""
 
 
 def as_typed(setting: str) -> str:
     """Return what a message calls a setting: its option first, where that has another name."""
-    return f"{_OPTIONS[setting]} ({setting})" if setting in _OPTIONS else setting
+    option = _OPTIONS.get(setting, setting)
+    return option if option in (setting, f"--{setting}") else f"{option} ({setting})"
 
 
 def require(condition: bool, message: str) -> None:

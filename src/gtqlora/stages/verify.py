@@ -85,8 +85,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
     require(not rejudge or config.generate_with is None, "--rejudge asks nobody; leave out --generate-with")
     made, trained = run.require(ADAPTER, "train"), run.require(contrasts.FILE, "train")
     # what may be misspelt or malformed comes before gigabytes are hashed
-    judge = judges_of(config.judge, config.second_judge)
     own = None if config.wrappers is None else read_own(config.wrappers)
+    judge = judges_of(config.judge, config.second_judge)
     adapter = read_adapter(made)
     _check_made_together(run, trained)
     model = identify(config.model)
