@@ -94,7 +94,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         ConfigError: the program that the edit is for applies nothing of it.
     """
     check_trains(load_config(config.model)[0], config.mode, config.target)
-    model, judge = identify(config.model), judge_of(config.judge)
+    judge, model = judge_of(config.judge), identify(config.model)  # a misspelt judge before gigabytes are hashed
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
     judged = {**inputs, "judge": judge.identity}
