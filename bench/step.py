@@ -51,7 +51,7 @@ from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConf
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.capture.subject import ready
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.edits.collating import KindCollator
@@ -211,7 +211,7 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     model.to(device).eval()
     anatomy = bind(model, family)
     if way != TRL:
-        _routers_to_fp32(model, anatomy)
+        ready(model, anatomy)
     return model, anatomy
 
 

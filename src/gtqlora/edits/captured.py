@@ -73,7 +73,12 @@ class _Replay(torch.autograd.Function):
         for mine, given in zip(graphs.grads, grads, strict=True):
             mine.zero_() if given is None else mine.copy_(given)
         graphs.backward.replay()
-        return None, None, *(None if grad is None else grad.detach() for grad in graphs.found)
+        return None, None, *map(_handed_over, graphs.parameters, graphs.found)
+
+
+def _handed_over(parameter: Tensor, found: Tensor | None) -> Tensor | None:
+    # autograd keeps a parameter's first gradient as it is, and the next replay would write over it
+    return found.clone() if found is not None and parameter.grad is None else found
 
 
 _Inputs = dict[str, Any]

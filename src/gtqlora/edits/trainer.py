@@ -26,7 +26,6 @@ from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.collating import longest_of, most_tokens
-from gtqlora.edits.fused import fuse
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.health import Health
@@ -148,7 +147,6 @@ class GateTargetedTrainer(ReferenceTrainer):
         packed, on_gpu = PackedStack(kwargs["model"], anatomy), settings.device.startswith("cuda")
         if on_gpu:  # before TRL computes the reference, which must be what the policy computes
             self._until_trained.enter_context(packed.installed())
-            fuse(kwargs["model"])
         with weights_unhashed():
             super().__init__(**kwargs)
         _restore_masters(self.model)
