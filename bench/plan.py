@@ -92,7 +92,9 @@ def compare(way: str, words: tuple[str, ...], options: argparse.Namespace, devic
     args = arguments_of(words, options)
     on_gpu = device.type == "cuda"
     usable = torch.cuda.mem_get_info(device)[1] if on_gpu else parse_cards("80GB").bytes
-    planned = Step.of(step.settings_of(args, torch.device("cpu")), args.tokens, way)
+    planned = Step.of(
+        step.settings_of(args, torch.device("cpu")), args.tokens, way, 0 if args.no_packing else args.tokens // 2
+    )
     sizes = sizes_for(args)
     memory = memory_of(sizes, planned, Placement(), usable)
     # routers lie there twice in fp32, the original and the one that trains, and LoRA once

@@ -12,7 +12,7 @@ import pytest
 from gtqlora import contrasts
 from gtqlora.cli import main
 from gtqlora.config import TrainConfig, build
-from gtqlora.edits.collating import longest_of
+from gtqlora.edits.collating import longest_of, most_tokens
 from gtqlora.errors import ConfigError, ModelError, TrainingError
 from gtqlora.families import load_tokenizer
 from gtqlora.families.sizes import sizes_of
@@ -196,16 +196,16 @@ def test_a_training_that_clearly_does_not_fit_is_refused(qwen: str) -> None:
     config = TrainConfig(model=qwen, contrast="unread", expert_format="nf4", batch_size=8)
     step = Step.of(config, 512, "nf4")
     with pytest.raises(TrainingError) as error:
-        refuse_beyond(config, 512, 30 * 2**30)
+        refuse_beyond(config, 512, 0, 30 * 2**30)
     assert "30.0 GiB are free" in str(error.value)
     assert "cheapest change that fits: gradient_checkpointing = true" in str(error.value)
     again = replace(config, gradient_checkpointing=True)
-    refuse_beyond(again, 512, 30 * 2**30)
+    refuse_beyond(again, 512, 0, 30 * 2**30)
     # a prediction is not exact: what is above by less than a tenth is tried
     needed = memory_of(sizes_of(qwen), step, Placement(), 2**40).total
-    refuse_beyond(config, 512, round(needed / 1.05))
+    refuse_beyond(config, 512, 0, round(needed / 1.05))
     with pytest.raises(TrainingError):
-        refuse_beyond(config, 512, round(needed / 1.2))
+        refuse_beyond(config, 512, 0, round(needed / 1.2))
 
 
 def test_the_longest_row_is_known_before_the_model_is_loaded() -> None:
@@ -214,7 +214,9 @@ def test_the_longest_row_is_known_before_the_model_is_loaded() -> None:
     rows = contrasts.load(pairs, judge_of(config.judge)).split("train")
     tokenizer = load_tokenizer(model)
     encoded = [dict(contrasts.encode_preference(tokenizer, row)) for row in rows.rows]
-    assert longest_row(config, rows) == longest_of(encoded)
+    longest, prompt = longest_row(config, rows)
+    assert longest == longest_of(encoded)
+    assert most_tokens(encoded) <= 2 * longest - prompt < 2 * longest
     check_memory(config, rows)  # on a CPU nothing is asked
 
 

@@ -27,6 +27,12 @@ def plan(
         int | None,
         Parameter(name="--seq-len", help="Tokens of the longest prompt with its answer; else the setting max_length."),
     ] = None,
+    prompt_len: Annotated[
+        int,
+        Parameter(
+            name="--prompt-len", help="Of these, tokens of the prompt, which run once for both answers of a pair."
+        ),
+    ] = 0,
     host: Annotated[
         str | None, Parameter(name="--host", help="Host memory that experts may wait in, such as 512GB.")
     ] = None,
@@ -61,7 +67,7 @@ def plan(
     tokens = seq_len if seq_len is not None else settled.max_length
     if tokens is None:
         raise ConfigError("--seq-len is missing: the tokens of the longest prompt with its answer, such as 1024")
-    found = stage(settled, gpus=gpus, tokens=tokens, host=host)
+    found = stage(settled, gpus=gpus, tokens=tokens, prompt=prompt_len, host=host)
     if as_json:
         show_json(found)
     else:

@@ -21,15 +21,13 @@ if TYPE_CHECKING:
     from gtqlora.config import Mode, TrainConfig
 
 EXPERTS, OTHERS, GATE_STATE, LORA = "routed experts", "other weights", "gates in fp32, with Adam", "LoRA, with Adam"
-LAYERS, TRIED, HEAD, ANCHOR = "activations", "layers tried for keeping", "log-probabilities", "routing anchor"
+LAYERS, SEEN, HEAD, ANCHOR = "activations", "held beside these", "log-probabilities", "routing anchor"
 EXCHANGE, BUFFERS, WORKSPACE, CONTEXT = "all-to-all", "layers on their way", "workspace", "CUDA context and graphs"
 
 _HALF, _FP32 = 2, 4
 _ADAM = 2 * _FP32
 # A step's gradients are there twice: where the graph writes them, and where the optimizer reads them.
 _GRADS = 2 * _FP32
-TRIED_LAYERS = 2
-"""Layers whose activations `edits.recomputing` holds once, to see what they take."""
 SPARE = 0.1
 """Share of a GPU's memory that `edits.recomputing` leaves free."""
 TILE, TILE_ROWS = 32768, 4096
@@ -48,6 +46,7 @@ class Step:
     Attributes:
         tokens: of the longest prompt with its answer.
         pairs: in a batch on each GPU; as many rows again, as each has two answers.
+        shared: of these tokens, those of the prompt, which run once for both rows where batches are packed.
         held: format of the routed experts.
         checkpointing: whether activations are computed again, but for those that `activation_memory` (GiB) allows.
     """
@@ -55,6 +54,7 @@ class Step:
     tokens: int
     pairs: int
     held: str
+    shared: int = 0
     rank: int = 32
     mode: Mode = "gt"
     checkpointing: bool = False
@@ -64,13 +64,19 @@ class Step:
     @property
     def together(self) -> int:
         """Tokens that run together on each GPU."""
+        return self.places - self.pairs * self.shared
+
+    @property
+    def places(self) -> int:
+        """Places of the rows, where prompts stand twice."""
         return 2 * self.pairs * self.tokens
 
     @staticmethod
-    def of(config: TrainConfig, tokens: int, held: str) -> Step:
+    def of(config: TrainConfig, tokens: int, held: str, shared: int = 0) -> Step:
         """Return the step of a training with these settings."""
         return Step(
             tokens=tokens,
+            shared=shared,
             pairs=config.batch_size,
             held=held,
             rank=config.rank,
@@ -123,7 +129,8 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         OTHERS: others,
         GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else _FP32 + _ADAM + _GRADS)),
         LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_FP32 + _HALF + _ADAM + _GRADS),
-        TRIED: round(_SLACK * _tried(sizes, step)),
+        # found by measuring, and not in the code: every peak has about an embedding's bytes more than all the rest
+        SEEN: sizes.vocabulary * sizes.hidden * sizes.width,
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
         EXCHANGE: 0 if placed.gpus == 1 else 3 * step.together * sizes.top_k * sizes.hidden * sizes.width,
@@ -161,13 +168,6 @@ def _activations(sizes: Sizes, step: Step, kept: int) -> float:
     )
     logits = 2 * len(sizes.moe) * sizes.experts * _FP32 + 2 * sizes.hidden * sizes.width
     return (inputs + saved + busy + logits) * step.together
-
-
-def _tried(sizes: Sizes, step: Step) -> int:
-    """Bytes of the layers that are tried for keeping; they were seen to be there still when graphs are recorded."""
-    if not step.checkpointing:
-        return 0
-    return sum(_saved(sizes, layer, step) for layer in sizes.layers[-TRIED_LAYERS:]) * step.together
 
 
 def _saved(sizes: Sizes, layer: Layer, step: Step) -> int:
@@ -211,14 +211,14 @@ def _busy(sizes: Sizes, layer: Layer, step: Step) -> int:
 
 def _tile(sizes: Sizes, step: Step) -> int:
     """Bytes of the logits that are there at once; half of the tokens are taken to be answers."""
-    return min(step.together // 2, TILE_ROWS) * min(TILE, sizes.vocabulary) * sizes.width
+    return min(step.places // 2, TILE_ROWS) * min(TILE, sizes.vocabulary) * sizes.width
 
 
 def _head(sizes: Sizes, step: Step) -> int:
     """Bytes of log-probabilities."""
     # the answers' states and their gradients, once in fp32, and gradients of all states
-    states = step.together // 2 * sizes.hidden * (2 * sizes.width + _FP32)
-    return _tile(sizes, step) + states + 2 * step.together * sizes.hidden * sizes.width
+    states = step.places // 2 * sizes.hidden * (2 * sizes.width + _FP32)
+    return _tile(sizes, step) + states + 2 * step.places * sizes.hidden * sizes.width
 
 
 def _anchor(sizes: Sizes, step: Step) -> int:
@@ -228,7 +228,7 @@ def _anchor(sizes: Sizes, step: Step) -> int:
     rows = sizes.top_k * (3 * sizes.inner + sizes.hidden) + 4 * sizes.hidden + 2 * sizes.qk + 2 * sizes.v
     scores = 4 * len(sizes.moe) * sizes.experts * _FP32
     # the pass begins when the logits are gone
-    return step.together // 2 * scores + max(0, step.together // 2 * rows * sizes.width - _tile(sizes, step))
+    return step.places // 2 * scores + max(0, step.places // 2 * rows * sizes.width - _tile(sizes, step))
 
 
 def _decoded(sizes: Sizes, step: Step, placed: Placement) -> int:

@@ -20,13 +20,14 @@ _CLEARLY = 1.1
 """A training is refused where it is predicted to need this many times what is free: predictions are not exact."""
 
 
-def plan(config: TrainConfig, *, gpus: str, tokens: int, host: str | None = None) -> Plan:
+def plan(config: TrainConfig, *, gpus: str, tokens: int, prompt: int = 0, host: str | None = None) -> Plan:
     """Return what a training takes, from the model's config.json alone; neither torch nor a GPU is asked.
 
     Args:
         config: the training's settings; its pairs need not be there.
         gpus: such as `4x141GB`.
         tokens: of the longest prompt with its answer.
+        prompt: of these, tokens of the prompt, which run once for both answers; 0 counts them twice.
         host: memory beside the GPUs that experts may wait in, such as `512GB`.
 
     Raises:
@@ -34,15 +35,21 @@ def plan(config: TrainConfig, *, gpus: str, tokens: int, host: str | None = None
         ModelError: no such model, an unknown or dense architecture, or a config.json that lacks keys.
     """
     require(tokens >= 2, f"--seq-len {tokens}: must be at least 2, for a prompt and an answer")
+    require(0 <= prompt < tokens, f"--prompt-len {prompt}: must be less than --seq-len {tokens}, and at least 0")
     cards, beside = parse_cards(gpus), parse_bytes(host, "--host") if host is not None else 0
     sizes = _sizes(config)
-    return plan_for(sizes, Step.of(config, tokens, _held(config, sizes)), cards, beside, config.steps)
+    return plan_for(sizes, _step(config, sizes, tokens, prompt), cards, beside, config.steps)
 
 
 def _sizes(config: TrainConfig) -> Sizes:
     """Return the model's sizes, in the dtype that it is loaded in."""
     found = sizes_of(config.model)
     return found if config.dtype == "auto" else replace(found, width=WIDTHS[config.dtype])
+
+
+def _step(config: TrainConfig, sizes: Sizes, tokens: int, prompt: int) -> Step:
+    packed = sizes.family.only_attends and config.objective == "edit"
+    return Step.of(config, tokens, _held(config, sizes), prompt if packed else 0)
 
 
 def _held(config: TrainConfig, sizes: Sizes) -> str:
@@ -61,11 +68,13 @@ def check_memory(config: TrainConfig, rows: Contrast) -> None:
         return
     import torch  # only now: a plan by itself needs none
 
-    refuse_beyond(config, longest_row(config, rows), torch.cuda.mem_get_info(config.device)[0])
+    refuse_beyond(config, *longest_row(config, rows), torch.cuda.mem_get_info(config.device)[0])
 
 
-def longest_row(config: TrainConfig, rows: Contrast) -> int:
-    """Return the tokens of the longest prompt with its answer, before the model is loaded.
+def longest_row(config: TrainConfig, rows: Contrast) -> tuple[int, int]:
+    """Return the tokens of the longest prompt with its answer, before the model is loaded, and of a prompt.
+
+    With a prompt of so many, the longest pair has at least the tokens of any: both rows, with the prompt once.
 
     Raises:
         ContrastError: as `check_rendering`.
@@ -74,22 +83,23 @@ def longest_row(config: TrainConfig, rows: Contrast) -> int:
     from gtqlora.families import load_tokenizer
 
     problems, limit = Problems(rows.source), config.max_length or sizes_of(config.model).context
-    found = rendered_rows(rows.rows, load_tokenizer(config.model, config.template), limit, problems)
+    found = list(rendered_rows(rows.rows, load_tokenizer(config.model, config.template), limit, problems))
     problems.stop()
-    return max(row.full_tokens for row in found)
+    longest = max(row.full_tokens for row in found)
+    return longest, 2 * longest - max(2 * row.full_tokens - row.own_tokens for row in found)
 
 
-def refuse_beyond(config: TrainConfig, longest: int, free: int) -> None:
+def refuse_beyond(config: TrainConfig, longest: int, prompt: int, free: int) -> None:
     """Refuse a training that clearly needs more than the free bytes of its GPU.
 
     Args:
-        longest: tokens of the longest prompt with its answer.
+        longest, prompt: as `longest_row` returns them.
 
     Raises:
         TrainingError: see `check_memory`.
     """
     sizes = _sizes(config)
-    step = Step.of(config, longest, _held(config, sizes))
+    step = _step(config, sizes, longest, prompt)
     memory = memory_of(sizes, step, Placement(), free)
     needed = memory.total - memory.parts[CONTEXT]  # the driver's own is not free any more
     if needed <= _CLEARLY * free:
