@@ -39,7 +39,7 @@ def _given(name: str, dtype: str) -> dict:
 
 def test_a_batch_that_no_gpu_holds_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     config = build(TrainConfig, **_given("routed", "float32"), overrides=["batch_size=4000000"])
-    with Run(tmp_path / "run") as run, pytest.raises(TrainingError, match="cheapest change that fits: batch_size"):
+    with Run(tmp_path / "run") as run, pytest.raises(TrainingError, match=r"cheapest change that fits: .*batch_size"):
         train(config, run)
 
 
