@@ -40,7 +40,10 @@ ROOT = Path(__file__).parents[1]
 JUDGE = "tests.helpers:refuses"
 VERIFY = [
     word
-    for setting in ("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20")
+    for setting in (
+        *("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20"),
+        *("wrapped_prompts=80", "wrapped_margin=0.1"),
+    )
     for word in ("--set", setting)
 ]
 """Settings of `verify` on the command line, as those of `Toy.verify_config`."""
@@ -75,12 +78,12 @@ def toy_rows(counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
 class Toy:
     """A folder with tiny models, made when asked for, and a contrast set.
 
-    It is large enough for a passed floor, whatever the number of tries that a session's tests come to.
+    It is large enough for a passed floor, whatever the number of tries that a test comes to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        held_out = {("heldout", "harmful"): 200, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+        held_out = {("heldout", "harmful"): 120, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
         train = {("train", kind): 16 for kind in contrasts.KINDS}
         self.contrast = write_rows(folder / "contrast.jsonl", toy_rows({**train, **held_out}))
 
@@ -101,6 +104,7 @@ class Toy:
         settings: dict[str, Any] = {
             **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
             **{"max_new_tokens": 2, "margin": 0.05, "ablation": 2, "ablation_prompts": 20},
+            **{"wrapped_prompts": 80, "wrapped_margin": 0.1},
         }
         return VerifyConfig(**{**settings, **changes})
 
