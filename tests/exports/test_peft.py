@@ -37,7 +37,7 @@ from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
 from gtqlora.scoring import Runner
 from gtqlora.stages.verify import verify
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.families.test_packed import packed
 from tests.helpers import exported
 from tests.stages.test_export import source, tensors_of
@@ -135,7 +135,7 @@ def folders(
         paths = {"model": source(toy, family), "adapter": root / family}
         paths |= {"logits": root / f"{family}.logits", "said": root / f"{family}.said"}
         cases.append({name: str(path) for name, path in paths.items()})
-    done = helpers.fresh_process(_LOAD, json.dumps(cases), root / "ids")
+    done = warm.process(_LOAD, json.dumps(cases), root / "ids")
     assert done.returncode == 0, done.stderr
     return {family: root / family for family in RUN_HERE}
 
