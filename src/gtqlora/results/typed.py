@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 _WORDS: dict[object, str] = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
 
+_EXACT = frozenset[object]({str, bool, int, NoneType})
+"""Plain types of which any value will do, unlike numbers, which have to be finite."""
+
 
 class Mismatch(ValueError):
     """Something in a value is not of the type that it should be; the message names its key."""
@@ -53,8 +56,8 @@ def from_json(kind: type[T], value: object) -> T:
 
 def _read(value: object, hint: object, place: str) -> object:
     """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
-    # nearly all values are of just the plain type that is wanted; of numbers only finite ones will do
-    if type(value) is hint and hint is not float:
+    # nearly all values are of just the plain type that is wanted
+    if hint in _EXACT and hint == type(value):
         return value
     origin = get_origin(hint)
     # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
@@ -121,7 +124,7 @@ def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
     # before the others, so that what is wrong is told of the type that a value is meant to have
     if value is None and NoneType in hints:
         return None
-    if type(value) in hints and type(value) is not float:
+    if type(value) in hints and type(value) in _EXACT:
         return value
     wrong: Mismatch | None = None
     for hint in (hint for hint in hints if hint is not NoneType):
