@@ -36,13 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """Look for garbage seldom, and not among imported modules and collected tests: every training looks for it, too."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     """One thread, so that two workers do not take each other's cores, and nothing said that is not ours."""
@@ -55,6 +48,14 @@ def quiet() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """Every training and every verdict looks for garbage; what is there before a file's tests begin is none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

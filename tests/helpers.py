@@ -42,11 +42,11 @@ VERIFY = [
     word
     for setting in (
         *("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20"),
-        *("wrapped_prompts=80", "wrapped_margin=0.1"),
+        *("wrapped_prompts=80", "wrapped_margin=0.1", "mediation_prompts=20"),
     )
     for word in ("--set", setting)
 ]
-"""Settings of `verify` on the command line, as those of `Toy.verify_config`."""
+"""Settings of `verify` on the command line, as those of `Toy.verify_config`, and an ablation study."""
 
 
 def refuses(text: str) -> bool:
@@ -83,9 +83,13 @@ class Toy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        held_out = {("heldout", "harmful"): 120, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+        self.contrast = self.pairs(folder / "contrast.jsonl")
+
+    def pairs(self, path: Path, harmful: int = 120) -> Path:
+        """Write a contrast set with so many held-out harmful prompts."""
+        held_out = {("heldout", "harmful"): harmful, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
         train = {("train", kind): 16 for kind in contrasts.KINDS}
-        self.contrast = write_rows(folder / "contrast.jsonl", toy_rows({**train, **held_out}))
+        return write_rows(path, toy_rows({**train, **held_out}))
 
     def model(self, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
         extra = [f"{key}={value}" for key, value in more.items()]
@@ -103,8 +107,8 @@ class Toy:
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {
             **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
-            **{"max_new_tokens": 2, "margin": 0.05, "ablation": 2, "ablation_prompts": 20},
-            **{"wrapped_prompts": 80, "wrapped_margin": 0.1},
+            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 80, "wrapped_margin": 0.1},
+            **{"ablation": 0, "ablation_prompts": 20, "mediation_prompts": 20},
         }
         return VerifyConfig(**{**settings, **changes})
 

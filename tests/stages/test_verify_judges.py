@@ -42,9 +42,19 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
     return lambda name: f"second_judges:{name}"
 
 
+@pytest.fixture(scope="module")
+def studied(toy: helpers.Toy, verified: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified run with an ablation study."""
+    model = toy.model("qwen3_moe")
+    path = Path(shutil.copytree(verified(model), tmp_path_factory.mktemp("studied") / "run"))
+    with Run(path) as held:
+        verify(toy.verify_config(model, ablation=2), held)
+    return path
+
+
 @pytest.fixture
-def run(toy: helpers.Toy, verified: Callable[..., Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(verified(toy.model("qwen3_moe")), tmp_path / "run"))
+def run(studied: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(studied, tmp_path / "run"))
 
 
 @pytest.fixture
