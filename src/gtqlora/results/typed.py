@@ -57,7 +57,7 @@ def from_json(kind: type[T], value: object) -> T:
 def _read(value: object, hint: object, place: str) -> object:
     """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
     # nearly all values are of just the plain type that is wanted
-    if hint in _EXACT and hint == type(value):
+    if hint in _EXACT and hint is type(value):
         return value
     origin = get_origin(hint)
     # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
