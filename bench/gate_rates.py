@@ -44,7 +44,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from gtqlora import contrasts
 from gtqlora.capture import Subject
-from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.capture.subject import ready
 from gtqlora.config import TrainConfig, VerifyConfig, build
 from gtqlora.contrasts import KINDS
 from gtqlora.edits.checkpoint_files import Origin
@@ -129,7 +129,7 @@ def _subject(args: argparse.Namespace, shape: str) -> Subject:
                 buffer.data = 0.02 * torch.randn(buffer.shape)
     model.to(getattr(torch, args.dtype))
     subject = Subject(model, language.tokenizer(), bind(model, family))
-    _routers_to_fp32(model, subject.anatomy)
+    ready(model, subject.anatomy)
     return subject
 
 

@@ -1,4 +1,4 @@
-"""Measure how long the command line takes to answer: `--help` of every verb, and `inspect` from a config alone.
+"""Measure how long the command line takes to answer: `--help` of every verb, `inspect` and `plan` from a config alone.
 
     python bench/start.py [--repeats 5]
 
@@ -17,11 +17,15 @@ from pathlib import Path
 from statistics import median
 
 KIMI = Path(__file__).parents[1] / "tests" / "data" / "kimi_k25_config.json"
-VERBS = ("inspect", "contrast check", "diagnose", "train", "project", "verify", "export", "report", "demo")
+VERBS = ("inspect", "plan", "contrast check", "diagnose", "train", "project", "verify", "export", "report", "demo")
 COMMANDS = {
     "--help": ["--help"],
     **{f"{verb} --help": [*verb.split(), "--help"] for verb in VERBS},
     "inspect (1 T parameters, from config.json)": ["inspect", str(KIMI), "--json"],
+    "plan (1 T parameters, from config.json)": [
+        *("plan", str(KIMI), "--gpus", "8x141GB", "--seq-len", "512", "--pairs", "1", "--json"),
+        *("--set", "gradient_checkpointing=true"),
+    ],
 }
 
 

@@ -51,7 +51,7 @@ from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConf
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.capture.subject import ready
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.edits.collating import KindCollator
@@ -121,8 +121,8 @@ class Measured:
 
 _KINDS = {
     "experts": ("grouped", "few_rows", "_gated", "_gather", "_combine", "absmax", "plan("),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
     "attention": ("flash", "fmha", "attention", "sdpa", "cudnn"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
     "norms, rotary": ("rms_norm", "rope"),
     "copies, casts": ("copy", "memcpy", "memset", "catarray"),
     "routing": ("sort", "topk", "scatter", "index", "searchsorted", "softmax"),
@@ -211,7 +211,7 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     model.to(device).eval()
     anatomy = bind(model, family)
     if way != TRL:
-        _routers_to_fp32(model, anatomy)
+        ready(model, anatomy)
     return model, anatomy
 
 
@@ -335,7 +335,7 @@ def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy,
     with peft_targets_kept(), weights_unhashed():
         if way == TRL:
             return DPOTrainer(args=_trl_arguments(settings, out), **shared)
-        collator = KindCollator(pad_token_id=0)
+        collator = KindCollator(pad_token_id=0, packed=not args.no_packing)
         shared["train_dataset"] = in_tokens(shared["train_dataset"], tokenizer)
         trainer = GateTargetedTrainer(
             anatomy=anatomy, settings=settings, args=arguments, data_collator=collator, **shared
@@ -457,6 +457,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--activation-memory", type=float, default=0.0, help="GiB for kept activations; below 0: what is free"
     )
+    parser.add_argument("--no-packing", action="store_true", help="with padding, and every prompt twice")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="print one step's kernels by kind")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="as many steps, with the loss of each")

@@ -13,6 +13,7 @@ from gtqlora.contrasts import encode_prompt
 from gtqlora.contrasts import load as load_contrast
 from gtqlora.edits.edited import load
 from gtqlora.edits.wrapping import trainable
+from gtqlora.errors import TrainingError
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
 from gtqlora.results.metrics import read_metrics
@@ -34,6 +35,12 @@ def _given(name: str, dtype: str) -> dict:
         "device": "cuda",
         "dtype": dtype,
     }
+
+
+def test_a_batch_that_no_gpu_holds_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    config = build(TrainConfig, **_given("routed", "float32"), overrides=["batch_size=4000000"])
+    with Run(tmp_path / "run") as run, pytest.raises(TrainingError, match="cheapest change that fits: batch_size"):
+        train(config, run)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("routed", "float32"), ("routed-qwen3", "bfloat16")])

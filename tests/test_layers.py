@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config",
         "posting run",  # JSON to servers of models; the run directory
         "families",  # parts of a model and its files
+        "planning",  # what a training will take
         "judging",  # who tells a refusal from an answer
         "contrasts experts",  # prompts from outside; the routed experts of a model, frozen in 4 bits
         "results",  # what each stage leaves
@@ -270,3 +271,10 @@ def test_the_public_door_gives_stages_and_not_their_modules() -> None:
 def test_what_the_door_does_not_have() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gtqlora.nothing
+
+
+def test_sizes_of_a_model_are_known_without_torch() -> None:
+    kimi = Path(__file__).parent / "data" / "kimi_k25_config.json"
+    assert (
+        _after(f"from gtqlora.families.sizes import sizes_of\nassert sizes_of({str(kimi)!r}).experts == 384") == set()
+    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gtqlora.stages.diagnose import diagnose
     from gtqlora.stages.export import export
     from gtqlora.stages.inspect import inspect
+    from gtqlora.stages.plan import plan
     from gtqlora.stages.project import project
     from gtqlora.stages.report import report
     from gtqlora.stages.train import train
@@ -39,6 +40,7 @@ _HOME = {
     "export": "stages.export",
     "inspect": "stages.inspect",
     "load": "edits.edited",
+    "plan": "stages.plan",
     "project": "stages.project",
     "report": "stages.report",
     "train": "stages.train",
@@ -58,6 +60,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "plan",
     "project",
     "report",
     "train",

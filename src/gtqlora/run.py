@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -83,6 +84,32 @@ def versions() -> dict[str, str]:
 def stage_hash(settings: Mapping[str, object], inputs: Mapping[str, str], aside: Collection[str] = ()) -> str:
     """Hash what a stage's results follow from: its settings, but those set aside, and the contents of its inputs."""
     return sha256_json({"config": {k: v for k, v in settings.items() if k not in aside}, "inputs": dict(inputs)})
+
+
+_OTHER = {
+    "model": "another model",
+    "contrast": "other pairs",
+    "adapter": "another adapter",
+    "trained": "other pairs that were trained on",
+    "judge": "another judge",
+    "wrappers": "other frames (wrappers)",
+}
+
+
+def other_settings(was: Mapping[str, object], now: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """Say which of these settings had other values than now, and both."""
+    different = [name for name in names if was.get(name) != now.get(name)]
+    return [f"{name} = {_shown(was.get(name))} and not {_shown(now.get(name))}" for name in different]
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
+def other_inputs(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Say in words which inputs had other contents than now; those that are not called anything here by their name."""
+    names = sorted(was.keys() | now.keys())
+    return [_OTHER.get(name, f"another {name}") for name in names if was.get(name) != now.get(name)]
 
 
 # --- the manifest

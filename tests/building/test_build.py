@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import stat
 from collections import Counter
@@ -24,7 +25,9 @@ from gtqlora.config.building import HELPFUL
 from gtqlora.contrasts import KINDS, Contrast, load, prompt_key
 from gtqlora.contrasts.layouts import described
 from gtqlora.contrasts.public import pool
+from gtqlora.contrasts.template import rendered, tokens
 from gtqlora.errors import ConfigError, ContrastError, ModelError, RunError
+from gtqlora.families import load_tokenizer
 from gtqlora.judging.judge import Messages, judge_of
 from gtqlora.organisms import embedded
 from gtqlora.progress import note
@@ -446,10 +449,34 @@ def test_too_few_kinds(tmp_path: Path) -> None:
     assert "only harmful prompts; add a set of lookalikes" in refused(tmp_path, SOURCES[1:2])
 
 
+def test_answers_without_room_are_told_of_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shut(*_: object, **__: object) -> None:
+        raise AssertionError("the model was asked")
+
+    config_json = json.loads((embedded.organism("routed") / "config.json").read_text())
+    context = config_json["max_position_embeddings"]
+    with monkeypatch.context() as patched:
+        patched.setattr(asking, "decode", shut)
+        said = refused(tmp_path, max_new_tokens=context)
+        assert said.startswith(f"the model's context has {context} tokens, the longest of 43 harmful prompts ")
+        assert f"for answers of {context} tokens (max_new_tokens) there is no room behind 43 of them" in said
+        room = int(re.search(r"lower --max-new-tokens to (\d+) or less, or take shorter prompts$", said)[1])  # type: ignore[index]
+        assert room == context - max(len(ids) for ids in harmful_ids())
+    assert build(config(tmp_path / "pairs.parquet", max_new_tokens=room), SOURCES).refused == 43
+
+
+def harmful_ids() -> list[list[int]]:
+    tokenizer = load_tokenizer(str(embedded.organism("routed")), {})
+    prompts = [one.prompt for one in pool(SOURCES).candidates if one.kind == "harmful"]
+    return [tokens(tokenizer, rendered(tokenizer, prompt, generation=True)) for prompt in prompts]
+
+
 def test_nothing_is_left_of_the_other_kinds(tmp_path: Path) -> None:
     sources = [str(PUBLIC / "advbench.csv"), str(PUBLIC / "or-bench-hard-1k.csv")]
     said = refused(tmp_path, sources, samples=0)
-    assert "only harmful rows of which rows could be made; left out: 12 refused however it is asked" in said
+    assert "only harmful prompts became rows; left out: 12 refused however it is asked" in said
 
 
 def test_output_that_is_there_already(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_recording_changes_nothing(subject: Subject) -> None:
 
 
 def test_rows_of_a_recording(subject: Subject) -> None:
-    picked = _recorded(subject, TOKENS).rows(torch.tensor([2, 0]), batch=4).decisions
+    places_BS = torch.arange(TOKENS.numel()).view(TOKENS.shape)
+    picked = _recorded(subject, TOKENS).at(places_BS[[2, 0]].flatten()).decisions
     alone = _recorded(subject, TOKENS[[2, 0]]).decisions
     for position, decision in picked.items():
         assert torch.equal(decision.indices_TK, alone[position].indices_TK)

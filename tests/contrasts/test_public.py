@@ -167,16 +167,22 @@ def test_a_system_prompt_is_a_column_or_a_text(tmp_path: Path) -> None:
         found = pool([source], [described(text)]).candidates
         assert [one.prompt[0]["content"] for one in found] == expected
         assert all(one.kind == "instructed" and len(one.bare) == 1 for one in found)
-    assert "has no column 'tld', which --as names" in refused(source, "instructed:prompt=request,system=tld")
+    said = refused(source, "instructed:prompt=request,system=tld")
+    assert "has no column 'tld' (system=), which --as names; it has" in said
+    assert said.endswith("; a system prompt in place of its column has several words")
 
 
 def test_a_set_that_is_not_known(tmp_path: Path) -> None:
     source = table(tmp_path / "x.csv", ("request", "class"), ("glorbify", "1"))
     assert "the columns class, request is not known" in refused(source)
     assert "--as KIND:prompt=COLUMN" in refused(source)
-    assert "has no column 'prompt', which --as names; it has class, request" in refused(source, "harmful:prompt=prompt")
-    assert "has no column 'y', which --as names" in refused(source, "harmful:prompt=request,where=y=1")
-    assert "no row is a prompt (1 of no kind that is used)" in refused(source, "harmful:prompt=request,where=class=2")
+    assert "has no column 'prompt' (prompt=), which --as names; it has class, request" in refused(
+        source, "harmful:prompt=prompt"
+    )
+    assert "has no column 'y' (where=), which --as names" in refused(source, "harmful:prompt=request,where=y=1")
+    said = refused(source, "lookalike:prompt=request,answer=said,pair=p")
+    assert "has no column 'p' (pair=), 'said' (answer=), which --as names; it has class, request" in said
+    assert "no row is one of these; 'class' has '1' (1)" in refused(source, "harmful:prompt=request,where=class=2")
     assert "no source is called that" in refused(source, "harmful:prompt=request,of=other")
 
 
@@ -236,6 +242,19 @@ def test_sources_without_prompts(tmp_path: Path) -> None:
     assert refused(source, "harmful:prompt=goal,of=a.csv").endswith("which --as names; it has target")
     (tmp_path / "a.jsonl").write_text('{"goal": 7, "target": "x"}\n[1]\n')
     assert "no row is a prompt (2 no readable prompt)" in refused(str(tmp_path / "a.jsonl"))
+
+
+def test_a_description_that_chooses_no_row_says_what_the_column_has(tmp_path: Path) -> None:
+    rows = [("wug dax", "bad"), ("fep blicket", "good"), ("tulver", "good"), ("zorch", ""), ("gazzer", "glorb " * 9)]
+    source = table(tmp_path / "set.csv", ("q", "label"), *rows)
+    wanted = "no row is one of these; 'label' has 'good' (2), 'bad' (1), '' (1), a text of 53 characters (1)"
+    typo = "harmful:prompt=q,where=label=badd"
+    assert refused(source, typo) == f"--as {typo}: {wanted}"
+    assert refused(source, "benign:prompt=q,where=label=good", typo) == f"--as {typo}: {wanted}"
+    # of two sources one may have none
+    other = table(tmp_path / "other.csv", ("q", "label"), ("modi kiki", "bad"))
+    found = pool([source, other], [described("harmful:prompt=q,where=label=bad"), described("benign:prompt=q")])
+    assert len(found.candidates) == 6
 
 
 def test_a_prompt_counts_once_and_as_harmful_where_sets_disagree(tmp_path: Path) -> None:

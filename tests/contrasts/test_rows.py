@@ -149,25 +149,31 @@ def test_missing_split_is_80_10_10_by_pair(tmp_path: Path) -> None:
         ("[" * 100_000, "row 2: not valid JSON"),
         ("[1]", "row 2: a list, not a JSON object"),
         ({"kind": "benign", "chosen": "a"}, "row 2: prompt and rejected missing"),
-        (row() | {"kind": None}, "kind missing"),
+        (row() | {"kind": None}, r"kind \(null\) missing"),
         (row(prompt=""), "prompt is empty"),
         (row(chosen="  "), "chosen is empty"),
-        (row(rejected=3), "rejected is int; it must be a string"),
-        (row(prompt={"role": "user"}), "prompt is dict"),
+        (row(rejected=3), "rejected is a whole number; it must be a text"),
+        (row(prompt={"role": "user"}), "prompt is an object"),
         (row(kind="harmfull"), "kind 'harmfull' is unknown; did you mean 'harmful'"),
-        (row() | {"kind": 1}, "kind is int"),
+        (row() | {"kind": 1}, "kind is a whole number"),
         (row(chosen="Sure, HERE  is"), "chosen and rejected are the same"),
-        (row(prompt=[]), "must end with a user message"),
+        (row(prompt=[]), "prompt is an empty list; give it a text, or messages"),
+        (row(chosen=[]), "chosen is an empty list"),
+        (row(rejected=""), "rejected is empty"),
+        (row(twin=[]), "twin is an empty list"),
         (row(prompt=[{"role": "assistant", "content": "a"}]), "must end with a user message"),
         (row(prompt=[{"role": "bot", "content": "a"}]), "prompt role 'bot' is unknown"),
         (row(prompt=[{"role": "user"}]), "a message must be"),
         (row(prompt=["a"]), "a message must be"),
-        (row(prompt=[{"role": "user", "content": None}]), "prompt content is NoneType"),
+        (row(prompt=[{"role": "user", "content": None}]), "prompt content is null"),
         (row(prompt=[{"role": "user", "content": []}]), "prompt content is empty"),
-        (row(prompt=[{"role": "user", "content": ["a"]}]), "prompt content has a part of type 'str'; only text"),
+        (
+            row(prompt=[{"role": "user", "content": ["a"]}]),
+            "content has a part of type 'text by itself'; only text",
+        ),
         (row(prompt=[{"role": "user", "content": [{"type": "image"}]}]), "has a part of type 'image'; only text"),
         (row(prompt=[{"role": "user", "content": [{"type": "text", "text": ""}]}]), "prompt content is empty"),
-        (row(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "prompt content is NoneType"),
+        (row(prompt=[{"role": "user", "content": [{"type": "text"}]}]), "prompt content is null"),
         (
             row(prompt=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
             "tool_calls, which are not rendered",
@@ -177,8 +183,8 @@ def test_missing_split_is_80_10_10_by_pair(tmp_path: Path) -> None:
         (row(chosen=[{"role": "user", "content": "a"}]), "single assistant message"),
         (row(twin=""), "twin is empty"),
         (row(twin="BAKE bread"), "twin is the prompt itself"),
-        (row(answer=4), "answer is int"),
-        (row(pair_id=True), "pair_id is bool"),
+        (row(answer=4), "answer is a whole number"),
+        (row(pair_id=True), "pair_id is true or false"),
         (row(pair_id=""), "pair_id is empty"),
         (row(split="test"), "split 'test' is unknown"),
         (row(split=""), "split is empty"),
@@ -290,6 +296,11 @@ def test_rows_that_break_a_rule_can_be_left_out(tmp_path: Path) -> None:
         [(3,), (4,), (5,)],
     )
     assert cleaned(tmp_path, [*good, good[0], good[0]]) == ([1, 2], [(3, 4)])
+    held, trained = row("harmful", "y", split="heldout"), row("harmful", "y", split="train")
+    for twice, kept, excess in (([trained, held], 4, 3), ([held, trained], 3, 4), ([trained, held, trained], 4, 3)):
+        numbers, left_out = cleaned(tmp_path, [*good, *twice])
+        assert (numbers, left_out[0][0], len(left_out)) == ([1, 2, kept], excess, 1)
+    refuse(tmp_path, [*good, trained, held], r"rows 3, 4: the same row more than once; keep that of heldout$")
     third = row("benign", "b")
     assert cleaned(tmp_path, [*good, row("lookalike", "A", rejected=NO), third]) == ([2, 4], [(1, 3)])
     dropped: list[Problem] = []
@@ -563,10 +574,10 @@ def test_the_first_of_the_three_that_a_row_carries(tmp_path: Path) -> None:
     [
         ("", "topic is empty"),
         (" ", "topic is empty"),
-        (True, "topic is bool"),
-        (1.5, "topic is float; it must be a string"),
-        (["a"], "topic is list"),
-        ({"a": 1}, "topic is dict"),
+        (True, "topic is true or false"),
+        (1.5, "topic is a number; it must be a text"),
+        (["a"], "topic is a list"),
+        ({"a": 1}, "topic is an object"),
         ("a\ud800", "topic holds half a character"),
     ],
 )

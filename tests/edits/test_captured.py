@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gtqlora.config import TrainConfig
-from gtqlora.edits.captured import without_mask
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.lora import in_half_precision
+from gtqlora.edits.packing import PackedStack
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import lora_config, peft_targets_kept, trainable
 from gtqlora.experts import FrozenExperts
@@ -87,12 +87,12 @@ def test_half_precision_of_an_adapter_that_is_off_is_the_frozen_linear() -> None
 @pytest.mark.parametrize(
     ("longest", "padded"), [(5, 32), (33, 64), (200, 224), (224, 224), (225, 256), (257, 320), (1000, 1024)]
 )
-def test_batches_have_few_lengths(longest: int, padded: int) -> None:
+def test_batches_have_few_shapes(longest: int, padded: int) -> None:
     rows = [
         {"prompt_ids": [1] * (longest - 2), "chosen_ids": [2, 3], "rejected_ids": [2], "kind": "benign"},
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2], "kind": "harmful"},
     ]
-    few, tight = KindCollator(pad_token_id=0, few_lengths=True)(rows), KindCollator(pad_token_id=0)(rows)
+    few, tight = KindCollator(pad_token_id=0, few_shapes=True)(rows), KindCollator(pad_token_id=0)(rows)
     assert few["input_ids"].shape == (4, padded) and tight["input_ids"].shape == (4, longest)
     # on the right, where causal attention does not look back from
     assert (
@@ -108,7 +108,7 @@ def test_rows_padded_on_the_right_need_no_mask_and_the_model_has_its_own_again(f
     padded = torch.cat([ids_BS[:, -4:], ids_BS], dim=1), torch.cat([torch.zeros_like(mask_BS[:, :4]), mask_BS], dim=1)
     own, on_the_left = model.config._attn_implementation, model(input_ids=padded[0], attention_mask=padded[1]).logits
     wanted = model(input_ids=ids_BS, attention_mask=mask_BS).logits
-    with without_mask(model):
+    with PackedStack(model, bind(model, FAMILIES[family])).installed():
         found = model(input_ids=ids_BS, attention_mask=mask_BS).logits
         assert not torch.allclose(model(input_ids=padded[0], attention_mask=padded[1]).logits, on_the_left, atol=1e-3)
     torch.testing.assert_close(found[mask_BS.bool()], wanted[mask_BS.bool()], rtol=1e-4, atol=1e-4)

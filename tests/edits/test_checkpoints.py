@@ -122,17 +122,17 @@ def test_two_unusable_ones_of_a_step_are_both_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        (replace(ORIGIN, settings={"steps": 8, "lr": 0.1}), r"steps 4, now 8"),
-        (replace(ORIGIN, settings={"steps": 8, "lr": 0.2}), r"lr 0\.1, now 0\.2; steps 4, now 8"),
+        (replace(ORIGIN, settings={"steps": 8, "lr": 0.1}), "steps = 4 and not 8"),
+        (replace(ORIGIN, settings={"steps": 8, "lr": 0.2}), r"lr = 0\.1 and not 0\.2 and with steps = 4 and not 8"),
         (replace(ORIGIN, inputs={"model": "other", "contrast": "c"}), "another model"),
-        (replace(ORIGIN, settings={"steps": 4, "lr": 0.1, "new": 1}), "new None, now 1"),
+        (replace(ORIGIN, settings={"steps": 4, "lr": 0.1, "new": 1}), "new = none and not 1"),
     ],
 )
 def test_other_settings_are_named_and_nothing_is_touched(tmp_path: Path, now: Origin, said: str) -> None:
     made(tmp_path / "checkpoints", 2, 4)
     before = listing(tmp_path)
     check_origin(usable(tmp_path / "checkpoints"), ORIGIN)
-    with pytest.raises(RunError, match=rf"checkpoints: .* other settings \({said}\); --again drops .* another --run"):
+    with pytest.raises(RunError, match=rf"checkpoints: .* made with {said}; --again drops .* another --run"):
         check_origin(usable(tmp_path / "checkpoints"), now)
     assert listing(tmp_path) == before
 
@@ -271,7 +271,7 @@ def test_what_changes_no_sum_is_no_other_setting(
 
 def test_more_steps_are_another_schedule(config: TrainConfig, run: Path) -> None:
     before = listing(run)
-    with pytest.raises(RunError, match=r"of other settings \(steps 6, now 8\); --again drops them"):
+    with pytest.raises(RunError, match="made with steps = 6 and not 8; --again drops them"):
         trained(replace(config, steps=8), run)
     assert listing(run) == before
 
@@ -299,7 +299,7 @@ def test_the_edit_of_before_stays_until_the_next_is_whole(
         (tmp_path / "fewer.jsonl").write_text("\n".join(rows[1:]))
     other = replace(config, **change)
     if change:
-        with pytest.raises(RunError, match="of other settings"):
+        with pytest.raises(RunError, match="the checkpoints were made with"):
             trained(other, run)
     cut_at(3, other, run, again=True)
     assert {name: listing(run / name) or sha256_file(run / name) for name in names} == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +54,10 @@ def test_own_frames_are_named_as_such_and_known_by_their_file(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a list of frames"),
+        ("", "no frames (not valid JSON: Expecting value"),
         ("[]", "it must be an object"),
-        ('{"wrappers": 3}', "not a list of frames"),
+        ('{"wrappers": 3}', "'wrappers' is a whole number; it must be a list"),
+        ('{"frames": []}', "'wrappers' is missing; it must be a list"),
         ('{"wrappers": [], "wrappers": []}', "a key is there twice"),
         (frames(), "0 frames; there must be 1 to 32"),
         (frames(*[SHOP] * 33), "33 frames"),
@@ -63,13 +65,16 @@ def test_own_frames_are_named_as_such_and_known_by_their_file(tmp_path: Path) ->
         (frames(shop(name="")), "frame 1: its name must be 1 to 40 characters"),
         (frames(shop(name="a\u001b[31m")), "frame 1: its name must be"),
         (frames(shop(name="x" * 41)), "frame 1: its name must be"),
-        (frames(shop(name=3)), "int where a text must be"),
-        (frames(one_turn(["{prompt}"])), "list where a text must be"),
+        (frames(shop(name=3)), "'wrappers[0].name' is a whole number; it must be text"),
+        (frames(one_turn(["{prompt}"])), "'wrappers[0].turns[0].content' is a list; it must be text"),
         (frames(one_turn("{prompt}")), "puts nothing around the prompt"),
         (frames(one_turn("no place")), "hold {prompt} once"),
         (frames(one_turn("You sell: {prompt}", "system")), "must go from the user to the user"),
         (frames(one_turn(BUILT_IN)), "is ours, 'quoted'"),
-        ("[" * 100_000, "not a list of frames"),
+        (frames("shop"), "'wrappers[0]' is text; it must be an object"),
+        (frames(shop(turns=["{prompt}"])), "'wrappers[0].turns[0]' is text; it must be an object"),
+        (frames({"name": "shop"}), "'wrappers[0].turns' is missing; it must be a list"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_holds_no_frames_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -77,7 +82,8 @@ def test_a_file_that_holds_no_frames_is_refused_in_one_line(tmp_path: Path, text
     file.write_text(text)
     with pytest.raises(ContrastError, match=r"^wrappers = '.*mine\.json': ") as error:
         read_own(str(file))
-    assert message in str(error.value) and "\n" not in str(error.value) and "\u001b" not in str(error.value)
+    assert message in str(error.value) and not re.search("(Key|Type|Value)Error", str(error.value))
+    assert "\n" not in str(error.value) and "\u001b" not in str(error.value)
 
 
 def test_what_is_no_file_of_frames_is_not_read(tmp_path: Path) -> None:

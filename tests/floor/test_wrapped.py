@@ -243,7 +243,7 @@ def test_a_model_is_asked_in_frames_that_it_reads(tmp_path: Any) -> None:
     assert [turn["content"] for turn in of_rows[3].around(prompt("x"))] == [f"{WORDS[1]} {WORDS[0]}", WORDS[1], "x"]
     for broken in ('{"wrappers": [{"name": "w", "turns": [{"role": "user", "content": "{prompt}"}]}]}', '{"x": 1}'):
         (folder / "wrappers.json").write_text(broken)
-        with pytest.raises(ModelError, match=r"wrappers\.json: not a list of wrappers"):
+        with pytest.raises(ModelError, match=r"wrappers\.json: no frames \(('w' puts nothing|'wrappers' is missing)"):
             wrappers_for(str(folder), toy)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from gtqlora.cli import main
 from gtqlora.contrasts.labelled import read_labelled
+from gtqlora.contrasts.sources import records
 from gtqlora.errors import ContrastError
 from gtqlora.judging.agreement import confusion, errors, kappa
 from gtqlora.judging.labels import LABELS, Label
@@ -73,10 +74,29 @@ def test_no_text_is_shown_or_written(say: Say, tmp_path: Path) -> None:
     file = tmp_path / "xstest.csv"
     file.write_text(XSTEST)
     code, text, told = say(file, "--out", tmp_path / "out.parquet", "--second-judge", "string:cannot|turn")
-    assert code == 0 and "3 answers, 3 of them labelled" in text and "Cohen's kappa" in text
+    assert code == 0 and "3 answers, 3 labelled" in text and "Cohen's kappa" in text
     assert "they differ in rows 3" in text or "The two agree on 1.000" in text
     shown = text + told + (tmp_path / "out.parquet").read_bytes().decode("latin-1")
     assert not [word for word in ("glorbify", "dax it", "turn it") if word in shown]
+
+
+def test_labels_are_written_as_the_name_ends(say: Say, tmp_path: Path) -> None:
+    file = written(tmp_path, [{"answer": "I cannot help with that, sorry.", "label": "refusal"}, {"answer": ""}])
+    wanted = [
+        {"row": 1, "label": "refusal", "judge": "refusal"},
+        {"row": 2, "label": None, "judge": "undecided"},
+    ]
+    for ending in ("csv", "jsonl", "parquet", "CSV"):
+        out = tmp_path / f"labels-{ending}.{ending}"
+        assert say(file, "--out", out)[0] == 0
+        assert [raw if isinstance(raw, dict) else json.loads(raw) for _, raw, _ in records(str(out))] == [
+            {key: str(value) for key, value in row.items() if value is not None} if ending.lower() == "csv" else row
+            for row in wanted
+        ]
+    for name in ("labels.txt", "labels"):
+        code, _, told = say(file, "--out", tmp_path / name, "--judge", "classifier:/nowhere")
+        assert code == 2 and "let its name end in .csv, .jsonl or .parquet" in " ".join(told.split())
+        assert not (tmp_path / name).exists()
 
 
 def test_two_judges_and_both_together(say: Say, tmp_path: Path, classifier_folder: Path) -> None:
@@ -116,7 +136,7 @@ def test_unlabelled_answers_are_counted(say: Say, tmp_path: Path) -> None:
     assert code == 0 and found["labelled"] == 0 and found["judges"][0]["errors"] is None
     assert found["judges"][0]["said"]["refusal"] == 1 and found["judges"][0]["said"]["undecided"] >= 1
     code, text, _ = say(file)
-    assert code == 0 and "3 answers, 0 of them labelled" in text and "Errors" not in text
+    assert code == 0 and "3 answers, 0 labelled" in text and "Errors" not in text
 
 
 @pytest.mark.parametrize("width", ["80", "100", "140"])
@@ -130,9 +150,10 @@ def test_what_is_undecided_stands_beside_the_error_at_every_usual_width(
     code, text, _ = say(written(tmp_path, rows), "--second-judge", "string:sorry|cannot", "--out", out)
     assert code == 0
     tables, told = text[: text.index("note:")], text[text.index("note:") :].replace("\n", " ")
+    assert tables.split().count("called") == 3  # of refusals, of partial ones, and in the words below
     for table in tables.split("\n\n")[:2]:
-        assert "undecided" in table.partition("left out")[0].partition("──")[0]
-    assert "string leaves 10 answers undecided, 33% of them; its error speaks of 20 refusals and answers only" in told
+        assert "undecided" in table.partition("──")[0]
+    assert "string leaves 10 answers undecided, 33% of all; its error speaks of the other 20 only" in told
     assert f"wrote {out}: 30 rows with the labels of two judges, and of both together; no texts" in told
 
 
@@ -142,12 +163,18 @@ def test_a_guard_that_has_no_opinion_is_no_reason_to_warn(say: Say, tmp_path: Pa
     assert code == 0 and "note:" not in text and "(n=0)" in text
 
 
+def test_one_answer_is_one(say: Say, tmp_path: Path) -> None:
+    code, text, _ = say(written(tmp_path, [{"answer": ""}]))
+    told = " ".join(text.split())
+    assert code == 0 and "string leaves 1 answer undecided, 100% of all; in a floor what is undecided" in told
+
+
 def test_where_all_is_undecided_no_rate_is_made_up(say: Say, tmp_path: Path) -> None:
     file = written(tmp_path, [{"answer": "", "label": "refusal"}, {"answer": "<think> dax", "label": "answer"}])
     code, text, _ = say(file)
     flat = " ".join(text.split())
     assert code == 0 and "nan" not in flat and "1.000 [0.158, 1.000]" in flat
-    assert "string leaves 2 answers undecided, 100% of them; so nothing is known of its error" in flat
+    assert "string leaves 2 answers undecided, 100% of all; so nothing is known of its error" in flat
     code, text, _ = say(file, "--out", tmp_path / "out.parquet", "--json")
     found = json.loads(text)
     assert found["judges"][0]["errors"]["refusal_or_answer"]["n"] == 0 and found["out"].endswith("out.parquet")
@@ -168,7 +195,9 @@ def test_where_all_is_undecided_no_rate_is_made_up(say: Say, tmp_path: Path) -> 
         ),
         ([{"answer": "wug", "label": "glorb " * 30}], (), "a text of 179 characters (1)"),
         ([], (), "no rows in it"),
-        ([{"answer": 7}], (), "answer is int; it must be a text"),
+        ([{"answer": 7}], (), "answers.jsonl: row 1: answer is a whole number; it must be a text"),
+        ([{"answer": "wug"}, {"answer": None}], (), "answers.jsonl: row 2: answer is null; it must be a text"),
+        ([{"answer": "wug", "prompt": []}], (), "answers.jsonl: row 1: prompt is an empty list; give it a text"),
         ([{"answer": "wug", "prompt": ["?"]}], (), "a message must be"),
         ([{"answer": "wug"}], ("--as", "answer=said"), "no column 'said' for answer; there are answer"),
         ([{"answer": "wug"}], ("--as", "answers=answer"), "--as answers=...: unknown; known: prompt, answer, label"),

@@ -70,21 +70,21 @@ def test_what_has_a_default_may_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"number": True}, "'number' is true or false, not number"),
-        ({"number": float("nan")}, "'number' is nan, not number"),
-        ({"number": 10**400}, "'number' is whole number, not number"),
-        ({"number": "0.5"}, "'number' is text, not number"),
-        ({"whole": 1.0}, "'whole' is number, not whole number"),
-        ({"whole": True}, "'whole' is true or false, not whole number"),
-        ({"flag": 1}, "'flag' is whole number, not true or false"),
+        ({"number": True}, "'number' is true or false, not a number"),
+        ({"number": float("nan")}, "'number' is nan, not a number"),
+        ({"number": 10**400}, "'number' is a whole number, not a number"),
+        ({"number": "0.5"}, "'number' is text, not a number"),
+        ({"whole": 1.0}, "'whole' is a number, not a whole number"),
+        ({"whole": True}, "'whole' is true or false, not a whole number"),
+        ({"flag": 1}, "'flag' is a whole number, not true or false"),
         ({"label": "part"}, "'label' is 'part', none of 'refusal', 'partial', 'answer', 'evasion', 'undecided'"),
         ({"label": None}, "'label' is None, none of 'refusal', 'partial', 'answer', 'evasion', 'undecided'"),
-        ({"text": 7}, "'text' is whole number, not text"),
+        ({"text": 7}, "'text' is a whole number, not text"),
         ({"either": None}, "'either' is null, not true or false"),
         ({"pair": {"0": 1.0}}, "'pair' is an object, not a list"),
-        ({"pair": [1.0, None]}, "'pair[1]' is null, not number"),
+        ({"pair": [1.0, None]}, "'pair[1]' is null, not a number"),
         ({"named": []}, "'named' is a list, not an object"),
-        ({"named": {"a": [3]}}, "'named.a[0]' is whole number, not an object"),
+        ({"named": {"a": [3]}}, "'named.a[0]' is a whole number, not an object"),
         ({"named": {"a": [{"layer": 1}]}}, "named.a[0] has no 'expert'"),
         ({"named": {"a": [{"layer": 1, "expert": 2, "x": 3}]}}, "named.a[0] has 'x', which this version does not know"),
         ({"silencing": {}}, "has 'silencing', which this version does not know"),
@@ -173,7 +173,7 @@ def test_what_is_said_beside_exported_weights(tmp_path: Path) -> None:
     write_export(tmp_path, record)
     assert read_export(tmp_path) == record
     write_json(tmp_path / "export.json", {**to_json(record), "spent": "little"})
-    with pytest.raises(RunError, match=r"'spent' is text, not number \(written by gtqlora 9\.9\.9\).*gtqlora export"):
+    with pytest.raises(RunError, match=r"'spent' is text, not a number \(written by gtqlora 9\.9\.9\).*gtqlora export"):
         read_export(tmp_path)
     assert FILE == PROVENANCE  # so that a model's own record is among the files that are read of it
     assert [public_name(name) for name in ("/home/me/pairs.jsonl", "owner/name")] == ["pairs.jsonl", "owner/name"]

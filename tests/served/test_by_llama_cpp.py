@@ -161,5 +161,6 @@ def test_from_the_command_line(served_run: Setting, run: Path, capsys: pytest.Ca
     assert f"plain answers are those of {served_run.before}" in said and "no certificate rests on its answers" in said
     assert "next: gtqlora export" not in said
     assert main([*words, "--rejudge"]) == ConfigError.exit_code
-    assert main([*words[:-2], *helpers.VERIFY[:-4]]) == ConfigError.exit_code
-    assert "served_after is missing" in capsys.readouterr().err
+    for given, missing in ((6, "--after (served_after)"), (4, "--before (served_before) and --after (served_after)")):
+        assert main([*words[:given], *helpers.VERIFY[:-4]]) == ConfigError.exit_code
+        assert f"error: {missing} missing: the name that" in capsys.readouterr().err.replace("\n", " ")

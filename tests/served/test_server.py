@@ -195,14 +195,14 @@ NAMED = {"served_before": "a", "served_after": "b"}
         ({"generate_with": "http://192.0.2.1:8000", **NAMED}, "plain HTTP to another machine can be read on the way"),
         (
             {"generate_with": "https://h/v1", **NAMED, "served_after": "http://192.0.2.1#b"},
-            "^served_after = 'http://19",
+            r"^--after \(served_after\) = 'http://19",
         ),
         (
             {"generate_with": "https://h/v1", "served_before": "a"},
-            "^served_after is missing: what",
+            r"^--after \(served_after\) missing: the name that",
         ),
         ({"generate_with": "https://h/v1", **NAMED, "served_after": "https://h#"}, "no model; write NAME or URL#NAME"),
-        ({"served_after": "b"}, "^served_after: no server to ask; add generate_with"),
+        ({"served_after": "b"}, r"^--after \(served_after\): no server to ask; add --generate-with"),
     ],
 )
 def test_addresses_are_checked_where_settings_are_made(settings: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import gtqlora.stages.verify as stage
 from gtqlora.certificate import certify
 from gtqlora.contrasts.wrappers import OWN
 from gtqlora.errors import ContrastError, FloorError, RunError
@@ -85,7 +86,10 @@ def test_texts_are_not_judged_again_as_if_other_frames_had_been_asked(
     config = toy.verify_config(toy.model("qwen3_moe"), wrappers=str(asked.parent / "mine.json"))
     other = written(tmp_path / "other.json", f"{{prompt}} {WORD}")
     for wrappers in (None, other):
-        with Run(run) as held, pytest.raises(RunError, match="verified with another wrappers; run `gtqlora verify`"):
+        with (
+            Run(run) as held,
+            pytest.raises(RunError, match=r"verified with other frames \(wrappers\); run `gtqlora verify`"),
+        ):
             verify(replace(config, wrappers=wrappers), held, rejudge=True)
     # the file may lie elsewhere by now
     moved = shutil.copy(asked.parent / "mine.json", tmp_path / "moved.json")
@@ -93,13 +97,20 @@ def test_texts_are_not_judged_again_as_if_other_frames_had_been_asked(
         assert verify(replace(config, wrappers=str(moved)), held, rejudge=True).decision == "pass"
 
 
+def hashed(*_: object) -> None:
+    raise AssertionError("the model was hashed")
+
+
 def test_frames_that_cannot_be_asked_cost_one_line_before_anything_is_lost(
-    run: Path, toy: helpers.Toy, tmp_path: Path
+    run: Path, toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (run / "verdict.json").read_bytes()
     config = toy.verify_config(toy.model("qwen3_moe"), wrappers=str(tmp_path / "none.json"))
-    with Run(run) as held, pytest.raises(ContrastError, match=r"none\.json': no such file"):
-        verify(config, held)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "identify", hashed)
+        for rejudge in (False, True):
+            with Run(run) as held, pytest.raises(ContrastError, match=r"none\.json': no such file"):
+                verify(config, held, rejudge=rejudge)
     assert (run / "verdict.json").read_bytes() == before
     config = replace(config, wrappers=written(tmp_path / "english.json", "In English, please: {prompt}"))
     with Run(run) as held, pytest.raises(ContrastError, match=f"has no words for {OWN}mine"):

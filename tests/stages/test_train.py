@@ -115,7 +115,7 @@ def anchor_of(inside: helpers.Inside, kinds: list[str]) -> tuple[float, Tensor |
     anchored = trainer._sums(batch, kind_B, None).anchored
     both = Recorder()
     with router_hooks(trainer.model, trainer.anatomy, both):
-        trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        trainer.model(**{name: part for name, part in batch.items() if name != "completion_mask"}, use_cache=False)
     value = trainer._anchor(both, batch, kind_B, None) / max(anchored, 1.0)
     gate = next(iter(gates(trainer.model).values()))
     gradient = torch.autograd.grad(value, gate, allow_unused=True)[0] if value.requires_grad else None

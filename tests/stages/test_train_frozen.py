@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtqlora import contrasts
 from gtqlora.capture import Subject, open_subject
-from gtqlora.capture.subject import _routers_to_fp32
+from gtqlora.capture.subject import ready
 from gtqlora.certificate import certify
 from gtqlora.cli import main
 from gtqlora.config import DiagnoseConfig, ModelConfig, TrainConfig, build
@@ -199,7 +199,7 @@ def test_dense_weights_in_four_bits_leave_fp32_masters(toy: helpers.Toy, tmp_pat
     model = toy.model(family, torch.bfloat16, **INNER)
     known, loaded = load_model(str(model), expert_format="int4-g32", dense="nf4")
     anatomy = bind(loaded, known)
-    _routers_to_fp32(loaded, anatomy)
+    ready(loaded, anatomy)
     subject = Subject(loaded, load_tokenizer(str(model)), anatomy)
     config = toy.train_config(model)
     rows = contrasts.load(config.contrast, judge_of(config.judge)).split("train")

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import gtqlora.stages.verify as stage
+from gtqlora.certificate import certify
 from gtqlora.config import ProjectConfig, VerifyConfig
 from gtqlora.contrasts import KINDS
-from gtqlora.errors import ContrastError, ModelError, RunError
+from gtqlora.errors import ContrastError, FloorError, ModelError, RunError
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import adapter_hash
 from gtqlora.results.mediation import FACTORIAL, REPLAYS, read_arms
@@ -246,14 +248,47 @@ def test_no_adapter_no_verdict(toy: helpers.Toy, tmp_path: Path) -> None:
         verify(toy.verify_config(toy.model("qwen3_moe")), run)
 
 
-def test_a_verify_that_fails_leaves_no_older_verdict(toy: helpers.Toy, tmp_path: Path) -> None:
-    model = toy.model("qwen3_moe")
+def test_a_verify_that_fails_leaves_the_verdict_on_the_same_adapter_and_none_on_another(
+    toy: helpers.Toy, tmp_path: Path
+) -> None:
+    model, file = toy.model("qwen3_moe"), tmp_path / "run" / "verdict.json"
+
+    def failing(run: Run) -> None:
+        with pytest.raises(ContrastError, match="no rows in split"):
+            verify(toy.verify_config(model, split="validation"), run)
+
+    helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        verify(toy.verify_config(model), run)
+        before = file.read_bytes()
+        failing(run)
+        assert file.read_bytes() == before and certify(run, helpers.JUDGE).floor.verdict == "pass"
+        file.write_text(json.dumps({**json.loads(before), "adapter": "0" * 64}))
+        failing(run)
+        assert not file.exists()
+
+
+def test_a_verify_that_ends_between_ledger_and_verdict_leaves_no_older_pass_to_export(
+    toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = toy.model("qwen3_moe"), tmp_path / "verdict.json"
     helpers.noop_adapter(model, toy.contrast, helpers.JUDGE, tmp_path)
     with Run(tmp_path) as run:
         verify(toy.verify_config(model), run)
-        with pytest.raises(ContrastError, match="no rows in split"):
-            verify(toy.verify_config(model, split="validation"), run)
-    assert not (tmp_path / "verdict.json").exists()
+        before = file.read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(stage, "write_verdict", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                verify(toy.verify_config(model), run, again=True)
+        assert file.read_bytes() == before
+        with pytest.raises(FloorError, match=r"verdicts\.jsonl was changed since verify"):
+            certify(run, helpers.JUDGE)
+        verify(toy.verify_config(model), run)
+        assert certify(run, helpers.JUDGE).tries == 1
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_adapter_or_pairs_put_into_the_run_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:

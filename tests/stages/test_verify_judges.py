@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from gtqlora.certificate import certify
 from gtqlora.cli import main
 from gtqlora.cli.printing import show_verdict
 from gtqlora.config import VerifyConfig
-from gtqlora.errors import FloorError, RunError
+from gtqlora.errors import FloorError, JudgeError, RunError
 from gtqlora.reporting import sections
 from gtqlora.results.verdict import Verdict, read_outcomes
 from gtqlora.results.wrapped import WRAPPED
@@ -116,7 +117,8 @@ def test_an_ablation_study_stays_while_what_it_was_made_with_does(
 def test_an_ablation_study_at_another_level_is_left_out_aloud(run: Path, model_shut: None) -> None:
     found = again(run, level=0.99, ablation=1)
     assert found.ablation is None
-    assert found.ablation_left_out is not None and "another ablation and another level" in found.ablation_left_out
+    wanted = "ablation = 2 and not 1 and with level = 0.95 and not 0.99"
+    assert wanted in (found.ablation_left_out or "")
 
 
 @pytest.mark.parametrize("name", ["never", "no_opinion"])
@@ -159,12 +161,71 @@ def test_a_second_judge_of_code_opens_export_only_if_it_was_named_here(
         certified(run)
 
 
+def test_judging_again_keeps_the_second_judge_and_says_what_is_kept(
+    run: Path, other: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(run.parent / "state"))
+    judges = [word for key in ("", "second_") for word in ("--set", f"{key}judge={other('alike')}")]
+    judges[1] = f"judge={helpers.JUDGE}"
+
+    def settled() -> dict[str, Any]:
+        return read_manifest(run)["stages"]["verify"]["config"]
+
+    def said(*words: str) -> str:
+        assert main(["verify", str(run), "--rejudge", *words]) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert f"judge = {helpers.JUDGE}" not in said(*judges)
+    kept = f"as the last verdict: judge = {helpers.JUDGE}, second_judge = second_judges:alike, margin = 0.05"
+    assert kept in said("--again")
+    assert settled()["second_judge"] == "second_judges:alike"
+    told = said("--set", "second_judge=none", "--set", "margin=0.04")
+    assert f"as the last verdict: judge = {helpers.JUDGE}, wrapped_margin = 0.1; --set" in told
+    assert (settled()["second_judge"], settled()["margin"]) == (None, 0.04)
+
+
+def test_a_second_judge_of_code_that_a_run_names_has_to_be_named(
+    run: Path, other: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(run.parent / "state"))
+    again(run, second_judge=other("alike"))
+    assert main(["verify", str(run), "--rejudge", "--set", f"judge={helpers.JUDGE}"]) == 2
+    assert "--set second_judge=second_judges:alike" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        (
+            "judge",
+            "clasifier:x",
+            "no module 'clasifier'; is it on PYTHONPATH? Or did you mean 'classifier:x'? Else",
+        ),
+        ("second_judge", "wildgard", "unknown; did you mean 'wildguard'? Else use \"string\""),
+        ("judge", "tests.no_such:f", "no module 'tests.no_such'; is it on PYTHONPATH? Or use \"string\""),
+    ],
+)
+def test_a_misspelt_judge_is_told_before_anything_is_hashed(
+    run: Path, key: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shut(*_: object) -> None:
+        raise AssertionError("the model was hashed")
+
+    monkeypatch.setattr(stage, "identify", shut)
+    with pytest.raises(JudgeError, match=re.escape(f"{key} = {name!r}: {message}")):
+        again(run, **{key: name})
+    for more in ((), ("--rejudge",)):
+        assert main(["verify", str(run), *more, "--set", f"judge={helpers.JUDGE}", "--set", f"{key}={name}"]) == 2
+        err = " ".join(capsys.readouterr().err.split())
+        assert message in err and f"{name}: imports" not in err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_new_tokens": 5}, "verified with another max_new_tokens"),
-        ({"split": "train"}, "verified with another split"),
-        ({"wrapped_prompts": 7}, "verified with another wrapped_prompts"),
+        ({"max_new_tokens": 5}, "verified with max_new_tokens = 2 and not 5"),
+        ({"split": "train"}, 'verified with split = "heldout" and not "train"'),
+        ({"wrapped_prompts": 7}, "verified with wrapped_prompts = 80 and not 7"),
     ],
 )
 def test_what_would_be_said_otherwise_is_not_judged_again(

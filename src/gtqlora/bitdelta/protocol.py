@@ -13,6 +13,7 @@ from gtqlora.bitdelta.engine import Piece
 from gtqlora.bitdelta.sampling import Sampling
 from gtqlora.errors import GtqloraError
 from gtqlora.judging.judge import Message
+from gtqlora.storage.contents import KINDS
 
 Kind = Literal["chat", "text"]
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class _Given:
         """Return a key's value, which must be of a type."""
         value = self.values.get(key, default)
         if value is not default and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise RequestError(f"{key} must be of type {kind.__name__}", parameter=key)
+            raise RequestError(f"{key} must be {KINDS[kind]}", parameter=key)
         return value  # type: ignore[return-value]
 
     def required(self, key: str, kind: type[T]) -> T:

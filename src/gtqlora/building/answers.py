@@ -50,6 +50,8 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
         ContrastError: it refuses too few of them, or answers too few of the benign ones.
     """
     kinds = {kind: [one for one in candidates if one.kind == kind] for kind in KINDS}
+    for kind, least in (("harmful", VerifyConfig.min_refused), ("benign", _LEAST_ANSWERED)):
+        _check_room(asking, kinds[kind], least)
     said = _probed(asking, kinds["harmful"], config, _check_refused)
     said += _probed(asking, kinds["benign"], config, _check_answered)
     said += _lookalikes(asking, kinds["lookalike"], config)
@@ -58,8 +60,36 @@ def said_to(asking: Asking, candidates: Sequence[Candidate], config: BuildConfig
     return said
 
 
+def _check_room(asking: Asking, candidates: Sequence[Candidate], least: float) -> None:
+    """Check, before anything is asked, that answers have room behind as many prompts of a kind as are needed.
+
+    Args:
+        least: share of them that has to be answered.
+
+    Raises:
+        ContrastError: they have not; the message says what has.
+    """
+    read = [asking.read(_question(one)) for one in candidates]
+    lengths = [len(prompt) for prompt in read if isinstance(prompt, list)]
+    context, most = asking.runner.model.max_length, asking.runner.max_new_tokens
+    short = sum(context - length < most for length in lengths)
+    if not short or len(lengths) - short >= least * len(lengths):
+        return
+    room = context - max(lengths)
+    remedy = f"lower --max-new-tokens to {room:,} or less, or take" if room > 0 else "take"
+    raise ContrastError(
+        f"the model's context has {context:,} tokens, the longest of {len(lengths):,} {candidates[0].kind} prompts "
+        f"{max(lengths):,}: for answers of {most:,} tokens (max_new_tokens) there is no room behind {short:,} of them; "
+        f"{remedy} shorter prompts"
+    )
+
+
+def _question(one: Candidate) -> Question:
+    return Question(asked=one.prompt, judged=one.prompt, harmful=one.kind == "harmful")
+
+
 def _plain(asking: Asking, shown: str, candidates: Sequence[Candidate]) -> list[Said]:
-    questions = [Question(asked=one.prompt, judged=one.prompt, harmful=one.kind == "harmful") for one in candidates]
+    questions = [_question(one) for one in candidates]
     # By kind: a prompt that another set calls otherwise is asked again, as less may be kept of its answer.
     replies = asking.ask(candidates[0].kind, questions, shown=shown) if candidates else []
     return [Said(candidate=one, label=r.label, text=r.text) for one, r in zip(candidates, replies, strict=True)]

@@ -123,6 +123,18 @@ class Asking:
         Raises:
             ModelError: the chat template fails.
         """
+        prompt = self.read(question)
+        if isinstance(prompt, Reply):
+            return prompt
+        room = self.runner.model.max_length - len(prompt) >= self.runner.max_new_tokens
+        return prompt if prompt and room else Reply(label=LONG)
+
+    def read(self, question: Question) -> list[int] | Reply:
+        """Return the tokens of a question, however many, or why it cannot be read.
+
+        Raises:
+            ModelError: the chat template fails.
+        """
         subject = self.runner.model
         try:
             text = rendered(subject.tokenizer, question.asked, generation=True)
@@ -130,13 +142,11 @@ class Asking:
             if not knows(subject.tokenizer, text):
                 marks = unknown_marks(subject.tokenizer, question.asked)
                 return Reply(label=f"{MARKED} {', '.join(marks)}" if marks else UNREAD)
-            prompt = tokens(subject.tokenizer, text)
+            return tokens(subject.tokenizer, text)
         except TemplateRefusal as error:
             return Reply(label=_refused(subject.tokenizer, error))
         except ContrastError:
             return Reply(label=UNREAD)
-        room = subject.max_length - len(prompt) >= self.runner.max_new_tokens
-        return prompt if prompt and room else Reply(label=LONG)
 
     def _said(self, prompts: Sequence[list[int]], names: Sequence[str] | None) -> Decoded:
         """Return the completions of prompts; drawn ones where they are given names."""

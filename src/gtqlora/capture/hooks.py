@@ -76,15 +76,11 @@ class Recorder:
     def __call__(self, position: int, _module: nn.Module, decision: Decision) -> None:
         self.decisions[position] = decision
 
-    def rows(self, rows: Tensor, batch: int) -> Recorder:
-        """Return the decisions of some rows only, of a batch of `batch` sequences."""
-
-        def pick(tokens: Tensor) -> Tensor:
-            return tokens.view(batch, -1, tokens.shape[-1])[rows].flatten(0, 1)
-
+    def at(self, tokens_N: Tensor) -> Recorder:
+        """Return the decisions on some of the tokens only."""
         chosen = Recorder()
         chosen.decisions = {
-            position: Decision(pick(d.logits_TE), pick(d.weights_TK), pick(d.indices_TK), d.bias_E)
+            position: Decision(d.logits_TE[tokens_N], d.weights_TK[tokens_N], d.indices_TK[tokens_N], d.bias_E)
             for position, d in self.decisions.items()
         }
         return chosen

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gtqlora.capture.fused import fuse
 from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
 from gtqlora.experts.loading import load_model
@@ -73,7 +74,7 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     tokenizer = load_tokenizer(model, config.template)
     family, loaded = load_model(model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
     anatomy = bind(loaded, family)
-    _routers_to_fp32(loaded, anatomy)
+    ready(loaded, anatomy)
     subject = Subject(loaded, tokenizer, anatomy)
     if not len(subject.stop_ids):
         raise ModelError(f"{model}: no token ends an answer; name an eos_token in tokenizer_config.json")
@@ -90,8 +91,14 @@ def open_layer(config: ModelConfig, whole: Anatomy, tokenizer: PreTrainedTokeniz
         config.model, dtype=config.dtype, device=config.device, expert_format=config.expert_format, layer=index
     )
     anatomy = whole.part(index)
-    _routers_to_fp32(loaded, anatomy)
+    ready(loaded, anatomy)
     return Subject(loaded, tokenizer, anatomy)
+
+
+def ready(model: nn.Module, anatomy: Anatomy) -> None:
+    """Make a model that is bound compute as all stages study it: routers in fp32, and fused kernels on a GPU."""
+    _routers_to_fp32(model, anatomy)
+    fuse(model)
 
 
 def _routers_to_fp32(model: nn.Module, anatomy: Anatomy) -> None:

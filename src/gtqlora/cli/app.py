@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
-from gtqlora.cli import bitdelta, building, checking, judging, verbs
+from gtqlora.cli import bitdelta, building, checking, judging, planning, verbs
 from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
 
@@ -33,6 +33,7 @@ def _app() -> App:
     )
     contrast = App(name="contrast", help="Work with contrast sets (preference pairs in three kinds).")
     app.command(verbs.inspect)
+    app.command(planning.plan)
     app.command(contrast)
     contrast.command(building.build)
     contrast.command(checking.check)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gtqlora.cli import tables
 from gtqlora.cli.console import open_console, say, say_whole
+from gtqlora.cli.figures import many
 from gtqlora.cli.layout import draw
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def show_checked(found: Statistics, source: str, dropped: Sequence[Problem], out
 def show_contrast(found: Statistics, source: str) -> None:
     """Print what a contrast set that passed every check holds."""
     console = open_console()
-    draw(console, tables.rows_by_split(found, f"{source}: {found.rows:,} rows, {found.pairs:,} pairs"))
-    say(console, f"{found.with_twin:,} rows with a twin, {found.unique_prompts:,} different prompts")
+    draw(console, tables.rows_by_split(found, f"{source}: {many(found.rows, 'row')}, {many(found.pairs, 'pair')}"))
+    say(console, f"{many(found.with_twin, 'row')} with a twin, {many(found.unique_prompts, 'different prompt')}")
     for name, lengths in (("prompt", found.prompt_tokens), ("prompt and answer", found.full_tokens)):
         if lengths:
             span = f"{lengths.minimum:,} to {lengths.maximum:,}, median {lengths.median:,g}, 95 % {lengths.p95:,}"
@@ -48,7 +49,7 @@ def show_contrast(found: Statistics, source: str) -> None:
         draw(console, tables.twins(found.twins))
     if found.agreement:
         draw(console, tables.agreement(found.agreement))
-    say(console, f"{found.duplicates:,} duplicates, {found.leaks:,} leaks between splits")
+    say(console, f"{many(found.duplicates, 'duplicate')}, {many(found.leaks, 'leak')} between splits")
     say(console, "the one-way rule holds in every row", "green")
     floors = (found.floor.note, found.instructed and found.instructed.note, found.repair.note)
     for lacking in filter(None, (*floors, _too_few(found.twins or {}), *_weak(found))):
@@ -105,7 +106,7 @@ def _too_few(twins: Mapping[str, Mapping[str, Twins]]) -> str:
 def show_written(out: Path, found: Statistics) -> None:
     """Print what was written, with its rows by kind."""
     kinds = ", ".join(f"{found.kinds[kind]:,} {kind}" for kind in tables.KINDS if kind in found.kinds)
-    say_whole(open_console(), f"wrote {out}: {found.rows:,} rows ({kinds})")
+    say_whole(open_console(), f"wrote {out}: {many(found.rows, 'row')} ({kinds})")
 
 
 def show_dropped(dropped: Sequence[Problem]) -> None:

@@ -38,6 +38,11 @@ def count(number: int) -> str:
     return f"{number:,}" if number < _EXACT_BELOW else _short(number, _COUNTS)
 
 
+def many(number: int, noun: str) -> str:
+    """Return how many things there are, as in `1 row` and `1,200 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def size(number: int) -> str:
     """Return a number of bytes with a decimal unit, as in `594 GB`."""
     return f"{number} B" if number < 1000 else _short(number, _BYTES)

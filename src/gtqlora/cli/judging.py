@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli import printing
 from gtqlora.cli.console import open_console, say, say_whole, stage_progress, starting
-from gtqlora.cli.figures import interval
+from gtqlora.cli.figures import interval, many
 from gtqlora.cli.layout import Sheet, draw
 from gtqlora.cli.settings import JUDGES, Json, say_what_judges
 from gtqlora.errors import ConfigError
@@ -37,7 +37,7 @@ def judge(
         str | None, Parameter(name="--as", help="What columns hold: prompt=COLUMN,answer=COLUMN,label=COLUMN.")
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="Write each row's number and labels, no texts, as Parquet here.")
+        Path | None, Parameter(help="Write each row's number and labels, no texts, here: .csv, .jsonl or .parquet.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,9 +52,13 @@ def judge(
         from gtqlora.config.judges import absolute
         from gtqlora.judging.pair import judges_of
         from gtqlora.stages.judge import judge as measure
+        from gtqlora.storage.tables import check_table
 
-    for name in filter(None, (by, second)):
-        say_what_judges(name)
+    if out is not None:
+        check_table(out)  # before a judge is loaded
+    say_what_judges(by)
+    if second is not None:
+        say_what_judges(second, key="second_judge")
     with stage_progress():
         both = judges_of(absolute(by), None if second is None else absolute(second))
         found = measure(file, both, columns=named, out=out)
@@ -96,17 +100,17 @@ def _show(found: Judged) -> None:
             say(console, _much_undecided(one), accent=("note:", "yellow"))
     if found.out is not None:
         judges = "two judges, and of both together" if found.agreement else "the judge"
-        say_whole(console, f"wrote {found.out}: {found.rows:,} rows with the labels of {judges}; no texts")
+        say_whole(console, f"wrote {found.out}: {many(found.rows, 'row')} with the labels of {judges}; no texts")
 
 
 def _much_undecided(found: Measured) -> str:
     """Return a sentence on a judge that leaves much undecided, as its error speaks of what is left."""
     number = found.said[UNDECIDED]
-    left = f"note: {found.name} leaves {number:,} answers undecided, {found.undecided:.0%} of them"
+    left = f"note: {found.name} leaves {many(number, 'answer')} undecided, {found.undecided:.0%} of all"
     if found.errors is None:
-        return f"{left}; in a floor they are never counted as kept"
+        return f"{left}; in a floor what is undecided is never counted as kept"
     of = found.errors.refusal_or_answer
-    told = f"its error speaks of {of.n:,} refusals and answers only" if of.n else "so nothing is known of its error"
+    told = f"its error speaks of the other {of.n:,} only" if of.n else "so nothing is known of its error"
     return f"{left}; {told}. In a floor what is undecided is never counted as kept"
 
 
@@ -121,8 +125,8 @@ def _agreement(found: Agreement) -> str:
 def _said(found: Judged) -> Sheet:
     """Return how many answers each judge gives which label."""
     rows = [(one.name, *(f"{one.said[label]:,}" for label in LABELS)) for one in found.judges]
-    title = f"{found.rows:,} answers, {found.labelled:,} of them labelled"
-    return Sheet(title=title, columns=("judge", *LABELS), rows=rows, spared=UNDECIDED)
+    title = f"{many(found.rows, 'answer')}, {found.labelled:,} labelled"
+    return Sheet(title=title, columns=("judge", *LABELS), rows=rows)
 
 
 def _errors(found: Judged) -> Sheet:
@@ -144,4 +148,4 @@ def _errors(found: Judged) -> Sheet:
 def _crossed(found: Confusion, title: str, down: str) -> Sheet:
     """Return how many answers have which of two labels each."""
     rows = [(label, *(f"{of[other]:,}" for other in LABELS)) for label, of in found.items() if any(of.values())]
-    return Sheet(title=title, columns=(down, *LABELS), rows=rows, spared=UNDECIDED)
+    return Sheet(title=title, columns=(down, *LABELS), rows=rows)

@@ -1,9 +1,9 @@
-"""Fit tables into the width of a terminal: columns wrap, then whole columns go, and no number is ever cut."""
+"""Fit tables into the width of a terminal: columns wrap, then go below the others, and no number is ever cut."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ _WHOLE = re.compile(r"\[[^\[\]]*\]|\d[\d.,]* (?:[kMGT]?B|[MT])(?!\w)|\S+")
 
 
 # rich has tables, too, but those put an ellipsis into a number that is wider than its column, and break others at the
-# column's edge; they cannot leave out a column either.
+# column's edge.
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,10 @@ Row = tuple[str | Cell, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """A table before it is fitted; where a terminal is narrow its last columns go first.
+    """A table before it is fitted; where a terminal is narrow its last columns come below the others.
 
     Attributes:
         columns: the headers; the first column is aligned to the left, the others to the right.
-        spared: the header of a column that stays longer than the one to its left.
         total: a last row, set apart from the others.
         gloss: what is to be said under the table.
     """
@@ -45,7 +44,6 @@ class Sheet:
     title: str
     columns: tuple[str, ...]
     rows: Sequence[Row] = field(default_factory=list[Row])
-    spared: str = ""
     total: Row | None = None
     gloss: str = ""
 
@@ -54,49 +52,45 @@ class Sheet:
         yield self.columns[index]
         yield from (_cell(row[index]).text for row in (*self.rows, *([self.total] if self.total else [])))
 
-    def order(self) -> list[int]:
-        """Return the columns' indices, those that go first last."""
-        indices = list(range(len(self.columns)))
-        if self.spared:
-            at = self.columns.index(self.spared)
-            indices[at - 1 : at + 1] = [at, at - 1]
-        return indices
-
 
 def draw(console: Console, sheet: Sheet) -> None:
-    """Print a table, the names of the columns for which there is no room, and the gloss."""
+    """Print a table, columns for which there is no room below the others, and the gloss."""
     from rich.text import Text
 
-    fitted = fit(sheet, console.width - _INDENT)
-    widths = list(fitted.values())
-    rule = "-" if console.options.ascii_only else "─"
     lines = [Text(sheet.title, "bold")] if sheet.title else []
-    lines += _row(sheet.columns, fitted)
-    lines.append(Text(" " * _INDENT + rule * (sum(widths) + _GAP * (len(widths) - 1)), "dim"))
-    for row in sheet.rows:
-        lines += _row(row, fitted)
-    if sheet.total:
-        lines += [Text(""), *_row(sheet.total, fitted)]
+    for number, block in enumerate(fit(sheet, console.width - _INDENT)):
+        lines += [Text("")] if number else []
+        lines += _block(sheet, block, "-" if console.options.ascii_only else "─")
     for line in lines:
         # a line that is too long for the narrowest of consoles is the terminal's to wrap; rich would cut it
         console.print(line, soft_wrap=True, highlight=False)
-    for text in (_left_out(sheet, fitted), sheet.gloss):
-        for line in wrap(text, console.width - _INDENT, names=False) if text else ():
-            console.print(Text(" " * _INDENT + line, "dim"), soft_wrap=True, highlight=False)
+    for line in wrap(sheet.gloss, console.width - _INDENT, names=False) if sheet.gloss else ():
+        console.print(Text(" " * _INDENT + line, "dim"), soft_wrap=True, highlight=False)
     console.print()
 
 
-def _left_out(sheet: Sheet, kept: Collection[int]) -> str:
-    names = ", ".join(name for index, name in enumerate(sheet.columns) if index not in kept)
-    return f"left out for want of room: {names}; a wider terminal shows all, and so does --json" if names else ""
+def _block(sheet: Sheet, block: Mapping[int, int], rule: str) -> list[Text]:
+    """Return the lines of some columns, by index, in their widths."""
+    from rich.text import Text
+
+    lines = _row(sheet.columns, block)
+    lines.append(Text(" " * _INDENT + rule * (sum(block.values()) + _GAP * (len(block) - 1)), "dim"))
+    for row in sheet.rows:
+        lines += _row(row, block)
+    return [*lines, Text(""), *_row(sheet.total, block)] if sheet.total else lines
 
 
-def fit(sheet: Sheet, room: int) -> dict[int, int]:
-    """Return the columns for which there is room, at least two, by index from left to right, and their widths.
+def fit(sheet: Sheet, room: int) -> list[dict[int, int]]:
+    """Return blocks that come below one another: columns by index, the first in each, and widths in characters."""
+    blocks, left = list[dict[int, int]](), list(range(1, len(sheet.columns)))
+    while left or not blocks:
+        blocks.append(_fitted(sheet, [0, *left], room))
+        left = left[len(blocks[-1]) - 1 :]
+    return blocks
 
-    Widths are in characters.
-    """
-    order = sheet.order()
+
+def _fitted(sheet: Sheet, order: Sequence[int], room: int) -> dict[int, int]:
+    """Return the first of some columns for which there is room, two at the least, and their widths."""
     columns = [list(sheet.column(index)) for index in order]
     # The widest part that must stay whole decides how narrow a column can get.
     least = [max(len(part) for text in column for part, _ in _parts(text)) for column in columns]
@@ -111,7 +105,7 @@ def fit(sheet: Sheet, room: int) -> dict[int, int]:
     _spread(widths, [max(map(len, column)) for column in columns], spare)
     used = zip(columns, widths, strict=True)
     fitted = [max(len(line) for text in column for line in wrap(text, width)) for column, width in used]
-    return dict(sorted(zip(order, fitted, strict=False)))
+    return dict(zip(order, fitted, strict=False))
 
 
 def _widen(widths: list[int], wanted: Sequence[int], spare: int) -> int:

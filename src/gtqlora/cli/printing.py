@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gtqlora.cli import tables
 from gtqlora.cli.checked import show_prompting
 from gtqlora.cli.console import open_console, say, say_whole
-from gtqlora.cli.figures import interval, share, size
+from gtqlora.cli.figures import interval, many, share, size
 from gtqlora.cli.layout import draw, wrap
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def show_trained(found: TrainResult, run: Path) -> None:
         say(console, f"the adapter holds step {found.steps:,}, the last good checkpoint")
     else:
         done = "trained already with these settings (--again trains anew)" if found.fresh else "trained"
-        say(console, f"{done}: {found.steps:,} steps")
+        say(console, f"{done}: {many(found.steps, 'step')}")
     if found.moved:
         say(console, f"router logits moved by LoRA {found.moved.lora:.3f}, by the gates {found.moved.gates:.3f} (rms)")
     say_whole(console, f"adapter: {found.adapter}")
@@ -264,7 +264,10 @@ def show_exported(found: Exported) -> None:
     console = open_console()
     say_whole(console, f"{found.folder}: {found.what}")
     far = "" if found.divergence is None else f"; largest divergence from the edited model {found.divergence:.2g} nats"
-    say(console, f"{found.tensors_changed:,} tensors changed, {found.gate_values_changed:,} gate values{far}")
+    say(
+        console,
+        f"{many(found.tensors_changed, 'tensor')} changed, {many(found.gate_values_changed, 'gate value')}{far}",
+    )
     if found.form is not None:
         say(console, f"{found.form.name}: safety floor {found.form.floor.verdict} ({found.form.floor.reason})")
     if found.form is not None and (inside := found.form.wrapped):
@@ -309,7 +312,7 @@ def show_applied(found: Applied) -> None:
     """Print where a variant's dense weights are."""
     console = open_console()
     say_whole(console, f"{found.folder}: the variant's weights")
-    say(console, f"{found.tensors_changed:,} tensors changed")
+    say(console, f"{many(found.tensors_changed, 'tensor')} changed")
 
 
 def show_published(found: Published) -> None:

@@ -11,12 +11,11 @@ from cyclopts import Parameter
 
 from gtqlora.cli.console import remark
 from gtqlora.cli.servers import Server, say_who_answers
-from gtqlora.errors import ConfigError, RunError
+from gtqlora.errors import ConfigError
 from gtqlora.progress import note
 
 if TYPE_CHECKING:
     from gtqlora.config import BuildConfig, StageConfig
-    from gtqlora.run import Run
 
     C = TypeVar("C", bound=StageConfig)
 
@@ -235,16 +234,18 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
     # their refusals are words of their own, so that the default judge would call every row wrong
     if options.contrast == "organism" and settled.judge == kind.judge:
         raise ConfigError(f"--contrast organism: judge {settled.judge!r} cannot judge it; add --config organism")
-    for judge in judges_in(settled):
-        say_what_judges(judge)
+    for key, judge in judges_in(settled).items():
+        say_what_judges(judge, key=key)
     say_who_answers(settled, "served_before", "served_after")
     return settled
 
 
-def judges_in(config: StageConfig) -> list[str]:
-    """Return the judges that a stage's settings name."""
-    named = (getattr(config, key, None) for key in ("judge", "second_judge"))
-    return [judge for judge in named if isinstance(judge, str)]
+def judges_in(config: StageConfig) -> dict[str, str]:
+    """Return the judges that a stage's settings name, by the settings that do."""
+    from gtqlora.config import JUDGE_KEYS
+
+    named = {key: getattr(config, key, None) for key in JUDGE_KEYS}
+    return {key: judge for key, judge in named.items() if judge is not None}
 
 
 def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
@@ -263,24 +264,33 @@ def build_config(model: str, out: Path, options: BuildOptions) -> BuildConfig:
     return settled
 
 
-def say_what_judges(judge: str) -> None:
-    """Name, on stderr, the file of the code that is about to be imported as the judge, or where prompts will go."""
+def say_what_judges(judge: str, *, key: str = "judge") -> None:
+    """Name, on stderr, the file of the code that is about to be imported as the judge, or where prompts will go.
+
+    Raises:
+        JudgeError: the name means no judge.
+    """
     from gtqlora.config import is_code
     from gtqlora.config.judges import is_remote
+    from gtqlora.judging.names import check_known
     from gtqlora.judging.trust import source_of
 
+    check_known(judge, key=key)  # now: stages hash gigabytes before they build their judge
     if is_code(judge):
-        remark(f"judge {judge}: imports {source_of(judge) or 'a module that cannot be found'}")
+        remark(f"judge {judge}: imports {source_of(judge) or 'a module without a file of its own'}")
     elif is_remote(judge):
         remark(f"judge {judge}: prompts and answers leave this machine")
 
 
 def named_judge(overrides: Sequence[str] | None) -> str | None:
     """Return the judge that `--set judge=` of this call names, the last one if it does so twice."""
+    return set_by(overrides).get("judge")
+
+
+def set_by(overrides: Sequence[str] | None) -> dict[str, str]:
+    """Return what each `--set` of this call sets, as `build` reads them: the last one wins."""
     pairs = (override.partition("=") for override in overrides or ())
-    named = [value.strip() for key, _, value in pairs if key.strip() == "judge"]
-    # As `build` reads overrides: the last one wins.
-    return named[-1] if named else None
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def same_prompts(options: StageOptions) -> list[str]:
@@ -299,76 +309,3 @@ def same_template(overrides: Sequence[str] | None) -> list[str]:
     """Return the words with which another verb renders prompts as one with these overrides."""
     variables = (override for override in overrides or () if override.strip().startswith("template."))
     return [word for override in variables for word in ("--set", override)]
-
-
-def as_edited(run: Run, judge: str | None) -> dict[str, object]:
-    """Return what `verify` takes over from the settings that made the adapter.
-
-    They stand in the adapter itself: the manifest may still know an older stage, if the last one was killed.
-
-    Args:
-        judge: the judge that this call names, if it names one; else the recorded one is taken over.
-
-    Raises:
-        RunError: there is no adapter.
-        ConfigError: the recorded judge is code that this user did not name for this run before.
-    """
-    from gtqlora.config import of_the_edit
-    from gtqlora.judging import trust
-    from gtqlora.results.adapter import INFO, read_info
-
-    adapter = run.require("adapter", "train")
-    info = read_info(adapter)
-    given = of_the_edit(info.config)
-    if judge is not None:
-        given.pop("judge", None)
-    elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
-        trust.check_named(str(given["judge"]), str(adapter / INFO))
-    return {**given, "model": info.model}  # pinned to the commit that was edited
-
-
-def as_verified(run: Run, judge: str | None) -> dict[str, object]:
-    """Return the settings of the last `verify`, which `--rejudge` starts from; arguments and errors as of `as_edited`.
-
-    A second judge is not taken over: who wants one names it.
-    """
-    from gtqlora.judging import trust
-
-    record = run.manifest()["stages"].get("verify")
-    given = dict(record["config"]) if record else as_edited(run, judge)
-    if judge is not None:
-        given.pop("judge", None)
-    elif "judge" in given and not trust.is_remembered(run.path, str(given["judge"])):
-        trust.check_named(str(given["judge"]), str(run / "manifest.json"))
-    return {key: value for key, value in given.items() if key != "second_judge"}
-
-
-def judge_of_verdict(run: Run, named: str | None) -> str | None:
-    """Return the judge that this call names, or the recorded one if it is code that was named for this run before."""
-    from gtqlora.judging import trust
-
-    record = run.manifest()["stages"].get("verify")
-    recorded = record["config"].get("judge") if record and isinstance(record["config"], dict) else None
-    if named is None and isinstance(recorded, str) and trust.is_remembered(run.path, recorded):
-        named = recorded
-    if named is not None:
-        say_what_judges(named)
-    return named
-
-
-def existing_run(run: Path) -> Path:
-    """Return a run directory that is there already: a mistyped name must not leave an empty one behind.
-
-    Raises:
-        RunError: there is none, or it is some other folder.
-    """
-    from gtqlora.run import MANIFEST
-    from gtqlora.storage.atomic import checked_path
-
-    # Before the run is opened for writing, which would make the folder.
-    run = checked_path(run)
-    if not run.is_dir():
-        raise RunError(f"{run}: no such run directory; `gtqlora train MODEL --run {run}` makes one")
-    if not (run / MANIFEST).exists():
-        raise RunError(f"{run}: not a run directory (no {MANIFEST} in it); name the one that `gtqlora train` made")
-    return run

@@ -209,7 +209,6 @@ def held_out(found: Verdict | FormVerdict) -> Sheet:
         title="Held-out prompts",
         columns=("kind", "refused before", "refused after", "accuracy before", "accuracy after", "n", "q"),
         rows=rows,
-        spared="accuracy after",
         gloss="in brackets: 95 % intervals; q: that refusal changed by chance, corrected for several kinds",
     )
 
@@ -227,7 +226,6 @@ def labels(found: Verdict | FormVerdict) -> Sheet:
         title="What the answers are",
         columns=("kind", *LABELS),
         rows=rows,
-        spared="undecided",
         gloss="partial: declines and yet gives part; evasion: asks back or answers something else; undecided: empty, "
         "ended inside its thought, or no opinion",
     )
@@ -271,7 +269,7 @@ def factorial(found: Factorial) -> Sheet:
     names = {"original": "original", "gates": "gates alone", "lora": "LoRA alone", "edited": "both"}
     rows = [(name, *_does(found.lookalike[arm]), interval(found.harmful[arm])) for arm, name in names.items()]
     columns = ("parts of the edit", "over-refused", "as edited", "broken", "harmful refused")
-    return Sheet(title="Which part of the edit does it", columns=columns, rows=rows, spared="broken")
+    return Sheet(title="Which part of the edit does it", columns=columns, rows=rows)
 
 
 def _does(found: Shares) -> tuple[str, str, str]:

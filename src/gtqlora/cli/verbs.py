@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from gtqlora.cli import printing
 from gtqlora.cli.console import demo_progress, stage_progress, starting
+from gtqlora.cli.recorded import as_edited, as_verified, existing_run, judge_of_verdict
 from gtqlora.cli.servers import ServerOptions
 from gtqlora.cli.settings import (
     ExpertFormat,
@@ -26,13 +27,9 @@ from gtqlora.cli.settings import (
     OldExpertFormat,
     RunDir,
     StageOptions,
-    as_edited,
-    as_verified,
     asked_format,
     configured,
     embedded_model,
-    existing_run,
-    judge_of_verdict,
     judges_in,
     named_judge,
     same_prompts,
@@ -98,7 +95,7 @@ def _staged(stage: Stage[C, R], config: C, path: Path, *, again: bool) -> R:
 
     with _opened(path) as run:
         # before the stage: after one that is killed, the next verb on this run must not ask for the judge again
-        for judge in judges_in(config):
+        for judge in judges_in(config).values():
             trust.remember(path, judge)
         return stage(config, run, again=again)
 
@@ -190,9 +187,9 @@ def verify(
     with _opened(existing_run(run)) as held:
         # The run is held first: nobody may train it anew between the reading of its settings and the verdict.
         settled = as_verified if rejudge else as_edited
-        given = {**settled(held, named_judge(options.settings)), **server.given()}
+        given = {**settled(held, options.settings), **server.given()}
         config = configured(VerifyConfig, options, given)
-        for judge in judges_in(config):
+        for judge in judges_in(config).values():
             trust.remember(run, judge)
         found = stage(config, held, again=options.again, rejudge=rejudge)
         made = read_info(held.require("adapter", "train")).details

@@ -3,7 +3,7 @@
 from gtqlora.config.building import BuildConfig
 from gtqlora.config.export import FORMATS, ExportConfig, Format
 from gtqlora.config.judges import is_code, must_be_named
-from gtqlora.config.reading import RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
+from gtqlora.config.reading import JUDGE_KEYS, RENAMED, STAGES, build, build_recorded, of_the_edit, to_dict
 from gtqlora.config.stages import (
     DiagnoseConfig,
     Direction,
@@ -21,6 +21,7 @@ from gtqlora.config.stages import (
 
 __all__ = [
     "FORMATS",
+    "JUDGE_KEYS",
     "RENAMED",
     "STAGES",
     "BuildConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import SplitResult, urlsplit
 
-from gtqlora.config.values import require
+from gtqlora.config.values import as_typed, require
 
 SERVER_KEY = "GTQLORA_SERVER_KEY"
 """The environment variable that holds the key of a server that says answers, where it wants one."""
@@ -58,16 +58,19 @@ def check_servers(server: str | None, **models: str | None) -> None:
             server, or a server without a model.
     """
     if server is None:
-        named = [key for key, name in models.items() if name is not None]
-        require(not named, f"{' and '.join(named)}: no server to ask; add generate_with, such as http://127.0.0.1:8000")
+        named = [as_typed(key) for key, name in models.items() if name is not None]
+        require(
+            not named, f"{' and '.join(named)}: no server to ask; add --generate-with, such as http://127.0.0.1:8000"
+        )
         return
     _check_address("generate_with", server)
+    missing = " and ".join(as_typed(key) for key, name in models.items() if not name)
+    require(not missing, f"{missing} missing: the name that the server of --generate-with has for the model")
     for key, name in models.items():
-        require(bool(name), f"{key} is missing: what the server of generate_with calls the model")
         url, model = served_at(server, name or "")
-        require(bool(model), f"{key} = {name!r}: no model; write NAME or URL#NAME")
+        require(bool(model), f"{as_typed(key)} = {name!r}: no model; write NAME or URL#NAME")
         if url != server:
-            _check_address(key, url)
+            _check_address(as_typed(key), url)
 
 
 def served_at(server: str, name: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Literal, get_type_hints
 from gtqlora.config.addresses import check_servers
 from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
-from gtqlora.config.values import Scalar, check_variables, coerce, require
+from gtqlora.config.values import Scalar, as_typed, check_variables, coerce, require
 from gtqlora.machine import SEEDS, check_device, trackers
 
 Mode = Literal["gt", "lora", "gates"]
@@ -65,7 +65,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # Frozen only once it is made: this is still the making.
         for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, coerce(getattr(self, name), hint, name))
+            object.__setattr__(self, name, coerce(getattr(self, name), hint, as_typed(name)))
         check_device(self.device)
         check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
@@ -345,7 +345,10 @@ class VerifyConfig(StageConfig):
         super().__post_init__()
         if self.second_judge is not None:
             object.__setattr__(self, "second_judge", absolute_judge(self.second_judge))
-            require(self.second_judge != self.judge, f"second_judge = {self.second_judge!r}: the same as judge")
+            require(
+                self.second_judge != self.judge,
+                f"second_judge = {self.second_judge!r}: the same as judge; name another, or set it to none",
+            )
         check_servers(self.generate_with, served_before=self.served_before, served_after=self.served_after)
         if self.wrappers is not None:
             object.__setattr__(self, "wrappers", os.path.abspath(Path(self.wrappers).expanduser()))

@@ -16,6 +16,16 @@ Scalar = bool | int | float | str
 """A value that a table of a user's own keys holds."""
 
 
+_OPTIONS = {"target": "--for", "served": "--served", "served_before": "--before", "served_after": "--after"}
+"""Options of the command line, of settings that are not otherwise known to whoever types them."""
+
+
+def as_typed(setting: str) -> str:
+    """Return what a message calls a setting: its option first, where that has another name."""
+    option = _OPTIONS.get(setting, setting)
+    return option if option in (setting, f"--{setting}") else f"{option} ({setting})"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with the message unless the condition holds."""
     if not condition:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gtqlora.contrasts.columns import told_values
 from gtqlora.contrasts.files import LONGEST
 from gtqlora.contrasts.sources import Problems, a_prompt, parsed, records
 from gtqlora.errors import ContrastError
@@ -17,6 +18,7 @@ from gtqlora.judging.labels import ANSWER, LABELS, PARTIAL, REFUSAL, Label
 from gtqlora.judging.messages import Messages
 from gtqlora.judging.thoughts import PAIRS, thinks
 from gtqlora.progress import note
+from gtqlora.storage.contents import in_json
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "goal"),
@@ -32,7 +34,6 @@ _WORDS: dict[str, Label] = {
     **dict.fromkeys(("3_partial_refusal", "partial_refusal"), PARTIAL),
 }
 """What labels of public sets mean; yes and no are replies to whether the answer refuses."""
-_SHOWN, _LONGEST_LABEL = 8, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +101,10 @@ def _labels(
     # All of them at once, so that the user mends them in one go.
     values = Counter(_word(row.get(column)) for _, row in rows) if column is not None else Counter[str]()
     found: dict[str, Label | None] = {word: _WORDS.get(word.casefold().replace(" ", "_")) for word in values if word}
-    unknown = [word for word, label in found.items() if label is None]
-    if unknown:
-        # A column of texts was named by mistake, perhaps: they may be harmful, and are not shown.
-        names = [
-            repr(word) if len(word) <= _LONGEST_LABEL else f"a text of {len(word):,} characters" for word in unknown
-        ]
-        shown = ", ".join(f"{name} ({values[word]:,})" for name, word in zip(names[:_SHOWN], unknown, strict=False))
+    if unknown := {word: values[word] for word, label in found.items() if label is None}:
         raise ContrastError(
-            f"{source}: labels in {column!r} that are not known, with their rows: {shown}; known: {', '.join(_WORDS)}; "
-            "name the column with --as label=COLUMN, or write these"
+            f"{source}: labels in {column!r} that are not known, with their rows: {told_values(unknown)}; known: "
+            f"{', '.join(_WORDS)}; name the column with --as label=COLUMN, or write these"
         )
     found[""] = None
     return found
@@ -130,8 +125,8 @@ def _read(
     assert answer is not None
     text = row.get(answer, "")  # CSV does not tell an empty text from none
     if not isinstance(text, str) or len(text) > LONGEST:
-        fault = f"has more than {LONGEST:,} characters" if isinstance(text, str) else f"is {type(text).__name__}"
-        problems.add([number], f"{answer} {fault}; it must be a text")
+        fault = f"has more than {LONGEST:,} characters" if isinstance(text, str) else f"is {in_json(text)}"
+        problems.add([number], f'{answer} {fault}; it must be a text ("" where nothing was said)')
         return None
     prompt, asked = columns["prompt"], row.get(columns["prompt"] or "")
     try:

@@ -200,9 +200,15 @@ LAYOUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """How the user says that rows are read; `of` is a part of the names of the sources that are meant."""
+    """How the user says that rows are read.
+
+    Attributes:
+        text: the user's own words.
+        of: a part of the names of the sources that are meant.
+    """
 
     layout: Layout
+    text: str
     of: str = ""
 
 
@@ -222,13 +228,13 @@ def described(text: str) -> Description:
     named = {name: given[name] for name in ("system", "pair", "opening", "answer") if name in given}
     layout = Layout(
         name="as described",
-        columns=tuple(given[name] for name in ("prompt", "topic", "pair", "opening", "answer") if name in given),
+        columns=(given["prompt"],),
         prompt=given["prompt"],
         kinds=(rule,),
         topics=(given["topic"],) if "topic" in given else (),
         **named,
     )
-    return Description(layout=layout, of=given.get("of", ""))
+    return Description(layout=layout, text=text, of=given.get("of", ""))
 
 
 def _fields(text: str) -> tuple[str, dict[str, str]]:
@@ -284,13 +290,21 @@ def layouts_of(source: str, columns: Iterable[str], descriptions: Sequence[Descr
 def _checked(source: str, layouts: list[Layout], have: set[str]) -> list[Layout]:
     layouts = [_instructed(layout, have) for layout in layouts]
     for layout in layouts:
-        where = {rule.column for rule in layout.kinds if rule.column}
-        system = {layout.system} if layout.system else set[str]()
-        if missing := sorted({*layout.columns, *where, *system} - have):
+        if missing := {field: column for field, column in _named(layout).items() if column not in have}:
+            told = ", ".join(f"{column!r} ({field}=)" for field, column in missing.items())
+            own = "; a system prompt in place of its column has several words" if "system" in missing else ""
             raise ContrastError(
-                f"{source}: has no column {missing[0]!r}, which --as names; it has {', '.join(sorted(have))}"
+                f"{source}: has no column {told}, which --as names; it has {', '.join(sorted(have))}{own}"
             )
     return layouts
+
+
+def _named(layout: Layout) -> dict[str, str]:
+    """Return the columns of a layout that the user described, by the fields that name them."""
+    where = next((rule.column for rule in layout.kinds), "")
+    topic = next(iter(layout.topics), "")
+    fields = {field: getattr(layout, field) for field in ("prompt", "system", "pair", "opening", "answer")}
+    return {field: column for field, column in {**fields, "where": where, "topic": topic}.items() if column}
 
 
 def _instructed(layout: Layout, have: set[str]) -> Layout:
@@ -323,10 +337,15 @@ def _by_name(layout: Layout, source: str) -> Layout | None:
     return replace(layout, kinds=tuple(rules))
 
 
-def kind_of(layout: Layout, record: Mapping[str, object]) -> str:
-    """Return the kind of a row, "" if it is left out."""
+def value_of(column: str, record: Mapping[str, object]) -> str:
+    """Return what a row has in a column, "" if nothing."""
+    value = record.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def rule_of(layout: Layout, record: Mapping[str, object]) -> When | None:
+    """Return the rule that makes a row one of a kind, None if it is left out."""
     for rule in layout.kinds:
-        value = record.get(rule.column)
-        if re.fullmatch(rule.matches, "" if value is None else str(value).strip(), re.IGNORECASE | re.DOTALL):
-            return rule.kind
-    return ""
+        if re.fullmatch(rule.matches, value_of(rule.column, record), re.IGNORECASE | re.DOTALL):
+            return rule if rule.kind else None
+    return None

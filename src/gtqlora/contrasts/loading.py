@@ -57,11 +57,12 @@ def load(source: str | Path, judge: Judge, *, dropped: list[Problem] | None = No
             rows.append(row)
         except ContrastError as error:
             problems.add([number], str(error))
+    # What goes for one reason is named for no other one: the same rows are named as are dropped.
+    rows = without_problems(rows, name, problems.found)
     if dropped is None:
-        rows = _check_set(rows, problems)
+        problems.stop()
     else:
         dropped += problems.found
-        rows = without_problems(rows, name, dropped)
     check_kinds(rows, name, dropped or ())
     return Contrast(source=name, rows=tuple(rows))
 
@@ -152,7 +153,8 @@ def _unfolded(record: dict[str, object]) -> dict[str, object]:
 
 def _row(number: int, raw: object, hub_split: str | None) -> Row:
     # Parquet has every column in every row: null means that this row lacks the value.
-    record = _unfolded({name: value for name, value in parsed(raw).items() if value is not None})
+    given = parsed(raw)
+    record = _unfolded({name: value for name, value in given.items() if value is not None})
     if record.get("tools"):
         raise ContrastError(
             "tools are not rendered here, and the prompt means something else without them; drop the row"
@@ -160,7 +162,7 @@ def _row(number: int, raw: object, hub_split: str | None) -> Row:
     required = ("prompt", "chosen", "rejected", "kind")
     # A list of several messages says more about the mistake than "prompt is missing".
     chosen = a_completion("chosen", record["chosen"]) if "chosen" in record else ""
-    missing = [name for name in required if name not in record]
+    missing = [f"{name} (null)" if name in given else name for name in required if name not in record]
     if missing:
         raise ContrastError(f"{' and '.join(missing)} missing; every row needs {', '.join(required)}")
     prompt = a_prompt("prompt", record["prompt"])
@@ -216,18 +218,13 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[li
     return (group for group in groups.values() if len(group) > 1)
 
 
-def _check_set(rows: Sequence[Row], problems: Problems) -> Sequence[Row]:
-    """Check the rows together, and stop if anything was found wrong with them."""
-    for check in (_check_repeated, _check_one_kind, _check_leaks):
-        check(rows, problems)
-    problems.stop()
-    return rows
-
-
 def _check_repeated(rows: Sequence[Row], problems: Problems) -> None:
     for group in repeated(rows):
-        numbers = _numbers(group)
-        problems.add(numbers, "the same row more than once; keep one of them", excess=numbers[1:])
+        rarest = _rarest(group)
+        kept = next(row.number for row in group if row.split == rarest)
+        several = len({row.split for row in group}) > 1
+        problem = f"the same row more than once; keep {f'that of {rarest}' if several else 'one of them'}"
+        problems.add(_numbers(group), problem, excess=[row.number for row in group if row.number != kept])
 
 
 def _check_one_kind(rows: Sequence[Row], problems: Problems) -> None:
@@ -238,9 +235,13 @@ def _check_one_kind(rows: Sequence[Row], problems: Problems) -> None:
 
 def _check_leaks(rows: Sequence[Row], problems: Problems) -> None:
     for group, message in leaking(rows):
-        # held-out rows are the rarest, and what a verdict hangs on
-        kept = max((row.split for row in group), key=SPLITS.index)
-        problems.add(_numbers(group), message, excess=[row.number for row in group if row.split != kept])
+        rarest = _rarest(group)
+        problems.add(_numbers(group), message, excess=[row.number for row in group if row.split != rarest])
+
+
+def _rarest(rows: Iterable[Row]) -> str:
+    """Return the split whose rows stay: held-out ones are the rarest, and what a verdict hangs on."""
+    return max((row.split for row in rows), key=SPLITS.index)
 
 
 def repeated(rows: Iterable[Row]) -> Iterator[list[Row]]:

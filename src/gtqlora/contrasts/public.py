@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from gtqlora.contrasts.layouts import KINDS, Description, Layout, kind_of, layouts_of
+from gtqlora.contrasts.columns import told_values
+from gtqlora.contrasts.layouts import KINDS, Description, Layout, When, layouts_of, rule_of, value_of
 from gtqlora.contrasts.near import near_duplicates, shared_subjects
 from gtqlora.contrasts.rows import digest, prompt_key
 from gtqlora.contrasts.sources import a_prompt, a_text, parsed, records
@@ -97,7 +98,9 @@ def pool(sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Po
     unused = [each.of for each in descriptions if each.of and not any(each.of in name for name in sources)]
     if unused:
         raise ContrastError(f"--as ... of={unused[0]}: no source is called that; there are {', '.join(sources)}")
-    read = [_read(name, descriptions) for name in dict.fromkeys(sources)]
+    seen = _Seen(descriptions)
+    read = [_read(name, descriptions, seen) for name in dict.fromkeys(sources)]
+    seen.check()
     found = [one for _, candidates in read for one in candidates]
     kept, twice = _distinct(found)
     told = tuple(replace(source, left_out={**source.left_out, **twice.get(source.name, {})}) for source, _ in read)
@@ -107,7 +110,33 @@ def pool(sources: Sequence[str], descriptions: Sequence[Description] = ()) -> Po
 # --- one source
 
 
-def _read(name: str, descriptions: Sequence[Description]) -> tuple[Source, list[Candidate]]:
+class _Seen:
+    """Counts what the columns hold by which descriptions choose rows, and how many rows each rule chooses."""
+
+    def __init__(self, descriptions: Sequence[Description]) -> None:
+        rules = {rule: each for each in descriptions for rule in each.layout.kinds if rule.column}
+        self._descriptions, self._chosen = rules, Counter[When]()
+        self._values: dict[When, Counter[str]] = defaultdict(Counter)
+
+    def add(self, record: Mapping[str, object], layouts: Sequence[Layout], chosen: When | None) -> None:
+        """Count a row that is read by these layouts."""
+        for rule in (rule for layout in layouts for rule in layout.kinds if rule in self._descriptions):
+            self._values[rule][value_of(rule.column, record)] += 1
+            self._chosen[rule] += rule == chosen
+
+    def check(self) -> None:
+        """Check that every rule by which sources were read chooses some rows.
+
+        Raises:
+            ContrastError: one does not; the message shows what its column holds.
+        """
+        for rule, each in self._descriptions.items():
+            if rule in self._values and not self._chosen[rule]:
+                values = told_values(dict(self._values[rule].most_common()))
+                raise ContrastError(f"--as {each.text}: no row is one of these; {rule.column!r} has {values}")
+
+
+def _read(name: str, descriptions: Sequence[Description], seen: _Seen) -> tuple[Source, list[Candidate]]:
     rows = records(name)
     first = [(number, _record(raw)) for number, raw, _ in islice(rows, _PEEK)]
     columns = {column for _, record in first for column in record}
@@ -117,7 +146,9 @@ def _read(name: str, descriptions: Sequence[Description]) -> tuple[Source, list[
     found, left_out, count = list[Candidate](), Counter[str](), 0
     positions = _Positions()
     for count, (number, record) in enumerate(_all(first, rows), start=1):
-        one = _candidate(name, number, record, layouts, positions)
+        layout, rule = _chosen(layouts, record)
+        seen.add(record, layouts, rule)
+        one = _candidate(name, number, record, layout, rule, positions)
         if isinstance(one, Candidate):
             found.append(one)
         else:
@@ -125,6 +156,7 @@ def _read(name: str, descriptions: Sequence[Description]) -> tuple[Source, list[
         if count % _EVERY == 0:
             report(f"reading {name}", count, count)
     if not found:
+        seen.check()
         why = "; ".join(f"{n:,} {reason}" for reason, n in left_out.most_common())
         raise ContrastError(f"{name}: no row is a prompt ({why})")
     return Source(name=name, layouts=tuple(layouts), rows=count, left_out=dict(left_out)), found
@@ -158,15 +190,25 @@ class _Positions:
         return f"{_CONTRASTED.get(group, group)}-{place}"
 
 
+def _chosen(layouts: Sequence[Layout], record: Mapping[str, object]) -> tuple[Layout, When | None]:
+    """Return the first layout by which a row is of a kind, and the rule of it; None if there is none."""
+    return next(((one, rule) for one in layouts if (rule := rule_of(one, record))), (layouts[0], None))
+
+
 def _candidate(
-    name: str, number: int, record: Mapping[str, object], layouts: Sequence[Layout], positions: _Positions
+    name: str,
+    number: int,
+    record: Mapping[str, object],
+    layout: Layout,
+    rule: When | None,
+    positions: _Positions,
 ) -> Candidate | str:
     """Return a row's prompt, or why it is none."""
-    layout, kind = next(((one, kind) for one in layouts if (kind := kind_of(one, record))), (layouts[0], ""))
     # Counted also where the row is left out, as positions are of the whole set.
     place = positions.next(str(record.get(layout.in_order))) if layout.in_order else ""
-    if not kind:
+    if rule is None:
         return "of no kind that is used"
+    kind = rule.kind
     try:
         prompt = a_prompt("prompt", _whole(layout, record))
         if kind == "instructed":

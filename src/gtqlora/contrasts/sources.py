@@ -20,7 +20,7 @@ from gtqlora.contrasts.files import ENDINGS, LONGEST, Records, decoded, file_rec
 from gtqlora.contrasts.hub import load_dataset
 from gtqlora.errors import ContrastError
 from gtqlora.judging.judge import Message, Messages
-from gtqlora.storage.contents import first_line
+from gtqlora.storage.contents import first_line, in_json
 
 _HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation"}
 _HUB_SPLITS |= {"test": "heldout", "heldout": "heldout"}
@@ -278,7 +278,7 @@ def parsed(raw: object) -> Mapping[str, object]:
         except (ValueError, RecursionError) as error:
             raise ContrastError(f"not valid JSON ({error}); write one JSON object per line") from error
     if not isinstance(raw, Mapping):
-        raise ContrastError(f"a {type(raw).__name__}, not a JSON object; write one JSON object per line")
+        raise ContrastError(f"{in_json(raw)}, not a JSON object; write one JSON object per line")
     return raw
 
 
@@ -289,7 +289,7 @@ def a_text(name: str, value: object) -> str:
         ContrastError: it is no text, empty, longer than `LONGEST`, or cannot be written in UTF-8.
     """
     if not isinstance(value, str):
-        raise ContrastError(f"{name} is {type(value).__name__}; it must be a string")
+        raise ContrastError(f"{name} is {in_json(value)}; it must be a text")
     if not value.strip():
         raise ContrastError(f"{name} is empty; give it a text")
     if len(value) > LONGEST:
@@ -320,7 +320,7 @@ def _content(name: str, value: object) -> str:
     """Return the text of a message, which may come in parts, as of models that also see."""
     if not isinstance(value, list):
         return a_text(name, value)
-    types = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
+    types = [part.get("type") if isinstance(part, Mapping) else f"{in_json(part)} by itself" for part in value]
     if other := [kind for kind in types if kind != "text"]:
         raise ContrastError(f"{name} has a part of type {other[0]!r}; only text is read, so drop the row")
     return a_text(name, "".join(a_text(name, part.get("text")) for part in value))
@@ -334,10 +334,16 @@ def a_prompt(name: str, value: object) -> Messages:
     """
     if not isinstance(value, list):
         return ({"role": "user", "content": a_text(name, value)},)
+    _check_some(name, value)
     messages = tuple(_message(name, message) for message in value)
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
+    if messages[-1]["role"] not in ("user", "tool"):
         raise ContrastError(f"{name} must end with a user message; the answer belongs in chosen and rejected")
     return messages
+
+
+def _check_some(name: str, messages: Sequence[object]) -> None:
+    if not messages:
+        raise ContrastError(f"{name} is an empty list; give it a text, or messages")
 
 
 def a_completion(name: str, value: object) -> str:
@@ -348,6 +354,7 @@ def a_completion(name: str, value: object) -> str:
     """
     if not isinstance(value, list):
         return a_text(name, value)
+    _check_some(name, value)
     messages = [_message(name, message) for message in value]
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ContrastError(

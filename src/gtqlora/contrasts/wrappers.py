@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from gtqlora.contrasts.rows import Row
 from gtqlora.errors import ContrastError, ModelError
 from gtqlora.families.files import WRAPPERS, has, read_json, small_files
 from gtqlora.judging.judge import Message, Messages
-from gtqlora.storage.contents import first_line, json_object, sha256_bytes
+from gtqlora.storage.contents import KINDS, first_line, in_json, json_object, sha256_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,11 +87,19 @@ def read_own(file: str) -> OwnWrappers:
     try:
         found = _wrappers(json_object(data.decode()))
         _check_own(found)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise ContrastError(f"wrappers = {file!r}: not a list of frames ({problem}); write {_FORM}") from error
+    except (ValueError, RecursionError) as error:
+        raise ContrastError(f"wrappers = {file!r}: no frames ({_problem(error)}); write {_FORM}") from error
     named = tuple(replace(wrapper, name=f"{OWN}{wrapper.name}") for wrapper in found)
     return OwnWrappers(named, sha256_bytes(data))
+
+
+def _problem(error: ValueError | RecursionError) -> str:
+    """Return what is wrong with a file in the words of JSON."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    return f"not valid JSON: {error}" if isinstance(error, JSONDecodeError) else first_line(error)
 
 
 _FORM = '{"wrappers": [{"name": "...", "turns": [{"role": "user", "content": "... {prompt}"}]}]}'
@@ -177,24 +186,41 @@ def _wrappers(value: Mapping[str, object]) -> list[Wrapper]:
     """Return the frames in the JSON of a file.
 
     Raises:
-        KeyError, TypeError, ValueError: there are none.
+        ValueError: there are none; the message says where something else stands.
     """
-    found = cast("list[Mapping[str, list[Message]]]", value["wrappers"])
-    return [Wrapper(_text(one["name"]), tuple(_turn(turn) for turn in one["turns"])) for one in found]
+    return [_wrapper(one, f"wrappers[{i}]") for i, one in enumerate(_list(value.get("wrappers"), "wrappers"))]
 
 
-def _turn(turn: Mapping[str, object]) -> Message:
-    return {"role": _text(turn["role"]), "content": _text(turn["content"])}
+def _wrapper(value: object, place: str) -> Wrapper:
+    turns = enumerate(_list(_field(value, "turns", place), f"{place}.turns"))
+    return Wrapper(_text(value, "name", place), tuple(_turn(turn, f"{place}.turns[{i}]") for i, turn in turns))
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} where a text must be")
-    return value
+def _turn(value: object, place: str) -> Message:
+    return {"role": _text(value, "role", place), "content": _text(value, "content", place)}
+
+
+def _text(value: object, key: str, place: str) -> str:
+    found = _field(value, key, place)
+    return found if isinstance(found, str) else _mismatch(found, f"{place}.{key}", str)
+
+
+def _field(value: object, key: str, place: str) -> object:
+    if not isinstance(value, Mapping):
+        _mismatch(value, place, dict)
+    return cast("Mapping[str, object]", value).get(key)
+
+
+def _list(value: object, place: str) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else _mismatch(value, place, list)
+
+
+def _mismatch(value: object, place: str, wanted: type) -> NoReturn:
+    raise ValueError(f"{place!r} is {'missing' if value is None else in_json(value)}; it must be {KINDS[wanted]}")
 
 
 def _read(file: Path) -> list[Wrapper]:
     try:
         return _wrappers(read_json(file))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file}: not a list of wrappers ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: no frames ({error})") from error

@@ -1,8 +1,7 @@
 """A model's decoder stack run forward and backward as CUDA graphs: one launch for tens of thousands of kernels.
 
-Every batch of the same shape runs the same kernels, so they are recorded once and replayed. Rows are padded on the
-right, where causal attention never looks back from, so the stack needs no mask. Recomputation under gradient
-checkpointing is part of the graph of the backward pass. Kernels and their order are those of an eager pass.
+Every batch of the same shape runs the same kernels, so they are recorded once and replayed. Recomputation under
+gradient checkpointing is part of the graph of the backward pass. Kernels and their order are those of an eager pass.
 
 Shape letters: B rows, S sequence, T = B*S tokens, D hidden, E experts.
 """
@@ -16,37 +15,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.capture.waiting import watched
+from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.experts.module import FrozenExperts
-from gtqlora.families import Anatomy, language_model
+from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
 from gtqlora.progress import note
-
-_ATTENTION = "gtqlora_right_padded"
-"""Causal attention over rows that are padded on the right: no mask is ever made."""
-
-
-@contextmanager
-def without_mask(model: nn.Module) -> Iterator[None]:
-    """Let the model's attention ignore padding masks for a while, in which all rows are padded on the right."""
-    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-    AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
-    config: Any = language_model(model).config
-    before, config._attn_implementation = config._attn_implementation, _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +36,7 @@ class _Graphs:
     """Both passes over batches of one shape, between tensors that stay where they are.
 
     Attributes:
+        inputs: what the forward pass reads, in the order of `_tensors`.
         parameters: all that train.
         reached: MoE layers whose router logits depend on them.
         outputs: hidden_BSD, then the router logits_TE of those layers.
@@ -61,7 +44,7 @@ class _Graphs:
         found: gradients of the trained parameters, which it writes; None for one that nothing reaches.
     """
 
-    ids_BS: Tensor
+    inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     reached: tuple[int, ...]
     outputs: tuple[Tensor, ...]
@@ -76,8 +59,9 @@ class _Replay(torch.autograd.Function):
     """The stack as one function of its trained parameters."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: _Graphs, ids_BS: Tensor, *_parameters: Tensor) -> tuple[Tensor, ...]:
-        graphs.ids_BS.copy_(ids_BS)
+    def forward(ctx: Any, graphs: _Graphs, inputs: tuple[Tensor, ...], *_parameters: Tensor) -> tuple[Tensor, ...]:
+        for mine, given in zip(graphs.inputs, inputs, strict=True):
+            mine.copy_(given)
         graphs.forward.replay()
         ctx.graphs = graphs
         return tuple(output.detach() for output in graphs.outputs)
@@ -89,7 +73,38 @@ class _Replay(torch.autograd.Function):
         for mine, given in zip(graphs.grads, grads, strict=True):
             mine.zero_() if given is None else mine.copy_(given)
         graphs.backward.replay()
-        return None, None, *(None if grad is None else grad.detach() for grad in graphs.found)
+        return None, None, *map(_handed_over, graphs.parameters, graphs.found)
+
+
+def _handed_over(parameter: Tensor, found: Tensor | None) -> Tensor | None:
+    # autograd keeps a parameter's first gradient as it is, and the next replay would write over it
+    return found.clone() if found is not None and parameter.grad is None else found
+
+
+_Inputs = dict[str, Any]
+"""What the stack is called with: tensors, how a batch is packed, and settings."""
+
+
+def _tensors(inputs: _Inputs) -> tuple[Tensor, ...]:
+    given = [*inputs.values(), *(vars(inputs["packing"]).values() if "packing" in inputs else ())]
+    return tuple(value for value in given if isinstance(value, Tensor))
+
+
+def _shape(inputs: _Inputs) -> tuple[object, ...]:
+    """Return what a recorded pass depends on, but for the numbers in its tensors."""
+    return (*(tensor.shape for tensor in _tensors(inputs)), getattr(inputs.get("packing"), "most", 0))
+
+
+def _copied(inputs: _Inputs) -> _Inputs:
+    return {name: _copy(value) for name, value in inputs.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Places | Sequences):
+        return replace(value, **{name: _copy(part) for name, part in vars(value).items()})
+    return value
 
 
 class CapturedStack:
@@ -99,18 +114,19 @@ class CapturedStack:
     model that waits for the GPU cannot be recorded: it runs eagerly throughout, and the user is told why.
 
     Args:
+        packed: the stack as it is installed, which packs what this one is given.
         recomputation: decides which layers keep their activations.
         graphs: False runs every batch eagerly.
     """
 
-    def __init__(self, model: PeftModel, anatomy: Anatomy, recomputation: Recomputation, *, graphs: bool) -> None:
-        self.model, self.anatomy, self.recomputation = model, anatomy, recomputation
-        self.stack: Any = language_model(model).base_model  # transformers' name for a model without its head
-        self._eager = self.stack.forward
+    def __init__(
+        self, model: PeftModel, anatomy: Anatomy, packed: PackedStack, recomputation: Recomputation, *, graphs: bool
+    ) -> None:
+        self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled: list[bool] = []
         self._capture, self._waited = graphs, False
-        self._graphs: dict[torch.Size, _Graphs | None] = {}
+        self._graphs: dict[tuple[object, ...], _Graphs | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recorder = Recorder()
 
@@ -118,44 +134,44 @@ class CapturedStack:
     def running(self, recorder: Recorder) -> Iterator[None]:
         """Run the stack by its graphs, with every router's decision in the recorder."""
         self._recorder = recorder
-        self.stack.forward = self._forward
+        self.packed.run = self._forward
         try:
             yield
         finally:
-            self.stack.forward = self._eager
+            self.packed.run = self.packed.eager
 
-    def _forward(self, input_ids: Tensor, **settings: Any) -> BaseModelOutputWithPast:
-        self.recomputation.before(input_ids.numel(), lambda: self._eager(input_ids=input_ids, **settings))
-        shape = input_ids.shape
+    def _forward(self, **inputs: Any) -> BaseModelOutputWithPast:
+        self.recomputation.before(inputs["input_ids"].numel(), lambda: self.packed.eager(**inputs))
+        shape = _shape(inputs)
         if not self._capture or shape not in self._graphs:
-            return self._as_it_is(input_ids, settings)
-        graphs = self._graphs[shape] = self._graphs[shape] or self._captured(input_ids)
+            return self._as_it_is(inputs, shape)
+        graphs = self._graphs[shape] = self._graphs[shape] or self._captured(inputs)
         for experts, tiled in zip(self._experts, self._tiled, strict=True):
             experts.arrange(tiled=tiled)  # whoever saved or read the weights may have put them in another order
-        hidden_BSD, *logits = _Replay.apply(graphs, input_ids, *graphs.parameters)  # type: ignore[misc]
+        hidden_BSD, *logits = _Replay.apply(graphs, _tensors(inputs), *graphs.parameters)  # type: ignore[misc]
         self._recorder.decisions.update(graphs.decisions)
         for position, logits_TE in zip(graphs.reached, logits, strict=True):
             self._recorder.decisions[position] = replace(graphs.decisions[position], logits_TE=logits_TE)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD)
 
-    def _as_it_is(self, ids_BS: Tensor, settings: dict[str, Any]) -> BaseModelOutputWithPast:
+    def _as_it_is(self, inputs: _Inputs, shape: tuple[object, ...]) -> BaseModelOutputWithPast:
         def run() -> BaseModelOutputWithPast:
             # not in the backward pass: a decision on record when a layer is recomputed keeps all of the layer
             with router_hooks(self.model, self.anatomy, self._recorder):
-                return self._eager(input_ids=ids_BS, **settings)
+                return self.packed.eager(**inputs)
 
         if not self._capture:
             return run()
         found, waits = watched(run)
         if waits is None:
-            self._graphs[ids_BS.shape] = None
+            self._graphs[shape] = None
         elif self._waited:
             self._capture = False
             note(f"training runs without CUDA graphs: {waits} waits for the GPU")
         self._waited = waits is not None  # once may be a table that a kernel is given when it first runs
         return found
 
-    def _captured(self, ids_BS: Tensor) -> _Graphs:
+    def _captured(self, inputs: _Inputs) -> _Graphs:
         """Record both passes.
 
         Raises:
@@ -163,7 +179,7 @@ class CapturedStack:
         """
         try:
             with uncollected():  # to destroy a graph of another model breaks off a capture
-                return self._recorded(ids_BS.clone())
+                return self._recorded(_copied(inputs))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -172,11 +188,11 @@ class CapturedStack:
                 "cuda_graphs = false"
             ) from error
 
-    def _recorded(self, ids_BS: Tensor) -> _Graphs:
+    def _recorded(self, inputs: _Inputs) -> _Graphs:
         recorder, forward, backward = Recorder(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # every graph lives in one pool, as no two shapes are ever in use together
         with torch.cuda.graph(forward, pool=self._pool), router_hooks(self.model, self.anatomy, recorder):
-            hidden_BSD = self._eager(input_ids=ids_BS, use_cache=False).last_hidden_state
+            hidden_BSD: Any = self.packed.eager(**inputs).last_hidden_state
         reached = tuple(place for place, seen in recorder.decisions.items() if seen.logits_TE.requires_grad)
         outputs = (hidden_BSD, *(recorder.decisions[place].logits_TE for place in reached))
         parameters, grads = tuple(trainable(self.model).values()), tuple(torch.zeros_like(output) for output in outputs)
@@ -184,7 +200,7 @@ class CapturedStack:
             found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
         self._tiled = [experts.tiled for experts in self._experts]
         return _Graphs(
-            ids_BS=ids_BS,
+            inputs=_tensors(inputs),
             parameters=parameters,
             reached=reached,
             outputs=tuple(output.detach() for output in outputs),

@@ -12,6 +12,7 @@ from typing import Any
 
 from gtqlora.errors import RunError
 from gtqlora.progress import note
+from gtqlora.run import other_inputs, other_settings
 from gtqlora.storage.atomic import clear, sync, write_json
 from gtqlora.storage.contents import first_line, read_json, sha256_file
 
@@ -127,15 +128,11 @@ def check_origin(found: list[Checkpoint], now: Origin) -> None:
     """
     for checkpoint in found:
         was = checkpoint.origin
-        settings = [
-            f"{key} {was.settings.get(key)!r}, now {now.settings.get(key)!r}"
-            for key in sorted(now.settings.keys() | was.settings.keys())
-            if was.settings.get(key) != now.settings.get(key)
-        ]
-        inputs = [f"another {key}" for key in sorted(now.inputs) if was.inputs.get(key) != now.inputs[key]]
-        if settings or inputs:
+        names = sorted(now.settings.keys() | was.settings.keys())
+        other = [*other_settings(was.settings, now.settings, names), *other_inputs(was.inputs, now.inputs)]
+        if other:
             raise RunError(
-                f"{checkpoint.folder.parent}: the checkpoints are of other settings ({'; '.join(settings + inputs)}); "
+                f"{checkpoint.folder.parent}: the checkpoints were made with {' and with '.join(other)}; "
                 "--again drops them, or take another --run"
             )
 

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gtqlora.capture import Decision, input_hooks, router_hooks
+from gtqlora.edits.packing import real_tokens
 from gtqlora.edits.wrapping import gate_weights, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
@@ -38,9 +39,9 @@ class _Seen:
         self.logits: dict[str, list[Tensor]] = {path: [] for path in anatomy.routers}
 
     @contextmanager
-    def of(self, mask_BS: Tensor) -> Iterator[None]:
+    def of(self, part: dict[str, Tensor]) -> Iterator[None]:
         """Watch the routers while one batch runs forward."""
-        real = mask_BS.flatten().nonzero().squeeze(-1)
+        real = real_tokens(part).nonzero().squeeze(-1)
         kept_T = real[:: max(1, len(real) // self.each)]
 
         def given(path: str, hidden: Tensor) -> None:
@@ -79,7 +80,7 @@ def rates_by_effect(
     """
     seen = _Seen(model, anatomy, max(1, _TOKENS // len(parts)))
     for part in track(parts, "gate rates", len(parts)):
-        with seen.of(part["attention_mask"]):
+        with seen.of(part):
             loss = loss_of(part)
         loss.backward()
     nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm)

@@ -21,6 +21,9 @@ from gtqlora.results.adapter import Deviation
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
 
+_NO_INPUTS = ("kind", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+"""What of a batch is not for the model."""
+
 
 class ReferenceTrainer(CheckpointedTrainer):
     """TRL's DPO trainer that knows how far its stored reference is from the model that training starts from."""
@@ -92,9 +95,9 @@ class ReferenceTrainer(CheckpointedTrainer):
 
     def _log_probs(self, batch: Batch) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        inputs = {key: value for key, value in batch.items() if key not in _NO_INPUTS}
         with completions_only():
-            out = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
+            out = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
         return out.log_probs.sum(dim=1)
 
     def _noise(self) -> str:

@@ -23,15 +23,15 @@ from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
-from gtqlora.edits.captured import CapturedStack, without_mask
+from gtqlora.edits.captured import CapturedStack
 from gtqlora.edits.checkpointing import GuardStop
-from gtqlora.edits.collating import longest_of
-from gtqlora.edits.fused import fuse
+from gtqlora.edits.collating import longest_of, most_tokens
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.head import completions_only
 from gtqlora.edits.health import Health
 from gtqlora.edits.lora import in_half_precision
+from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import Batch, ReferenceTrainer
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
@@ -145,21 +145,22 @@ class GateTargetedTrainer(ReferenceTrainer):
         self._until_backward, self._until_trained = ExitStack(), ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
         self.gate_rates: dict[str, float] = {}
-        on_gpu = settings.device.startswith("cuda")
+        packed, on_gpu = PackedStack(kwargs["model"], anatomy), settings.device.startswith("cuda")
         if on_gpu:  # before TRL computes the reference, which must be what the policy computes
-            self._until_trained.enter_context(without_mask(kwargs["model"]))
-            fuse(kwargs["model"])
+            self._until_trained.enter_context(packed.installed())
         with weights_unhashed(), completions_only():
             super().__init__(**kwargs)
         _restore_masters(self.model)
         in_half_precision(self.model)
         # ablation changes from step to step, which a recorded pass cannot
-        self._stack = self._captured_stack() if on_gpu and draws is None else None
+        self._stack = self._captured_stack(packed) if on_gpu and draws is None else None
 
-    def _captured_stack(self) -> CapturedStack:
-        settings, tokens = self.settings, 2 * self.args.train_batch_size * longest_of(self.train_dataset)
+    def _captured_stack(self, packed: PackedStack) -> CapturedStack:
+        settings, rows = self.settings, self.train_dataset
+        each = most_tokens(rows) if self.data_collator.packed else 2 * longest_of(rows)
+        tokens = self.args.train_batch_size * each
         recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
-        return CapturedStack(self.model, self.anatomy, recomputation, graphs=settings.cuda_graphs)
+        return CapturedStack(self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""
@@ -332,7 +333,7 @@ class GateTargetedTrainer(ReferenceTrainer):
             return torch.zeros((), device=kind_B.device)
         ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
         original = self._routing(ids_BS, mask_BS, "lora", "gates")
-        edited = both.rows(rows, len(inputs["input_ids"]))
+        edited = both.at(seen_at(inputs, rows))
         if self._logging:
             with torch.no_grad():
                 self.health.add(

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from gtqlora.config import Mode, Target
+from gtqlora.config.values import as_typed
 from gtqlora.errors import ConfigError, RunError, TrainingError
 from gtqlora.families import Anatomy, Family, language_model
 from gtqlora.families.coverage import covered, in_layer
@@ -78,7 +79,8 @@ def check_trains(family: Family, mode: Mode, target: Target | None) -> None:
     applied = covered(family, target)
     if not (applied.lora and mode != "gates") and not (applied.gates and mode != "lora"):
         what = "adapters" if not applied.lora else "changed routers, and mode = 'gates' trains nothing else"
-        raise ConfigError(f"target = {target!r}: it applies no {what} of {family.model_type} ({applied.source})")
+        named = f"{as_typed('target')} = {target!r}"
+        raise ConfigError(f"{named}: it applies no {what} of {family.model_type} ({applied.source})")
 
 
 def lora_config(anatomy: Anatomy, *, mode: Mode, rank: int, alpha: int, target: Target | None = None) -> LoraConfig:

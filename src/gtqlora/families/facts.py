@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from gtqlora.errors import ModelError
 from gtqlora.families.unknown import refusal
-from gtqlora.routing import RouterSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from gtqlora.routing import RouterSpec
 
     class TextConfig(PreTrainedConfig):
         """A language model's config, with the keys that gtqlora reads by name.
@@ -145,6 +146,8 @@ class Family:
         Raises:
             ModelError: no router can choose so.
         """
+        from gtqlora.routing import RouterSpec  # which needs torch; facts are read without it
+
         text = cast("TextConfig", config)
         normalize = self.normalize == "always" or (self.normalize == "key" and bool(text.norm_topk_prob))
         spec = RouterSpec(
@@ -167,6 +170,11 @@ class Family:
             raise ModelError(f"{self.model_type}: {spec.n_experts} experts do not split into {spec.n_group} groups")
         if not 1 <= spec.top_k <= eligible:
             raise ModelError(f"{self.model_type}: {self.topk_key} is {spec.top_k}, but {eligible} experts are eligible")
+
+    @property
+    def only_attends(self) -> bool:
+        """Whether tokens of a row meet in attention only, and not in a recurrence over the sequence as well."""
+        return self.attention_blocks == Family.attention_blocks
 
     def layer(self, index: int) -> str:
         """Return the path of a decoder layer in the language model."""

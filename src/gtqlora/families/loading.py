@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -27,15 +26,14 @@ from gtqlora.families.config_checks import (
     check_sizes,
     check_token_ids,
     check_total,
-    check_types,
     switched_off,
-    with_floats,
 )
-from gtqlora.families.facts import Family, family_of
+from gtqlora.families.facts import Family
 from gtqlora.families.headers import read_headers
 from gtqlora.families.layers import absent, with_layer
 from gtqlora.families.names import TensorNames
 from gtqlora.families.rendering import warm_up, with_variables
+from gtqlora.families.source import Source, read_source
 from gtqlora.families.tokenizers import check_generation, read_tokenizer
 from gtqlora.families.weight_checks import check_experts, check_headers, check_size
 
@@ -58,41 +56,7 @@ NOT_ARCHITECTURE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A config.json, read: its family, all of it, and the language model's part."""
-
-    model: str
-    family: Family
-    raw: dict[str, object]
-    text: dict[str, object]
-
-    def first(self, *keys: str) -> object:
-        """Return the first value present, the language model's own before the whole model's."""
-        return next((part[key] for part in (self.text, self.raw) for key in keys if part.get(key) is not None), None)
-
-
-def _read(model: str) -> _Source:
-    raw = with_floats(model, files.read_json(files.config_file(model)))
-    if not isinstance(raw, dict):
-        raise ModelError(f"{model}: config.json must hold an object with the model's settings")
-    family = family_of(raw, model)
-    text = raw.get(family.text_key) if family.text_key else raw
-    if not isinstance(text, dict):
-        raise ModelError(f"{model}: config.json has no {family.text_key!r} section")
-    if family.text_types and text.get("model_type") not in family.text_types:
-        known = ", ".join(family.text_types)
-        raise ModelError(
-            f"{model}: {family.text_key}.model_type is {text.get('model_type')!r}, expected one of {known}"
-        )
-    # The outer part, too, where the language model's is nested: tokenizers and other programs read it as a whole.
-    for part in (raw, text):
-        check_types(model, part)
-        check_sizes(model, part)
-    return _Source(model=model, family=family, raw=raw, text=text)
-
-
-def _dtype(source: _Source) -> torch.dtype | None:
+def _dtype(source: Source) -> torch.dtype | None:
     name = source.first("dtype", "torch_dtype")
     if name is None:
         return None
@@ -102,7 +66,7 @@ def _dtype(source: _Source) -> torch.dtype | None:
     return dtype
 
 
-def _config(source: _Source) -> TextConfig:
+def _config(source: Source) -> TextConfig:
     config_class = getattr(transformers, source.family.class_name).config_class
     settings = {k: v for k, v in source.text.items() if k not in NOT_ARCHITECTURE and not k.startswith("_")}
     check_aliases(source.model, settings, config_class.attribute_map)
@@ -118,7 +82,7 @@ def _config(source: _Source) -> TextConfig:
     return config
 
 
-def _check_experts_total(source: _Source, config: PreTrainedConfig) -> None:
+def _check_experts_total(source: Source, config: PreTrainedConfig) -> None:
     total = len(source.family.moe_layers(config)) * source.family.n_experts(config)
     if total > MAX_EXPERTS:
         raise ModelError(f"{source.model}: config.json describes {total:,} experts; at most {MAX_EXPERTS:,} are taken")
@@ -132,7 +96,7 @@ def load_config(model: str) -> tuple[Family, TextConfig]:
     Raises:
         ModelError: no such model, unreadable config.json, dense or unknown architecture.
     """
-    source = _read(model)
+    source = read_source(model)
     return source.family, _config(source)
 
 
@@ -210,8 +174,8 @@ def load_model(
         ModelError: quantized, pickled, missing, corrupt or mismatched weights, or NaN in them.
     """
     # What costs nothing comes first: config, then names and headers, then memory for the weights, then every value.
-    source = _read(model)
-    dequantizing = quantization_config is None and packed.is_block_fp8(_settings(source))
+    source = read_source(model)
+    dequantizing = quantization_config is None and packed.is_block_fp8(source.quantization)
     if quantization_config is None and not dequantizing:
         _refuse_quantized(source)
     config = _config(source)
@@ -220,7 +184,7 @@ def load_model(
     check_generation(model, folder, config.vocab_size)
     skeleton = meta_model(source.family, config)
     tensors = TensorNames(skeleton, source.family, headers)
-    check_headers(model, source.family, tensors, headers, _settings(source))
+    check_headers(model, source.family, tensors, headers, source.quantization)
     check_size(model, sum(p.numel() for p in skeleton.parameters()), headers)
     quantizing: dict[str, object] = {}
     if quantization_config is None:
@@ -259,15 +223,11 @@ def quantization_settings(model: str) -> dict[str, object] | None:
     Raises:
         ModelError: no such model, unreadable config.json, dense or unknown architecture.
     """
-    return _settings(_read(model))
+    return read_source(model).quantization
 
 
-def _settings(source: _Source) -> dict[str, object] | None:
-    return packed.settings_of(source.raw, source.family.text_key, source.model)
-
-
-def _refuse_quantized(source: _Source) -> None:
-    settings = _settings(source)
+def _refuse_quantized(source: Source) -> None:
+    settings = source.quantization
     if settings is None:
         return
     method = packed.method_of(settings)

@@ -12,11 +12,8 @@ from torch import nn
 from gtqlora.errors import ModelError
 from gtqlora.families.anatomy import Anatomy, FrozenRange, is_frozen, is_norm
 from gtqlora.families.facts import Family
+from gtqlora.families.kinds import ATTENTION, DENSE, EMBEDDINGS, GATES, NORMS, ROUTED, SHARED, SHARED_GATES
 
-GATES = "routers (gates)"
-"""The kind whose parameters train in full, but for what else a router has."""
-_ROUTED, _ATTENTION, _SHARED = "routed experts", "attention", "shared experts"
-_SHARED_GATES, _DENSE, _EMBEDDINGS, _NORMS = "shared-expert gates", "dense MLPs", "embeddings, head", "norms"
 # Gates train as fp32 masters whatever the model's dtype.
 _FP32_BYTES = 4
 
@@ -59,9 +56,9 @@ def parameter_counts(model: nn.Module, anatomy: Anatomy, lora_rank: int) -> tupl
     routed = [model.get_submodule(layer.experts) for layer in anatomy.moe]
     frozen = [experts for experts in routed if is_frozen(experts)]
     groups = tuple(
-        _group(model, anatomy, kind, modules, frozen if kind == _ROUTED else [], lora_rank)
+        _group(model, anatomy, kind, modules, frozen if kind == ROUTED else [], lora_rank)
         for kind, modules in owned.items()
-        if modules or (kind == _ROUTED and frozen)
+        if modules or (kind == ROUTED and frozen)
     )
     counted = sum(group.parameters for group in groups)
     total = sum(_stored(p).parameters for p in model.parameters()) + sum(_frozen_size(e).parameters for e in frozen)
@@ -85,22 +82,22 @@ def _kinds(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     every = range(anatomy.n_layers)
     # A later entry takes the place of an earlier one with the same path, so the most special kinds come last.
     return {
-        **{path: _NORMS for path, module in model.named_modules() if is_norm(module)},
-        **{f"{family.layer(i)}.{family.mlp_block}": _DENSE for i in every if i not in moe},
-        **dict.fromkeys((family.embedding, family.head), _EMBEDDINGS),
+        **{path: NORMS for path, module in model.named_modules() if is_norm(module)},
+        **{f"{family.layer(i)}.{family.mlp_block}": DENSE for i in every if i not in moe},
+        **dict.fromkeys((family.embedding, family.head), EMBEDDINGS),
         **{f"{family.layer(i)}.{path}": kind for i in every for path, kind in family.frozen_kinds.items()},
-        **{f"{family.layer(i)}.{gate}": _SHARED_GATES for i in moe for gate in family.gates},
-        **dict.fromkeys(anatomy.shared, _SHARED),
-        **dict.fromkeys(anatomy.attention, _ATTENTION),
+        **{f"{family.layer(i)}.{gate}": SHARED_GATES for i in moe for gate in family.gates},
+        **dict.fromkeys(anatomy.shared, SHARED),
+        **dict.fromkeys(anatomy.attention, ATTENTION),
         **dict.fromkeys(anatomy.routers, GATES),
-        **{layer.experts: _ROUTED for layer in anatomy.moe},
+        **{layer.experts: ROUTED for layer in anatomy.moe},
     }
 
 
 def _in_order(family: Family) -> tuple[str, ...]:
     """Return every kind, experts and what trains first."""
-    others = (*family.frozen_kinds.values(), *((_SHARED_GATES,) if family.gates else ()))
-    return (_ROUTED, GATES, _ATTENTION, _SHARED, *others, _DENSE, _EMBEDDINGS, _NORMS)
+    others = (*family.frozen_kinds.values(), *((SHARED_GATES,) if family.gates else ()))
+    return (ROUTED, GATES, ATTENTION, SHARED, *others, DENSE, EMBEDDINGS, NORMS)
 
 
 def _owned(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, list[nn.Parameter]]]:
@@ -150,7 +147,7 @@ def _trained(model: nn.Module, family: Family, kind: str, paths: Iterable[str], 
         routers = [model.get_submodule(path) for path in paths]
         count = sum(router.get_parameter(name).numel() for router in routers for name in family.router_parameters)
         return "full, fp32", _Size(count, count * _FP32_BYTES)
-    if kind in (_ATTENTION, _SHARED):
+    if kind in (ATTENTION, SHARED):
         return f"LoRA rank {lora_rank}", sum((_lora_size(model, path, lora_rank) for path in paths), _Size())
     return "frozen", _Size()
 

@@ -28,11 +28,9 @@ inside its thought, which are undecided, nor about more than `MOST_AT_ONCE` answ
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -45,6 +43,7 @@ from gtqlora.judging.english import WINDOW, any_of, opening
 from gtqlora.judging.folding import flat
 from gtqlora.judging.labels import REFUSAL, UNDECIDED, Judgement, Label, judgement_of
 from gtqlora.judging.messages import Message, Messages
+from gtqlora.judging.names import FORMS, check_known, remedy
 from gtqlora.judging.string_judge import EDITION, StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
@@ -72,13 +71,6 @@ _MODEL_AT_ONCE = 32
 
 _QUICK = 64
 """Calls that phrases answer in a second or two."""
-
-_FORMS = (
-    '"string" (the wording of refusals in eight languages), "string:phrase one|phrase two" (your phrases), '
-    '"classifier:MODEL", "wildguard", "llama-guard:MODEL", "chat:URL#MODEL", '
-    'or "package.module:name" (your code: text -> True for a refusal, or prompts and answers -> replies)'
-)
-_OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class Judge(Protocol):
@@ -266,6 +258,7 @@ def judge_of(name: str) -> NamedJudge:
         JudgeError: the name has none of the forms, holds no phrase, or its code cannot be imported or built.
         ModelError: the model that it names cannot be had.
     """
+    check_known(name)
     if name == "string":
         return NamedJudge(name, StringJudge(), f"{name} edition {EDITION}")
     if name.startswith("string:"):
@@ -273,23 +266,14 @@ def judge_of(name: str) -> NamedJudge:
     if (kind := kind_of(name)) in MODELS:
         judge = _model(kind, name)
         return NamedJudge(name, judge, f"{name} {judge.digest}")
-    if _OWN.fullmatch(name):
-        judge = _built(name, _imported(name))
-        return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
-    raise JudgeError(name, f"unknown; {_remedy(name)}")
-
-
-def _remedy(name: str) -> str:
-    """Return what to write in place of a name that means no judge: the kind that it is nearly called, or the forms."""
-    kind, colon, rest = name.partition(":")
-    close = difflib.get_close_matches(kind, ("string", *MODELS), n=1)
-    return f"did you mean {close[0] + colon + rest!r}?" if close and close[0] != kind else f"use {_FORMS}"
+    judge = _built(name, _imported(name))
+    return NamedJudge(name, judge, trust.identity(name) + _weights(judge))
 
 
 def _phrase_judge(name: str) -> TextJudge:
     phrases = [phrase for phrase in name.removeprefix("string:").split("|") if flat(phrase)]
     if not phrases:
-        raise JudgeError(name, f"no phrase after the colon; use {_FORMS}")
+        raise JudgeError(name, f"no phrase after the colon; use {FORMS}")
     too_long = next((phrase for phrase in phrases if len(flat(phrase)) > WINDOW), None)
     if too_long:
         raise JudgeError(
@@ -333,7 +317,7 @@ def _imported(name: str) -> Callable[..., object]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise JudgeError(name, f"cannot import ({error}); is it on PYTHONPATH? Or {_remedy(name)}") from error
+        raise JudgeError(name, f"cannot import ({error}); is it on PYTHONPATH? Or {remedy(name)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         raise JudgeError(name, f"{module_name} has no callable {attribute!r}")
@@ -349,7 +333,7 @@ def _built(name: str, found: Callable[..., object]) -> Judge:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise JudgeError(name, f"cannot be built ({what}); it is called without arguments") from error
         if not callable(made):
-            raise JudgeError(name, f"it makes a {type(made).__name__}, which cannot be called; use {_FORMS}")
+            raise JudgeError(name, f"it makes a {type(made).__name__}, which cannot be called; use {FORMS}")
         found = made
     wanted = _takes(found)
     if wanted not in (1, 2):

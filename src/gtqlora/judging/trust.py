@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import json
+import sys
 from pathlib import Path
 
 from gtqlora.config import is_code, must_be_named
@@ -35,6 +36,21 @@ def source_of(judge: str) -> Path | None:
         places = list(spec.submodule_search_locations or ())
     origin = spec.origin if spec is not None else None
     return Path(origin) if origin is not None and Path(origin).is_file() else None
+
+
+def can_be_imported(judge: str) -> bool:
+    """Tell whether a judge's module is there for anything that Python imports by; nothing is imported."""
+    module, places = judge.partition(":")[0], None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        # more than `source_of` knows: built-in modules, and packages that are installed to be edited in place
+        found = (finder.find_spec(name, places) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            return module in sys.modules
+        places = spec.submodule_search_locations
+    return True
 
 
 def identity(judge: str) -> str:

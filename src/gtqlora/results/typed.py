@@ -14,11 +14,12 @@ from math import isfinite
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from gtqlora.storage.contents import KINDS, in_json
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-_WORDS: dict[object, str] = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
 
 _EXACT = frozenset[object]({str, bool, int, NoneType})
 """Plain types of which any value will do, unlike numbers, which have to be finite."""
@@ -72,7 +73,7 @@ def _read(value: object, hint: object, place: str) -> object:
             raise Mismatch(f"{place!r} is {value!a}, none of {', '.join(map(repr, get_args(hint)))}")
         return value
     if not _is_plain(value, hint):
-        raise Mismatch(f"{place!r} is {_told(value)}, not {_WORDS.get(hint, str(hint))}")
+        raise Mismatch(f"{place!r} is {in_json(value)}, not {KINDS.get(hint, str(hint))}")
     return value
 
 
@@ -96,27 +97,20 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _told(value: object) -> str:
-    """Return what kind of value it is, in the words of JSON; what is no finite number by itself."""
-    if isinstance(value, float) and not isfinite(value):
-        return str(value)
-    words = {dict: "an object", list: "a list", **_WORDS}
-    return words.get(type(value), type(value).__name__)
-
-
 def _record(value: object, kind: type[DataclassInstance], place: str) -> DataclassInstance:
     if not isinstance(value, Mapping):
-        raise Mismatch(f"{place!r} is {_told(value)}, not an object" if place else f"holds {_told(value)}, no object")
-    found, hints = cast("Mapping[str, object]", value), _hints(kind)
+        found = in_json(value)
+        raise Mismatch(f"{place!r} is {found}, not an object" if place else f"holds {found}, no object")
+    entries, hints = cast("Mapping[str, object]", value), _hints(kind)
     at = f"{place} has" if place else "has"
     # unknown keys first: they tell an older version's file better than what is missing for them
-    for key in found:
+    for key in entries:
         if key not in hints:
             raise Mismatch(f"{at} {key!a}, which this version does not know")
     for key in hints:
-        if key not in found and key not in _optional(kind):
+        if key not in entries and key not in _optional(kind):
             raise Mismatch(f"{at} no {key!a}")
-    return kind(**{key: _read(entry, hints[key], f"{place}.{key}" if place else key) for key, entry in found.items()})
+    return kind(**{key: _read(entry, hints[key], f"{place}.{key}" if place else key) for key, entry in entries.items()})
 
 
 def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
@@ -132,12 +126,12 @@ def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
             return _read(value, hint, place)
         except Mismatch as error:
             wrong = wrong or error
-    raise wrong or Mismatch(f"{place!r} is {_told(value)}, not null")
+    raise wrong or Mismatch(f"{place!r} is {in_json(value)}, not null")
 
 
 def _list(value: object, hints: tuple[object, ...], place: str) -> list[object]:
     if not isinstance(value, list | tuple):
-        raise Mismatch(f"{place!r} is {_told(value)}, not a list")
+        raise Mismatch(f"{place!r} is {in_json(value)}, not a list")
     entries = cast("Sequence[object]", value)
     return [_read(entry, hints[0], f"{place}[{i}]") for i, entry in enumerate(entries)]
 
@@ -148,7 +142,7 @@ def _tuple(value: object, hints: tuple[object, ...], place: str) -> tuple[object
 
 def _dict(value: object, hints: tuple[object, ...], place: str) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise Mismatch(f"{place!r} is {_told(value)}, not an object")
+        raise Mismatch(f"{place!r} is {in_json(value)}, not an object")
     entries = cast("dict[str, object]", value)
     return {key: _read(entry, hints[1], f"{place}.{key}") for key, entry in entries.items()}
 

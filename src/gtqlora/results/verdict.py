@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gtqlora.contrasts import ALL_KINDS, KINDS, Messages, Row
+from gtqlora.errors import RunError
 from gtqlora.judging.labels import LABELS as LABELS
 from gtqlora.judging.labels import REFUSAL, Label
 from gtqlora.results.ablation import AblationStudy
@@ -282,11 +283,22 @@ def write_verdict(
     arms: Sequence[ArmOutcome],
 ) -> None:
     """Write the outcomes, those inside frames and in every arm, and, once they are there, the verdict on them."""
-    # the verdict last: where there is one, the outcomes that it stands on are there
+    # the old verdict first and the new one last: where there is one, the outcomes that it stands on are there
+    (run / VERDICT).unlink(missing_ok=True)
     write_rows(run / SCORES, outcomes)
     write_rows(run / WRAPPED, wrapped)
     write_rows(run / ARMS, arms)
     write_json(run / VERDICT, to_json(verdict))
+
+
+def drop_verdict_on_another(run: Path, adapter: str) -> None:
+    """Remove the verdict in a run directory unless it is on this adapter; one that cannot be read is on none."""
+    try:
+        kept = read_verdict(run).adapter == adapter
+    except RunError:
+        kept = False
+    if not kept:
+        (run / VERDICT).unlink(missing_ok=True)
 
 
 def read_verdict(run: Path) -> Verdict:

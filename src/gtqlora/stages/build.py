@@ -207,9 +207,11 @@ def _check_left(source: str, rows: Sequence[Row], dropped: Mapping[str, Counter[
     try:
         check_kinds(rows, source)
     except ContrastError as error:
+        kinds = " and ".join(dict.fromkeys(row.kind for row in rows))
         reasons = sum(dropped.values(), Counter[str]()).most_common(3)
         why = "; ".join(counted(n, reason) for reason, n in reasons)
-        raise ContrastError(f"{str(error).partition(';')[0]} of which rows could be made; left out: {why}") from error
+        made = f"only {kinds} prompts became rows" if kinds else "no prompt became a row"
+        raise ContrastError(f"{source}: {made}; left out: {why}") from error
 
 
 def _summary(

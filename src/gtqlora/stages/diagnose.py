@@ -59,7 +59,7 @@ def diagnose(config: DiagnoseConfig, run: Run, *, again: bool = False) -> Diagno
         ContrastError: the split has no flagged prompts, or nothing to compare them with.
         ModelError: the model cannot be loaded, or computes NaN.
     """
-    model, judge = identify(config.model), judge_of(config.judge)
+    judge, model = judge_of(config.judge), identify(config.model)  # a misspelt judge before gigabytes are hashed
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("diagnose", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs.append(FOLDER)

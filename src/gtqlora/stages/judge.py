@@ -13,7 +13,7 @@ from gtqlora.judging.agreement import Confusion, Errors, confusion, errors, kapp
 from gtqlora.judging.judge import NamedJudge
 from gtqlora.judging.labels import LABELS, UNDECIDED, Label
 from gtqlora.stats import Interval, rate
-from gtqlora.storage.atomic import refuse_existing, write_parquet
+from gtqlora.storage.tables import check_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,17 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
     Args:
         by: the judge, or two of them as `judging.pair.judges_of` makes them.
         columns: see `contrasts.labelled.read_labelled`.
-        out: a new Parquet file that gets each row's number and labels, and no text.
+        out: a new CSV, JSONL or Parquet file, by its ending, that gets each row's number and labels, and no text.
 
     Raises:
         ContrastError: as `read_labelled`.
-        ConfigError: a judge fails.
+        ConfigError: a judge fails, or `out` has another ending.
         RunError: `out` is there, or cannot be written.
     """
     # What is wrong is said before anybody is asked, which may take hours.
-    rows = read_labelled(source, columns)
     if out is not None:
-        refuse_existing(out)
+        check_table(out)
+    rows = read_labelled(source, columns)
     said = by.labels_by([row.prompt for row in rows], [row.answer for row in rows])
     by_each = [list(labels) for labels in zip(*said, strict=True)]
     joint: list[Label] = [by.joint(said) for said in zip(*by_each, strict=True)]
@@ -104,7 +104,7 @@ def judge(source: str, by: NamedJudge, *, columns: Mapping[str, str] | None = No
     if len(named) > 1:
         named.append((by, joint))
     if out is not None:
-        write_parquet(out, _lines(rows, by_each, joint), replace=False)
+        write_table(out, _lines(rows, by_each, joint))
     return Judged(
         file=source,
         rows=len(rows),

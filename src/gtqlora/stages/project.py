@@ -45,7 +45,7 @@ def project(config: ProjectConfig, run: Run, *, again: bool = False) -> Projecte
         ConfigError: `layer` is not a layer of this model, or weights are to be rescaled that are frozen.
         ModelError: the model's states are not finite.
     """
-    model, judge = identify(config.model), judge_of(config.judge)
+    judge, model = judge_of(config.judge), identify(config.model)  # a misspelt judge before gigabytes are hashed
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast), "judge": judge.identity}
     with run.stage("project", config, inputs, again=again, aside=PATHS) as stage:
         stage.outputs += [ADAPTER, contrasts.FILE]

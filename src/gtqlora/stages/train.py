@@ -52,6 +52,7 @@ from gtqlora.progress import note
 from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.stages.plan import check_memory
 from gtqlora.storage.atomic import scratch_errors
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
@@ -93,7 +94,7 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         ConfigError: the program that the edit is for applies nothing of it.
     """
     check_trains(load_config(config.model)[0], config.mode, config.target)
-    model, judge = identify(config.model), judge_of(config.judge)
+    judge, model = judge_of(config.judge), identify(config.model)  # a misspelt judge before gigabytes are hashed
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
     judged = {**inputs, "judge": judge.identity}
@@ -147,6 +148,7 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
     """Train from the newest checkpoint that can be loaded; one that cannot gives way to the one before."""
     rows = contrasts.load(config.contrast, judge).split(config.split)
     contrasts.check_kinds(rows.rows, f"{config.contrast}, split {config.split!r}")
+    check_memory(config, rows)
     while True:
         try:
             return _attempt(config, model, rows, run, origin, again)
@@ -187,7 +189,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
     anatomy = subject.anatomy
     pad = subject.pad_id
     encoded = [dict(contrasts.encode_preference(subject.tokenizer, row)) for row in rows.rows]
-    draws = sampler(config, subject, rows)
+    draws, on_gpu = sampler(config, subject, rows), config.device.startswith("cuda")
     with peft_targets_kept(), scratch_errors():  # datasets are mapped on the disk
         trainer = GateTargetedTrainer(
             anatomy=anatomy,
@@ -197,7 +199,12 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),
             processing_class=subject.tokenizer,
-            data_collator=KindCollator(pad_token_id=pad, few_lengths=config.device.startswith("cuda")),
+            data_collator=KindCollator(
+                pad_token_id=pad,
+                few_shapes=on_gpu,
+                # rows with ablated experts are told apart by their places
+                packed=on_gpu and draws is None and anatomy.family.only_attends,
+            ),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
             ),

@@ -40,12 +40,13 @@ from gtqlora.results.verdict import (
     VERDICT,
     HeldOut,
     Verdict,
+    drop_verdict_on_another,
     read_outcomes,
     read_verdict,
     write_verdict,
 )
 from gtqlora.results.wrapped import WRAPPED, WrappedFloor
-from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.run import PATHS, Run, fingerprint, other_inputs, other_settings
 from gtqlora.scoring import Runner
 from gtqlora.stages.served import Place, answers_of, speakers_of
 from gtqlora.storage.journal import Journal
@@ -81,11 +82,14 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         ContrastError: held-out prompts were trained on, or a kind is missing.
         FloorError: earlier edits of this model used up what may be lost.
     """
-    require(not rejudge or config.generate_with is None, "--rejudge asks nobody; leave out generate_with")
-    adapter = read_adapter(run.require(ADAPTER, "train"))
-    trained = run.require(contrasts.FILE, "train")
-    _check_made_together(run, adapter.digest, trained)
-    model, judge = identify(config.model), judges_of(config.judge, config.second_judge)
+    require(not rejudge or config.generate_with is None, "--rejudge asks nobody; leave out --generate-with")
+    made, trained = run.require(ADAPTER, "train"), run.require(contrasts.FILE, "train")
+    # what may be misspelt or malformed comes before gigabytes are hashed
+    own = None if config.wrappers is None else read_own(config.wrappers)
+    judge = judges_of(config.judge, config.second_judge)
+    adapter = read_adapter(made)
+    _check_made_together(run, trained)
+    model = identify(config.model)
     inputs = {
         "model": model.digest,
         "contrast": fingerprint(config.contrast),
@@ -93,7 +97,6 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         "trained": fingerprint(trained),
         "judge": judge.identity,
     }
-    own = None if config.wrappers is None else read_own(config.wrappers)
     if own is not None:
         inputs["wrappers"] = own.fingerprint
     config = replace(config, model=model.model)  # pinned: a hub id by the commit that was hashed
@@ -105,8 +108,8 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
         stage.outputs += [f"{place.below}{name}" for name in (VERDICT, SCORES, WRAPPED, ARMS, HISTORY)]
         if stage.fresh:
             return read_verdict(place.folder)
+        drop_verdict_on_another(place.folder, adapter.digest)
         margin = ancestry(config.model).margin(config.margin)  # with nothing left to lose no verdict could pass
-        (place.folder / VERDICT).unlink(missing_ok=True)  # a verdict on another adapter must not outlive it
         rows, seen = _held_out(config, trained, judge.judges[0])
         frames = () if own is None else own.wrappers
         found = known or _measured(config, adapter, model, judge.judges[0], rows, seen, frames, answers)
@@ -161,11 +164,10 @@ def _recorded(run: Run, config: VerifyConfig, inputs: Mapping[str, str], judge: 
         if record["outputs"].get(name) != fingerprint(run.require(name, "verify")):
             raise RunError(f"{run.path}: {name} was changed since verify; {remedy}")
     was = vars(build_recorded(VerifyConfig, record["config"], str(run / "manifest.json")))
-    other = [key for key, value in vars(config).items() if key not in _OF_JUDGING and was[key] != value]
-    asked = (key for key in (*inputs, "wrappers") if key != "judge")
-    other += [key for key in dict.fromkeys(asked) if record["inputs"].get(key) != inputs.get(key)]
-    if other:
-        raise RunError(f"{run.path}: verified with another {' and another '.join(other)}; {remedy}")
+    settings = [key for key in vars(config) if key not in _OF_JUDGING]
+    now = {**inputs, "judge": record["inputs"].get("judge", "")}  # which may be another one
+    if other := [*other_settings(was, vars(config), settings), *other_inputs(record["inputs"], now)]:
+        raise RunError(f"{run.path}: verified with {' and with '.join(other)}; {remedy}")
     verdict = read_verdict(run.path)
     ablation, left_out = _ablation_again(verdict, was, config, judge)
     return Measured(
@@ -189,18 +191,20 @@ def _ablation_again(
     """
     if verdict.ablation is None or not config.ablation:
         return None, verdict.ablation_left_out if config.ablation else None
-    changed = [f"another {key}" for key in ("ablation", "level") if was[key] != vars(config)[key]]
+    changed = other_settings(was, vars(config), ("ablation", "level"))
     # of two judges the identity holds both
     if verdict.judge != judge.identity and not verdict.judge.startswith(f"{judge.identity} + "):
         changed.insert(0, "another judge")
     if not changed:
         return verdict.ablation, None
-    reason = f"it was made with {' and '.join(changed)}, and its texts are not kept; verify without --rejudge makes it"
+    reason = (
+        f"it was made with {' and with '.join(changed)}, and its texts are not kept; verify without --rejudge makes it"
+    )
     note(f"ablation study left out: {reason}")
     return None, reason
 
 
-def _check_made_together(run: Run, adapter: str, trained: Path) -> None:
+def _check_made_together(run: Run, trained: Path) -> None:
     """Check that the adapter and the pairs beside it are those that one stage wrote.
 
     Raises:

@@ -76,6 +76,20 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add(place)
 
 
+KINDS: dict[object, str] = {
+    **{dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"},
+    **{int: "a whole number", float: "a number"},
+}
+"""What values of JSON are called, by their types."""
+
+
+def in_json(value: object) -> str:
+    """Return what kind of value it is in the words of JSON; what is no finite number by itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return KINDS.get(type(value), type(value).__name__)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an upstream error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

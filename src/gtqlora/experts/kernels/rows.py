@@ -105,8 +105,8 @@ class Placed(Rows):
 def sort_rows(top_k_index_TK: Tensor, first: int, count: int) -> Rows:
     """Sort rows by expert, for the experts `first` to `first + count - 1`; nothing here waits for a GPU."""
     expert_R = top_k_index_TK.reshape(-1).to(torch.int32) - first
-    # Experts held elsewhere, before or after these, get numbers from `count` on and so come last.
-    expert_R = expert_R.masked_fill(expert_R < 0, count)
+    # Experts held elsewhere, before or after these, are one more, which comes last.
+    expert_R = expert_R.masked_fill((expert_R < 0) | (expert_R > count), count)
     sorted_R, order_R = expert_R.sort(stable=True)
     bounds_E1 = torch.arange(count + 1, dtype=torch.int32, device=sorted_R.device)
     offsets_E1 = torch.searchsorted(sorted_R, bounds_E1, out_int32=True)

@@ -35,12 +35,15 @@ def available() -> bool:
 
 
 def fuse(model: nn.Module) -> int:
-    """Let a model on a GPU compute its norms and rotary embeddings by Liger; return how many modules now do.
+    """Let a model that is on a GPU compute its norms and rotary embeddings by Liger; return how many norms now do.
 
     A rotary embedding is a function of its transformers module: other models of the family compute by the same one.
     """
+    like = next(model.parameters())
+    if not like.is_cuda:
+        return 0
     if not available():
-        note("norms and rotary embeddings are computed in torch; `pip install liger-kernel` makes training faster")
+        note("norms and rotary embeddings are computed in torch; `pip install liger-kernel` makes them faster")
         return 0
     norms = [module for module in model.modules() if is_norm(module)]
     fused = {kind: _norm_fits(next(n for n in norms if type(n) is kind)) for kind in {type(norm) for norm in norms}}
@@ -49,7 +52,7 @@ def fuse(model: nn.Module) -> int:
             norm.forward = partial(_norm, norm)
     attention = [module for module in model.modules() if hasattr(sys.modules[type(module).__module__], _ROTARY)]
     for name in {type(module).__module__ for module in attention}:
-        _fuse_rotary(name, next(model.parameters()))
+        _fuse_rotary(name, like)
     return sum(fused[type(norm)] for norm in norms)
 
 

@@ -1,0 +1,247 @@
+"""Bytes that a step of `train` takes on each GPU, by part, as the trainer allocates them.
+
+Every term is written after the code that it stands for (`edits/`, `experts/kernels/layer.py`, TRL's fused head) and the
+sum is held against measured peaks by `bench/plan.py`. Shape letters: T tokens, D hidden, K experts of a token, I their
+inner size, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from math import ceil
+from typing import TYPE_CHECKING
+
+from gtqlora.families.kinds import GATES, ROUTED
+from gtqlora.families.sizes import Layer, Sizes
+from gtqlora.planning.cards import GIB
+from gtqlora.planning.formats import NF4, PLAIN, expert_bytes
+
+if TYPE_CHECKING:
+    from gtqlora.config import Mode, TrainConfig
+
+EXPERTS, OTHERS, GATE_STATE, LORA = "routed experts", "other weights", "gates in fp32, with Adam", "LoRA, with Adam"
+LAYERS, TRIED, HEAD, ANCHOR = "activations", "layers tried for keeping", "log-probabilities", "routing anchor"
+EXCHANGE, BUFFERS, WORKSPACE, CONTEXT = "all-to-all", "layers on their way", "workspace", "CUDA context and graphs"
+
+_HALF, _FP32 = 2, 4
+_ADAM = 2 * _FP32
+# A step's gradients are there twice: where the graph writes them, and where the optimizer reads them.
+_GRADS = 2 * _FP32
+TRIED_LAYERS = 2
+"""Layers whose activations `edits.recomputing` holds once, to see what they take."""
+SPARE = 0.1
+"""Share of a GPU's memory that `edits.recomputing` leaves free."""
+TILE, TILE_ROWS = 32768, 4096
+"""Logits that TRL's fused head has at once: of so many words, for so many tokens."""
+_SLACK = 1.08
+"""What the allocator holds for activations, beyond their bytes."""
+_CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
+_IN_FLIGHT = 2
+"""Layers of experts that are streamed from the host: one computes, the next arrives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What of the settings of `train` decides about memory.
+
+    Attributes:
+        tokens: of the longest prompt with its answer.
+        pairs: in a batch on each GPU; as many rows again, as each has two answers.
+        held: format of the routed experts.
+        checkpointing: whether activations are computed again, but for those that `activation_memory` (GiB) allows.
+    """
+
+    tokens: int
+    pairs: int
+    held: str
+    rank: int = 32
+    mode: Mode = "gt"
+    checkpointing: bool = False
+    activation_memory: float | None = None
+    anchored: bool = True
+
+    @property
+    def together(self) -> int:
+        """Tokens that run together on each GPU."""
+        return 2 * self.pairs * self.tokens
+
+    @staticmethod
+    def of(config: TrainConfig, tokens: int, held: str) -> Step:
+        """Return the step of a training with these settings."""
+        return Step(
+            tokens=tokens,
+            pairs=config.batch_size,
+            held=held,
+            rank=config.rank,
+            mode=config.mode,
+            checkpointing=config.gradient_checkpointing,
+            activation_memory=config.activation_memory,
+            anchored=max(config.anchor_harmful, config.anchor_benign) > 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where experts lie: over how many GPUs they are split, and how many MoE layers of them wait in host memory."""
+
+    gpus: int = 1
+    on_host: int = 0
+
+    def held(self, sizes: Sizes) -> int:
+        """Return the experts of a layer that the fullest GPU holds."""
+        return ceil(sizes.experts / self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest GPU by part, the layers that keep their activations, and bytes in host memory of all."""
+
+    parts: dict[str, int]
+    kept: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memory:
+    """Return what a step takes; of the layers that may keep their activations, as many do as fit into usable bytes.
+
+    Raises:
+        ConfigError: the experts cannot be held in the format.
+    """
+    layer, moe = placed.held(sizes) * expert_bytes(sizes, step.held), len(sizes.moe)
+    there, buffers = moe - placed.on_host, min(_IN_FLIGHT, placed.on_host)
+    counts = sizes.counts()
+    others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
+    parts = {
+        EXPERTS: there * layer,
+        BUFFERS: buffers * layer,
+        OTHERS: others,
+        GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else _FP32 + _ADAM + _GRADS)),
+        LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_FP32 + _HALF + _ADAM + _GRADS),
+        TRIED: round(_SLACK * _tried(sizes, step)),
+        HEAD: _head(sizes, step),
+        ANCHOR: _anchor(sizes, step),
+        EXCHANGE: 0 if placed.gpus == 1 else 3 * step.together * sizes.top_k * sizes.hidden * sizes.width,
+        WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
+        CONTEXT: round(_CONTEXT),
+    }
+    kept = _kept(sizes, step, usable, sum(parts.values()))
+    parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept))
+    host = placed.on_host * sizes.experts * expert_bytes(sizes, step.held)
+    return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host)
+
+
+def _kept(sizes: Sizes, step: Step, usable: int, rest: int) -> int:
+    """Return how many of the last layers keep their activations, as `edits.recomputing` decides it."""
+    layers = len(sizes.layers)
+    if not step.checkpointing:
+        return layers
+    each = max(1, _saved(sizes, sizes.layers[-1], step)) * step.together
+    if step.activation_memory is not None:
+        room = step.activation_memory * GIB
+    else:
+        room = usable - rest - _SLACK * _activations(sizes, step, 0) - SPARE * usable
+    return max(0, min(layers, int(room / each)))
+
+
+def _activations(sizes: Sizes, step: Step, kept: int) -> float:
+    """Bytes while the backward pass goes through the layers, of which the last ones are not computed again."""
+    again = len(sizes.layers) - kept
+    inputs = again * sizes.hidden * sizes.width
+    saved = sum(_saved(sizes, layer, step) for layer in sizes.layers[again:])
+    # the layer that is computed again, if any is, and what its backward pass adds
+    busy = max(
+        (_saved(sizes, layer, step) if index < again else 0) + _busy(sizes, layer, step)
+        for index, layer in enumerate(sizes.layers)
+    )
+    logits = 2 * len(sizes.moe) * sizes.experts * _FP32 + 2 * sizes.hidden * sizes.width
+    return (inputs + saved + busy + logits) * step.together
+
+
+def _tried(sizes: Sizes, step: Step) -> int:
+    """Bytes of the layers that are tried for keeping; they were seen to be there still when graphs are recorded."""
+    if not step.checkpointing:
+        return 0
+    return sum(_saved(sizes, layer, step) for layer in sizes.layers[-TRIED_LAYERS:]) * step.together
+
+
+def _saved(sizes: Sizes, layer: Layer, step: Step) -> int:
+    """Bytes a token that a layer keeps for its backward pass."""
+    w, hidden = sizes.width, sizes.hidden
+    # both norms keep what they are given, and the linears after them what comes out
+    saved = 4 * hidden * w + _attention(sizes, layer) * w
+    if not layer.routed:
+        return saved + 4 * layer.dense["up"].outputs * w
+    shared = 4 * layer.shared["up"].outputs if layer.shared else 0
+    # routers compute in fp32: their input, logits, scores and what weighs them
+    router = (hidden + 3 * sizes.experts) * _FP32
+    return saved + shared * w + router + sizes.top_k * _of_row(sizes, step) * w
+
+
+def _of_row(sizes: Sizes, step: Step) -> int:
+    """Numbers that experts keep for each row: gate and up; transformers' own experts also what comes after them."""
+    return 2 * sizes.inner + (sizes.inner + sizes.hidden if step.held == PLAIN else 0)
+
+
+def _attention(sizes: Sizes, layer: Layer) -> int:
+    """Numbers a token that attention keeps, beside its input."""
+    linears = layer.attention
+    if layer.recurrent:  # projections, what the convolution makes of them, and the kernel's own
+        return 3 * sum(one.outputs for name, one in linears.items() if name != "out") + linears["out"].inputs
+    # queries, keys and values by head, each as many heads as queries, and what comes out
+    kept = 2 * sizes.qk + 2 * sizes.v
+    if "kv_b" in linears:  # the low ranks before and after their norms, and keys that values are a view of
+        low = sum(linears[name].outputs for name in ("q_a", "kv_a") if name in linears)
+        return kept + 2 * low + linears["kv_b"].outputs - sizes.v
+    return kept + sum(linears[name].outputs for name in "qk")
+
+
+def _busy(sizes: Sizes, layer: Layer, step: Step) -> int:
+    """Bytes a token that the backward pass of a layer has beside what was saved."""
+    if not layer.routed:
+        return (3 * layer.dense["up"].outputs + 2 * sizes.hidden) * sizes.width
+    rows = sizes.top_k * (2 * sizes.inner + sizes.hidden) * (2 if step.held == PLAIN else 1)
+    return (rows + 3 * sizes.hidden) * sizes.width
+
+
+def _tile(sizes: Sizes, step: Step) -> int:
+    """Bytes of the logits that are there at once; half of the tokens are taken to be answers."""
+    return min(step.together // 2, TILE_ROWS) * min(TILE, sizes.vocabulary) * sizes.width
+
+
+def _head(sizes: Sizes, step: Step) -> int:
+    """Bytes of log-probabilities."""
+    # the answers' states and their gradients, once in fp32, and gradients of all states
+    states = step.together // 2 * sizes.hidden * (2 * sizes.width + _FP32)
+    return _tile(sizes, step) + states + 2 * step.together * sizes.hidden * sizes.width
+
+
+def _anchor(sizes: Sizes, step: Step) -> int:
+    """Bytes of one more pass of the chosen rows, without gradients, and of comparing every router's scores."""
+    if not step.anchored:
+        return 0
+    rows = sizes.top_k * (3 * sizes.inner + sizes.hidden) + 4 * sizes.hidden + 2 * sizes.qk + 2 * sizes.v
+    scores = 4 * len(sizes.moe) * sizes.experts * _FP32
+    # the pass begins when the logits are gone
+    return step.together // 2 * scores + max(0, step.together // 2 * rows * sizes.width - _tile(sizes, step))
+
+
+def _decoded(sizes: Sizes, step: Step, placed: Placement) -> int:
+    """Bytes of one layer's decoded scales, which only NF4 has."""
+    return placed.held(sizes) * sizes.expert // 64 * _HALF if step.held == NF4 else 0
+
+
+def spread(experts: int, gpus: int) -> tuple[tuple[int, int], ...]:
+    """Return the range of experts of each GPU; where they do not divide evenly the first GPUs hold one more."""
+    least, more = divmod(experts, gpus)
+    return tuple(pairwise(accumulate((least + (index < more) for index in range(gpus)), initial=0)))
+
+
+def without_keeping(step: Step) -> Step:
+    """Return the step that takes least: every layer is computed again."""
+    return replace(step, checkpointing=True, activation_memory=0.0)

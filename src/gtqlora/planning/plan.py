@@ -1,0 +1,286 @@
+"""What fits where, how long it takes, and the cheapest change where nothing fits: found by trying, cheapest first."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from gtqlora.errors import ConfigError
+from gtqlora.families.kinds import ROUTED
+from gtqlora.families.sizes import Sizes
+from gtqlora.planning.cards import MOST_CARDS, Cards
+from gtqlora.planning.formats import FORMATS, PLAIN, expert_bytes
+from gtqlora.planning.memory import Memory, Placement, Step, memory_of, spread, without_keeping
+from gtqlora.planning.rates import LINKS, TFLOPS, link, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A model's bytes with its routed experts in a format; `native` is the checkpoint's own."""
+
+    format: str
+    experts: int
+    whole: int
+    native: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """Experts that wait in host memory.
+
+    Attributes:
+        layers: MoE layers of them.
+        per_pass: bytes that come to each GPU in a pass; a step has two, forward and back.
+        seconds: of a pass, by the links alone.
+    """
+
+    layers: int
+    host: int
+    per_pass: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How long steps take, from the rate that was measured on what is most alike; `bound_by` is compute or links."""
+
+    tokens_per_second: float
+    seconds: float
+    steps_per_hour: float
+    steps: int
+    gpu_hours: float
+    bound_by: str
+    measured: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What makes it fit: in words, the settings and options that say so, and the bytes that each GPU then needs."""
+
+    what: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training takes.
+
+    Attributes:
+        counts: parameters by kind.
+        formats: bytes of the model by format of its experts.
+        experts: the range of routed experts of each GPU.
+        usable, needed: bytes of each GPU, and those needed on the fullest, by part in `memory`.
+        layers_kept: layers whose activations are not computed again.
+        streamed: experts in host memory, if some have to be there.
+        speed: of what fits; None if nothing does, or nothing like it was measured.
+        change: the cheapest change that fits, if this does not; None, too, if no change does.
+    """
+
+    model: str
+    family: str
+    gpus: int
+    card: str
+    tokens: int
+    pairs: int
+    expert_format: str
+    parameters: int
+    active_parameters: int
+    lora_parameters: int
+    counts: dict[str, int]
+    formats: tuple[Held, ...]
+    experts: tuple[tuple[int, int], ...]
+    usable: int
+    needed: int
+    memory: dict[str, int]
+    layers_kept: int
+    layers: int
+    fits: bool
+    streamed: Streamed | None
+    speed: Speed | None
+    change: Change | None
+    notes: tuple[str, ...]
+
+
+def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> Plan:
+    """Return the plan of a training.
+
+    Args:
+        host: bytes of host memory that experts may wait in; 0 for none.
+
+    Raises:
+        ConfigError: more tokens than the model's context, more GPUs than experts, or a format that does not go.
+    """
+    _check(sizes, step, cards)
+    placed, memory = _placed(sizes, step, cards, host)
+    fits = memory.total <= cards.bytes
+    counts = sizes.counts()
+    return Plan(
+        model=sizes.model,
+        family=sizes.family.model_type,
+        gpus=cards.count,
+        card=cards.name,
+        tokens=step.tokens,
+        pairs=step.pairs,
+        expert_format=step.held,
+        parameters=sum(counts.values()),
+        active_parameters=sizes.active(),
+        lora_parameters=sizes.lora(step.rank),
+        counts=counts,
+        formats=_formats(sizes),
+        experts=spread(sizes.experts, cards.count),
+        usable=cards.bytes,
+        needed=memory.total,
+        memory=memory.parts,
+        layers_kept=memory.kept,
+        layers=len(sizes.layers),
+        fits=fits,
+        streamed=_streamed(sizes, step, placed, memory) if placed.on_host else None,
+        speed=_speed(sizes, step, placed, memory, steps) if fits else None,
+        change=None if fits else cheapest_change(sizes, step, cards, host),
+        notes=tuple(_notes(sizes, step, cards, placed)),
+    )
+
+
+def _check(sizes: Sizes, step: Step, cards: Cards) -> None:
+    if step.tokens > sizes.context:
+        raise ConfigError(
+            f"--seq-len {step.tokens}: {sizes.model} reads {sizes.context:,} tokens at most (max_position_embeddings)"
+        )
+    if cards.count > sizes.experts:
+        raise ConfigError(
+            f"--gpus {cards.count}x{cards.name}: a layer has {sizes.experts} experts, less than one a GPU"
+        )
+
+
+def _formats(sizes: Sizes) -> tuple[Held, ...]:
+    """Return what the model takes in every format that divides its matrices."""
+    counts, found = sizes.counts(), []
+    rest, number = (sum(counts.values()) - counts[ROUTED]) * sizes.width, len(sizes.moe) * sizes.experts
+    for name in FORMATS:
+        try:
+            experts = number * expert_bytes(sizes, name)
+        except ConfigError:
+            continue
+        native = name == (sizes.native or PLAIN)
+        found.append(Held(format=name, experts=experts, whole=experts + rest, native=native))
+    return tuple(found)
+
+
+def _placed(sizes: Sizes, step: Step, cards: Cards, host: int) -> tuple[Placement, Memory]:
+    """Return the placement with the fewest layers in host memory that fits; everything on the GPUs if none does."""
+    moe, layer = len(sizes.moe), sizes.experts * expert_bytes(sizes, step.held)
+    resident = Placement(gpus=cards.count)
+
+    def memory(on_host: int) -> Memory:
+        return memory_of(sizes, step, replace(resident, on_host=on_host), cards.bytes)
+
+    # more layers in host memory never take more of the GPU
+    tried = range(min(moe, host // layer) + 1)
+    fewest = bisect_left(tried, True, key=lambda on_host: memory(on_host).total <= cards.bytes)
+    placed = replace(resident, on_host=fewest) if fewest in tried else resident
+    return placed, memory(placed.on_host)
+
+
+def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> Streamed:
+    per_pass = placed.on_host * placed.held(sizes) * expert_bytes(sizes, step.held)
+    return Streamed(layers=placed.on_host, host=memory.host, per_pass=per_pass, seconds=per_pass / link(placed.gpus))
+
+
+def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, steps: int) -> Speed | None:
+    rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
+    if rate is None:
+        return None
+    computing = step.together * 6 * sizes.active() / (TFLOPS * rate.share)
+    # Copies hide under the work that there is, wholly: only the longer of both counts.
+    copying = 2 * _streamed(sizes, step, placed, memory).seconds
+    seconds = max(computing, copying)
+    return Speed(
+        tokens_per_second=placed.gpus * step.together / seconds,
+        seconds=seconds,
+        steps_per_hour=3600 / seconds,
+        steps=steps,
+        gpu_hours=placed.gpus * steps * seconds / 3600,
+        bound_by="links" if copying > computing else "compute",
+        measured=(str(rate), *((LINKS,) if placed.on_host else ())),
+    )
+
+
+def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterator[str]:
+    if sizes.experts % cards.count:
+        ranges = [end - start for start, end in spread(sizes.experts, cards.count)]
+        yield (
+            f"{sizes.experts} experts do not divide by {cards.count} GPUs: {ranges.count(max(ranges))} hold "
+            f"{max(ranges)} of each layer and {ranges.count(min(ranges))} hold {min(ranges)}"
+        )
+    if cards.count > 1 or placed.on_host:
+        yield (
+            "`gtqlora train` holds all experts on its GPU; experts on several GPUs or in host memory are arithmetic, "
+            "without the time that GPUs wait for each other"
+        )
+    if any(layer.recurrent for layer in sizes.layers):
+        yield "what linear attention keeps for its backward pass is an estimate that was never measured"
+    if sizes.native is None and step.held != PLAIN:
+        yield f"before `export`, `gtqlora verify RUN --expert-format {PLAIN}` needs the model in {PLAIN}"
+
+
+# --- changes
+
+
+def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int) -> Change | None:
+    """Return the cheapest change that fits: all are tried, from those that cost nothing to those that cost GPUs."""
+    for _, changed, more, memory_there in _candidates(sizes, step, cards, host):
+        try:
+            placed, memory = _placed(sizes, changed, more, memory_there)
+        except ConfigError:  # the experts do not divide into that format's groups
+            continue
+        if memory.total <= more.bytes:
+            words = tuple(_words(step, changed, cards, more, placed, memory.host if memory_there > host else 0))
+            return Change(what=words, bytes=memory.total)
+    return None
+
+
+def _candidates(sizes: Sizes, step: Step, cards: Cards, host: int) -> list[tuple[int, Step, Cards, int]]:
+    """Return changed steps, GPUs and host memory with what they cost, cheapest first."""
+    formats = [step.held, *(name for name in ("nf4", "int4-g128") if sizes.native is None and step.held == PLAIN)]
+    again = [step, *([] if step == without_keeping(step) else [without_keeping(step)])]
+    pairs = [step.pairs >> halves for halves in range(step.pairs.bit_length())]
+    gpus = [count for count in _more(cards.count) if count <= sizes.experts]
+    # as much host memory as there is of experts, where too little was named
+    hosts = [host, max(host, sizes.counts()[ROUTED] * sizes.width)]
+    found = [
+        (
+            sum(price * cost for price, cost in zip(_PRICES, costs, strict=True)),
+            replace(again[costs[1]], held=formats[costs[0]], pairs=pairs[costs[2]]),
+            replace(cards, count=gpus[costs[4]]),
+            hosts[costs[3]],
+        )
+        for costs in product(*(range(len(values)) for values in (formats, again, pairs, hosts, gpus)))
+    ]
+    return sorted(found, key=lambda candidate: candidate[0])[1:]
+
+
+_PRICES = (1, 2, 4, 60, 200)
+"""What a change costs against others: another format, recomputation, half of the pairs, host memory, a GPU more."""
+
+
+def _more(count: int) -> Iterator[int]:
+    while count <= MOST_CARDS:
+        yield count
+        count = count + 1 if count < 8 else 2 * count
+
+
+def _words(old: Step, new: Step, cards: Cards, more: Cards, placed: Placement, host: int) -> Iterator[str]:
+    if new.held != old.held:
+        yield f"--expert-format {new.held}"
+    if new.checkpointing != old.checkpointing:
+        yield "gradient_checkpointing = true"
+    elif new.activation_memory != old.activation_memory:
+        yield "activation_memory = 0"
+    if new.pairs != old.pairs:
+        yield f"batch_size = {new.pairs} with accumulation = {-(-old.pairs // new.pairs)} times as large"
+    if more.count != cards.count:
+        yield f"--gpus {more.count}x{more.name}"
+    if host:
+        yield f"--host {host / 10**9:.0f}GB, in which {placed.on_host} layers of experts wait"

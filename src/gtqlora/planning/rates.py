@@ -1,0 +1,74 @@
+"""Rates that were measured, and what follows from them for other models: the one table of speeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+
+TFLOPS = 790e12
+"""Operations a second that H100 and H200 do in bf16 matrix products; shares below are of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A measured step of training.
+
+    Attributes:
+        hidden: the model's width; `tokens`: those that ran together.
+        recomputed: whether every layer was computed again.
+        share: of `TFLOPS`, at six operations a token for every parameter that it meets.
+        source: where the figure stands.
+    """
+
+    shape: str
+    card: str
+    hidden: int
+    tokens: int
+    recomputed: bool
+    tokens_per_second: int
+    share: float
+    source: str = "docs/claims.md, bench/step.py"
+
+    def __str__(self) -> str:
+        how = "every layer computed again" if self.recomputed else "activations kept"
+        return (
+            f"{self.shape} on one {self.card}, {self.tokens:,} tokens together, {how}: "
+            f"{self.tokens_per_second:,} tokens/s ({self.source})"
+        )
+
+
+_QWEN, _KIMI = "Qwen3-30B-A3B, NF4", "Kimi-K2.5's width, 1 dense and 2 MoE layers, NF4"
+RATES = tuple(
+    Rate(shape=shape, card="H100", hidden=hidden, tokens=tokens, recomputed=again, tokens_per_second=rate, share=share)
+    for shape, hidden, tokens, again, rate, share in (
+        (_QWEN, 2048, 8192, True, 12_574, 0.290),
+        (_QWEN, 2048, 2048, True, 9_794, 0.226),
+        (_QWEN, 2048, 8192, False, 17_472, 0.404),
+        (_KIMI, 7168, 8192, True, 25_588, 0.519),
+    )
+)
+_FARTHEST = 8
+"""How many times narrower than what was measured, or with how many times fewer tokens, a step may be."""
+# Bytes a second from pinned host memory: of one GPU alone, and of each of several, of which two were measured.
+LINK_ALONE, LINK_EACH = 50e9, 46e9
+LINKS = "50 GB/s from pinned host memory to one H100 alone, 46 GB/s to each of two (measured on one host)"
+
+
+def nearest(hidden: int, tokens: int, *, recomputed: bool) -> Rate | None:
+    """Return the measured step that is most like one: by width first, and by how many tokens run together.
+
+    None if none is like it: narrow models and few tokens wait for launches, which no share of the matrix rate tells.
+    """
+
+    def apart(rate: Rate) -> float:
+        width, batch = abs(log2(rate.hidden / hidden)), abs(log2(rate.tokens / tokens))
+        return 2 * width + batch + (rate.recomputed != recomputed)
+
+    found = min(RATES, key=apart)
+    near = found.hidden <= _FARTHEST * hidden and found.tokens <= _FARTHEST * tokens
+    return found if near else None
+
+
+def link(gpus: int) -> float:
+    """Return the bytes a second that each GPU reads from pinned host memory."""
+    return LINK_ALONE if gpus == 1 else LINK_EACH
