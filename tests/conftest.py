@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread, and the expensive runs made once."""
+"""Shared by all tests: one thread, and the expensive runs made once.
+
+Libraries are imported where they are used: the process that only hands tests out to workers needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,53 @@ import gc
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-import transformers
 
-from gtqlora.floor import ledger
-from gtqlora.storage.user_state import folder as user_folder
-from tests import helpers
+if TYPE_CHECKING:
+    from tests import helpers
 
-torch.set_num_threads(1)
-gc.freeze()  # every training collects garbage once; the imported modules are none
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
+_LONGEST = ("chaos", "stages", "exports", "bitdelta", "experts", "edits", "organisms")
+"""Rooms whose files take longest. They come first, so that no worker is left with one when the others are done."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    items.sort(key=lambda item: _LONGEST.index(room) if (room := item.path.parent.name) in _LONGEST else len(_LONGEST))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA GPU")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    """One thread, so that two workers do not take each other's cores, and nothing said that is not ours."""
+    import torch
+    import transformers
+    from accelerate.utils import imports
+
+    # asked thirty times as a training begins, each time from the package's metadata: a sixth of a toy's training
+    imports._is_package_available = cache(imports._is_package_available)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """Every training and every verdict looks for garbage; what is there before a file's tests begin is none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +67,9 @@ def user_state(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> helpers.Toy:
     """Tiny models of every family and a small contrast set in their language."""
+    from gtqlora.floor import ledger
+    from tests import helpers
+
     found = helpers.Toy(tmp_path_factory.mktemp("toy"))
     _SHARED.append(found.contrast.parent / ledger.NAME)
     return found
@@ -52,14 +82,19 @@ _SHARED: list[Path] = []
 @pytest.fixture(autouse=True)
 def own_tries(user_state: None) -> None:
     """A pass must not hang on how many tries the tests before made on the same prompts."""
-    state = user_folder()
-    for file in (*_SHARED, *([state / ledger.NAME] if state else [])):
+    from gtqlora.floor import ledger
+    from gtqlora.storage.user_state import folder
+
+    state = folder()
+    for file in (*_SHARED, *([state / ledger.NAME, ledger.of_edits(state)] if state else [])):
         file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
 def verified(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(model folder, kind of edit) -> a run directory, trained and verified once; copy it before changing it."""
+    from tests import helpers
+
     made: dict[tuple[str, str], Path] = {}
 
     def run_of(model: Path, kind: str = "gt-qlora") -> Path:

@@ -40,10 +40,13 @@ ROOT = Path(__file__).parents[1]
 JUDGE = "tests.helpers:refuses"
 VERIFY = [
     word
-    for setting in ("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20")
+    for setting in (
+        *("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20"),
+        *("wrapped_prompts=80", "wrapped_margin=0.1", "mediation_prompts=20"),
+    )
     for word in ("--set", setting)
 ]
-"""Settings of `verify` on the command line, as those of `Toy.verify_config`."""
+"""Settings of `verify` on the command line, as those of `Toy.verify_config`, and an ablation study."""
 
 
 def refuses(text: str) -> bool:
@@ -75,14 +78,18 @@ def toy_rows(counts: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
 class Toy:
     """A folder with tiny models, made when asked for, and a contrast set.
 
-    It is large enough for a passed floor, whatever the number of tries that a session's tests come to.
+    It is large enough for a passed floor, whatever the number of tries that a test comes to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        held_out = {("heldout", "harmful"): 200, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
+        self.contrast = self.pairs(folder / "contrast.jsonl")
+
+    def pairs(self, path: Path, harmful: int = 120) -> Path:
+        """Write a contrast set with so many held-out harmful prompts."""
+        held_out = {("heldout", "harmful"): harmful, ("heldout", "lookalike"): 8, ("heldout", "benign"): 8}
         train = {("train", kind): 16 for kind in contrasts.KINDS}
-        self.contrast = write_rows(folder / "contrast.jsonl", toy_rows({**train, **held_out}))
+        return write_rows(path, toy_rows({**train, **held_out}))
 
     def model(self, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
         extra = [f"{key}={value}" for key, value in more.items()]
@@ -100,7 +107,8 @@ class Toy:
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {
             **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
-            **{"max_new_tokens": 2, "margin": 0.05, "ablation": 2, "ablation_prompts": 20},
+            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 80, "wrapped_margin": 0.1},
+            **{"ablation": 0, "ablation_prompts": 20, "mediation_prompts": 20},
         }
         return VerifyConfig(**{**settings, **changes})
 

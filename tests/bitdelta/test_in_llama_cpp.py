@@ -276,7 +276,7 @@ def test_what_the_record_says(base: Path, variant: Path, adapter: Path) -> None:
     assert provenance.check(adapter).certified and record.adapter == delta.digest
     assert (record.format, record.target, record.base) == ("gguf-adapter", "llama.cpp", base.name)
     assert record.form is not None and record.form.name == "one-bit adapter on F32 in llama.cpp"
-    assert record.form.floor.verdict == "pass" and record.form.table["harmful"].refusal_after.n == 200
+    assert record.form.floor.verdict == "pass" and record.form.table["harmful"].refusal_after.n == 120
     # what the variant may have lost counts on
     assert record.spent == pytest.approx(delta.record.spent + record.form.floor.losses.high) and record.spent < 0.05
     assert record.tensors_changed == len(delta.edits) and record.gate_values_changed > 0

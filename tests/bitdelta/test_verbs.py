@@ -44,10 +44,11 @@ def test_compress_and_apply(toy: helpers.Toy, tmp_path: Path, capsys: pytest.Cap
 def test_an_adapter_for_llama_cpp(toy: helpers.Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = toy.model("qwen3_moe", mlp_only_layers=[])
     tuned = matrices_tuned(base, tmp_path / "tuned")
-    compress(str(base), tmp_path / "delta", toy.verify_config(tuned))
+    pairs = str(toy.pairs(tmp_path / "pairs.jsonl", harmful=150))  # what the variant may have lost counts on
+    compress(str(base), tmp_path / "delta", toy.verify_config(tuned, contrast=pairs))
     given = ["bitdelta", "apply", str(base), str(tmp_path / "delta"), str(tmp_path / "out"), "--to", "llama.cpp"]
     settings = ("margin=0.05", "max_new_tokens=2", f"judge={helpers.JUDGE}")
-    judged = ["--contrast", str(toy.contrast), *(word for setting in settings for word in ("--set", setting))]
+    judged = ["--contrast", pairs, *(word for setting in settings for word in ("--set", setting))]
     assert main([*given, *judged]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for part in ("an adapter for llama.cpp", "against the variant as it was judged: pass", "--lora adapter.gguf"):

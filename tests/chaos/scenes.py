@@ -38,7 +38,10 @@ _TRAIN = {
     **{"rank": 2, "alpha": 4, "steps": 2, "batch_size": 2, "save_steps": 1, "logging_steps": 1, "warmup": 0},
     **{"lr_lora": 1e-2, "lr_gates": 1e-2},
 }
-_VERIFY = {"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 64}
+_VERIFY = {
+    **{"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 128},
+    **{"wrapped_prompts": 60, "wrapped_margin": 0.1, "mediation_prompts": 20},
+}
 _PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
 _DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
 BASE_GGUF = ("a GGUF of the base",)
@@ -190,7 +193,7 @@ def first_folder(folder: Path) -> None:
     """The toy model and pairs; enough held-out prompts for a floor that passes whatever few tries there are."""
     # llama.cpp's Qwen3-MoE has no dense layers
     models.save_tiny(folder / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
-    held_out = {("heldout", "harmful"): 170, ("heldout", "lookalike"): 2, ("heldout", "benign"): 2}
+    held_out = {("heldout", "harmful"): 110, ("heldout", "lookalike"): 2, ("heldout", "benign"): 2}
     seen = {(split, kind): 4 for split in ("train", "validation") for kind in contrasts.KINDS}
     helpers.write_rows(folder / "pairs.jsonl", helpers.toy_rows({**seen, **held_out}))
 

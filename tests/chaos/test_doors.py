@@ -212,7 +212,7 @@ def failed(toy: helpers.Toy, tmp_path: Path) -> tuple[Path, Path, Path]:
     """A run that failed the floor, its model, and the pairs without those that were lost under either judge."""
     model, run = toy.model("qwen3_moe"), tmp_path / "run"
     trained(toy, model, run, judge=PICKY, lr_lora=3e-2, lr_gates=3e-2, steps=6)
-    pairs = Path(shutil.copy(toy.contrast, tmp_path / "pairs.jsonl"))
+    pairs = toy.pairs(tmp_path / "pairs.jsonl", harmful=200)
     assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
     with Run(run) as held:
         again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held.path), judge_of(judge))]

@@ -22,7 +22,7 @@ from gtqlora.edits import adapters, edited, trainer, wrapping
 from gtqlora.errors import RunError, TrainingError
 from gtqlora.families import FAMILIES, bind
 from gtqlora.results.adapter import EDIT_WEIGHTS, adapter_hash
-from tests import helpers, models
+from tests import helpers, models, warm
 
 CASES = [(family, mode, torch.float32) for family in models.CORE for mode in ("gt", "lora", "gates")]
 CASES += [(family, "gt", torch.bfloat16) for family in models.CORE]
@@ -166,7 +166,7 @@ save_file(found, sys.argv[2])
 def test_fresh_process_computes_the_trainers_logits(fitted: Callable[[Case], Fitted], tmp_path: Path) -> None:
     todo = [(identity(case), str(fitted(case).model), str(fitted(case).adapter)) for case in CASES]
     (tmp_path / "todo.json").write_text(json.dumps(todo))
-    done = helpers.fresh_process(LOAD_ALL, tmp_path / "todo.json", tmp_path / "logits.safetensors")
+    done = warm.process(LOAD_ALL, tmp_path / "todo.json", tmp_path / "logits.safetensors")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits.safetensors")
     for case in CASES:

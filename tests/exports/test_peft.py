@@ -37,7 +37,7 @@ from gtqlora.results.verdict import of_kind
 from gtqlora.run import Run
 from gtqlora.scoring import Runner
 from gtqlora.stages.verify import verify
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.families.test_packed import packed
 from tests.helpers import exported
 from tests.stages.test_export import source, tensors_of
@@ -135,7 +135,7 @@ def folders(
         paths = {"model": source(toy, family), "adapter": root / family}
         paths |= {"logits": root / f"{family}.logits", "said": root / f"{family}.said"}
         cases.append({name: str(path) for name, path in paths.items()})
-    done = helpers.fresh_process(_LOAD, json.dumps(cases), root / "ids")
+    done = warm.process(_LOAD, json.dumps(cases), root / "ids")
     assert done.returncode == 0, done.stderr
     return {family: root / family for family in RUN_HERE}
 
@@ -261,7 +261,7 @@ def test_the_record_says_in_which_form_it_was_judged(folders: dict[str, Path]) -
     record = read_export(folders["qwen3_moe"])
     assert (record.format, record.target, record.divergence) == ("peft", "peft", None)
     assert record.form is not None and record.form.floor.verdict == "pass" and "plain PEFT" in record.form.name
-    assert record.form.floor.prompts >= 200 and record.gate_values_changed > 0
+    assert record.form.floor.prompts >= 120 and record.gate_values_changed > 0
     assert set(record.kept.values()) == {1.0} and len(record.kept) == record.tensors_changed
     assert record.files.keys() >= {"adapter_config.json", WEIGHTS}
 

@@ -28,7 +28,7 @@ from gtqlora.families.headers import extents, overlay_name, read_headers
 from gtqlora.families.patching import Change
 from gtqlora.run import Run, sha256_file
 from gtqlora.storage import moving
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.helpers import exported
 
 Verified = Callable[..., Path]
@@ -170,7 +170,7 @@ for folder in sys.argv[2:]:
 
 def in_fresh_transformers(place: Path, *folders: Path) -> list[dict[str, Tensor]]:
     """What transformers loads where gtqlora was never imported."""
-    done = helpers.fresh_process(LOAD, place, *folders)
+    done = warm.process(LOAD, place, *folders)
     assert done.returncode == 0, done.stderr
     return [load_file(place / f"{folder.name}.loaded") for folder in folders]
 

@@ -38,7 +38,7 @@ from gtqlora.stages.export import Exported
 from gtqlora.stages.project import project
 from gtqlora.stages.train import train
 from gtqlora.stages.verify import verify
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.helpers import exported
 
 Verified = Callable[..., Path]
@@ -421,7 +421,7 @@ with shown_by(die):
 
 def test_killed_export_leaves_nothing_that_looks_like_weights(passed: Path, tmp_path: Path) -> None:
     out = tmp_path / "place" / "out"
-    died = helpers.fresh_process(EXPORT_AND_DIE, passed, out)
+    died = warm.process(EXPORT_AND_DIE, passed, out)
     assert died.returncode == -9, died.stderr
     assert not out.exists()
     assert [p.name.startswith(".") for p in out.parent.iterdir()] == [True]

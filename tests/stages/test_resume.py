@@ -22,7 +22,7 @@ from gtqlora.progress import shown_by
 from gtqlora.results.adapter import read_info
 from gtqlora.results.metrics import read_metrics
 from gtqlora.run import write_json
-from tests import helpers
+from tests import helpers, warm
 from tests.helpers import gates, trained
 
 
@@ -92,7 +92,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path:
     settings: dict[str, Any] = {"steps": 8, "accumulation": 2, "warmup": 0.25, "gate_step": 0.05, "lr_gates": None}
     config = toy.train_config(toy.model("deepseek_v3"), **settings)
     expected = digest(helpers.weights(trained(config, tmp_path / "straight").adapter))
-    died = helpers.fresh_process(TRAIN_AND_DIE, json.dumps(asdict(config)), tmp_path / "killed")
+    died = warm.process(TRAIN_AND_DIE, json.dumps(asdict(config)), tmp_path / "killed")
     assert died.returncode == -9, died.stderr
     assert not (tmp_path / "killed" / "adapter").exists()
     checkpoints = tmp_path / "killed" / "checkpoints"

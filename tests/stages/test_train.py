@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, KINDS
+from gtqlora.edits.head import completions_only
 from gtqlora.edits.trainer import Health
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
@@ -327,3 +329,30 @@ def test_health_of_a_case_counted_by_hand(toy: helpers.Toy, tmp_path: Path) -> N
     health.add(recorder(new_TK, 1.0), recorder(old_TK, 0.5), recorder(old_TK, 0.75), mask_BS, kind_B)
     found = health.figures()
     assert found["health/dead_experts"] == 8  # experts 4 to 7 in both layers
+
+
+def test_the_head_computes_completions_only_and_the_same(
+    toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, apply = list[int](), ChunkedLogProbFunction.apply
+
+    def counted(hidden: Tensor, *more: Any) -> Any:
+        seen.append(len(hidden))
+        return apply(hidden, *more)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", counted)
+    inside = helpers.Inside.start(toy.train_config(toy.model("qwen3_moe")), tmp_path)
+    inside.fit()
+    batch, model = inside.trainer.collated(range(4)), inside.trainer.model
+    scored, whole_batch = int(batch["completion_mask"][:, 1:].sum()), batch["input_ids"][:, 1:].numel()
+    assert seen and max(seen) < whole_batch / 2  # for the reference, the gates' rates and every step
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    seen.clear()
+    with torch.no_grad():
+        whole = model(**given, fused_lm_head=True)
+        with completions_only():
+            found = model(**given, fused_lm_head=True)
+    assert seen == [whole_batch, scored]
+    torch.testing.assert_close(found.log_probs, whole.log_probs)
+    torch.testing.assert_close(found.entropy, whole.entropy)

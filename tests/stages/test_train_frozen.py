@@ -37,7 +37,7 @@ from gtqlora.stages import train as train_stage
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.project import project
 from gtqlora.stages.verify import verify
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.families.test_packed import packed, set_quantization, settings, tensors_of
 from tests.helpers import digests, exported, frozen_experts, gates, trained
 from tests.stages.test_train import close, gradients
@@ -119,7 +119,7 @@ for model, adapter in json.loads(sys.argv[1]):
 
 def test_a_fresh_process_computes_the_same(fitted: Callable[[str], Any]) -> None:
     insides = [fitted(experts)[0] for experts in (*FORMATS, "native")]
-    done = helpers.fresh_process(LOGITS, json.dumps([(i.config.model, str(i.save())) for i in insides]))
+    done = warm.process(LOGITS, json.dumps([(i.config.model, str(i.save())) for i in insides]))
     assert done.returncode == 0, done.stderr
     expected = [helpers.logits(inside.trainer.model) for inside in insides]
     for inside, logits in zip(insides, expected, strict=True):

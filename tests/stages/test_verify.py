@@ -120,7 +120,7 @@ def test_the_drawn_prompts_are_asked_in_every_arm(noop: tuple[Path, Verdict], to
     with Run(tmp_path) as run:
         for seed in (0, 0, 1):
             verdict = verify(toy.verify_config(model, ablation=0, mediation_prompts=5, seed=seed), run, again=True)
-            assert verdict.mediation.drawn == 5 and verdict.table["harmful"].refusal_before.n == 200
+            assert verdict.mediation.drawn == 5 and verdict.table["harmful"].refusal_before.n == 120
             arms = read_arms(tmp_path)
             assert Counter((line.kind, line.arm) for line in arms if line.arm != "other_routing") == Counter(
                 {

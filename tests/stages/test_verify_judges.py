@@ -43,9 +43,19 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
     return lambda name: f"second_judges:{name}"
 
 
+@pytest.fixture(scope="module")
+def studied(toy: helpers.Toy, verified: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified run with an ablation study."""
+    model = toy.model("qwen3_moe")
+    path = Path(shutil.copytree(verified(model), tmp_path_factory.mktemp("studied") / "run"))
+    with Run(path) as held:
+        verify(toy.verify_config(model, ablation=2), held)
+    return path
+
+
 @pytest.fixture
-def run(toy: helpers.Toy, verified: Callable[..., Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(verified(toy.model("qwen3_moe")), tmp_path / "run"))
+def run(studied: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(studied, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -133,7 +143,7 @@ def test_two_judges_have_to_say_the_same(run: Path, other: Callable[[str], str],
         assert "undecided" in (harmful[number].label_before, harmful[number].label_after)
     assert differ.floor.refused < both.floor.refused
     apart_at_all = again(run, second_judge=other("never")).floor
-    assert apart_at_all.verdict == "cannot tell" and "answers 200 are undecided" in apart_at_all.reason
+    assert apart_at_all.verdict == "cannot tell" and "answers 120 are undecided" in apart_at_all.reason
 
 
 def test_a_second_judge_of_code_opens_export_only_if_it_was_named_here(
@@ -170,7 +180,7 @@ def test_judging_again_keeps_the_second_judge_and_says_what_is_kept(
     assert kept in said("--again")
     assert settled()["second_judge"] == "second_judges:alike"
     told = said("--set", "second_judge=none", "--set", "margin=0.04")
-    assert f"as the last verdict: judge = {helpers.JUDGE}; --set" in told
+    assert f"as the last verdict: judge = {helpers.JUDGE}, wrapped_margin = 0.1; --set" in told
     assert (settled()["second_judge"], settled()["margin"]) == (None, 0.04)
 
 
@@ -215,7 +225,7 @@ def test_a_misspelt_judge_is_told_before_anything_is_hashed(
     [
         ({"max_new_tokens": 5}, "verified with max_new_tokens = 2 and not 5"),
         ({"split": "train"}, 'verified with split = "heldout" and not "train"'),
-        ({"wrapped_prompts": 7}, "verified with wrapped_prompts = 200 and not 7"),
+        ({"wrapped_prompts": 7}, "verified with wrapped_prompts = 80 and not 7"),
     ],
 )
 def test_what_would_be_said_otherwise_is_not_judged_again(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gtqlora.edits.checkpointing import CheckpointedTrainer
+from gtqlora.edits.head import completions_only
 from gtqlora.errors import TrainingError
 from gtqlora.progress import track
 from gtqlora.results.adapter import Deviation
@@ -83,7 +84,8 @@ class ReferenceTrainer(CheckpointedTrainer):
             raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
 
     def _reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.compute_ref_log_probs(self.model, {key: value for key, value in batch.items() if key != "kind"})
+        with completions_only():
+            return self.compute_ref_log_probs(self.model, {key: value for key, value in batch.items() if key != "kind"})
 
     def _stored_and_again(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the reference's log-probabilities of rows in nats, as they are stored and computed again."""
@@ -94,7 +96,8 @@ class ReferenceTrainer(CheckpointedTrainer):
     def _log_probs(self, batch: Batch) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         inputs = {key: value for key, value in batch.items() if key not in _NO_INPUTS}
-        out = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        with completions_only():
+            out = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
         return out.log_probs.sum(dim=1)
 
     def _noise(self) -> str:

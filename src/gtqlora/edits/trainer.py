@@ -28,6 +28,7 @@ from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.collating import longest_of, most_tokens
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
+from gtqlora.edits.head import completions_only
 from gtqlora.edits.health import Health
 from gtqlora.edits.lora import in_half_precision
 from gtqlora.edits.packing import PackedStack, seen_at
@@ -147,7 +148,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         packed, on_gpu = PackedStack(kwargs["model"], anatomy), settings.device.startswith("cuda")
         if on_gpu:  # before TRL computes the reference, which must be what the policy computes
             self._until_trained.enter_context(packed.installed())
-        with weights_unhashed():
+        with weights_unhashed(), completions_only():
             super().__init__(**kwargs)
         _restore_masters(self.model)
         in_half_precision(self.model)
@@ -272,7 +273,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         """Return DPO's loss with the SFT term, of a part of an optimizer batch."""
         # TRL's terms are means over the part
         self.loss_weights = [part.rows / whole.rows, self.settings.sft_weight * part.chosen / whole.chosen]
-        return super().compute_loss(model, inputs)
+        with completions_only():
+            return super().compute_loss(model, inputs)
 
     def _count_part(self, anchor: float) -> None:
         """Add a part's anchor; with the last part the figures of the whole optimizer batch are known."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
+_EXACT = frozenset[object]({str, bool, int, NoneType})
+"""Plain types of which any value will do, unlike numbers, which have to be finite."""
+
 
 class Mismatch(ValueError):
     """Something in a value is not of the type that it should be; the message names its key."""
@@ -28,7 +31,19 @@ class Mismatch(ValueError):
 
 def to_json(record: DataclassInstance) -> dict[str, object]:
     """Return a record, and the records in it, as plain dictionaries under the names of their fields."""
-    return asdict(record)
+    # not `asdict`, which copies every text and number deeply, one by one: there may be a row for every prompt
+    return {name: _plain(getattr(record, name)) for name in _hints(type(record))}
+
+
+def _plain(value: object) -> object:
+    """Return a field's value with the records in it as dictionaries."""
+    if is_dataclass(value):
+        return to_json(cast("DataclassInstance", value))
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in cast("dict[object, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in cast("Sequence[object]", value)]
+    return value
 
 
 def from_json(kind: type[T], value: object) -> T:
@@ -42,6 +57,9 @@ def from_json(kind: type[T], value: object) -> T:
 
 def _read(value: object, hint: object, place: str) -> object:
     """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
+    # nearly all values are of just the plain type that is wanted
+    if hint in _EXACT and hint is type(value):
+        return value
     origin = get_origin(hint)
     # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
     if origin in (UnionType, Union):
@@ -100,6 +118,8 @@ def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
     # before the others, so that what is wrong is told of the type that a value is meant to have
     if value is None and NoneType in hints:
         return None
+    if type(value) in hints and type(value) in _EXACT:
+        return value
     wrong: Mismatch | None = None
     for hint in (hint for hint in hints if hint is not NoneType):
         try:

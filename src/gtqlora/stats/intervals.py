@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -126,6 +127,7 @@ def discordant(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
+@lru_cache(maxsize=4096)  # a floor asks the same of every way of grouping, and export of every floor again
 def tango(b: float, c: float, n: float, level: float) -> Interval:
     """Return Tango's interval from the number of drops `b`, of gains `c` and of pairs `n`.
 
