@@ -230,7 +230,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     speed, lines = bandwidth(device), list[dict[str, Any]]()
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {speed / 1e12:.2f} TB/s")
+    print(
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+        + (f", {speed / 1e12:.2f} TB/s" if speed == speed else "")
+    )
     for way in args.ways:
         bench = Bench(args, way)
         for count in args.prompts:

@@ -459,12 +459,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-packing", action="store_true", help="with padding, and every prompt twice")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--profile", action="store_true", help="print one step's kernels by kind")
+    parser.add_argument("--profile", action="store_true", help="print one step's kernels by kind; needs a GPU")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="as many steps, with the loss of each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the shape's architecture in miniature")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if found.profile and torch.device(found.device).type != "cuda":
+        parser.error("--profile shows kernels of a GPU; leave it out on a CPU")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -488,6 +491,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             found.append(measure(args, way, device))
             print(f"{way}: {found[-1].seconds:.3f} s a step, mean loss {found[-1].loss:.4f}", flush=True)
+            if args.curve:
+                shown = {i: loss for i, loss in enumerate(found[-1].losses, 1) if i == 1 or i % 10 == 0}
+                print("  loss at step " + ", ".join(f"{i}: {loss:.3f}" for i, loss in shown.items()), flush=True)
         except Exception as error:  # the other ways are worth their time, whatever befell this one
             errors[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             print(f"{way}: {errors[way]}", flush=True)

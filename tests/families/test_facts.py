@@ -232,3 +232,8 @@ def test_known_families_write_straight_into_the_stream(family: str) -> None:
     anatomy = bind(models.tiny_model(family), FAMILIES[family])
     check_projectable(anatomy)
     assert len(anatomy.blocks) == 2 * models.LAYERS
+
+
+def test_a_config_that_says_of_no_model_what_it_is_is_not_called_dense(tmp_path: Path) -> None:
+    said = refusal(tmp_path, {"hidden_size": 3})
+    assert "no model_type" in said and "deepseek_v3" in said and "dense" not in said

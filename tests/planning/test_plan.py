@@ -94,7 +94,7 @@ def test_a_model_is_planned_in_the_dtype_that_it_is_loaded_in(qwen: str) -> None
 
 
 def test_no_time_is_told_of_what_is_unlike_all_that_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "organism:routed", "--gpus", "24GB", "--seq-len", "40"]) == 0
+    assert main(["plan", "organism:routed", "--gpus", "80GB", "--seq-len", "40"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "cannot be told" in out and "steps an hour" not in out and "MiB" in out
 
@@ -112,7 +112,7 @@ def test_another_format_comes_before_anything_that_costs_time(qwen: str) -> None
 
 def test_recomputation_comes_before_fewer_pairs(qwen: str) -> None:
     found = planned(qwen, expert_format="nf4", batch_size=16)
-    assert found.change is not None and found.change.what == ("gradient_checkpointing = true",)
+    assert found.change is not None and found.change.what == ("--set gradient_checkpointing=true",)
     again = planned(qwen, expert_format="nf4", batch_size=16, gradient_checkpointing=True)
     assert again.fits and again.layers_kept < again.layers
 
@@ -120,7 +120,7 @@ def test_recomputation_comes_before_fewer_pairs(qwen: str) -> None:
 def test_fewer_pairs_come_before_more_gpus(qwen: str) -> None:
     found = planned(qwen, "24GB", expert_format="nf4", batch_size=32, gradient_checkpointing=True)
     assert found.change is not None
-    assert any(word.startswith("batch_size = ") for word in found.change.what)
+    assert any(word.startswith("--set batch_size=") for word in found.change.what)
     assert not any(word.startswith(("--gpus", "--host")) for word in found.change.what)
 
 
@@ -129,6 +129,58 @@ def test_host_memory_comes_before_more_gpus() -> None:
     assert found.change is not None and found.change.bytes <= found.usable
     assert any(word.startswith("--host ") for word in found.change.what)
     assert not any(word.startswith("--gpus") for word in found.change.what)
+
+
+def followed(model: str, gpus: str, found: Plan, **settings: Any) -> Plan:
+    """The plan with the options that a change names, as a user types them."""
+    assert found.change is not None
+    words, host = " ".join(found.change.what).split(), None
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        if option == "--set":
+            key, number = value.split("=")
+            settings[key] = {"true": True}.get(number) or int(number)
+        elif option == "--expert-format":
+            settings["expert_format"] = value
+        elif option == "--gpus":
+            gpus = value
+        else:
+            assert option == "--host"
+            host = value
+    return planned(model, gpus, host=host, **settings)
+
+
+@pytest.mark.parametrize("gpus", ["8GB", "10GB", "12GB", "16GB", "24GB", "48GB", "2x24GB"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "activation_memory": 0.0}, {"batch_size": 64}]
+)
+def test_the_change_that_is_named_fits_when_it_is_made(qwen: str, gpus: str, settings: dict[str, Any]) -> None:
+    found = planned(qwen, gpus, **settings)
+    if not found.fits and found.change is not None:
+        again = followed(qwen, gpus, found, **settings)
+        assert again.fits and again.needed <= found.change.bytes
+
+
+def test_what_costs_nothing_comes_before_host_memory(qwen: str) -> None:
+    found = planned(qwen, "16GB")
+    assert found.change is not None and found.change.what[0] == "--expert-format nf4"
+    assert any(word.startswith("--host") for word in found.change.what)
+
+
+def test_speeds_are_told_of_cards_that_were_measured(qwen: str) -> None:
+    for gpus in ("8xA100", "24GB", "L40S"):
+        found = planned(qwen, gpus, expert_format="nf4", gradient_checkpointing=True)
+        assert found.speed is None and not found.rated
+        assert not found.fits or any("H100" in note for note in found.notes)
+    assert planned(qwen, "80GB", expert_format="nf4", gradient_checkpointing=True).speed is not None
+
+
+def test_a_checkpoint_in_fp8_is_not_called_bf16(qwen: str) -> None:
+    raw = json.loads(Path(qwen, "config.json").read_text())
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    Path(qwen, "config.json").write_text(json.dumps({**raw, "quantization_config": scheme}))
+    found = planned(qwen)
+    assert not any(one.native for one in found.formats)
+    assert any("fp8" in note for note in found.notes)
 
 
 def test_a_card_too_small_for_the_rest_is_helped_by_no_change() -> None:
@@ -198,7 +250,10 @@ def test_a_training_that_clearly_does_not_fit_is_refused(qwen: str) -> None:
     with pytest.raises(TrainingError) as error:
         refuse_beyond(config, 512, 0, 30 * 2**30)
     assert "30.0 GiB are free" in str(error.value)
-    assert "cheapest change that fits: gradient_checkpointing = true" in str(error.value)
+    assert "cheapest change that fits: --set gradient_checkpointing=true" in str(error.value)
+    with pytest.raises(TrainingError) as error:  # `train` has neither more GPUs nor host memory for experts
+        refuse_beyond(config, 512, 0, 10 * 2**30)
+    assert "change" not in str(error.value)
     again = replace(config, gradient_checkpointing=True)
     refuse_beyond(again, 512, 0, 30 * 2**30)
     # a prediction is not exact: what is above by less than a tenth is tried

@@ -90,7 +90,7 @@ def _show(found: Plan) -> None:
     draw(console, _memory(found))
     for line in (*_placement(found), *(_speed(found.speed, found.gpus) if found.speed else ())):
         say(console, line)
-    if found.fits and not found.speed:
+    if found.fits and not found.speed and found.rated:
         say(console, "how long it takes cannot be told: no step with so few tokens, or so narrow a model, was measured")
     if not found.fits:
         verdict = f"does not fit: {in_binary(found.needed)} of {in_binary(found.usable)} on each {found.card}"
@@ -152,4 +152,4 @@ def _speed(speed: Speed, gpus: int) -> Iterator[str]:
 def _change(found: Plan) -> str:
     if found.change is None:
         return "no change that was tried makes it fit: fewer tokens, or larger GPUs, may"
-    return f"cheapest change that fits: {', '.join(found.change.what)} ({in_binary(found.change.bytes)} on each GPU)"
+    return f"cheapest change that fits: {' '.join(found.change.what)} ({in_binary(found.change.bytes)} on each GPU)"

@@ -79,6 +79,7 @@ class Sizes:
         context: tokens that its positions reach.
         width: bytes of an unquantized weight.
         native: the 4-bit format that the checkpoint has its experts in; None if it is not quantized so.
+        quantized: how the checkpoint is quantized, in its own word; None if it is not.
         qk, v: outputs of all heads of queries and values.
         outer: parameters outside the layers, by kind.
     """
@@ -90,6 +91,7 @@ class Sizes:
     context: int
     width: int
     native: str | None
+    quantized: str | None
     experts: int
     top_k: int
     inner: int
@@ -158,6 +160,7 @@ def sizes_of(model: str) -> Sizes:
         context=config["max_position_embeddings"],
         width=_width(source),
         native=_native(source),
+        quantized=None if source.quantization is None else str(method_of(source.quantization)),
         experts=config[family.experts_key],
         top_k=config[family.topk_key],
         inner=config[family.inner_key],

@@ -39,6 +39,8 @@ def refusal(config: Mapping[str, object], known: Sequence[str]) -> str:
                 f"({', '.join(_EXPERTS)}), although {', '.join(hints)} looks like a Mixture-of-Experts model. Known "
                 f"families: {families}"
             )
+        if model_type is None:
+            return f"no model_type, which says what the model is. Known families: {families}"
         return (
             f"model_type {model_type!r} is a dense model: it has no routers, so only Level 1 (the residual stream) "
             "applies to it, and there is nothing for gtqlora to tell apart or to train (no key for the number of "

@@ -10,8 +10,9 @@ from gtqlora.errors import ConfigError
 GIB, _MIB = 2**30, 2**20
 # MiB that the driver shows, by what the card is sold as. Any other card has as many bytes as its name says.
 _SOLD = {24: 24_564, 40: 40_960, 48: 49_140, 80: 81_559, 96: 97_887, 141: 143_771}
-_NAMES = {"h100": 80, "a100": 80, "h200": 141}
-_CARDS = re.compile(r"(?:(\d+)x)?([a-z]\d+|[\d.]+gb)", re.IGNORECASE)
+_NAMES = {"h100": 80, "a100": 80, "h200": 141, "l40s": 48, "l4": 24}
+_MEASURED = ("80GB", "141GB", "H100", "H200")
+_CARDS = re.compile(r"(?:(\d+) *[x×] *)?([a-z]+\d+[a-z]?|[\d.]+ *g(?:b|ib)?)", re.IGNORECASE)
 _BYTES = re.compile(r"([\d.]+)(gb|gib|tb|tib)", re.IGNORECASE)
 _UNITS = {"gb": 10**9, "gib": GIB, "tb": 10**12, "tib": 2**40}
 MOST_CARDS = 4096
@@ -25,6 +26,11 @@ class Cards:
     name: str
     bytes: int
 
+    @property
+    def measured(self) -> bool:
+        """Whether rates were measured on such a card; one of 80 GB or 141 GB is taken to be an H100 or H200."""
+        return self.name in _MEASURED
+
 
 def parse_cards(text: str) -> Cards:
     """Return the GPUs that a text such as `4x141GB`, `2xH100` or `80GB` names.
@@ -36,14 +42,14 @@ def parse_cards(text: str) -> Cards:
     known = f"write 4x141GB, 80GB or 2xH100 (cards known by name: {', '.join(name.upper() for name in _NAMES)})"
     if found is None:
         raise ConfigError(f"--gpus {text}: no GPUs are written so; {known}")
-    count, name = int(found[1] or 1), found[2].lower()
+    count, name = int(found[1] or 1), re.sub(r"^([\d.]+) *g(b|ib)?$", r"\1gb", found[2].lower())
     if not 1 <= count <= MOST_CARDS:
         raise ConfigError(f"--gpus {text}: from 1 to {MOST_CARDS} GPUs are planned for; {known}")
     if not name.endswith("gb") and name not in _NAMES:
         raise ConfigError(f"--gpus {text}: no card of that name is known; {known}")
     size = float(_NAMES[name]) if name in _NAMES else _number(name[:-2], f"--gpus {text}")
     usable = _SOLD[int(size)] * _MIB if size in _SOLD else round(size * 10**9)
-    return Cards(count, found[2].upper(), usable)
+    return Cards(count, name.upper(), usable)
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -60,6 +60,7 @@ class Step:
     checkpointing: bool = False
     activation_memory: float | None = None
     anchored: bool = True
+    accumulation: int = 1
 
     @property
     def together(self) -> int:
@@ -83,6 +84,7 @@ class Step:
             mode=config.mode,
             checkpointing=config.gradient_checkpointing,
             activation_memory=config.activation_memory,
+            accumulation=config.accumulation,
             anchored=max(config.anchor_harmful, config.anchor_benign) > 0,
         )
 

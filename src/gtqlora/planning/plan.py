@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -74,6 +74,7 @@ class Plan:
         usable, needed: bytes of each GPU, and those needed on the fullest, by part in `memory`.
         layers_kept: layers whose activations are not computed again.
         streamed: experts in host memory, if some have to be there.
+        rated: whether speeds were measured on such a card.
         speed: of what fits; None if nothing does, or nothing like it was measured.
         change: the cheapest change that fits, if this does not; None, too, if no change does.
     """
@@ -98,6 +99,7 @@ class Plan:
     layers: int
     fits: bool
     streamed: Streamed | None
+    rated: bool
     speed: Speed | None
     change: Change | None
     notes: tuple[str, ...]
@@ -137,7 +139,8 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
         layers=len(sizes.layers),
         fits=fits,
         streamed=_streamed(sizes, step, placed, memory) if placed.on_host else None,
-        speed=_speed(sizes, step, placed, memory, steps) if fits else None,
+        rated=cards.measured,
+        speed=_speed(sizes, step, placed, memory, cards, steps) if fits else None,
         change=None if fits else cheapest_change(sizes, step, cards, host),
         notes=tuple(_notes(sizes, step, cards, placed)),
     )
@@ -163,7 +166,7 @@ def _formats(sizes: Sizes) -> tuple[Held, ...]:
             experts = number * expert_bytes(sizes, name)
         except ConfigError:
             continue
-        native = name == (sizes.native or PLAIN)
+        native = name == (sizes.native or (None if sizes.quantized else PLAIN))
         found.append(Held(format=name, experts=experts, whole=experts + rest, native=native))
     return tuple(found)
 
@@ -188,9 +191,9 @@ def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> St
     return Streamed(layers=placed.on_host, host=memory.host, per_pass=per_pass, seconds=per_pass / link(placed.gpus))
 
 
-def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, steps: int) -> Speed | None:
+def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, cards: Cards, steps: int) -> Speed | None:
     rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
-    if rate is None:
+    if rate is None or not cards.measured:
         return None
     computing = step.together * 6 * sizes.active() / (TFLOPS * rate.share)
     # Copies hide under the work that there is, wholly: only the longer of both counts.
@@ -219,6 +222,10 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
             "`gtqlora train` holds all experts on its GPU; experts on several GPUs or in host memory are arithmetic, "
             "without the time that GPUs wait for each other"
         )
+    if not cards.measured:
+        yield f"no time is told of {cards.name}: rates were measured on H100 and H200 only"
+    if sizes.quantized and sizes.native is None:
+        yield f"the checkpoint is quantized ({sizes.quantized}), and is loaded as {PLAIN}"
     if any(layer.recurrent for layer in sizes.layers):
         yield "what linear attention keeps for its backward pass is an estimate that was never measured"
     if sizes.native is None and step.held != PLAIN:
@@ -228,30 +235,36 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
 # --- changes
 
 
-def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int) -> Change | None:
-    """Return the cheapest change that fits: all are tried, from those that cost nothing to those that cost GPUs."""
-    for _, changed, more, memory_there in _candidates(sizes, step, cards, host):
+def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int, *, here: bool = False) -> Change | None:
+    """Return the cheapest change that fits: all are tried, from those that cost nothing to those that cost GPUs.
+
+    Args:
+        here: on these GPUs, and without host memory beyond this.
+    """
+    for _, changed, more, memory_there in _candidates(sizes, step, cards, host, here):
         try:
-            placed, memory = _placed(sizes, changed, more, memory_there)
+            _, memory = _placed(sizes, changed, more, memory_there)
         except ConfigError:  # the experts do not divide into that format's groups
             continue
         if memory.total <= more.bytes:
-            words = tuple(_words(step, changed, cards, more, placed, memory.host if memory_there > host else 0))
+            words = tuple(_words(step, changed, cards, more, memory.host if memory_there > host else 0))
             return Change(what=words, bytes=memory.total)
     return None
 
 
-def _candidates(sizes: Sizes, step: Step, cards: Cards, host: int) -> list[tuple[int, Step, Cards, int]]:
+def _candidates(sizes: Sizes, step: Step, cards: Cards, host: int, here: bool) -> list[tuple[int, Step, Cards, int]]:
     """Return changed steps, GPUs and host memory with what they cost, cheapest first."""
     formats = [step.held, *(name for name in ("nf4", "int4-g128") if sizes.native is None and step.held == PLAIN)]
-    again = [step, *([] if step == without_keeping(step) else [without_keeping(step)])]
+    # where layers are computed again at all, as many keep their activations as fit
+    less = without_keeping(step) if step.checkpointing else replace(step, checkpointing=True)
+    again = [step, *([] if less == step or (step.checkpointing and step.activation_memory is None) else [less])]
     pairs = [step.pairs >> halves for halves in range(step.pairs.bit_length())]
-    gpus = [count for count in _more(cards.count) if count <= sizes.experts]
+    gpus = [cards.count] if here else [count for count in _more(cards.count) if count <= sizes.experts]
     # as much host memory as there is of experts, where too little was named
-    hosts = [host, max(host, sizes.counts()[ROUTED] * sizes.width)]
+    hosts = [host] if here else [host, max(host, sizes.counts()[ROUTED] * sizes.width)]
     found = [
         (
-            sum(price * cost for price, cost in zip(_PRICES, costs, strict=True)),
+            _price(costs, [len(values) - 1 for values in (formats, again)]),
             replace(again[costs[1]], held=formats[costs[0]], pairs=pairs[costs[2]]),
             replace(cards, count=gpus[costs[4]]),
             hosts[costs[3]],
@@ -263,6 +276,15 @@ def _candidates(sizes: Sizes, step: Step, cards: Cards, host: int) -> list[tuple
 
 _PRICES = (1, 2, 4, 60, 200)
 """What a change costs against others: another format, recomputation, half of the pairs, host memory, a GPU more."""
+_SPARED = 20
+"""What it costs to take host memory or GPUs where another format, or recomputation, would have spared some of them."""
+
+
+def _price(costs: Sequence[int], left: Sequence[int]) -> int:
+    """Return what changes cost together; `left` is how many there are of those that cost nothing but time."""
+    price = sum(price * cost for price, cost in zip(_PRICES, costs, strict=True))
+    dear = costs[3] + costs[4] > 0
+    return price + dear * _SPARED * sum(bool(more) and not taken for taken, more in zip(costs, left, strict=False))
 
 
 def _more(count: int) -> Iterator[int]:
@@ -271,16 +293,18 @@ def _more(count: int) -> Iterator[int]:
         count = count + 1 if count < 8 else 2 * count
 
 
-def _words(old: Step, new: Step, cards: Cards, more: Cards, placed: Placement, host: int) -> Iterator[str]:
+def _words(old: Step, new: Step, cards: Cards, more: Cards, host: int) -> Iterator[str]:
+    """Name the options that make the change, as `plan` and `train` take them."""
     if new.held != old.held:
         yield f"--expert-format {new.held}"
     if new.checkpointing != old.checkpointing:
-        yield "gradient_checkpointing = true"
+        yield "--set gradient_checkpointing=true"
     elif new.activation_memory != old.activation_memory:
-        yield "activation_memory = 0"
+        yield "--set activation_memory=0"
     if new.pairs != old.pairs:
-        yield f"batch_size = {new.pairs} with accumulation = {-(-old.pairs // new.pairs)} times as large"
+        yield f"--set batch_size={new.pairs}"
+        yield f"--set accumulation={-(-old.pairs * old.accumulation // new.pairs)}"
     if more.count != cards.count:
         yield f"--gpus {more.count}x{more.name}"
     if host:
-        yield f"--host {host / 10**9:.0f}GB, in which {placed.on_host} layers of experts wait"
+        yield f"--host {-(-host // 10**9)}GB"

@@ -104,8 +104,8 @@ def refuse_beyond(config: TrainConfig, longest: int, prompt: int, free: int) -> 
     needed = memory.total - memory.parts[CONTEXT]  # the driver's own is not free any more
     if needed <= _CLEARLY * free:
         return
-    change = cheapest_change(sizes, step, Cards(1, config.device, free), 0)
-    fix = f"; cheapest change that fits: {', '.join(change.what)}" if change else ""
+    change = cheapest_change(sizes, step, Cards(1, config.device, free), 0, here=True)
+    fix = f"; cheapest change that fits: {' '.join(change.what)}" if change else ""
     raise TrainingError(
         f"{config.device}: this training needs about {in_binary(needed)}, and {in_binary(free)} are free{fix}; "
         "`gtqlora plan` shows the parts"
