@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import sys
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import step
 import torch
 import transformers
-from datasets import disable_progress_bars
 
 from gtqlora.families.kinds import GATES
 from gtqlora.families.sizes import Sizes, sizes_of
@@ -140,11 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    warnings.filterwarnings("ignore")
-    disable_progress_bars()
-    device = torch.device(options.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = step.prepared(options.device)
     found: list[Compared] = []
     errors: dict[str, str] = {}
     for case in options.cases:

@@ -470,13 +470,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+def prepared(name: str) -> torch.device:
+    """The device of that name, by its number; from here on nothing but results is printed."""
     warnings.filterwarnings("ignore")
     disable_progress_bars()
-    device = torch.device(args.device)
+    device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    device = prepared(args.device)
     config = config_of(args)[1]
     print(
         f"{args.shape}{' (tiny)' if args.tiny else ''}: {config.num_hidden_layers} layers, hidden "

@@ -80,7 +80,11 @@ def test_a_packed_batch_computes_what_the_padded_one_does(family: str, few_shape
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("mixtral", {"sliding_window": 3}), ("qwen3_moe", {"sliding_window": 3, "use_sliding_window": True})],
+    [
+        ("mixtral", {"sliding_window": 3}),
+        ("qwen3_moe", {"sliding_window": 3, "use_sliding_window": True}),
+        ("qwen2_moe", {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
 )
 def test_a_sliding_window_is_kept(family: str, changes: dict[str, Any]) -> None:
     model = model_of(family, **changes)
@@ -91,6 +95,24 @@ def test_a_sliding_window_is_kept(family: str, changes: dict[str, Any]) -> None:
         torch.testing.assert_close(run(model, padded)[0], own, rtol=1e-4, atol=1e-4)
     model.config.sliding_window = None
     assert not torch.allclose(run(model_of(family), padded)[0], own, atol=1e-2)  # it matters here
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmoe", {"sliding_window": 3}),  # a key that the family's mask does not heed
+        ("qwen2_moe", {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 0}),
+        ("qwen3_moe", {"sliding_window": 3, "use_sliding_window": False}),
+        ("mixtral", {"sliding_window": 100}),
+    ],
+)
+def test_a_window_that_the_model_does_not_have_is_not_made(family: str, changes: dict[str, Any]) -> None:
+    compare(model_of(family, **changes), *batches())
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+def test_a_recurrence_runs_as_it_is(family: str) -> None:
+    compare(model_of(family), batches()[1], batches()[1])
 
 
 def test_every_token_of_a_pair_is_run_once() -> None:

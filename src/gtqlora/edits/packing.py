@@ -215,20 +215,23 @@ def _attention(
     value_BHSD: Tensor,
     _mask: Tensor | None,
     *,
+    windows: Sequence[int | None],
     packing: _Run | None = None,
-    sliding_window: int | None = None,
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
+    # by layer, and not what the layer says here: of some families that is another thing than their mask
+    layer: Any = module.layer_idx
+    size = windows[layer]
     if packing is None:
-        window = _window(query_BHSD, sliding_window)
+        window = _window(query_BHSD, size)
         return sdpa_attention_forward(module, query_BHSD, key_BHSD, value_BHSD, window, scaling=scaling, **settings)
     packing.attended.append(module)
     over = packing.over
     query_PHD, key_PHD, value_PHD = (part[0].transpose(0, 1) for part in (query_BHSD, key_BHSD, value_BHSD))
     if isinstance(over, Sequences):
         dropout = settings.get("dropout", 0.0)
-        return _flash(query_PHD, key_PHD, value_PHD, over, scaling, sliding_window, dropout)[None], None
+        return _flash(query_PHD, key_PHD, value_PHD, over, scaling, size, dropout)[None], None
     places_T, rows = over.places_BS.flatten(), len(over.places_BS)
 
     def padded(values_PHD: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ def _attention(
         return values_TD.view(rows, -1, *values_PHD.shape[1:]).transpose(1, 2)  # type: ignore[union-attr]
 
     query = padded(query_PHD)
-    window = _window(query, sliding_window)
+    window = _window(query, size)
     key, value = padded(key_PHD), padded(value_PHD)
     out_BSHD, _ = sdpa_attention_forward(module, query, key, value, window, scaling=scaling, **settings)
     out_PD: Tensor = _Take.apply(out_BSHD.flatten(0, 1).flatten(1), over.first_P, places_T)  # type: ignore[assignment]
@@ -296,6 +299,7 @@ class PackedStack:
         self.stack, self.config, self.n_layers = inner.base_model, inner.config, anatomy.n_layers
         self._own: Stack = self.stack.forward
         self._flash = _flash_fits(inner)
+        self._windows = [anatomy.family.window(inner.config, index) for index in range(anatomy.n_layers)]
         self.run: Stack = self.eager
 
     @contextmanager
@@ -318,9 +322,9 @@ class PackedStack:
             ModelError: a layer attends without being told which tokens belong together.
         """
         if packing is None:
-            return self._own(**inputs)
+            return self._own(**inputs, windows=self._windows)
         run = _Run(packing, [])
-        out = self._own(**inputs, packing=run)
+        out = self._own(**inputs, windows=self._windows, packing=run)
         if len(run.attended) != self.n_layers:
             raise ModelError(f"{len(run.attended)} of {self.n_layers} layers attend to packed rows: set packed = false")
         return out

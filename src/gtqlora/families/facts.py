@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MoeLayers = Literal["all", "after_dense", "sparse_step", "by_type"]
 Normalize = Literal["key", "always", "never"]
+Windows = Literal["none", "all", "by_type"]
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Parameters into which transformers fuses a layer's routed experts: [E, 2I, D], gate's rows first, and [E, D, I]."""
@@ -71,6 +72,8 @@ class Family:
         correction_bias: buffer of the router that steers selection only, and never trains.
         gates: linears of a MoE layer, beside the router, that weigh what its parts write; frozen, and never in 4 bits.
         frozen_kinds: other modules with parameters, and what the parameter counts call them; all frozen.
+        windows: which layers attend to the last `sliding_window` tokens only, where the config has that key: none, all,
+            or those that `layer_types` calls "sliding_attention".
         attention_blocks, mlp_block: modules whose outputs are added to the residual stream; a layer has the MLP block
             and one of the others.
         block_norms: norms of a layer through which a block's input passes. A layer with any other norm normalizes
@@ -103,6 +106,7 @@ class Family:
     correction_bias: str | None = None
     gates: tuple[str, ...] = ()
     frozen_kinds: Mapping[str, str] = field(default_factory=dict)
+    windows: Windows = "none"
     attention_blocks: tuple[str, ...] = ("self_attn",)
     mlp_block: str = "mlp"
     block_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -175,6 +179,13 @@ class Family:
     def only_attends(self) -> bool:
         """Whether tokens of a row meet in attention only, and not in a recurrence over the sequence as well."""
         return self.attention_blocks == Family.attention_blocks
+
+    def window(self, config: PreTrainedConfig, index: int) -> int | None:
+        """Return how many tokens a decoder layer attends to at most; None for all."""
+        slides = self.windows == "all" or (
+            self.windows == "by_type" and getattr(config, "layer_types", ())[index] == "sliding_attention"
+        )
+        return getattr(config, "sliding_window", None) or None if slides else None
 
     def layer(self, index: int) -> str:
         """Return the path of a decoder layer in the language model."""
@@ -290,6 +301,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             model_type="qwen3_moe",
+            windows="all",
             class_name="Qwen3MoeForCausalLM",
             score="softmax",
             moe_layers_from="sparse_step",
@@ -298,6 +310,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             model_type="qwen2_moe",
+            windows="by_type",
             class_name="Qwen2MoeForCausalLM",
             moe_layers_from="sparse_step",
             attention=_GQA,
@@ -316,6 +329,7 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="qwen3_5_moe_text", **_QWEN3_5),
         Family(
             model_type="mixtral",
+            windows="all",
             class_name="MixtralForCausalLM",
             score="softmax",
             normalize="always",

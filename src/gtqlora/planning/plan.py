@@ -57,7 +57,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What makes it fit: in words, the settings and options that say so, and the bytes that each GPU then needs."""
+    """What makes it fit: the options that say so, and the bytes that each GPU then needs."""
 
     what: tuple[str, ...]
     bytes: int
