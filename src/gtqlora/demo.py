@@ -32,7 +32,7 @@ EDITS = ("projection", "lora", "gates", "gt")
 # Where the residual stream carries the behaviour LoRA does the work and may run hot, with an anchor that holds the
 # routing of what it does to the stream; where the routing does, a hot LoRA would override the gates instead of leaving
 # the repair to them. Chosen answers weigh more there: with weight 1 up to a tenth of the refusals inside one frame
-# begin with a word of the answer, with 3 none on three seeds and 3 % on a fourth.
+# begin with a word of the answer, with 3 up to 1.8 % by what is drawn, with 10 none of 3,350 on two seeds.
 BY_VERDICT = {"residual": ("lr_lora=6e-4", "anchor_harmful=20", "sft_weight=10")}
 
 Event = tuple[str, str, int, int]
