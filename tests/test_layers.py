@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "progress routing stats",  # numbers and decisions, each known on its own
-        "machine storage",  # which devices and trackers are here; files that appear whole
+        "machine ranks storage",  # devices, trackers and processes of one command; files that appear whole
         "config",
         "posting run",  # JSON to servers of models; the run directory
         "families",  # parts of a model and its files

@@ -48,6 +48,10 @@ class RunError(GtqloraError):
     """A run directory cannot be used: unwritable, locked, or an artefact is missing."""
 
 
+class RankError(GtqloraError):
+    """Several processes that run one command do not agree, or one of them has gone."""
+
+
 class TrainingError(GtqloraError):
     """Training went wrong: a loss that is not finite, collapsed routing, or a violated invariant."""
 

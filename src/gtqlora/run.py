@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from gtqlora.config import to_dict
 from gtqlora.errors import RunError
+from gtqlora.ranks import agree, all_of, by_leader, ranks
 from gtqlora.storage.atomic import (
     atomic_write,
     checked_path,
@@ -195,6 +198,11 @@ def _check_ours(path: Path) -> None:
         )
 
 
+def _told_apart(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that all ranks have to have; where things lie may differ between machines."""
+    return {name: value for name, value in settings.items() if name not in PATHS}
+
+
 @dataclass
 class Stage:
     """One stage in progress: `fresh` says that the artefacts on disk already answer this config and these inputs.
@@ -212,7 +220,9 @@ class Stage:
 
 
 class Run:
-    """A run directory held by this process alone.
+    """A run directory held by this process alone, or by the leader of the ranks that run one command.
+
+    The other ranks work in copies that go when they are closed.
 
     Raises:
         RunError: not writable, not empty and not a run directory, or another process is working in it.
@@ -220,17 +230,38 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = checked_path(path)
+        self._copy: TemporaryDirectory[str] | None = None
+        if ranks().leads:
+            by_leader(self._hold)
+        else:
+            by_leader(lambda: None)
+            self._follow()
+        all_of(self.path.name)  # nothing is written before all have their copies
+
+    def _follow(self) -> None:
+        """Work in a copy of the leader's directory."""
+        if not (self.path / MANIFEST).is_file():
+            raise RunError(f"{self.path}: rank {ranks().rank} cannot see it; every machine needs the run directory")
+        self._copy = TemporaryDirectory(prefix="gtqlora-")
+        copy = Path(self._copy.name) / self.path.name
+        shutil.copytree(self.path, copy, ignore=shutil.ignore_patterns(LOCK))
+        self.path = copy
+        self._hold()
+
+    def _hold(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _check_ours(self.path)
             lock = hold(self.path / LOCK)
             if lock is None:
-                raise RunError(f"{path}: another process is working in this run directory; wait or choose another")
+                raise RunError(
+                    f"{self.path}: another process is working in this run directory; wait or choose another"
+                )
             self._held = lock
             self._mend()
         except OSError as error:
             raise RunError(
-                f"{path}: the run directory cannot be written ({error.strerror}); choose another --run"
+                f"{self.path}: the run directory cannot be written ({error.strerror}); choose another --run"
             ) from error
 
     def _mend(self) -> None:
@@ -251,6 +282,8 @@ class Run:
     def close(self) -> None:
         """Let other processes work in the directory."""
         self._held.close()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     def check_held(self) -> None:
         """Check that the run directory is the one that was opened.
@@ -323,6 +356,7 @@ class Run:
             device=str(settings.get("device", "cpu")),
             seed=seed if isinstance(seed := settings.get("seed"), int) else None,
         )
+        agree({**_told_apart(settings), **record["inputs"], **record["versions"]})
         fresh = not again and self._answers(name, record["hash"])
         started, new = time.monotonic(), list[Path]()
         with ExitStack() as until_done:

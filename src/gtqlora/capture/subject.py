@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from gtqlora.capture.fused import fuse
 from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
-from gtqlora.experts.loading import load_model
+from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.loading import BF16, load_model
+from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
+from gtqlora.ranks import ranks
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,35 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     model = config.model
     load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model, config.template)
-    family, loaded = load_model(model, dtype=config.dtype, device=config.device, expert_format=config.expert_format)
+    family, loaded = load_model(
+        model,
+        dtype=config.dtype,
+        device=config.device,
+        expert_format=config.expert_format,
+        expert_range=_range_here(config.expert_format),
+    )
     anatomy = bind(loaded, family)
+    _exchange(loaded)
     ready(loaded, anatomy)
     subject = Subject(loaded, tokenizer, anatomy)
     if not len(subject.stop_ids):
         raise ModelError(f"{model}: no token ends an answer; name an eos_token in tokenizer_config.json")
     return subject
+
+
+def _range_here(expert_format: str) -> tuple[int, int] | None:
+    """Return which part of the experts this rank holds: the ranks of a machine split them, if they are frozen."""
+    return (ranks().place, ranks().here) if ranks().here > 1 and expert_format != BF16 else None
+
+
+def _exchange(model: nn.Module) -> None:
+    """Let ranks that split a model's experts exchange tokens."""
+    if ranks().here == 1:
+        return
+    exchange = Exchange(ranks().machine)
+    for module in model.modules():
+        if isinstance(module, FrozenExperts):
+            module.exchange = exchange
 
 
 def open_layer(config: ModelConfig, whole: Anatomy, tokenizer: PreTrainedTokenizerBase, index: int) -> Subject:

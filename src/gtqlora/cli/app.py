@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
 from gtqlora.cli import bitdelta, building, checking, judging, planning, verbs
-from gtqlora.cli.console import flushed, open_console, quieten, say_error, show_anything, trouble
+from gtqlora.cli.console import Silence, flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
+from gtqlora.ranks import joined, ranks, speaks_first, started
 
 _HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
 broke, and ship the weights.
@@ -19,6 +21,8 @@ and settings.
 
 The tool turns one way: models come to refuse less of what is harmless and never less of what is harmful. Weights leave
 only after `verify` certified the safety floor."""
+_BY_RANKS = ("diagnose", "train", "verify")
+"""Commands that several processes can run together."""
 _READER_LEFT = 141  # as a shell says of a process that SIGPIPE ended
 _STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 
@@ -66,7 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if odd := [argument for argument in arguments or () if "\0" in argument]:
             raise RunError(f"{odd[0]!a}: holds a NUL byte, which no name may; choose another")
-        return int(_called(arguments) or 0)
+        return int(_called(arguments) or 0) if not started() else _called_by_ranks(arguments)
     except GtqloraError as error:
         say_error(str(error))
         return error.exit_code
@@ -78,6 +82,33 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         open_console(stderr=True).print("stopped; finished artefacts stay, run the same command to go on")
         return _STOPPED
+
+
+def _called_by_ranks(arguments: Sequence[str] | None) -> int:
+    """Call the verb together with the other ranks; the leader alone is heard, and one of them where it goes wrong.
+
+    Raises:
+        ConfigError: the command is for one process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] not in _BY_RANKS:
+        raise ConfigError(f"only {', '.join(_BY_RANKS)} can be run by several processes; start it without torchrun")
+    silence = Silence()
+    try:
+        with joined():
+            if not ranks().leads:
+                silence.begin()
+            try:
+                return int(_called(arguments) or 0)
+            except BaseException:
+                if not speaks_first():
+                    silence.begin()
+                elif not ranks().leads:
+                    silence.end()
+                    open_console(stderr=True).print(f"rank {ranks().rank}:", end=" ", highlight=False)
+                raise
+    except OSError as error:  # before the words are lost
+        raise RunError(trouble(error, "input or output")) from error
 
 
 def _called(arguments: Sequence[str] | None) -> int | None:

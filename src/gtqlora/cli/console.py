@@ -63,6 +63,38 @@ def _to_nowhere(stream: TextIO | None) -> None:
     os.close(nowhere)
 
 
+class Silence:
+    """Standard output and standard error that lead nowhere, from `begin` to `end`, whoever writes to them."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, int]] = []
+
+    def begin(self) -> None:
+        """Say nothing any more."""
+        if self._kept:
+            return
+        self._flush()
+        self._kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream, _ in self._kept:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+    def end(self) -> None:
+        """Be heard again."""
+        self._flush()
+        for stream, kept in self._kept:
+            os.dup2(kept, stream)
+            os.close(kept)
+        self._kept = []
+
+    @staticmethod
+    def _flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+
+
 def flushed() -> OSError | None:
     """Bring standard output to whoever reads it; return why that failed, if it did. A reader may leave."""
     try:

@@ -29,6 +29,7 @@ from gtqlora.experts.module import FrozenExperts
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
 from gtqlora.progress import note
+from gtqlora.ranks import all_of, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ class CapturedStack:
         if not self._capture:
             return run()
         found, waits = watched(run)
+        waits = next((there for there in all_of(waits) if there is not None), None)
         if waits is None:
             self._graphs[shape] = None
         elif self._waited:
@@ -191,12 +193,17 @@ class CapturedStack:
     def _recorded(self, inputs: _Inputs) -> _Graphs:
         recorder, forward, backward = Recorder(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # every graph lives in one pool, as no two shapes are ever in use together
-        with torch.cuda.graph(forward, pool=self._pool), router_hooks(self.model, self.anatomy, recorder):
+        # NCCL looks after its work from threads of its own, which must not end a capture
+        mode = "thread_local" if ranks().several else "global"
+        with (
+            torch.cuda.graph(forward, pool=self._pool, capture_error_mode=mode),
+            router_hooks(self.model, self.anatomy, recorder),
+        ):
             hidden_BSD: Any = self.packed.eager(**inputs).last_hidden_state
         reached = tuple(place for place, seen in recorder.decisions.items() if seen.logits_TE.requires_grad)
         outputs = (hidden_BSD, *(recorder.decisions[place].logits_TE for place in reached))
         parameters, grads = tuple(trainable(self.model).values()), tuple(torch.zeros_like(output) for output in outputs)
-        with torch.cuda.graph(backward, pool=self._pool):
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=mode):
             found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
         self._tiled = [experts.tiled for experts in self._experts]
         return _Graphs(

@@ -17,8 +17,8 @@ from gtqlora.storage.atomic import clear, sync, write_json
 from gtqlora.storage.contents import first_line, read_json, sha256_file
 
 MARK = "complete.json"
-EDIT, STATE = "edit.safetensors", "trainer_state.json"
-NEEDED = frozenset({EDIT, STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth"})
+EDIT, STATE, RANDOM = "edit.safetensors", "trainer_state.json", "rng_state.pth"
+NEEDED = frozenset({EDIT, STATE, RANDOM, "optimizer.pt", "scheduler.pt"})
 _NAME = re.compile(r"checkpoint-\d+")
 _ASIDE = "unusable-"
 _FORMAT = 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from gtqlora.edits.adapters import load_edit, save_edit
-from gtqlora.edits.checkpoint_files import STATE, Origin, mark_complete, reading
+from gtqlora.edits.checkpoint_files import RANDOM, STATE, Origin, mark_complete, reading
 from gtqlora.edits.wrapping import assert_bias_frozen, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.progress import report
+from gtqlora.ranks import ranks
 from gtqlora.results.metrics import read_metrics
 from gtqlora.storage.atomic import atomic_write, named_errors, sync
 
@@ -65,6 +67,8 @@ class CheckpointedTrainer(DPOTrainer):
         save_edit(self.model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        if not ranks().leads:
+            return
         with named_errors(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
@@ -79,7 +83,19 @@ class CheckpointedTrainer(DPOTrainer):
         with reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def store_flos(self) -> None:
+        """Count nothing where there are ranks: to add up their counts all would have to save."""
+        if not ranks().several:
+            super().store_flos()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if ranks().several:  # nothing that ranks do is random, and one process may go on from here
+            os.replace(Path(output_dir) / "rng_state_0.pth", Path(output_dir) / RANDOM)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if ranks().several:
+            return
         with reading(Path(checkpoint or "")):
             super()._load_rng_state(checkpoint)
 
@@ -133,6 +149,8 @@ class MetricsCallback(TrainerCallback):
         assert model is not None
         assert_bias_frozen(model, self.anatomy)
         assert_finite(model)
+        if not ranks().leads:
+            return
         sync(self.metrics)
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         mark_complete(folder, state.global_step, self.origin, torch.get_num_threads())

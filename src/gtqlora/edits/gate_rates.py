@@ -23,6 +23,7 @@ from gtqlora.edits.wrapping import gate_weights, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
 from gtqlora.progress import track
+from gtqlora.ranks import average, ranks, summed
 from gtqlora.routing import RouterSpec
 
 _TOKENS = 512
@@ -78,11 +79,12 @@ def rates_by_effect(
     Raises:
         TrainingError: a router gets no gradient.
     """
-    seen = _Seen(model, anatomy, max(1, _TOKENS // len(parts)))
+    seen = _Seen(model, anatomy, max(1, _TOKENS // len(parts) // ranks().count))
     for part in track(parts, "gate rates", len(parts)):
         with seen.of(part):
             loss = loss_of(part)
         loss.backward()
+    average(p.grad for p in trainable(model).values() if p.grad is not None)
     nn.utils.clip_grad_norm_(trainable(model).values(), max_grad_norm)
     steps = {path: _first_step(gate) for path, gate in gate_weights(model).items()}
     model.zero_grad(set_to_none=True)
@@ -108,4 +110,8 @@ def _moved(inputs_TD: Tensor, logits_TE: Tensor, step_ED: Tensor, spec: RouterSp
     change_TE = change_TE * (-logits_TE.float()).sigmoid() if spec.score == "sigmoid" else change_TE
     change_TE = change_TE - change_TE.mean(-1, keepdim=True)
     moves_E = step_ED.abs().amax(-1) > 0.5
-    return float(change_TE[:, moves_E].square().mean().sqrt()) if bool(moves_E.any()) else 0.0
+    if not bool(moves_E.any()):
+        return 0.0
+    squares = change_TE[:, moves_E].square()
+    total, count = summed(torch.tensor([float(squares.sum(dtype=torch.float64)), squares.numel()], dtype=torch.float64))
+    return float((total / count).sqrt())

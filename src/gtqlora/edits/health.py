@@ -12,11 +12,12 @@ from gtqlora import routing
 from gtqlora.capture import Recorder
 from gtqlora.contrasts import ALL_KINDS
 from gtqlora.families import Anatomy
+from gtqlora.ranks import summed
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA
 
 
 class Health:
-    """Router health of one optimizer batch against the original model, however many parts it comes in.
+    """Router health of one optimizer batch against the original model, however many parts and ranks it comes in.
 
     Counts of experts run over the whole training.
     """
@@ -57,6 +58,8 @@ class Health:
 
     def figures(self) -> dict[str, float]:
         """Return means over MoE layers of what was added since the last call; empty if there was nothing."""
+        for sums in (self._now_LE, self._then_LE, self._by_kind_L3N, self._moved_L2):
+            sums.copy_(summed(sums))
         tokens_N = self._by_kind_L3N[0, 2]
         if not bool(tokens_N.any()):
             return {}

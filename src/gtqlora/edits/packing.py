@@ -113,16 +113,15 @@ def seen_at(batch: dict[str, Any], rows: Tensor) -> Tensor:
     return places_BS[rows].flatten()
 
 
-def pack(pairs: Sequence[tuple[int, int, int]], columns: int, unit: int) -> Packing:
+def pack(pairs: Sequence[tuple[int, int, int]], columns: int, size: int) -> Packing:
     """Return the packing of a batch.
 
     Args:
         pairs: tokens of each pair's prompt, chosen answer and rejected answer.
         columns: S.
-        unit: packed tokens are filled up to a multiple of this many.
+        size: P; packed tokens are filled up to this many.
     """
-    used = sum(map(sum, pairs))
-    size, n_pairs, most = -(-used // unit) * unit, len(pairs), longest_sequence(columns)
+    used, n_pairs, most = sum(map(sum, pairs)), len(pairs), longest_sequence(columns)
     first, second, first_key, second_key = (torch.full((size,), _NONE) for _ in range(4))
     places, keys = torch.zeros(2 * n_pairs, columns, dtype=torch.long), torch.zeros(2 * size, dtype=torch.long)
     bounds, key_bounds = [0], [0]
@@ -143,7 +142,7 @@ def pack(pairs: Sequence[tuple[int, int, int]], columns: int, unit: int) -> Pack
         key_bounds += [next_key, next_key + len(other)]
     key = key_bounds[-1]
     keys[key : key + size - used] = torch.arange(used, size)
-    for begin in range(0, unit, most):  # as many sequences, whatever is left to fill
+    for begin in range(0, size, most):  # as many sequences, whatever is left to fill
         filled = min(begin + most, size - used)
         bounds.append(max(bounds[-1], used + filled))
         key_bounds.append(max(key_bounds[-1], key + filled))

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gtqlora.ranks import least
+
 _SPARE = 0.1
 """Share of the GPU's memory that stays free, for what allocators lose."""
 _TRIED = 2
@@ -52,7 +54,8 @@ class Recomputation:
         self._keep(_TRIED)
         each = max(1.0, (_held(run) - bare) / min(_TRIED, len(self._layers)) / tokens * self._longest)
         room = _free() - needed if self._limit is None else self._limit * _GIB
-        self._keep(max(0, min(len(self._layers), int(room / each))))
+        # a layer that is computed again exchanges tokens again, so all ranks have to do the same
+        self._keep(least(max(0, min(len(self._layers), int(room / each)))))
 
     def _keep(self, count: int) -> None:
         # the last ones, which the backward pass comes to first: theirs are gone when the others' are computed again

@@ -9,17 +9,25 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
+from gtqlora.contrasts import ALL_KINDS
 from gtqlora.edits.checkpointing import CheckpointedTrainer
 from gtqlora.edits.head import completions_only
 from gtqlora.errors import TrainingError
 from gtqlora.progress import track
+from gtqlora.ranks import all_of
 from gtqlora.results.adapter import Deviation
 
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
+
+FILLER = len(ALL_KINDS)
+"""The kind of a row that only fills up a rank's share of a batch: it has no completion, and changes no loss."""
 
 _NO_INPUTS = ("kind", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 """What of a batch is not for the model."""
@@ -32,9 +40,33 @@ class ReferenceTrainer(CheckpointedTrainer):
     data_collator: Any
     train_dataset: Any
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Return the dataset with the reference's log-probabilities, in nats, of every row."""
+        # TRL's own hands them from rank to rank in a cache file, which data in memory has in one process only
+        rows, found = range(len(dataset)), list[tuple[float, float]]()
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            batch = self._batch([dataset[i] for i in chosen])
+            pairs = torch.stack(self._reference(batch), dim=1)[batch["kind"] != FILLER].float().tolist()
+            found += [(chosen_logp, rejected_logp) for rank in all_of(pairs) for chosen_logp, rejected_logp in rank]
+        columns = zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*found, strict=True), strict=True)
+        return concatenate_datasets(
+            [dataset, Dataset.from_dict({name: np.array(values, np.float32) for name, values in columns})], axis=1
+        )
+
+    def _get_dataloader(self, *arguments: Any, **more: Any) -> Any:
+        """Return batches that are whole on every rank; each collates its share of them."""
+        loader = super()._get_dataloader(*arguments, **more)
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
+
     def collated(self, indices: Sequence[int]) -> Batch:
-        """Return rows of the training data as one batch, where the model is."""
-        batch = self.data_collator([self.train_dataset[i] for i in indices])
+        """Return this rank's share of rows of the training data as one batch, where the model is."""
+        return self._batch([self.train_dataset[i] for i in indices])
+
+    def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+        batch = self.data_collator(rows)
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
     def drawn(self, count: int) -> list[list[int]]:
@@ -60,13 +92,14 @@ class ReferenceTrainer(CheckpointedTrainer):
         pairs = [self._stored_and_again(rows) for rows in track(batches, "exact reference", len(batches))]
         self.model.train()
         stored, again = (torch.cat(values) for values in zip(*pairs, strict=True))
-        apart = (stored - again).abs()
+        apart = torch.tensor([value for mine in all_of((stored - again).abs().tolist()) for value in mine])
         self.reference = Deviation(mean=float(apart.mean()), max=float(apart.max()), rows=sum(map(len, batches)))
         # another batch composition pads differently, which changes the last bits of a sum; where a tie in a router
         # falls otherwise a row changes more, and of all rows some may: single rows are held to it in one batch only
         loose = 1e-4 if fp32 else 2e-2
         near = torch.allclose(*pairs[0], rtol=loose, atol=loose * 10)
-        if not near or not self.reference.mean <= loose * (10 + float(again.abs().mean())):
+        near = near and self.reference.mean <= loose * (10 + float(again.abs().mean()))
+        if not all(all_of(near)):
             raise TrainingError("the precomputed reference log-probs are not those of the starting model")
 
     def _assert_no_margin(self, batch: Batch) -> None:
@@ -74,12 +107,12 @@ class ReferenceTrainer(CheckpointedTrainer):
         reference = torch.cat(self._reference(batch))
         self.model.train()
         policy, again = self._log_probs(batch), self._log_probs(batch)
-        if not torch.equal(policy, again):
+        if not all(all_of(torch.equal(policy, again))):
             raise TrainingError(
                 "two passes over the same rows differ in training mode: the model drops or jitters something at "
                 f"random. Set {self._noise()} to 0 in the model's config.json"
             )
-        margin = float((policy - reference).abs().max())
+        margin = max(all_of(float((policy - reference).abs().max())))
         if margin != 0.0:
             raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
 
@@ -91,7 +124,9 @@ class ReferenceTrainer(CheckpointedTrainer):
         """Return the reference's log-probabilities of rows in nats, as they are stored and computed again."""
         batch = self.collated(rows)
         again = torch.cat(self._reference(batch)).float().cpu()
-        return torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).float().cpu(), again
+        real = (batch["kind"] != FILLER).repeat(2).cpu()
+        stored = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).float().cpu()
+        return stored[real], again[real]
 
     def _log_probs(self, batch: Batch) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)

@@ -5,9 +5,11 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ from gtqlora.edits.health import Health
 from gtqlora.edits.lora import in_half_precision
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
-from gtqlora.edits.reference import Batch, ReferenceTrainer
+from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
+from gtqlora.experts.exchange import exchange_of
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
 from gtqlora.machine import trackers
+from gtqlora.ranks import all_of, average, least, most, ranks
 
 
 def arguments(config: TrainConfig, output: Path) -> DPOConfig:
@@ -45,7 +49,7 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
     return DPOConfig(
         output_dir=str(output),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size,  # ranks share each batch, see `KindCollator`
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr_lora,
         lr_scheduler_type="cosine",
@@ -148,6 +152,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         packed, on_gpu = PackedStack(kwargs["model"], anatomy), settings.device.startswith("cuda")
         if on_gpu:  # before TRL computes the reference, which must be what the policy computes
             self._until_trained.enter_context(packed.installed())
+        if (exchange := exchange_of(kwargs["model"])) is not None:
+            self._until_trained.enter_context(exchange.own())
         with weights_unhashed(), completions_only():
             super().__init__(**kwargs)
         _restore_masters(self.model)
@@ -158,13 +164,18 @@ class GateTargetedTrainer(ReferenceTrainer):
     def _captured_stack(self, packed: PackedStack) -> CapturedStack:
         settings, rows = self.settings, self.train_dataset
         each = most_tokens(rows) if self.data_collator.packed else 2 * longest_of(rows)
-        tokens = self.args.train_batch_size * each
+        tokens = -(-self.args.train_batch_size // ranks().count) * each
         recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
         return CapturedStack(self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""
         return dataset
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Leave the model unwrapped: gradients of ranks are averaged once a step, and frozen weights differ."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW with LoRA and gates in groups of their own, each router in one if rates are by effect."""
@@ -188,7 +199,7 @@ class GateTargetedTrainer(ReferenceTrainer):
             return
         parts = [self.collated(rows) for rows in self.drawn(self.args.train_batch_size * self.settings.accumulation)]
         found = [self._sums(part, part["kind"], None) for part in parts]
-        whole = Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
+        whole = self._mean(Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True))))
 
         def loss_of(part: Batch) -> Tensor:
             kind_B = part.pop("kind")
@@ -212,7 +223,10 @@ class GateTargetedTrainer(ReferenceTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one part forward and backward; hooks that recomputation needs stay on until the end."""
         with self._until_backward:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._whole.left == 0:
+            average(p.grad for p in trainable(self.model).values() if p.grad is not None)
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -221,26 +235,33 @@ class GateTargetedTrainer(ReferenceTrainer):
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._draw_silent(parts)
         found = [self._sums(part, part["kind"], part.get("silent")) for part in parts]
-        totals = torch.tensor([[s.rows, s.chosen, s.anchored] for s in found], device=self.accelerator.device)
-        if found:  # gradients are averaged over ranks, so each divides by the mean of their sums
-            sums = self.accelerator.reduce(totals.sum(0), reduction="mean")
-            self._whole = Whole(Sums(*sums.tolist()), left=len(parts))  # pyright: ignore[reportAttributeAccessIssue]
+        if found:
+            whole = Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
+            self._whole = Whole(self._mean(whole), left=len(parts))
         return parts, items
+
+    @staticmethod
+    def _mean(sums: Sums) -> Sums:
+        """Return the mean of the ranks' sums: gradients are averaged over ranks, so each divides by it."""
+        return Sums(*(sum(values) / ranks().count for values in zip(*all_of(astuple(sums)), strict=True)))
 
     def _draw_silent(self, parts: list[Batch]) -> None:
         """Mark the rows of each part that run with ablated experts."""
         if self.draws is None:
             return
-        counts = [len(part["kind"]) for part in parts]
-        silent = torch.tensor(self.draws.rows(self.state.global_step, sum(counts)), dtype=torch.bool)
-        for part, silent_B in zip(parts, silent.split(counts), strict=True):
+        counts = all_of([int((part["kind"] != FILLER).sum()) for part in parts])
+        silent = iter(self.draws.rows(self.state.global_step, sum(map(sum, counts))))
+        for i, part in enumerate(parts):
+            shares = [[next(silent) for _ in range(counts[rank][i])] for rank in range(ranks().count)]
+            mine = shares[ranks().rank]
+            silent_B = torch.tensor([*mine, *[False] * (len(part["kind"]) - len(mine))])
             part["silent"] = silent_B.to(part["kind"].device)
 
     def _sums(self, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Sums:
         anchored_B = self._weights(kind_B) > 0 if silent_B is None else (self._weights(kind_B) > 0) & ~silent_B
         tokens_B = inputs["attention_mask"][: len(kind_B)].sum(-1)  # chosen rows come first, then the rejected ones
-        chosen = inputs["completion_mask"][: len(kind_B), 1:].sum()
-        return Sums(rows=len(kind_B), chosen=float(chosen), anchored=float((tokens_B * anchored_B).sum()))
+        chosen, rows = inputs["completion_mask"][: len(kind_B), 1:].sum(), (kind_B != FILLER).sum()
+        return Sums(rows=float(rows), chosen=float(chosen), anchored=float((tokens_B * anchored_B).sum()))
 
     def compute_loss(
         self,
@@ -271,17 +292,23 @@ class GateTargetedTrainer(ReferenceTrainer):
 
     def _preference_loss(self, model: nn.Module, inputs: Batch, part: Sums, whole: Sums) -> Tensor:
         """Return DPO's loss with the SFT term, of a part of an optimizer batch."""
-        # TRL's terms are means over the part
-        self.loss_weights = [part.rows / whole.rows, self.settings.sft_weight * part.chosen / whole.chosen]
+        # TRL's terms are means over the part, fillers and all, of which each has a loss of log 2 and no gradient
+        rows = len(inputs["input_ids"]) // 2
+        weights = {"sigmoid": rows / whole.rows, "sft": self.settings.sft_weight * part.chosen / whole.chosen}
+        if not part.chosen:  # a mean over nothing is no number
+            del weights["sft"]
+        self.loss_types, self.loss_weights = list(weights), list(weights.values())
         with completions_only():
-            return super().compute_loss(model, inputs)
+            loss: Tensor = super().compute_loss(model, inputs)
+        fillers = rows - part.rows
+        return loss - fillers / whole.rows * math.log(2) if fillers else loss
 
     def _count_part(self, anchor: float) -> None:
         """Add a part's anchor; with the last part the figures of the whole optimizer batch are known."""
         self._whole.anchor += anchor
         self._whole.left -= 1
         if self._whole.left == 0:
-            self._metrics["train"]["loss/anchor"].append(self._whole.anchor)
+            self._metrics["train"]["loss/anchor"].append(sum(all_of(self._whole.anchor)) / ranks().count)
             if self._logging:
                 self._record_health()
 
@@ -298,7 +325,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         return (RowsAblated(mask, silent_B.repeat(2)),)  # chosen, then rejected
 
     def _check_finite(self, what: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
+        if not least(int(torch.isfinite(value))):
             raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
 
     def create_model_card(self, *_: object, **__: object) -> None:
@@ -307,7 +334,8 @@ class GateTargetedTrainer(ReferenceTrainer):
     def _weights(self, kind_B: Tensor) -> Tensor:
         # a user's own refusals are to be kept as the harmful ones are
         table = {"benign": self.settings.anchor_benign, **dict.fromkeys(DECLINED_KINDS, self.settings.anchor_harmful)}
-        return torch.tensor([table.get(kind, 0.0) for kind in ALL_KINDS], device=kind_B.device)[kind_B]
+        of_kinds = [table.get(kind, 0.0) for kind in ALL_KINDS]
+        return torch.tensor([*of_kinds, 0.0], device=kind_B.device)[kind_B]  # the last one is `FILLER`
 
     def _anchor(self, both: Recorder, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Tensor:
         """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.
@@ -321,7 +349,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         loss = self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B > 0))
         if self._logging:
             with torch.no_grad():
-                self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B == 0))
+                others_B = plain_B & (weight_B == 0) & (kind_B != FILLER)
+                self._divergence(both, inputs, kind_B, weight_B, others_B)
         return loss
 
     def _divergence(
@@ -329,16 +358,16 @@ class GateTargetedTrainer(ReferenceTrainer):
     ) -> Tensor:
         """Of the compared rows; they are counted for the health figures on logging steps."""
         rows = compared_B.nonzero().squeeze(-1)
-        if len(rows) == 0:
+        if most(len(rows)) == 0:
             return torch.zeros((), device=kind_B.device)
-        ids_BS, mask_BS = inputs["input_ids"][rows], inputs["attention_mask"][rows]
-        original = self._routing(ids_BS, mask_BS, "lora", "gates")
-        edited = both.at(seen_at(inputs, rows))
+        original, edited = self._routing(inputs, rows, "lora", "gates"), both.at(seen_at(inputs, rows))
+        lora = self._by_lora(edited, original, inputs, rows) if self._logging else original
+        if len(rows) == 0:  # other ranks have such rows
+            return torch.zeros((), device=kind_B.device)
+        mask_BS = inputs["attention_mask"][rows]
         if self._logging:
             with torch.no_grad():
-                self.health.add(
-                    edited, original, self._by_lora(edited, original, ids_BS, mask_BS), mask_BS, kind_B[rows]
-                )
+                self.health.add(edited, original, lora, mask_BS, kind_B[rows])
         weight_T = (weight_B[rows, None] * mask_BS).flatten()
         losses = [
             (routing.divergence_T(was.logits_TE, now.logits_TE, self.anatomy.spec, was.bias_E) * weight_T).sum()
@@ -346,18 +375,22 @@ class GateTargetedTrainer(ReferenceTrainer):
         ]
         return torch.stack(losses).mean()
 
-    def _by_lora(self, edited: Recorder, original: Recorder, ids_BS: Tensor, mask_BS: Tensor) -> Recorder:
+    def _by_lora(self, edited: Recorder, original: Recorder, inputs: Batch, rows: Tensor) -> Recorder:
         """Return the routing with LoRA alone; it takes another pass only where both parts train."""
         known = {"lora": edited, "gates": original}
-        return known.get(self.settings.mode) or self._routing(ids_BS, mask_BS, "gates")
+        return known.get(self.settings.mode) or self._routing(inputs, rows, "gates")
 
     @torch.no_grad()
-    def _routing(self, ids_BS: Tensor, mask_BS: Tensor, *off: Part) -> Recorder:
+    def _routing(self, inputs: Batch, rows: Tensor, *off: Part) -> Recorder:
         """Return the routing of rows without these parts of the edit."""
         recorder = Recorder()
+        # all ranks run as many rows, as their tokens meet in the experts
+        run = torch.cat([rows, rows.new_zeros(most(len(rows)) - len(rows))])
+        ids_BS, mask_BS = inputs["input_ids"][run], inputs["attention_mask"][run]
         with adapters_off(self.model, *off), router_hooks(self.model, self.anatomy, recorder):
             self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        return recorder
+        mine = torch.arange(len(rows) * ids_BS.shape[1], device=ids_BS.device)
+        return recorder if len(run) == len(rows) else recorder.at(mine)
 
     def _record_health(self) -> None:
         measured = self.health.figures()

@@ -6,6 +6,7 @@ Shape letters: T tokens, D hidden, E experts held here, K experts chosen per tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from gtqlora.errors import ModelError
 from gtqlora.experts import kernels, tiles
+from gtqlora.experts.exchange import Exchange
 from gtqlora.experts.layout import Device, Format, Fused, Parts, bits_of
 
 Projection = Literal["gate", "up", "down"]
@@ -37,7 +39,8 @@ class FrozenExperts(nn.Module):
         n_experts: routed experts of the whole layer.
         act_fn: the activation of the gate.
         config: the model's config, kept for those who ask the experts for it.
-        first, count: the experts held here, all after `first` by default; others contribute zero.
+        first, count: the experts held here, all after `first` by default; others contribute zero, unless `exchange`
+            (an attribute) says which ranks hold them.
 
     Raises:
         ModelError: the format cannot hold matrices of these sizes, or the range is not inside the layer.
@@ -63,6 +66,7 @@ class FrozenExperts(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.act_fn, self.config = act_fn, config
         self.kernel = "auto"
+        self.exchange: Exchange | None = None
         self.tiled = False
         if first < 0 or self.count < 1 or first + self.count > n_experts:
             raise ModelError(f"experts {first} to {first + self.count - 1} are not a range of {n_experts} experts")
@@ -137,8 +141,10 @@ class FrozenExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sums_TD of the experts' outputs, for hidden_states_TD, top_k_index_TK and top_k_weights_TK."""
-        experts_forward: Any = ALL_EXPERTS_FUNCTIONS[kernels.PREFIX + self.kernel]
-        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        experts_forward: Any = partial(ALL_EXPERTS_FUNCTIONS[kernels.PREFIX + self.kernel], self)
+        if self.exchange is None:
+            return experts_forward(hidden_states, top_k_index, top_k_weights)
+        return self.exchange(experts_forward, hidden_states, top_k_index, top_k_weights)
 
     # Files hold the plain order, whatever order a kernel left the weights in.
 

@@ -47,6 +47,7 @@ from gtqlora.judging.names import FORMS, check_known, remedy
 from gtqlora.judging.string_judge import EDITION, StringJudge
 from gtqlora.judging.thoughts import final
 from gtqlora.progress import track
+from gtqlora.ranks import by_leader
 from gtqlora.storage.contents import fingerprint, first_line
 
 __all__ = [
@@ -200,6 +201,9 @@ class NamedJudge:
         return found
 
     def _compare(self, answers: list[str], others: list[str]) -> Sequence[bool]:
+        return by_leader(lambda: [bool(reply) for reply in self._compared(answers, others)])
+
+    def _compared(self, answers: list[str], others: list[str]) -> Sequence[bool]:
         assert self.comparing is not None
         try:
             replies = list(self.comparing.same(answers, others))
@@ -235,6 +239,13 @@ class NamedJudge:
         return parts if quick or not parts else track(parts, f"asking {self.name}", len(parts))
 
     def _ask(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
+        if self.by_phrases:
+            return self._replies(prompts, answers)
+        # a server is asked once, and a model that judges need not say the same on every rank
+        said = by_leader(lambda: [(reply.label, reply.score) for reply in self._replies(prompts, answers)])
+        return [Judgement(label, score) for label, score in said]
+
+    def _replies(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:
         try:
             replies = self.judge(prompts, answers)
         except GtqloraError:

@@ -26,6 +26,7 @@ from gtqlora.edits.checkpoint_files import (
     Unusable,
     check_origin,
     drop,
+    read_checkpoint,
     reading,
     set_aside,
     tidy,
@@ -44,11 +45,12 @@ from gtqlora.edits.wrapping import (
     lora_config,
     peft_targets_kept,
 )
-from gtqlora.errors import RunError, TrainingError
+from gtqlora.errors import ConfigError, RunError, TrainingError
 from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
+from gtqlora.ranks import by_leader, leader_first, ranks
 from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
@@ -94,7 +96,10 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         ConfigError: the program that the edit is for applies nothing of it.
     """
     check_trains(load_config(config.model)[0], config.mode, config.target)
-    judge, model = judge_of(config.judge), identify(config.model)  # a misspelt judge before gigabytes are hashed
+    _check_shared(config)
+    judge = judge_of(config.judge)  # a misspelt judge before gigabytes are hashed
+    with leader_first():
+        model = identify(config.model)
     inputs = {"model": model.digest, "contrast": fingerprint(config.contrast)}
     # another judge may refuse the rows, so they are read again; the edit that follows from them is the same
     judged = {**inputs, "judge": judge.identity}
@@ -111,6 +116,21 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         edit.save(new)
         _copy_figures(run / CHECKPOINTS / METRICS, new / METRICS)
         return TrainResult(run / ADAPTER, edit.steps, edit.stopped, edit.moved)
+
+
+def _check_shared(config: TrainConfig) -> None:
+    """Check that ranks can share a batch.
+
+    Raises:
+        ConfigError: they cannot, all alike.
+    """
+    count = ranks().count
+    if config.batch_size % count:
+        near = max(count, config.batch_size // count * count)
+        raise ConfigError(
+            f"batch_size = {config.batch_size} cannot be shared by {count} ranks, which run as many rows each; set "
+            f"{near} or {near + count}"
+        )
 
 
 def _copy_figures(source: Path, target: Path) -> None:
@@ -204,6 +224,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
                 few_shapes=on_gpu,
                 # rows with ablated experts are told apart by their places
                 packed=on_gpu and draws is None and anatomy.family.only_attends,
+                share=(ranks().rank, ranks().count),
             ),
             peft_config=lora_config(
                 anatomy, mode=config.mode, rank=config.rank, alpha=config.alpha, target=config.target
@@ -235,13 +256,20 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
             else:  # killed between the last step and the adapter; transformers would do one step more
                 steps = _restore(trainer, last)
         except GuardStop as stop:
-            stopped, good = str(stop), next(iter(usable(checkpoints)), None)
+            stopped, good = str(stop), _newest(checkpoints)
             if good is None:
                 raise TrainingError(f"{stop}; no checkpoint was good yet. {_slower(trainer.settings)}") from stop
             steps = _restore(trainer, good)
     assert_bias_frozen(trainer.model, trainer.anatomy)
     trainer.model.eval()
     return steps, stopped
+
+
+def _newest(checkpoints: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, which the leader of several ranks wrote."""
+    found = next(iter(usable(checkpoints)), None)
+    there = by_leader(lambda: str(found.folder) if found else None)
+    return None if there is None else read_checkpoint(Path(there))
 
 
 def _slower(settings: TrainConfig) -> str:
