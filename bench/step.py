@@ -51,7 +51,8 @@ from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConf
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora.capture.subject import ready
+from gtqlora.capture.sharding import is_worth_it, shard
+from gtqlora.capture.subject import exchanging, ready
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
 from gtqlora.edits.collating import KindCollator
@@ -59,8 +60,10 @@ from gtqlora.edits.frozen import assert_experts_frozen, frozen_state, sum_of_bit
 from gtqlora.edits.trainer import GateTargetedTrainer, weights_unhashed
 from gtqlora.edits.trainer import arguments as training_arguments
 from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targets_kept
-from gtqlora.experts import FORMATS, Format, FrozenExperts
+from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig
+from gtqlora.experts.quantizer import replace_experts
 from gtqlora.families import FAMILIES, Anatomy, bind
+from gtqlora.ranks import ranks
 
 TRL, BF16 = "trl", "bf16"
 WAYS = (*FORMATS, BF16, TRL)
@@ -75,6 +78,25 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
             **{"num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4},
             **{"head_dim": 128, "vocab_size": 151936, "norm_topk_prob": True, "max_position_embeddings": 40960},
+        },
+    ),
+    "qwen3-235b-a22b": (
+        "qwen3_moe",
+        {
+            **{"num_hidden_layers": 94, "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536},
+            **{"num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 64, "num_key_value_heads": 4},
+            **{"head_dim": 128, "vocab_size": 151936, "norm_topk_prob": True, "max_position_embeddings": 40960},
+        },
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            **{"num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432},
+            **{"moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8},
+            **{"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+            **{"num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512},
+            **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 129280},
+            "max_position_embeddings": 163840,
         },
     ),
     "k2.5": (
@@ -94,6 +116,8 @@ TINY: dict[str, dict[str, Any]] = {
     "k2.5": {"n_routed_experts": 8, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32}
     | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
 }
+TINY["qwen3-235b-a22b"] = TINY["qwen3-30b-a3b"]
+TINY["deepseek-v3"] = TINY["k2.5"] | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
 _TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32} | {
     "num_attention_heads": 4,
     "num_experts_per_tok": 2,
@@ -120,6 +144,7 @@ class Measured:
 
 
 _KINDS = {
+    "between GPUs": ("nccl",),
     "experts": ("grouped", "few_rows", "_gated", "_gather", "_combine", "absmax", "plan("),
     "attention": ("flash", "fmha", "attention", "sdpa", "cudnn"),
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
@@ -147,14 +172,20 @@ class Profile(TrainerCallback):
         wall = time.perf_counter() - self._started
         self._profile.__exit__(None, None, None)
         kernels = [e for e in self._profile.events() or [] if str(e.device_type).endswith("CUDA")]
-        spent: dict[str, float] = dict.fromkeys((*_KINDS, "other"), 0.0)
-        for kernel in kernels:
-            name = kernel.name.lower()
-            kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
-            spent[kind] += kernel.time_range.elapsed_us() / 1e3
+        spent = by_kind(kernels)
         print(f"one step: {len(kernels):,} kernels, busy {sum(spent.values()):.0f} of {wall * 1e3:.0f} ms")
         for kind, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
             print(f"  {kind:16}{milliseconds:9.1f} ms")
+
+
+def by_kind(kernels: list[Any]) -> dict[str, float]:
+    """Milliseconds of a profiler's kernels."""
+    spent: dict[str, float] = dict.fromkeys((*_KINDS, "other"), 0.0)
+    for kernel in kernels:
+        name = kernel.name.lower()
+        kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+        spent[kind] += kernel.time_range.elapsed_us() / 1e3
+    return spent
 
 
 class Clock(TrainerCallback):
@@ -202,16 +233,25 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     torch.manual_seed(0)
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, family.class_name)(config)
-    if way in FORMATS:
-        for layer in family.moe_layers(config):
-            model.set_submodule(family.experts_of(layer), _frozen(FORMATS[way], model, layer, device))
+    if way in FORMATS:  # filled later: dense weights first, as of a large model each rank keeps a part of them
+        replace_experts(model, family, FORMATS[way], FrozenExpertsConfig(expert_range=(ranks().place, ranks().here)))
+    experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
     for path, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, _random(f"{path}.{key}", parameter, device))
-    model.to(device).eval()
+        if module not in experts:
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, key, buffer.to(device))
+    model.eval().requires_grad_(False)
     anatomy = bind(model, family)
     if way != TRL:
         ready(model, anatomy)
+    if is_worth_it(model, anatomy):
+        shard(model, anatomy)
+        torch.cuda.empty_cache()
+    for module in experts:
+        _fill(module.to_empty(device=device))
+    exchanging(model)
     return model, anatomy
 
 
@@ -220,28 +260,16 @@ def _random(name: str, parameter: nn.Parameter, device: torch.device) -> nn.Para
     return nn.Parameter(made.fill_(1.0) if "norm" in name else made.normal_(std=0.02))
 
 
-def _frozen(format: Format, model: Any, layer: int, device: torch.device) -> FrozenExperts:
-    name = {"DeepseekV3ForCausalLM": "deepseek_v3"}.get(type(model).__name__, "qwen3_moe")
-    config, family = model.config, FAMILIES[name]
-    frozen = FrozenExperts(
-        format=format,
-        n_experts=family.n_experts(config),
-        hidden_size=config.hidden_size,
-        intermediate_size=family.inner_size(config),
-        act_fn=model.get_submodule(family.experts_of(layer)).act_fn,
-        config=config,
-        device=device,
-    )
+def _fill(frozen: FrozenExperts) -> None:
     for projection, matrices in (("gate_up", 2), ("down", 1)):
         sizes = frozen.sizes(projection)  # type: ignore[arg-type]
         at_once = max(1, _WEIGHTS_AT_ONCE // (matrices * sizes[0] * sizes[1]))
         for start in range(0, frozen.count, at_once):
             held = frozen.parts(projection, slice(start, start + at_once))  # type: ignore[arg-type]
-            lead = held["packed"].shape[:2]
+            lead, device = held["packed"].shape[:2], held["packed"].device
             weights = torch.randn(*lead, *sizes, dtype=torch.bfloat16, device=device) * 0.02
-            for part, tensor in format.quantize(weights).items():
+            for part, tensor in frozen.format.quantize(weights).items():
                 held[part].copy_(tensor)
-    return frozen
 
 
 def _bytes(tensors: Any) -> float:
@@ -335,7 +363,8 @@ def trainer_of(args: argparse.Namespace, way: str, model: Any, anatomy: Anatomy,
     with peft_targets_kept(), weights_unhashed():
         if way == TRL:
             return DPOTrainer(args=_trl_arguments(settings, out), **shared)
-        collator = KindCollator(pad_token_id=0, packed=not args.no_packing)
+        share = (ranks().rank, ranks().count)
+        collator = KindCollator(pad_token_id=0, packed=not args.no_packing, share=share)
         shared["train_dataset"] = in_tokens(shared["train_dataset"], tokenizer)
         trainer = GateTargetedTrainer(
             anatomy=anatomy, settings=settings, args=arguments, data_collator=collator, **shared

@@ -368,7 +368,7 @@ def least(value: int) -> int:
     return min(all_of(value))
 
 
-def share(size: int, rank: int | None = None) -> range:
-    """Return which of so many things are this rank's (or another's); their numbers differ by one at most."""
-    mine = _now.rank if rank is None else rank
-    return range(mine * size // _now.count, (mine + 1) * size // _now.count)
+def share_here(size: int) -> range:
+    """Return which of so many things this rank has among those of its machine; shares differ by one at most."""
+    me = _now
+    return range(me.place * size // me.here, (me.place + 1) * size // me.here)

@@ -254,9 +254,7 @@ class Run:
             _check_ours(self.path)
             lock = hold(self.path / LOCK)
             if lock is None:
-                raise RunError(
-                    f"{self.path}: another process is working in this run directory; wait or choose another"
-                )
+                raise RunError(f"{self.path}: another process is working in this run directory; wait or choose another")
             self._held = lock
             self._mend()
         except OSError as error:

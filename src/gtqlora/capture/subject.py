@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora.capture.fused import fuse
+from gtqlora.capture.sharding import is_worth_it, shard
 from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
 from gtqlora.experts.exchange import Exchange
@@ -83,8 +84,10 @@ def open_subject(settings: ModelConfig | str) -> Subject:
         expert_range=_range_here(config.expert_format),
     )
     anatomy = bind(loaded, family)
-    _exchange(loaded)
     ready(loaded, anatomy)
+    if is_worth_it(loaded, anatomy):
+        shard(loaded, anatomy)
+    exchanging(loaded)
     subject = Subject(loaded, tokenizer, anatomy)
     if not len(subject.stop_ids):
         raise ModelError(f"{model}: no token ends an answer; name an eos_token in tokenizer_config.json")
@@ -96,7 +99,7 @@ def _range_here(expert_format: str) -> tuple[int, int] | None:
     return (ranks().place, ranks().here) if ranks().here > 1 and expert_format != BF16 else None
 
 
-def _exchange(model: nn.Module) -> None:
+def exchanging(model: nn.Module) -> None:
     """Let ranks that split a model's experts exchange tokens."""
     if ranks().here == 1:
         return

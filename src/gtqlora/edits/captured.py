@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gtqlora.capture import Decision, Recorder, router_hooks
+from gtqlora.capture.sharding import is_sharded
 from gtqlora.capture.waiting import watched
 from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
@@ -117,7 +118,7 @@ class CapturedStack:
     Args:
         packed: the stack as it is installed, which packs what this one is given.
         recomputation: decides which layers keep their activations.
-        graphs: False runs every batch eagerly.
+        graphs: False runs every batch eagerly, and so does a model whose weights are gathered layer by layer.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class CapturedStack:
         self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled: list[bool] = []
-        self._capture, self._waited = graphs, False
+        self._capture, self._waited = graphs and not is_sharded(model), False
+        for experts in self._experts:
+            experts.exact_rows = not self._capture and experts.count < experts.n_experts
         self._graphs: dict[tuple[object, ...], _Graphs | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recorder = Recorder()

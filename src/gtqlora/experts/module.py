@@ -67,6 +67,7 @@ class FrozenExperts(nn.Module):
         self.act_fn, self.config = act_fn, config
         self.kernel = "auto"
         self.exchange: Exchange | None = None
+        self.exact_rows = False
         self.tiled = False
         if first < 0 or self.count < 1 or first + self.count > n_experts:
             raise ModelError(f"experts {first} to {first + self.count - 1} are not a range of {n_experts} experts")

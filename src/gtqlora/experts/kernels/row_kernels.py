@@ -137,7 +137,7 @@ def gated_backward(
         grad_RI: the gradient of silu(gate) * up before the routing weight comes in.
     """
     out_R2I = torch.empty_like(gate_up_R2I)
-    dots_TK = torch.empty(weights_TK.shape, dtype=torch.float32, device=weights_TK.device)
+    dots_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=weights_TK.device)
     arguments = (grad_RI, gate_up_R2I, weights_TK, order_R, offsets_E1, out_R2I, dots_TK, len(offsets_E1) - 1)
     launch(_gated_backward, (len(grad_RI),), *arguments, **_columns(grad_RI.shape[1]))
     return out_R2I, dots_TK

@@ -7,7 +7,7 @@ R = T*K rows, N of them for experts held here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,7 @@ class Experts(Protocol):
     count: int
     hidden_size: int
     intermediate_size: int
+    exact_rows: bool
 
     @property
     def act_fn(self) -> Callable[[Tensor], Tensor]:
@@ -120,6 +121,11 @@ def place_rows(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
     places_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
     places_TK = places_R.view(top_k_index_TK.shape)
     return Placed(order_R=order_R, offsets_E1=rows.offsets_E1, top_k=rows.top_k, places_TK=places_TK)
+
+
+def held(rows: Placed) -> Placed:
+    """Return the rows without those of experts held elsewhere; it waits for the GPU, to count them."""
+    return replace(rows, order_R=rows.order_R[: int(rows.offsets_E1[-1])])
 
 
 def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
