@@ -8,8 +8,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from gtqlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 SEEDS = 2**32
 """Seeds lie below this number, as NumPy takes no more than 32 bits."""
@@ -45,6 +49,16 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device = {name!r}: this machine or this PyTorch has no CUDA device; {here}")
     elif int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device = {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+
+
+def use_gpu(name: str) -> torch.device:
+    """Make a GPU the one that "cuda" means, and return it with its number; "cuda" is the one that it means already."""
+    import torch
+
+    device = torch.device(name)
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager

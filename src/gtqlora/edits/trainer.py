@@ -40,13 +40,13 @@ from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, ro
 from gtqlora.experts.exchange import exchange_of
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
-from gtqlora.machine import trackers
+from gtqlora.machine import trackers, use_gpu
 from gtqlora.ranks import all_of, average, least, most, ranks
 
 
 def arguments(config: TrainConfig, output: Path) -> DPOConfig:
     """Return TRL's arguments for a training that writes its checkpoints to `output`."""
-    return DPOConfig(
+    made = DPOConfig(
         output_dir=str(output),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,  # ranks share each batch, see `KindCollator`
@@ -79,6 +79,10 @@ def arguments(config: TrainConfig, output: Path) -> DPOConfig:
         seed=config.seed,
         data_seed=config.seed,
     )
+    if config.device.startswith("cuda"):
+        # transformers would take GPU 0, and copy the model to all others that it sees
+        vars(made)["_setup_devices"], made._n_gpu = use_gpu(config.device), 1
+    return made
 
 
 _RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
