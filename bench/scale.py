@@ -123,6 +123,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         "gates_moved": _rms(gates),
         "lora_moved": _rms(lora),
         "kept_layers": getattr(getattr(trainer._stack, "recomputation", None), "kept", None),
+        "graphs": sum(found is not None for found in trainer._stack._graphs.values()) if trainer._stack else 0,
         "milliseconds": overlap.spent,
         "experts_unchanged": True,
     }
@@ -217,7 +218,8 @@ def show(found: dict[str, Any], first: dict[str, Any], args: argparse.Namespace)
         f"{'/'.join(f'{p:.1f}' for p in found['experts_gib'])} GiB; built in {found['built_seconds']:.0f} s\n"
         f"  loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f} in {len(found['losses'])} steps; gates moved "
         f"{found['gates_moved']:.2e}, LoRA {found['lora_moved']:.2e}; experts' bits unchanged; layers with kept "
-        f"activations: {found['kept_layers']}" + (f"\n  one step, ms of kernels: {spent}" if spent else ""),
+        f"activations: {found['kept_layers']}; CUDA graphs: {found['graphs']}"
+        + (f"\n  one step, ms of kernels: {spent}" if spent else ""),
         flush=True,
     )
 

@@ -285,10 +285,11 @@ def _expert_tensors(model: Any, anatomy: Anatomy) -> list[Tensor]:
 
 
 def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Token i is the word `wi`."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    """Token i is the word `wi`, but for the first two, which no word may begin with."""
+    named = {"<pad>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    words = Tokenizer(models.WordLevel(named, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
 
 
 def dataset_of(args: argparse.Namespace, vocabulary: int) -> Dataset:

@@ -96,6 +96,7 @@ def joined() -> Iterator[Ranks]:
             os.environ.pop(name, None)
         yield _now
         return
+    import torch
     import torch.distributed as dist
 
     _now = _met(_checked())
@@ -105,7 +106,9 @@ def joined() -> Iterator[Ranks]:
             dist.barrier(_now.host)
     finally:
         _now = Ranks()
-        dist.destroy_process_group()
+        # with CUDA graphs that hold its work NCCL would wait for ever; it ends with the process
+        if not torch.cuda.is_available():
+            dist.destroy_process_group()
 
 
 def _checked() -> Ranks:
@@ -120,8 +123,8 @@ def _checked() -> Ranks:
     here = _number("LOCAL_WORLD_SIZE", count)
     if not (rank < count and place < here <= count and count % here == 0):
         raise ConfigError(
-            f"RANK = {rank}, WORLD_SIZE = {count}, LOCAL_RANK = {place}, LOCAL_WORLD_SIZE = {here}: no such rank; every "
-            "machine needs as many ranks as the others"
+            f"RANK = {rank}, WORLD_SIZE = {count}, LOCAL_RANK = {place}, LOCAL_WORLD_SIZE = {here}: no such rank; "
+            "every machine needs as many ranks as the others"
         )
     return Ranks(rank=rank, count=count, place=place, here=here)
 

@@ -1,7 +1,8 @@
 """One layer of experts as an autograd function, shared by the kernels for GPUs, which differ in how they multiply.
 
 All T*K rows are sorted by expert, those for experts held elsewhere last; these are never read, so what they hold does
-not matter. Nothing here waits for the GPU, unless the module wants no memory for such rows (`exact_rows`). Shape letters as in `rows`; I intermediate size, C columns.
+not matter. Nothing here waits for the GPU, unless the module wants no memory for such rows (`exact_rows`).
+Shape letters as in `rows`; I intermediate size, C columns.
 """
 
 from __future__ import annotations
