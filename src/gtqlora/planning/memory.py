@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 EXPERTS, OTHERS, GATE_STATE, LORA = "routed experts", "other weights", "gates in fp32, with Adam", "LoRA, with Adam"
 LAYERS, SEEN, HEAD, ANCHOR = "activations", "held beside these", "log-probabilities", "routing anchor"
-EXCHANGE, BUFFERS, WORKSPACE, CONTEXT = "all-to-all", "layers on their way", "workspace", "CUDA context and graphs"
+EXCHANGE, BUFFERS, WORKSPACE = "tokens of all GPUs", "layers on their way", "workspace"
+CONTEXT = "CUDA context and graphs"
 
 _HALF, _FP32 = 2, 4
 _ADAM = 2 * _FP32
@@ -36,7 +37,11 @@ _SLACK = 1.08
 """What the allocator holds for activations, beyond their bytes."""
 _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
 _IN_FLIGHT = 2
-"""Layers of experts that are streamed from the host: one computes, the next arrives."""
+"""Layers on their way, of experts from the host or of dense weights from other GPUs: one computes, the next arrives."""
+SPLIT = 1 / 16
+"""Share of a GPU's memory from which on dense weights are split among GPUs, see `capture.sharding`."""
+_EXCHANGED = 3
+"""Tensors of all GPUs' tokens that an exchange has at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class Step:
 
     Attributes:
         tokens: of the longest prompt with its answer.
-        pairs: in a batch on each GPU; as many rows again, as each has two answers.
+        pairs: in a batch, which all GPUs share; as many rows again, as each has two answers.
         shared: of these tokens, those of the prompt, which run once for both rows where batches are packed.
         held: format of the routed experts.
         checkpointing: whether activations are computed again, but for those that `activation_memory` (GiB) allows.
@@ -71,6 +76,10 @@ class Step:
     def places(self) -> int:
         """Places of the rows, where prompts stand twice."""
         return 2 * self.pairs * self.tokens
+
+    def of_each(self, gpus: int) -> Step:
+        """Return what of the step each of several GPUs runs."""
+        return replace(self, pairs=ceil(self.pairs / gpus))
 
     @staticmethod
     def of(config: TrainConfig, tokens: int, held: str, shared: int = 0) -> Step:
@@ -121,21 +130,25 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     Raises:
         ConfigError: the experts cannot be held in the format.
     """
+    step = step.of_each(placed.gpus)
     layer, moe = placed.held(sizes) * expert_bytes(sizes, step.held), len(sizes.moe)
     there, buffers = moe - placed.on_host, min(_IN_FLIGHT, placed.on_host)
     counts = sizes.counts()
     others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
+    split = placed.gpus > 1 and others > SPLIT * usable
+    # without graphs gradients are there once, and where weights are split so are Adam's moments
+    trained = _FP32 + (_FP32 + _ADAM // placed.gpus if split else _GRADS + _ADAM)
     parts = {
         EXPERTS: there * layer,
-        BUFFERS: buffers * layer,
-        OTHERS: others,
-        GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else _FP32 + _ADAM + _GRADS)),
-        LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_FP32 + _HALF + _ADAM + _GRADS),
+        BUFFERS: buffers * layer + (_on_their_way(sizes) if split else 0),
+        OTHERS: others // placed.gpus if split else others,
+        GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else trained)),
+        LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_HALF + trained),
         # found by measuring, and not in the code: every peak has about an embedding's bytes more than all the rest
         SEEN: sizes.vocabulary * sizes.hidden * sizes.width,
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
-        EXCHANGE: 0 if placed.gpus == 1 else 3 * step.together * sizes.top_k * sizes.hidden * sizes.width,
+        EXCHANGE: _exchanged(sizes, step, placed.gpus, exact=split),
         WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
         CONTEXT: round(_CONTEXT),
     }
@@ -143,6 +156,23 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept))
     host = placed.on_host * sizes.experts * expert_bytes(sizes, step.held)
     return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host)
+
+
+def _on_their_way(sizes: Sizes) -> int:
+    """Bytes of dense weights that are whole for a while: of two layers, or of the head while nothing else is."""
+    layer = max(sizes.layers, key=lambda layer: layer.routed)
+    linears = [*layer.attention.values(), *(layer.shared or {}).values()]
+    layers = _IN_FLIGHT * sum(one.outputs * one.inputs for one in linears)
+    return max(layers, sizes.vocabulary * sizes.hidden) * sizes.width
+
+
+def _exchanged(sizes: Sizes, step: Step, gpus: int, *, exact: bool) -> int:
+    """Bytes of all GPUs' tokens; in recorded passes, whose shapes are fixed, of all rows that a GPU could get."""
+    if gpus == 1:
+        return 0
+    tokens = _EXCHANGED * gpus * sizes.hidden
+    rows = 0 if exact else (gpus - 1) * sizes.top_k * (2 * sizes.inner + sizes.hidden)
+    return step.together * (tokens + rows) * sizes.width
 
 
 def _kept(sizes: Sizes, step: Step, usable: int, rest: int) -> int:

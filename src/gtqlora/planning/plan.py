@@ -192,6 +192,7 @@ def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> St
 
 
 def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, cards: Cards, steps: int) -> Speed | None:
+    step = step.of_each(placed.gpus)
     rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
     if rate is None or not cards.measured:
         return None
@@ -217,11 +218,13 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
             f"{sizes.experts} experts do not divide by {cards.count} GPUs: {ranges.count(max(ranges))} hold "
             f"{max(ranges)} of each layer and {ranges.count(min(ranges))} hold {min(ranges)}"
         )
-    if cards.count > 1 or placed.on_host:
+    if cards.count > 1:
         yield (
-            "`gtqlora train` holds all experts on its GPU; experts on several GPUs or in host memory are arithmetic, "
-            "without the time that GPUs wait for each other"
+            f"start it as `torchrun --nproc-per-node {cards.count} -m -- gtqlora train ...`; times are those of one "
+            "GPU, without what GPUs wait for each other"
         )
+    if step.pairs % cards.count:
+        yield f"batch_size = {step.pairs} cannot be shared by {cards.count} GPUs: set a multiple of {cards.count}"
     if not cards.measured:
         yield f"no time is told of {cards.name}: rates were measured on H100 and H200 only"
     if sizes.quantized and sizes.native is None:

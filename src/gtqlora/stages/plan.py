@@ -15,6 +15,7 @@ from gtqlora.planning.cards import Cards, in_binary, parse_bytes, parse_cards
 from gtqlora.planning.formats import PLAIN, held_as
 from gtqlora.planning.memory import CONTEXT, Placement, Step, memory_of
 from gtqlora.planning.plan import Plan, cheapest_change, plan_for
+from gtqlora.ranks import least, ranks
 
 _CLEARLY = 1.1
 """A training is refused where it is predicted to need this many times what is free: predictions are not exact."""
@@ -68,7 +69,7 @@ def check_memory(config: TrainConfig, rows: Contrast) -> None:
         return
     import torch  # only now: a plan by itself needs none
 
-    refuse_beyond(config, *longest_row(config, rows), torch.cuda.mem_get_info(config.device)[0])
+    refuse_beyond(config, *longest_row(config, rows), least(torch.cuda.mem_get_info(config.device)[0]))
 
 
 def longest_row(config: TrainConfig, rows: Contrast) -> tuple[int, int]:
@@ -99,12 +100,13 @@ def refuse_beyond(config: TrainConfig, longest: int, prompt: int, free: int) -> 
         TrainingError: see `check_memory`.
     """
     sizes = _sizes(config)
-    step = _step(config, sizes, longest, prompt)
-    memory = memory_of(sizes, step, Placement(), free)
+    # machines share the batch, too
+    step = _step(config, sizes, longest, prompt).of_each(ranks().count // ranks().here)
+    memory = memory_of(sizes, step, Placement(gpus=ranks().here), free)
     needed = memory.total - memory.parts[CONTEXT]  # the driver's own is not free any more
     if needed <= _CLEARLY * free:
         return
-    change = cheapest_change(sizes, step, Cards(1, config.device, free), 0, here=True)
+    change = cheapest_change(sizes, step, Cards(ranks().here, config.device, free), 0, here=True)
     fix = f"; cheapest change that fits: {' '.join(change.what)}" if change else ""
     raise TrainingError(
         f"{config.device}: this training needs about {in_binary(needed)}, and {in_binary(free)} are free{fix}; "
