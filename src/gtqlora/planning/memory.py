@@ -35,8 +35,10 @@ TILE, TILE_ROWS = 32768, 4096
 _SLACK = 1.08
 """What the allocator holds for activations, beyond their bytes."""
 _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """Layers of experts that are streamed from the host: one computes, the next arrives."""
+RESERVE = 0.15
+"""Share of a GPU's memory that experts leave to all that is no weight, where `expert_memory` does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         ConfigError: the experts cannot be held in the format.
     """
     layer, moe = placed.held(sizes) * expert_bytes(sizes, step.held), len(sizes.moe)
-    there, buffers = moe - placed.on_host, min(_IN_FLIGHT, placed.on_host)
+    there, buffers = moe - placed.on_host, min(IN_FLIGHT, placed.on_host)
     counts = sizes.counts()
     others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
     parts = {
@@ -242,6 +244,27 @@ def spread(experts: int, gpus: int) -> tuple[tuple[int, int], ...]:
     """Return the range of experts of each GPU; where they do not divide evenly the first GPUs hold one more."""
     least, more = divmod(experts, gpus)
     return tuple(pairwise(accumulate((least + (index < more) for index in range(gpus)), initial=0)))
+
+
+def on_host(layers: int, layer: int, room: float) -> int | None:
+    """Return how many MoE layers wait on the host, so that the others and two on their way fit into bytes of the GPU.
+
+    None if not even those two do. One or two never wait: on their way they would take as much as if they stayed.
+    """
+    if layers * layer <= room:
+        return 0
+    there = int(room // layer) - IN_FLIGHT
+    return None if there < 0 else layers - there
+
+
+def spaced(layers: int, chosen: int) -> set[int]:
+    """Return so many of the layers, by number and as evenly as may be, the last of them among these."""
+    return {index for index in range(layers) if (index + 1) * chosen // layers > index * chosen // layers}
+
+
+def room_for_experts(free: float, total: float, others: float) -> float:
+    """Return the bytes of a GPU that experts may take by themselves: what is free, less other weights and `RESERVE`."""
+    return free - others - RESERVE * total
 
 
 def without_keeping(step: Step) -> Step:

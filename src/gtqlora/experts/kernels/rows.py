@@ -32,6 +32,10 @@ class Experts(Protocol):
         """Return the activation of the gate."""
         ...
 
+    def fetch(self, *, returns: bool = True) -> Experts:
+        """Return these experts with their weights on the device that computes; to be asked before they are read."""
+        ...
+
     def sizes(self, projection: Fused) -> tuple[int, int]:
         """Return rows and columns of one matrix."""
         ...
