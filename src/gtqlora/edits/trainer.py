@@ -38,7 +38,6 @@ from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
 from gtqlora.experts.exchange import exchange_of
-from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
 from gtqlora.machine import trackers, use_gpu
@@ -171,8 +170,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         each = most_tokens(rows) if self.data_collator.packed else 2 * longest_of(rows)
         tokens = -(-self.args.train_batch_size // ranks().count) * each
         recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
-        graphs = settings.cuda_graphs and not waiting(self.model.modules())  # what is replayed has no say in what comes
-        return CapturedStack(self.model, self.anatomy, packed, recomputation, graphs=graphs)
+        return CapturedStack(self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""

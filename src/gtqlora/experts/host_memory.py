@@ -19,6 +19,7 @@ from torch import Tensor
 from gtqlora.errors import ModelError
 from gtqlora.planning.cards import in_binary
 from gtqlora.planning.memory import spaced
+from gtqlora.ranks import ranks
 
 _SPARE = 0.1
 """Share of the memory that is free which stays so, for whatever else runs here."""
@@ -101,7 +102,7 @@ def homes(sizes: Sequence[int], device: torch.device, disk: Path | None) -> list
     Raises:
         ModelError: there is too little memory and no folder, or as `in_file`.
     """
-    room, total = int((1 - _SPARE) * available()), sum(sizes)
+    room, total = int((1 - _SPARE) * available()) // ranks().here, sum(sizes)
     if total > room and disk is None:
         raise ModelError(
             f"{len(sizes)} layers of experts would wait in {in_binary(total)} of host memory, of which "

@@ -38,8 +38,12 @@ class Waiting(ABC):
         """Return where the layer computes."""
 
     @abstractmethod
-    def fetch(self, *, returns: bool) -> FrozenExperts:
+    def fetch(self, *, back: bool, returns: bool) -> FrozenExperts:
         """Return the layer with its weights there."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Be told that a pass has read the weights."""
 
     @abstractmethod
     def touched(self) -> None:
@@ -123,13 +127,19 @@ class FrozenExperts(nn.Module):
         """Return where these experts compute; their weights may wait elsewhere."""
         return next(self.buffers()).device if self.waiting is None else self.waiting.device
 
-    def fetch(self, *, returns: bool = True) -> FrozenExperts:
-        """Return these experts with their weights where they compute; kernels ask before they read any, both ways.
+    def fetch(self, *, back: bool = False, returns: bool = True) -> FrozenExperts:
+        """Return these experts with their weights where they compute: a kernel asks before it reads any.
 
         Args:
+            back: whether it is for the backward pass.
             returns: whether a backward pass follows on this forward pass.
         """
-        return self if self.waiting is None else self.waiting.fetch(returns=returns)
+        return self if self.waiting is None else self.waiting.fetch(back=back, returns=returns)
+
+    def leave(self) -> None:
+        """Be told that a kernel's pass has read the weights that were fetched, so that others may take their place."""
+        if self.waiting is not None:
+            self.waiting.leave()
 
     def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts:
         """Views of the parts with leading dims [E, 2] or [E, 1]; `experts` counts from the first one held here."""

@@ -1,8 +1,9 @@
 """Layers of frozen experts that do not fit the GPU wait on the host, and come when it is their turn.
 
-Two slots on the GPU hold a layer each: one computes while the next arrives, on a stream of its own. Which one is next
-follows from the direction in which layers are asked for: the one after in a forward pass, the one before on the way
-back. At the turn both are still there. Layers that wait lie evenly among those that stay, under whose work copies hide.
+Two slots on the GPU hold a layer each: one computes while the next arrives, on a stream of its own. As soon as a pass
+has read a layer, the one after the next takes its slot, in the direction in which layers are asked for. At the turn
+from forward to backward the last two are still there, and at the end the first two are. Layers that wait lie evenly
+among those that stay, under whose work copies hide.
 
 A layer's buffers lie on the host for good, and what kernels are given is a visitor: experts of the same kind whose
 buffers are views into a slot. So whoever looks at a model finds its bits where they were, and nothing is ever swapped.
@@ -154,7 +155,8 @@ class Streaming:
         self._slots: list[_Slot] = []
         self._stream: torch.cuda.Stream | None = None
         self._files: _Files | None = None
-        self._last, self._step, self._lock = 0, 1, Lock()
+        self._last, self._step, self._back, self._returns = 0, 1, False, True
+        self._lock = Lock()
         for index, (layer, parts, home) in enumerate(zip(layers, self._parts, self.homes, strict=True)):
             for name, part in parts.items():
                 mine, before = part.of(home), layer._buffers.get(name)
@@ -179,31 +181,46 @@ class Streaming:
             if slot.layer == index:
                 slot.layer = None
 
-    def fetch(self, index: int, *, returns: bool) -> FrozenExperts:
+    def fetch(self, index: int, *, back: bool, returns: bool) -> FrozenExperts:
         """Return a layer whose weights are there for the stream that asks, and let the next one come.
 
         Args:
+            back: whether it is asked for by a backward pass.
             returns: whether the backward pass comes next, once the last layer is done, and not another forward pass.
         """
         with self._lock:
             self._open()
-            around = self._last == len(self._layers) - 1 and index == 0
-            if index != self._last:
-                self._step = 1 if index > self._last or around else -1
-            self._last = index
+            self._step = self._direction(index, back)
+            self._last, self._back, self._returns = index, back, returns
             mine = self._held(index) or self._load(index, self._slots[-1])
             # the other slot is last from here on: it is the one to fill
             self._slots.sort(key=lambda slot: slot is not mine)
-            ahead = self._ahead(index, returns)
-            if ahead is not None and len(self._slots) > 1 and self._held(ahead) is None:
-                self._load(ahead, self._slots[-1])
+            self._foresee(1, self._slots[-1])
             return self._visitor(index, self._ready(mine))
 
-    def _ahead(self, index: int, returns: bool) -> int | None:
-        ahead = index + self._step
-        if ahead == len(self._layers) and not returns:
-            return 0
-        return ahead if 0 <= ahead < len(self._layers) else None
+    def leave(self, index: int) -> None:
+        """Be told that the pass which fetched a layer last has read it: the one after the next may take its slot."""
+        with self._lock:
+            mine = self._held(index)
+            again = self._step < 0 and not self._back  # on the way back it was computed again, and is needed once more
+            if mine is not None and index == self._last and not again:
+                self._foresee(2, mine)
+
+    def _direction(self, index: int, back: bool) -> int:
+        if back:
+            return -1
+        if index == self._last:  # computed again, if not after its backward pass
+            return 1 if self._back else self._step
+        around = self._last == len(self._layers) - 1 and index == 0
+        return 1 if index > self._last or around else -1
+
+    def _foresee(self, steps: int, slot: _Slot) -> None:
+        """Let the layer come that will be asked for after so many steps."""
+        count, ahead = len(self._layers), self._last + steps * self._step
+        if ahead >= count and not self._returns:
+            ahead %= count
+        if 0 <= ahead < count and self._held(ahead) is None:
+            self._load(ahead, slot)
 
     @torch.inference_mode(False)
     def _open(self) -> None:
@@ -275,9 +292,13 @@ class _Place(Waiting):
         """Return where the layer computes."""
         return self.streaming.device
 
-    def fetch(self, *, returns: bool) -> FrozenExperts:
+    def fetch(self, *, back: bool, returns: bool) -> FrozenExperts:
         """Return the layer where it computes."""
-        return self.streaming.fetch(self.index, returns=returns)
+        return self.streaming.fetch(self.index, back=back, returns=returns)
+
+    def leave(self) -> None:
+        """Be told that a pass has read the weights."""
+        self.streaming.leave(self.index)
 
     def touched(self) -> None:
         """Be told that the weights may have changed."""

@@ -258,8 +258,9 @@ def on_host(layers: int, layer: int, room: float) -> int | None:
 
 
 def spaced(layers: int, chosen: int) -> set[int]:
-    """Return so many of the layers, by number and as evenly as may be, the last of them among these."""
-    return {index for index in range(layers) if (index + 1) * chosen // layers > index * chosen // layers}
+    """Return so many of the layers, by number, as evenly as may be from the first to the last of them."""
+    # both ends: from what a turn is left with it is farthest to what has to come
+    return {round(index * (layers - 1) / max(1, chosen - 1)) for index in range(chosen)}
 
 
 def room_for_experts(free: float, total: float, others: float) -> float:

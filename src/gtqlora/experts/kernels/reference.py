@@ -56,6 +56,7 @@ class _Reference(torch.autograd.Function):
         here = module.fetch(returns=any(ctx.needs_input_grad))
         gate_up_N2I = _products(gather(hidden_TD, rows, offsets[-1]), here, "gate_up", offsets)
         outputs_ND = _products(activated(gate_up_N2I, module), here, "down", offsets)
+        module.leave()
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate_up_N2I, weights_TK, rows.order_R, rows.offsets_E1)
             ctx.offsets, ctx.module = offsets, module
@@ -68,7 +69,7 @@ class _Reference(torch.autograd.Function):
         rows = Rows(order_R=order_R, offsets_E1=offsets_E1, top_k=weights_TK.shape[-1])
         offsets, module, dtype = ctx.offsets, ctx.module, gate_up_N2I.dtype
         with torch.autocast(grad_TD.device.type, enabled=False):
-            here = module.fetch()
+            here = module.fetch(back=True)
             grad_NI = _products(gather(grad_TD.to(dtype), rows, offsets[-1]), here, "down", offsets, transposed=True)
             weights_N1 = weights_TK.flatten()[rows.order_R[: offsets[-1]]].unsqueeze(-1)
             with torch.enable_grad():
@@ -82,6 +83,7 @@ class _Reference(torch.autograd.Function):
                 (grad_N2I,) = torch.autograd.grad(inner_NI, leaf_N2I, (grad_NI * weights_N1).to(dtype))
                 grad_ND = _products(grad_N2I, here, "gate_up", offsets, transposed=True)
                 grad_hidden = spread(grad_ND, rows).sum(1)
+            module.leave()
         return grad_hidden, grad_weights, None, None
 
 
