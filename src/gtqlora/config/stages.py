@@ -51,7 +51,7 @@ class ModelConfig:
         expert_format: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put
             into 4 bits while it is loaded.
         expert_memory: GiB of a GPU for routed experts in 4 bits; layers of them that do not fit wait in host memory and
-            come when it is their turn. Without it, what is free beside the other weights and 15 % of the GPU.
+            come when it is their turn. Without it, 85 % of what is free, less the other weights.
         expert_disk: a folder in which those layers wait that do not fit the host's memory either.
         template: variables of the chat template, such as `{enable_thinking = false}`; in a file a table of its own.
 

@@ -12,7 +12,7 @@ from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.settings import FrozenExpertsConfig
 from gtqlora.experts.streaming import bytes_of
 from gtqlora.planning.cards import GIB, in_binary
-from gtqlora.planning.memory import IN_FLIGHT, on_host, room_for_experts, spaced
+from gtqlora.planning.memory import no_room, on_host, room_for_experts, spaced
 from gtqlora.progress import note
 
 
@@ -43,11 +43,7 @@ def chosen(
     if config.memory is not None:
         waiting = on_host(len(experts), layer, config.memory * GIB)
         if waiting is None:
-            least = min(IN_FLIGHT, len(experts)) * layer
-            raise ConfigError(
-                f"expert_memory = {config.memory:g}: {IN_FLIGHT} layers of experts have to be there at a time, which "
-                f"take {in_binary(least)}; set expert_memory = {_upwards(least)}"
-            )
+            raise no_room(config.memory, layer, len(experts))
     else:
         waiting = on_host(len(experts), layer, _free_for(model, experts, device)) or 0
     if waiting:
@@ -58,16 +54,11 @@ def chosen(
     return [module for index, module in enumerate(experts) if index in places]
 
 
-def _upwards(size: int) -> float:
-    """Return bytes in GiB, not less than they are."""
-    return -(-size * 100 // GIB) / 100
-
-
 def _free_for(model: nn.Module, experts: Sequence[FrozenExperts], device: torch.device) -> float:
     """Return the bytes that experts may take where no setting says it."""
     if device.type != "cuda":
         return float("inf")
-    free, total = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     every = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return room_for_experts(free, total, every - sum(map(bytes_of, experts)))
+    return room_for_experts(free, every - sum(map(bytes_of, experts)))

@@ -12,9 +12,10 @@ from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
+from gtqlora.errors import ConfigError
 from gtqlora.families.kinds import GATES, ROUTED
 from gtqlora.families.sizes import Layer, Sizes
-from gtqlora.planning.cards import GIB
+from gtqlora.planning.cards import GIB, in_binary
 from gtqlora.planning.formats import NF4, PLAIN, expert_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
 IN_FLIGHT = 2
 """Layers of experts that are streamed from the host: one computes, the next arrives."""
 RESERVE = 0.15
-"""Share of a GPU's memory that experts leave to all that is no weight, where `expert_memory` does not say."""
+"""Share of the memory that is free which experts leave to all that is no weight, where `expert_memory` does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Step:
         shared: of these tokens, those of the prompt, which run once for both rows where batches are packed.
         held: format of the routed experts.
         checkpointing: whether activations are computed again, but for those that `activation_memory` (GiB) allows.
+        expert_memory: GiB of each GPU that experts may take; the other layers wait in host memory.
     """
 
     tokens: int
@@ -61,6 +63,7 @@ class Step:
     mode: Mode = "gt"
     checkpointing: bool = False
     activation_memory: float | None = None
+    expert_memory: float | None = None
     anchored: bool = True
     accumulation: int = 1
 
@@ -86,6 +89,7 @@ class Step:
             mode=config.mode,
             checkpointing=config.gradient_checkpointing,
             activation_memory=config.activation_memory,
+            expert_memory=config.expert_memory,
             accumulation=config.accumulation,
             anchored=max(config.anchor_harmful, config.anchor_benign) > 0,
         )
@@ -101,6 +105,14 @@ class Placement:
     def held(self, sizes: Sizes) -> int:
         """Return the experts of a layer that the fullest GPU holds."""
         return ceil(sizes.experts / self.gpus)
+
+    def layer(self, sizes: Sizes, held: str) -> int:
+        """Return the bytes of one layer's experts there, in a format."""
+        return self.held(sizes) * expert_bytes(sizes, held)
+
+    def on_gpu(self, sizes: Sizes) -> int:
+        """Return how many layers of experts are there at a time, those on their way among them."""
+        return len(sizes.moe) - self.on_host + min(IN_FLIGHT, self.on_host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +135,12 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     Raises:
         ConfigError: the experts cannot be held in the format.
     """
-    layer, moe = placed.held(sizes) * expert_bytes(sizes, step.held), len(sizes.moe)
-    there, buffers = moe - placed.on_host, min(IN_FLIGHT, placed.on_host)
+    layer, there = placed.layer(sizes, step.held), len(sizes.moe) - placed.on_host
     counts = sizes.counts()
-    others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
     parts = {
         EXPERTS: there * layer,
-        BUFFERS: buffers * layer,
-        OTHERS: others,
+        BUFFERS: (placed.on_gpu(sizes) - there) * layer,
+        OTHERS: (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width,
         GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else _FP32 + _ADAM + _GRADS)),
         LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_FP32 + _HALF + _ADAM + _GRADS),
         # found by measuring, and not in the code: every peak has about an embedding's bytes more than all the rest
@@ -263,9 +273,43 @@ def spaced(layers: int, chosen: int) -> set[int]:
     return {round(index * (layers - 1) / max(1, chosen - 1)) for index in range(chosen)}
 
 
-def room_for_experts(free: float, total: float, others: float) -> float:
+def room_for_experts(free: float, others: float) -> float:
     """Return the bytes of a GPU that experts may take by themselves: what is free, less other weights and `RESERVE`."""
-    return free - others - RESERVE * total
+    return (1 - RESERVE) * free - others
+
+
+def as_loaded(sizes: Sizes, step: Step, gpus: int, free: int) -> Placement:
+    """Return where experts lie once the model is loaded, on GPUs with so many free bytes.
+
+    Raises:
+        ConfigError: `expert_memory` has no room for two layers.
+    """
+    placed, moe = Placement(gpus=gpus), len(sizes.moe)
+    if step.held == PLAIN:
+        return placed
+    layer = placed.layer(sizes, step.held)
+    if step.expert_memory is None:
+        counts = sizes.counts()
+        others = (sum(counts.values()) - counts[ROUTED]) * sizes.width
+        return replace(placed, on_host=on_host(moe, layer, room_for_experts(free, others)) or 0)
+    waiting = on_host(moe, layer, step.expert_memory * GIB)
+    if waiting is None:
+        raise no_room(step.expert_memory, layer, moe)
+    return replace(placed, on_host=waiting)
+
+
+def no_room(expert_memory: float, layer: int, layers: int) -> ConfigError:
+    """Return the complaint about GiB in which there is no room for the layers of experts that are there at a time."""
+    least = min(IN_FLIGHT, layers) * layer
+    return ConfigError(
+        f"expert_memory = {expert_memory:g}: {IN_FLIGHT} layers of experts have to be there at a time, which take "
+        f"{in_binary(least)}; set expert_memory = {in_gib(least)}"
+    )
+
+
+def in_gib(size: int) -> float:
+    """Return bytes in GiB with two places, and not less than they are."""
+    return -(-size * 100 // GIB) / 100
 
 
 def without_keeping(step: Step) -> Step:
