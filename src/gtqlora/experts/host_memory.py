@@ -28,7 +28,7 @@ _WAYS_OUT = "raise expert_memory, set expert_disk = FOLDER for what does not fit
 
 
 class _Locked(mmap.mmap):
-    """Memory that is unlocked before it is given back."""
+    """Memory that is unlocked before it is freed."""
 
     cudart: Any = None
     address = 0
