@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_what_was_not_foreseen_comes_when_it_is_asked_for() -> None:
         assert_equal(*(both_passes(one, again=False) for one in some))
 
 
-def test_nothing_comes_of_a_model_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_comes_of_a_model_that_is_there() -> None:
     made = layer(0)
     assert made.fetch() is made
     assert waiting([made]) == []
@@ -250,6 +251,14 @@ def test_a_model_goes_from_one_device_to_the_other_and_its_waiting_layers_stay()
     assert_equal(both_passes(list(model.cpu()), again=False), expected)  # type: ignore[arg-type]
     assert_equal(both_passes(list(model.cuda()), again=False, device="cuda"), on_gpu)  # type: ignore[arg-type]
     assert all(buffer.device == CPU for buffer in model.buffers())
+
+
+def test_nothing_is_left_of_layers_that_nobody_holds() -> None:
+    streamed, streaming = stack(4, {0, 1, 2, 3})
+    both_passes(streamed, again=True)
+    gone = ref(streaming), ref(streamed[2])
+    del streamed, streaming
+    assert [one() for one in gone] == [None, None]
 
 
 # --- streams
@@ -396,7 +405,7 @@ def test_a_model_on_several_devices_does_not_stream(checkpoint_of_six: Path) -> 
         )
 
 
-def test_a_host_that_is_too_small_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_host_that_is_too_small_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "available", lambda: 1000)
     with pytest.raises(ModelError, match=r"3 layers .* raise expert_memory, set expert_disk = FOLDER"):
         homes([400, 400, 400], CPU, None)

@@ -23,6 +23,8 @@ from gtqlora.ranks import ranks
 
 _SPARE = 0.1
 """Share of the memory that is free which stays so, for whatever else runs here."""
+_PORTABLE = 1
+"""Locked for every GPU of this process."""
 _CGROUP = Path("/sys/fs/cgroup")
 _WAYS_OUT = "raise expert_memory, set expert_disk = FOLDER for what does not fit, or use a host with more memory"
 
@@ -51,7 +53,7 @@ def in_memory(size: int, device: torch.device) -> Tensor:
     if device.type == "cuda":
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(device):
-            code = int(cudart.cudaHostRegister(found.data_ptr(), size, 0))
+            code = int(cudart.cudaHostRegister(found.data_ptr(), size, _PORTABLE))
         if code:
             raise ModelError(f"the driver does not lock {in_binary(size)} of host memory (CUDA error {code})")
         memory.cudart, memory.address = cudart, found.data_ptr()
@@ -78,16 +80,15 @@ def in_file(size: int, folder: Path) -> Tensor:
 
 
 def available() -> int:
-    """Return the bytes of host memory that may be taken: what is free here, within what this program's group may have.
+    """Return the bytes of host memory that may be taken, 0 where the system does not say.
 
-    Raises:
-        ModelError: this system does not say.
+    That is what is free here, within what this program's control group may have.
     """
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError) as error:
-        raise ModelError("experts cannot wait in host memory: this system does not say how much is free") from error
+    except (OSError, KeyError, ValueError):
+        return 0
     try:
         most, now = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())

@@ -158,11 +158,11 @@ class FrozenExperts(nn.Module):
         # those that wait on the host go where they compute for it, which is faster by far
         if tiled == self.tiled:
             return
-        reorder = tiles.tiled if tiled else tiles.untiled
+        reorder, device = tiles.tiled if tiled else tiles.untiled, self.device
         for fused in _MATRICES:
             for expert in range(self.count):
                 mine = self._parts(fused, expert)
-                there = {name: part.to(self.device) for name, part in mine.items()}
+                there = {name: part.to(device) for name, part in mine.items()}
                 for name, part in reorder(self.format, there, *self.sizes(fused)).items():
                     mine[name].copy_(part)
         self.tiled = tiled
