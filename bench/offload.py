@@ -184,11 +184,8 @@ def offloaded(layers: list[FrozenExperts], device: torch.device, maps: list[dict
     found: list[Pass] = []
     for number, layer in enumerate(layers):
         weights = maps[number % len(maps)]
-        found.append(
-            cpu_offload(
-                Pass(layer), device, offload_buffers=True, state_dict=weights, preload_module_classes=[Pass.__name__]
-            )
-        )
+        found.append(one := Pass(layer))
+        cpu_offload(one, device, offload_buffers=True, state_dict=weights, preload_module_classes=[Pass.__name__])
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -36,7 +37,8 @@ class _Locked(mmap.mmap):
     address = 0
 
     def __del__(self) -> None:
-        if self.address:
+        if self.address and not sys.is_finalizing():  # when all ends, the driver has let go of it
+            torch.cuda.synchronize()  # a copy of what nobody asked for yet may be on its way
             self.cudart.cudaHostUnregister(self.address)
 
 

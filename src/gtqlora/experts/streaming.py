@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gtqlora.experts.host_memory import homes, in_memory
 from gtqlora.experts.module import FrozenExperts, Waiting
+from gtqlora.planning.memory import IN_FLIGHT
 
 _ALIGNED = 512
 """Bytes at whose multiples parts begin: what TMA and torch's own allocator want, and more."""
@@ -229,13 +230,14 @@ class Streaming:
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._visitors = [None] * len(self._layers)
-        most = max(map(len, self.homes))
-        for _ in range(min(2, len(self._layers))):
-            self._slots.append(_Slot(torch.empty(most, dtype=torch.uint8, device=self.device)))
-            if self._stream is not None:
-                # before the allocator's earlier owner of these bytes is done, nothing may be copied to them
-                self._stream.wait_stream(torch.cuda.current_stream(self.device))
-                self._slots[-1].bytes.record_stream(self._stream)
+        most, count = max(map(len, self.homes)), min(IN_FLIGHT, len(self._layers))
+        rooms = [torch.empty(most, dtype=torch.uint8, device=self.device) for _ in range(count)]
+        if self._stream is not None:
+            # before the allocator's earlier owner of these bytes is done, nothing may be copied to them
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            for room in rooms:
+                room.record_stream(self._stream)
+        self._slots = [_Slot(room) for room in rooms]  # all or none: one alone would be overwritten while it is read
 
     def _held(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.layer == index), None)
@@ -245,22 +247,26 @@ class Streaming:
         target = slot.bytes[: len(home)]
         self.copied += len(home)
         slot.arrived()
-        slot.layer = index
+        slot.layer = None
         if self._stream is None:
             target.copy_(home)
-            return slot
+        else:
+            self._send(home, target, slot, self._stream)
+        slot.layer = index
+        return slot
+
+    def _send(self, home: Tensor, target: Tensor, slot: _Slot, stream: torch.cuda.Stream) -> None:
         for reader in slot.readers:  # all that read what was there before is on these streams by now
-            self._stream.wait_stream(reader)
+            stream.wait_stream(reader)
         slot.readers.clear()
         slot.ready = torch.cuda.Event()
         if home.is_pinned():
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 target.copy_(home, non_blocking=True)
-                slot.ready.record(self._stream)
+                slot.ready.record(stream)
         else:
             self._files = self._files or _Files(self.device)
-            slot.coming = self._files.copy(home, target, self._stream, slot.ready)
-        return slot
+            slot.coming = self._files.copy(home, target, stream, slot.ready)
 
     def _ready(self, slot: _Slot) -> _Slot:
         """Let the stream that asks wait for a slot; the processor goes on."""
