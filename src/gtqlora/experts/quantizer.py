@@ -321,7 +321,10 @@ def _merges(entry: object, family: Family) -> bool:
 def _check_placed(experts: dict[int, FrozenExperts]) -> None:
     for layer, module in experts.items():
         if any(buffer.is_meta for buffer in module.buffers()):
-            raise ModelError(f"layer {layer}: frozen experts cannot be offloaded to disk; give a device_map without it")
+            raise ModelError(
+                f"layer {layer}: a device_map cannot offload frozen experts; give one without a disk, and the settings "
+                "memory and disk to FrozenExpertsConfig"
+            )
 
 
 def _named_in_memory(settings: dict[str, Any], names: TensorNames) -> dict[str, Any]:
