@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-PATHS = frozenset({"model", "contrast", "wrappers"})
-"""Settings that say where an input lies: its contents identify it."""
+PATHS = frozenset({"model", "contrast", "wrappers", "expert_memory", "expert_disk"})
+"""Settings that say where something lies, which changes no result: an input, whose contents identify it, or experts."""
 _PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
 _CHECKPOINTS = "checkpoints"
 SERVED = "served"
