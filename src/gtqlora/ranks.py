@@ -133,6 +133,7 @@ def _met(me: Ranks) -> Ranks:
     """Return this rank with the groups of those that have come."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -142,7 +143,7 @@ def _met(me: Ranks) -> Ranks:
             )
         torch.cuda.set_device(me.place)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", me.rank, me.count, timeout=_STEP_LIMIT)))
+        store, _, _ = next(iter(rendezvous("env://", me.rank, me.count, timeout=_STEP_LIMIT)))
         if store.add(f"gtqlora/rank/{me.rank}", 1) > 1:
             raise ConfigError(f"rank {me.rank} was started twice; give every process a RANK of its own (torchrun does)")
         dist.init_process_group(
