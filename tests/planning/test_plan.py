@@ -45,8 +45,8 @@ def test_a_plan_that_fits_has_its_parts_and_its_speed(qwen: str) -> None:
     assert sum(found.counts.values()) == found.parameters == 30_532_122_624
     speed = found.speed
     assert speed is not None and speed.bound_by == "compute"
-    assert speed.tokens_per_second == pytest.approx(12_574, rel=0.03)  # this very step was measured
-    assert "12,574 tokens/s (docs/claims.md" in speed.measured[0]
+    assert speed.tokens_per_second == pytest.approx(17_656, rel=0.03)  # this very step was measured
+    assert "17,656 tokens/s (docs/claims.md" in speed.measured[0]
     assert speed.gpu_hours == pytest.approx(100 * speed.seconds / 3600)
     assert {one.format: one.native for one in found.formats} == {
         "bf16": True,
@@ -68,7 +68,7 @@ def test_rates_are_the_shares_that_they_say() -> None:
 
 
 def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
-    found = planned(str(KIMI), "2x80GB", host="1TB", batch_size=1, gradient_checkpointing=True)
+    found = planned(str(KIMI), "2x80GB", host="1TB", batch_size=4, gradient_checkpointing=True)
     there = found.streamed
     assert found.fits and there is not None and 0 < there.layers <= 60 and there.host <= 10**12
     assert there.host == there.layers * 384 * 24_772_608
@@ -77,13 +77,13 @@ def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
     assert there.seconds == pytest.approx(there.per_pass / 46e9)
     assert found.speed is not None and found.speed.bound_by == "links"
     assert found.speed.seconds == pytest.approx(2 * there.seconds)
-    assert any("arithmetic" in note for note in found.notes)
+    assert any("torchrun --nproc-per-node 2" in note for note in found.notes)
     # what is set by hand is the same
     settings = {"expert_format": "native", "expert_memory": there.expert_memory}
-    again = planned(str(KIMI), "2x80GB", batch_size=1, gradient_checkpointing=True, **settings)
+    again = planned(str(KIMI), "2x80GB", batch_size=4, gradient_checkpointing=True, **settings)
     assert again.fits and again.streamed == there and again.memory == found.memory
     # as few layers as have to
-    more = planned(str(KIMI), "2x141GB", host="1TB", batch_size=1, gradient_checkpointing=True)
+    more = planned(str(KIMI), "2x141GB", host="1TB", batch_size=4, gradient_checkpointing=True)
     assert more.streamed is not None and more.streamed.layers < there.layers
 
 
@@ -117,9 +117,9 @@ def test_another_format_comes_before_anything_that_costs_time(qwen: str) -> None
 
 
 def test_recomputation_comes_before_fewer_pairs(qwen: str) -> None:
-    found = planned(qwen, expert_format="nf4", batch_size=16)
+    found = planned(qwen, expert_format="nf4", batch_size=24)
     assert found.change is not None and found.change.what == ("--set gradient_checkpointing=true",)
-    again = planned(qwen, expert_format="nf4", batch_size=16, gradient_checkpointing=True)
+    again = planned(qwen, expert_format="nf4", batch_size=24, gradient_checkpointing=True)
     assert again.fits and again.layers_kept < again.layers
 
 
@@ -194,8 +194,14 @@ def test_a_checkpoint_in_fp8_is_not_called_bf16(qwen: str) -> None:
 
 
 def test_a_card_too_small_for_the_rest_is_helped_by_no_change() -> None:
-    found = planned(str(KIMI), "24GB")
+    found = planned(str(KIMI), "4GB")
     assert not found.fits and found.change is None
+
+
+def test_gpus_split_dense_weights_that_are_large_for_one() -> None:
+    one, four = (planned(str(KIMI), gpus, gradient_checkpointing=True) for gpus in ("141GB", "4x141GB"))
+    assert 3.9 < one.memory["other weights"] / four.memory["other weights"] < 4.1
+    assert four.memory["layers on their way"] > 0 and four.memory["tokens of all GPUs"] > 0
 
 
 # --- bad input

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gtqlora.config import Mode, TrainConfig
 
 EXPERTS, OTHERS, GATE_STATE, LORA = "routed experts", "other weights", "gates in fp32, with Adam", "LoRA, with Adam"
-LAYERS, SEEN, HEAD, ANCHOR = "activations", "held beside these", "log-probabilities", "routing anchor"
+LAYERS, HEAD, ANCHOR = "activations", "log-probabilities", "routing anchor"
 EXCHANGE, BUFFERS, WORKSPACE = "tokens of all GPUs", "layers on their way", "workspace"
 CONTEXT = "CUDA context and graphs"
 
@@ -34,7 +34,7 @@ SPARE = 0.1
 """Share of a GPU's memory that `edits.recomputing` leaves free."""
 TILE, TILE_ROWS = 32768, 4096
 """Logits that TRL's fused head has at once: of so many words, for so many tokens."""
-_SLACK = 1.08
+_SLACK = 1.06
 """What the allocator holds for activations, beyond their bytes."""
 _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
 IN_FLIGHT = 2
@@ -157,8 +157,6 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         OTHERS: others // placed.gpus if split else others,
         GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else trained)),
         LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_HALF + trained),
-        # found by measuring, and not in the code: every peak has about an embedding's bytes more than all the rest
-        SEEN: sizes.vocabulary * sizes.hidden * sizes.width,
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
         EXCHANGE: _exchanged(sizes, step, placed.gpus, exact=split),
@@ -218,8 +216,9 @@ def _activations(sizes: Sizes, step: Step, kept: int) -> float:
 def _saved(sizes: Sizes, layer: Layer, step: Step) -> int:
     """Bytes a token that a layer keeps for its backward pass."""
     w, hidden = sizes.width, sizes.hidden
-    # both norms keep what they are given, and the linears after them what comes out
-    saved = 4 * hidden * w + _attention(sizes, layer) * w
+    # both norms keep what they are given, and linears after them what comes out; frozen experts keep no inputs
+    kept = 4 if layer.shared or not layer.routed or step.held == PLAIN else 3
+    saved = kept * hidden * w + _attention(sizes, layer, step) * w
     if not layer.routed:
         return saved + 4 * layer.dense["up"].outputs * w
     shared = 4 * layer.shared["up"].outputs if layer.shared else 0
@@ -233,17 +232,19 @@ def _of_row(sizes: Sizes, step: Step) -> int:
     return 2 * sizes.inner + (sizes.inner + sizes.hidden if step.held == PLAIN else 0)
 
 
-def _attention(sizes: Sizes, layer: Layer) -> int:
+def _attention(sizes: Sizes, layer: Layer, step: Step) -> int:
     """Numbers a token that attention keeps, beside its input."""
     linears = layer.attention
     if layer.recurrent:  # projections, what the convolution makes of them, and the kernel's own
         return 3 * sum(one.outputs for name, one in linears.items() if name != "out") + linears["out"].inputs
-    # queries, keys and values by head, each as many heads as queries, and what comes out
-    kept = 2 * sizes.qk + 2 * sizes.v
-    if "kv_b" in linears:  # the low ranks before and after their norms, and keys that values are a view of
+    # keys and values stand twice where both rows of a pair have them
+    twice = step.places / step.together
+    if "kv_b" in linears:  # the low ranks before and after their norms; values are filled up to the keys' size
         low = sum(linears[name].outputs for name in ("q_a", "kv_a") if name in linears)
-        return kept + 2 * low + linears["kv_b"].outputs - sizes.v
-    return kept + sum(linears[name].outputs for name in "qk")
+        return round(2 * low + 2 * sizes.qk * (1 + twice))
+    keys, values = linears["k"].outputs, linears["v"].outputs
+    # queries and keys before their norms and after, values, and what comes out
+    return round(2 * sizes.qk + sizes.v + keys + (keys + values) * twice)
 
 
 def _busy(sizes: Sizes, layer: Layer, step: Step) -> int:
@@ -272,8 +273,10 @@ def _anchor(sizes: Sizes, step: Step) -> int:
         return 0
     rows = sizes.top_k * (3 * sizes.inner + sizes.hidden) + 4 * sizes.hidden + 2 * sizes.qk + 2 * sizes.v
     scores = 4 * len(sizes.moe) * sizes.experts * _FP32
-    # the pass begins when the logits are gone
-    return step.places // 2 * scores + max(0, step.places // 2 * rows * sizes.width - _tile(sizes, step))
+    # the pass begins when the logits are gone, and is over when a layer's backward pass begins
+    later = max(_saved(sizes, layer, step) + _busy(sizes, layer, step) for layer in sizes.layers) * step.together
+    between = step.places // 2 * rows * sizes.width - max(_tile(sizes, step), later)
+    return step.places // 2 * scores + max(0, between)
 
 
 def _decoded(sizes: Sizes, step: Step, placed: Placement) -> int:

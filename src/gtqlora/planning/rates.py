@@ -41,10 +41,10 @@ _QWEN, _KIMI = "Qwen3-30B-A3B, NF4", "Kimi-K2.5's width, 1 dense and 2 MoE layer
 RATES = tuple(
     Rate(shape=shape, card="H100", hidden=hidden, tokens=tokens, recomputed=again, tokens_per_second=rate, share=share)
     for shape, hidden, tokens, again, rate, share in (
-        (_QWEN, 2048, 8192, True, 12_574, 0.290),
-        (_QWEN, 2048, 2048, True, 9_794, 0.226),
-        (_QWEN, 2048, 8192, False, 17_472, 0.404),
-        (_KIMI, 7168, 8192, True, 25_588, 0.519),
+        (_QWEN, 2048, 11_503, True, 17_656, 0.407),
+        (_QWEN, 2048, 2_889, True, 13_816, 0.319),
+        (_QWEN, 2048, 11_503, False, 24_534, 0.567),
+        (_KIMI, 7168, 11_868, True, 37_071, 0.752),
     )
 )
 _FARTHEST = 8
