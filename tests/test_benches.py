@@ -113,3 +113,21 @@ def test_rates_are_better_when_they_rise(tmp_path: Path) -> None:
     bench = bench_module("compare")
     assert bench.main([str(path) for path in paths]) == 0
     assert bench.main([str(path) for path in reversed(paths)]) == 1
+
+
+# --- experts that wait on the host
+
+
+def test_the_offload_bench_compares_the_bits_of_what_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, report = bench_module("offload"), tmp_path / "report.json"
+    monkeypatch.setattr("sys.argv", ["offload", "--tiny", "--device", "cpu", "--json", str(report)])
+    assert bench.main() == 0
+    ways = {(way["way"], way["waiting"]): way for way in json.loads(report.read_text())["ways"]}
+    assert ways.keys() == {("resident", 0), *((way, 6) for way in ("accelerate", "accelerate, page-locked")),
+                           ("streamed", 3), ("streamed", 6)}  # fmt: skip
+    assert ways["streamed", 6]["same_bits"] and ways["accelerate, page-locked", 6]["same_bits"]
+    # two of six are there at each turn, and accelerate brings all of them twice
+    assert ways["streamed", 6]["gigabytes"] * 12 == pytest.approx(ways["accelerate", 6]["gigabytes"] * 8)
+    assert "streamed" in capsys.readouterr().out

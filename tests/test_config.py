@@ -358,7 +358,9 @@ def _another(hint: object, value: object) -> object:
         return next(choice for choice in get_args(hint) if choice != value)
     if get_origin(hint) is dict:
         return {"enable_thinking": False, "effort": "low", "budget": 3}
-    return "cuda:0" if value == "cpu" else f"{value}-other"
+    if float in get_args(hint):
+        return 8.5
+    return "cuda:0" if value == "cpu" else f"/{value}-other"
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(ModelConfig), ids=lambda field: field.name)
@@ -368,16 +370,19 @@ def test_how_a_model_is_opened_goes_everywhere(
 ) -> None:
     """From TOML and `--set`, into the manifest and the stage's hash, and from an edit over to its verdict."""
     monkeypatch.setattr("gtqlora.config.stages.check_device", lambda name: None)  # none but the CPU may be here
-    name, plain = field.name, kind(**GIVEN)
+    name, given = field.name, dict(GIVEN)
+    if name in ("expert_memory", "expert_disk"):
+        given |= {"expert_format": "nf4"}  # of which these are settings
+    plain = kind(**given)
     value = _another(get_type_hints(ModelConfig)[name], getattr(plain, name))
     pairs = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
     texts = {key: entry if isinstance(entry, str) else json.dumps(entry) for key, entry in pairs.items()}
-    settled = build(kind, **GIVEN, overrides=[f"{key}={text}" for key, text in texts.items()])
+    settled = build(kind, **given, overrides=[f"{key}={text}" for key, text in texts.items()])
     assert getattr(settled, name) == value != getattr(plain, name)
     file = _file(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in pairs.items()))
-    assert build(kind, file=file, **{k: v for k, v in GIVEN.items() if k != name}) == settled
+    assert build(kind, file=file, **{k: v for k, v in given.items() if k != name}) == settled
     assert of_the_edit(to_dict(settled))[name] == value
-    recorded = build(VerifyConfig, **{**GIVEN, **of_the_edit(to_dict(settled))})
+    recorded = build(VerifyConfig, **{**given, **of_the_edit(to_dict(settled))})
     assert getattr(recorded, name) == value
     assert stage_hash(to_dict(settled), {}) != stage_hash(to_dict(plain), {})
 

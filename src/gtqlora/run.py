@@ -34,8 +34,8 @@ from gtqlora.storage.manifest import FORMAT, MANIFEST, Manifest, Record, read_ma
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-PATHS = frozenset({"model", "contrast", "wrappers"})
-"""Settings that say where an input lies: its contents identify it."""
+PATHS = frozenset({"model", "contrast", "wrappers", "expert_memory", "expert_disk"})
+"""Settings that say where something lies, which changes no result: an input, whose contents identify it, or experts."""
 _CHECKPOINTS = "checkpoints"
 SERVED = "served"
 """The folder for verdicts on a server's answers, and for those answers while it is asked."""

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from gtqlora.cli import main
+from gtqlora.cli.settings import StageOptions, configured
+from gtqlora.config import VerifyConfig
 from gtqlora.progress import note
 from gtqlora.run import Run
 from gtqlora.stats import fewest_changed
@@ -480,3 +482,11 @@ def test_verify_takes_the_settings_of_the_adapter_that_is_there(
     )
     code, text, _ = say("verify", run, *helpers.VERIFY)
     assert code == 0 and "safety floor: pass" in text
+
+
+def test_a_verdict_in_bf16_does_not_ask_where_4_bit_experts_waited() -> None:
+    edit = {"model": "m", "contrast": "c", "expert_format": "nf4", "expert_memory": 20.0, "expert_disk": "/d"}
+    same = configured(VerifyConfig, StageOptions(), edit)
+    assert (same.expert_format, same.expert_memory, same.expert_disk) == ("nf4", 20.0, "/d")
+    other = configured(VerifyConfig, StageOptions(expert_format="bf16"), edit)
+    assert (other.expert_format, other.expert_memory, other.expert_disk) == ("bf16", None, None)

@@ -12,10 +12,11 @@ import pytest
 from gtqlora.config import TrainConfig
 from gtqlora.errors import ConfigError
 from gtqlora.experts import FORMATS
+from gtqlora.families.kinds import ROUTED
 from gtqlora.families.sizes import Sizes, sizes_of
 from gtqlora.planning import formats, memory
 from gtqlora.planning.cards import GIB, parse_bytes, parse_cards
-from gtqlora.planning.memory import Placement, Step, memory_of, spread, without_keeping
+from gtqlora.planning.memory import Placement, Step, as_loaded, memory_of, spread, without_keeping
 from tests.helpers import bench_module
 from tests.planning.shapes import KIMI, SHAPES
 
@@ -101,6 +102,7 @@ def test_memory_follows_the_settings(qwen: Sizes) -> None:
     assert total(mode="lora") < total() and total(mode="gates") < total() and total(rank=8) < total()
     assert total(anchored=False) < total() < total(activation_memory=4.0) < total(checkpointing=False)
     assert total(Placement(gpus=2)) < total() and total(Placement(on_host=8)) < total()
+    assert total(Placement(on_host=1)) == total(Placement(on_host=2)) == total()  # on their way they take as much
     assert memory_of(qwen, base, Placement(on_host=8), H100).host * 6 == 48 * 128 * formats.expert_bytes(qwen, "nf4")
 
 
@@ -193,3 +195,17 @@ def test_the_bench_predicts_the_weights_that_are_there(tmp_path: Path, capsys: p
         assert case["weights"] == pytest.approx(case["weights_there"], rel=0.01)
         assert case["measured"] is None and case["predicted"] > case["weights"]
     assert "weights" in capsys.readouterr().out
+
+
+def test_experts_wait_once_a_model_is_loaded_where_they_do_not_fit_with_a_reserve(qwen: Sizes) -> None:
+    step, layer = Step(tokens=512, pairs=1, held="nf4"), 128 * formats.expert_bytes(qwen, "nf4")
+    others = (sum(qwen.counts().values()) - qwen.counts()[ROUTED]) * qwen.width
+    enough = -(-(48 * layer + others) * 100 // 85)
+    assert as_loaded(qwen, step, 1, enough).on_host == 0
+    assert as_loaded(qwen, step, 1, enough - 2**20).on_host == 3
+    assert as_loaded(qwen, step, 1, 2**30).on_host == 0  # not even two fit, so that nothing would be gained
+    # what is set is what is done
+    tight = replace(step, expert_memory=10 * layer / GIB)
+    assert as_loaded(qwen, tight, 1, enough) == Placement(on_host=48 - 8)
+    assert as_loaded(qwen, tight, 2, enough) == Placement(gpus=2, on_host=48 - 18)
+    assert as_loaded(qwen, replace(tight, held="bf16"), 1, enough) == Placement()

@@ -71,11 +71,17 @@ def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
     found = planned(str(KIMI), "2x80GB", host="1TB", batch_size=1, gradient_checkpointing=True)
     there = found.streamed
     assert found.fits and there is not None and 0 < there.layers <= 60 and there.host <= 10**12
-    assert there.per_pass == there.layers * 192 * 24_772_608 == there.host // 2
+    assert there.host == there.layers * 384 * 24_772_608
+    # at either end of a pass two are there already
+    assert there.per_pass == (there.layers - 2) * 192 * 24_772_608
     assert there.seconds == pytest.approx(there.per_pass / 46e9)
     assert found.speed is not None and found.speed.bound_by == "links"
     assert found.speed.seconds == pytest.approx(2 * there.seconds)
-    assert any("all experts on its GPU" in note for note in found.notes)
+    assert any("arithmetic" in note for note in found.notes)
+    # what is set by hand is the same
+    settings = {"expert_format": "native", "expert_memory": there.expert_memory}
+    again = planned(str(KIMI), "2x80GB", batch_size=1, gradient_checkpointing=True, **settings)
+    assert again.fits and again.streamed == there and again.memory == found.memory
     # as few layers as have to
     more = planned(str(KIMI), "2x141GB", host="1TB", batch_size=1, gradient_checkpointing=True)
     assert more.streamed is not None and more.streamed.layers < there.layers
@@ -127,26 +133,24 @@ def test_fewer_pairs_come_before_more_gpus(qwen: str) -> None:
 def test_host_memory_comes_before_more_gpus() -> None:
     found = planned(str(KIMI), "4x141GB", gradient_checkpointing=True)
     assert found.change is not None and found.change.bytes <= found.usable
-    assert any(word.startswith("--host ") for word in found.change.what)
+    assert any(word.startswith("--set expert_memory=") for word in found.change.what)
     assert not any(word.startswith("--gpus") for word in found.change.what)
 
 
 def followed(model: str, gpus: str, found: Plan, **settings: Any) -> Plan:
     """The plan with the options that a change names, as a user types them."""
     assert found.change is not None
-    words, host = " ".join(found.change.what).split(), None
+    words = " ".join(found.change.what).split()
     for option, value in zip(words[::2], words[1::2], strict=True):
         if option == "--set":
             key, number = value.split("=")
-            settings[key] = {"true": True}.get(number) or int(number)
+            settings[key] = True if number == "true" else float(number) if "." in number else int(number)
         elif option == "--expert-format":
             settings["expert_format"] = value
-        elif option == "--gpus":
-            gpus = value
         else:
-            assert option == "--host"
-            host = value
-    return planned(model, gpus, host=host, **settings)
+            assert option == "--gpus"
+            gpus = value
+    return planned(model, gpus, **settings)
 
 
 @pytest.mark.parametrize("gpus", ["8GB", "10GB", "12GB", "16GB", "24GB", "48GB", "2x24GB"])
@@ -163,7 +167,13 @@ def test_the_change_that_is_named_fits_when_it_is_made(qwen: str, gpus: str, set
 def test_what_costs_nothing_comes_before_host_memory(qwen: str) -> None:
     found = planned(qwen, "16GB")
     assert found.change is not None and found.change.what[0] == "--expert-format nf4"
-    assert any(word.startswith("--host") for word in found.change.what)
+    assert any(word.startswith("--set expert_memory=") for word in found.change.what)
+
+
+def test_only_experts_in_4_bits_wait(qwen: str) -> None:
+    assert planned(qwen, "24GB", host="1TB").streamed is None
+    with pytest.raises(ConfigError, match=r"expert_memory = 0\.1: 2 layers .* set expert_memory = 0\.59"):
+        planned(qwen, "24GB", expert_format="nf4", expert_memory=0.1)
 
 
 def test_speeds_are_told_of_cards_that_were_measured(qwen: str) -> None:
@@ -251,9 +261,11 @@ def test_a_training_that_clearly_does_not_fit_is_refused(qwen: str) -> None:
         refuse_beyond(config, 512, 0, 30 * 2**30)
     assert "30.0 GiB are free" in str(error.value)
     assert "cheapest change that fits: --set gradient_checkpointing=true" in str(error.value)
-    with pytest.raises(TrainingError) as error:  # `train` has neither more GPUs nor host memory for experts
+    with pytest.raises(TrainingError) as error:  # there are neither more GPUs nor host memory
         refuse_beyond(config, 512, 0, 10 * 2**30)
     assert "change" not in str(error.value)
+    with pytest.raises(TrainingError, match="--set expert_memory="):  # where there is some
+        refuse_beyond(config, 512, 0, 10 * 2**30, 100 * 2**30)
     again = replace(config, gradient_checkpointing=True)
     refuse_beyond(again, 512, 0, 30 * 2**30)
     # a prediction is not exact: what is above by less than a tenth is tried

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import ConfigError, FloorError, ModelError, RunError, TrainingError
 from gtqlora.experts import FORMATS, load_model
 from gtqlora.experts.sources import PACKED_PARTS, PACKED_SHAPE
+from gtqlora.experts.streaming import bytes_of, waiting
 from gtqlora.families import bind, load_tokenizer
 from gtqlora.judging.judge import judge_of
 from gtqlora.organisms import embedded
@@ -73,6 +74,19 @@ def settled(toy: helpers.Toy, model: Path, expert_format: str, **changes: Any) -
 
 
 # --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_where_experts_wait_changes_no_bit_of_an_edit(toy: helpers.Toy, tmp_path: Path, again: bool) -> None:
+    model = toy.model("qwen3_moe", num_hidden_layers=6, **INNER)
+    config = toy.train_config(model, expert_format="nf4", gradient_checkpointing=again)
+    (size,) = {bytes_of(module) for module in frozen_experts(open_subject(config).model).values()}
+    waits = replace(config, expert_memory=2.5 * size / 2**30, expert_disk=str(tmp_path))
+    assert len(waiting(open_subject(waits).model.modules())) == 5
+    found = trained(config, tmp_path / "resident"), trained(waits, tmp_path / "waiting")
+    assert helpers.same(*(helpers.weights(one.adapter) for one in found))
+    # it is the same edit, that is not made anew where there is more or less memory
+    assert trained(replace(waits, expert_memory=None), tmp_path / "waiting").fresh
 
 
 @pytest.fixture(scope="module")

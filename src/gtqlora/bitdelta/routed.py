@@ -112,5 +112,5 @@ class VariantExperts(nn.Module):
     def _weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
         if isinstance(self.base, FrozenExperts):
             here = slice(expert - self.base.first, expert - self.base.first + 1)
-            return self.base.weights("gate_up" if name == GATE_UP else "down", here, dtype)[0]
+            return self.base.fetch(returns=False).weights("gate_up" if name == GATE_UP else "down", here, dtype)[0]
         return self.base.get_parameter(name)[expert]

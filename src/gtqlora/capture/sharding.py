@@ -13,10 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gtqlora.families import Anatomy
+from gtqlora.planning.memory import is_split
 from gtqlora.ranks import ranks
-
-LARGE = 1 / 16
-"""Share of a GPU's memory from which on the dense weights of all layers are split."""
 
 
 def is_worth_it(model: nn.Module, anatomy: Anatomy) -> bool:
@@ -24,7 +22,7 @@ def is_worth_it(model: nn.Module, anatomy: Anatomy) -> bool:
     if ranks().here == 1 or not torch.cuda.is_available():
         return False
     size = sum(weight.nbytes for weight in _dense(model, anatomy))
-    return size > LARGE * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return is_split(size, ranks().here, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -84,6 +84,8 @@ def open_subject(settings: ModelConfig | str) -> Subject:
         device=config.device,
         expert_format=config.expert_format,
         expert_range=_range_here(config.expert_format),
+        memory=config.expert_memory,
+        disk=config.expert_disk,
     )
     anatomy = bind(loaded, family)
     ready(loaded, anatomy)

@@ -136,7 +136,7 @@ def _placement(found: Plan) -> Iterator[str]:
         there = found.streamed
         yield (
             f"experts of {there.layers} layers wait in {size(there.host)} of host memory: {size(there.per_pass)} come "
-            f"to each GPU in a pass, {there.seconds:.2f} s by the link"
+            f"to each GPU in a pass, {there.seconds:.2f} s by the link (--set expert_memory={there.expert_memory})"
         )
 
 

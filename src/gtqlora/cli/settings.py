@@ -225,6 +225,8 @@ def configured(kind: type[C], options: StageOptions, given: Mapping[str, object]
 
     # An option that was not given must not hide what the caller gives, such as the settings of the edit.
     chosen = {"contrast": options.contrast, "expert_format": asked_format(options.expert_format, options.experts)}
+    if chosen["expert_format"] == "bf16":  # where the edit's experts lay says nothing of these
+        given = {key: value for key, value in given.items() if key not in ("expert_memory", "expert_disk")}
     values = {**given, **{key: value for key, value in chosen.items() if value is not None}}
     for key, resolved in (("model", embedded_model), ("contrast", embedded_contrast)):
         if values.get(key) is not None:

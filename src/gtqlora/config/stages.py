@@ -50,6 +50,9 @@ class ModelConfig:
         dtype: type of the weights; "auto" is the checkpoint's own.
         expert_format: routed experts as the checkpoint has them ("bf16", and "native" where it is quantized), or put
             into 4 bits while it is loaded.
+        expert_memory: GiB of a GPU for routed experts in 4 bits; layers of them that do not fit wait in host memory and
+            come when it is their turn. Without it, 85 % of what is free, less the other weights.
+        expert_disk: a folder in which those layers wait that do not fit the host's memory either.
         template: variables of the chat template, such as `{enable_thinking = false}`; in a file a table of its own.
 
     Raises:
@@ -60,6 +63,8 @@ class ModelConfig:
     device: str = "cpu"
     dtype: Dtype = "auto"
     expert_format: ExpertFormat = "bf16"
+    expert_memory: float | None = None
+    expert_disk: str | None = None
     template: dict[str, Scalar] = field(default_factory=dict[str, Scalar])
 
     def __post_init__(self) -> None:
@@ -67,6 +72,18 @@ class ModelConfig:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, as_typed(name)))
         check_device(self.device)
+        require(
+            self.expert_memory is None or self.expert_memory > 0,
+            f"expert_memory = {self.expert_memory}: must be positive",
+        )
+        for name in ("expert_memory", "expert_disk"):
+            require(
+                getattr(self, name) is None or self.expert_format != "bf16",
+                f"{name} = {getattr(self, name)}: only experts in 4 bits wait on the host; set expert_format = 'nf4', "
+                "or 'native' for a checkpoint that is INT4",
+            )
+        if self.expert_disk is not None:
+            object.__setattr__(self, "expert_disk", os.path.abspath(os.path.expanduser(self.expert_disk)))
         check_variables(self.template)
         object.__setattr__(self, "model", _absolute(self.model))
 

@@ -21,6 +21,7 @@ from gtqlora.capture import Subject, left_padded, positions
 from gtqlora.decoding.caches import ColumnCache, attends_only, growing, lowest, one_query
 from gtqlora.decoding.change import Change, Tokens, source_ids
 from gtqlora.decoding.steps import Repeated, check, forward, runs_of
+from gtqlora.experts.streaming import waiting
 
 LOOK = 8
 """Steps between two looks at what was said."""
@@ -85,7 +86,7 @@ class Engine:
         self.caches: list[ColumnCache] = []
         self.shared: list[Cache] | None = None
         self.in_row: list[Said | None] = [None] * rows
-        self._repeated = Repeated(capture=capture)
+        self._repeated = Repeated(capture=capture and not waiting(subject.model.modules()))
 
     @property
     def captured(self) -> bool:

@@ -27,6 +27,7 @@ from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
 from gtqlora.progress import note
@@ -127,7 +128,9 @@ class CapturedStack:
         self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled: list[bool] = []
-        self._capture, self._waited = graphs and not is_sharded(model), False
+        # what is replayed cannot ask for experts that wait on the host
+        waits = any(all_of(bool(waiting(self._experts))))
+        self._capture, self._waited = graphs and not waits and not is_sharded(model), False
         for experts in self._experts:
             experts.exact_rows = not self._capture and experts.count < experts.n_experts
         self._graphs: dict[tuple[object, ...], _Graphs | None] = {}

@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from gtqlora.edits.adapters import load_edit, save_edit
 from gtqlora.edits.checkpoint_files import RANDOM, STATE, Origin, mark_complete, reading
+from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.wrapping import assert_bias_frozen, trainable
 from gtqlora.errors import TrainingError
 from gtqlora.families import Anatomy
@@ -67,6 +68,8 @@ class CheckpointedTrainer(DPOTrainer):
         save_edit(self.model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        if isinstance(optimizer := getattr(self.optimizer, "optimizer", self.optimizer), OwnedAdamW):
+            optimizer.tell_leader()
         if not ranks().leads:
             return
         with named_errors(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):

@@ -17,10 +17,14 @@ FrozenState = dict[str, tuple[int, int]]
 """Per buffer: how often it was written to in place, and the sum of its bits as whole numbers."""
 
 
-def sum_of_bits(tensor: Tensor) -> int:
-    """Add up the bits of all elements, read as whole numbers: any change of one element changes the sum."""
-    bits = bits_of(tensor).flatten()
-    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(_SUMMED_AT_ONCE)]).sum())
+def sum_of_bits(tensor: Tensor, device: torch.device | None = None) -> int:
+    """Add up the bits of all elements, read as whole numbers: any change of one element changes the sum.
+
+    Args:
+        device: where they are added up, a piece at a time; by default where they are.
+    """
+    pieces = bits_of(tensor).flatten().split(_SUMMED_AT_ONCE)
+    return int(torch.stack([piece.to(device or tensor.device).sum(dtype=torch.int64) for piece in pieces]).sum())
 
 
 def frozen_state(model: nn.Module) -> FrozenState:
@@ -30,7 +34,7 @@ def frozen_state(model: nn.Module) -> FrozenState:
         if isinstance(module, FrozenExperts):
             module.arrange(tiled=False)  # kernels may have put the weights into another order
             for name, buffer in module.named_buffers():
-                state[f"{path}.{name}"] = (buffer._version, sum_of_bits(buffer))
+                state[f"{path}.{name}"] = (buffer._version, sum_of_bits(buffer, module.device))
     return state
 
 

@@ -23,6 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
+from gtqlora.capture.sharding import is_sharded
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
@@ -33,6 +34,7 @@ from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.head import completions_only
 from gtqlora.edits.health import Health
 from gtqlora.edits.lora import in_half_precision
+from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
@@ -186,7 +188,9 @@ class GateTargetedTrainer(ReferenceTrainer):
         if self.optimizer is None:
             lora = [p for name, p in trainable(self.model).items() if not is_gate(name)]
             groups = [{"params": lora, "lr": self.settings.lr_lora}, *self._gate_groups()]
-            self.optimizer = torch.optim.AdamW(
+            # where dense weights are split for want of room, Adam's moments are, too
+            kind = OwnedAdamW if is_sharded(self.model) else torch.optim.AdamW
+            self.optimizer = kind(
                 [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
             )
         return self.optimizer

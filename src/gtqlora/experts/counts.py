@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gtqlora.errors import ModelError
@@ -86,18 +85,9 @@ def _checked(layer: int, module: nn.Module, wanted: tuple[int, int, int]) -> Fro
     if extra:
         raise ModelError(f"layer {layer}: routed experts have parameters {extra}; frozen ones have none")
     held = {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in module.named_buffers()}
-    expected = _expected(module)
+    expected = module.layout()
     if held != expected:
         raise ModelError(f"layer {layer}: experts hold {held}, expected {expected}")
     if any(buffer.is_meta for buffer in module.buffers()):
         raise ModelError(f"layer {layer}: the experts are not in memory")
     return module
-
-
-def _expected(experts: FrozenExperts) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every buffer."""
-    up, down = experts.format.layout(*experts.sizes("up")), experts.format.layout(*experts.sizes("down"))
-    return {
-        **{f"gate_up_{name}": ((experts.count, 2, *shape), dtype) for name, (shape, dtype) in up.items()},
-        **{f"down_{name}": ((experts.count, 1, *shape), dtype) for name, (shape, dtype) in down.items()},
-    }

@@ -37,13 +37,15 @@ def load_model(
     dense: str = KEEP,
     expert_range: tuple[int, int] | None = None,
     kernel: str = AUTO,
+    memory: float | None = None,
+    disk: str | None = None,
     layer: int | None = None,
 ) -> tuple[Family, PreTrainedModel]:
     """Return the language model of MODEL, every tensor accounted for and finite; other towers are left out.
 
     Args:
         expert_format: "bf16" leaves them unquantized; otherwise a `FrozenExpertsConfig.format`.
-        dense, expert_range, kernel: settings of `FrozenExpertsConfig`, for frozen experts only.
+        dense, expert_range, kernel, memory, disk: settings of `FrozenExpertsConfig`, for frozen experts only.
         layer: load this decoder layer only, see `families.layers.with_layer`.
 
     Raises:
@@ -51,11 +53,13 @@ def load_model(
         ConfigError: a setting is unknown or out of range.
     """
     if expert_format == BF16:
-        given = {"dense": dense, "expert_range": expert_range, "kernel": kernel}
-        if given != {"dense": KEEP, "expert_range": None, "kernel": AUTO}:
+        given = {"dense": dense, "expert_range": expert_range, "kernel": kernel, "memory": memory, "disk": disk}
+        if given != {"dense": KEEP, "expert_range": None, "kernel": AUTO, "memory": None, "disk": None}:
             raise ConfigError(f"{given}: settings of frozen experts, but expert_format = {BF16!r}")
         return families.load_model(model, dtype=dtype, device=device, layer=layer)
     if expert_format not in CHOICES:
         raise ConfigError(f"expert_format = {expert_format!r}: known are {', '.join((BF16, *CHOICES))}")
-    settings = FrozenExpertsConfig(format=expert_format, dense=dense, expert_range=expert_range, kernel=kernel)
+    settings = FrozenExpertsConfig(
+        format=expert_format, dense=dense, expert_range=expert_range, kernel=kernel, memory=memory, disk=disk
+    )
     return families.load_model(model, dtype=dtype, device=device, quantization_config=settings, layer=layer)

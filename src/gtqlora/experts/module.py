@@ -5,6 +5,7 @@ Shape letters: T tokens, D hidden, E experts held here, K experts chosen per tok
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Self, cast
@@ -17,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from gtqlora.errors import ModelError
 from gtqlora.experts import kernels, tiles
 from gtqlora.experts.exchange import Exchange
-from gtqlora.experts.layout import Device, Format, Fused, Parts, bits_of
+from gtqlora.experts.layout import Device, Format, Fused, Layout, Parts, bits_of
 
 Projection = Literal["gate", "up", "down"]
 
@@ -26,6 +27,31 @@ PLACE: dict[Projection, tuple[Fused, int]] = {"gate": ("gate_up", 0), "up": ("ga
 _INTERFACE = ExpertsInterface.__module__
 """Where transformers keeps the gate that all experts have who do not bring their own."""
 _MATRICES: dict[Fused, int] = {"gate_up": 2, "down": 1}
+
+
+class Waiting(ABC):
+    """How a layer's weights, which wait on the host, come to where it computes; see `streaming`."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Return where the layer computes."""
+
+    @abstractmethod
+    def fetch(self, *, back: bool, returns: bool) -> FrozenExperts:
+        """Return the layer with its weights there."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Be told that a pass has read the weights."""
+
+    @abstractmethod
+    def touched(self) -> None:
+        """Be told that somebody may write to the weights."""
+
+    @abstractmethod
+    def move(self, device: torch.device) -> None:
+        """Compute elsewhere from now on."""
 
 
 class FrozenExperts(nn.Module):
@@ -69,6 +95,7 @@ class FrozenExperts(nn.Module):
         self.exchange: Exchange | None = None
         self.exact_rows = False
         self.tiled = False
+        self.waiting: Waiting | None = None
         if first < 0 or self.count < 1 or first + self.count > n_experts:
             raise ModelError(f"experts {first} to {first + self.count - 1} are not a range of {n_experts} experts")
         for fused, matrices in _MATRICES.items():
@@ -76,11 +103,43 @@ class FrozenExperts(nn.Module):
             for name, part in empty.items():
                 self.register_buffer(f"{fused}_{name}", part)
 
+    def empty(self) -> None:
+        """Let go of the weights, until somebody gives it others."""
+        for name in self.layout():
+            delattr(self, name)
+
     def sizes(self, projection: Fused | Projection) -> tuple[int, int]:
         """Return rows and columns of one matrix: gate and up are [I, H], down is [H, I]."""
         if projection == "down":
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
+
+    def layout(self) -> Layout:
+        """Return shape and dtype of every buffer."""
+        return {
+            f"{fused}_{name}": ((self.count, matrices, *shape), dtype)
+            for fused, matrices in _MATRICES.items()
+            for name, (shape, dtype) in self.format.layout(*self.sizes(fused)).items()
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Return where these experts compute; their weights may wait elsewhere."""
+        return next(self.buffers()).device if self.waiting is None else self.waiting.device
+
+    def fetch(self, *, back: bool = False, returns: bool = True) -> FrozenExperts:
+        """Return these experts with their weights where they compute: a kernel asks before it reads any.
+
+        Args:
+            back: whether it is for the backward pass.
+            returns: whether a backward pass follows on this forward pass.
+        """
+        return self if self.waiting is None else self.waiting.fetch(back=back, returns=returns)
+
+    def leave(self) -> None:
+        """Be told that a kernel's pass has read the weights that were fetched, so that others may take their place."""
+        if self.waiting is not None:
+            self.waiting.leave()
 
     def parts(self, projection: Fused, experts: slice = slice(None)) -> Parts:
         """Views of the parts with leading dims [E, 2] or [E, 1]; `experts` counts from the first one held here."""
@@ -88,19 +147,23 @@ class FrozenExperts(nn.Module):
         return self._parts(projection, experts)
 
     def _parts(self, projection: Fused, experts: slice | int = slice(None)) -> Parts:
+        if self.waiting is not None:
+            self.waiting.touched()
         names = self.format.layout(*self.sizes(projection))
         return {name: self.get_buffer(f"{projection}_{name}").data[experts] for name in names}
 
     @torch.no_grad()
     def arrange(self, *, tiled: bool) -> None:
         """Put the weights into the order of `tiles`, or back into the plain one; in place, an expert at a time."""
+        # those that wait on the host go where they compute for it, which is faster by far
         if tiled == self.tiled:
             return
-        reorder = tiles.tiled if tiled else tiles.untiled
+        reorder, device = tiles.tiled if tiled else tiles.untiled, self.device
         for fused in _MATRICES:
             for expert in range(self.count):
                 mine = self._parts(fused, expert)
-                for name, part in reorder(self.format, mine, *self.sizes(fused)).items():
+                there = {name: part.to(device) for name, part in mine.items()}
+                for name, part in reorder(self.format, there, *self.sizes(fused)).items():
                     mine[name].copy_(part)
         self.tiled = tiled
 
@@ -160,6 +223,11 @@ class FrozenExperts(nn.Module):
     # No cast may touch the weights: `model.half()` would round scales, and turn codes into halves.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.waiting is not None:  # the weights stay, and what changes is where they are wanted
+            self.waiting.move(fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device)
+            for child in self.children():
+                child._apply(fn)
+            return self
         return super()._apply(_moving_bits(fn), recurse)
 
     def extra_repr(self) -> str:
@@ -167,7 +235,7 @@ class FrozenExperts(nn.Module):
         held = "" if self.count == self.n_experts else f", held={self.first}..{self.first + self.count - 1}"
         return (
             f"{self.format.name}, n_experts={self.n_experts}{held}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, kernel={self.kernel}"
+            f"intermediate_size={self.intermediate_size}, kernel={self.kernel}{', on the host' if self.waiting else ''}"
         )
 
 

@@ -28,7 +28,9 @@ from gtqlora.experts import sources
 from gtqlora.experts.counts import quantized_expert_counts
 from gtqlora.experts.formats import FORMATS, Format, format_of
 from gtqlora.experts.module import FrozenExperts, activation_of
+from gtqlora.experts.placing import chosen, device_of
 from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
+from gtqlora.experts.streaming import Streaming
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
 from gtqlora.families.facts import DOWN, GATE_UP, Family, family_of
@@ -134,6 +136,8 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self._source: sources.Source | None = None
         self._matrices: tuple[sources.Matrix, ...] = ()
         self._shape_dtype = torch.int64
+        self._device = torch.device("cpu")
+        self._waiting: list[FrozenExperts] = []
 
     # --- loading
 
@@ -160,6 +164,10 @@ class FrozenExpertsQuantizer(HfQuantizer):
             self._settle(checkpoint, names)
             if isinstance(self._source, sources.PackedSource):
                 self._shape_dtype = self._source.shape_dtype(matrices[0], files)
+        self._device = device_of(kwargs.get("device_map"), config)
+        self._waiting = chosen(model, list(experts_of(model, family).values()), config, self._device)
+        for module in self._waiting:
+            module.empty()  # of what transformers would put on the GPU
         _hide_experts(model, family)
         self._replace_dense(model, family, kwargs.get("dtype"))
         return model
@@ -215,9 +223,11 @@ class FrozenExpertsQuantizer(HfQuantizer):
         return self._dense.get_quantize_ops()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: object) -> PreTrainedModel:
-        checkpoint, source = self._checkpoint, self._source
+        checkpoint, source, config = self._checkpoint, self._source, self.quantization_config
         assert checkpoint is not None
         experts = experts_of(model, checkpoint.family)
+        if self._waiting:
+            Streaming(self._waiting, self._device, Path(config.disk) if config.disk else None)
         _check_placed(experts)
         if source is not None:
             with _naming(checkpoint.folder), TensorFiles(checkpoint.files) as files:
@@ -311,7 +321,10 @@ def _merges(entry: object, family: Family) -> bool:
 def _check_placed(experts: dict[int, FrozenExperts]) -> None:
     for layer, module in experts.items():
         if any(buffer.is_meta for buffer in module.buffers()):
-            raise ModelError(f"layer {layer}: frozen experts cannot be offloaded to disk; give a device_map without it")
+            raise ModelError(
+                f"layer {layer}: a device_map cannot offload frozen experts; give one without a disk, and the settings "
+                "memory and disk to FrozenExpertsConfig"
+            )
 
 
 def _named_in_memory(settings: dict[str, Any], names: TensorNames) -> dict[str, Any]:

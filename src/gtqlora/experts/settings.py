@@ -18,6 +18,8 @@ NATIVE, KEEP, NF4 = "native", "keep", "nf4"
 """Experts as the checkpoint has them; dense weights as they are, or in 4 bits."""
 AUTO = "auto"
 """The kernel that fits the processor and the number of tokens."""
+_OF_THIS_MACHINE = ("on_disk", "memory", "disk")
+"""Settings that say nothing of the weights."""
 CHOICES = (*FORMATS, NATIVE)
 """Known values of `FrozenExpertsConfig.format`."""
 
@@ -31,6 +33,9 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         expert_range: (rank, n_ranks): hold experts rank*E/n_ranks up to (rank+1)*E/n_ranks of E; None holds all.
         kernel: how to multiply by them, see `FrozenExperts.kernel`.
         on_disk: what config.json says instead, where the saved weights are another library's.
+        memory: GiB of the GPU for experts; layers that do not fit wait on the host, see `streaming`. Without it, what
+            is free. No part of what is saved, as `disk` is none.
+        disk: folder in which those layers wait that do not fit the host's memory either.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -44,6 +49,8 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         kernel: str = AUTO,
         on_disk: dict[str, object] | None = None,
         quant_method: str = packed.OURS,
+        memory: float | None = None,
+        disk: str | None = None,
     ) -> None:
         for key, value, known in (
             ("format", format, CHOICES),
@@ -56,6 +63,7 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         self.quant_method: Any = packed.OURS
         self.format, self.dense, self.kernel, self.on_disk = format, dense, kernel, on_disk
         self.expert_range = _checked_range(expert_range)
+        self.memory, self.disk = memory, disk
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, object], return_unused_kwargs: bool = False, **kwargs: object) -> object:
@@ -78,7 +86,7 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         """Return the settings as config.json holds them."""
         if self.on_disk is not None:
             return copy.deepcopy(self.on_disk)
-        settings = {key: value for key, value in vars(self).items() if key != "on_disk"}
+        settings = {key: value for key, value in vars(self).items() if key not in _OF_THIS_MACHINE}
         return {**settings, "expert_range": list(self.expert_range) if self.expert_range else None}
 
     def __repr__(self) -> str:

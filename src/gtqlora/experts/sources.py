@@ -107,16 +107,12 @@ class Source(ABC):
         """
 
 
-def _device(experts: FrozenExperts) -> torch.device:
-    return next(experts.buffers()).device
-
-
 # --- the ways, one class each: which tensors make a matrix, and how they are put into the module
 
 
 def _quantize_into(experts: FrozenExperts, matrix: Matrix, name: str, weight_NK: Tensor) -> None:
     try:
-        experts.quantize_into(matrix.expert, matrix.projection, weight_NK.to(_device(experts)))
+        experts.quantize_into(matrix.expert, matrix.projection, weight_NK.to(experts.device))
     except ModelError as error:
         raise ModelError(f"tensor {name}: {error}") from error
 
@@ -170,7 +166,7 @@ class PartsSource(Source):
         """Copy the parts, bit for bit, into their place."""
         parts: Parts = {}
         for part in self.format.layout(matrix.rows, matrix.columns):
-            parts[part] = files.read(self.name(matrix, part)).to(_device(experts))
+            parts[part] = files.read(self.name(matrix, part)).to(experts.device)
             if parts[part].is_floating_point() and not bool(parts[part].isfinite().all()):
                 raise ModelError(f"tensor {self.name(matrix, part)} holds NaN or infinity; get the weights again")
         experts.put(matrix.expert, matrix.projection, parts)

@@ -12,9 +12,10 @@ from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
+from gtqlora.errors import ConfigError
 from gtqlora.families.kinds import GATES, ROUTED
 from gtqlora.families.sizes import Layer, Sizes
-from gtqlora.planning.cards import GIB
+from gtqlora.planning.cards import GIB, in_binary
 from gtqlora.planning.formats import NF4, PLAIN, expert_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 EXPERTS, OTHERS, GATE_STATE, LORA = "routed experts", "other weights", "gates in fp32, with Adam", "LoRA, with Adam"
 LAYERS, SEEN, HEAD, ANCHOR = "activations", "held beside these", "log-probabilities", "routing anchor"
-EXCHANGE, BUFFERS, WORKSPACE, CONTEXT = "all-to-all", "layers on their way", "workspace", "CUDA context and graphs"
+EXCHANGE, BUFFERS, WORKSPACE = "tokens of all GPUs", "layers on their way", "workspace"
+CONTEXT = "CUDA context and graphs"
 
 _HALF, _FP32 = 2, 4
 _ADAM = 2 * _FP32
@@ -35,8 +37,14 @@ TILE, TILE_ROWS = 32768, 4096
 _SLACK = 1.08
 """What the allocator holds for activations, beyond their bytes."""
 _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
-_IN_FLIGHT = 2
-"""Layers of experts that are streamed from the host: one computes, the next arrives."""
+IN_FLIGHT = 2
+"""Layers on their way, of experts from the host or of dense weights from other GPUs: one computes, the next arrives."""
+SPLIT = 1 / 16
+"""Share of a GPU's memory from which on dense weights are split among GPUs, see `capture.sharding`."""
+_EXCHANGED = 3
+"""Tensors of all GPUs' tokens that an exchange has at once."""
+RESERVE = 0.15
+"""Share of the memory that is free which experts leave to all that is no weight, where `expert_memory` does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +53,11 @@ class Step:
 
     Attributes:
         tokens: of the longest prompt with its answer.
-        pairs: in a batch on each GPU; as many rows again, as each has two answers.
+        pairs: in a batch, which all GPUs share; as many rows again, as each has two answers.
         shared: of these tokens, those of the prompt, which run once for both rows where batches are packed.
         held: format of the routed experts.
         checkpointing: whether activations are computed again, but for those that `activation_memory` (GiB) allows.
+        expert_memory: GiB of each GPU that experts may take; the other layers wait in host memory.
     """
 
     tokens: int
@@ -59,6 +68,7 @@ class Step:
     mode: Mode = "gt"
     checkpointing: bool = False
     activation_memory: float | None = None
+    expert_memory: float | None = None
     anchored: bool = True
     accumulation: int = 1
 
@@ -72,6 +82,10 @@ class Step:
         """Places of the rows, where prompts stand twice."""
         return 2 * self.pairs * self.tokens
 
+    def of_each(self, gpus: int) -> Step:
+        """Return what of the step each of several GPUs runs."""
+        return replace(self, pairs=ceil(self.pairs / gpus))
+
     @staticmethod
     def of(config: TrainConfig, tokens: int, held: str, shared: int = 0) -> Step:
         """Return the step of a training with these settings."""
@@ -84,6 +98,7 @@ class Step:
             mode=config.mode,
             checkpointing=config.gradient_checkpointing,
             activation_memory=config.activation_memory,
+            expert_memory=config.expert_memory,
             accumulation=config.accumulation,
             anchored=max(config.anchor_harmful, config.anchor_benign) > 0,
         )
@@ -99,6 +114,14 @@ class Placement:
     def held(self, sizes: Sizes) -> int:
         """Return the experts of a layer that the fullest GPU holds."""
         return ceil(sizes.experts / self.gpus)
+
+    def layer(self, sizes: Sizes, held: str) -> int:
+        """Return the bytes of one layer's experts there, in a format."""
+        return self.held(sizes) * expert_bytes(sizes, held)
+
+    def on_gpu(self, sizes: Sizes) -> int:
+        """Return how many layers of experts are there at a time, those on their way among them."""
+        return len(sizes.moe) - self.on_host + min(IN_FLIGHT, self.on_host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +144,24 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     Raises:
         ConfigError: the experts cannot be held in the format.
     """
-    layer, moe = placed.held(sizes) * expert_bytes(sizes, step.held), len(sizes.moe)
-    there, buffers = moe - placed.on_host, min(_IN_FLIGHT, placed.on_host)
+    step = step.of_each(placed.gpus)
+    layer, there = placed.layer(sizes, step.held), len(sizes.moe) - placed.on_host
     counts = sizes.counts()
     others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
+    split = is_split(others, placed.gpus, usable)
+    # without graphs gradients are there once, and where weights are split so are Adam's moments
+    trained = _FP32 + (_FP32 + _ADAM // placed.gpus if split else _GRADS + _ADAM)
     parts = {
         EXPERTS: there * layer,
-        BUFFERS: buffers * layer,
-        OTHERS: others,
-        GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else _FP32 + _ADAM + _GRADS)),
-        LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_FP32 + _HALF + _ADAM + _GRADS),
+        BUFFERS: (placed.on_gpu(sizes) - there) * layer + (_on_their_way(sizes) if split else 0),
+        OTHERS: others // placed.gpus if split else others,
+        GATE_STATE: counts[GATES] * (_FP32 + (0 if step.mode == "lora" else trained)),
+        LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_HALF + trained),
         # found by measuring, and not in the code: every peak has about an embedding's bytes more than all the rest
         SEEN: sizes.vocabulary * sizes.hidden * sizes.width,
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
-        EXCHANGE: 0 if placed.gpus == 1 else 3 * step.together * sizes.top_k * sizes.hidden * sizes.width,
+        EXCHANGE: _exchanged(sizes, step, placed.gpus, exact=split),
         WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
         CONTEXT: round(_CONTEXT),
     }
@@ -143,6 +169,23 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept))
     host = placed.on_host * sizes.experts * expert_bytes(sizes, step.held)
     return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host)
+
+
+def _on_their_way(sizes: Sizes) -> int:
+    """Bytes of dense weights that are whole for a while: of two layers, or of the head while nothing else is."""
+    layer = max(sizes.layers, key=lambda layer: layer.routed)
+    linears = [*layer.attention.values(), *(layer.shared or {}).values()]
+    layers = IN_FLIGHT * sum(one.outputs * one.inputs for one in linears)
+    return max(layers, sizes.vocabulary * sizes.hidden) * sizes.width
+
+
+def _exchanged(sizes: Sizes, step: Step, gpus: int, *, exact: bool) -> int:
+    """Bytes of all GPUs' tokens; in recorded passes, whose shapes are fixed, of all rows that a GPU could get."""
+    if gpus == 1:
+        return 0
+    tokens = _EXCHANGED * gpus * sizes.hidden
+    rows = 0 if exact else (gpus - 1) * sizes.top_k * (2 * sizes.inner + sizes.hidden)
+    return step.together * (tokens + rows) * sizes.width
 
 
 def _kept(sizes: Sizes, step: Step, usable: int, rest: int) -> int:
@@ -242,6 +285,68 @@ def spread(experts: int, gpus: int) -> tuple[tuple[int, int], ...]:
     """Return the range of experts of each GPU; where they do not divide evenly the first GPUs hold one more."""
     least, more = divmod(experts, gpus)
     return tuple(pairwise(accumulate((least + (index < more) for index in range(gpus)), initial=0)))
+
+
+def on_host(layers: int, layer: int, room: float) -> int | None:
+    """Return how many MoE layers wait on the host, so that the others and two on their way fit into bytes of the GPU.
+
+    None if not even those two do. One or two never wait: on their way they would take as much as if they stayed.
+    """
+    if layers * layer <= room:
+        return 0
+    there = int(room // layer) - IN_FLIGHT
+    return None if there < 0 else layers - there
+
+
+def spaced(layers: int, chosen: int) -> set[int]:
+    """Return so many of the layers, by number, as evenly as may be from the first to the last of them."""
+    # both ends: from what a turn is left with it is farthest to what has to come
+    return {round(index * (layers - 1) / max(1, chosen - 1)) for index in range(chosen)}
+
+
+def room_for_experts(free: float, others: float) -> float:
+    """Return the bytes of a GPU that experts may take by themselves: what is free, less other weights and `RESERVE`."""
+    return (1 - RESERVE) * free - others
+
+
+def is_split(dense: int, gpus: int, usable: float) -> bool:
+    """Tell whether several GPUs each hold a part of so many bytes of dense weights, and not all of them."""
+    return gpus > 1 and dense > SPLIT * usable
+
+
+def as_loaded(sizes: Sizes, step: Step, gpus: int, free: int) -> Placement:
+    """Return where experts lie once the model is loaded, on GPUs with so many free bytes.
+
+    Raises:
+        ConfigError: `expert_memory` has no room for two layers.
+    """
+    placed, moe = Placement(gpus=gpus), len(sizes.moe)
+    if step.held == PLAIN:
+        return placed
+    layer = placed.layer(sizes, step.held)
+    if step.expert_memory is None:
+        counts = sizes.counts()
+        others = (sum(counts.values()) - counts[ROUTED]) * sizes.width
+        others //= gpus if is_split(others, gpus, free) else 1
+        return replace(placed, on_host=on_host(moe, layer, room_for_experts(free, others)) or 0)
+    waiting = on_host(moe, layer, step.expert_memory * GIB)
+    if waiting is None:
+        raise no_room(step.expert_memory, layer, moe)
+    return replace(placed, on_host=waiting)
+
+
+def no_room(expert_memory: float, layer: int, layers: int) -> ConfigError:
+    """Return the complaint about GiB in which there is no room for the layers of experts that are there at a time."""
+    least = min(IN_FLIGHT, layers) * layer
+    return ConfigError(
+        f"expert_memory = {expert_memory:g}: {IN_FLIGHT} layers of experts have to be there at a time, which take "
+        f"{in_binary(least)}; set expert_memory = {in_gib(least)}"
+    )
+
+
+def in_gib(size: int) -> float:
+    """Return bytes in GiB with two places, and not less than they are."""
+    return -(-size * 100 // GIB) / 100
 
 
 def without_keeping(step: Step) -> Step:

@@ -12,7 +12,17 @@ from gtqlora.families.kinds import ROUTED
 from gtqlora.families.sizes import Sizes
 from gtqlora.planning.cards import MOST_CARDS, Cards
 from gtqlora.planning.formats import FORMATS, PLAIN, expert_bytes
-from gtqlora.planning.memory import Memory, Placement, Step, memory_of, spread, without_keeping
+from gtqlora.planning.memory import (
+    IN_FLIGHT,
+    Memory,
+    Placement,
+    Step,
+    as_loaded,
+    in_gib,
+    memory_of,
+    spread,
+    without_keeping,
+)
 from gtqlora.planning.rates import LINKS, TFLOPS, link, nearest
 
 
@@ -32,11 +42,13 @@ class Streamed:
 
     Attributes:
         layers: MoE layers of them.
-        per_pass: bytes that come to each GPU in a pass; a step has two, forward and back.
+        expert_memory: the setting of that name that makes them wait, GiB.
+        per_pass: bytes that come to each GPU in a pass, in which two layers are there already; a step has two.
         seconds: of a pass, by the links alone.
     """
 
     layers: int
+    expert_memory: float
     host: int
     per_pass: int
     seconds: float
@@ -172,26 +184,37 @@ def _formats(sizes: Sizes) -> tuple[Held, ...]:
 
 
 def _placed(sizes: Sizes, step: Step, cards: Cards, host: int) -> tuple[Placement, Memory]:
-    """Return the placement with the fewest layers in host memory that fits; everything on the GPUs if none does."""
+    """Return the placement that is set, or that with the fewest layers in host memory that fits; none if none does."""
     moe, layer = len(sizes.moe), sizes.experts * expert_bytes(sizes, step.held)
     resident = Placement(gpus=cards.count)
+    if step.expert_memory is not None:
+        placed = as_loaded(sizes, step, cards.count, cards.bytes)
+        return placed, memory_of(sizes, step, placed, cards.bytes)
 
     def memory(on_host: int) -> Memory:
         return memory_of(sizes, step, replace(resident, on_host=on_host), cards.bytes)
 
     # more layers in host memory never take more of the GPU
-    tried = range(min(moe, host // layer) + 1)
+    tried = range(min(moe, 0 if step.held == PLAIN else host // layer) + 1)
     fewest = bisect_left(tried, True, key=lambda on_host: memory(on_host).total <= cards.bytes)
     placed = replace(resident, on_host=fewest) if fewest in tried else resident
     return placed, memory(placed.on_host)
 
 
 def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> Streamed:
-    per_pass = placed.on_host * placed.held(sizes) * expert_bytes(sizes, step.held)
-    return Streamed(layers=placed.on_host, host=memory.host, per_pass=per_pass, seconds=per_pass / link(placed.gpus))
+    layer = placed.layer(sizes, step.held)
+    per_pass = max(0, placed.on_host - IN_FLIGHT) * layer
+    return Streamed(
+        layers=placed.on_host,
+        expert_memory=in_gib(placed.on_gpu(sizes) * layer),
+        host=memory.host,
+        per_pass=per_pass,
+        seconds=per_pass / link(placed.gpus),
+    )
 
 
 def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, cards: Cards, steps: int) -> Speed | None:
+    step = step.of_each(placed.gpus)
     rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
     if rate is None or not cards.measured:
         return None
@@ -217,11 +240,13 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
             f"{sizes.experts} experts do not divide by {cards.count} GPUs: {ranges.count(max(ranges))} hold "
             f"{max(ranges)} of each layer and {ranges.count(min(ranges))} hold {min(ranges)}"
         )
-    if cards.count > 1 or placed.on_host:
+    if cards.count > 1:
         yield (
-            "`gtqlora train` holds all experts on its GPU; experts on several GPUs or in host memory are arithmetic, "
-            "without the time that GPUs wait for each other"
+            f"start it as `torchrun --nproc-per-node {cards.count} -m -- gtqlora train ...`; times are those of one "
+            "GPU, without what GPUs wait for each other"
         )
+    if step.pairs % cards.count:
+        yield f"batch_size = {step.pairs} cannot be shared by {cards.count} GPUs: set a multiple of {cards.count}"
     if not cards.measured:
         yield f"no time is told of {cards.name}: rates were measured on H100 and H200 only"
     if sizes.quantized and sizes.native is None:
@@ -235,37 +260,46 @@ def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterato
 # --- changes
 
 
-def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int, *, here: bool = False) -> Change | None:
+def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int, *, here: int | None = None) -> Change | None:
     """Return the cheapest change that fits: all are tried, from those that cost nothing to those that cost GPUs.
 
     Args:
-        here: on these GPUs, and without host memory beyond this.
+        here: on these GPUs, with no more than so many bytes of host memory.
     """
     for _, changed, more, memory_there in _candidates(sizes, step, cards, host, here):
         try:
-            _, memory = _placed(sizes, changed, more, memory_there)
+            placed, memory = _placed(sizes, changed, more, memory_there)
         except ConfigError:  # the experts do not divide into that format's groups
             continue
         if memory.total <= more.bytes:
-            words = tuple(_words(step, changed, cards, more, memory.host if memory_there > host else 0))
-            return Change(what=words, bytes=memory.total)
+            waits = memory_there > host or changed.expert_memory != step.expert_memory
+            size = in_gib(placed.on_gpu(sizes) * placed.layer(sizes, changed.held)) if waits else None
+            return Change(what=tuple(_words(step, changed, cards, more, size)), bytes=memory.total)
     return None
 
 
-def _candidates(sizes: Sizes, step: Step, cards: Cards, host: int, here: bool) -> list[tuple[int, Step, Cards, int]]:
+def _candidates(
+    sizes: Sizes, step: Step, cards: Cards, host: int, here: int | None
+) -> list[tuple[int, Step, Cards, int]]:
     """Return changed steps, GPUs and host memory with what they cost, cheapest first."""
     formats = [step.held, *(name for name in ("nf4", "int4-g128") if sizes.native is None and step.held == PLAIN)]
     # where layers are computed again at all, as many keep their activations as fit
     less = without_keeping(step) if step.checkpointing else replace(step, checkpointing=True)
     again = [step, *([] if less == step or (step.checkpointing and step.activation_memory is None) else [less])]
     pairs = [step.pairs >> halves for halves in range(step.pairs.bit_length())]
-    gpus = [cards.count] if here else [count for count in _more(cards.count) if count <= sizes.experts]
+    gpus = [cards.count] if here is not None else [count for count in _more(cards.count) if count <= sizes.experts]
     # as much host memory as there is of experts, where too little was named
-    hosts = [host] if here else [host, max(host, sizes.counts()[ROUTED] * sizes.width)]
+    hosts = [host, max(host, sizes.counts()[ROUTED] * sizes.width if here is None else here)]
+    memories = [step.expert_memory, None]  # which is found anew, where host memory is
     found = [
         (
             _price(costs, [len(values) - 1 for values in (formats, again)]),
-            replace(again[costs[1]], held=formats[costs[0]], pairs=pairs[costs[2]]),
+            replace(
+                again[costs[1]],
+                held=formats[costs[0]],
+                pairs=pairs[costs[2]],
+                expert_memory=memories[costs[3]],
+            ),
             replace(cards, count=gpus[costs[4]]),
             hosts[costs[3]],
         )
@@ -293,7 +327,7 @@ def _more(count: int) -> Iterator[int]:
         count = count + 1 if count < 8 else 2 * count
 
 
-def _words(old: Step, new: Step, cards: Cards, more: Cards, host: int) -> Iterator[str]:
+def _words(old: Step, new: Step, cards: Cards, more: Cards, expert_memory: float | None) -> Iterator[str]:
     """Name the options that make the change, as `plan` and `train` take them."""
     if new.held != old.held:
         yield f"--expert-format {new.held}"
@@ -306,5 +340,5 @@ def _words(old: Step, new: Step, cards: Cards, more: Cards, host: int) -> Iterat
         yield f"--set accumulation={-(-old.pairs * old.accumulation // new.pairs)}"
     if more.count != cards.count:
         yield f"--gpus {more.count}x{more.name}"
-    if host:
-        yield f"--host {-(-host // 10**9)}GB"
+    if expert_memory is not None:
+        yield f"--set expert_memory={expert_memory}"

@@ -13,8 +13,9 @@ from gtqlora.errors import TrainingError
 from gtqlora.families.sizes import WIDTHS, Sizes, sizes_of
 from gtqlora.planning.cards import Cards, in_binary, parse_bytes, parse_cards
 from gtqlora.planning.formats import PLAIN, held_as
-from gtqlora.planning.memory import CONTEXT, Placement, Step, memory_of
+from gtqlora.planning.memory import CONTEXT, Step, as_loaded, memory_of
 from gtqlora.planning.plan import Plan, cheapest_change, plan_for
+from gtqlora.ranks import least, ranks
 
 _CLEARLY = 1.1
 """A training is refused where it is predicted to need this many times what is free: predictions are not exact."""
@@ -68,7 +69,10 @@ def check_memory(config: TrainConfig, rows: Contrast) -> None:
         return
     import torch  # only now: a plan by itself needs none
 
-    refuse_beyond(config, *longest_row(config, rows), torch.cuda.mem_get_info(config.device)[0])
+    from gtqlora.experts import host_memory
+
+    free = least(torch.cuda.mem_get_info(config.device)[0])
+    refuse_beyond(config, *longest_row(config, rows), free, host_memory.available() // ranks().here)
 
 
 def longest_row(config: TrainConfig, rows: Contrast) -> tuple[int, int]:
@@ -89,22 +93,24 @@ def longest_row(config: TrainConfig, rows: Contrast) -> tuple[int, int]:
     return longest, 2 * longest - max(2 * row.full_tokens - row.own_tokens for row in found)
 
 
-def refuse_beyond(config: TrainConfig, longest: int, prompt: int, free: int) -> None:
+def refuse_beyond(config: TrainConfig, longest: int, prompt: int, free: int, host: int = 0) -> None:
     """Refuse a training that clearly needs more than the free bytes of its GPU.
 
     Args:
         longest, prompt: as `longest_row` returns them.
+        host: bytes of host memory that experts could wait in.
 
     Raises:
         TrainingError: see `check_memory`.
     """
     sizes = _sizes(config)
-    step = _step(config, sizes, longest, prompt)
-    memory = memory_of(sizes, step, Placement(), free)
+    # machines share the batch, too
+    step = _step(config, sizes, longest, prompt).of_each(ranks().count // ranks().here)
+    memory = memory_of(sizes, step, as_loaded(sizes, step, ranks().here, free), free)
     needed = memory.total - memory.parts[CONTEXT]  # the driver's own is not free any more
     if needed <= _CLEARLY * free:
         return
-    change = cheapest_change(sizes, step, Cards(1, config.device, free), 0, here=True)
+    change = cheapest_change(sizes, step, Cards(ranks().here, config.device, free), 0, here=host)
     fix = f"; cheapest change that fits: {' '.join(change.what)}" if change else ""
     raise TrainingError(
         f"{config.device}: this training needs about {in_binary(needed)}, and {in_binary(free)} are free{fix}; "

@@ -83,10 +83,12 @@ class _Layer(torch.autograd.Function):
         rows = sort(index_TK, module.first, module.count)
         rows = held(rows) if module.exact_rows else rows
         hidden_RD = row_kernels.gather(hidden_TD, rows.order_R, rows.offsets_E1, rows.top_k)
-        gate_up_R2I = multiply(hidden_RD, module, "gate_up", rows, False)
+        here = module.fetch(returns=any(ctx.needs_input_grad))
+        gate_up_R2I = multiply(hidden_RD, here, "gate_up", rows, False)
         # Each [R, D] tensor goes as soon as it may: the peak of memory is here.
         del hidden_RD
-        outputs_RD = multiply(_gated(gate_up_R2I, module, rows.offsets_E1), module, "down", rows, False)
+        outputs_RD = multiply(_gated(gate_up_R2I, module, rows.offsets_E1), here, "down", rows, False)
+        module.leave()
         if any(ctx.needs_input_grad):
             of_rows = (rows.order_R, rows.offsets_E1, rows.places_TK, rows.tiles, rows.n_tiles)
             ctx.save_for_backward(gate_up_R2I, weights_TK, *of_rows)
@@ -100,14 +102,16 @@ class _Layer(torch.autograd.Function):
         rows, module, multiply = _kept_rows(of_rows, weights_TK.shape[-1], ctx.most), ctx.module, ctx.multiply
         with _without_autocast(grad_TD), torch.cuda.device_of(grad_TD):
             grad_RD = row_kernels.gather(grad_TD.to(gate_up_R2I.dtype), rows.order_R, rows.offsets_E1, rows.top_k)
-            grad_RI = multiply(grad_RD, module, "down", rows, True)
+            here = module.fetch(back=True)
+            grad_RI = multiply(grad_RD, here, "down", rows, True)
             del grad_RD
             grad_R2I, grad_weights = _gated_backward(grad_RI, gate_up_R2I, weights_TK, rows, module)
             del grad_RI
             grad_hidden = None
             if ctx.needs_input_grad[0]:
-                grad_RD = multiply(grad_R2I, module, "gate_up", rows, True)
+                grad_RD = multiply(grad_R2I, here, "gate_up", rows, True)
                 grad_hidden = row_kernels.combine(grad_RD, rows.places_TK, rows.offsets_E1)
+            module.leave()
         of_weights = grad_weights.to(weights_TK.dtype) if ctx.needs_input_grad[1] else None
         return grad_hidden, of_weights, None, None, None, None
 

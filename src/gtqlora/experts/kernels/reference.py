@@ -53,8 +53,10 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: ReferenceContext, hidden_TD: Tensor, weights_TK: Tensor, rows: Rows, module: Experts) -> Tensor:
         offsets = rows.offsets_E1.tolist()
-        gate_up_N2I = _products(gather(hidden_TD, rows, offsets[-1]), module, "gate_up", offsets)
-        outputs_ND = _products(activated(gate_up_N2I, module), module, "down", offsets)
+        here = module.fetch(returns=any(ctx.needs_input_grad))
+        gate_up_N2I = _products(gather(hidden_TD, rows, offsets[-1]), here, "gate_up", offsets)
+        outputs_ND = _products(activated(gate_up_N2I, module), here, "down", offsets)
+        module.leave()
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate_up_N2I, weights_TK, rows.order_R, rows.offsets_E1)
             ctx.offsets, ctx.module = offsets, module
@@ -67,7 +69,8 @@ class _Reference(torch.autograd.Function):
         rows = Rows(order_R=order_R, offsets_E1=offsets_E1, top_k=weights_TK.shape[-1])
         offsets, module, dtype = ctx.offsets, ctx.module, gate_up_N2I.dtype
         with torch.autocast(grad_TD.device.type, enabled=False):
-            grad_NI = _products(gather(grad_TD.to(dtype), rows, offsets[-1]), module, "down", offsets, transposed=True)
+            here = module.fetch(back=True)
+            grad_NI = _products(gather(grad_TD.to(dtype), rows, offsets[-1]), here, "down", offsets, transposed=True)
             weights_N1 = weights_TK.flatten()[rows.order_R[: offsets[-1]]].unsqueeze(-1)
             with torch.enable_grad():
                 leaf_N2I = gate_up_N2I.detach().requires_grad_()
@@ -78,8 +81,9 @@ class _Reference(torch.autograd.Function):
                 grad_weights = spread(dots_N, rows).to(weights_TK.dtype)
             if ctx.needs_input_grad[0]:
                 (grad_N2I,) = torch.autograd.grad(inner_NI, leaf_N2I, (grad_NI * weights_N1).to(dtype))
-                grad_ND = _products(grad_N2I, module, "gate_up", offsets, transposed=True)
+                grad_ND = _products(grad_N2I, here, "gate_up", offsets, transposed=True)
                 grad_hidden = spread(grad_ND, rows).sum(1)
+            module.leave()
         return grad_hidden, grad_weights, None, None
 
 

@@ -32,6 +32,14 @@ class Experts(Protocol):
         """Return the activation of the gate."""
         ...
 
+    def fetch(self, *, back: bool = False, returns: bool = True) -> Experts:
+        """Return these experts with their weights on the device that computes; to be asked before they are read."""
+        ...
+
+    def leave(self) -> None:
+        """Be told that a pass has read them."""
+        ...
+
     def sizes(self, projection: Fused) -> tuple[int, int]:
         """Return rows and columns of one matrix."""
         ...
