@@ -22,6 +22,8 @@ _PATIENCE = timedelta(days=7)
 """How long ranks wait while one of them works for all: a judge may take its time. One that dies is noticed at once."""
 _GRACE = 5.0
 """Seconds in which a rank that was told to end does so in order, and in which the others learn that one has ended."""
+_COURTESY = 1.0
+"""Seconds in which the leader may be the first to say why the command ends."""
 
 _ENDED = "gtqlora/ended"
 
@@ -123,7 +125,7 @@ def _leave(*, failed: bool) -> None:
     if dist.is_initialized() and not torch.cuda.is_available():
         dist.destroy_process_group()
     if failed and me.leads and me.store is not None and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        _let_go(me)
+        _await(me, me.count, _GRACE)  # it keeps the store, without which others would speak, too
 
 
 # --- why ranks part
@@ -151,17 +153,19 @@ def _claim() -> None:
     if me.store is None:  # it never met the others
         return
     try:
+        if not me.leads:  # what all raise alike the leader says
+            _await(me, 1, _COURTESY)
         first = me.store.add(_ENDED, 1) == 1
     except RuntimeError:  # the leader kept the store and has gone
         first = me.rank == 1
     _speaker = me.rank if first else None
 
 
-def _let_go(me: Ranks) -> None:
-    """Keep the store until the others know that the leader has ended, or they would speak, too."""
-    until = time.monotonic() + _GRACE
-    while me.store.add(_ENDED, 0) < me.count and time.monotonic() < until:
-        time.sleep(0.05)
+def _await(me: Ranks, count: int, seconds: float) -> None:
+    """Wait until so many ranks have ended, but not for long."""
+    until = time.monotonic() + seconds
+    while me.store.add(_ENDED, 0) < count and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _deaf() -> None:
