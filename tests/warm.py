@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, NoReturn, TypedDict
 
-_SECONDS = 300
+_SECONDS = 120
 """After which a child is given up."""
 
 

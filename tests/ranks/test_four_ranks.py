@@ -87,24 +87,24 @@ def test_four_ranks_train_what_one_process_trains(world: Path, name: str) -> Non
     half = name == "lora"
     figures = [read_metrics(run / "metrics.jsonl") for run in (one, four)]
     assert [line["step"] for line in figures[0]] == [line["step"] for line in figures[1]]
-    for alone, together in zip(*figures, strict=True):
+    for step, (alone, together) in enumerate(zip(*figures, strict=True)):
         assert alone.keys() == together.keys()
         for key in ("loss", "grad_norm"):
-            assert together[key] == pytest.approx(alone[key], rel=5e-3 if half else 1e-5), key
+            near = 5e-3 if half else 1e-4 if step else 1e-6
+            assert together[key] == pytest.approx(alone[key], rel=near), (step, key)
     distance = apart(helpers.weights(four / "adapter"), helpers.weights(one / "adapter"))
     assert distance < (HALF if half else EXACT)
     rates = [_made(run).gate_rates for run in (one, four)]
     assert rates[0] == rates[1] and bool(rates[0]) == (name == "gates")
 
 
-@pytest.mark.parametrize("name", ["guard"])
-def test_first_gradients_are_those_of_one_process(world: Path, name: str) -> None:
+def test_first_gradients_are_those_of_one_process(world: Path) -> None:
     """Adam's first mean after one step is a tenth of the gradient."""
     kept = Path("checkpoints") / "checkpoint-1" / "optimizer.pt"
-    one, four = (torch.load(world / who / name / kept)["state"] for who in ("one", "ranks"))
+    one, four = (torch.load(world / who / "guard" / kept)["state"] for who in ("one", "ranks"))
     assert one.keys() == four.keys()
+    assert sum(bool(state["exp_avg"].any()) for state in one.values()) >= len(one) // 2  # of LoRA only B, at first
     for alone, together in zip(one.values(), four.values(), strict=True):
-        assert float(alone["exp_avg"].norm()) > 0
         torch.testing.assert_close(together["exp_avg"], alone["exp_avg"], rtol=1e-4, atol=1e-7)
 
 

@@ -123,8 +123,8 @@ def _check_command(given: list[str]) -> None:
     """
     if not given or given[0] not in _BY_RANKS:
         raise ConfigError(f"only {', '.join(_BY_RANKS)} can be run by several processes; start it without torchrun")
-    options = sorted(word.partition("=")[0] for word in given if word.startswith("--"))
-    agree({"the command": given[0], "options": " ".join(options)})
+    agree({"command": given[0]})
+    agree({"options": " ".join(sorted({word.partition("=")[0] for word in given if word.startswith("--")}))})
 
 
 def _called(arguments: Sequence[str] | None) -> int | None:
