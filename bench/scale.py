@@ -22,10 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+# a script that is loaded by its path has no folder to find its neighbour in
+sys.path.insert(0, str(Path(__file__).parent))
 import step
 import torch
 import transformers
@@ -129,7 +132,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rms(tensors: list[torch.Tensor]) -> float:
+def _rms(tensors: Sequence[torch.Tensor]) -> float:
     return (sum(float(t.detach().float().square().sum()) for t in tensors) / sum(t.numel() for t in tensors)) ** 0.5
 
 
@@ -151,7 +154,9 @@ def launched(args: argparse.Namespace, count: int, out: Path) -> dict[str, Any]:
 
 def _passed(args: argparse.Namespace, count: int) -> dict[str, Any]:
     names = ("shape", "tokens", "steps", "format", "activation_memory", "device")
-    sizes = {name: getattr(args, name) for name in ("layers", "experts") if getattr(args, name) is not None}
+    sizes = {
+        name: getattr(args, name) for name in ("layers", "experts", "expert_memory") if getattr(args, name) is not None
+    }
     return {
         **{name: getattr(args, name) for name in names},
         **sizes,
@@ -171,6 +176,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", help="1 and all by default")
     parser.add_argument("--strong", action="store_true", help="share one batch instead of one for each")
     parser.add_argument("--activation-memory", type=float, default=0.0)
+    parser.add_argument("--expert-memory", type=float, help="GiB of each GPU for experts; others wait in host memory")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-packing", action="store_true")
     parser.add_argument("--anchor", action="store_true")
@@ -209,11 +215,12 @@ def main(arguments: list[str] | None = None) -> int:
 def show(found: dict[str, Any], first: dict[str, Any], args: argparse.Namespace) -> None:
     """Print one run in three lines."""
     rate = found["tokens"] / statistics.median(found["steps"])
-    base = first["tokens"] / statistics.median(first["steps"]) / first["gpus"]
+    base = first["tokens"] / statistics.median(first["steps"])
+    beside = f"{rate / base:.2f} x one GPU ({rate / base / found['gpus']:.2f} to ideal); " if first["gpus"] == 1 else ""
     spent = {kind: round(ms) for kind, ms in found["milliseconds"].items() if round(ms)}
     print(
         f"{found['gpus']} GPU: {statistics.median(found['steps']):.3f} s a step, {rate:,.0f} tokens/s, "
-        f"{rate / base:.2f} x one GPU ({rate / base / found['gpus']:.2f} to ideal); peak "
+        f"{beside}peak "
         f"{'/'.join(f'{p:.1f}' for p in found['peak_gib'])} GiB, experts "
         f"{'/'.join(f'{p:.1f}' for p in found['experts_gib'])} GiB; built in {found['built_seconds']:.0f} s\n"
         f"  loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f} in {len(found['losses'])} steps; gates moved "

@@ -61,7 +61,9 @@ from gtqlora.edits.trainer import GateTargetedTrainer, weights_unhashed
 from gtqlora.edits.trainer import arguments as training_arguments
 from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targets_kept
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig
+from gtqlora.experts.placing import chosen
 from gtqlora.experts.quantizer import replace_experts
+from gtqlora.experts.streaming import Streaming
 from gtqlora.families import FAMILIES, Anatomy, bind
 from gtqlora.ranks import ranks
 
@@ -234,7 +236,8 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, family.class_name)(config)
     if way in FORMATS:  # filled later: dense weights first, as of a large model each rank keeps a part of them
-        replace_experts(model, family, FORMATS[way], FrozenExpertsConfig(expert_range=(ranks().place, ranks().here)))
+        held = FrozenExpertsConfig(expert_range=(ranks().place, ranks().here), memory=args.expert_memory)
+        replace_experts(model, family, FORMATS[way], held)
     experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
     for path, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -249,8 +252,13 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     if is_worth_it(model, anatomy):
         shard(model, anatomy)
         torch.cuda.empty_cache()
+    waiting = chosen(model, experts, held, device) if args.expert_memory else []
     for module in experts:
-        _fill(module.to_empty(device=device))
+        module.empty() if module in waiting else module.to_empty(device=device)
+    if waiting:
+        Streaming(waiting, device)
+    for module in experts:
+        _fill(module, device)
     exchanging(model)
     return model, anatomy
 
@@ -260,14 +268,13 @@ def _random(name: str, parameter: nn.Parameter, device: torch.device) -> nn.Para
     return nn.Parameter(made.fill_(1.0) if "norm" in name else made.normal_(std=0.02))
 
 
-def _fill(frozen: FrozenExperts) -> None:
+def _fill(frozen: FrozenExperts, device: torch.device) -> None:
     for projection, matrices in (("gate_up", 2), ("down", 1)):
         sizes = frozen.sizes(projection)  # type: ignore[arg-type]
         at_once = max(1, _WEIGHTS_AT_ONCE // (matrices * sizes[0] * sizes[1]))
         for start in range(0, frozen.count, at_once):
             held = frozen.parts(projection, slice(start, start + at_once))  # type: ignore[arg-type]
-            lead, device = held["packed"].shape[:2], held["packed"].device
-            weights = torch.randn(*lead, *sizes, dtype=torch.bfloat16, device=device) * 0.02
+            weights = torch.randn(*held["packed"].shape[:2], *sizes, dtype=torch.bfloat16, device=device) * 0.02
             for part, tensor in frozen.format.quantize(weights).items():
                 held[part].copy_(tensor)
 
@@ -486,6 +493,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
     parser.add_argument(
         "--activation-memory", type=float, default=0.0, help="GiB for kept activations; below 0: what is free"
+    )
+    parser.add_argument(
+        "--expert-memory", type=float, help="GiB of a GPU for experts; layers of them beyond wait in host memory"
     )
     parser.add_argument("--no-packing", action="store_true", help="with padding, and every prompt twice")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")

@@ -242,7 +242,9 @@ class NamedJudge:
         if self.by_phrases:
             return self._replies(prompts, answers)
         # a server is asked once, and a model that judges need not say the same on every rank
-        said = by_leader(lambda: [(reply.label, reply.score) for reply in self._replies(prompts, answers)])
+        said: list[tuple[Label, float | None]] = by_leader(
+            lambda: [(reply.label, reply.score) for reply in self._replies(prompts, answers)]
+        )
         return [Judgement(label, score) for label, score in said]
 
     def _replies(self, prompts: list[Messages], answers: list[str]) -> list[Judgement]:

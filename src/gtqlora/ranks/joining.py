@@ -64,10 +64,10 @@ def joined(speak: Speak = lambda _: None) -> Iterator[Ranks]:
 
 def _stored(me: Ranks) -> Ranks:
     """Return this rank with the store that all have."""
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     with _missing(me):
-        store, _, _ = next(iter(dist.rendezvous("env://", me.rank, me.count, timeout=_STEP_LIMIT)))
+        store, _, _ = next(iter(rendezvous("env://", me.rank, me.count, timeout=_STEP_LIMIT)))
         if store.add(f"gtqlora/rank/{me.rank}", 1) > 1:
             raise ConfigError(f"rank {me.rank} was started twice; give every process a RANK of its own (torchrun does)")
     return replace(me, store=store)
