@@ -82,6 +82,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device or this machine has no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, and of torch on a CPU
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def trackers(names: str) -> list[str]:
     """Return the trackers that a text such as "wandb,tensorboard" names; none for "none".
 

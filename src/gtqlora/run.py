@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING
 
 from gtqlora.config import to_dict
 from gtqlora.errors import RunError
@@ -30,15 +29,13 @@ from gtqlora.storage.atomic import (
 )
 from gtqlora.storage.contents import fingerprint, read_json, read_parquet, sha256_bytes, sha256_file, sha256_json
 from gtqlora.storage.locks import LOCK, hold, still_held
+from gtqlora.storage.manifest import FORMAT, MANIFEST, Manifest, Record, read_manifest, recorded, versions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 PATHS = frozenset({"model", "contrast", "wrappers", "expert_memory", "expert_disk"})
 """Settings that say where something lies, which changes no result: an input, whose contents identify it, or experts."""
-_PACKAGES = ("gtqlora", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "numpy")
 _CHECKPOINTS = "checkpoints"
 SERVED = "served"
 """The folder for verdicts on a server's answers, and for those answers while it is asked."""
@@ -46,42 +43,6 @@ _ARTEFACTS = {
     *("adapter", "diagnosis", _CHECKPOINTS, "contrast.parquet", "metrics.jsonl", "scores.parquet", "verdict.json"),
     *("report.html", "exports.jsonl", SERVED, MANIFEST),
 }
-
-
-class Record(TypedDict):
-    """What the manifest says of one stage; what older versions did not write may be absent.
-
-    `hash` is `stage_hash`; `inputs` are the contents of what was read, `outputs` of what was written (None: nothing
-    was there), as hashes; `seconds` of wall time, `finished` in UTC.
-    """
-
-    hash: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    outputs: dict[str, str | None]
-    versions: dict[str, str]
-    device: NotRequired[str]
-    seed: NotRequired[int | None]
-    seconds: NotRequired[float]
-    finished: NotRequired[str]
-
-
-class Manifest(TypedDict):
-    """What `manifest.json` holds: the records of the stages by their names."""
-
-    format: int
-    stages: dict[str, Record]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on, of those that are here."""
-    found: dict[str, str] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def stage_hash(settings: Mapping[str, object], inputs: Mapping[str, str], aside: Collection[str] = ()) -> str:
@@ -113,56 +74,6 @@ def other_inputs(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Say in words which inputs had other contents than now; those that are not called anything here by their name."""
     names = sorted(was.keys() | now.keys())
     return [_OTHER.get(name, f"another {name}") for name in names if was.get(name) != now.get(name)]
-
-
-# --- the manifest
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-
-
-def _is_output(name: str, identity: object) -> bool:
-    """Tell whether these are a name inside the run, and the hash of what it held."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts and not name.startswith("/") and isinstance(identity, str | None)
-
-
-def _is_record(value: object) -> bool:
-    """Tell whether this is what `Run.stage` writes of a stage; another version may have written less."""
-    if not isinstance(value, dict) or not isinstance(value.get("hash"), str) or not _texts(value.get("inputs")):
-        return False
-    outputs, seconds = value.get("outputs"), value.get("seconds", 0.0)
-    return (
-        isinstance(value.get("config"), dict)
-        and isinstance(outputs, dict)
-        and all(_is_output(name, identity) for name, identity in outputs.items())
-        and _texts(value.get("versions", {}))
-        and isinstance(value.get("device", ""), str)
-        and isinstance(value.get("finished", ""), str)
-        and isinstance(value.get("seed"), int | None)
-        and isinstance(seconds, int | float)
-        and not isinstance(seconds, bool)
-    )
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a run directory.
-
-    Raises:
-        RunError: it is not there, or none of ours.
-    """
-    file, remedy = folder / MANIFEST, "choose another --run"
-    manifest = read_json(file, remedy)
-    stages = manifest.get("stages")
-    if type(manifest.get("format")) is not int or not isinstance(stages, dict):
-        raise RunError(f"{file}: not a manifest of gtqlora's; {remedy}")
-    if manifest["format"] != FORMAT:
-        raise RunError(f"{file}: of format {manifest['format']}, which this version does not know; {remedy}")
-    for name, stage in stages.items():
-        if not _is_record(stage):
-            raise RunError(f"{file}: not a manifest of gtqlora's (the record of {name!a} is malformed); {remedy}")
-    return cast(Manifest, manifest)
 
 
 def require(folder: Path, name: str, made_by: str) -> Path:
@@ -224,12 +135,15 @@ class Run:
 
     The other ranks work in copies that go when they are closed.
 
+    Attributes:
+        home: the directory itself, also where `path` is a copy.
+
     Raises:
         RunError: not writable, not empty and not a run directory, or another process is working in it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = checked_path(path)
+        self.path = self.home = checked_path(path)
         self._copy: TemporaryDirectory[str] | None = None
         if ranks().leads:
             by_leader(self._hold)
@@ -308,7 +222,7 @@ class Run:
         for folder in place.parents:
             if folder == mine or (folder / MANIFEST).is_file():
                 first = place.relative_to(folder).parts[0]
-                if first in _ARTEFACTS | _recorded(folder) or first == LOCK or first.startswith(".gtqlora"):
+                if first in _ARTEFACTS | recorded(folder) or first == LOCK or first.startswith(".gtqlora"):
                     return True
         return False
 
@@ -354,7 +268,7 @@ class Run:
             device=str(settings.get("device", "cpu")),
             seed=seed if isinstance(seed := settings.get("seed"), int) else None,
         )
-        agree({**_told_apart(settings), **record["inputs"], **record["versions"]})
+        agree({**_told_apart(settings), **record["inputs"], **record["versions"], "--again": again})
         fresh = not again and self._answers(name, record["hash"])
         started, new = time.monotonic(), list[Path]()
         with ExitStack() as until_done:
@@ -392,15 +306,6 @@ class Run:
             file = renewed if renewed is not None and renewed.exists() else self.path / name
             found[name] = fingerprint(file) if file.exists() else None
         return found
-
-
-def _recorded(folder: Path) -> set[str]:
-    """Return the first parts of the names of a run's recorded outputs; none if the manifest there is not of a run."""
-    try:
-        stages = read_manifest(folder)["stages"].values()
-    except RunError:
-        return set()
-    return {PurePosixPath(name).parts[0] for stage in stages for name in stage["outputs"]}
 
 
 __all__ = [

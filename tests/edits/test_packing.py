@@ -123,18 +123,18 @@ def test_every_token_of_a_pair_is_run_once() -> None:
     assert most_tokens(rows_of(LENGTHS)) == max(map(sum, LENGTHS))
 
 
-@pytest.mark.parametrize("unit", [1, 32, 100])
-def test_sequences_cover_all_tokens_and_are_no_longer_than_said(unit: int) -> None:
-    packing = pack(LENGTHS, 9, unit)
+@pytest.mark.parametrize("size", [sum(map(sum, LENGTHS)), 64, 100])
+def test_sequences_cover_all_tokens_and_are_no_longer_than_said(size: int) -> None:
+    packing = pack(LENGTHS, 9, size)
     found, places = packing.sequences, packing.places
     lengths, key_lengths = found.bounds_Q1.diff(), found.key_bounds_Q1.diff()
-    assert int(found.bounds_Q1[-1]) == len(places.first_P) and len(places.first_P) % unit == 0
+    assert int(found.bounds_Q1[-1]) == len(places.first_P) and len(places.first_P) == size
     assert (lengths >= 0).all() and (lengths <= key_lengths).all() and int(key_lengths.max()) <= found.most == 16
     assert int(found.key_bounds_Q1[-1]) <= len(found.keys_R)
     # a sequence's last keys are its own tokens, in order
     for q, k, n in zip(found.bounds_Q1, found.key_bounds_Q1[1:], lengths, strict=False):
         assert found.keys_R[k - n : k].tolist() == list(range(q, q + n))
-    assert len({len(pack(LENGTHS, 9, unit).sequences.bounds_Q1), len(found.bounds_Q1)}) == 1
+    assert len({len(pack(LENGTHS, 9, size).sequences.bounds_Q1), len(found.bounds_Q1)}) == 1
 
 
 def test_models_with_a_recurrence_are_not_packed() -> None:

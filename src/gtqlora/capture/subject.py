@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gtqlora.capture.fused import fuse
 from gtqlora.capture.sharding import is_worth_it, shard
 from gtqlora.config import ModelConfig
-from gtqlora.errors import ConfigError, ModelError
+from gtqlora.errors import ModelError
 from gtqlora.experts.exchange import Exchange
 from gtqlora.experts.loading import BF16, load_model
 from gtqlora.experts.module import FrozenExperts
@@ -74,8 +74,6 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     """
     config = ModelConfig(model=settings) if isinstance(settings, str) else settings
     model = config.model
-    if ranks().several and ":" in config.device:
-        raise ConfigError(f"device = {config.device!r}: every rank has a GPU of its own; set device = 'cuda'")
     load_config(model)  # what cannot be studied at all is said before anything else
     tokenizer = load_tokenizer(model, config.template)
     family, loaded = load_model(

@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError
 from gtqlora.cli import bitdelta, building, checking, judging, planning, verbs
 from gtqlora.cli.console import Silence, flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
-from gtqlora.ranks import joined, ranks, speaks_first, started
+from gtqlora.ranks import agree, joined, speaker, started
 
 _HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
 broke, and ship the weights.
@@ -90,25 +90,41 @@ def _called_by_ranks(arguments: Sequence[str] | None) -> int:
     Raises:
         ConfigError: the command is for one process.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    silence = Silence()
+
+    def speak(text: str) -> None:
+        silence.end()
+        say_error(text)
+
+    try:
+        with joined(speak) as me:
+            if not me.leads:
+                silence.begin()
+            _check_command(sys.argv[1:] if arguments is None else list(arguments))
+            return int(_called(arguments) or 0)
+    except BaseException as error:
+        rank = speaker()
+        if rank is None:
+            silence.begin()
+        elif rank:
+            silence.end()
+            open_console(stderr=True).print(f"rank {rank}:", end=" ", highlight=False)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # before the words are lost
+            raise RunError(trouble(error, "input or output")) from error
+        raise
+
+
+def _check_command(given: list[str]) -> None:
+    """Check that ranks can run this command, and all have the same; what its settings are is compared later.
+
+    Raises:
+        ConfigError: they cannot.
+        RankError: one of them has another.
+    """
     if not given or given[0] not in _BY_RANKS:
         raise ConfigError(f"only {', '.join(_BY_RANKS)} can be run by several processes; start it without torchrun")
-    silence = Silence()
-    try:
-        with joined():
-            if not ranks().leads:
-                silence.begin()
-            try:
-                return int(_called(arguments) or 0)
-            except BaseException:
-                if not speaks_first():
-                    silence.begin()
-                elif not ranks().leads:
-                    silence.end()
-                    open_console(stderr=True).print(f"rank {ranks().rank}:", end=" ", highlight=False)
-                raise
-    except OSError as error:  # before the words are lost
-        raise RunError(trouble(error, "input or output")) from error
+    agree({"command": given[0]})
+    agree({"options": " ".join(sorted({word.partition("=")[0] for word in given if word.startswith("--")}))})
 
 
 def _called(arguments: Sequence[str] | None) -> int | None:

@@ -50,13 +50,20 @@ def _with_judges_named(
     given = {key: value for key, value in recorded.items() if key not in set_by(overrides)}
     for key in JUDGE_KEYS:
         judge = given.get(key)
-        if judge is not None and not trust.is_remembered(run.path, str(judge)):
+        if judge is not None and not _is_remembered(run, str(judge)):
             trust.check_named(str(judge), where, key=key)
     return given
 
 
 _TOLD = ("judge", "second_judge", "margin", "level", "min_refused", "wrapped_margin", "instructed_margin")
 """Settings by which a verdict is decided."""
+
+
+def _is_remembered(run: Run, judge: str) -> bool:
+    from gtqlora.judging import trust
+    from gtqlora.ranks import by_leader
+
+    return by_leader(lambda: trust.is_remembered(run.home, judge))
 
 
 def as_verified(run: Run, overrides: Sequence[str] | None) -> dict[str, object]:

@@ -16,6 +16,7 @@ from gtqlora.config.judges import absolute as absolute_judge
 from gtqlora.config.judges import kind_of
 from gtqlora.config.values import Scalar, as_typed, check_variables, coerce, require
 from gtqlora.machine import SEEDS, check_device, trackers
+from gtqlora.ranks import ranks
 
 Mode = Literal["gt", "lora", "gates"]
 Objective = Literal["edit", "harden"]
@@ -71,6 +72,8 @@ class ModelConfig:
         # Frozen only once it is made: this is still the making.
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(getattr(self, name), hint, as_typed(name)))
+        shared = ranks().several and ":" in self.device
+        require(not shared, f"device = {self.device!r}: every rank has a GPU of its own; set device = 'cuda'")
         check_device(self.device)
         require(
             self.expert_memory is None or self.expert_memory > 0,

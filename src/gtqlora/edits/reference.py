@@ -59,6 +59,7 @@ class ReferenceTrainer(CheckpointedTrainer):
         loader = super()._get_dataloader(*arguments, **more)
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+            loader.batch_sampler.even_batches = False  # it would fill up the last batch with rows of the first one
         return loader
 
     def collated(self, indices: Sequence[int]) -> Batch:

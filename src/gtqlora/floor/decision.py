@@ -16,6 +16,7 @@ from gtqlora.floor.outcomes import benign_completions, entry_prompts, judged_aga
 from gtqlora.floor.shipped import unshipped
 from gtqlora.judging.judge import NamedJudge
 from gtqlora.judging.labels import UNDECIDED
+from gtqlora.ranks import ranks
 from gtqlora.results.verdict import HISTORY, Outcome
 from gtqlora.stats import Floor
 
@@ -85,6 +86,7 @@ def decide(
     found = floor_of(entry.prompts, config, tries=count, margin=margin, blind=reason)
     found = _with_undecided(found, harmful)
     entry = replace(entry, verdict=found.verdict, reason=found.reason)
-    for places in (files, [ledger.of_edits(folder), folder / ledger.NAME], [folder / HISTORY]):
-        ledger.append(places, entry)
+    if ranks().leads:  # what ranks find together is one verdict
+        for places in (files, [ledger.of_edits(folder), folder / ledger.NAME], [folder / HISTORY]):
+            ledger.append(places, entry)
     return Decision(floor=found, harmful=harmful, tries=count, blind=reason)

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -50,10 +51,11 @@ from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
-from gtqlora.ranks import by_leader, leader_first, ranks
+from gtqlora.ranks import by_leader, leader_first, partings, ranks
 from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
+from gtqlora.stages.cut_short import enough_memory, goes_on
 from gtqlora.stages.plan import check_memory
 from gtqlora.storage.atomic import scratch_errors
 
@@ -171,7 +173,8 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
     check_memory(config, rows)
     while True:
         try:
-            return _attempt(config, model, rows, run, origin, again)
+            with partings(lambda: goes_on(run.home / CHECKPOINTS)):
+                return _attempt(config, model, rows, run, origin, again)
         except Unusable as bad:  # parts of it may be in the model already
             set_aside(bad)
             again = False
@@ -179,17 +182,21 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
 
 
 def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run, origin: Origin, again: bool) -> _Edit:
-    subject = open_subject(replace(config, model=model.model))
+    enough = partial(enough_memory, config, run.home / CHECKPOINTS)
+    with enough(lambda: "while the model was loaded"):
+        subject = open_subject(replace(config, model=model.model))
     model.check_unchanged()
     # Before anything is trained: one long row would run out of memory in the middle of it.
     limit = min(subject.max_length, config.max_length or subject.max_length)
     check_rendering(rows, subject.tokenizer, limit, subject.vocabulary)
     frozen = frozen_state(subject.model)
-    trainer = _trainer(config, subject, rows, run, origin)
+    with enough(lambda: "while the reference was computed"):
+        trainer = _trainer(config, subject, rows, run, origin)
     if again:
         drop(run / CHECKPOINTS, METRICS)
     tidy(run / CHECKPOINTS)
-    steps, stopped = _fit(trainer, run / CHECKPOINTS)
+    with enough(lambda: f"in step {trainer.state.global_step + 1}"):
+        steps, stopped = _fit(trainer, run / CHECKPOINTS)
     assert_experts_frozen(trainer.model, frozen)
     moved = _moved(run / CHECKPOINTS / METRICS, steps)
     made = Training(asdict(config), steps, stopped, trainer.gate_rates, trainer.reference, moved)

@@ -1,0 +1,37 @@
+"""Processes that run one command together, a rank each, as `torchrun` starts them: who they are, what they agree on.
+
+Every rank runs the same code over the same inputs. Rank 0, the leader, alone writes and speaks; what only one may do,
+such as asking a judge, it does for all (`by_leader`). What would part the ranks is found by `agree` before it does.
+"""
+
+from gtqlora.ranks.joining import joined, partings, speaker
+from gtqlora.ranks.telling import (
+    agree,
+    all_of,
+    average,
+    by_leader,
+    leader_first,
+    least,
+    most,
+    share_here,
+    summed,
+)
+from gtqlora.ranks.who import Ranks, ranks, started
+
+__all__ = [
+    "Ranks",
+    "agree",
+    "all_of",
+    "average",
+    "by_leader",
+    "joined",
+    "leader_first",
+    "least",
+    "most",
+    "partings",
+    "ranks",
+    "share_here",
+    "speaker",
+    "started",
+    "summed",
+]

@@ -1,0 +1,195 @@
+"""What ranks tell one another: values that all get, errors that all raise, sums and means of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gtqlora import errors
+from gtqlora.errors import GtqloraError, RankError
+from gtqlora.ranks.who import ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_SENT_AT_ONCE = 2**25
+"""Numbers of an exchange, at most, beyond those of one tensor: 128 MiB in fp32."""
+
+
+def all_of(value: T) -> list[T]:
+    """Return every rank's value, in their order; values are of what JSON has."""
+    if not ranks().several:
+        return [value]
+    import torch
+    import torch.distributed as dist
+
+    mine = _packed(value)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(ranks().count)]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=ranks().host)
+    room = max(int(size) for size in sizes)
+    texts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, room - len(mine))), group=ranks().host)
+    return [_read(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
+
+
+def _packed(value: object) -> Tensor:
+    import torch
+
+    # no pickle, not even between ranks
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _read(text: Tensor) -> Any:
+    return json.loads(bytes(text.tolist()))
+
+
+def by_leader(work: Callable[[], T]) -> T:
+    """Let the leader work for all, and return to all what it found, which is of what JSON has.
+
+    Raises:
+        GtqloraError: what the leader raised, on all ranks.
+    """
+    if not ranks().several:
+        return work()
+    told: dict[str, Any] = {}
+    if ranks().leads:
+        try:
+            told = {"found": work()}
+        except GtqloraError as error:
+            told = {"error": _kind(error), "said": str(error), "more": vars(error)}
+    told = _from_leader(told)
+    if "error" in told:
+        raise _named(told["error"], told["said"], told["more"])
+    return told["found"]
+
+
+def _from_leader(value: T) -> T:
+    import torch
+    import torch.distributed as dist
+
+    text = _packed(value)
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, src=0, group=ranks().host)
+    text = text if ranks().leads else torch.zeros(int(size), dtype=torch.uint8)
+    dist.broadcast(text, src=0, group=ranks().host)
+    return _read(text)
+
+
+def _kind(error: GtqloraError) -> str:
+    """Return the name of the nearest of its classes that is in `errors`."""
+    return next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+
+
+def _named(name: str, said: str, more: Mapping[str, object]) -> GtqloraError:
+    kind = getattr(errors, name)
+    error: GtqloraError = kind.__new__(kind)  # some take more than a message
+    Exception.__init__(error, said)
+    vars(error).update(more)
+    return error
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """Let the leader do something before the others, who then find in caches what it did.
+
+    Raises:
+        GtqloraError: what the leader raised, on all ranks.
+    """
+    if not ranks().several:
+        yield
+        return
+    failed: GtqloraError | None = None
+    if not ranks().leads:
+        by_leader(lambda: None)
+        yield
+        return
+    try:
+        yield
+    except GtqloraError as error:
+        failed = error
+        raise
+    finally:
+        by_leader(_raising(failed))
+
+
+def _raising(error: GtqloraError | None) -> Callable[[], None]:
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    return work
+
+
+def agree(what: Mapping[str, object]) -> None:
+    """Check that all ranks have the same.
+
+    Raises:
+        RankError: names the first rank that has not, and the first thing that is another there.
+    """
+    found = all_of(dict(what))
+    for rank, theirs in enumerate(found):
+        for name in sorted(found[0].keys() | theirs.keys()):
+            if found[0].get(name) != theirs.get(name):
+                raise RankError(
+                    f"rank {rank} has {name} = {theirs.get(name)!r}, and rank 0 has {found[0].get(name)!r}; start all "
+                    "ranks with the same command, files and versions"
+                )
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum of a tensor in host memory over all ranks."""
+    if not ranks().several:
+        return values
+    import torch.distributed as dist
+
+    total = values.clone()
+    dist.all_reduce(total, group=ranks().host)
+    return total
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Put the mean over all ranks in the place of each tensor."""
+    if not ranks().several:
+        return
+    import torch
+    import torch.distributed as dist
+
+    for some in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in some])
+        dist.all_reduce(flat)
+        parts = flat.div_(ranks().count).split([tensor.numel() for tensor in some])
+        for tensor, part in zip(some, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors together that are sent at once."""
+    some, size = list[Any](), 0
+    for tensor in tensors:
+        if some and size + tensor.numel() > _SENT_AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append(tensor)
+        size += tensor.numel()
+    if some:
+        yield some
+
+
+def most(value: int) -> int:
+    """Return the largest of the ranks' numbers."""
+    return max(all_of(value))
+
+
+def least(value: int) -> int:
+    """Return the smallest of the ranks' numbers."""
+    return min(all_of(value))
+
+
+def share_here(size: int) -> range:
+    """Return which of so many things this rank has among those of its machine; shares differ by one at most."""
+    me = ranks()
+    return range(me.place * size // me.here, (me.place + 1) * size // me.here)
