@@ -19,6 +19,7 @@ from gtqlora.edits.merging import Edit, Projected, merged, plan
 from gtqlora.edits.wrapping import Part, Parts, switched
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.sharding import exchanged, part_of
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import TensorNames, check_projectable, fp8, language_model
 from gtqlora.families.facts import DOWN
@@ -43,7 +44,8 @@ class WeightsReplaced:
     """Parameters that take other values while it is enabled; it holds a second copy of these."""
 
     def __init__(self, others: list[tuple[nn.Parameter, Tensor]]) -> None:
-        self._others, self._enabled = others, False
+        self._others = [(parameter, part_of(parameter, other)) for parameter, other in others]
+        self._enabled = False
 
     def __len__(self) -> int:
         return len(self._others)
@@ -51,7 +53,7 @@ class WeightsReplaced:
     def _swap(self, enabled: bool) -> None:
         if enabled != self._enabled:
             for i, (parameter, other) in enumerate(self._others):
-                self._others[i], parameter.data = (parameter, parameter.data), other
+                self._others[i] = parameter, exchanged(parameter, other)
             self._enabled = enabled
 
     def enable(self) -> None:

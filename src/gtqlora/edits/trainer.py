@@ -23,7 +23,6 @@ from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
-from gtqlora.capture.sharding import is_sharded
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
@@ -40,6 +39,7 @@ from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
 from gtqlora.experts.exchange import exchange_of
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
 from gtqlora.machine import trackers, use_gpu
