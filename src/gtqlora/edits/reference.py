@@ -6,17 +6,23 @@ Shape letters: B rows, S sequence.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor, nn
+from trl.trainer import dpo_trainer
 
+from gtqlora.config import TrainConfig
 from gtqlora.edits.checkpointing import CheckpointedTrainer
 from gtqlora.edits.head import completions_only
+from gtqlora.edits.wrapping import adapters_off
 from gtqlora.errors import TrainingError
 from gtqlora.progress import track
 from gtqlora.results.adapter import Deviation
+from gtqlora.storage.contents import sha256_json
 
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
@@ -25,10 +31,31 @@ _NO_INPUTS = ("kind", "completion_mask", "ref_chosen_logps", "ref_rejected_logps
 """What of a batch is not for the model."""
 
 
+_LAST: dict[str, Dataset] = {}
+"""The last reference that was computed: edits of one model are often made one after another."""
+
+
+@contextmanager
+def _quickly_switched() -> Iterator[None]:
+    """Let TRL take the edit out of the way as `Switched` does, which says what PEFT's own way costs."""
+    module: Any = dpo_trainer
+    kept, module.use_adapter = module.use_adapter, lambda model, adapter_name: adapters_off(model, "lora", "gates")
+    try:
+        yield
+    finally:
+        module.use_adapter = kept
+
+
 class ReferenceTrainer(CheckpointedTrainer):
-    """TRL's DPO trainer that knows how far its stored reference is from the model that training starts from."""
+    """TRL's DPO trainer that knows how far its stored reference is from the model that training starts from.
+
+    Attributes:
+        original: digest of that model; of one and the same the reference is computed once in a process, on a CPU.
+    """
 
     reference: Deviation | None = None
+    original: str | None
+    settings: TrainConfig
     data_collator: Any
     train_dataset: Any
 
@@ -82,6 +109,23 @@ class ReferenceTrainer(CheckpointedTrainer):
         margin = float((policy - reference).abs().max())
         if margin != 0.0:
             raise TrainingError(f"step-0 margin is {margin:.3g}, not 0: the reference is not the starting model")
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Return the rows with the reference's log-probabilities: the last ones computed, if they are of this model."""
+        if self.original is None or self.settings.device != "cpu":
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        settings = [getattr(self.settings, each) for each in ("dtype", "expert_format")]
+        key = sha256_json([self.original, settings, batch_size, torch.get_num_threads(), dataset.to_dict()])
+        if key not in _LAST:
+            found = super()._precompute_ref_logps(dataset, name, batch_size)
+            _LAST.clear()
+            _LAST[key] = found.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
+        return concatenate_datasets([dataset, _LAST[key]], axis=1)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """Return the original's log-probabilities of chosen and rejected answers."""
+        with _quickly_switched():
+            return super().compute_ref_log_probs(model, inputs)
 
     def _reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with completions_only():
