@@ -172,6 +172,7 @@ class Edited:
     """A subject with an edit that can be switched off, whole or in parts: `subject` runs edited.
 
     Attributes:
+        drawn_by: what prompts are drawn by, see `Adapter`.
         parts: what the edit changes, by path; None of a projection, which has no parts.
 
     Args:
@@ -183,7 +184,7 @@ class Edited:
     """
 
     def __init__(self, subject: Subject, adapter: Adapter, *, shipped: str | None = None) -> None:
-        self.digest = adapter.digest
+        self.drawn_by = adapter.drawn_by
         self.info, family = adapter.info, subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")
