@@ -5,12 +5,11 @@ Experts are split by `experts.exchange`, so they are none of these weights; rout
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
 
 from gtqlora.families import Anatomy
 from gtqlora.planning.memory import is_split
@@ -30,7 +29,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def shard(model: Any, anatomy: Anatomy) -> None:
+def shard(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Leave each rank of this machine its part of every dense weight.
 
     What trains is added afterwards, and is whole on every rank.
@@ -41,11 +40,13 @@ def shard(model: Any, anatomy: Anatomy) -> None:
     dense = set(_dense(model, anatomy))
     others = {weight for weight in model.parameters() if weight not in dense}
     layers = [model.get_submodule(anatomy.family.layer(index)) for index in range(anatomy.n_layers)]
-    for module in (*layers, model.get_input_embeddings(), model.get_output_embeddings(), model.base_model):
+    ends = [model.get_input_embeddings(), model.get_output_embeddings(), model.base_model]
+    for module in (*layers, *ends):
+        assert isinstance(module, nn.Module)
         fully_shard(module, mesh=mesh, ignored_params=others)
 
 
-def _dense(model: Any, anatomy: Anatomy) -> list[nn.Parameter]:
+def _dense(model: nn.Module, anatomy: Anatomy) -> list[nn.Parameter]:
     """Return the weights that are split."""
     routers = {id(weight) for path in anatomy.routers for weight in model.get_submodule(path).parameters()}
     return [weight for weight in model.parameters() if id(weight) not in routers and weight.dim() > 1]

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 from trl.trainer import dpo_trainer
@@ -38,7 +37,8 @@ from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
-from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
+from gtqlora.edits.sums import Sums, Whole
+from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, restore_masters, trainable
 from gtqlora.experts.exchange import exchange_of
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
@@ -94,29 +94,6 @@ _LOGGED = 3
 _WORST = "health/overlap_harmful_worst"
 
 
-@dataclass
-class Sums:
-    """What losses are divided by: of a part of an optimizer batch, or of all its parts on all ranks.
-
-    Attributes:
-        chosen: tokens of chosen completions, over which the SFT term is a mean.
-        anchored: tokens of rows that are held to the original's routing.
-    """
-
-    rows: float
-    chosen: float
-    anchored: float
-
-
-@dataclass
-class Whole:
-    """An optimizer batch in progress: its sums, parts still to come, and the anchor so far."""
-
-    sums: Sums
-    left: int
-    anchor: float = 0.0
-
-
 @contextmanager
 def weights_unhashed() -> Iterator[None]:
     """Keep TRL from hashing every weight, which takes minutes, for a cache file that data in memory never gets."""
@@ -126,16 +103,6 @@ def weights_unhashed() -> Iterator[None]:
         yield
     finally:
         module.hash_module = kept
-
-
-@torch.no_grad()
-def _restore_masters(model: PeftModel) -> None:
-    """Put what trains into fp32 again: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
-    for p in trainable(model).values():
-        p.data = p.data.float()
-    for wrapper in routers_of(model).values():
-        gate: Any = wrapper.modules_to_save["default"]
-        gate.weight.copy_(wrapper.original_module.weight)
 
 
 class GateTargetedTrainer(ReferenceTrainer):
@@ -162,7 +129,7 @@ class GateTargetedTrainer(ReferenceTrainer):
             self._until_trained.enter_context(exchange.own())
         with weights_unhashed(), completions_only():
             super().__init__(**kwargs)
-        _restore_masters(self.model)
+        restore_masters(self.model)
         in_half_precision(self.model)
         # ablation changes from step to step, which a recorded pass cannot
         self._stack = self._captured_stack(packed) if on_gpu and draws is None else None
