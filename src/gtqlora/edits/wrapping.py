@@ -258,4 +258,4 @@ def restore_masters(model: PeftModel) -> None:
     for p in trainable(model).values():
         p.data = p.data.float()
     for wrapper in routers_of(model).values():
-        wrapper.modules_to_save["default"].weight.copy_(wrapper.original_module.weight)
+        wrapper.modules_to_save["default"].get_parameter("weight").copy_(wrapper.original_module.weight)
