@@ -54,10 +54,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gtqlora.capture.subject import exchanging, ready
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
+from gtqlora.edits.arguments import arguments as training_arguments
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state, sum_of_bits
 from gtqlora.edits.trainer import GateTargetedTrainer, weights_unhashed
-from gtqlora.edits.trainer import arguments as training_arguments
 from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targets_kept
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig
 from gtqlora.experts.placing import chosen

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
-_LONGEST = ("chaos", "stages", "exports", "bitdelta", "experts", "edits", "organisms")
+_LONGEST = ("chaos", "stages", "ranks", "exports", "bitdelta", "experts", "edits", "organisms")
 """Rooms whose files take longest. They come first, so that no worker is left with one when the others are done."""
 
 

@@ -41,18 +41,25 @@ def process(code: str, *arguments: object) -> Ended:
 
 
 def ranks(
-    code: str, *arguments: object, count: int, own: Mapping[int, Sequence[object]] | None = None, **more: object
+    code: str,
+    *arguments: object,
+    count: int,
+    machines: int = 1,
+    own: Mapping[int, Sequence[object]] | None = None,
+    **more: object,
 ) -> list[Ended]:
     """Run Python code in so many children at once, with the environment in which `torchrun` starts its ranks.
 
     Args:
+        machines: on which they seem to run.
         own: arguments of single ranks in place of those of all.
         more: further variables of their environment; None removes one.
     """
-    port = _free_port()
+    port, here = _free_port(), count // machines
     given = [
         {
-            **{"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            **{"RANK": str(rank), "WORLD_SIZE": str(count)},
+            **{"LOCAL_RANK": str(rank % here), "LOCAL_WORLD_SIZE": str(here)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             **{name: None if value is None else str(value) for name, value in more.items()},
         }

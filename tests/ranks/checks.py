@@ -34,14 +34,14 @@ from gtqlora.ranks import (
 from tests import helpers
 from tests.helpers import frozen_experts
 
-SAID = "said-{}.jsonl"
-"""What a rank found: a line a check."""
+SAID = "{}-{}.jsonl"
+"""What a rank found of a module's checks: a line each."""
 
 
 def run(module: str, folder: str) -> None:
     """Run a module's checks on this rank."""
     checks = {name: check for name, check in vars(sys.modules[module]).items() if name.startswith("check_")}
-    with joined() as me, (Path(folder) / SAID.format(me.rank)).open("w") as said:
+    with joined() as me, (Path(folder) / SAID.format(module, me.rank)).open("w") as said:
         for name, check in checks.items():
             try:
                 check(Path(folder))

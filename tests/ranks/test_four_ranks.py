@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from gtqlora.results.adapter import Training, read_info
 from gtqlora.results.metrics import read_metrics
 from gtqlora.run import Run
 from tests import helpers, warm
-from tests.ranks import checks
+from tests.ranks import checks, machines
 from tests.stages.test_resume import steps_seen
 
-CHECKS = [name for name in vars(checks) if name.startswith("check_")]
-CODE = "import sys\nimport tests.ranks.checks as checks\nchecks.run(checks.__name__, sys.argv[1])"
+CHECKS = [(module, name) for module in (checks, machines) for name in vars(module) if name.startswith("check_")]
+CODE = "import sys, importlib\nfrom tests.ranks import checks\n"
+CODE += "importlib.import_module(sys.argv[1])\nchecks.run(sys.argv[1], sys.argv[2])"
 ROWS = 22
 """Three batches of eight, of which the last has six: two ranks of four have a filler there."""
 
@@ -53,7 +55,9 @@ def world(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {name: asdict(config) for name, config in variants.items()}
     (folder / "variants.json").write_text(json.dumps(settings))
     (folder / "models.json").write_text(json.dumps({"float32": str(toy.model("qwen3_moe"))}))
-    for ended in warm.ranks(CODE, folder, count=4):
+    of_one = warm.ranks(CODE, checks.__name__, folder, count=4)
+    of_two = warm.ranks(CODE, machines.__name__, folder, count=4, machines=2)
+    for ended in (*of_one, *of_two):
         assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -65,23 +69,24 @@ def halfway(done: Path, run: Path) -> None:
         shutil.copyfile(done / "checkpoints" / "metrics.jsonl", run / "checkpoints" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_every_rank(world: Path, name: str) -> None:
+@pytest.mark.parametrize(("module", "name"), CHECKS, ids=lambda part: part if isinstance(part, str) else "")
+def test_on_every_rank(world: Path, module: ModuleType, name: str) -> None:
     for rank in range(4):
-        said = dict(map(json.loads, (world / checks.SAID.format(rank)).read_text().splitlines()))
+        file = world / checks.SAID.format(module.__name__, rank)
+        said = dict(map(json.loads, file.read_text().splitlines()))
         assert said[name] is None, f"rank {rank}: {said[name]}"
 
 
 # --- the edit is that of one process
 
-FAMILY_OF = {"resumed": "nf4", "sharded": "nf4"}
+FAMILY_OF = {"resumed": "nf4", "sharded": "nf4", "machines": "nf4"}
 """Trainings of the ranks whose twin in one process has another name."""
 EXACT, HALF = 1e-3, 0.05
 """How far adapters may be apart, in relation to their size, in fp32 and in bf16, where a tie in a router may fall
 otherwise: Adam's first steps go as far for a small gradient as for a large one, and so for what rounding left of it."""
 
 
-@pytest.mark.parametrize("name", ["nf4", "gates", "lora", "harden", "resumed", "sharded"])
+@pytest.mark.parametrize("name", ["nf4", "gates", "lora", "harden", "resumed", "sharded", "machines"])
 def test_four_ranks_train_what_one_process_trains(world: Path, name: str) -> None:
     one, four = world / "one" / FAMILY_OF.get(name, name), world / "ranks" / name
     half = name == "lora"
@@ -133,7 +138,7 @@ def test_one_process_goes_on_where_ranks_were_cut_off(world: Path, tmp_path: Pat
 
 def test_copies_of_the_run_directory_are_gone(world: Path) -> None:
     assert sorted(path.name for path in (world / "ranks").iterdir()) == [
-        *("gates", "guard", "harden", "lora", "nf4", "resumed", "sharded")
+        *("gates", "guard", "harden", "lora", "machines", "nf4", "resumed", "sharded")
     ]
     assert (world / "ranks" / "nf4" / "checkpoints" / "checkpoint-4" / "rng_state.pth").exists()
 

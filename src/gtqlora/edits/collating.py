@@ -5,33 +5,32 @@ Where several ranks share a batch, each collates its own rows, and all have batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gtqlora.contrasts import ALL_KINDS
 from gtqlora.edits.packing import pack
-from gtqlora.edits.reference import FILLER, Batch
+from gtqlora.edits.reference import FILLER, Batch, Row
 
 _SHORT = 32
 _LENGTHS, _SIZES = 4, 8
 """Lengths of padded batches, and sizes of packed ones, in an octave."""
 
 
-def longest_of(rows: Iterable[Mapping[str, Any]]) -> int:
+def longest_of(rows: Iterable[Row]) -> int:
     """Return the tokens of the longest prompt with its answer."""
     return max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
 
 
-def most_tokens(rows: Iterable[Mapping[str, Any]]) -> int:
+def most_tokens(rows: Iterable[Row]) -> int:
     """Return the tokens of the largest pair, with its prompt once."""
     return max(sum(_lengths(row)) for row in rows)
 
 
-def _lengths(row: Mapping[str, Any]) -> tuple[int, int, int]:
+def _lengths(row: Row) -> tuple[int, int, int]:
     return len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])
 
 
@@ -55,7 +54,7 @@ class KindCollator(DataCollatorForPreference):
     packed: bool = False
     share: tuple[int, int] = (0, 1)
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> Batch:
+    def torch_call(self, examples: list[Row]) -> Batch:
         """Collate this rank's examples as TRL does, and add their kinds."""
         longest = longest_of(examples)
         self.pad_to_multiple_of = _up(longest, _LENGTHS) if self.few_shapes else longest
@@ -71,7 +70,7 @@ class KindCollator(DataCollatorForPreference):
             batch |= pack([_lengths(example) for example in mine], batch["input_ids"].shape[1], size).named()
         return batch
 
-    def _shared(self, examples: list[dict[str, Any]], rank: int) -> tuple[list[dict[str, Any]], int]:
+    def _shared(self, examples: list[Row], rank: int) -> tuple[list[Row], int]:
         """Return a rank's examples and how many of them are real: its first ones, in order of ranks."""
         count = self.share[1]
         own = examples[rank * len(examples) // count : (rank + 1) * len(examples) // count]

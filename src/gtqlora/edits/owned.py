@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from gtqlora.ranks import ranks
 
 State = dict[str, Tensor]
+Saved = dict[str, Any]
 
 
 class OwnedAdamW(torch.optim.AdamW):
     """AdamW of which every rank holds its share; as many numbers as any other's, but for the largest weight."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, weight_decay: float) -> None:
+    def __init__(self, groups: list[Saved], *, weight_decay: float) -> None:
         super().__init__(groups, weight_decay=weight_decay)
         self._owners = _owners(list(self._weights()))
         self._told: dict[int, State] = {}
@@ -61,13 +62,13 @@ class OwnedAdamW(torch.optim.AdamW):
             if ranks().leads:
                 self._told[index] = dict(zip(names, found, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Saved:
         """Return the state, with what other ranks told of theirs."""
         found = super().state_dict()
         found["state"] = dict(sorted({**found["state"], **self._told}.items()))
         return found
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Saved) -> None:
         """Take this rank's share of a state that holds all."""
         super().load_state_dict(state_dict)
         for weight, owner in zip(self._weights(), self._owners, strict=True):

@@ -15,6 +15,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from trl.trainer import dpo_trainer
 
 from gtqlora.config import TrainConfig
@@ -28,6 +29,7 @@ from gtqlora.ranks import all_of
 from gtqlora.results.adapter import Deviation
 from gtqlora.storage.contents import sha256_json
 
+Row = dict[str, Any]
 Batch = dict[str, Tensor]
 """Rows in tokens with their masks, kinds and reference log-probabilities; chosen rows first, then the rejected ones."""
 
@@ -88,9 +90,9 @@ class ReferenceTrainer(CheckpointedTrainer):
         columns = zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*found, strict=True), strict=True)
         return Dataset.from_dict({name: np.array(values, np.float32) for name, values in columns})
 
-    def _get_dataloader(self, *arguments: Any, **more: Any) -> Any:
+    def get_train_dataloader(self) -> DataLoader[Batch]:
         """Return batches that are whole on every rank; each collates its share of them."""
-        loader = super()._get_dataloader(*arguments, **more)
+        loader = super().get_train_dataloader()
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
             loader.batch_sampler.even_batches = False  # it would fill up the last batch with rows of the first one
@@ -100,7 +102,7 @@ class ReferenceTrainer(CheckpointedTrainer):
         """Return this rank's share of rows of the training data as one batch, where the model is."""
         return self._batch([self.train_dataset[i] for i in indices])
 
-    def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+    def _batch(self, rows: list[Row]) -> Batch:
         batch = self.data_collator(rows)
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 from trl.trainer import dpo_trainer
-from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
@@ -37,84 +34,17 @@ from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
-from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, routers_of, trainable
+from gtqlora.edits.sums import Sums, Whole
+from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, restore_masters, trainable
 from gtqlora.experts.exchange import exchange_of
 from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
-from gtqlora.machine import trackers, use_gpu
 from gtqlora.ranks import all_of, average, least, most, ranks
 
-
-def arguments(config: TrainConfig, output: Path) -> DPOConfig:
-    """Return TRL's arguments for a training that writes its checkpoints to `output`."""
-    made = DPOConfig(
-        output_dir=str(output),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,  # ranks share each batch, see `KindCollator`
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr_lora,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup * config.steps),
-        max_grad_norm=config.max_grad_norm,
-        beta=config.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, config.sft_weight],
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=config.batch_size,  # as training runs them: in bf16 another shape rounds otherwise
-        router_aux_loss_coef=0.0,  # a load-balance loss itself moves the routing we study
-        max_length=None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs=_RECOMPUTED if config.gradient_checkpointing else None,
-        bf16=False,  # the model keeps its own dtype; LoRA and gates stay fp32
-        use_cpu=config.device == "cpu",
-        dataloader_pin_memory=config.device != "cpu",
-        ddp_broadcast_buffers=False,  # nothing trained is a buffer, and frozen experts are most of the model
-        remove_unused_columns=False,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        report_to=trackers(config.report_to) or "none",
-        disable_tqdm=True,
-        seed=config.seed,
-        data_seed=config.seed,
-    )
-    if config.device.startswith("cuda"):
-        # transformers would take GPU 0, and copy the model to all others that it sees
-        vars(made)["_setup_devices"], made._n_gpu = use_gpu(config.device), 1
-    return made
-
-
-_RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
-"""Nothing in training is random, which is asserted; a state of random numbers cannot be read in a CUDA graph."""
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
 _WORST = "health/overlap_harmful_worst"
-
-
-@dataclass
-class Sums:
-    """What losses are divided by: of a part of an optimizer batch, or of all its parts on all ranks.
-
-    Attributes:
-        chosen: tokens of chosen completions, over which the SFT term is a mean.
-        anchored: tokens of rows that are held to the original's routing.
-    """
-
-    rows: float
-    chosen: float
-    anchored: float
-
-
-@dataclass
-class Whole:
-    """An optimizer batch in progress: its sums, parts still to come, and the anchor so far."""
-
-    sums: Sums
-    left: int
-    anchor: float = 0.0
 
 
 @contextmanager
@@ -126,16 +56,6 @@ def weights_unhashed() -> Iterator[None]:
         yield
     finally:
         module.hash_module = kept
-
-
-@torch.no_grad()
-def _restore_masters(model: PeftModel) -> None:
-    """Put what trains into fp32 again: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
-    for p in trainable(model).values():
-        p.data = p.data.float()
-    for wrapper in routers_of(model).values():
-        gate: Any = wrapper.modules_to_save["default"]
-        gate.weight.copy_(wrapper.original_module.weight)
 
 
 class GateTargetedTrainer(ReferenceTrainer):
@@ -168,7 +88,7 @@ class GateTargetedTrainer(ReferenceTrainer):
             self._until_trained.enter_context(exchange.own())
         with weights_unhashed(), completions_only():
             super().__init__(**kwargs)
-        _restore_masters(self.model)
+        restore_masters(self.model)
         in_half_precision(self.model)
         # ablation changes from step to step, which a recorded pass cannot
         self._stack = self._captured_stack(packed) if on_gpu and draws is None else None

@@ -250,3 +250,12 @@ def put_edit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Non
         raise RunError(f"{where}: the adapter does not fit the model ({len(odd)} tensors differ, e.g. {odd[0][0]})")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def restore_masters(model: PeftModel) -> None:
+    """Put what trains into fp32 again: TRL casts it to bf16 when bitsandbytes holds the dense weights in 4 bits."""
+    for p in trainable(model).values():
+        p.data = p.data.float()
+    for wrapper in routers_of(model).values():
+        wrapper.modules_to_save["default"].get_parameter("weight").copy_(wrapper.original_module.weight)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ SAME, OWN = "same", "own"
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+Group = dist.ProcessGroup
 Sums = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden_TD, index_TK, weights_TK) -> weighted sums_TD over the experts held here."""
 
@@ -38,7 +39,7 @@ class Exchange:
         tokens: whether every rank has the same tokens, or each its own.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
         self.tokens: Literal["same", "own"] = SAME
 
@@ -71,37 +72,44 @@ def exchange_of(model: nn.Module) -> Exchange | None:
     return next((found for module in model.modules() if (found := getattr(module, "exchange", None)) is not None), None)
 
 
-def _gathered(values_TD: Tensor, group: Any) -> Tensor:
+def _gathered(values_TD: Tensor, group: Group) -> Tensor:
     """Return values_ND of all ranks, in their order."""
     whole = values_TD.new_empty(dist.get_world_size(group) * len(values_TD), *values_TD.shape[1:])
     _all_gather(whole, values_TD.contiguous(), group=group)
     return whole
 
 
-def _scattered(values_ND: Tensor, group: Any) -> Tensor:
+def _scattered(values_ND: Tensor, group: Group) -> Tensor:
     """Return this rank's values_TD of the sums over all ranks."""
     mine = values_ND.new_empty(len(values_ND) // dist.get_world_size(group), *values_ND.shape[1:])
     _reduce_scatter(mine, values_ND.contiguous(), group=group)
     return mine
 
 
-def _added(values: Tensor, group: Any) -> Tensor:
+def _added(values: Tensor, group: Group) -> Tensor:
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
+
+
+class _Passed(Protocol):
+    """What a forward pass leaves for its backward pass."""
+
+    group: Group
+    needs_input_grad: tuple[bool, ...]
 
 
 class _Gathered(torch.autograd.Function):
     """Tensors of each rank -> of all; the gradients of all ranks are added up."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Passed, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(_gathered(value, group) for value in values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = zip(grads, ctx.needs_input_grad[1:], strict=True)
         return None, *(_scattered(grad, ctx.group) if needed else None for grad, needed in wanted)
 
@@ -110,13 +118,13 @@ class _Scattered(torch.autograd.Function):
     """What each rank adds to the sums of all tokens -> the sums of this rank's."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, values_ND: Tensor) -> Tensor:
+    def forward(ctx: _Passed, group: Group, values_ND: Tensor) -> Tensor:
         ctx.group = group
         return _scattered(values_ND, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, _gathered(grads[0], ctx.group)
 
 
@@ -124,13 +132,13 @@ class _Copied(torch.autograd.Function):
     """Tensors that all ranks have -> the same; each rank's gradients are a part of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Passed, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = zip(grads, ctx.needs_input_grad[1:], strict=True)
         return None, *(_added(grad, ctx.group) if needed else None for grad, needed in wanted)
 
@@ -139,10 +147,10 @@ class _Added(torch.autograd.Function):
     """What each rank adds to the sums of the tokens that all have -> the sums."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, values_TD: Tensor) -> Tensor:
+    def forward(ctx: _Passed, group: Group, values_TD: Tensor) -> Tensor:
         return _added(values_TD, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, grads[0]

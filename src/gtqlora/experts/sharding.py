@@ -5,13 +5,12 @@ Experts are split by `experts.exchange`, so they are none of these weights; rout
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from gtqlora.families import Family
 from gtqlora.families.layers import moe_layers_of
@@ -32,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def shard(model: Any, family: Family) -> None:
+def shard(model: PreTrainedModel, family: Family) -> None:
     """Leave each rank of this machine its part of every dense weight.
 
     What trains is added afterwards, and is whole on every rank.
@@ -41,9 +40,12 @@ def shard(model: Any, family: Family) -> None:
     # by its name PEFT knows that a linear computes all of its outputs
     mesh = DeviceMesh.from_group(me.machine, next(model.parameters()).device.type, mesh_dim_names=("fsdp",))
     dense = set(_dense(model, family))
+    for weight in dense:  # FSDP2 has copies that would not hear of it later
+        weight.requires_grad_(False)
     others = {weight for weight in model.parameters() if weight not in dense}
-    layers = model.get_submodule(family.layers).children()
-    for module in (*layers, model.get_input_embeddings(), model.get_output_embeddings(), model.base_model):
+    ends = [model.get_input_embeddings(), model.get_output_embeddings(), model.base_model]
+    for module in (*model.get_submodule(family.layers).children(), *ends):
+        assert isinstance(module, nn.Module)
         fully_shard(module, mesh=mesh, ignored_params=others, reshard_after_forward=True)
 
 
@@ -68,7 +70,7 @@ def exchanged(parameter: nn.Parameter, values: Tensor) -> Tensor:
     return before
 
 
-def _dense(model: Any, family: Family) -> list[nn.Parameter]:
+def _dense(model: nn.Module, family: Family) -> list[nn.Parameter]:
     """Return the weights that are split."""
     paths = map(family.router_of, moe_layers_of(model, family))
     routers = {id(weight) for path in paths for weight in model.get_submodule(path).parameters()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gtqlora import errors
 from gtqlora.errors import GtqloraError, RankError
@@ -33,7 +33,7 @@ def all_of(value: T) -> list[T]:
     room = max(int(size) for size in sizes)
     texts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(texts, torch.nn.functional.pad(mine, (0, room - len(mine))), group=ranks().host)
-    return [_read(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
+    return [cast(T, _read(text[: int(size)])) for text, size in zip(texts, sizes, strict=True)]
 
 
 def _packed(value: object) -> Tensor:
@@ -43,7 +43,7 @@ def _packed(value: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _read(text: Tensor) -> Any:
+def _read(text: Tensor) -> object:
     return json.loads(bytes(text.tolist()))
 
 
@@ -76,7 +76,7 @@ def _from_leader(value: T) -> T:
     dist.broadcast(size, src=0, group=ranks().host)
     text = text if ranks().leads else torch.zeros(int(size), dtype=torch.uint8)
     dist.broadcast(text, src=0, group=ranks().host)
-    return _read(text)
+    return cast(T, _read(text))
 
 
 def _kind(error: GtqloraError) -> str:

@@ -39,25 +39,24 @@ def enough_memory(config: TrainConfig, checkpoints: Path, when: Callable[[], str
         if not ran_out_of_memory(error):
             raise
         raise TrainingError(
-            f"out of memory on {config.device} {when()} ({first_line(error)[:120]}). The edit stays the same with "
-            f"{_as_exact(config)}; another edit, that begins anew (--again), takes less with {_smaller(config)}. "
-            f"{goes_on(checkpoints)}"
+            f"out of memory on {config.device} {when()} ({first_line(error)[:120]}). Less is taken, and checkpoints go "
+            f"on, with {_as_exact(config)}; {_smaller(config)} begin anew (--again). {goes_on(checkpoints)}"
         ) from error
 
 
 def _as_exact(config: TrainConfig) -> str:
-    """Name settings with which the checkpoints still go on."""
+    """Name settings under which the edit stays the same."""
     found = [] if config.gradient_checkpointing else ["gradient_checkpointing = true"]
-    if config.gradient_checkpointing and config.activation_memory != 0 and config.device != "cpu":
-        found.append("activation_memory = 0")
+    if config.device != "cpu":
+        if config.gradient_checkpointing and config.activation_memory != 0:
+            found.append("activation_memory = 0")
+        if config.expert_format != BF16 and config.expert_memory is None:
+            found.append("expert_memory (experts wait in host memory)")
     return " or ".join([*found, f"more ranks than {ranks().count} (torchrun), each on a GPU of its own"])
 
 
 def _smaller(config: TrainConfig) -> str:
-    """Name settings that change the edit."""
+    """Name what makes another edit."""
     rows = config.batch_size // ranks().count
-    found = [
-        *([f"batch_size = {rows // 2 * ranks().count} and more accumulation"] if rows > 1 else []),
-        *(["expert_format = 'nf4'"] if config.expert_format == BF16 else []),
-    ]
-    return " or ".join([*found, "shorter rows (contrast check shows the longest)"])
+    fewer = [f"batch_size = {rows // 2 * ranks().count} with more accumulation"] if rows > 1 else []
+    return " or ".join([*fewer, *(["expert_format = nf4"] if config.expert_format == BF16 else []), "shorter rows"])

@@ -21,6 +21,7 @@ from gtqlora.config import TrainConfig
 from gtqlora.contrasts import Contrast
 from gtqlora.contrasts.statistics import check_rendering
 from gtqlora.edits.adapters import load_edit, save
+from gtqlora.edits.arguments import arguments
 from gtqlora.edits.checkpoint_files import (
     Checkpoint,
     Origin,
@@ -37,7 +38,7 @@ from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finit
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
-from gtqlora.edits.trainer import GateTargetedTrainer, arguments
+from gtqlora.edits.trainer import GateTargetedTrainer
 from gtqlora.edits.wrapping import (
     assert_bias_frozen,
     assert_trains_exactly,
