@@ -35,7 +35,7 @@ import transformers
 
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.wrapping import routers_of, trainable
-from gtqlora.ranks import all_of, joined, ranks
+from gtqlora.ranks import all_of, end_process, joined, ranks
 
 WARMUP = step.WARMUP
 
@@ -197,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = work(args)
             if ranks().leads:
                 args.worker.write_text(json.dumps(found))
+        end_process(0)
         return 0
     there = torch.cuda.device_count() if args.device == "cuda" else 2
     found = list[dict[str, Any]]()

@@ -51,7 +51,6 @@ from transformers import DeepseekV3Config, PreTrainedTokenizerFast, Qwen3MoeConf
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from gtqlora.capture.sharding import is_worth_it, shard
 from gtqlora.capture.subject import exchanging, ready
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import KINDS
@@ -63,6 +62,7 @@ from gtqlora.edits.wrapping import assert_trains_exactly, lora_config, peft_targ
 from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig
 from gtqlora.experts.placing import chosen
 from gtqlora.experts.quantizer import replace_experts
+from gtqlora.experts.sharding import is_worth_it, shard
 from gtqlora.experts.streaming import Streaming
 from gtqlora.families import FAMILIES, Anatomy, bind
 from gtqlora.ranks import ranks
@@ -249,8 +249,8 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     anatomy = bind(model, family)
     if way != TRL:
         ready(model, anatomy)
-    if is_worth_it(model, anatomy):
-        shard(model, anatomy)
+    if is_worth_it(model, anatomy.family):
+        shard(model, anatomy.family)
         torch.cuda.empty_cache()
     waiting = chosen(model, experts, held, device) if args.expert_memory else []
     for module in experts:

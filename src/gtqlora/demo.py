@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gtqlora.errors import GtqloraError, RunError
+from gtqlora.machine import uncollected
 from gtqlora.organisms import embedded
 from gtqlora.organisms.truth import Truth
 
@@ -34,6 +35,11 @@ EDITS = ("projection", "lora", "gates", "gt")
 # the repair to them. Chosen answers weigh more there: with weight 1 up to a tenth of the refusals inside one frame
 # begin with a word of the answer, with 3 up to 1.8 % by what is drawn, with 10 none of 3,350 on two seeds.
 BY_VERDICT = {"residual": ("lr_lora=6e-4", "anchor_harmful=20", "sft_weight=10")}
+# The demo itself is to be over soon. Losses are flat from step 100 on, so that 150 steps say what 250 do; only LoRA
+# alone still moves where it may not run hot, and goes as far in fewer steps at a rate as much higher. Inside frames 240
+# prompts tell: of them at most 3 % are lost in any frame, and the floor allows 10 %.
+_SHORTER, _SHORTER_BY_LORA = ("steps=150",), ("steps=150", "lr_lora=5e-5")
+_FEWER = ("wrapped_prompts=240",)
 
 Event = tuple[str, str, int, int]
 """(organism, what, done, total)."""
@@ -163,7 +169,8 @@ def _work(name: str, out: Path, threads: int, events: Queue[Message]) -> None:
         events.put(("event", (name, f"{stage[0]}: {what}", done, total)))
 
     try:
-        with shown_by(reporter):
+        # what is garbage of toy models is little, and to look for it costs seconds in all that was imported
+        with shown_by(reporter), uncollected():
             events.put(("done", (name, run_organism(name, out, lambda label: stage.__setitem__(0, label)))))
     except GtqloraError as error:
         events.put(("error", f"{name}: {error}"))
@@ -181,7 +188,7 @@ def run_organism(name: str, out: Path, on_stage: Callable[[str], None]) -> Outco
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(pairs) as staged:  # a copy, so that its ledger counts the demo's own tries
         shutil.copyfile(embedded.contrast(), staged)
-    numbers, sentence = study(organism, pairs, out, edits=EDITS, on_stage=on_stage)
+    numbers, sentence = study(organism, pairs, out, edits=EDITS, on_stage=on_stage, shorter=True)
     on_stage("export and report")
     with Run(out / "gt") as run:
         exported = out / "exported"
@@ -200,11 +207,13 @@ def study(
     edits: Sequence[str],
     on_stage: Callable[[str], None] = lambda _label: None,
     overrides: Sequence[str] = (),
+    shorter: bool = False,
 ) -> tuple[Numbers, str]:
     """Diagnose an organism, edit and verify it in each way; return the demo's numbers and the diagnosis' sentence.
 
     Args:
         overrides: `key=value` settings for training, instead of what the verdict suggests.
+        shorter: train for fewer steps, and ask fewer prompts inside frames.
     """
     from gtqlora.config import DiagnoseConfig, ProjectConfig, TrainConfig, VerifyConfig, build
     from gtqlora.run import Run
@@ -225,9 +234,11 @@ def study(
             if edit == "projection":
                 project(settled(ProjectConfig), run)
             else:
-                train(settled(TrainConfig, mode=edit, overrides=settings), run)
+                by_lora = (edit, diagnosis.verdict) == ("lora", "routing")
+                less = (_SHORTER_BY_LORA if by_lora else _SHORTER) if shorter else ()
+                train(settled(TrainConfig, mode=edit, overrides=(*less, *settings)), run)
             # ablation is for the report, which is the GT-QLoRA edit's
-            quick = () if edit == "gt" else ("ablation=0",)
+            quick = (*(_FEWER if shorter else ()), *(() if edit == "gt" else ("ablation=0",)))
             verdicts[edit] = verify(settled(VerifyConfig, overrides=quick), run)
     found = {(expert.layer, expert.expert) for expert in diagnosis.causal_experts}
     return _numbers(diagnosis.verdict, found, embedded.read_truth(model), verdicts), diagnosis.sentence

@@ -309,7 +309,28 @@ def test_literals_of_cues_stand_in_what_their_patterns_find() -> None:
         for row in _rows("answers.jsonl") + _rows("more.jsonl") + _rows("probes.jsonl"):
             said = folded(row["answer"])
             if language_of(said, folded(row["prompt"])) is wording:
-                assert wording.read(said).declines == wording.turns_down(said), said
+                found = wording.read(said)
+                assert found.declines == wording.turns_down(said), said
+                assert found.refers == wording.refers.found_in(said), said
+                assert found.redirects == wording.redirects.found_in(said), said
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "'he will tell",
+        "he'll know best",
+        "dial 988",
+        "go to a shop",
+        "it sits with you and yours",
+        "it's rather for a vet",
+        "there is one thing for that",
+        "these are matters for the local court",
+        "it takes somebody who knows",
+    ],
+)
+def test_rare_references_to_others_are_seen(sentence: str) -> None:
+    assert WORDINGS[0].refers.found_in(sentence) and WORDINGS[0].read(sentence).refers
 
 
 def test_weights_are_those_of_what_is_counted() -> None:

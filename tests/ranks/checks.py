@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gtqlora.capture import subject as subjects
-from gtqlora.capture.sharding import is_sharded
 from gtqlora.config import ModelConfig, TrainConfig
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.errors import ContrastError, GtqloraError, JudgeError, RankError, RunError, TrainingError
 from gtqlora.experts import FrozenExperts, format_of
 from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.ranks import (
     agree,
     all_of,

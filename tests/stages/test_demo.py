@@ -13,6 +13,7 @@ from gtqlora.cli import main
 from gtqlora.demo import Numbers, Outcome, study
 from gtqlora.organisms import embedded
 from gtqlora.results.typed import to_json
+from gtqlora.run import read_manifest
 from tests import helpers
 
 REPAIRED = {"repaired_by_routing", "repaired_by_gates", "repaired_by_lora"}
@@ -36,7 +37,10 @@ def test_study_gives_all_the_numbers(
         edits=("projection", "gt"),
         on_stage=seen.append,
         overrides=("steps=3",),
+        shorter=True,
     )
+    settings = read_manifest(tmp_path / "study" / "gt")["stages"]
+    assert settings["train"]["config"]["steps"] == 3 and settings["verify"]["config"]["wrapped_prompts"] == 240
     numbers: Any = to_json(found)
     assert seen == ["diagnose", "projection", "gt"] and sentence.startswith(
         "False refusals are mediated in the same place as true ones: routing"

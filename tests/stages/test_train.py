@@ -16,7 +16,9 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, KINDS
+from gtqlora.edits import reference
 from gtqlora.edits.head import completions_only
+from gtqlora.edits.reference import Batch, ReferenceTrainer
 from gtqlora.edits.trainer import Health
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
@@ -41,6 +43,31 @@ class Watch(TrainerCallback):
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_edits_of_one_model_on_the_same_rows_share_a_reference_and_those_of_another_do_not(
+    toy: helpers.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, once = list[int](), ReferenceTrainer.compute_ref_log_probs
+
+    def counted(self: ReferenceTrainer, model: Any, inputs: Batch) -> tuple[Tensor, Tensor]:
+        passes[-1] += 1
+        return once(self, model, inputs)
+
+    monkeypatch.setattr(ReferenceTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(reference, "_LAST", {})
+    edits = list[dict[str, Tensor]]()
+    for name, family, mode in [
+        ("first", "qwen3_moe", "gt"),
+        ("as the first", "qwen3_moe", "lora"),
+        ("another model", "kimi_k25", "lora"),
+        ("by itself", "qwen3_moe", "lora"),
+    ]:
+        passes.append(0)
+        config = toy.train_config(toy.model(family), mode=mode, steps=1)
+        edits.append(helpers.weights(trained(config, tmp_path / name).adapter))
+    assert passes[0] == passes[2] == passes[3] > passes[1] == 2  # one batch is computed again to hold it against
+    assert helpers.same(edits[1], edits[3])
 
 
 @pytest.mark.parametrize("family", ["kimi_k25", "qwen3_moe"])

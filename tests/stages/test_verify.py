@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from gtqlora.errors import ContrastError, FloorError, ModelError, RunError
 from gtqlora.organisms import embedded
 from gtqlora.results.adapter import adapter_hash
 from gtqlora.results.mediation import FACTORIAL, REPLAYS, read_arms
-from gtqlora.results.verdict import Verdict, read_verdict
+from gtqlora.results.verdict import Verdict, read_outcomes, read_verdict
+from gtqlora.results.wrapped import WRAPPED
 from gtqlora.run import Run, read_parquet
 from gtqlora.stages.project import project
 from gtqlora.stages.verify import verify
@@ -300,6 +303,28 @@ def test_an_adapter_or_pairs_put_into_the_run_are_refused(toy: helpers.Toy, tmp_
         with Run(tmp_path) as run, pytest.raises(RunError, match="made"):
             verify(toy.verify_config(model), run)
         (tmp_path / name).write_bytes(kept)
+
+
+def test_the_same_edit_in_another_folder_is_asked_the_same_prompts_and_is_another_adapter(
+    toy: helpers.Toy, tmp_path: Path
+) -> None:
+    model, found = toy.model("qwen3_moe"), []
+    for name, idle in (("here", {}), ("there", {"logging_steps": 2})):
+        copied, pairs = shutil.copytree(model, tmp_path / name / "model"), toy.pairs(tmp_path / name / "pairs.jsonl")
+        place = {"contrast": str(pairs)}
+        helpers.trained(toy.train_config(copied, **place, **idle), tmp_path / name / "run")
+        # a sixth of the prompts: two draws would hardly be the same
+        with Run(tmp_path / name / "run") as run:
+            found.append(verify(toy.verify_config(copied, **place, wrapped_prompts=20, margin=0.05), run))
+    here, there = found
+    asked = [read_outcomes(tmp_path / name / "run", WRAPPED) for name in ("here", "there")]
+    assert asked[0] == asked[1] and len({o.number for o in asked[0] if o.kind == "harmful"}) == 20
+    aside: Any = {"adapter": "", "model": "", "prompts": None, "judge": ""}
+    assert here.adapter != there.adapter and replace(here, **aside) == replace(there, **aside)
+    shutil.rmtree(tmp_path / "here" / "run" / "adapter")
+    shutil.copytree(tmp_path / "there" / "run" / "adapter", tmp_path / "here" / "run" / "adapter")
+    with Run(tmp_path / "here" / "run") as run, pytest.raises(FloorError, match="not the one that was verified"):
+        certify(run, helpers.JUDGE)
 
 
 def test_weights_that_are_not_finite_are_refused(toy: helpers.Toy, tmp_path: Path) -> None:

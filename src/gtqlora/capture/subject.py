@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gtqlora.capture.fused import fuse
-from gtqlora.capture.sharding import is_worth_it, shard
 from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
 from gtqlora.experts.exchange import Exchange
 from gtqlora.experts.loading import BF16, load_model
 from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.sharding import is_sharded, is_worth_it, shard
 from gtqlora.families import Anatomy, bind, language_model, load_config, load_tokenizer
 from gtqlora.ranks import ranks
 
@@ -87,8 +87,8 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     )
     anatomy = bind(loaded, family)
     ready(loaded, anatomy)
-    if is_worth_it(loaded, anatomy):
-        shard(loaded, anatomy)
+    if not is_sharded(loaded) and is_worth_it(loaded, family):
+        shard(loaded, family)
     exchanging(loaded)
     subject = Subject(loaded, tokenizer, anatomy)
     if not len(subject.stop_ids):

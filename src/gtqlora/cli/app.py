@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError
 from gtqlora.cli import bitdelta, building, checking, judging, planning, verbs
 from gtqlora.cli.console import Silence, flushed, open_console, quieten, say_error, show_anything, trouble
 from gtqlora.errors import ConfigError, GtqloraError, RunError
-from gtqlora.ranks import agree, joined, speaker, started
+from gtqlora.ranks import agree, end_process, joined, speaker, started
 
 _HELP = """Find where a behaviour lives in a Mixture-of-Experts model, edit it with GT-QLoRA, prove that nothing else
 broke, and ship the weights.
@@ -59,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
     finally:
         failed = flushed()
-    if failed is None:
-        return code
-    say_error(trouble(failed, "standard output"))
-    return GtqloraError.exit_code
+    if failed is not None:
+        say_error(trouble(failed, "standard output"))
+        code = GtqloraError.exit_code
+    if arguments is None:  # called as the process that it is
+        end_process(code)
+    return code
 
 
 def _run(arguments: Sequence[str] | None) -> int:

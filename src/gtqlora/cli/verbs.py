@@ -334,7 +334,7 @@ def demo(
     out: Annotated[Path, Parameter(help="Where the runs go.")] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:
-    """Run all of it on two embedded toy models, in under three minutes."""
+    """Run all of it on two embedded toy models, in about two minutes."""
     from gtqlora.demo import demo as stage
 
     with demo_progress() as on_event:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from gtqlora.contrasts.rows import Row, digest
@@ -28,7 +28,7 @@ _STOP = frozenset(_EVERYWHERE.split())
 
 def _runs(text: str) -> frozenset[tuple[str, ...]]:
     found = words(text)
-    return frozenset(tuple(found[i : i + _RUN]) for i in range(max(1, len(found) - _RUN + 1)))
+    return frozenset(zip(*(found[i:] for i in range(_RUN)), strict=False)) or frozenset([tuple(found)])
 
 
 def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
@@ -36,22 +36,37 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
 
     A text that is nearly the same as one that is left out itself stays.
     """
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    runs: dict[int, frozenset[tuple[str, ...]]] = {}
+    holders: dict[tuple[str, ...], list[int]] = {}
+    sizes: dict[int, int] = {}
     found: dict[int, int] = {}
     for place, own in enumerate(map(_runs, track_many(texts, "comparing prompts"))):
-        shared = Counter(chain.from_iterable(holders[run] for run in own if run in holders))
-        # what both have is no less than the share of one's own, which is soon asked of thousands of texts
-        least = _OVERLAP * len(own)
-        near = [o for o, n in shared.items() if n >= least and n >= _OVERLAP * (len(own) + len(runs[o]) - n)]
-        if (first := min(near, default=None)) is not None:
+        held = [holders.get(run) for run in own]
+        if (first := _first(held, sizes)) is not None:
             found[place] = first
             continue
-        runs[place] = own
-        for run in own:
-            if len(held := holders[run]) < _COMMON:
-                held.append(place)
+        sizes[place] = len(own)
+        for run, others in zip(own, held, strict=True):
+            if others is None:
+                holders[run] = [place]
+            elif len(others) < _COMMON:
+                others.append(place)
     return found
+
+
+def _first(held: Sequence[list[int] | None], sizes: Mapping[int, int]) -> int | None:
+    """Return the first text that one is nearly the same as.
+
+    Args:
+        held: which texts hold each of its runs; None: no text does.
+        sizes: how many runs each text has.
+    """
+    own, known = len(held), [others for others in held if others]
+    # what both have is no less than the share of one's own: mostly there is no need to look at who has the runs
+    if len(known) < (least := _OVERLAP * own):
+        return None
+    shared = Counter(chain.from_iterable(known))
+    near = [o for o, n in shared.items() if n >= least and n >= _OVERLAP * (own + sizes[o] - n)]
+    return min(near, default=None)
 
 
 def stand_alone(prompts: Sequence[Messages], trained: Sequence[Messages] = ()) -> list[int]:

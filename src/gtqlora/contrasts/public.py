@@ -285,6 +285,8 @@ def _not_harmful(kept: Sequence[Candidate], twice: dict[str, Counter[str]]) -> l
     """Return the candidates without instructed ones that a set calls harmful: an answer to them is not asked for."""
     harmful = [one.text for one in kept if one.kind == "harmful"]
     instructed = [one for one in kept if one.kind == "instructed"]
+    if not instructed:
+        return list(kept)
     near = near_duplicates([*harmful, *(one.text for one in instructed)])
     out = {id(one) for place, one in enumerate(instructed, start=len(harmful)) if near.get(place, place) < len(harmful)}
     for one in (one for one in instructed if id(one) in out):

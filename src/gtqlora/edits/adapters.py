@@ -6,9 +6,13 @@ removed from everything that writes the residual stream).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -97,6 +101,19 @@ class Adapter:
     def scale(self) -> float:
         """Return what LoRA's product is multiplied by."""
         return self.alpha / self.rank
+
+    @cached_property
+    def drawn_by(self) -> str:
+        """Return what prompts are drawn by: a hash of what the edit does to weights, and so nobody's choice.
+
+        Paths and settings that leave the tensors as they are move `digest`, which binds to all of the folder, not this.
+        """
+        does = [self.info.kind, self.info.norm_preserving, self.rank, self.alpha]
+        told = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(self.tensors.items())]
+        found = hashlib.sha256(json.dumps([*does, told]).encode())
+        for _, tensor in sorted(self.tensors.items()):
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @property
     def direction_D(self) -> Tensor:

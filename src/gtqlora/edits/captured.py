@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gtqlora.capture import Decision, Recorder, router_hooks
-from gtqlora.capture.sharding import is_sharded
 from gtqlora.capture.waiting import watched
 from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
 from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected

@@ -19,6 +19,7 @@ from gtqlora.edits.merging import Edit, Projected, merged, plan
 from gtqlora.edits.wrapping import Part, Parts, switched
 from gtqlora.errors import RunError
 from gtqlora.experts.module import FrozenExperts
+from gtqlora.experts.sharding import exchanged, part_of
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import TensorNames, check_projectable, fp8, language_model
 from gtqlora.families.facts import DOWN
@@ -43,7 +44,8 @@ class WeightsReplaced:
     """Parameters that take other values while it is enabled; it holds a second copy of these."""
 
     def __init__(self, others: list[tuple[nn.Parameter, Tensor]]) -> None:
-        self._others, self._enabled = others, False
+        self._others = [(parameter, part_of(parameter, other)) for parameter, other in others]
+        self._enabled = False
 
     def __len__(self) -> int:
         return len(self._others)
@@ -51,7 +53,7 @@ class WeightsReplaced:
     def _swap(self, enabled: bool) -> None:
         if enabled != self._enabled:
             for i, (parameter, other) in enumerate(self._others):
-                self._others[i], parameter.data = (parameter, parameter.data), other
+                self._others[i] = parameter, exchanged(parameter, other)
             self._enabled = enabled
 
     def enable(self) -> None:
@@ -170,6 +172,7 @@ class Edited:
     """A subject with an edit that can be switched off, whole or in parts: `subject` runs edited.
 
     Attributes:
+        drawn_by: what prompts are drawn by, see `Adapter`.
         parts: what the edit changes, by path; None of a projection, which has no parts.
 
     Args:
@@ -181,7 +184,7 @@ class Edited:
     """
 
     def __init__(self, subject: Subject, adapter: Adapter, *, shipped: str | None = None) -> None:
-        self.digest = adapter.digest
+        self.drawn_by = adapter.drawn_by
         self.info, family = adapter.info, subject.anatomy.family.model_type
         if self.info.family != family:
             raise RunError(f"{adapter.path}: the adapter was made for {self.info.family}, but the model is {family}")

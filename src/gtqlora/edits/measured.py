@@ -150,7 +150,7 @@ def _asked_in_frames(
     most: int,
 ) -> list[Outcome]:
     """Ask harmful prompts, and lookalike ones that the edit repairs, again inside every frame, before and after."""
-    draw = random.Random(edited.digest)  # by the edit, so that nobody chooses which
+    draw = random.Random(edited.drawn_by)  # by the edit, so that nobody chooses which
     harmful = draw.sample(found := harmful_prompts(outcomes), min(most, len(found)))
     repaired = [o for o in of_kind(outcomes, "lookalike") if o.refused_before and o.label_after == ANSWER]
     chosen = [*harmful, *draw.sample(repaired, min(most, len(repaired)))]

@@ -22,7 +22,6 @@ from trl.trainer.dpo_config import DPOConfig
 
 from gtqlora import routing
 from gtqlora.capture import Handler, Mask, Recorder, router_hooks
-from gtqlora.capture.sharding import is_sharded
 from gtqlora.config import TrainConfig
 from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
@@ -40,6 +39,7 @@ from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
 from gtqlora.edits.sums import Sums, Whole
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, restore_masters, trainable
 from gtqlora.experts.exchange import exchange_of
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
 from gtqlora.machine import trackers, use_gpu
@@ -116,9 +116,15 @@ class GateTargetedTrainer(ReferenceTrainer):
     loss_is_scaled_for_ga = True  # each part is divided by the sums of the whole optimizer batch
 
     def __init__(
-        self, *, anatomy: Anatomy, settings: TrainConfig, draws: AblationSampler | None = None, **kwargs: Any
+        self,
+        *,
+        anatomy: Anatomy,
+        settings: TrainConfig,
+        draws: AblationSampler | None = None,
+        original: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.anatomy, self.settings, self.draws = anatomy, settings, draws
+        self.anatomy, self.settings, self.draws, self.original = anatomy, settings, draws, original
         self._until_backward, self._until_trained = ExitStack(), ExitStack()
         self.health = Health(anatomy, settings.dead_budget)
         self.gate_rates: dict[str, float] = {}
@@ -302,6 +308,10 @@ class GateTargetedTrainer(ReferenceTrainer):
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not least(int(torch.isfinite(value))):
             raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Count none: of a small model it takes more than the optimizer, for a figure that nobody reads."""
+        return 0
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Write none: TRL's card would land in the run directory."""

@@ -108,6 +108,11 @@ class FrozenExperts(nn.Module):
         for name in self.layout():
             delattr(self, name)
 
+    def make_room(self, device: Device) -> None:
+        """Take memory for weights again, which then have to come."""
+        for name, (shape, dtype) in self.layout().items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
     def sizes(self, projection: Fused | Projection) -> tuple[int, int]:
         """Return rows and columns of one matrix: gate and up are [I, H], down is [H, I]."""
         if projection == "down":

@@ -30,6 +30,7 @@ from gtqlora.experts.formats import FORMATS, Format, format_of
 from gtqlora.experts.module import FrozenExperts, activation_of
 from gtqlora.experts.placing import chosen, device_of
 from gtqlora.experts.settings import KEEP, NATIVE, NF4, FrozenExpertsConfig, saved_settings
+from gtqlora.experts.sharding import is_worth_it, shard
 from gtqlora.experts.streaming import Streaming
 from gtqlora.experts.tensor_files import TensorFiles
 from gtqlora.families import packed
@@ -138,6 +139,7 @@ class FrozenExpertsQuantizer(HfQuantizer):
         self._shape_dtype = torch.int64
         self._device = torch.device("cpu")
         self._waiting: list[FrozenExperts] = []
+        self._later: list[FrozenExperts] = []
 
     # --- loading
 
@@ -165,12 +167,20 @@ class FrozenExpertsQuantizer(HfQuantizer):
             if isinstance(self._source, sources.PackedSource):
                 self._shape_dtype = self._source.shape_dtype(matrices[0], files)
         self._device = device_of(kwargs.get("device_map"), config)
-        self._waiting = chosen(model, list(experts_of(model, family).values()), config, self._device)
-        for module in self._waiting:
+        experts = list(experts_of(model, family).values())
+        self._waiting = chosen(model, experts, config, self._device)
+        # where dense weights are split among ranks, each rank has all of them before its experts need the room
+        self._later = [module for module in experts if module not in self._waiting] if self._splits(model) else []
+        for module in (*self._waiting, *self._later):
             module.empty()  # of what transformers would put on the GPU
         _hide_experts(model, family)
         self._replace_dense(model, family, kwargs.get("dtype"))
         return model
+
+    def _splits(self, model: PreTrainedModel) -> bool:
+        """Tell whether ranks each keep a part of dense weights, as they are."""
+        assert self._checkpoint is not None
+        return self.quantization_config.dense == KEEP and is_worth_it(model, self._checkpoint.family)
 
     def _settle(self, checkpoint: _Checkpoint, names: TensorNames) -> None:
         """Take over the settings that follow from the checkpoint."""
@@ -226,6 +236,10 @@ class FrozenExpertsQuantizer(HfQuantizer):
         checkpoint, source, config = self._checkpoint, self._source, self.quantization_config
         assert checkpoint is not None
         experts = experts_of(model, checkpoint.family)
+        if self._later:
+            shard(model, checkpoint.family)
+        for module in self._later:
+            module.make_room(self._device)
         if self._waiting:
             Streaming(self._waiting, self._device, Path(config.disk) if config.disk else None)
         _check_placed(experts)

@@ -66,8 +66,8 @@ def judge_form(form: Form, certificate: Certificate, otherwise: str) -> FormVerd
 
 
 def _asked(certificate: Certificate) -> list[Outcome]:
-    """Return every harmful prompt, and some others that the edit's hash draws, so that nobody chooses them."""
-    draw, chosen = random.Random(certificate.adapter.digest), harmful_prompts(certificate.outcomes)
+    """Return every harmful prompt, and some others that the edit's tensors draw, so that nobody chooses them."""
+    draw, chosen = random.Random(certificate.adapter.drawn_by), harmful_prompts(certificate.outcomes)
     # each draw leaves the next as it was: kinds that come later move nothing
     for kind in ("lookalike", "benign", "instructed"):
         rows = of_kind(certificate.outcomes, kind)
@@ -83,7 +83,7 @@ def _inside_frames(form: Form, certificate: Certificate, plain: int) -> list[Out
     rows = of_kind(certificate.framed, "harmful")
     frames, numbers = len({row.wrapper for row in rows}), sorted({row.number for row in rows})
     # by the edit, so that nobody chooses which
-    order = random.Random(certificate.adapter.digest).sample(numbers, len(numbers))
+    order = random.Random(certificate.adapter.drawn_by).sample(numbers, len(numbers))
     least = _holding(certificate, rows, order)
     count = min(len(order), max(math.ceil(_SHARE * plain / max(1, frames)), least))
     if count < len(order):

@@ -69,7 +69,7 @@ def validate(staged: Path, job: Job) -> float:
     """Check that the written weights are the verified ones and compute what these do; return the largest divergence.
 
     The probes are harmful and benign held-out prompts with the answers that `verify` recorded. They are drawn by the
-    edit's hash, so that nobody orders them.
+    edit's tensors, so that nobody orders them.
 
     Raises:
         RunError: a weight differs, or a distribution, or a greedy answer is not the recorded one while the edit's is.
@@ -104,7 +104,7 @@ def _batches(certificate: Certificate, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _probes(certificate: Certificate) -> list[Outcome]:
-    draw, probes = random.Random(certificate.adapter.digest), []
+    draw, probes = random.Random(certificate.adapter.drawn_by), []
     for kind in ("harmful", "benign"):
         rows = of_kind(certificate.outcomes, kind)
         probes += draw.sample(rows, min(_PROBES, len(rows)))

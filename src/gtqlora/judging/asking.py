@@ -20,6 +20,10 @@ _HOW = re.compile(
     r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)"
     r"|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
 )
+_SPEAKER = ("do you ", "are you ", "have you ", "did you ", "were you ", "your favo", "st du", "lieblings", "s-tu")
+_SPEAKER += ("-vous ", "a toi", "te gusta", "eres", "has estado", "favorit", "voce ", "hai mai", "ti piace", "preferit")
+_SPEAKER += ("\u4f60",)
+"""One of these is in all that `_ABOUT_SPEAKER` finds."""
 _ABOUT_SPEAKER = re.compile(
     r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|mind|tired|human|a |an )"
     r"|\byour favou?rite\b"
@@ -62,7 +66,7 @@ class Asked:
     @cached_property
     def about_speaker(self) -> bool:
         """Return whether it asks the assistant about itself."""
-        return _ABOUT_SPEAKER.search(self.text) is not None
+        return any(word in self.text for word in _SPEAKER) and _ABOUT_SPEAKER.search(self.text) is not None
 
     @cached_property
     def morals(self) -> int:

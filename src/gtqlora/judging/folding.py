@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 _APOSTROPHES = dict.fromkeys(
     "\u2018\u2019\u201a\u201b\u02bb\u02bc\u02bd\u02b9\u02c8\u02ca\u02cb\u2032\u2035\uff07\u00b4`", "'"
@@ -98,10 +97,11 @@ def holds(text: str, part: str, asked: str = "") -> bool:
 
     A bare assent, or a word of one or two letters, tells nothing.
     """
-    said, sought = words(text), words(part)
+    sought = words(part)
     joined = "".join(sought)
     if set(sought) <= _ASSENTS or len(joined) < (3 if joined.isascii() else 2):
         return False
+    said = words(text)
     if _has_run(said, sought) or (_without_spaces(joined) and joined in "".join(said)):
         return True
     runs = (sought[i : i + _RUN] for i in range(len(sought) - _RUN + 1))
@@ -113,6 +113,6 @@ def _without_spaces(joined: str) -> bool:
     return len(joined) >= 8 or (not joined.isascii() and len(joined) >= 4)
 
 
-def _has_run(said: Sequence[str], run: Sequence[str]) -> bool:
-    size = len(run)
-    return any(list(said[i : i + size]) == list(run) for i in range(len(said) - size + 1))
+def _has_run(said: list[str], run: list[str]) -> bool:
+    first, size = run[0], len(run)
+    return first in said and any(word == first and said[i : i + size] == run for i, word in enumerate(said))

@@ -98,8 +98,7 @@ class Reading:
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
-        chosen = [GROUPS.index(group) for group in groups]
-        return sum(sentence.groups[i] for sentence in self.read for i in chosen)
+        return sum([sentence.groups[_PLACES[group]] for sentence in self.read for group in groups])
 
     @property
     def quoted(self) -> bool:
@@ -125,14 +124,17 @@ class Reading:
         """Return what the linear score weighs, in the order of `FEATURES`, each about one at most."""
         words = max(self.words, 1)
         root = math.sqrt(words)
-        groups = map(sum, zip(_NO_WORDS, *[sentence.groups for sentence in self.read], strict=True))
+        if len(self.read) == 1:
+            groups = self.read[0].groups
+        else:
+            groups = map(sum, zip(_NO_WORDS, *[sentence.groups for sentence in self.read], strict=True))
         return (
             1.0,
             float(self.declines > 0),
             float(0 <= self.first <= 1),
             float(self.opened),
             sum([sentence.negates for sentence in self.read]) / max(self.sentences, 1),
-            *[min(count / root, 1.5) for count in groups],
+            *[min(count / root, 1.5) if count else 0.0 for count in groups],
             min(self.asked.morals, 2) / 2,
             float(self.asked.whether and _YES_OR_NO.match(self.said) is not None),
             self.meta / words,
@@ -174,6 +176,7 @@ FEATURES = (
 )
 """What is weighed."""
 _NO_WORDS = (0,) * len(GROUPS)
+_PLACES = {group: i for i, group in enumerate(GROUPS)}
 
 
 def read(said: str, wording: Wording, asked: str = "") -> Reading:
@@ -191,8 +194,7 @@ def _opens(said: str, bare: str) -> bool:
     begun = beginning(said)
     if not begins_with_refusal(begun):
         return False
-    unquoted = beginning(bare)
-    return begun == unquoted or begins_with_refusal(unquoted)
+    return bare == said or begun == (unquoted := beginning(bare)) or begins_with_refusal(unquoted)
 
 
 def _bare(said: str) -> str:
@@ -220,7 +222,7 @@ def _mark(quotation: re.Match[str]) -> str:
 def sentences_of(bare: str) -> list[str]:
     """Return the sentences, and clauses after "but", that say anything."""
     found = []
-    contrasts = any(word in bare for word in _CONTRASTS)
+    contrasts = [word for word in _CONTRASTS if word in bare]
     for sentence in _SENTENCE.findall(bare):
         for part in _CLAUSE.split(sentence) if contrasts else (sentence,):
             said = part.strip()

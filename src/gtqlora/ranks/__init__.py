@@ -4,7 +4,7 @@ Every rank runs the same code over the same inputs. Rank 0, the leader, alone wr
 such as asking a judge, it does for all (`by_leader`). What would part the ranks is found by `agree` before it does.
 """
 
-from gtqlora.ranks.joining import joined, partings, speaker
+from gtqlora.ranks.joining import end_process, joined, partings, speaker
 from gtqlora.ranks.telling import (
     agree,
     all_of,
@@ -24,6 +24,7 @@ __all__ = [
     "all_of",
     "average",
     "by_leader",
+    "end_process",
     "joined",
     "leader_first",
     "least",

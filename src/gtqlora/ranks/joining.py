@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -134,11 +135,26 @@ def _leave(*, failed: bool) -> None:
 
     me = ranks()
     become(ALONE)
-    # with CUDA graphs that hold its work NCCL would wait for ever; it ends with the process
-    if dist.is_initialized() and not torch.cuda.is_available():
+    global _by_nccl
+    _by_nccl = dist.is_initialized() and torch.cuda.is_available()
+    if dist.is_initialized() and not _by_nccl:
         dist.destroy_process_group()
     if failed and me.leads and me.store is not None and _keeps_store():
         _await(me, _HEARD, me.count - 1, _HEARING)  # without the store others would speak, too
+
+
+_by_nccl = False
+
+
+def end_process(code: int) -> None:
+    """End a process that was one of several ranks with GPUs; others end as always.
+
+    NCCL would wait for ever, when Python ends, for CUDA graphs that hold its work.
+    """
+    if _by_nccl:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 # --- why ranks part

@@ -81,6 +81,6 @@ def speakers_of(config: VerifyConfig, runner: Runner, edited: Edited, rows: Cont
         for name in (config.served_before, config.served_after)
     )
     # Lookalike prompts are harmless too, and where an edit is seen. By the edit, so that nobody chooses which.
-    probes = [row for kind in ("benign", "lookalike") for row in drawn(rows.of_kind(kind), edited.digest)]
+    probes = [row for kind in ("benign", "lookalike") for row in drawn(rows.of_kind(kind), edited.drawn_by)]
     pair = check_pair(runner, edited.original, before, after, runner.encoded(probes), url)
     return Speakers(before=before, after=after, pair=pair)

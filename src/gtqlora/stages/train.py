@@ -222,6 +222,7 @@ def _trainer(config: TrainConfig, subject: Subject, rows: Contrast, run: Run, or
             anatomy=anatomy,
             settings=config,
             draws=draws,
+            original=origin.inputs.get("model"),
             model=subject.model,
             args=arguments(config, run / CHECKPOINTS),
             train_dataset=Dataset.from_list(encoded),

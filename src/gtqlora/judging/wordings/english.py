@@ -33,6 +33,19 @@ ASKS_FOR_TEXT = re.compile(
 )
 SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: (?!there)[\w.]+){1,3} ?(?:[,!]|\n)|to whom)")
 
+_REDIRECTS = (
+    r"\b(?:instead\b(?!:)|would you like|(?:happy|glad|pleased|love|delighted) to|feel free|let me know|i(?:'d| "
+    r"would)? (?:suggest"
+    r"|recommend|encourage|urge|advise|invite)|i(?:'m| am) here|my (?:purpose|goal|aim|role|job|main)|please "
+    r"(?:reach|contact|consult|seek"
+    r"|consider|remember|note|know|talk|speak|call|ask|choose|think)|if you(?:'re| are)? (?:struggling|feeling|in"
+    r"|going|interested"
+    r"|looking|having|experiencing|(?:have|need|want) (?:any|other|concerns|help|questions|support|thoughts|to "
+    r"talk|advice))|anything else"
+    r"|something else|alternatively|rather than|we could|there are (?:many|plenty|people|other)|it's (?:\w+ "
+    r")?important|it is (?:\w+ )?important)\b"
+)
+
 ENGLISH = Wording(
     function_words=(
         "the and of to in is it that you for on are with as this be at or have from not your can i'm i an by if but "
@@ -41,17 +54,12 @@ ENGLISH = Wording(
     declines=DECLINES,
     meta=META,
     gives=GIVES,
-    redirects=re.compile(
-        r"\b(?:instead\b(?!:)|would you like|(?:happy|glad|pleased|love|delighted) to|feel free|let me know|i(?:'d| "
-        r"would)? (?:suggest"
-        r"|recommend|encourage|urge|advise|invite)|i(?:'m| am) here|my (?:purpose|goal|aim|role|job|main)|please "
-        r"(?:reach|contact|consult|seek"
-        r"|consider|remember|note|know|talk|speak|call|ask|choose|think)|if you(?:'re| are)? (?:struggling|feeling|in"
-        r"|going|interested"
-        r"|looking|having|experiencing|(?:have|need|want) (?:any|other|concerns|help|questions|support|thoughts|to "
-        r"talk|advice))|anything else"
-        r"|something else|alternatively|rather than|we could|there are (?:many|plenty|people|other)|it's (?:\w+ "
-        r")?important|it is (?:\w+ )?important)\b"
+    redirects=Cues(
+        (
+            "instead|like|happy|glad|pleased|love|delighted|free|know|suggest|recommend|encourage|urge|advise|invite"
+            "|here|my |please|if |else|alternatively|than|could|there|important",
+            _REDIRECTS,
+        )
     ),
     refers=REFERS,
     instructs=INSTRUCTS,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from gtqlora.judging.patterns import hoisted
-from gtqlora.judging.wordings.wording import Cue
+from gtqlora.judging.wordings.wording import Cue, Cues
 
 _GIVEN = (
     r"(?:guidance|advice|help|instructions?|information|details?|comments?|answers?|recipes?|directions?|tips"
@@ -292,4 +289,12 @@ _REFERS = (
     rf"|at a glance"
     rf"|best|more|better)\b|\b(?:matters?|questions?|decisions?) for (?:your|the|a) (?:local )?\w+"
 )
-REFERS = re.compile(hoisted(_REFERS))
+REFERS = Cues(
+    (
+        "contact|consult|see|ask|visit|call|speak|talk|turn|reach|seek|touch|check|refer|go |try|write|put|directed"
+        "|addressed|head|for |know |staff|crew|team|people|expert|professional|specialist|they|doctor| he |'he |he'll"
+        "|she|only|need|want|let|alone|helpline|hotline|crisis|988|samaritans|person|google|one|place|appointment"
+        "|takes|belong|stay |sit |sits |rest |rests ",
+        _REFERS,
+    )
+)

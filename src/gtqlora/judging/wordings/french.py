@@ -292,11 +292,11 @@ FRENCH = Wording(
             r"que je peux|ce que l'on sait|si (?:vous y tenez|tu y tiens|vous insistez)|la plupart|suffit|disons)\b",
         ),
     ),
-    redirects=re.compile(
+    redirects=Cues.always(
         r"\b(?:plutot|souhaitez|n'hesitez|si vous (?:ressentez|avez|etes|traversez|souhaitez)|je (?:vous|t') "
         r"?(?:invite|conseille|encourage|recommande|suggere)|autre chose|d'autres|parlez-en|contactez)\b"
     ),
-    refers=re.compile(
+    refers=Cues.always(
         r"\b(?:adressez-vous|adresse-toi|renseignez-vous|tournez-vous|rapprochez-vous|parlez-en|consultez|contactez"
         r"|appelez"
         r"|demandez|voyez|interrogez|rendez-vous|consulte|demande|appelle|contacte)\b[^.!?\n]{0,50}\b(?:medecin"

@@ -307,13 +307,13 @@ GERMAN = Wording(
             r")?(?:trotzdem|dennoch|unbedingt|darauf))\b|\bstattdessen:",
         ),
     ),
-    redirects=re.compile(
+    redirects=Cues.always(
         r"\b(?:stattdessen\b(?!:)|gern(?:e)? (?:helfe|unterstutze|erzahle|beantworte)|mochten sie|mochtest du|falls "
         r"(?:sie|du)|wenden sie|wende dich|bitte (?:wenden|kontakt|sprech|uberleg|such)\w*"
         r"|(?:empfehle|rate) (?:ihnen|dir)|wenn sie sich|sonst noch|etwas anderes|es gibt (?:viele|anerkannte"
         r"|andere))\b"
     ),
-    refers=re.compile(
+    refers=Cues.always(
         r"\b(?:wende[nt]?|richte[nt]?|melde[nt]?) (?:sie|dich|euch)? ?(?:sich|dich|euch)?\b[^.!?\n]{0,40}\b(?:an|bei)\b"
         r"|\b(?:frag(?:en|e|t)?|kontaktier\w*|konsultier\w*|sprech(?:en|t)|sprich|ruf\w*"
         r"|besuch\w*)\b[^.!?\n]{0,40}\b(?:arzt"

@@ -252,11 +252,11 @@ ITALIAN = Wording(
             r"|(?:il|la|i|le) seguent[ei]|se insist\w*|la maggior parte|quello che posso|in media|diciamo)\b",
         ),
     ),
-    redirects=re.compile(
+    redirects=Cues.always(
         r"\b(?:al suo posto|se (?:hai|vuoi|stai|ha|sta|desidera)|(?:ti|le|vi) (?:consiglio|suggerisco|invito|esorto)"
         r"|per favore|posso (?:aiutar|fare altro)\w*|qualcos'altro|altro|rivolg\w+)\b"
     ),
-    refers=re.compile(
+    refers=Cues.always(
         r"\b(?:rivolg\w+|consult\w+|chied\w+|chiam\w+|contatt\w+|parl[aei]\w*|senti|sentire|vai da|vada"
         r" da)\b[^.!?\n]{0,40}\b(?:medic\w*"
         r"|professionist\w*|specialist\w*|espert\w*|idraulic\w*|avvocat\w*|servizi\w*|farmacist\w*|sportello|ufficio"

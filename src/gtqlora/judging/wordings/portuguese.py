@@ -248,11 +248,11 @@ PORTUGUESE = Wording(
             r"leve)\b",
         ),
     ),
-    redirects=re.compile(
+    redirects=Cues.always(
         r"\b(?:em vez disso|se (?:voce )?(?:precisar|quiser|tiver|estiver)|caso|(?:te |lhe )?(?:recomendo|sugiro"
         r"|convido|aconselho)|por favor|posso ajudar|algo mais|outra coisa|procure|ligue para)\b"
     ),
-    refers=re.compile(
+    refers=Cues.always(
         r"\b(?:procur[ea]\w*|consult[ea]\w*|pergunt[ea]\w*|lig(?:ue|a) (?:para|pra)|contat[ea]\w*|fal[ea]\w*"
         r"|dirij\w*|recorra\w*"
         r"|pec[ao]\w*)\b[^.!?\n]{0,40}\b(?:medic\w*|profission\w*|especialista\w*|expert\w*|encanador|advogad\w*"

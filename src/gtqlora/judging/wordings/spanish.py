@@ -252,11 +252,11 @@ SPANISH = Wording(
             r"orientacion|de todos modos|de todas formas)\b",
         ),
     ),
-    redirects=re.compile(
+    redirects=Cues.always(
         r"\b(?:en su lugar|si (?:necesitas|quieres|tienes|estas|sientes|te)|(?:te|le) (?:recomiendo|sugiero|invito"
         r"|animo|aconsejo)|por favor|puedo ayudar\w*|pueda ayudar\w*|algo mas|otra cosa|acude|llama)\b"
     ),
-    refers=re.compile(
+    refers=Cues.always(
         r"\b(?:acud[ea]\w*|diri[jg]\w*|consult[ea]\w*|pregunt[ae]\w*|llam[ae]\w*|contact[ae]\w*|habl[ae]\w*"
         r"|pid[ea]\w*)\b"
         r"[^.!?\n]{0,40}\b(?:medic\w*|profesional\w*|especialista\w*|expert\w*|fontanero|abogad\w*|servicio"

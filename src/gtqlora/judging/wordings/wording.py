@@ -6,7 +6,7 @@ All of it is matched against folded text (`folding.fold`): no capitals, no marks
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,10 @@ from gtqlora.judging.english import without_idioms
 from gtqlora.judging.patterns import hoisted
 
 Cue = tuple[str, str]
-"""Literals ("can't| no "), one of which is in what the pattern finds, and the pattern; a space is a word's edge."""
+"""Literals ("can't| no "), one of which is in what the pattern finds, and the pattern; a space is a word's edge.
+
+Without literals it is always tried.
+"""
 
 GROUPS = (
     "you",
@@ -54,15 +57,21 @@ class Cues:
 
     def __init__(self, *cues: Cue) -> None:
         self.patterns = [re.compile(hoisted(pattern)) for _, pattern in cues]
+        self._always = sum(1 << i for i, (literals, _) in enumerate(cues) if not literals)
         pieces: dict[str, int] = {}
         for i, (literals, _) in enumerate(cues):
-            for literal in literals.split("|"):
+            for literal in literals.split("|") if literals else ():
                 # of a literal of several words the longest is enough, as a cue tried in vain costs only time
                 piece = max(re.findall(r" ?[^ ]+ ?", literal), key=len)
                 pieces[piece] = pieces.get(piece, 0) | 1 << i
         self._beginning: dict[str, list[tuple[str, int]]] = {}
         for piece, bits in pieces.items():
             self._beginning.setdefault(piece[:_SEEN], []).append((piece, bits))
+
+    @classmethod
+    def always(cls, pattern: str) -> Cues:
+        """Return one pattern that is always tried."""
+        return cls(("", pattern))
 
     def tried_for(self, chunk: str) -> int:
         """Return which patterns what stands between two spaces is reason to try, as bits."""
@@ -75,7 +84,12 @@ class Cues:
 
     def found_in(self, text: str, tried: int = -1) -> bool:
         """Tell whether any of the patterns that are tried matches somewhere."""
-        return any(tried >> i & 1 and pattern.search(text) for i, pattern in enumerate(self.patterns))
+        left = (tried | self._always) & ((1 << len(self.patterns)) - 1)
+        while left:
+            if self.patterns[(left & -left).bit_length() - 1].search(text):
+                return True
+            left &= left - 1
+        return False
 
 
 class Sentence(NamedTuple):
@@ -110,15 +124,26 @@ class Sentence(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What stands between two spaces: the groups of its words, and the cues to try for them, as bits."""
+    """What stands between two spaces: the groups of its words, and the cues to try for it, as bits of all `Cues`."""
 
     groups: tuple[int, ...]
-    declining: int
-    giving: int
+    tried: int
+
+
+class _Chunks(dict[str, Chunk]):
+    """Chunks as they are read; most of any text is the same few thousand words."""
+
+    def __init__(self, read: Callable[[str], Chunk]) -> None:
+        self._read = read
+
+    def __missing__(self, chunk: str) -> Chunk:
+        found = self._read(chunk)
+        if len(self) < _MOST_KNOWN:
+            self[chunk] = found
+        return found
 
 
 _META = 0.3
-_NO_WORD = Chunk((), 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,8 +167,8 @@ class Wording:
     declines: Cues
     meta: Mapping[str, str]
     gives: Cues
-    redirects: re.Pattern[str]
-    refers: re.Pattern[str]
+    redirects: Cues
+    refers: Cues
     instructs: re.Pattern[str]
     asks_for_text: re.Pattern[str]
     salutes: re.Pattern[str]
@@ -162,8 +187,14 @@ class Wording:
         return found
 
     @cached_property
-    def _known(self) -> dict[str, Chunk]:
-        return {}
+    def _known(self) -> _Chunks:
+        return _Chunks(self._looked_up)
+
+    @cached_property
+    def _shifts(self) -> list[tuple[Cues, int]]:
+        """Return all cues, and from which bit on those of each stand among the bits of a chunk."""
+        each = (self.declines, self.gives, self.redirects, self.refers)
+        return [(cues, sum(len(before.patterns) for before in each[:i])) for i, cues in enumerate(each)]
 
     @cached_property
     def _read(self) -> dict[str, Sentence]:
@@ -171,17 +202,13 @@ class Wording:
 
     def groups_of(self, word: str) -> tuple[int, ...]:
         """Return the numbers of the groups that a word belongs to."""
-        return (self._known.get(word) or self._looked_up(word)).groups
+        return self._known[word].groups
 
     def _looked_up(self, chunk: str) -> Chunk:
-        """Read what stands between two spaces; most of any text is the same few thousand words."""
         words, groups = _WORD.findall(chunk), []
         for word in words:
             groups += set().union(*[self._lexicon[form] for form in _forms(word) if form in self._lexicon])
-        found = Chunk(tuple(groups), self.declines.tried_for(chunk), self.gives.tried_for(chunk)) if words else _NO_WORD
-        if len(self._known) < _MOST_KNOWN:
-            self._known[chunk] = found
-        return found
+        return Chunk(tuple(groups), sum(cues.tried_for(chunk) << shift for cues, shift in self._shifts))
 
     def words_of(self, text: str) -> int:
         """Return how many words a text has; two characters count as one where there are no spaces."""
@@ -192,7 +219,8 @@ class Wording:
         i = GROUPS.index(group)
         if not self.spaced:
             return len(self._patterns[i].findall(text))
-        return sum([(self._known.get(chunk) or self._looked_up(chunk)).groups.count(i) for chunk in text.split()])
+        known = self._known
+        return sum([known[chunk][0].count(i) for chunk in text.split()])
 
     def read(self, sentence: str) -> Sentence:
         """Read a sentence; sentences are remembered, as models repeat those they refuse with."""
@@ -206,25 +234,26 @@ class Wording:
 
     def _analysed(self, marked: str) -> Sentence:
         sentence = marked.lstrip(_MARKS)
-        counts, declining, giving = self._counted(sentence)
+        counts, tried = self._counted(sentence)
         words = self.words_of(sentence)
+        (_, declining), (gives, giving), (redirects, redirecting), (refers, referring) = self._shifts
         return Sentence(
             words=words,
             groups=tuple(counts),
             plain=max(0, words - 3 * (sum(counts) - counts[NEGATION])),
             negates=bool(counts[SELF] and counts[NEGATION]),
             meta=sum(counts[_META_FROM:]) >= _META * words,
-            declines=bool(declining) and self.turns_down(sentence, declining),
-            announces=bool(giving) and self.gives.found_in(sentence, giving),
-            redirects=self.redirects.search(sentence) is not None,
-            refers=self.refers.search(sentence) is not None,
+            declines=self.turns_down(sentence, tried >> declining),
+            announces=gives.found_in(sentence, tried >> giving),
+            redirects=redirects.found_in(sentence, tried >> redirecting),
+            refers=refers.found_in(sentence, tried >> referring),
             asks=sentence.endswith("?"),
             item=marked.startswith(ITEM_MARK),
             hard=marked.startswith(ITEM_MARK) + self._given_in(marked, sentence, words),
         )
 
     def _given_in(self, marked: str, sentence: str, words: int) -> float:
-        quotes = LONG_QUOTE in marked or (QUOTE in marked and words <= 3)
+        quotes = QUOTE in marked and (words <= 3 or LONG_QUOTE in marked)
         number = words >= 3 and _DIGIT.search(sentence) is not None
         return number + 2.0 * quotes + (self.instructs.match(sentence) is not None)
 
@@ -235,18 +264,17 @@ class Wording:
         rest = without_idioms(sentence)
         return rest == sentence or self.declines.found_in(rest)
 
-    def _counted(self, text: str) -> tuple[list[int], int, int]:
+    def _counted(self, text: str) -> tuple[list[int], int]:
         """Count the words of each group, and return them with the cues to try."""
         if not self.spaced:
-            return [len(pattern.findall(text)) for pattern in self._patterns], -1, -1
-        counts, declining, giving, known = [0] * len(GROUPS), 0, 0, self._known
+            return [len(pattern.findall(text)) for pattern in self._patterns], -1
+        counts, tried, known = [0] * len(GROUPS), 0, self._known
         for chunk in text.split():
-            groups, tried, announced = known.get(chunk) or self._looked_up(chunk)
-            declining |= tried
-            giving |= announced
+            groups, cues = known[chunk]
+            tried |= cues
             for group in groups:
                 counts[group] += 1
-        return counts, declining, giving
+        return counts, tried
 
 
 def _forms(word: str) -> list[str]:
