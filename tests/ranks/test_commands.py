@@ -225,3 +225,30 @@ def test_out_of_memory_is_said_with_what_takes_less(train: list[str], tmp_path: 
         assert remedy in line
     assert line.endswith(f"The same command goes on from {run}/checkpoints/checkpoint-2")
     assert usable(run / "checkpoints")[0].step == 2
+
+
+STUCK = """
+import ctypes, os
+from gtqlora.edits.checkpointing import MetricsCallback
+
+ended, rank = MetricsCallback.on_step_end, os.environ["RANK"]
+
+def on_step_end(self, args, state, control, **more):
+    ended(self, args, state, control, **more)
+    if state.global_step == 3 and rank == "1":
+        lock = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+MetricsCallback.on_step_end = on_step_end
+"""
+"""Waits in the third step where no signal is heard, as one waits for a GPU that waits for another."""
+
+
+def test_a_rank_that_hears_nothing_ends_when_it_is_told_to(train: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    file = run / "checkpoints" / "checkpoint-2" / "complete.json"
+    told = SIGNALLED.replace("RANKS", "'1'").replace("FILE", repr(str(file))).replace("HOW", str(int(signal.SIGTERM)))
+    told = told.replace("os.kill(", "time.sleep(2)\n    os.kill(")  # once it is stuck
+    line = spoken(ranks(*train, "--run", run, code=STUCK + told + CODE))
+    assert re.search(rf"The same command goes on from {run}/checkpoints/checkpoint-[23]$", line), line

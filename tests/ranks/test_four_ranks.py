@@ -33,11 +33,11 @@ def _variants(toy: helpers.Toy, contrast: Path) -> dict[str, TrainConfig]:
     fp32, half = toy.model("qwen3_moe"), toy.model("qwen3_moe", torch.bfloat16)
     config = partial(toy.train_config, contrast=str(contrast), batch_size=8)
     return {
-        "nf4": config(fp32, expert_format="nf4", accumulation=2, steps=4),
+        "nf4": config(fp32, expert_format="nf4", accumulation=2, steps=3),
         "gates": config(fp32, mode="gates", lr_gates=None, gate_step=0.03, steps=3),
         "lora": config(half, mode="lora", steps=3),
         "harden": config(fp32, expert_format="nf4", objective="harden", steps=3),
-        "guard": config(fp32, expert_format="nf4", steps=4, save_steps=1, lr_gates=0.5, min_overlap=0.9),
+        "guard": config(fp32, expert_format="nf4", steps=2, save_steps=1, lr_gates=0.5, min_overlap=0.9),
     }
 
 
@@ -140,7 +140,7 @@ def test_copies_of_the_run_directory_are_gone(world: Path) -> None:
     assert sorted(path.name for path in (world / "ranks").iterdir()) == [
         *("gates", "guard", "harden", "lora", "machines", "nf4", "resumed", "sharded")
     ]
-    assert (world / "ranks" / "nf4" / "checkpoints" / "checkpoint-4" / "rng_state.pth").exists()
+    assert (world / "ranks" / "nf4" / "checkpoints" / "checkpoint-3" / "rng_state.pth").exists()
 
 
 def _made(run: Path) -> Training:

@@ -8,25 +8,31 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from threading import Thread, current_thread, main_thread
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gtqlora.errors import ConfigError, RankError
 from gtqlora.ranks.who import ALONE, ENVIRONMENT, Ranks, become, from_environment, ranks, started
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _STEP_LIMIT = timedelta(minutes=10)
 """How long ranks wait for one another inside a model's pass; a rank that is slower hangs."""
 _PATIENCE = timedelta(days=7)
 """How long ranks wait while one of them works for all: a judge may take its time. One that dies is noticed at once."""
 _GRACE = 5.0
-"""Seconds in which a rank that was told to end does so in order, and in which the others learn that one has ended."""
+"""Seconds in which a rank that was told to end does so in order."""
 _COURTESY = 1.0
 """Seconds in which the leader may be the first to say why the command ends."""
 
-_ENDED = "gtqlora/ended"
+_HEARING = 2.0
+"""Seconds in which the others hear that one has said why."""
+
+_ENDED, _SPOKEN, _HEARD = "gtqlora/ended", "gtqlora/spoken", "gtqlora/heard"
 
 Speak = Callable[[str], None]
 
@@ -108,7 +114,14 @@ def _met(me: Ranks) -> Ranks:
         )
         groups = [dist.new_group(range(start, start + me.here)) for start in range(0, me.count, me.here)]
         host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    if not me.leads and _keeps_store():
+        Thread(target=_hear, args=(me.store.clone(),), daemon=True).start()
     return replace(me, machine=groups[me.rank // me.here], host=host)
+
+
+def _keeps_store() -> bool:
+    """Tell whether the store ends with the leader; torchrun keeps its own."""
+    return "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
 
 
 def _first(error: BaseException) -> str:
@@ -126,8 +139,8 @@ def _leave(*, failed: bool) -> None:
     _by_nccl = dist.is_initialized() and torch.cuda.is_available()
     if dist.is_initialized() and not _by_nccl:
         dist.destroy_process_group()
-    if failed and me.leads and me.store is not None and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        _await(me, me.count, _GRACE)  # it keeps the store, without which others would speak, too
+    if failed and me.leads and me.store is not None and _keeps_store():
+        _await(me, _HEARD, me.count - 1, _HEARING)  # without the store others would speak, too
 
 
 _by_nccl = False
@@ -148,6 +161,7 @@ def end_process(code: int) -> None:
 
 
 _speaker: int | None = 0
+_spoken = False
 _remedies: list[Callable[[], str]] = [lambda: "Run the same command again"]
 
 
@@ -170,17 +184,27 @@ def _claim() -> None:
         return
     try:
         if not me.leads:  # what all raise alike the leader says
-            _await(me, 1, _COURTESY)
-        first = me.store.add(_ENDED, 1) == 1
+            _await(me, _ENDED, 1, _COURTESY)
+        if first := me.store.add(_ENDED, 1) == 1:
+            me.store.set(_SPOKEN, "")
     except RuntimeError:  # the leader kept the store and has gone
-        first = me.rank == 1
+        first = me.rank == 1 and not _spoken
     _speaker = me.rank if first else None
 
 
-def _await(me: Ranks, count: int, seconds: float) -> None:
-    """Wait until so many ranks have ended, but not for long."""
+def _hear(store: Store) -> None:
+    """Wait until some rank says why the command ends, and let the leader know that it was heard."""
+    global _spoken
+    with suppress(RuntimeError):  # the leader has gone
+        store.wait([_SPOKEN], _PATIENCE)
+        _spoken = True
+        store.add(_HEARD, 1)
+
+
+def _await(me: Ranks, what: str, count: int, seconds: float) -> None:
+    """Wait until so many ranks have done something, but not for long."""
     until = time.monotonic() + seconds
-    while me.store.add(_ENDED, 0) < count and time.monotonic() < until:
+    while me.store.add(what, 0) < count and time.monotonic() < until:
         time.sleep(0.02)
 
 
