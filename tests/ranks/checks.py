@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from gtqlora.capture import subject as subjects
 from gtqlora.config import ModelConfig, TrainConfig
 from gtqlora.edits.checkpointing import GuardStop
+from gtqlora.edits.edited import WeightsReplaced
 from gtqlora.errors import ContrastError, GtqloraError, JudgeError, RankError, RunError, TrainingError
-from gtqlora.experts import FrozenExperts, format_of
+from gtqlora.experts import FrozenExperts, format_of, quantizer
 from gtqlora.experts.exchange import Exchange
 from gtqlora.experts.sharding import is_sharded
 from gtqlora.ranks import (
@@ -208,3 +209,31 @@ def check_split_dense_weights_train_as_whole_ones(folder: Path) -> None:
         helpers.trained(config, folder / "ranks" / "sharded")
     finally:
         subjects.is_worth_it = worth_it
+
+
+def check_split_weights_take_other_values_and_their_own_again(folder: Path) -> None:
+    config = ModelConfig(model=json.loads((folder / "models.json").read_text())["float32"], expert_format="nf4")
+    whole = subjects.open_subject(config)
+    worth_it, quantizer.is_worth_it = quantizer.is_worth_it, lambda _model, _family: True
+    try:
+        split = subjects.open_subject(config)  # its experts came when its dense weights were split
+    finally:
+        quantizer.is_worth_it = worth_it
+    assert is_sharded(split.model) and not is_sharded(whole.model)
+    changes = [WeightsReplaced(_other_weights(subject)) for subject in (whole, split)]
+    before = [_logits(subject) for subject in (whole, split)]
+    with changes[0], changes[1]:
+        after = [_logits(subject) for subject in (whole, split)]
+    assert torch.equal(*before) and torch.equal(*after) and not torch.equal(before[0], after[0])
+    assert all(torch.equal(_logits(subject), was) for subject, was in zip((whole, split), before, strict=True))
+
+
+def _other_weights(subject: subjects.Subject) -> list[tuple[nn.Parameter, Tensor]]:
+    drawn = torch.Generator().manual_seed(5)
+    weights = [subject.model.get_submodule(path).weight for path in subject.anatomy.lora_targets]
+    return [(weight, 0.1 * torch.randn(weight.shape, generator=drawn)) for weight in weights]
+
+
+@torch.no_grad()
+def _logits(subject: subjects.Subject) -> Tensor:
+    return subject.model(input_ids=torch.arange(3, 12)[None], use_cache=False).logits
