@@ -40,7 +40,7 @@ _CONTEXT, _WORKSPACE = 0.8 * GIB, 0.1 * GIB
 IN_FLIGHT = 2
 """Layers on their way, of experts from the host or of dense weights from other GPUs: one computes, the next arrives."""
 SPLIT = 1 / 16
-"""Share of a GPU's memory from which on dense weights are split among GPUs, see `capture.sharding`."""
+"""Share of a GPU's memory from which on dense weights are split among GPUs, see `experts.sharding`."""
 _EXCHANGED = 3
 """Tensors of all GPUs' tokens that an exchange has at once."""
 RESERVE = 0.15
