@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+from gtqlora.ranks import all_of, ranks
 
 
 @dataclass
@@ -26,3 +28,8 @@ class Whole:
     sums: Sums
     left: int
     anchor: float = 0.0
+
+
+def mean_of_ranks(sums: Sums) -> Sums:
+    """Return the mean of the ranks' sums: gradients are averaged over ranks, so each divides by it."""
+    return Sums(*(sum(values) / ranks().count for values in zip(*all_of(astuple(sums)), strict=True)))

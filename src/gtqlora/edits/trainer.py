@@ -34,7 +34,7 @@ from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
-from gtqlora.edits.sums import Sums, Whole
+from gtqlora.edits.sums import Sums, Whole, mean_of_ranks
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, restore_masters, trainable
 from gtqlora.experts.exchange import exchange_of
 from gtqlora.experts.sharding import is_sharded
@@ -133,7 +133,7 @@ class GateTargetedTrainer(ReferenceTrainer):
             return
         parts = [self.collated(rows) for rows in self.drawn(self.args.train_batch_size * self.settings.accumulation)]
         found = [self._sums(part, part["kind"], None) for part in parts]
-        whole = self._mean(Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True))))
+        whole = mean_of_ranks(Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True))))
 
         def loss_of(part: Batch) -> Tensor:
             kind_B = part.pop("kind")
@@ -171,13 +171,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         found = [self._sums(part, part["kind"], part.get("silent")) for part in parts]
         if found:
             whole = Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
-            self._whole = Whole(self._mean(whole), left=len(parts))
+            self._whole = Whole(mean_of_ranks(whole), left=len(parts))
         return parts, items
-
-    @staticmethod
-    def _mean(sums: Sums) -> Sums:
-        """Return the mean of the ranks' sums: gradients are averaged over ranks, so each divides by it."""
-        return Sums(*(sum(values) / ranks().count for values in zip(*all_of(astuple(sums)), strict=True)))
 
     def _draw_silent(self, parts: list[Batch]) -> None:
         """Mark the rows of each part that run with ablated experts."""
