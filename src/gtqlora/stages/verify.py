@@ -32,6 +32,7 @@ from gtqlora.judging.judge import Judge, NamedJudge
 from gtqlora.judging.pair import judges_of
 from gtqlora.machine import release_memory
 from gtqlora.progress import note
+from gtqlora.ranks import ranks
 from gtqlora.results.ablation import AblationStudy
 from gtqlora.results.mediation import ARMS, read_arms
 from gtqlora.results.verdict import (
@@ -76,13 +77,15 @@ def verify(config: VerifyConfig, run: Run, *, again: bool = False, rejudge: bool
     Where a server gives the answers, the verdict stands in a folder of its own and is for information, see `served`.
 
     Raises:
-        ConfigError: texts are to be judged again and a server to be asked.
+        ConfigError: texts are to be judged again and a server to be asked, or ranks would ask it.
         ModelError: a server cannot be asked, or does not serve the two models.
         RunError: the run has no adapter, or not the pairs it was made from; or what is to be judged again is not there.
         ContrastError: held-out prompts were trained on, or a kind is missing.
         FloorError: earlier edits of this model used up what may be lost.
     """
-    require(not rejudge or config.generate_with is None, "--rejudge asks nobody; leave out --generate-with")
+    asks = config.generate_with is not None
+    require(not rejudge or not asks, "--rejudge asks nobody; leave out --generate-with")
+    require(not (asks and ranks().several), "--generate-with asks a server, which one process does; leave out torchrun")
     made, trained = run.require(ADAPTER, "train"), run.require(contrasts.FILE, "train")
     # what may be misspelt or malformed comes before gigabytes are hashed
     own = None if config.wrappers is None else read_own(config.wrappers)
