@@ -58,9 +58,10 @@ def test_a_plan_that_fits_has_its_parts_and_its_speed(qwen: str) -> None:
 
 def test_rates_are_the_shares_that_they_say() -> None:
     """Tokens a second times operations a token is the share of what the card does."""
+    met = {"Qwen3-30B-A3B, NF4": 3.04e9, "Qwen3-235B-A22B, INT4": 21.9e9, "Kimi-K2.5, INT4": 32.8e9}
     for rate in RATES:
-        active = rate.share * TFLOPS / 6 / rate.tokens_per_second
-        assert active == pytest.approx(3.04e9 if rate.hidden == 2048 else 2.67e9, rel=0.02)
+        active = rate.share * rate.gpus * TFLOPS / 6 / rate.tokens_per_second
+        assert active == pytest.approx(met.get(rate.shape, 2.67e9), rel=0.02)
     assert nearest(2048, 2048, recomputed=True) == RATES[1] and nearest(2048, 8192, recomputed=False) == RATES[2]
     assert nearest(6144, 4096, recomputed=True) == RATES[3] and nearest(7168, 10**6, recomputed=True) == RATES[3]
     assert nearest(64, 8192, recomputed=True) is None and nearest(2048, 64, recomputed=True) is None
@@ -170,6 +171,32 @@ def test_what_costs_nothing_comes_before_host_memory(qwen: str) -> None:
     assert any(word.startswith("--set expert_memory=") for word in found.change.what)
 
 
+def test_machines_each_hold_all_experts() -> None:
+    found = planned(str(KIMI), "64x80GB", batch_size=64, gradient_checkpointing=True)
+    one = planned(str(KIMI), "8x80GB", batch_size=8, gradient_checkpointing=True)
+    assert (
+        found.fits
+        and one.fits
+        and len(found.experts) == 8
+        and found.memory["routed experts"] == one.memory["routed experts"]
+    )
+    assert any("--nnodes 8 --nproc-per-node 8" in note for note in found.notes)
+    # Adam's moments are split among all
+    assert found.memory["LoRA, with Adam"] < one.memory["LoRA, with Adam"]
+    assert found.speed is not None and one.speed is not None
+    assert found.speed.seconds == pytest.approx(one.speed.seconds)
+    assert found.speed.tokens_per_second == pytest.approx(8 * one.speed.tokens_per_second)
+
+
+def test_what_goes_between_gpus_takes_its_time(qwen: str) -> None:
+    settings = {"expert_format": "nf4", "gradient_checkpointing": True, "activation_memory": 0.0}
+    one, two = (planned(qwen, gpus, batch_size=8 * count, **settings) for count, gpus in ((1, "80GB"), (2, "2x80GB")))
+    assert one.speed is not None and two.speed is not None
+    # 48 layers, six times 8,192 tokens of 2,048 numbers in two bytes
+    assert two.speed.seconds - one.speed.seconds == pytest.approx(48 * 6 * 8192 * 2048 * 2 / 225e9)
+    assert any("between two H200" in source for source in two.speed.measured)
+
+
 def test_only_experts_in_4_bits_wait(qwen: str) -> None:
     assert planned(qwen, "24GB", host="1TB").streamed is None
     with pytest.raises(ConfigError, match=r"expert_memory = 0\.1: 2 layers .* set expert_memory = 0\.59"):
@@ -207,12 +234,18 @@ def test_gpus_split_dense_weights_that_are_large_for_one() -> None:
 # --- bad input
 
 
+def test_a_machine_of_more_gpus_than_experts_is_refused(qwen: str) -> None:
+    raw = json.loads(Path(qwen, "config.json").read_text())
+    Path(qwen, "config.json").write_text(json.dumps({**raw, "num_experts": 4, "num_experts_per_tok": 2}))
+    with pytest.raises(ConfigError, match="--gpus 8x80GB: a layer has 4 experts, less than one a GPU"):
+        planned(qwen, "8x80GB")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--gpus", "four", "--seq-len", "64"], "4x141GB"),
         (["--gpus", "0x80GB", "--seq-len", "64"], "from 1 to"),
-        (["--gpus", "400x80GB", "--seq-len", "64"], "384 experts"),
         (["--gpus", "80GB"], "--seq-len is missing"),
         (["--gpus", "80GB", "--seq-len", "300000"], "262,144 tokens at most"),
         (["--gpus", "80GB", "--seq-len", "1"], "at least 2"),

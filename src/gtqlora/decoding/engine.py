@@ -21,6 +21,7 @@ from gtqlora.capture import Subject, left_padded, positions
 from gtqlora.decoding.caches import ColumnCache, attends_only, growing, lowest, one_query
 from gtqlora.decoding.change import Change, Tokens, source_ids
 from gtqlora.decoding.steps import Repeated, check, forward, runs_of
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.experts.streaming import waiting
 
 LOOK = 8
@@ -86,7 +87,8 @@ class Engine:
         self.caches: list[ColumnCache] = []
         self.shared: list[Cache] | None = None
         self.in_row: list[Said | None] = [None] * rows
-        self._repeated = Repeated(capture=capture and not waiting(subject.model.modules()))
+        streams = bool(waiting(subject.model.modules())) or is_sharded(subject.model)
+        self._repeated = Repeated(capture=capture and not streams)
 
     @property
     def captured(self) -> bool:

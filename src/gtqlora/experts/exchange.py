@@ -62,7 +62,7 @@ class Exchange:
         if self.tokens == SAME:
             hidden_TD, weights_TK = _Copied.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
             return _Added.apply(self.group, sums(hidden_TD, index_TK, weights_TK))  # type: ignore[return-value]
-        index_NK = _gathered(index_TK.int(), self.group).to(index_TK.dtype)
+        index_NK = gathered(index_TK.int(), self.group).to(index_TK.dtype)
         hidden_ND, weights_NK = _Gathered.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
         return _Scattered.apply(self.group, sums(hidden_ND, index_NK, weights_NK))  # type: ignore[return-value]
 
@@ -72,14 +72,14 @@ def exchange_of(model: nn.Module) -> Exchange | None:
     return next((found for module in model.modules() if (found := getattr(module, "exchange", None)) is not None), None)
 
 
-def _gathered(values_TD: Tensor, group: Group) -> Tensor:
+def gathered(values_TD: Tensor, group: Group) -> Tensor:
     """Return values_ND of all ranks, in their order."""
     whole = values_TD.new_empty(dist.get_world_size(group) * len(values_TD), *values_TD.shape[1:])
     _all_gather(whole, values_TD.contiguous(), group=group)
     return whole
 
 
-def _scattered(values_ND: Tensor, group: Group) -> Tensor:
+def scattered(values_ND: Tensor, group: Group) -> Tensor:
     """Return this rank's values_TD of the sums over all ranks."""
     mine = values_ND.new_empty(len(values_ND) // dist.get_world_size(group), *values_ND.shape[1:])
     _reduce_scatter(mine, values_ND.contiguous(), group=group)
@@ -105,13 +105,13 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Passed, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        return tuple(_gathered(value, group) for value in values)
+        return tuple(gathered(value, group) for value in values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = zip(grads, ctx.needs_input_grad[1:], strict=True)
-        return None, *(_scattered(grad, ctx.group) if needed else None for grad, needed in wanted)
+        return None, *(scattered(grad, ctx.group) if needed else None for grad, needed in wanted)
 
 
 class _Scattered(torch.autograd.Function):
@@ -120,12 +120,12 @@ class _Scattered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Passed, group: Group, values_ND: Tensor) -> Tensor:
         ctx.group = group
-        return _scattered(values_ND, group)
+        return scattered(values_ND, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _gathered(grads[0], ctx.group)
+        return None, gathered(grads[0], ctx.group)
 
 
 class _Copied(torch.autograd.Function):

@@ -15,7 +15,8 @@ _MEASURED = ("80GB", "141GB", "H100", "H200")
 _CARDS = re.compile(r"(?:(\d+) *[x×] *)?([a-z]+\d+[a-z]?|[\d.]+ *g(?:b|ib)?)", re.IGNORECASE)
 _BYTES = re.compile(r"([\d.]+)(gb|gib|tb|tib)", re.IGNORECASE)
 _UNITS = {"gb": 10**9, "gib": GIB, "tb": 10**12, "tib": 2**40}
-MOST_CARDS = 4096
+MOST_CARDS, MOST_HERE = 4096, 8
+"""GPUs that are planned for, and those of one machine, at most."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Cards:
     count: int
     name: str
     bytes: int
+
+    @property
+    def here(self) -> int:
+        """Return how many are in a machine: as many as divide them evenly, eight at most."""
+        return next(many for many in range(MOST_HERE, 0, -1) if self.count % many == 0)
 
     @property
     def measured(self) -> bool:

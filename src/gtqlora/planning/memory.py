@@ -106,10 +106,20 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where experts lie: over how many GPUs they are split, and how many MoE layers of them wait in host memory."""
+    """Where experts lie: over how many GPUs of a machine, of how many, and how many MoE layers of them on the host."""
 
     gpus: int = 1
+    machines: int = 1
     on_host: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of all GPUs."""
+        return self.gpus * self.machines
+
+    def splits(self, sizes: Sizes, usable: float) -> bool:
+        """Tell whether GPUs with so many bytes each hold a part of the dense weights."""
+        return is_split(others_of(sizes), self.gpus, usable)
 
     def held(self, sizes: Sizes) -> int:
         """Return the experts of a layer that the fullest GPU holds."""
@@ -144,13 +154,12 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     Raises:
         ConfigError: the experts cannot be held in the format.
     """
-    step = step.of_each(placed.gpus)
+    step = step.of_each(placed.ranks)
     layer, there = placed.layer(sizes, step.held), len(sizes.moe) - placed.on_host
     counts = sizes.counts()
-    others = (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
-    split = is_split(others, placed.gpus, usable)
+    others, split = others_of(sizes), placed.splits(sizes, usable)
     # without graphs gradients are there once, and where weights are split so are Adam's moments
-    trained = _FP32 + (_FP32 + _ADAM // placed.gpus if split else _GRADS + _ADAM)
+    trained = _FP32 + (_FP32 + _ADAM // placed.ranks if split else _GRADS + _ADAM)
     parts = {
         EXPERTS: there * layer,
         BUFFERS: (placed.on_gpu(sizes) - there) * layer + (_on_their_way(sizes) if split else 0),
@@ -312,6 +321,12 @@ def room_for_experts(free: float, others: float) -> float:
     return (1 - RESERVE) * free - others
 
 
+def others_of(sizes: Sizes) -> int:
+    """Return the bytes of all weights but those of routed experts and routers."""
+    counts = sizes.counts()
+    return (sum(counts.values()) - counts[ROUTED] - counts[GATES]) * sizes.width
+
+
 def is_split(dense: int, gpus: int, usable: float) -> bool:
     """Tell whether several GPUs each hold a part of so many bytes of dense weights, and not all of them."""
     return gpus > 1 and dense > SPLIT * usable
@@ -328,8 +343,7 @@ def as_loaded(sizes: Sizes, step: Step, gpus: int, free: int) -> Placement:
         return placed
     layer = placed.layer(sizes, step.held)
     if step.expert_memory is None:
-        counts = sizes.counts()
-        others = (sum(counts.values()) - counts[ROUTED]) * sizes.width
+        others = others_of(sizes) + sizes.counts()[GATES] * sizes.width
         others //= gpus if is_split(others, gpus, free) else 1
         return replace(placed, on_host=on_host(moe, layer, room_for_experts(free, others)) or 0)
     waiting = on_host(moe, layer, step.expert_memory * GIB)

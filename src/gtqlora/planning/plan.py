@@ -10,7 +10,7 @@ from itertools import product
 from gtqlora.errors import ConfigError
 from gtqlora.families.kinds import ROUTED
 from gtqlora.families.sizes import Sizes
-from gtqlora.planning.cards import MOST_CARDS, Cards
+from gtqlora.planning.cards import MOST_CARDS, MOST_HERE, Cards
 from gtqlora.planning.formats import FORMATS, PLAIN, expert_bytes
 from gtqlora.planning.memory import (
     IN_FLIGHT,
@@ -23,7 +23,7 @@ from gtqlora.planning.memory import (
     spread,
     without_keeping,
 )
-from gtqlora.planning.rates import LINKS, TFLOPS, link, nearest
+from gtqlora.planning.rates import BETWEEN, GPU_EACH, LINKS, TFLOPS, link, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
         lora_parameters=sizes.lora(step.rank),
         counts=counts,
         formats=_formats(sizes),
-        experts=spread(sizes.experts, cards.count),
+        experts=spread(sizes.experts, cards.here),
         usable=cards.bytes,
         needed=memory.total,
         memory=memory.parts,
@@ -163,10 +163,15 @@ def _check(sizes: Sizes, step: Step, cards: Cards) -> None:
         raise ConfigError(
             f"--seq-len {step.tokens}: {sizes.model} reads {sizes.context:,} tokens at most (max_position_embeddings)"
         )
-    if cards.count > sizes.experts:
+    if cards.here > sizes.experts:
         raise ConfigError(
             f"--gpus {cards.count}x{cards.name}: a layer has {sizes.experts} experts, less than one a GPU"
         )
+
+
+def _nodes(cards: Cards) -> str:
+    machines = cards.count // cards.here
+    return f"--nnodes {machines} " if machines > 1 else ""
 
 
 def _formats(sizes: Sizes) -> tuple[Held, ...]:
@@ -186,9 +191,9 @@ def _formats(sizes: Sizes) -> tuple[Held, ...]:
 def _placed(sizes: Sizes, step: Step, cards: Cards, host: int) -> tuple[Placement, Memory]:
     """Return the placement that is set, or that with the fewest layers in host memory that fits; none if none does."""
     moe, layer = len(sizes.moe), sizes.experts * expert_bytes(sizes, step.held)
-    resident = Placement(gpus=cards.count)
+    resident = Placement(gpus=cards.here, machines=cards.count // cards.here)
     if step.expert_memory is not None:
-        placed = as_loaded(sizes, step, cards.count, cards.bytes)
+        placed = replace(as_loaded(sizes, step, cards.here, cards.bytes), machines=resident.machines)
         return placed, memory_of(sizes, step, placed, cards.bytes)
 
     def memory(on_host: int) -> Memory:
@@ -214,36 +219,48 @@ def _streamed(sizes: Sizes, step: Step, placed: Placement, memory: Memory) -> St
 
 
 def _speed(sizes: Sizes, step: Step, placed: Placement, memory: Memory, cards: Cards, steps: int) -> Speed | None:
-    step = step.of_each(placed.gpus)
-    rate = nearest(sizes.hidden, step.together, recomputed=memory.kept < len(sizes.layers))
+    step, split = step.of_each(placed.ranks), placed.splits(sizes, cards.bytes)
+    recomputed = memory.kept < len(sizes.layers)
+    rate = nearest(sizes.hidden, step.together, recomputed=recomputed, split=split)
     if rate is None or not cards.measured:
         return None
     computing = step.together * 6 * sizes.active() / (TFLOPS * rate.share)
+    # what was measured on GPUs that split dense weights has their exchanges in it
+    exchanging = 0.0 if split else _exchanging(sizes, step, placed.gpus, recomputed)
     # Copies hide under the work that there is, wholly: only the longer of both counts.
     copying = 2 * _streamed(sizes, step, placed, memory).seconds
-    seconds = max(computing, copying)
+    seconds = max(computing + exchanging, copying)
+    sources = ((LINKS, placed.on_host > 0), (BETWEEN, exchanging > 0))
     return Speed(
-        tokens_per_second=placed.gpus * step.together / seconds,
+        tokens_per_second=placed.ranks * step.together / seconds,
         seconds=seconds,
         steps_per_hour=3600 / seconds,
         steps=steps,
-        gpu_hours=placed.gpus * steps * seconds / 3600,
-        bound_by="links" if copying > computing else "compute",
-        measured=(str(rate), *((LINKS,) if placed.on_host else ())),
+        gpu_hours=placed.ranks * steps * seconds / 3600,
+        bound_by="links" if copying > computing + exchanging else "compute",
+        measured=(str(rate), *(source for source, counts in sources if counts)),
     )
 
 
+def _exchanging(sizes: Sizes, step: Step, gpus: int, recomputed: bool) -> float:
+    """Return the seconds in which a GPU's tokens go to the others and sums come back, there and in the pass back."""
+    trips = 6 if recomputed else 4
+    return len(sizes.moe) * trips * (gpus - 1) * step.together * sizes.hidden * sizes.width / GPU_EACH
+
+
 def _notes(sizes: Sizes, step: Step, cards: Cards, placed: Placement) -> Iterator[str]:
-    if sizes.experts % cards.count:
-        ranges = [end - start for start, end in spread(sizes.experts, cards.count)]
+    if sizes.experts % cards.here:
+        ranges = [end - start for start, end in spread(sizes.experts, cards.here)]
         yield (
-            f"{sizes.experts} experts do not divide by {cards.count} GPUs: {ranges.count(max(ranges))} hold "
+            f"{sizes.experts} experts do not divide by {cards.here} GPUs: {ranges.count(max(ranges))} hold "
             f"{max(ranges)} of each layer and {ranges.count(min(ranges))} hold {min(ranges)}"
         )
     if cards.count > 1:
+        yield f"start it as `torchrun {_nodes(cards)}--nproc-per-node {cards.here} -m -- gtqlora train ...`"
+    if cards.count > cards.here:
         yield (
-            f"start it as `torchrun --nproc-per-node {cards.count} -m -- gtqlora train ...`; times are those of one "
-            "GPU, without what GPUs wait for each other"
+            f"{cards.count // cards.here} machines of {cards.here} GPUs each hold all experts; the time that gradients "
+            "take between machines was not measured and is not counted"
         )
     if step.pairs % cards.count:
         yield f"batch_size = {step.pairs} cannot be shared by {cards.count} GPUs: set a multiple of {cards.count}"
@@ -287,7 +304,11 @@ def _candidates(
     less = without_keeping(step) if step.checkpointing else replace(step, checkpointing=True)
     again = [step, *([] if less == step or (step.checkpointing and step.activation_memory is None) else [less])]
     pairs = [step.pairs >> halves for halves in range(step.pairs.bit_length())]
-    gpus = [cards.count] if here is not None else [count for count in _more(cards.count) if count <= sizes.experts]
+    gpus = (
+        [cards.count]
+        if here is not None
+        else [count for count in _more(cards.count) if min(count, MOST_HERE) <= sizes.experts]
+    )
     # as much host memory as there is of experts, where too little was named
     hosts = [host, max(host, sizes.counts()[ROUTED] * sizes.width if here is None else here)]
     memories = [step.expert_memory, None]  # which is found anew, where host memory is

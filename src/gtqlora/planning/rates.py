@@ -16,6 +16,8 @@ class Rate:
     Attributes:
         hidden: the model's width; `tokens`: those that ran together.
         recomputed: whether every layer was computed again.
+        gpus: that ran it; `tokens` are of each, and `tokens_per_second` of all.
+        split: whether each had a part of the dense weights, which are gathered as they are wanted.
         share: of `TFLOPS`, at six operations a token for every parameter that it meets.
         source: where the figure stands.
     """
@@ -27,12 +29,15 @@ class Rate:
     recomputed: bool
     tokens_per_second: int
     share: float
+    gpus: int = 1
+    split: bool = False
     source: str = "docs/claims.md, bench/step.py"
 
     def __str__(self) -> str:
         how = "every layer computed again" if self.recomputed else "activations kept"
+        many = "one" if self.gpus == 1 else self.gpus
         return (
-            f"{self.shape} on one {self.card}, {self.tokens:,} tokens together, {how}: "
+            f"{self.shape} on {many} {self.card}, {self.tokens:,} tokens together, {how}: "
             f"{self.tokens_per_second:,} tokens/s ({self.source})"
         )
 
@@ -47,6 +52,18 @@ RATES = tuple(
         (_KIMI, 7168, 11_868, True, 37_071, 0.752),
     )
 )
+RATES += (
+    Rate(
+        **{"shape": "Qwen3-235B-A22B, INT4", "card": "H200", "hidden": 4096, "tokens": 5_756, "recomputed": True},
+        **{"tokens_per_second": 5_031, "share": 0.420, "gpus": 2, "split": True},
+        source="docs/claims.md, bench/scale.py",
+    ),
+    Rate(
+        **{"shape": "Kimi-K2.5, INT4", "card": "H200", "hidden": 7168, "tokens": 3_072, "recomputed": True},
+        **{"tokens_per_second": 4_219, "share": 0.262, "gpus": 4, "split": True},
+        source="docs/claims.md, bench/trillion.py",
+    ),
+)
 _FARTHEST = 8
 """How many times narrower than what was measured, or with how many times fewer tokens, a step may be."""
 # Bytes a second from pinned host memory: of one GPU alone, and of each of several, of which two were measured.
@@ -54,7 +71,12 @@ LINK_ALONE, LINK_EACH = 50e9, 46e9
 LINKS = "50 GB/s from pinned host memory to one H100 alone, 46 GB/s to each of two (measured on one host)"
 
 
-def nearest(hidden: int, tokens: int, *, recomputed: bool) -> Rate | None:
+# Bytes a second that a GPU is sent by another of its machine while it sends as many.
+GPU_EACH = 225e9
+BETWEEN = "225 GB/s between two H200 of a host, each way (bench/links.py)"
+
+
+def nearest(hidden: int, tokens: int, *, recomputed: bool, split: bool = False) -> Rate | None:
     """Return the measured step that is most like one: by width first, and by how many tokens run together.
 
     None if none is like it: narrow models and few tokens wait for launches, which no share of the matrix rate tells.
@@ -64,7 +86,7 @@ def nearest(hidden: int, tokens: int, *, recomputed: bool) -> Rate | None:
         width, batch = abs(log2(rate.hidden / hidden)), abs(log2(rate.tokens / tokens))
         return 2 * width + batch + (rate.recomputed != recomputed)
 
-    found = min(RATES, key=apart)
+    found = min((rate for rate in RATES if rate.split == split), key=apart)
     near = found.hidden <= _FARTHEST * hidden and found.tokens <= _FARTHEST * tokens
     return found if near else None
 
