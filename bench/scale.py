@@ -76,7 +76,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     """Build, train, and return what this group of ranks measured."""
     device = step.prepared("cuda" if args.device == "cuda" else "cpu")
     started = time.perf_counter()
-    model, anatomy = step.build(args, args.format, device)
+    model, anatomy = step.build(args, args.format, device, args.expert_memory)
     before, losses = frozen_state(model), []
     clock, overlap = step.Clock(device), Overlap()
     with TemporaryDirectory() as folder:

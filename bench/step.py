@@ -228,7 +228,9 @@ def config_of(args: argparse.Namespace) -> tuple[str, Any]:
 
 
 @torch.no_grad()
-def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any, Anatomy]:
+def build(
+    args: argparse.Namespace, way: str, device: torch.device, expert_memory: float | None = None
+) -> tuple[Any, Anatomy]:
     """A bf16 model; routers in fp32 for gtqlora's trainer, experts frozen if the way is a format."""
     name, config = config_of(args)
     family = FAMILIES[name]
@@ -236,7 +238,7 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, family.class_name)(config)
     if way in FORMATS:  # filled later: dense weights first, as of a large model each rank keeps a part of them
-        held = FrozenExpertsConfig(expert_range=(ranks().place, ranks().here), memory=args.expert_memory)
+        held = FrozenExpertsConfig(expert_range=(ranks().place, ranks().here), memory=expert_memory)
         replace_experts(model, family, FORMATS[way], held)
     experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
     for path, module in list(model.named_modules()):
@@ -252,7 +254,7 @@ def build(args: argparse.Namespace, way: str, device: torch.device) -> tuple[Any
     if is_worth_it(model, anatomy.family):
         shard(model, anatomy.family)
         torch.cuda.empty_cache()
-    waiting = chosen(model, experts, held, device) if args.expert_memory else []
+    waiting = chosen(model, experts, held, device) if expert_memory else []
     for module in experts:
         module.empty() if module in waiting else module.to_empty(device=device)
     if waiting:
@@ -411,7 +413,7 @@ def measure(args: argparse.Namespace, way: str, device: torch.device) -> Measure
         TrainingError: the experts' bits changed.
     """
     started = time.perf_counter()
-    model, anatomy = build(args, way, device)
+    model, anatomy = build(args, way, device, args.expert_memory)
     experts = _expert_tensors(model, anatomy)
     before = frozen_state(model) or {"": _checksum(experts)}
     clock = Clock(device)

@@ -131,3 +131,20 @@ def test_the_offload_bench_compares_the_bits_of_what_it_measures(
     # two of six are there at each turn, and accelerate brings all of them twice
     assert ways["streamed", 6]["gigabytes"] * 12 == pytest.approx(ways["accelerate", 6]["gigabytes"] * 8)
     assert "streamed" in capsys.readouterr().out
+
+
+# --- several GPUs
+
+
+def test_scale_and_trillion_say_what_they_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale, trillion, out = bench_module("scale"), bench_module("trillion"), tmp_path / "found.json"
+    words = ["--device", "cpu", "--tiny", "--shape", "k2.5", "--layers", "3", "--tokens", "16", "--pairs", "2"]
+    given = [*words, "--steps", "2", "--expert-memory", "0.001"]
+    assert scale.main([*given, "--worker", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["gpus"] == 1 and len(found["losses"]) == 4 and found["losses"][-1] < found["losses"][0]
+    assert found["gates_moved"] > 0 < found["lora_moved"] and found["tokens"] == 2 * 2 * 16
+    args = scale.parse(given)
+    scale.show(found, found, args)
+    assert sum(trillion.report(args, found, 1)["counts"].values()) > 0
+    assert "1.00 x one GPU" in capsys.readouterr().out
