@@ -231,10 +231,12 @@ def test_ranges_add_up_to_the_whole(product: str) -> None:
 
 @either
 @BOTH
+@pytest.mark.parametrize("exact_rows", [False, True])
 @pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.GELU()], ids=str)
-def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Module) -> None:
-    """Memory is filled with NaN first: rows of other experts are left as they were."""
+def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Module, exact_rows: bool) -> None:
+    """Memory is filled with NaN first: rows of other experts are left as they were, or have none."""
     frozen, batch = _frozen("int4-g32", act_fn=act_fn, first=2, count=2), _batch(4)
+    frozen.exact_rows = exact_rows
     with _filled_memory():
         for expert in (1, 4, EXPERTS):
             found = outputs_and_gradients(_layer(product, frozen), _to_one(batch, expert))

@@ -163,5 +163,6 @@ def _gated_backward(
     weights_R1 = weights_TK.flatten()[rows.order_R].unsqueeze(-1)
     (grad_R2I,) = torch.autograd.grad(inner_RI, leaf_R2I, (grad_RI.to(dtype) * weights_R1).to(grad_RI.dtype))
     # The gradient of a routing weight is the dot product of its row's output and gradient.
-    dots_TK = (grad_RI.to(dtype) * inner_RI.detach()).sum(-1)[rows.places_TK]
+    dots_R = (grad_RI.to(dtype) * inner_RI.detach()).sum(-1)
+    dots_TK = dots_R[rows.places_TK.clamp(max=len(dots_R) - 1)]  # rows held elsewhere may be left out
     return grad_R2I, dots_TK.masked_fill(rows.places_TK >= rows.offsets_E1[-1], 0)

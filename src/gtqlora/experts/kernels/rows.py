@@ -132,8 +132,8 @@ def place_rows(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
 
 
 def held(rows: Placed) -> Placed:
-    """Return the rows without those of experts held elsewhere; it waits for the GPU, to count them."""
-    return replace(rows, order_R=rows.order_R[: int(rows.offsets_E1[-1])])
+    """Return the rows without those of experts held elsewhere, but for one if all are; it waits for the GPU."""
+    return replace(rows, order_R=rows.order_R[: max(1, int(rows.offsets_E1[-1]))])  # no kernel runs over nothing
 
 
 def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
