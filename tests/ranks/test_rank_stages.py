@@ -17,7 +17,7 @@ from gtqlora.run import read_parquet
 from tests import helpers
 from tests.ranks.test_commands import ranks
 
-JUDGE = "tests.ranks.test_stages:counted"
+JUDGE = "tests.ranks.test_rank_stages:counted"
 VERIFY = [
     word
     for setting in (f"judge={JUDGE}", "max_new_tokens=2", "wrapped_prompts=12", "ablation=0", "mediation_prompts=8")
