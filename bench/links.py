@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+# a script that is loaded by its path has no folder to find its neighbour in
+sys.path.insert(0, str(Path(__file__).parent))
 import torch
+from ranked import ran
 
 from gtqlora.experts.exchange import gathered, scattered
 from gtqlora.ranks import all_of, end_process, joined, ranks
@@ -107,13 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         end_process(0)
         return 0
     count = args.gpus or torch.cuda.device_count()
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"]
-        given = [f"--worker={out}", f"--device={args.device}", "--megabytes", *map(str, args.megabytes)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
-        subprocess.run([*command, __file__, *given], env=environment, check=True)
-        found: Figures = json.loads(out.read_text())
+    given = [f"--device={args.device}", "--megabytes", *map(str, args.megabytes)]
+    found: Figures = ran(__file__, count, given)
     for way, figures in found.items():
         print(f"{way:36}{figures['ms']:10.3f} ms {figures['gb_s']:9.1f} GB/s")
     card = f"{count} x {torch.cuda.get_device_name()}" if args.device == "cuda" else "CPU"

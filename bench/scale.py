@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import step
 import torch
 import transformers
+from ranked import ran
 
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.wrapping import routers_of, trainable
@@ -136,7 +135,7 @@ def _rms(tensors: Sequence[torch.Tensor]) -> float:
     return (sum(float(t.detach().float().square().sum()) for t in tensors) / sum(t.numel() for t in tensors)) ** 0.5
 
 
-def launched(args: argparse.Namespace, count: int, out: Path) -> dict[str, Any]:
+def launched(args: argparse.Namespace, count: int) -> dict[str, Any]:
     """Run one group of ranks as `torchrun` starts it, and return what its leader wrote."""
     given = [f"--{name.replace('_', '-')}={value}" for name, value in _passed(args, count).items()]
     given += [
@@ -144,12 +143,7 @@ def launched(args: argparse.Namespace, count: int, out: Path) -> dict[str, Any]:
         for name in ("profile", "no_graphs", "tiny", "no_packing", "anchor")
         if getattr(args, name)
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, __file__, "--worker", str(out), *given], env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{count} ranks ended with {done.returncode}")
-    return json.loads(out.read_text())
+    return ran(__file__, count, given)
 
 
 def _passed(args: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -201,10 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     there = torch.cuda.device_count() if args.device == "cuda" else 2
     found = list[dict[str, Any]]()
-    with TemporaryDirectory() as folder:
-        for count in args.gpus or sorted({1, there}):
-            found.append(launched(args, count, Path(folder) / f"{count}.json"))
-            show(found[-1], found[0], args)
+    for count in args.gpus or sorted({1, there}):
+        found.append(launched(args, count))
+        show(found[-1], found[0], args)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{card}; torch {torch.__version__}, transformers {transformers.__version__}")
     if args.json:

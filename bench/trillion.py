@@ -20,7 +20,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 # a script that is loaded by its path has no folder to find its neighbours in
@@ -70,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.tiny and "--layers" not in given:
         args.layers = 3
     gpus = (args.gpus or [4])[0]
-    with TemporaryDirectory() as folder:
-        found = scale.launched(args, gpus, Path(folder) / "found.json")
+    found = scale.launched(args, gpus)
     scale.show(found, found, args)
     told = report(args, found, gpus)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

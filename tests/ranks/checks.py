@@ -29,7 +29,7 @@ from gtqlora.ranks import (
     least,
     most,
     ranks,
-    share_here,
+    share,
     summed,
 )
 from tests import helpers
@@ -69,7 +69,7 @@ def check_all_have_the_values_of_all(_: Path) -> None:
     assert all_of({"rank": me, "text": "é" * me}) == [{"rank": i, "text": "é" * i} for i in range(4)]
     assert (most(me), least(me)) == (3, 0)
     assert summed(torch.tensor([1.0, me])).tolist() == [4.0, 6.0]
-    assert [list(share) for share in all_of(list(share_here(6)))] == [[0], [1, 2], [3], [4, 5]]
+    assert all_of(list(share(6, ranks().place, ranks().here))) == [[0], [1, 2], [3], [4, 5]]
 
 
 def check_means_take_the_place_of_tensors(_: Path) -> None:

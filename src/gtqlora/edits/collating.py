@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from gtqlora.contrasts import ALL_KINDS
 from gtqlora.edits.packing import pack
 from gtqlora.edits.reference import FILLER, Batch, Row
+from gtqlora.ranks import share
 
 _SHORT = 32
 _LENGTHS, _SIZES = 4, 8
@@ -73,7 +74,7 @@ class KindCollator(DataCollatorForPreference):
     def _shared(self, examples: list[Row], rank: int) -> tuple[list[Row], int]:
         """Return a rank's examples and how many of them are real: its first ones, in order of ranks."""
         count = self.share[1]
-        own = examples[rank * len(examples) // count : (rank + 1) * len(examples) // count]
+        own = [examples[i] for i in share(len(examples), rank, count)]
         return [*own, *[examples[0]] * (-(-len(examples) // count) - len(own))], len(own)
 
     @staticmethod

@@ -13,6 +13,7 @@ from gtqlora.errors import ConfigError, ModelError
 from gtqlora.experts import kernels
 from gtqlora.experts.formats import FORMATS
 from gtqlora.families import packed
+from gtqlora.ranks import share
 
 NATIVE, KEEP, NF4 = "native", "keep", "nf4"
 """Experts as the checkpoint has them; dense weights as they are, or in 4 bits."""
@@ -79,8 +80,8 @@ class FrozenExpertsConfig(QuantizationConfigMixin):
         rank, n_ranks = self.expert_range or (0, 1)
         if n_ranks > n_experts:
             raise ConfigError(f"expert_range = {self.expert_range}: the model has {n_experts} experts a layer")
-        first = rank * n_experts // n_ranks
-        return first, (rank + 1) * n_experts // n_ranks - first
+        held = share(n_experts, rank, n_ranks)
+        return held.start, len(held)
 
     def to_dict(self) -> dict[str, object]:
         """Return the settings as config.json holds them."""

@@ -13,10 +13,9 @@ from gtqlora.ranks.telling import (
     leader_first,
     least,
     most,
-    share_here,
     summed,
 )
-from gtqlora.ranks.who import Ranks, ranks, started
+from gtqlora.ranks.who import Ranks, ranks, share, started
 
 __all__ = [
     "Ranks",
@@ -31,7 +30,7 @@ __all__ = [
     "most",
     "partings",
     "ranks",
-    "share_here",
+    "share",
     "speaker",
     "started",
     "summed",

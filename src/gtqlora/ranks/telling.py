@@ -187,9 +187,3 @@ def most(value: int) -> int:
 def least(value: int) -> int:
     """Return the smallest of the ranks' numbers."""
     return min(all_of(value))
-
-
-def share_here(size: int) -> range:
-    """Return which of so many things this rank has among those of its machine; shares differ by one at most."""
-    me = ranks()
-    return range(me.place * size // me.here, (me.place + 1) * size // me.here)

@@ -90,3 +90,8 @@ def from_environment() -> Ranks:
             "every machine needs as many ranks as the others"
         )
     return Ranks(rank=rank, count=count, place=place, here=here)
+
+
+def share(size: int, place: int, count: int) -> range:
+    """Return which of so many things are of one of so many places; shares differ by one at most."""
+    return range(place * size // count, (place + 1) * size // count)
