@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.helpers import fresh_process, outputs_and_gradients
 pytest.importorskip("triton")
 from gtqlora.experts.kernels import chunk, fused, row_kernels
 from gtqlora.experts.kernels.layer import Multiply, run
-from gtqlora.experts.kernels.rows import Placed
+from gtqlora.experts.kernels.rows import Placed, Room
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -231,18 +232,36 @@ def test_ranges_add_up_to_the_whole(product: str) -> None:
 
 @either
 @BOTH
-@pytest.mark.parametrize("exact_rows", [False, True])
+@pytest.mark.parametrize("room", ["all", "exact", "share"])
 @pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.GELU()], ids=str)
-def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Module, exact_rows: bool) -> None:
+def test_experts_held_elsewhere_contribute_nothing(product: str, act_fn: nn.Module, room: str) -> None:
     """Memory is filled with NaN first: rows of other experts are left as they were, or have none."""
     frozen, batch = _frozen("int4-g32", act_fn=act_fn, first=2, count=2), _batch(4)
-    frozen.exact_rows = exact_rows
-    with _filled_memory():
+    frozen.room = None if room == "all" else Room(0.99, frozen.device)
+    limited = nullcontext() if frozen.room is None else frozen.room.limited(room == "share")
+    with _filled_memory(), limited:
         for expert in (1, 4, EXPERTS):
             found = outputs_and_gradients(_layer(product, frozen), _to_one(batch, expert))
             assert [float(part.abs().sum()) for part in found] == [0.0, 0.0, 0.0]
         found = outputs_and_gradients(_layer(product, frozen), batch)
     _assert_close(found, _exact(frozen, batch), 1e-5)
+
+
+@either
+@BOTH
+def test_rows_without_room_are_left_out_and_seen(product: str) -> None:
+    frozen, batch = _frozen("int4-g32", first=2, count=2), _to_one(_batch(4), 2)
+    whole = outputs_and_gradients(_layer(product, frozen), batch)
+    frozen.room = Room(0.5, frozen.device)
+    with _filled_memory(), frozen.room.limited():
+        found = outputs_and_gradients(_layer(product, frozen), batch)
+    share = float(frozen.room.seen_1)
+    assert 0.5 < share <= 1.0
+    for part, of_all in zip(found, whole, strict=True):
+        assert bool(torch.isfinite(part).all()) and not torch.equal(part, of_all)
+    frozen.room.share = share
+    with _filled_memory(), frozen.room.limited():
+        _assert_close(outputs_and_gradients(_layer(product, frozen), batch), whole, 1e-5)
 
 
 @either

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gtqlora.capture.fused import fuse
 from gtqlora.config import ModelConfig
 from gtqlora.errors import ModelError
-from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.exchange import Exchange, exchange_of
 from gtqlora.experts.loading import BF16, load_model
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.sharding import is_sharded, is_worth_it, shard
@@ -105,7 +105,8 @@ def exchanging(model: nn.Module) -> None:
     """Let ranks that split a model's experts exchange tokens."""
     if ranks().here == 1:
         return
-    exchange = Exchange(ranks().machine)
+    # where the embedding is split, its tokens go the same ways
+    exchange = exchange_of(model) or Exchange(ranks().machine)
     for module in model.modules():
         if isinstance(module, FrozenExperts):
             module.exchange = exchange

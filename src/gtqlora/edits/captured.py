@@ -9,7 +9,7 @@ Shape letters: B rows, S sequence, T = B*S tokens, D hidden, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +21,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gtqlora.capture import Decision, Recorder, router_hooks
 from gtqlora.capture.waiting import watched
+from gtqlora.edits.host_inputs import HostInputs
 from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
+from gtqlora.experts.kernels.rows import Room
 from gtqlora.experts.module import FrozenExperts
-from gtqlora.experts.sharding import is_sharded
+from gtqlora.experts.sharding import Shards, shards_of
 from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
 from gtqlora.progress import note
 from gtqlora.ranks import all_of, ranks
+
+_FIRST_ROOM, _SPARE_ROOM = 1.5, 1.25
+"""Room for rows of the experts held here: times an even share of all rows, and times the most that was seen."""
+
+
+_Handed = list[tuple[Tensor, Tensor | None]]
+"""Trained parameters, and the memory of graphs in which autograd found their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,8 @@ class _Graphs:
         outputs: hidden_BSD, then the router logits_TE of those layers.
         grads: of the outputs, which the backward pass reads.
         found: gradients of the trained parameters, which it writes; None for one that nothing reaches.
+        handed: gradients that autograd has from any of the stack's graphs.
+        shards: whose places for whole layers it writes to.
     """
 
     inputs: tuple[Tensor, ...]
@@ -56,6 +67,15 @@ class _Graphs:
     found: tuple[Tensor | None, ...]
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    handed: _Handed
+    shards: Shards | None
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Run one of both passes, which begins with no layer whole, and leaves none that others know of."""
+        _keep_handed(self.handed)
+        if self.shards is not None:
+            self.shards.forget()
+        graph.replay()
 
 
 class _Replay(torch.autograd.Function):
@@ -65,7 +85,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, graphs: _Graphs, inputs: tuple[Tensor, ...], *_parameters: Tensor) -> tuple[Tensor, ...]:
         for mine, given in zip(graphs.inputs, inputs, strict=True):
             mine.copy_(given)
-        graphs.forward.replay()
+        graphs.replay(graphs.forward)
         ctx.graphs = graphs
         return tuple(output.detach() for output in graphs.outputs)
 
@@ -75,13 +95,17 @@ class _Replay(torch.autograd.Function):
         graphs: _Graphs = ctx.graphs
         for mine, given in zip(graphs.grads, grads, strict=True):
             mine.zero_() if given is None else mine.copy_(given)
-        graphs.backward.replay()
-        return None, None, *map(_handed_over, graphs.parameters, graphs.found)
+        graphs.replay(graphs.backward)
+        graphs.handed.extend(zip(graphs.parameters, graphs.found, strict=True))
+        return None, None, *(found if found is None else found.view_as(found) for found in graphs.found)
 
 
-def _handed_over(parameter: Tensor, found: Tensor | None) -> Tensor | None:
-    # autograd keeps a parameter's first gradient as it is, and the next replay would write over it
-    return found.clone() if found is not None and parameter.grad is None else found
+def _keep_handed(handed: _Handed) -> None:
+    """Copy the gradients that are still where a graph wrote them: the next replay of any writes there."""
+    for parameter, found in handed:
+        if found is not None and parameter.grad is not None and parameter.grad.data_ptr() == found.data_ptr():
+            parameter.grad = parameter.grad.clone()
+    handed.clear()
 
 
 _Inputs = dict[str, Any]
@@ -119,20 +143,28 @@ class CapturedStack:
     Args:
         packed: the stack as it is installed, which packs what this one is given.
         recomputation: decides which layers keep their activations.
-        graphs: False runs every batch eagerly, and so does a model whose weights are gathered layer by layer.
+        graphs: False runs every batch eagerly, and so do experts that wait on the host.
+        inputs: where layers that are computed again have what they were given; None for the GPU.
     """
 
     def __init__(
-        self, model: PeftModel, anatomy: Anatomy, packed: PackedStack, recomputation: Recomputation, *, graphs: bool
+        self,
+        model: PeftModel,
+        anatomy: Anatomy,
+        packed: PackedStack,
+        recomputation: Recomputation,
+        *,
+        graphs: bool,
+        inputs: HostInputs | None,
     ) -> None:
         self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
+        self._inputs, self._shards = inputs, shards_of(model)
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
-        self._tiled: list[bool] = []
+        self._tiled, self._handed = list[bool](), _Handed()
         # what is replayed cannot ask for experts that wait on the host
         waits = any(all_of(bool(waiting(self._experts))))
-        self._capture, self._waited = graphs and not waits and not is_sharded(model), False
-        for experts in self._experts:
-            experts.exact_rows = not self._capture and experts.count < experts.n_experts
+        self._capture, self._waited = graphs and not waits, False
+        self._room = _room(self._experts)
         self._graphs: dict[tuple[object, ...], _Graphs | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._recorder = Recorder()
@@ -143,12 +175,38 @@ class CapturedStack:
         self._recorder = recorder
         self.packed.run = self._forward
         try:
-            yield
+            with self.limited():
+                yield
         finally:
             self.packed.run = self.packed.eager
 
+    def limited(self, yes: bool = True) -> AbstractContextManager[None]:
+        """Let layers have room for a share of the rows, if passes are recorded: `running` sees to it that it is enough.
+
+        A layer that is computed again has to have the room that it had, so the backward pass is inside as well.
+        """
+        return nullcontext() if self._room is None else self._room.limited(yes and self._capture)
+
     def _forward(self, **inputs: Any) -> BaseModelOutputWithPast:
-        self.recomputation.before(inputs["input_ids"].numel(), lambda: self.packed.eager(**inputs))
+        self.recomputation.before(inputs["input_ids"].numel(), lambda: self._eager(inputs))
+        found = self._run(inputs)
+        while self._overflowed():
+            del found
+            self._graphs.clear()
+            found = self._run(inputs)
+        return found
+
+    def _overflowed(self) -> bool:
+        """Tell whether more rows came to some rank's experts than have room; from now on as many have."""
+        if self._room is None or self._room.exact:
+            return False
+        seen = max(all_of(float(self._room.seen_1)))
+        if seen <= self._room.share:
+            return False
+        self._room.share = min(1.0, _SPARE_ROOM * seen)
+        return True
+
+    def _run(self, inputs: _Inputs) -> BaseModelOutputWithPast:
         shape = _shape(inputs)
         if not self._capture or shape not in self._graphs:
             return self._as_it_is(inputs, shape)
@@ -161,11 +219,22 @@ class CapturedStack:
             self._recorder.decisions[position] = replace(graphs.decisions[position], logits_TE=logits_TE)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD)
 
+    def _eager(self, inputs: _Inputs) -> BaseModelOutputWithPast:
+        with nullcontext() if self._inputs is None else self._inputs.kept():
+            return self.packed.eager(**inputs)
+
+    def _settle(self) -> None:
+        """Let what runs beside this stream come to its end, as a recording has to."""
+        if self._shards is not None:
+            self._shards.forget()
+        if self._inputs is not None:
+            self._inputs.settle()
+
     def _as_it_is(self, inputs: _Inputs, shape: tuple[object, ...]) -> BaseModelOutputWithPast:
         def run() -> BaseModelOutputWithPast:
             # not in the backward pass: a decision on record when a layer is recomputed keeps all of the layer
             with router_hooks(self.model, self.anatomy, self._recorder):
-                return self.packed.eager(**inputs)
+                return self._eager(inputs)
 
         if not self._capture:
             return run()
@@ -201,16 +270,19 @@ class CapturedStack:
         # every graph lives in one pool, as no two shapes are ever in use together
         # NCCL looks after its work from threads of its own, which must not end a capture
         mode = "thread_local" if ranks().several else "global"
+        self._settle()
         with (
             torch.cuda.graph(forward, pool=self._pool, capture_error_mode=mode),
             router_hooks(self.model, self.anatomy, recorder),
         ):
-            hidden_BSD: Any = self.packed.eager(**inputs).last_hidden_state
+            hidden_BSD: Any = self._eager(inputs).last_hidden_state
+            self._settle()
         reached = tuple(place for place, seen in recorder.decisions.items() if seen.logits_TE.requires_grad)
         outputs = (hidden_BSD, *(recorder.decisions[place].logits_TE for place in reached))
         parameters, grads = tuple(trainable(self.model).values()), tuple(torch.zeros_like(output) for output in outputs)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=mode):
             found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
+            self._settle()
         self._tiled = [experts.tiled for experts in self._experts]
         return _Graphs(
             inputs=_tensors(inputs),
@@ -225,4 +297,16 @@ class CapturedStack:
             found=found,
             forward=forward,
             backward=backward,
+            handed=self._handed,
+            shards=self._shards,
         )
+
+
+def _room(experts: list[FrozenExperts]) -> Room | None:
+    """Return the room of layers that hold a part of their experts, if these do."""
+    if not experts or experts[0].count == experts[0].n_experts:
+        return None
+    room = Room(min(1.0, _FIRST_ROOM * experts[0].count / experts[0].n_experts), experts[0].device)
+    for module in experts:
+        module.room = room
+    return room

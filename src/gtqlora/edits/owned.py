@@ -23,8 +23,8 @@ Saved = dict[str, Any]
 class OwnedAdamW(torch.optim.AdamW):
     """AdamW of which every rank holds its share; as many numbers as any other's, but for the largest weight."""
 
-    def __init__(self, groups: list[Saved], *, weight_decay: float) -> None:
-        super().__init__(groups, weight_decay=weight_decay)
+    def __init__(self, groups: list[Saved], *, weight_decay: float, fused: bool = False) -> None:
+        super().__init__(groups, weight_decay=weight_decay, fused=fused)
         self._owners = _owners(list(self._weights()))
         self._told: dict[int, State] = {}
 

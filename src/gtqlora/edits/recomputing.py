@@ -30,7 +30,7 @@ class Recomputation:
     def __init__(self, model: nn.Module, *, longest: int, limit: float | None) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._longest, self._limit = longest, limit
-        self._seen = 0
+        self._seen = 0 if limit != 0 else -1  # then all are computed again, as they are set to begin with
         self.kept = 0
 
     def before(self, tokens: int, run: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.head import completions_only
 from gtqlora.edits.health import Health
+from gtqlora.edits.host_inputs import HostInputs
 from gtqlora.edits.lora import in_half_precision
 from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
@@ -97,8 +98,14 @@ class GateTargetedTrainer(ReferenceTrainer):
         settings, rows = self.settings, self.train_dataset
         each = most_tokens(rows) if self.data_collator.packed else 2 * longest_of(rows)
         tokens = -(-self.args.train_batch_size // ranks().count) * each
-        recomputation = Recomputation(self.model, longest=tokens, limit=settings.activation_memory)
-        return CapturedStack(self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs)
+        limit, inputs = settings.activation_memory, None
+        if is_sharded(self.model) and settings.gradient_checkpointing:  # memory is short
+            limit, size = 0.0, tokens * self.anatomy.hidden_size * self.model.dtype.itemsize
+            inputs = HostInputs(torch.device("cuda", torch.cuda.current_device()), longest=size)
+        recomputation = Recomputation(self.model, longest=tokens, limit=limit)
+        return CapturedStack(
+            self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs, inputs=inputs
+        )
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the dataset as it is: rows come in tokens, and TRL's own encoding may cut the prompt short."""
@@ -117,7 +124,9 @@ class GateTargetedTrainer(ReferenceTrainer):
             # where dense weights are split for want of room, Adam's moments are, too
             kind = OwnedAdamW if is_sharded(self.model) else torch.optim.AdamW
             self.optimizer = kind(
-                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
+                [group for group in groups if group["params"]],
+                weight_decay=self.settings.weight_decay,
+                fused=self.settings.device.startswith("cuda"),  # one kernel for hundreds of weights
             )
         return self.optimizer
 
@@ -203,6 +212,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         kind_B, silent_B = inputs.pop("kind"), inputs.pop("silent", None)
         part, whole = self._sums(inputs, kind_B, silent_B), self._whole.sums
         both, ablate = Recorder(), self._ablate(silent_B)
+        if self._stack is not None:
+            self._until_backward.enter_context(self._stack.limited())
         with self._recorded(both, *ablate):
             loss = self._preference_loss(model, inputs, part, whole)
         self._check_finite("loss", loss)
@@ -320,7 +331,8 @@ class GateTargetedTrainer(ReferenceTrainer):
         # all ranks run as many rows, as their tokens meet in the experts
         run = torch.cat([rows, rows.new_zeros(most(len(rows)) - len(rows))])
         ids_BS, mask_BS = inputs["input_ids"][run], inputs["attention_mask"][run]
-        with adapters_off(self.model, *off), router_hooks(self.model, self.anatomy, recorder):
+        room = nullcontext() if self._stack is None else self._stack.limited(False)
+        with room, adapters_off(self.model, *off), router_hooks(self.model, self.anatomy, recorder):
             self.model.get_base_model().model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         mine = torch.arange(len(rows) * ids_BS.shape[1], device=ids_BS.device)
         return recorder if len(run) == len(rows) else recorder.at(mine)

@@ -62,9 +62,18 @@ class Exchange:
         if self.tokens == SAME:
             hidden_TD, weights_TK = _Copied.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
             return _Added.apply(self.group, sums(hidden_TD, index_TK, weights_TK))  # type: ignore[return-value]
-        index_NK = gathered(index_TK.int(), self.group).to(index_TK.dtype)
+        index_NK = self.all_of(index_TK.int()).to(index_TK.dtype)
         hidden_ND, weights_NK = _Gathered.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
         return _Scattered.apply(self.group, sums(hidden_ND, index_NK, weights_NK))  # type: ignore[return-value]
+
+    def all_of(self, values: Tensor) -> Tensor:
+        """Return values [T, ...] of the tokens that all ranks have together, which get no gradients."""
+        return values if self.tokens == SAME else gathered(values, self.group)
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Return what all ranks found [N, ...] for these tokens, added up; of this rank's tokens."""
+        sums = _Added if self.tokens == SAME else _Scattered
+        return sums.apply(self.group, values)  # type: ignore[return-value]
 
 
 def exchange_of(model: nn.Module) -> Exchange | None:
@@ -72,10 +81,15 @@ def exchange_of(model: nn.Module) -> Exchange | None:
     return next((found for module in model.modules() if (found := getattr(module, "exchange", None)) is not None), None)
 
 
+def gather_into(whole: Tensor, part: Tensor, group: Group) -> None:
+    """Put the parts [P, ...] of all ranks into whole [ranks * P, ...], in their order."""
+    _all_gather(whole, part, group=group)
+
+
 def gathered(values_TD: Tensor, group: Group) -> Tensor:
     """Return values_ND of all ranks, in their order."""
     whole = values_TD.new_empty(dist.get_world_size(group) * len(values_TD), *values_TD.shape[1:])
-    _all_gather(whole, values_TD.contiguous(), group=group)
+    gather_into(whole, values_TD.contiguous(), group)
     return whole
 
 

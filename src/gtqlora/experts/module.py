@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from gtqlora.errors import ModelError
 from gtqlora.experts import kernels, tiles
 from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.kernels.rows import Room
 from gtqlora.experts.layout import Device, Format, Fused, Layout, Parts, bits_of
 
 Projection = Literal["gate", "up", "down"]
@@ -93,7 +94,7 @@ class FrozenExperts(nn.Module):
         self.act_fn, self.config = act_fn, config
         self.kernel = "auto"
         self.exchange: Exchange | None = None
-        self.exact_rows = False
+        self.room: Room | None = None
         self.tiled = False
         self.waiting: Waiting | None = None
         if first < 0 or self.count < 1 or first + self.count > n_experts:

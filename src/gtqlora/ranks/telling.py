@@ -162,8 +162,7 @@ def average(tensors: Iterable[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in some])
         dist.all_reduce(flat)
         parts = flat.div_(ranks().count).split([tensor.numel() for tensor in some])
-        for tensor, part in zip(some, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        torch._foreach_copy_(some, [part.view_as(tensor) for tensor, part in zip(some, parts, strict=True)])
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,7 +1,7 @@
 """One layer of experts as an autograd function, shared by the kernels for GPUs, which differ in how they multiply.
 
 All T*K rows are sorted by expert, those for experts held elsewhere last; these are never read, so what they hold does
-not matter. Nothing here waits for the GPU, unless the module wants no memory for such rows (`exact_rows`).
+not matter. Nothing here waits for the GPU, unless the module gives room to no such row (`rows.Room`).
 Shape letters as in `rows`; I intermediate size, C columns.
 """
 
@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 
 from gtqlora.errors import ModelError
 from gtqlora.experts.kernels import row_kernels
-from gtqlora.experts.kernels.rows import Context, Experts, Placed, activated, compute_dtype, held, place_rows, sum_of
+from gtqlora.experts.kernels.rows import Context, Experts, Placed, activated, compute_dtype, place_rows, sum_of
 from gtqlora.experts.layout import Fused
 
 Multiply = Callable[[Tensor, Experts, Fused, Placed, bool], Tensor]
@@ -81,7 +81,7 @@ class _Layer(torch.autograd.Function):
         sort: Sort,
     ) -> Tensor:
         rows = sort(index_TK, module.first, module.count)
-        rows = held(rows) if module.exact_rows else rows
+        rows = rows if module.room is None else module.room(rows)
         hidden_RD = row_kernels.gather(hidden_TD, rows.order_R, rows.offsets_E1, rows.top_k)
         here = module.fetch(returns=any(ctx.needs_input_grad))
         gate_up_R2I = multiply(hidden_RD, here, "gate_up", rows, False)

@@ -6,8 +6,10 @@ R = T*K rows, N of them for experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Protocol
 
 import torch
@@ -25,7 +27,7 @@ class Experts(Protocol):
     count: int
     hidden_size: int
     intermediate_size: int
-    exact_rows: bool
+    room: Room | None
 
     @property
     def act_fn(self) -> Callable[[Tensor], Tensor]:
@@ -131,9 +133,37 @@ def place_rows(top_k_index_TK: Tensor, first: int, count: int) -> Placed:
     return Placed(order_R=order_R, offsets_E1=rows.offsets_E1, top_k=rows.top_k, places_TK=places_TK)
 
 
-def held(rows: Placed) -> Placed:
-    """Return the rows without those of experts held elsewhere, but for one if all are; it waits for the GPU."""
-    return replace(rows, order_R=rows.order_R[: max(1, int(rows.offsets_E1[-1]))])  # no kernel runs over nothing
+class Room:
+    """How many of a layer's rows have room, where others hold some of its experts.
+
+    Attributes:
+        exact: as many as there are for the experts held here, for which is waited; outside `limited` it always is.
+        share: of all rows R, for which nobody waits. Rows beyond are left out, and whoever reads `seen` must run again.
+        seen_1: fp32, the largest share so far that experts held here wanted.
+    """
+
+    def __init__(self, share: float, device: torch.device) -> None:
+        self.share, self.exact = share, True
+        self.seen_1 = torch.zeros(1, device=device)
+
+    @contextmanager
+    def limited(self, yes: bool = True) -> Iterator[None]:
+        """Give room to a share of the rows for a while, or again to as many as there are."""
+        before, self.exact = self.exact, not yes
+        try:
+            yield
+        finally:
+            self.exact = before
+
+    def __call__(self, rows: Placed) -> Placed:
+        """Return the rows that have room, and one at least: no kernel runs over nothing."""
+        total = len(rows.order_R)
+        if self.exact:
+            return replace(rows, order_R=rows.order_R[: max(1, int(rows.offsets_E1[-1]))])
+        limit = min(total, ceil(self.share * total))
+        torch.maximum(self.seen_1, rows.offsets_E1[-1:] / total, out=self.seen_1)
+        offsets_E1 = rows.offsets_E1.clamp(max=limit)
+        return replace(rows, order_R=rows.order_R[:limit], offsets_E1=offsets_E1, tiles=None, n_tiles=None)
 
 
 def gather(values_TD: Tensor, rows: Rows, n_rows: int) -> Tensor:
