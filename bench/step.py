@@ -261,7 +261,7 @@ def build(
         Streaming(waiting, device)
     for module in experts:
         _fill(module, device)
-    exchanging(model)
+    exchanging(model, anatomy)
     return model, anatomy
 
 

@@ -89,7 +89,7 @@ def open_subject(settings: ModelConfig | str) -> Subject:
     ready(loaded, anatomy)
     if not is_sharded(loaded) and is_worth_it(loaded, family):
         shard(loaded, family)
-    exchanging(loaded)
+    exchanging(loaded, anatomy)
     subject = Subject(loaded, tokenizer, anatomy)
     if not len(subject.stop_ids):
         raise ModelError(f"{model}: no token ends an answer; name an eos_token in tokenizer_config.json")
@@ -101,15 +101,22 @@ def _range_here(expert_format: str) -> tuple[int, int] | None:
     return (ranks().place, ranks().here) if ranks().here > 1 and expert_format != BF16 else None
 
 
-def exchanging(model: nn.Module) -> None:
+def exchanging(model: nn.Module, anatomy: Anatomy) -> None:
     """Let ranks that split a model's experts exchange tokens."""
     if ranks().here == 1:
         return
     # where the embedding is split, its tokens go the same ways
     exchange = exchange_of(model) or Exchange(ranks().machine)
-    for module in model.modules():
-        if isinstance(module, FrozenExperts):
-            module.exchange = exchange
+    for layer in anatomy.moe:
+        experts = model.get_submodule(layer.experts)
+        if isinstance(experts, FrozenExperts):
+            experts.exchange = exchange
+            # before all other hooks, which may round
+            model.get_submodule(layer.router).register_forward_pre_hook(_sending(exchange), prepend=True)
+
+
+def _sending(exchange: Exchange) -> Callable[..., None]:
+    return lambda _module, inputs: exchange.send(inputs[0])
 
 
 def open_layer(config: ModelConfig, whole: Anatomy, tokenizer: PreTrainedTokenizerBase, index: int) -> Subject:

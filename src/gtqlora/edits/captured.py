@@ -33,14 +33,14 @@ from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
 from gtqlora.progress import note
-from gtqlora.ranks import all_of, ranks
+from gtqlora.ranks import all_of, average, ranks
 
 _FIRST_ROOM, _SPARE_ROOM = 1.5, 1.25
 """Room for rows of the experts held here: times an even share of all rows, and times the most that was seen."""
 
 
-_Handed = list[tuple[Tensor, Tensor | None]]
-"""Trained parameters, and the memory of graphs in which autograd found their gradients."""
+_Handed = list[tuple[Tensor, Tensor]]
+"""Trained parameters, and the memory of graphs that has their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class _Graphs:
         outputs: hidden_BSD, then the router logits_TE of those layers.
         grads: of the outputs, which the backward pass reads.
         found: gradients of the trained parameters, which it writes; None for one that nothing reaches.
-        handed: gradients that autograd has from any of the stack's graphs.
+        handed: gradients that are still in any graph's memory.
         shards: whose places for whole layers it writes to.
     """
 
@@ -96,15 +96,20 @@ class _Replay(torch.autograd.Function):
         for mine, given in zip(graphs.grads, grads, strict=True):
             mine.zero_() if given is None else mine.copy_(given)
         graphs.replay(graphs.backward)
-        graphs.handed.extend(zip(graphs.parameters, graphs.found, strict=True))
-        return None, None, *(found if found is None else found.view_as(found) for found in graphs.found)
+        for parameter, found in zip(graphs.parameters, graphs.found, strict=True):
+            if found is not None and parameter.grad is not None:
+                parameter.grad.add_(found)
+            elif found is not None:  # without a copy, as long as no graph writes there again
+                parameter.grad = found
+                graphs.handed.append((parameter, found))
+        return None, None, *(None for _ in graphs.parameters)
 
 
 def _keep_handed(handed: _Handed) -> None:
     """Copy the gradients that are still where a graph wrote them: the next replay of any writes there."""
     for parameter, found in handed:
-        if found is not None and parameter.grad is not None and parameter.grad.data_ptr() == found.data_ptr():
-            parameter.grad = parameter.grad.clone()
+        if parameter.grad is found:
+            parameter.grad = found.clone()
     handed.clear()
 
 
@@ -140,10 +145,14 @@ class CapturedStack:
     The first batch of a shape runs eagerly, which compiles and loads what its kernels need; the second is recorded. A
     model that waits for the GPU cannot be recorded: it runs eagerly throughout, and the user is told why.
 
+    Attributes:
+        averages: whether the last batch's backward pass averages gradients over ranks.
+
     Args:
         packed: the stack as it is installed, which packs what this one is given.
         recomputation: decides which layers keep their activations.
         graphs: False runs every batch eagerly, and so do experts that wait on the host.
+        averaged: record with a backward pass that ranks average what it found; see `averages`.
         inputs: where layers that are computed again have what they were given; None for the GPU.
     """
 
@@ -155,10 +164,11 @@ class CapturedStack:
         recomputation: Recomputation,
         *,
         graphs: bool,
+        averaged: bool,
         inputs: HostInputs | None,
     ) -> None:
         self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
-        self._inputs, self._shards = inputs, shards_of(model)
+        self._inputs, self._shards, self._averaged, self.averages = inputs, shards_of(model), averaged, False
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled, self._handed = list[bool](), _Handed()
         # what is replayed cannot ask for experts that wait on the host
@@ -208,6 +218,7 @@ class CapturedStack:
 
     def _run(self, inputs: _Inputs) -> BaseModelOutputWithPast:
         shape = _shape(inputs)
+        self.averages = self._averaged and self._capture and shape in self._graphs
         if not self._capture or shape not in self._graphs:
             return self._as_it_is(inputs, shape)
         graphs = self._graphs[shape] = self._graphs[shape] or self._captured(inputs)
@@ -282,6 +293,8 @@ class CapturedStack:
         parameters, grads = tuple(trainable(self.model).values()), tuple(torch.zeros_like(output) for output in outputs)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=mode):
             found = torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
+            if self._averaged:
+                average(each for each in found if each is not None)
             self._settle()
         self._tiled = [experts.tiled for experts in self._experts]
         return _Graphs(

@@ -47,7 +47,7 @@ class HostInputs:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep in host memory what is saved for the backward pass, where that is large."""
-        self._count, self._here = 0, [(None, memory) for _, memory in self._here]
+        self._count, self._here = 0, list[tuple[int | None, Tensor]]((None, memory) for _, memory in self._here)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
         self._wait_for_leaving(0)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import astuple
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from gtqlora.experts.exchange import exchange_of
 from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
-from gtqlora.ranks import all_of, average, least, most, ranks
+from gtqlora.ranks import all_of, average, most, ranks
 
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
@@ -57,6 +57,17 @@ def weights_unhashed() -> Iterator[None]:
         yield
     finally:
         module.hash_module = kept
+
+
+@contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode once: the base class does so in every step, for thousands of modules."""
+    model.train()
+    vars(model)["train"] = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del vars(model)["train"]
 
 
 class GateTargetedTrainer(ReferenceTrainer):
@@ -102,9 +113,14 @@ class GateTargetedTrainer(ReferenceTrainer):
         if is_sharded(self.model) and settings.gradient_checkpointing:  # memory is short
             limit, size = 0.0, tokens * self.anatomy.hidden_size * self.model.dtype.itemsize
             inputs = HostInputs(torch.device("cuda", torch.cuda.current_device()), longest=size)
-        recomputation = Recomputation(self.model, longest=tokens, limit=limit)
         return CapturedStack(
-            self.model, self.anatomy, packed, recomputation, graphs=settings.cuda_graphs, inputs=inputs
+            self.model,
+            self.anatomy,
+            packed,
+            Recomputation(self.model, longest=tokens, limit=limit),
+            graphs=settings.cuda_graphs,
+            averaged=ranks().several and settings.accumulation == 1,
+            inputs=inputs,
         )
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -160,16 +176,24 @@ class GateTargetedTrainer(ReferenceTrainer):
 
     def train(self, *arguments: Any, **more: Any) -> TrainOutput:
         """Train; afterwards the model attends as it did before, also over rows that are padded on the left."""
-        with self._until_trained:
+        with self._until_trained, _mode_kept(self.model):
             return super().train(*arguments, **more)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one part forward and backward; hooks that recomputation needs stay on until the end."""
         with self._until_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._whole.left == 0:
-            average(p.grad for p in trainable(self.model).values() if p.grad is not None)
+        if self._whole.left == 0 and not (self._stack is not None and self._stack.averages):
+            average(p.grad for p in self._trained if p.grad is not None)
         return loss
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        return list(trainable(self.model).values())
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        # the base class looks through all that is frozen, too
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -216,10 +240,8 @@ class GateTargetedTrainer(ReferenceTrainer):
             self._until_backward.enter_context(self._stack.limited())
         with self._recorded(both, *ablate):
             loss = self._preference_loss(model, inputs, part, whole)
-        self._check_finite("loss", loss)
         anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
-        self._check_finite("routing anchor", anchor)
-        self._count_part(anchor.item())
+        self._count_part(loss, anchor)
         # gradient checkpointing runs the layers again, and they must route as they did
         self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
         return loss + anchor
@@ -243,12 +265,17 @@ class GateTargetedTrainer(ReferenceTrainer):
         fillers = rows - part.rows
         return loss - fillers / whole.rows * math.log(2) if fillers else loss
 
-    def _count_part(self, anchor: float) -> None:
-        """Add a part's anchor; with the last part the figures of the whole optimizer batch are known."""
-        self._whole.anchor += anchor
+    def _count_part(self, loss: Tensor, anchor: Tensor) -> None:
+        """Add a part's anchor, if it and the loss are numbers; with the last part all of the whole batch are known."""
+        found = all_of(torch.stack([loss.detach().float(), anchor.detach().float()]).tolist())
+        for what, values in zip(("loss", "routing anchor"), zip(*found, strict=True), strict=True):
+            wrong = [value for value in values if not math.isfinite(value)]
+            if wrong:
+                raise GuardStop(f"the {what} is {wrong[0]} at step {self.state.global_step + 1}")
+        self._whole.anchor += sum(anchor for _, anchor in found) / ranks().count
         self._whole.left -= 1
         if self._whole.left == 0:
-            self._metrics["train"]["loss/anchor"].append(sum(all_of(self._whole.anchor)) / ranks().count)
+            self._metrics["train"]["loss/anchor"].append(self._whole.anchor)
             if self._logging:
                 self._record_health()
 
@@ -263,10 +290,6 @@ class GateTargetedTrainer(ReferenceTrainer):
             return ()
         mask = Mask(self.anatomy, self.draws.experts(self.state.global_step))
         return (RowsAblated(mask, silent_B.repeat(2)),)  # chosen, then rejected
-
-    def _check_finite(self, what: str, value: Tensor) -> None:
-        if not least(int(torch.isfinite(value))):
-            raise GuardStop(f"the {what} is {value.item()} at step {self.state.global_step + 1}")
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Count none: of a small model it takes more than the optimizer, for a figure that nobody reads."""

@@ -37,11 +37,15 @@ class Exchange:
     Attributes:
         group: of these ranks.
         tokens: whether every rank has the same tokens, or each its own.
+        early: on a GPU, send hidden states while the router computes, and gradients while a layer is computed again;
+            this takes memory of its own.
     """
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.group, self.early = group, True
         self.tokens: Literal["same", "own"] = SAME
+        self._side: _Beside | None = None
+        self._sent: tuple[Tensor, Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -63,8 +67,35 @@ class Exchange:
             hidden_TD, weights_TK = _Copied.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
             return _Added.apply(self.group, sums(hidden_TD, index_TK, weights_TK))  # type: ignore[return-value]
         index_NK = self.all_of(index_TK.int()).to(index_TK.dtype)
-        hidden_ND, weights_NK = _Gathered.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
-        return _Scattered.apply(self.group, sums(hidden_ND, index_NK, weights_NK))  # type: ignore[return-value]
+        (weights_NK,) = _Gathered.apply(self.group, weights_TK)  # type: ignore[misc]
+        hidden_ND = self._sent_before(hidden_TD)
+        if hidden_ND is None:
+            (hidden_ND,) = _Gathered.apply(self.group, hidden_TD)  # type: ignore[misc]
+        sums_ND = sums(hidden_ND, index_NK, weights_NK)
+        if self.early and sums_ND.is_cuda:
+            sums_ND = _Awaited.apply(self._beside(sums_ND.device), sums_ND, weights_NK)
+            return _ScatteredEarly.apply(self._beside(sums_ND.device), sums_ND)  # type: ignore[return-value]
+        return _Scattered.apply(self.group, sums_ND)  # type: ignore[return-value]
+
+    def send(self, hidden: Tensor) -> None:
+        """Send what a router is given [..., D], which nearly always is what its experts are given, too."""
+        if self.tokens == SAME or not self.early or not hidden.is_cuda:
+            return
+        sent: Any = _GatheredEarly.apply(self._beside(hidden.device), hidden.flatten(0, -2))
+        self._sent = hidden, sent
+
+    def _beside(self, device: torch.device) -> _Beside:
+        self._side = self._side or _Beside(self.group, device)
+        return self._side
+
+    def _sent_before(self, hidden_TD: Tensor) -> Tensor | None:
+        """Return hidden_ND of all ranks, if this rank's were sent."""
+        if self._sent is None or self._side is None:
+            return None
+        (given, sent), self._sent = self._sent, None
+        self._side.wait()
+        same = given.data_ptr() == hidden_TD.data_ptr() and given.numel() == hidden_TD.numel()
+        return sent if same and given.dtype == hidden_TD.dtype else None
 
     def all_of(self, values: Tensor) -> Tensor:
         """Return values [T, ...] of the tokens that all ranks have together, which get no gradients."""
@@ -74,6 +105,34 @@ class Exchange:
         """Return what all ranks found [N, ...] for these tokens, added up; of this rank's tokens."""
         sums = _Added if self.tokens == SAME else _Scattered
         return sums.apply(self.group, values)  # type: ignore[return-value]
+
+
+class _Beside:
+    """A stream for what is sent while others compute: it keeps what it reads until it is waited for.
+
+    Nothing says so to autograd, which otherwise would keep memory from being used again for as long as passes are
+    recorded. What is made here is freed here, and nothing else is begun here before all that was given to others.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self._group, self._stream = group, torch.cuda.Stream(device)
+        self._read: list[Tensor] = []
+
+    def gathered(self, values_TD: Tensor) -> Tensor:
+        """Return values_ND of all ranks, which are there once they are waited for."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._read.append(values_TD)
+        with torch.cuda.stream(self._stream):
+            return gathered(values_TD, self._group)
+
+    def scattered(self, values_ND: Tensor) -> Tensor:
+        """Return this rank's values_TD of the sums over all ranks."""
+        return scattered(values_ND, self._group)
+
+    def wait(self) -> None:
+        """Wait for all that was sent."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._read.clear()
 
 
 def exchange_of(model: nn.Module) -> Exchange | None:
@@ -140,6 +199,54 @@ class _Scattered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, gathered(grads[0], ctx.group)
+
+
+class _GatheredEarly(torch.autograd.Function):
+    """`_Gathered`, of one tensor, whose values are there once they are waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, beside: _Beside, values_TD: Tensor) -> Tensor:
+        ctx.beside = beside
+        return beside.gathered(values_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.beside.scattered(grads[0])
+
+
+class _ScatteredEarly(torch.autograd.Function):
+    """`_Scattered`, whose gradients are there once `_Awaited` has waited for them."""
+
+    @staticmethod
+    def forward(ctx: Any, beside: _Beside, values_ND: Tensor) -> Tensor:
+        ctx.beside = beside
+        return beside.scattered(values_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.beside.gathered(grads[0])
+
+
+class _Awaited(torch.autograd.Function):
+    """Values -> the same; in the backward pass gradients are waited for once the layer is computed again.
+
+    A layer is computed again when the first tensor is asked for that its forward pass saved: so one is saved here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, beside: _Beside, values_ND: Tensor, saved: Tensor) -> Tensor:
+        ctx.beside = beside
+        ctx.save_for_backward(saved)
+        return values_ND.view_as(values_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        ctx.beside.wait()
+        return None, grads[0], None
 
 
 class _Copied(torch.autograd.Function):

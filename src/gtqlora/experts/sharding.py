@@ -57,7 +57,9 @@ def shard(model: PreTrainedModel, family: Family) -> None:
     layers = list(model.get_submodule(family.layers).children())
     weights = [[weight for weight in layer.parameters() if id(weight) in dense] for layer in layers]
     shards = Shards(layers, weights, ranks().machine)
-    vocabulary.split(model, Exchange(ranks().machine), shards.lent)
+    exchange = Exchange(ranks().machine)
+    exchange.early = False  # memory is short
+    vocabulary.split(model, exchange, shards.lent)
 
 
 @dataclass

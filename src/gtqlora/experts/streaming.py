@@ -91,7 +91,8 @@ class _Visitor(FrozenExperts):
         if tiled == self.tiled or home is None or slot is None:
             return
         super().arrange(tiled=tiled)
-        self._at_home.copy_(slot[: len(self._at_home)])
+        # in another order they are what they were, so this counts for no write to them
+        self._at_home.data.copy_(slot[: len(self._at_home)])
         home.tiled = tiled
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SHORT, _SIZE = 512, 8
+"""Bytes of a first message, of which the first ones say how many bytes a rank has: most values need no second one."""
+
 _SENT_AT_ONCE = 2**25
 """Numbers of an exchange, at most, beyond those of one tensor: 128 MiB in fp32."""
 
@@ -25,15 +28,26 @@ def all_of(value: T) -> list[T]:
     if not ranks().several:
         return [value]
     import torch
-    import torch.distributed as dist
 
     mine = _packed(value)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(ranks().count)]
-    dist.all_gather(sizes, torch.tensor([len(mine)]), group=ranks().host)
-    room = max(int(size) for size in sizes)
-    texts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, room - len(mine))), group=ranks().host)
-    return [cast(T, _read(text[: int(size)])) for text, size in zip(texts, sizes, strict=True)]
+    head = torch.zeros(_SHORT, dtype=torch.uint8)
+    head[:_SIZE] = torch.frombuffer(bytearray(len(mine).to_bytes(_SIZE, "little")), dtype=torch.uint8)
+    head[_SIZE : _SIZE + len(mine)] = mine[: _SHORT - _SIZE]
+    heads = _from_all(head)
+    sizes = [int.from_bytes(bytes(one[:_SIZE].tolist()), "little") for one in heads]
+    texts = [one[_SIZE:] for one in heads]
+    if (room := max(sizes)) > _SHORT - _SIZE:
+        texts = _from_all(torch.nn.functional.pad(mine, (0, room - len(mine))))
+    return [cast(T, _read(text[:size])) for text, size in zip(texts, sizes, strict=True)]
+
+
+def _from_all(mine: Tensor) -> list[Tensor]:
+    import torch
+    import torch.distributed as dist
+
+    found = [torch.zeros_like(mine) for _ in range(ranks().count)]
+    dist.all_gather(found, mine, group=ranks().host)
+    return found
 
 
 def _packed(value: object) -> Tensor:
@@ -162,7 +176,8 @@ def average(tensors: Iterable[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in some])
         dist.all_reduce(flat)
         parts = flat.div_(ranks().count).split([tensor.numel() for tensor in some])
-        torch._foreach_copy_(some, [part.view_as(tensor) for tensor, part in zip(some, parts, strict=True)])
+        values = [part.view_as(tensor) for tensor, part in zip(some, parts, strict=True)]
+        torch._foreach_copy_(some, values)  # type: ignore[attr-defined]
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
