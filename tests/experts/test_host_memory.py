@@ -219,6 +219,7 @@ def test_what_is_written_to_a_layer_shows_in_its_next_pass() -> None:
 def test_another_order_of_the_weights_reaches_the_host_once() -> None:
     streamed, streaming = stack(4, set(range(4)))
     plain = {name: buffer.clone() for name, buffer in streamed[1].named_buffers()}
+    before = frozen_state(nn.ModuleList(streamed))
     here = streamed[1].fetch()
     here.arrange(tiled=True)  # as a kernel does that wants it
     assert streamed[1].tiled and not streamed[0].tiled
@@ -230,6 +231,8 @@ def test_another_order_of_the_weights_reaches_the_host_once() -> None:
     assert streamed[1].fetch().tiled and loads(streaming, lambda: streamed[1].fetch().arrange(tiled=True)) == 0
     assert same(dict(streamed[1].state_dict()), plain)  # which has the plain order, as every file
     assert not streamed[1].fetch().tiled
+    streamed[1].fetch().arrange(tiled=True)
+    assert_experts_frozen(nn.ModuleList(streamed), before)  # they were put in order, and not written to
     assert_equal(both_passes(streamed, again=False), both_passes([layer(i) for i in range(4)], again=False))
 
 

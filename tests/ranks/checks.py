@@ -7,18 +7,24 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from trl.trainer import utils
 
 from gtqlora.capture import subject as subjects
 from gtqlora.config import ModelConfig, TrainConfig
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.edited import WeightsReplaced
+from gtqlora.edits.head import completions_only
 from gtqlora.errors import ContrastError, GtqloraError, JudgeError, RankError, RunError, TrainingError
-from gtqlora.experts import FrozenExperts, format_of, quantizer
-from gtqlora.experts.exchange import Exchange
+from gtqlora.experts import FrozenExperts, format_of, quantizer, vocabulary
+from gtqlora.experts.exchange import Exchange, exchange_of
 from gtqlora.experts.sharding import is_sharded
+from gtqlora.experts.vocabulary import Tiled, words_of
 from gtqlora.ranks import (
     agree,
     all_of,
@@ -226,6 +232,56 @@ def check_split_weights_take_other_values_and_their_own_again(folder: Path) -> N
         after = [_logits(subject) for subject in (whole, split)]
     assert torch.equal(*before) and torch.equal(*after) and not torch.equal(before[0], after[0])
     assert all(torch.equal(_logits(subject), was) for subject, was in zip((whole, split), before, strict=True))
+
+
+def check_words_that_are_split_are_those_of_a_whole_head(folder: Path) -> None:
+    """In tiles that ranks do not divide, the last one smaller; head and embedding apart, and one matrix."""
+    for name in ("float32", "tied"):
+        config = ModelConfig(model=json.loads((folder / "models.json").read_text())[name])
+        whole, split = subjects.open_subject(config), _split(config, tile=10)
+        words = words_of(split.model.get_output_embeddings().weight)
+        assert words is not None and words.n_tiles > 2 and words.count % words.tile
+        assert sum(all_of(len(words.weight) - 1)) >= words.count > len(words.weight)
+        assert torch.equal(_logits(whole), _logits(split))
+        exchange = exchange_of(split.model)
+        assert exchange is not None
+        with exchange.own():
+            assert torch.equal(_logits(whole), _logits(split))
+        for every, again in zip(_said_by_head(whole), _said_by_head(split), strict=True):
+            assert torch.equal(every, again), name
+        with pytest.raises(NotImplementedError, match="words are split"):
+            Tiled.of(words).sum()
+
+
+def _split(config: ModelConfig, tile: int) -> subjects.Subject:
+    """Open a model whose dense weights are split, its words in tiles of so many."""
+    kept = subjects.is_worth_it, vocabulary.TILE
+    subjects.is_worth_it, vocabulary.TILE = lambda _model, _family: True, tile
+    try:
+        return subjects.open_subject(config)
+    finally:
+        subjects.is_worth_it, vocabulary.TILE = kept
+
+
+def _said_by_head(subject: subjects.Subject) -> list[Tensor]:
+    """What TRL's head says of tokens that are other ones on each rank, and more of them; with gradients of states."""
+    trl: Any = utils
+    ids = torch.arange(4, 13 + ranks().rank).repeat(2, 1)
+    tile, trl._CHUNKED_LOGPROB_CHUNK_SIZE = trl._CHUNKED_LOGPROB_CHUNK_SIZE, 10
+    hidden = torch.randn(*ids.shape, subject.anatomy.hidden_size, generator=torch.Generator().manual_seed(ranks().rank))
+    hidden.requires_grad_()
+    stack, kept = subject.model.base_model, subject.model.base_model.forward
+    stack.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden)
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
+    try:
+        utils.add_fused_lm_head(subject.model, outputs=names)
+        with completions_only():
+            found = subject.model(input_ids=ids, labels=ids, fused_lm_head=True)
+        found.log_probs.sum().backward()
+    finally:
+        trl._CHUNKED_LOGPROB_CHUNK_SIZE, stack.forward = tile, kept
+    assert hidden.grad is not None
+    return [hidden.grad, *(getattr(found, name) for name in names)]
 
 
 def _other_weights(subject: subjects.Subject) -> list[tuple[nn.Parameter, Tensor]]:

@@ -54,7 +54,8 @@ def world(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     variants["resumed"] = variants["nf4"]
     settings = {name: asdict(config) for name, config in variants.items()}
     (folder / "variants.json").write_text(json.dumps(settings))
-    (folder / "models.json").write_text(json.dumps({"float32": str(toy.model("qwen3_moe"))}))
+    models = {"float32": toy.model("qwen3_moe"), "tied": toy.model("qwen3_moe", tie_word_embeddings=True)}
+    (folder / "models.json").write_text(json.dumps({name: str(path) for name, path in models.items()}))
     of_one = warm.ranks(CODE, checks.__name__, folder, count=4)
     of_two = warm.ranks(CODE, machines.__name__, folder, count=4, machines=2)
     for ended in (*of_one, *of_two):

@@ -32,11 +32,12 @@ from gtqlora.experts.sharding import Shards, shards_of
 from gtqlora.experts.streaming import waiting
 from gtqlora.families import Anatomy
 from gtqlora.machine import uncollected
+from gtqlora.planning.memory import FIRST_ROOM
 from gtqlora.progress import note
 from gtqlora.ranks import all_of, average, ranks
 
-_FIRST_ROOM, _SPARE_ROOM = 1.5, 1.25
-"""Room for rows of the experts held here: times an even share of all rows, and times the most that was seen."""
+_SPARE_ROOM = 1.25
+"""Room for rows of the experts held here, once there was too little: times the most that was seen."""
 
 
 _Handed = list[tuple[Tensor, Tensor]]
@@ -319,7 +320,7 @@ def _room(experts: list[FrozenExperts]) -> Room | None:
     """Return the room of layers that hold a part of their experts, if these do."""
     if not experts or experts[0].count == experts[0].n_experts:
         return None
-    room = Room(min(1.0, _FIRST_ROOM * experts[0].count / experts[0].n_experts), experts[0].device)
+    room = Room(min(1.0, FIRST_ROOM * experts[0].count / experts[0].n_experts), experts[0].device)
     for module in experts:
         module.room = room
     return room

@@ -28,8 +28,6 @@ CONTEXT = "CUDA context and graphs"
 
 _HALF, _FP32 = 2, 4
 _ADAM = 2 * _FP32
-# A step's gradients are there twice: where the graph writes them, and where the optimizer reads them.
-_GRADS = 2 * _FP32
 SPARE = 0.1
 """Share of a GPU's memory that `edits.recomputing` leaves free."""
 TILE, TILE_ROWS = 32768, 4096
@@ -43,6 +41,10 @@ SPLIT = 1 / 16
 """Share of a GPU's memory from which on dense weights are split among GPUs, see `experts.sharding`."""
 _EXCHANGED = 3
 """Tensors of all GPUs' tokens that an exchange has at once."""
+FIRST_ROOM = 1.5
+"""Rows that experts have room for in recorded passes, where others hold some: times an even share of all rows."""
+_COPIED = 4
+"""Inputs of layers that are on their way to host memory or from there."""
 RESERVE = 0.15
 """Share of the memory that is free which experts leave to all that is no weight, where `expert_memory` does not say."""
 
@@ -158,8 +160,9 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
     layer, there = placed.layer(sizes, step.held), len(sizes.moe) - placed.on_host
     counts = sizes.counts()
     others, split = others_of(sizes), placed.splits(sizes, usable)
-    # without graphs gradients are there once, and where weights are split so are Adam's moments
-    trained = _FP32 + (_FP32 + _ADAM // placed.ranks if split else _GRADS + _ADAM)
+    # gradients are where a graph writes them, and those of parts before in memory of their own
+    gradients = _FP32 * (1 if step.accumulation == 1 else 2)
+    trained = _FP32 + gradients + (_ADAM // placed.ranks if split else _ADAM)
     parts = {
         EXPERTS: there * layer,
         BUFFERS: (placed.on_gpu(sizes) - there) * layer + (_on_their_way(sizes) if split else 0),
@@ -168,31 +171,37 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_HALF + trained),
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
-        EXCHANGE: _exchanged(sizes, step, placed.gpus, exact=split),
+        EXCHANGE: _exchanged(sizes, step, placed),
         WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
         CONTEXT: round(_CONTEXT),
     }
-    kept = _kept(sizes, step, usable, sum(parts.values()))
-    parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept))
+    kept = 0 if split and step.checkpointing else _kept(sizes, step, usable, sum(parts.values()))
+    parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept, on_host=split and step.checkpointing))
     host = placed.on_host * sizes.experts * expert_bytes(sizes, step.held)
     return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host)
 
 
 def _on_their_way(sizes: Sizes) -> int:
-    """Bytes of dense weights that are whole for a while: of two layers, or of the head while nothing else is."""
-    layer = max(sizes.layers, key=lambda layer: layer.routed)
-    linears = [*layer.attention.values(), *(layer.shared or {}).values()]
-    layers = IN_FLIGHT * sum(one.outputs * one.inputs for one in linears)
-    return max(layers, sizes.vocabulary * sizes.hidden) * sizes.width
+    """Bytes of dense weights that are whole: of the even layers' largest, and of the odd ones'."""
+    each = [
+        sum(
+            one.outputs * one.inputs
+            for one in (*layer.attention.values(), *layer.shared.values(), *layer.dense.values())
+        )
+        for layer in sizes.layers
+    ]
+    # a tile of the head's words is in the larger place for a while
+    places = max(max(each[::2]) + max(each[1::2], default=0), TILE * sizes.hidden)
+    return places * sizes.width
 
 
-def _exchanged(sizes: Sizes, step: Step, gpus: int, *, exact: bool) -> int:
-    """Bytes of all GPUs' tokens; in recorded passes, whose shapes are fixed, of all rows that a GPU could get."""
-    if gpus == 1:
+def _exchanged(sizes: Sizes, step: Step, placed: Placement) -> int:
+    """Bytes of all GPUs' tokens; and of rows that nobody may want, in recorded passes, whose shapes are fixed."""
+    if placed.gpus == 1:
         return 0
-    tokens = _EXCHANGED * gpus * sizes.hidden
-    rows = 0 if exact else (gpus - 1) * sizes.top_k * (2 * sizes.inner + sizes.hidden)
-    return step.together * (tokens + rows) * sizes.width
+    tokens = _EXCHANGED * placed.gpus * sizes.hidden
+    spare = 0 if placed.on_host else min(FIRST_ROOM, placed.gpus) - 1
+    return round(step.together * (tokens + spare * sizes.top_k * (2 * sizes.inner + sizes.hidden)) * sizes.width)
 
 
 def _kept(sizes: Sizes, step: Step, usable: int, rest: int) -> int:
@@ -208,10 +217,14 @@ def _kept(sizes: Sizes, step: Step, usable: int, rest: int) -> int:
     return max(0, min(layers, int(room / each)))
 
 
-def _activations(sizes: Sizes, step: Step, kept: int) -> float:
-    """Bytes while the backward pass goes through the layers, of which the last ones are not computed again."""
+def _activations(sizes: Sizes, step: Step, kept: int, *, on_host: bool = False) -> float:
+    """Bytes while the backward pass goes through the layers, of which the last ones are not computed again.
+
+    Args:
+        on_host: whether what the others were given waits in host memory.
+    """
     again = len(sizes.layers) - kept
-    inputs = again * sizes.hidden * sizes.width
+    inputs = (min(again, _COPIED) if on_host else again) * sizes.hidden * sizes.width
     saved = sum(_saved(sizes, layer, step) for layer in sizes.layers[again:])
     # the layer that is computed again, if any is, and what its backward pass adds
     busy = max(

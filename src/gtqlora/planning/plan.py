@@ -319,6 +319,7 @@ def _candidates(
                 again[costs[1]],
                 held=formats[costs[0]],
                 pairs=pairs[costs[2]],
+                accumulation=-(-step.pairs * step.accumulation // pairs[costs[2]]),
                 expert_memory=memories[costs[3]],
             ),
             replace(cards, count=gpus[costs[4]]),
@@ -358,7 +359,7 @@ def _words(old: Step, new: Step, cards: Cards, more: Cards, expert_memory: float
         yield "--set activation_memory=0"
     if new.pairs != old.pairs:
         yield f"--set batch_size={new.pairs}"
-        yield f"--set accumulation={-(-old.pairs * old.accumulation // new.pairs)}"
+        yield f"--set accumulation={new.accumulation}"
     if more.count != cards.count:
         yield f"--gpus {more.count}x{more.name}"
     if expert_memory is not None:
