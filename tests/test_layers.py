@@ -50,7 +50,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 MAY_PRINT = {"cli.app", "cli.console", "cli.layout", "cli.printing", "organisms.__main__"}
-MAY_HOOK = {"capture.subject", "capture.hooks", "organisms.build"}  # `build` watches router inputs to train probes
+# `build` watches router inputs to train probes; weights that are split among ranks come before a module runs
+MAY_HOOK = {"capture.subject", "capture.hooks", "organisms.build", "experts.sharding", "experts.vocabulary"}
 
 
 @cache

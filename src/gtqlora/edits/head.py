@@ -40,8 +40,8 @@ def completions_only() -> Iterator[None]:
 class _LogProbs:
     """TRL's function over a head that is whole, or whose words are split among ranks and come a tile at a time."""
 
-    def __init__(self, plain: Any) -> None:
-        self._plain = plain
+    def __init__(self, plain: type[torch.autograd.Function]) -> None:
+        self._plain: Any = plain
 
     def apply(
         self, hidden_ND: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *settings: object

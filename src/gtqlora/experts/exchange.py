@@ -169,7 +169,13 @@ class _Passed(Protocol):
     """What a forward pass leaves for its backward pass."""
 
     group: Group
+    beside: _Beside
     needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+        ...
 
 
 class _Gathered(torch.autograd.Function):
@@ -205,13 +211,13 @@ class _GatheredEarly(torch.autograd.Function):
     """`_Gathered`, of one tensor, whose values are there once they are waited for."""
 
     @staticmethod
-    def forward(ctx: Any, beside: _Beside, values_TD: Tensor) -> Tensor:
+    def forward(ctx: _Passed, beside: _Beside, values_TD: Tensor) -> Tensor:
         ctx.beside = beside
         return beside.gathered(values_TD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.beside.scattered(grads[0])
 
 
@@ -219,13 +225,13 @@ class _ScatteredEarly(torch.autograd.Function):
     """`_Scattered`, whose gradients are there once `_Awaited` has waited for them."""
 
     @staticmethod
-    def forward(ctx: Any, beside: _Beside, values_ND: Tensor) -> Tensor:
+    def forward(ctx: _Passed, beside: _Beside, values_ND: Tensor) -> Tensor:
         ctx.beside = beside
         return beside.scattered(values_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.beside.gathered(grads[0])
 
 
@@ -236,14 +242,14 @@ class _Awaited(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, beside: _Beside, values_ND: Tensor, saved: Tensor) -> Tensor:
+    def forward(ctx: _Passed, beside: _Beside, values_ND: Tensor, saved: Tensor) -> Tensor:
         ctx.beside = beside
         ctx.save_for_backward(saved)
         return values_ND.view_as(values_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         ctx.beside.wait()
         return None, grads[0], None

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ class Shards:
     def _before(self, index: int, *_: object) -> None:
         self.have(index)
 
-    def _after(self, index: int, _module: nn.Module, _inputs: object, output: Any) -> None:
+    def _after(self, index: int, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:  # of a layer that is computed again this is told to its first pass
             hidden.register_hook(lambda _grad: self.have(index))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -163,5 +163,5 @@ class Tiled(torch.Tensor):
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, *_: object, **__: object) -> Any:
+    def __torch_dispatch__(cls, function: object, *_: object, **__: object) -> object:  # type: ignore[override]
         raise NotImplementedError(f"{function} of a head whose words are split among ranks")
