@@ -227,9 +227,9 @@ def test_silent_rows_run_without_their_experts_and_plain_ones_as_they_are(
     assert any(silent_B.any() and not silent_B.all() for *_, silent_B in watched.calls)
     for step, (both, inputs, _, silent_B) in enumerate(watched.calls):
         plain_B = ~silent_B
-        original = trainer._routing(inputs, torch.arange(2 * len(plain_B)), "lora", "gates")
+        rows = 2 * len(plain_B)
+        original = trainer._routing(inputs, torch.arange(rows), rows, "lora", "gates")
         for layer, decision in seen[step].items():
-            rows = 2 * len(plain_B)
             chosen = decision.indices_TK.view(rows, -1, 2)
             gone = torch.tensor(masks[step].get(layer, ()), dtype=torch.long)
             assert not torch.isin(chosen[~plain_B.repeat(2)], gone).any()

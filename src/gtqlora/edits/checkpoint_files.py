@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gtqlora.errors import RunError
+from gtqlora.machine import ran_out_of_memory
 from gtqlora.progress import note
 from gtqlora.run import other_inputs, other_settings
 from gtqlora.storage.atomic import clear, sync, write_json
@@ -175,9 +176,9 @@ def reading(folder: Path) -> Iterator[None]:
     """Take whatever fails while a checkpoint is loaded for the checkpoint's fault."""
     try:
         yield
-    except (MemoryError, Unusable):
+    except Unusable:
         raise
     except Exception as error:  # damaged bytes make libraries raise anything
-        if "out of memory" in str(error):
+        if ran_out_of_memory(error):
             raise
         raise Unusable(folder, first_line(error)[:200]) from error

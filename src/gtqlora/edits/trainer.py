@@ -325,10 +325,14 @@ class GateTargetedTrainer(ReferenceTrainer):
     ) -> Tensor:
         """Of the compared rows; they are counted for the health figures on logging steps."""
         rows = compared_B.nonzero().squeeze(-1)
-        if most(len(rows)) == 0:
+        together = most(len(rows))
+        if together == 0:
             return torch.zeros((), device=kind_B.device)
-        original, edited = self._routing(inputs, rows, "lora", "gates"), both.at(seen_at(inputs, rows))
-        lora = self._by_lora(edited, original, inputs, rows) if self._logging else original
+        original, edited = self._routing(inputs, rows, together, "lora", "gates"), both.at(seen_at(inputs, rows))
+        known = {"lora": edited, "gates": original}  # it takes another pass only where both parts train
+        lora = original
+        if self._logging:
+            lora = known.get(self.settings.mode) or self._routing(inputs, rows, together, "gates")
         if len(rows) == 0:  # other ranks have such rows
             return torch.zeros((), device=kind_B.device)
         mask_BS = inputs["attention_mask"][rows]
@@ -342,17 +346,11 @@ class GateTargetedTrainer(ReferenceTrainer):
         ]
         return torch.stack(losses).mean()
 
-    def _by_lora(self, edited: Recorder, original: Recorder, inputs: Batch, rows: Tensor) -> Recorder:
-        """Return the routing with LoRA alone; it takes another pass only where both parts train."""
-        known = {"lora": edited, "gates": original}
-        return known.get(self.settings.mode) or self._routing(inputs, rows, "gates")
-
     @torch.no_grad()
-    def _routing(self, inputs: Batch, rows: Tensor, *off: Part) -> Recorder:
-        """Return the routing of rows without these parts of the edit."""
+    def _routing(self, inputs: Batch, rows: Tensor, together: int, *off: Part) -> Recorder:
+        """Return the routing of rows without these parts of the edit; as many run on all ranks, whose tokens meet."""
         recorder = Recorder()
-        # all ranks run as many rows, as their tokens meet in the experts
-        run = torch.cat([rows, rows.new_zeros(most(len(rows)) - len(rows))])
+        run = torch.cat([rows, rows.new_zeros(together - len(rows))])
         ids_BS, mask_BS = inputs["input_ids"][run], inputs["attention_mask"][run]
         room = nullcontext() if self._stack is None else self._stack.limited(False)
         with room, adapters_off(self.model, *off), router_hooks(self.model, self.anatomy, recorder):

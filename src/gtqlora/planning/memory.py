@@ -8,7 +8,6 @@ inner size, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from gtqlora.families.kinds import GATES, ROUTED
 from gtqlora.families.sizes import Layer, Sizes
 from gtqlora.planning.cards import GIB, in_binary
 from gtqlora.planning.formats import NF4, PLAIN, expert_bytes
+from gtqlora.ranks import share
 
 if TYPE_CHECKING:
     from gtqlora.config import Mode, TrainConfig
@@ -307,9 +307,9 @@ def _decoded(sizes: Sizes, step: Step, placed: Placement) -> int:
 
 
 def spread(experts: int, gpus: int) -> tuple[tuple[int, int], ...]:
-    """Return the range of experts of each GPU; where they do not divide evenly the first GPUs hold one more."""
-    least, more = divmod(experts, gpus)
-    return tuple(pairwise(accumulate((least + (index < more) for index in range(gpus)), initial=0)))
+    """Return the range of experts of each GPU; where they do not divide evenly some GPUs hold one more."""
+    ranges = (share(experts, index, gpus) for index in range(gpus))
+    return tuple((one.start, one.stop) for one in ranges)
 
 
 def on_host(layers: int, layer: int, room: float) -> int | None:

@@ -111,7 +111,8 @@ def train(config: TrainConfig, run: Run, *, again: bool = False) -> TrainResult:
         if stage.fresh:
             return _trained_before(run / ADAPTER)
         settings = {key: value for key, value in asdict(config).items() if key not in ASIDE | _UNUSED}
-        origin = Origin(settings, inputs)
+        # which of its GPUs a machine takes changes nothing, and ranks take one each
+        origin = Origin({**settings, "device": config.device.partition(":")[0]}, inputs)
         if not again:
             check_origin(usable(run / CHECKPOINTS), origin)
         edit = _train(config, model, judge, run, origin, again)
