@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from tests import warm
 if TYPE_CHECKING:
     from tests import helpers
 
+# Two workers and dozens of processes import the same: what is compiled, and assertions rewritten, is kept beside it.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
