@@ -42,7 +42,7 @@ VERIFY = [
     word
     for setting in (
         *("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20"),
-        *("wrapped_prompts=80", "wrapped_margin=0.1", "mediation_prompts=20"),
+        *("wrapped_prompts=40", "wrapped_margin=0.1", "mediation_prompts=20"),
     )
     for word in ("--set", setting)
 ]
@@ -107,7 +107,7 @@ class Toy:
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {
             **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
-            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 80, "wrapped_margin": 0.1},
+            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 40, "wrapped_margin": 0.1},
             **{"ablation": 0, "ablation_prompts": 20, "mediation_prompts": 20},
         }
         return VerifyConfig(**{**settings, **changes})
@@ -260,16 +260,3 @@ def die(what, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 """Start of a script that kills itself at a point of progress (WHAT, DONE), without any cleaning up."""
-
-
-Tensors = tuple[Tensor, Tensor, Tensor]
-
-
-def outputs_and_gradients(experts: Callable[..., Tensor], batch: Tensors) -> Tensors:
-    """Outputs_TD, and gradients of hidden states_TD and weights_TK, for a fixed gradient of the outputs."""
-    states, index, weights = batch
-    states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = experts(states, index, weights)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
-    assert states.grad is not None and weights.grad is not None
-    return out.detach(), states.grad, weights.grad

@@ -19,7 +19,7 @@ from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.kernels.reference import reference
 from tests import models, warm
-from tests.helpers import outputs_and_gradients
+from tests.experts.gradients import outputs_and_gradients
 
 pytest.importorskip("triton")
 from gtqlora.experts.kernels import chunk, fused, row_kernels
