@@ -37,7 +37,7 @@ _TRAIN = {
 }
 _VERIFY = {
     **{"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 128},
-    **{"wrapped_prompts": 60, "wrapped_margin": 0.1, "mediation_prompts": 20},
+    **{"wrapped_prompts": 36, "wrapped_margin": 0.1, "mediation_prompts": 10},
 }
 _PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
 _DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
