@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -235,19 +233,6 @@ def weights(adapter: Path) -> dict[str, Tensor]:
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def fresh_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python code (`sys.argv[1:]` are the arguments) in a process of its own, one thread."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 KILLED_AT = """

@@ -110,9 +110,12 @@ def _ended(child: Child, code: int) -> Ended:
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    """Start it; it ends when its input does, that is with this process."""
+    """Start it; it ends when its input does, that is with this process. Sets have another order there than here."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.warm"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment
+    )
 
 
 _ROOT = Path(__file__).parents[1]
