@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import warm
+
 if TYPE_CHECKING:
     from tests import helpers
 
+# Two workers and dozens of processes import the same: what is compiled, and assertions rewritten, is kept beside it.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
@@ -38,16 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
-    """One thread, so that two workers do not take each other's cores, and nothing said that is not ours."""
-    import torch
-    import transformers
-    from accelerate.utils import imports
-
-    # asked thirty times as a training begins, each time from the package's metadata: a sixth of a toy's training
-    imports._is_package_available = cache(imports._is_package_available)
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    warm.quiet()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -237,19 +235,6 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def fresh_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python code (`sys.argv[1:]` are the arguments) in a process of its own, one thread."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 KILLED_AT = """
 import dataclasses, json, os, signal, sys
 from gtqlora.progress import shown_by
@@ -260,16 +245,3 @@ def die(what, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 """Start of a script that kills itself at a point of progress (WHAT, DONE), without any cleaning up."""
-
-
-Tensors = tuple[Tensor, Tensor, Tensor]
-
-
-def outputs_and_gradients(experts: Callable[..., Tensor], batch: Tensors) -> Tensors:
-    """Outputs_TD, and gradients of hidden states_TD and weights_TK, for a fixed gradient of the outputs."""
-    states, index, weights = batch
-    states, weights = states.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = experts(states, index, weights)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
-    assert states.grad is not None and weights.grad is not None
-    return out.detach(), states.grad, weights.grad

@@ -14,6 +14,7 @@ import pytest
 
 import gtqlora
 from gtqlora.families import FAMILIES
+from tests import warm
 
 SOURCE = Path(gtqlora.__file__).parent
 
@@ -54,18 +55,19 @@ MAY_PRINT = {"cli.app", "cli.console", "cli.layout", "cli.printing", "organisms.
 MAY_HOOK = {"capture.subject", "capture.hooks", "organisms.build", "experts.sharding", "experts.vocabulary"}
 
 
+def _name(file: Path) -> str:
+    """The dotted name below the package; the package's own door is ""."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = sorted(map(_name, SOURCE.rglob("*.py")))
+
+
 @cache
 def _modules() -> dict[str, ast.Module]:
-    """Parsed source by dotted name below the package; the package's own door is ""."""
-    found = {}
-    for file in sorted(SOURCE.rglob("*.py")):
-        parts = file.relative_to(SOURCE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(file.read_text(), str(file))
-    return found
-
-
-MODULES = sorted(_modules())
+    """Parsed source by name."""
+    return {_name(file): ast.parse(file.read_text(), str(file)) for file in SOURCE.rglob("*.py")}
 
 
 def _imported(name: str) -> Iterator[tuple[str, int]]:
@@ -265,7 +267,7 @@ for _ in range(2):
 
 def test_the_public_door_gives_stages_and_not_their_modules() -> None:
     """However often and in whatever order: Python puts an imported module in its package, under the stage's name."""
-    done = subprocess.run([sys.executable, "-c", _DOOR], capture_output=True, text=True, check=False)
+    done = warm.process(_DOOR)  # in which nothing of gtqlora is imported yet
     assert done.returncode == 0, done.stderr
 
 

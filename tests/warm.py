@@ -1,11 +1,13 @@
 """Fresh processes without the seconds that imports take: children of one that has imported libraries and done nothing.
 
 It runs beside the tests, reads a request a line and answers with how its children ended. Nothing of gtqlora is imported
-in it, so a child knows of gtqlora what its code imports.
+in it, so a child knows of gtqlora what its code imports. Ranks, of which there are many and none is about imports, are
+children of a second one that is forked from it and has imported the stages, too.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -24,12 +26,13 @@ _SECONDS = 120
 
 
 class Child(TypedDict):
-    """Python code, its `sys.argv[1:]`, its environment, and the folder for what it says."""
+    """Python code, its `sys.argv[1:]`, its environment, the folder for what it says; whether it knows the stages."""
 
     code: str
     arguments: list[str]
     environment: dict[str, str]
     said: str
+    knowing: bool
 
 
 Ended = subprocess.CompletedProcess[str]
@@ -65,7 +68,7 @@ def ranks(
         }
         for rank in range(count)
     ]
-    return _together(code, arguments, given, own or {})
+    return _together(code, arguments, given, own or {}, knowing=True)
 
 
 def _free_port() -> int:
@@ -79,6 +82,8 @@ def _together(
     arguments: Sequence[object],
     given: Sequence[Mapping[str, str | None]],
     own: Mapping[int, Sequence[object]] | None = None,
+    *,
+    knowing: bool = False,
 ) -> list[Ended]:
     """Run as many children as environments are given, and wait for all."""
     server = _server()
@@ -91,7 +96,7 @@ def _together(
             whole = {**os.environ, **more}
             environment = {name: value for name, value in whole.items() if value is not None}
             words = [*map(str, (own or {}).get(place, arguments))]
-            children.append(Child(code=code, arguments=words, environment=environment, said=str(said)))
+            children.append(Child(code=code, arguments=words, environment=environment, said=str(said), knowing=knowing))
         server.stdin.write(json.dumps(children) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
@@ -105,25 +110,60 @@ def _ended(child: Child, code: int) -> Ended:
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    """Start it; it ends when its input does, that is with this process."""
+    """Start it; it ends when its input does, that is with this process. Sets have another order there than here."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.warm"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment
+    )
 
 
 _ROOT = Path(__file__).parents[1]
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Fork the children of each request and say how they ended."""
+def serve(requests: IO[str], answers: IO[str], *, knowing: bool = False) -> None:
+    """Fork the children of each request, or have the second server do so, and say how they ended."""
     for line in requests:
-        started = list[int]()
-        for child in json.loads(line):
-            started.append(os.fork())
-            if started[-1] == 0:
-                _child(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-        answers.write(json.dumps(codes) + "\n")
+        children = json.loads(line)
+        answers.write(json.dumps(_forked(children)) + "\n" if children[0]["knowing"] == knowing else _passed_on(line))
         answers.flush()
+
+
+def _forked(children: Sequence[Child]) -> list[int]:
+    started = list[int]()
+    for child in children:
+        started.append(os.fork())
+        if started[-1] == 0:
+            _child(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+
+
+def _passed_on(line: str) -> str:
+    second = _second()
+    second.write(line)
+    second.flush()
+    return second.readline()
+
+
+@cache
+def _second() -> IO[str]:
+    """Fork the server whose children know the stages."""
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        import gtqlora.cli.app  # noqa: F401
+        import tests.ranks.checks  # noqa: F401
+
+        quiet()
+        get_checkpoint_conversion_mapping("qwen3_moe")  # hundreds of patterns, which are compiled once
+        gc.freeze()  # collections in children must not touch, and so copy, all that was imported
+        with theirs.makefile("rw") as both:
+            serve(both, both, knowing=True)
+        os._exit(0)
+    theirs.close()
+    return ours.makefile("rw")
 
 
 def _child(request: Child) -> NoReturn:
@@ -146,6 +186,19 @@ def _child(request: Child) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def quiet() -> None:
+    """One thread, so that two workers do not take each other's cores, and nothing said that is not ours."""
+    import torch
+    import transformers
+    from accelerate.utils import imports
+
+    # asked thirty times as a training begins, each time from the package's metadata: a sixth of a toy's training
+    imports._is_package_available = cache(imports._is_package_available)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from gtqlora import contrasts
 from gtqlora.certificate import certify
 from gtqlora.cli import app
@@ -30,7 +27,7 @@ from gtqlora.exports.gguf.whole import Plan
 from gtqlora.exports.job import Job
 from gtqlora.run import Run
 from gtqlora.stages.export import _WRITERS
-from tests import helpers, models
+from tests import helpers, models, warm
 
 STAGING = ".gtqlora-"
 _JUDGE = ("--set", f"judge={helpers.JUDGE}")
@@ -40,7 +37,7 @@ _TRAIN = {
 }
 _VERIFY = {
     **{"max_new_tokens": 2, "ablation": 0, "margin": 0.05, "batch_size": 128},
-    **{"wrapped_prompts": 60, "wrapped_margin": 0.1, "mediation_prompts": 20},
+    **{"wrapped_prompts": 36, "wrapped_margin": 0.1, "mediation_prompts": 10},
 }
 _PROJECT = {"max_new_tokens": 2, "max_pairs": 4, "layer": 1}
 _DIAGNOSE = {"max_new_tokens": 2, "max_pairs": 4, "bootstrap": 20, "max_candidates": 1, "random_controls": 1}
@@ -137,7 +134,7 @@ class Stage:
     @classmethod
     def build(cls, folder: Path, wanted: Callable[[Scene], bool] = lambda scene: True) -> Stage:
         """Play every scene once, in this process, so that whatever is imported late is there for the children."""
-        quiet()
+        warm.quiet()
         stage = cls(folder, {}, {}, {})
         made: dict[tuple[tuple[str, ...], ...], Path] = {}
         os.environ["XDG_STATE_HOME"] = str(folder / "state")
@@ -181,12 +178,6 @@ class Stage:
     def held(self, scene: Scene) -> dict[str, str]:
         """What the scene's results hold, by file; what differs from run to run left out."""
         return contents(self.trial, scene.result)
-
-
-def quiet() -> None:
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def first_folder(folder: Path) -> None:

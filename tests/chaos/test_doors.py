@@ -207,20 +207,34 @@ def test_d5_one_prompt_many_times_is_one_prompt(
 # --- D6: only what is still refused ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def failed(toy: helpers.Toy, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A run that failed the floor, its model, and the pairs without those that were lost under either judge."""
-    model, run = toy.model("qwen3_moe"), tmp_path / "run"
+@pytest.fixture(scope="module")
+def failing(toy: helpers.Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with a run that failed the floor and all that is remembered of it, and a copy of the folder."""
+    folder = tmp_path_factory.mktemp("failed") / "here"
+    model, run = toy.model("qwen3_moe"), folder / "run"
     trained(toy, model, run, judge=PICKY, lr_lora=3e-2, lr_gates=3e-2, steps=6)
-    pairs = toy.pairs(tmp_path / "pairs.jsonl", harmful=200)
-    assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
+    pairs = toy.pairs(folder / "pairs.jsonl", harmful=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        assert judged(toy, run, model, contrast=str(pairs), judge=PICKY) == "fail"
     with Run(run) as held:
         again = [o for judge in (PICKY, helpers.JUDGE) for o in judged_again(read_outcomes(held.path), judge_of(judge))]
     lost = {outcome.prompt[-1]["content"] for outcome in again if outcome.lost}
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "harmful" or row["prompt"] not in lost]
     assert 0 < len(lost) == len(rows) - len(kept)
-    return run, model, helpers.write_rows(tmp_path / "kept.jsonl", kept)
+    helpers.write_rows(folder / "kept.jsonl", kept)
+    return folder, Path(shutil.copytree(folder, folder.with_name("copy")))
+
+
+@pytest.fixture
+def failed(failing: tuple[Path, Path], toy: helpers.Toy, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """That run, its model, and the pairs without those that were lost under either judge, as they were."""
+    folder, copy = failing
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    return folder / "run", toy.model("qwen3_moe"), folder / "kept.jsonl"
 
 
 @pytest.mark.parametrize("way", ["dropped", "another judge", "copied elsewhere", "again", "all"])

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import helpers, models
+from tests import helpers, models, warm
 from tests.chaos import scenes
 
 JUDGE = ("--set", f"judge={helpers.JUDGE}")
@@ -44,7 +44,7 @@ class World:
     @classmethod
     def build(cls, folder: Path) -> World:
         """A model, a sharded one, pairs in both forms, a certified run; every verb is played once in this process."""
-        scenes.quiet()
+        warm.quiet()
         os.environ["XDG_STATE_HOME"] = str(folder / "state")
         world, good = cls(folder, {}, {}, {}), folder / "trial"
         good.mkdir(parents=True)

@@ -20,7 +20,7 @@ from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.kernels import NAMES, PREFIX
 from gtqlora.experts.kernels.rows import combine, gather, sort_rows, spread
 from tests import models
-from tests.helpers import outputs_and_gradients
+from tests.experts.gradients import outputs_and_gradients
 
 ALL = pytest.mark.parametrize("name", FORMATS)
 FAMILIES = pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from gtqlora.errors import ModelError
 from gtqlora.experts import FORMATS, FrozenExperts, format_of
 from gtqlora.experts.kernels.reference import reference
-from tests import models
-from tests.helpers import fresh_process, outputs_and_gradients
+from tests import models, warm
+from tests.experts.gradients import outputs_and_gradients
 
 pytest.importorskip("triton")
 from gtqlora.experts.kernels import chunk, fused, row_kernels
@@ -444,6 +444,6 @@ for frozen.kernel in ("fused", "chunk"):
 
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")
 def test_triton_is_needed_by_these_products_only() -> None:
-    done = fresh_process(WITHOUT_TRITON)
+    done = warm.process(WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pip install triton") == 2

@@ -22,7 +22,7 @@ from gtqlora.experts import FORMATS, FrozenExperts, FrozenExpertsConfig, load_mo
 from gtqlora.families import FAMILIES, bind, parameter_counts
 from gtqlora.progress import shown_by
 from gtqlora.stages.inspect import inspect
-from tests import helpers, models
+from tests import helpers, models, warm
 
 every_family = pytest.mark.parametrize("family", models.FAMILIES)
 every_format = pytest.mark.parametrize(
@@ -370,14 +370,16 @@ def test_config_survives_json() -> None:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 160 MB in bf16, almost all of them experts; one layer has 75 MB."""
-    sizes: Any = {"hidden_size": 768, "moe_intermediate_size": 512, "num_experts": 32, "head_dim": 32}
+    """About 80 MB in bf16, almost all of them experts; one layer has 38 MB."""
+    sizes: Any = {"hidden_size": 768, "moe_intermediate_size": 512, "num_experts": 16, "head_dim": 32}
     folder = tmp_path_factory.mktemp("big") / "m"
     return models.save_tiny(folder, "qwen3_moe", dtype=torch.bfloat16, tokenizer=False, max_shard_size="20MB", **sizes)
 
 
 _PEAKS = """
-import os, sys
+import ctypes, os, sys
+M_MMAP_THRESHOLD = -3
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # so that freed memory is returned and not counted
 import transformers.integrations.moe, transformers.models.qwen3_moe.modeling_qwen3_moe
 from bench.loading import child
 from gtqlora.experts import load_model
@@ -396,9 +398,7 @@ FORMATS_LOADED = ("nf4", "int4-g32", "bf16")
 def excess(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """By format: bytes of anonymous memory that a load takes at its peak beyond what the model takes afterwards."""
     small = saved(tmp_path_factory.mktemp("small") / "m", "qwen3_moe", torch.bfloat16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that freed memory is restored and not counted
-        done = helpers.fresh_process(_PEAKS, small, big, *FORMATS_LOADED)
+    done = warm.process(_PEAKS, small, big, *FORMATS_LOADED)
     assert done.returncode == 0, done.stderr
     lines = [map(int, line.split()) for line in done.stdout.splitlines()]
     return {name: peak - final for name, (peak, final) in zip(FORMATS_LOADED, lines, strict=True)}

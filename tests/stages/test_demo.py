@@ -28,7 +28,7 @@ def test_study_gives_all_the_numbers(
 ) -> None:
     seen: list[str] = []
     # all that is diagnosed, and enough of the others: to edit by, and for a floor that fails
-    counts = {("validation", kind): 250 for kind in contrasts.KINDS}
+    counts = {("validation", kind): 100 for kind in contrasts.KINDS}
     counts |= {(split, kind): 100 for split in ("train", "heldout") for kind in contrasts.KINDS}
     found, sentence = study(
         embedded.organism("routed"),

@@ -30,6 +30,10 @@ def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
     return build(DiagnoseConfig, file=embedded.recipe(), **settings | given)
 
 
+FEW: dict[str, int] = {"max_candidates": 1, "random_controls": 0}
+"""Enough where the test is not about single experts."""
+
+
 def _write_contrast(
     path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row, groups: int = 40
 ) -> Path:
@@ -131,7 +135,7 @@ def test_a_kind_with_too_few_pairs_says_so_and_the_other_stands(tmp_path: Path) 
 
     contrast = _write_contrast(tmp_path / "c.jsonl", flagged_twins)
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast, max_candidates=1, random_controls=0), run)
+        found = diagnose(_config("routed", contrast, **FEW), run)
     false, true = found.kinds
     assert (found.verdict, false.verdict, true.verdict) == ("routing", "routing", "cannot tell")
     assert true.n_usable < MIN_PAIRS and true.unusable["whose twin is refused, too"] > 20
@@ -213,10 +217,9 @@ def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> N
 
 def test_it_repeats_by_seed(tmp_path: Path, contrast: Path) -> None:
     found, rows = [], []
-    few = {"max_pairs": 20, "random_controls": 0, "max_candidates": 1}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         with Run(tmp_path / name) as run:
-            found.append(diagnose(_config("routed", contrast, seed=seed, **few), run))
+            found.append(diagnose(_config("routed", contrast, seed=seed, max_pairs=20, **FEW), run))
         rows.append(read_parquet(tmp_path / name / "diagnosis" / "association.parquet"))
     assert found[0] == found[1] != found[2]
     assert rows[0] == rows[1] != rows[2]
@@ -228,7 +231,7 @@ def test_it_repeats_by_seed(tmp_path: Path, contrast: Path) -> None:
 def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     contrast = _write_contrast(tmp_path / "c.jsonl", lambda i, row: {**row, "twin": None, "pair_id": f"p{i}"})
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast), run)
+        found = diagnose(_config("routed", contrast, max_candidates=1), run)
     assert found.verdict == "cannot tell"
     assert (found.matched, found.n_aligned, found.difference.verdict) == (False, 0, "cannot tell")
     for kind in found.kinds:
@@ -285,7 +288,7 @@ def test_refusals_that_begin_like_answers_leave_no_log_odds(tmp_path: Path) -> N
 
     contrast = _write_contrast(tmp_path / "c.jsonl", same_start)
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast), run)
+        found = diagnose(_config("routed", contrast, **FEW), run)
     assert (found.readout, found.experts) == ([], [])
     assert all(kind.shares_log_odds == {} and kind.verdict_log_odds == "" for kind in found.kinds)
     assert any("no log-odds" in warning for warning in found.warnings)
@@ -313,7 +316,7 @@ def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
 
     contrast = _write_contrast(tmp_path / "c.jsonl", longer)
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast), run)
+        found = diagnose(_config("routed", contrast, **FEW), run)
     assert (found.verdict, found.n_aligned) == ("cannot tell", 0)
     assert "40 without a twin of equal token count" in found.sentence
     assert found.n_pairs == 80

@@ -81,7 +81,7 @@ def test_single_experts_are_named_whatever_stands_before_answers(
         file=embedded.recipe(),
         model=organism,
         contrast=contrast,
-        random_controls=1,
+        random_controls=0,
         max_candidates=6,
         template=variables,
     )

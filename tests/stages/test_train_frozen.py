@@ -267,7 +267,7 @@ def test_diagnosis_and_projection_with_frozen_experts(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"model": str(embedded.organism("routed")), "contrast": str(file), "expert_format": "nf4"}
     shared |= {"judge": embedded.JUDGE, "max_new_tokens": 6}
     with Run(tmp_path / "run") as run:
-        found = diagnose(DiagnoseConfig(**shared, bootstrap=50, random_controls=1), run)
+        found = diagnose(DiagnoseConfig(**shared, bootstrap=50, random_controls=0, max_candidates=1), run)
         assert found.verdict == "routing"
         truth = embedded.read_truth(embedded.organism("routed"))
         assert {(e.layer, e.expert) for e in found.top_experts} == set(truth.planted)

@@ -13,16 +13,15 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
-from transformers.utils.chat_template_utils import (
-    _compile_jinja_template,  # pyright: ignore[reportPrivateUsage]  # the environment that renders it says what is read
-    render_jinja_template,
-)
 
 if TYPE_CHECKING:
     from gtqlora.families.rendering import Request
@@ -31,8 +30,28 @@ _ASKING = frozenset({"defined", "undefined", "default", "d"})
 _TRUTHS = frozenset({"true", "false", "boolean"})
 # Four bytes, the most significant first, as `rendering` writes and reads them.
 LENGTH = struct.Struct(">I")
+_PACKAGES = ("transformers", "transformers.utils")
 SHOWN = 500
 """Characters of an error, which a template may make as long as it likes."""
+
+
+def _templates() -> ModuleType:
+    """Import transformers' renderer, without all else that its packages import: that would take three times as long."""
+    name = f"{_PACKAGES[-1]}.chat_template_utils"
+    try:
+        for package in _PACKAGES:
+            spec = find_spec(package)
+            assert spec is not None
+            sys.modules[package] = bare = ModuleType(package)
+            bare.__path__, bare.__spec__ = list(spec.submodule_search_locations or ()), spec
+        return import_module(name)
+    except (ImportError, AttributeError):  # a transformers in which it needs more than its own modules
+        for module in [module for module in sys.modules if module.startswith(_PACKAGES[0])]:
+            del sys.modules[module]
+        return import_module(name)
+
+
+_TEMPLATES = _templates()
 
 
 def _limit(memory: int) -> None:
@@ -67,7 +86,7 @@ def _reply(request: Request) -> dict[str, object]:
 
 def _read_by(template: str) -> dict[str, object]:
     """Return the variables that a template reads, but for what its environment has of its own, and its switches."""
-    environment = _compile_jinja_template(template).environment
+    environment = _TEMPLATES._compile_jinja_template(template).environment  # which says what it has of its own
     tree = environment.parse(template)
     own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
     # What it sets itself can be set from outside only if it asks whether it was.
@@ -112,7 +131,7 @@ def _is_truth(node: nodes.Node) -> bool:
 
 def _rendered(request: Request, messages: list[dict[str, str]]) -> str:
     variables: dict[str, Any] = {**request["variables"]}
-    text = render_jinja_template(
+    text: str = _TEMPLATES.render_jinja_template(
         conversations=[messages],
         chat_template=request["template"],
         add_generation_prompt=request["generation"],

@@ -163,6 +163,8 @@ atexit.register(_renderer.close)
 os.register_at_fork(after_in_child=_renderer.__init__)
 _spent: dict[str, tuple[int, float]] = {}
 """Renderings by template, and their processor time."""
+_reads: dict[str, Reply] = {}
+"""What was said of the variables that a template reads."""
 _texts: dict[bytes, str] = {}
 """Renderings by the hash of what was asked for: a stage renders each prompt a dozen times, and they must not differ."""
 
@@ -225,7 +227,10 @@ def _is_setting(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _read(tokenizer: PreTrainedTokenizerBase) -> Reply:
-    return _reply(tokenizer, _request(tokenizer, None, generation=False))
+    template = _template(tokenizer)
+    if template not in _reads:
+        _reads[template] = _reply(tokenizer, _request(tokenizer, None, generation=False))
+    return _reads[template]
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Scalar]:
