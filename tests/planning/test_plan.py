@@ -58,10 +58,10 @@ def test_a_plan_that_fits_has_its_parts_and_its_speed(qwen: str) -> None:
 
 def test_rates_are_the_shares_that_they_say() -> None:
     """Tokens a second times operations a token is the share of what the card does."""
-    met = {"Qwen3-30B-A3B, NF4": 3.04e9, "Qwen3-235B-A22B, INT4": 21.9e9, "Kimi-K2.5, INT4": 32.8e9}
+    met = {"Qwen3-30B-A3B, NF4": 3.04e9, "Qwen3-235B-A22B, INT4": 21.57e9, "Kimi-K2.5, INT4": 31.69e9}
     for rate in RATES:
         active = rate.share * rate.gpus * TFLOPS / 6 / rate.tokens_per_second
-        assert active == pytest.approx(met.get(rate.shape, 2.67e9), rel=0.02)
+        assert active == pytest.approx(met.get(rate.shape, 2.67e9), rel=0.005)
     assert nearest(2048, 2048, recomputed=True) == RATES[1] and nearest(2048, 8192, recomputed=False) == RATES[2]
     assert nearest(6144, 4096, recomputed=True) == RATES[3] and nearest(7168, 10**6, recomputed=True) == RATES[3]
     assert nearest(64, 8192, recomputed=True) is None and nearest(2048, 64, recomputed=True) is None
@@ -90,7 +90,7 @@ def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
 
 def test_experts_that_do_not_divide_are_said_to_lie_unevenly() -> None:
     found = planned(str(KIMI), "5x141GB")
-    assert [end - start for start, end in found.experts] == [77, 77, 77, 77, 76]
+    assert [end - start for start, end in found.experts] == [76, 77, 77, 77, 77]
     assert "4 hold 77 of each layer and 1 hold 76" in found.notes[0]
 
 
