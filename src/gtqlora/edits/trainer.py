@@ -6,6 +6,7 @@ Formulas and sources are in docs/method.md. Shape letters: B rows, S sequence, T
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import astuple
@@ -25,6 +26,7 @@ from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.collating import longest_of, most_tokens
+from gtqlora.edits.figures import Figures, figures_of, merge, of_this_rank, told
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.head import completions_only
@@ -241,7 +243,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         with self._recorded(both, *ablate):
             loss = self._preference_loss(model, inputs, part, whole)
         anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
-        self._count_part(loss, anchor)
+        self._count_part(figures_of(loss, anchor, kind_B != FILLER, inputs["completion_mask"], self._found))
         # gradient checkpointing runs the layers again, and they must route as they did
         self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
         return loss + anchor
@@ -260,19 +262,23 @@ class GateTargetedTrainer(ReferenceTrainer):
         if not part.chosen:  # a mean over nothing is no number
             del weights["sft"]
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
-        with completions_only():
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        with completions_only(), of_this_rank(self.accelerator):
             loss: Tensor = super().compute_loss(model, inputs)
+        self._found = {name: values[-1] for name, values in self._metrics["train"].items()}
+        self._metrics["train"] = metrics
         fillers = rows - part.rows
         return loss - fillers / whole.rows * math.log(2) if fillers else loss
 
-    def _count_part(self, loss: Tensor, anchor: Tensor) -> None:
-        """Add a part's anchor, if it and the loss are numbers; with the last part all of the whole batch are known."""
-        found = all_of(torch.stack([loss.detach().float(), anchor.detach().float()]).tolist())
-        for what, values in zip(("loss", "routing anchor"), zip(*found, strict=True), strict=True):
-            wrong = [value for value in values if not math.isfinite(value)]
+    def _count_part(self, mine: Figures) -> None:
+        """Add a part's figures, if they are numbers; with the last part the optimizer batch is whole."""
+        found = told(mine)
+        for what in ("loss", "anchor"):
+            wrong = [value for value in (getattr(one, what) for one in found) if not math.isfinite(value)]
             if wrong:
                 raise GuardStop(f"the {what} is {wrong[0]} at step {self.state.global_step + 1}")
-        self._whole.anchor += sum(anchor for _, anchor in found) / ranks().count
+        merge(self._metrics["train"], found)
+        self._whole.anchor += sum(one.anchor for one in found) / len(found)
         self._whole.left -= 1
         if self._whole.left == 0:
             self._metrics["train"]["loss/anchor"].append(self._whole.anchor)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SHORT, _SIZE = 512, 8
+_SHORT, _SIZE = 1024, 8
 """Bytes of a first message, of which the first ones say how many bytes a rank has: most values need no second one."""
 
 _SENT_AT_ONCE = 2**25
