@@ -27,7 +27,7 @@ from gtqlora.run import Run
 from gtqlora.stages.diagnose import diagnose
 from gtqlora.stages.project import project
 from gtqlora.stages.verify import verify
-from tests import helpers
+from tests import helpers, warm
 from tests.helpers import JUDGE, Toy
 
 Build = Callable[[str], Any]
@@ -384,3 +384,26 @@ def test_the_embedded_pairs_render_in_full() -> None:
 
     found = contrasts.load(embedded.contrast(), judge_of(embedded.JUDGE))
     check_rendering(Contrast(source="x", rows=found.rows[:100]), Language().tokenizer())
+
+
+ALONE = """
+import importlib, runpy
+asked, real = [], importlib.import_module
+def less(name, *more):
+    asked.append(name)
+    if len(asked) == int(sys.argv[2]):
+        raise ImportError("its package is wanted")
+    return real(name, *more)
+importlib.import_module = less
+renderer = runpy.run_path(sys.argv[1])["_TEMPLATES"]
+print(len(asked), renderer.render_jinja_template(conversations=[[{"role": "user", "content": "la"}]],
+    chat_template="{{ messages[0].content }} {{ messages | length }}")[0][0])
+"""
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_the_renderer_is_imported_alone_or_with_all_of_its_packages(fails: int) -> None:
+    done = warm.process("import sys" + ALONE, rendering.__file__.replace("rendering", "render_worker"), fails)
+    assert done.returncode == 0, done.stderr
+    asked, text = done.stdout.splitlines()[-1].split(" ", 1)
+    assert text == "la 1" and (int(asked) == 1) == (not fails)
