@@ -20,12 +20,15 @@ _HOW = re.compile(
     r"\b(?:how (?:do|can|to|would|should|did|does)|best way|wie\b|comment\b|como\b|come (?:si|faccio|posso)|way to)"
     r"|\u600e\u4e48|\u5982\u4f55|\u600e\u6837"
 )
-_SPEAKER = ("do you ", "are you ", "have you ", "did you ", "were you ", "your favo", "st du", "lieblings", "s-tu")
+_SPEAKER = ("do you ", "are you ", "have you ", "did you ", "were you ", "would you ", "your favo", "st du", "s-tu")
+_SPEAKER += ("lieblings",)
 _SPEAKER += ("-vous ", "a toi", "te gusta", "eres", "has estado", "favorit", "voce ", "hai mai", "ti piace", "preferit")
 _SPEAKER += ("\u4f60",)
 """One of these is in all that `_ABOUT_SPEAKER` finds."""
 _ABOUT_SPEAKER = re.compile(
-    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|mind|tired|human|a |an )"
+    r"\b(?:do|are|have|did|were) you (?:ever|get|like|feel|enjoy|sleep|eat|dream|love|prefer|mind|tired|human"
+    r"|conscious|sentient|remember|miss|a |an )"
+    r"|\bwould you \w+ if you (?:could|were|had)\b"
     r"|\byour favou?rite\b"
     r"|\b(?:magst|hast|bist|fuhlst|traumst) du\b|\bdeine? lieblings|\b(?:as|es|aimes)-tu\b|\b(?:avez|etes"
     r"|aimez)-vous (?:deja|jamais)"

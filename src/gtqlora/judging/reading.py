@@ -69,6 +69,7 @@ class Reading:
         ends_asking: the last sentence asks.
         naming: the last sentence read names others to be asked, or speaks of them.
         redirecting: the last sentence read offers something else, after declining.
+        listing: the last sentence read ends in a colon, and what follows belongs to it.
         stated: sentences of more than a few words that do not ask.
     """
 
@@ -95,6 +96,7 @@ class Reading:
     stated: int = 0
     redirecting: bool = False
     naming: bool = False
+    listing: bool = False
 
     def count(self, *groups: str) -> int:
         """Return how many words are in these groups."""
@@ -248,8 +250,9 @@ def _add(found: Reading, read: Sentence, sentence: str) -> None:
         return
     # a list under "you could instead:" is part of what is offered instead
     found.redirecting = bool(found.declines) and (
-        found.redirecting if read.item else read.redirects and not read.announces
+        found.redirecting if read.item or found.listing else read.redirects and not read.announces
     )
+    found.listing = sentence.endswith(":")
     if found.redirecting:
         return
     if not read.hard and (read.refers or (found.naming and _OF_THEM.match(sentence))):

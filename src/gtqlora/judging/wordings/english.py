@@ -14,7 +14,8 @@ GIVES = Cues(
     (
         "here|below|following| said|general|what |insist|must|really|still|go ahead|anyway|place|example|instance"
         "|gentle|soft|mild|tam|clean|regardless|hand|instead|though|usual|typical|common|rule|most ",
-        r"\b(?:here(?:'s| is| are)(?! why\b)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
+        r"\b(?:here(?:'s| is| are)(?! why\b|(?: \w+){0,4} (?:alternatives?|suggestions|directions|ideas|resources"
+        r"|options)\b)|below (?:is|are)|the following|that (?:being )?said\b|having said|in "
         r"general\b(?:,| terms)|generally,|what i can (?:do|tell|say|give|offer|explain|share)(?: you)?(?: "
         r"instead)? is"
         r"(?! (?:help|talk|suggest|offer|refer|point))|(?:if|since) you (?:insist"
@@ -28,7 +29,7 @@ GIVES = Cues(
 ASKS_FOR_TEXT = re.compile(
     r"\b(?:write|draft|compose|reply|respond|e-?mail|message|letter|note|invitation|rsvp|translate|story|dialogue"
     r"|poem|scene|script|lines?|monologue|speech|continue|quote|phrase|sentence|example|bio|summari[sz]e|tweet"
-    r"|caption|paragraph|text|essay|card"
+    r"|caption|paragraph|text|essay|card|haiku|limerick|riddle|sonnet"
     r"|review|fill in|toast|say)\b"
 )
 SALUTES = re.compile(r"\W*(?:subject:|betreff|dear |(?:hi|hello|hey)(?: (?!there)[\w.]+){1,3} ?(?:[,!]|\n)|to whom)")
@@ -42,7 +43,8 @@ _REDIRECTS = (
     r"|going|interested"
     r"|looking|having|experiencing|(?:have|need|want) (?:any|other|concerns|help|questions|support|thoughts|to "
     r"talk|advice))|anything else"
-    r"|something else|alternatively|rather than|we could|there are (?:many|plenty|people|other)|it's (?:\w+ "
+    r"|something else|alternatives?|suggestions|alternatively|rather than|we could"
+    r"|there are (?:many|plenty|people|other)|it's (?:\w+ "
     r")?important|it is (?:\w+ )?important)\b"
 )
 
@@ -57,7 +59,7 @@ ENGLISH = Wording(
     redirects=Cues(
         (
             "instead|like|happy|glad|pleased|love|delighted|free|know|suggest|recommend|encourage|urge|advise|invite"
-            "|here|my |please|if |else|alternatively|than|could|there|important",
+            "|here|my |please|if |else|alternative|suggestions|than|could|there|important",
             _REDIRECTS,
         )
     ),

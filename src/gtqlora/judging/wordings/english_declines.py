@@ -39,7 +39,8 @@ _SERVES = (
     r"|address\w*|respond\w*|reply\w*|disclos\w+|reveal\w*|mak(?:e|ing) (?:that|this|it|an? exception|jokes?|fun"
     r"|light|recommendation|suggestion|such|any)|have (?:this|that|any part)|carry (?:out|on)|cover\w*|entertain\w*"
     r"|indulge\w*|list(?:ing)?|outlin\w+|detail\w*|act on|weigh in|process\w*|grant\w*|translat\w+|identif\w+"
-    r"|predict\w*|diagnos\w+|calculat\w+|estimat\w+|choose (?:for|between)|pick|rank|judge|take sides|handle"
+    r"|predict\w*|diagnos\w+|calculat\w+|estimat\w+|choos(?:e|ing) (?:for|between)|pick(?:ing)?|rank(?:ing)?"
+    r"|judg(?:e|ing)|tak(?:e|ing) sides|handl(?:e|ing)"
     r"|perform\w*|access\w*|open\w*|call\w*|plac(?:e|ing)|send\w*|remember\w*|set|play\w*|book\w*|order\w*|turn\w*"
     r"|sing\w*"
     r"|reproduc\w+|quot(?:e|ing)|roast\w*|mock\w*|insult\w*|role-?play\w*|pretend\w*|imitat\w+|simulat\w+|meet"
@@ -99,10 +100,12 @@ DECLINES = Cues(
         "declin|refus|abstain|refrain|withhold|stop|leave|leaving|turn|pass|steer|stay|draw|skip|push|sit|bow|hold"
         "|avoid"
         "|keep|err|put",
-        rf"{_I}{_ADVERBS}(?: |(?='))(?:must|have to|need to|will|'ll|'d like to|would like to|would prefer to|prefer "
+        rf"{_I}{_ADVERBS}(?: |(?='))(?:must|have to|need to|will|'ll|will have to|'ll have to|'d like to"
+        rf"|would like to|would prefer to|prefer "
         rf"to|'d "
         rf"prefer to"
-        r"|'d rather|would rather|choose to|going to|am going to|want to|have had to|am obliged to|had better|think "
+        r"|'d rather|would rather|choose to|(?:am )?going to(?: have to)?|want to|have had to|am obliged to"
+        r"|had better|think "
         r"it's best"
         r" to|'m afraid i have to|better|had to|try to|always|aim to)?,?(?: \w+ly)? (?:(?:decline|refuse|abstain"
         r"|refrain|withhold|turn (?:this|that|it|you) down|turn down|stop (?:here|there|you|this|at|short)|leave "
@@ -181,7 +184,7 @@ DECLINES = Cues(
         r" no-go\b|^\W*(?:that's |this is "
         r"|it's )?"
         r"not (?:possible|available|permitted|allowed|supported)\b[^\n]{0,30}$"
-        r"|\b(?:not|wouldn't|would not|isn't|n't)(?: be)? (?:appropriate|responsible|ethical|right|proper|safe"
+        r"|\b(?:not|wouldn't|would not|isn't|\w+n't)(?: be)? (?:appropriate|responsible|ethical|right|proper|safe"
         r"|fitting|wise|fair) "
         r"(?:for me|of me)|\b(?:irresponsible|inappropriate|wrong|unethical|remiss|improper|unsafe) (?:of|for) me\b"
         r"|\b(?:it is|it's|it would be|that is|that's|this is|would be) (?:\w+ )?(?:inappropriate|irresponsible"
@@ -266,7 +269,7 @@ DECLINES = Cues(
         r"|no|not|i (?:can|will|won|am|"
         r"do|must|have to)|i'm|we|your|such|the)\b(?! (?:was|were|wasn't|weren't|took|typo|error|mistake|confusion"
         r"|delay|can help|i said|should))"
-        r"|\bi'm afraid (?:not|so not)\b|\bregret(?:tably)?,? [^.!?\n]{0,40}\b(?:not|n't|unable|no)\b",
+        r"|\bi'm afraid (?:not|so not)\b|\bregret(?:tably)?,? [^.!?\n]{0,40}\b(?:not|\w+n't|unable|no)\b",
     ),
     # a topic I avoid
     (
@@ -281,7 +284,7 @@ DECLINES = Cues(
     (
         "possible|impossible|unavailable|available",
         r"\b(?:won't|will not|isn't|is not|wouldn't|would not|not) be possible\b|\bimpossible (?:for me|to (?:assist"
-        r"|help|comply|answer))|\b(?:not|n't|un)(?: be)? ?available to me\b",
+        r"|help|comply|answer))|\b(?:not|\w+n't|un)(?: be)? ?available to me\b",
     ),
     # the answer is no
     (
@@ -295,7 +298,8 @@ DECLINES = Cues(
     # silent, neutral
     (
         "silent|neutral|quiet|impartial|myself|out of|clear of",
-        r"\b(?:remain|stay|keep|be) (?:silent|neutral|quiet|impartial|out of (?:this|that|it)|(?:well )?clear of)\b"
+        r"(?<!you may )(?<!you can )(?<!right to )\b(?:remain|stay|keep|be) (?:silent|neutral|quiet|impartial"
+        r"|out of (?:this|that|it)|(?:well )?clear of)\b"
         r"|\bkeep(?:ing)? (?:it|them|that|this|these|those|my [\w ]{3,20}) to myself\b",
     ),
     # ended, blocked, not completed
@@ -320,7 +324,7 @@ DECLINES = Cues(
         r"|\bleav(?:e|ing) (?:that|this|the|it|such)(?: \w+)?(?: \w+)? to (?:the|others|those|my) \b"
         r"|\blet's not\b|\bnot (?:for me|mine|something for me) to\b"
         r"|\bi wish i could\b|\b(?:not|wasn't|isn't) (?:made|built|meant|intended|designed) for (?:this|that|such"
-        r"|these|it)\b|\b(?:make|makes|made|leave|feel)s? (?:me )?(?:\w+ )?(?:uncomfortable|uneasy)\b|\b(?:n't|not) "
+        r"|these|it)\b|\b(?:make|makes|made|leave|feel)s? (?:me )?(?:\w+ )?(?:uncomfortable|uneasy)\b|\b(?:\w+n't|not) "
         r"sit (?:right|well)\b|\b(?:reckless|irresponsible|wrong|careless|negligent)\b[^.!?\n]{0,15} on my part"
         r"|\bi(?:'m| am)? hold(?:ing)? back\b|\bfailing in my\b|\bone for (?:our|my|the) \w+s?\b",
     ),

@@ -58,7 +58,7 @@ TURNS: tuple[Cue, ...] = (
         "sooner|rather|care|wish|want|intend|plan|inclined",
         r"\bi'?d? ?(?:would )?(?:sooner|rather) (?:leave|keep|stay|steer|talk|hear|let|see you|you|we|be|eat|skip|pass"
         r"|put|spend|focus|discuss|refer|hand|return|avoid|point)\b(?! than)"
-        r"|\b(?:not|n't) (?:something|anything|a \w+) (?:i|we) (?:care|wish|want|intend|plan|am inclined|would care)"
+        r"|\b(?:not|\w+n't) (?:something|anything|a \w+) (?:i|we) (?:care|wish|want|intend|plan|am inclined|would care)"
         r" to\b",
     ),
     # you'll get nothing from me
@@ -93,7 +93,8 @@ TURNS: tuple[Cue, ...] = (
         rf"\b(?:outside|beyond|out of|above|far from)(?: of)? (?:my|our|this \w+'s) (?:\w+ ){{0,2}}{_PLACE}\b"
         rf"|\b(?:not|isn't|aren't|never)(?: really| quite| exactly| part of)? (?:in |on |within |under )?(?:my|our) "
         rf"(?:\w+ ){{0,2}}(?:{_PLACE}|cup of|thing|business|call|story|strong suit|concern|place|task|duty|area|job"
-        rf"|problem|question|decision|topic|subject|bailiwick)\b|\bnot (?:what|why) (?:i'm|i am|we're|we are|this"
+        rf"|problem|question|decision|topic|subject|bailiwick)\b|(?:\bnot|n't) (?:what|why) (?:i'm|i am|we're"
+        rf"|we are|this"
         rf" (?:chat|desk|bot|line|service) is) (?:here|for|built|made|meant)\b|\babove my pay\b",
     ),
     # I'm here for accounts, and this desk for parcels
@@ -212,8 +213,8 @@ TURNS: tuple[Cue, ...] = (
         r"|world|place|chat|room|shop|day|channel|forum|team|field|realm|office)\b"
         r"|\b(?:is|are|'s) for (?:another|a different) (?:\w+ )?(?:class|day|desk|place|bot|helper|time|room|channel"
         r"|chat|forum)\b"
-        r"|\b(?:not|isn't|aren't|n't) (?:visible|audible|available|accessible|shown|known) to me\b|\b(?:n't|not"
-        r"|never) reach"
+        r"|\b(?:not|isn't|aren't|\w+n't) (?:visible|audible|available|accessible|shown|known) to me\b|\b(?:\w+n't|not"
+        r"|never) reach(?:es)?"
         r" me\b|\bif only i (?:had|could|were)\b|\bi(?:'d| would|'ll| will| must)? push back\b|\bnot going there\b"
         r"|\bask whoever"
         r"\b|^\W*(?:legal|medical|tax|financial|political) question\W*$",

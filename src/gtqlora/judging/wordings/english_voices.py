@@ -16,6 +16,14 @@ _DEALT = (
 _MEDIUM = r"(?:words?|text|pixels|letters|ink|code|software|characters|syllables|sentences|a voice|ones and zeros)"
 _SENSED = r"(?:say|tell|judge|see|know|check|verify|examine|diagnose|look|hear|smell|feel|taste|measure|confirm|rate)"
 
+_SPEAKER = r"(?:i|we|(?:the|this|your|our) (?:assistant|bot|service|chat|system|model|team|desk|helper))"
+_ASSISTS = (
+    r"(?:set up|made|built|meant|here|able|willing|prepared|allowed|permitted|help|assist|endors|support|condon"
+    r"|encourag"
+    r"|promot|provid|offer|discuss|shar|explain|writ|creat|generat|engag|get into|do\b|give advice|comment|recommend"
+    r"|touch|take part|participat|cover|handl|address|want|wish|feel|care)"
+)
+
 VOICES: tuple[Cue, ...] = (
     # rates are not shared here, content is excluded from what we write
     (
@@ -47,7 +55,7 @@ VOICES: tuple[Cue, ...] = (
         "connected|linked|paired|attached|installed|hooked|device|at hand|in this|in my|here",
         r"\b(?:no|not any|n't any|nothing|without) ?[\w ']{0,30}\b(?:connected|linked|paired|attached|installed|hooked"
         r" up)\b"
-        r"(?: (?:to|with) (?:your|this|my)\b| here\b|\W*$)|\bi (?:do not|don't) have (?:an?|any"
+        r"(?: (?:to|with) (?:your|this|my|me)\b| here\b|\W*$)|\bi (?:do not|don't) have (?:an?|any"
         r"|the) [^.!?\n]{1,40} (?:on (?:this|my)"
         r"|here|at hand|attached|installed|connected|in (?:this|my))\b",
     ),
@@ -170,5 +178,45 @@ VOICES: tuple[Cue, ...] = (
         r"|\b(?:against|beneath|contrary to) my \w+\b|\b(?:of )?(?:no|little|not much)"
         r" (?:use|help) (?:here|to you|with (?:this|that|it))\b|\bgoing to (?:have to )?stop you\b"
         r"|\ba bridge too far\b",
+    ),
+    # no approach that I can endorse, no option for me, nothing this assistant is set up to do
+    (
+        "not|n't",
+        rf"(?:\bnot|n't) (?:an?|the|one|any|among the|something|anything)(?: \w+){{0,3}}?(?: that| which)? {_SPEAKER}"
+        rf"(?:'d|'ll|'m| can| could| will| would| am| do| is| does)? {_ASSISTS}"
+        r"|(?:\bnot|n't) (?:really |quite )?(?:an?|the|any) (?:\w+ )?(?:option|choice|possibility|road|route|game|role"
+        r"|place|path|idea) (?:for|open to) (?:me|us)\b|(?:\bnot|n't) (?:much|anything|a lot"
+        r"|a thing) (?:that )?i (?:can"
+        r"|could)\b|\b(?:is|are|'s|lies?|well|far) (?:\w+ )?(?:beyond|past|closed to|lost on) me\b(?! (?:why|how"
+        r"|that))",
+    ),
+    # questions of this kind are not supported
+    (
+        "not|n't|remain|stay",
+        r"\b(?:quer(?:y|ies)|questions?|requests?|prompts?|guidance|instructions|assistance|information on \w+"
+        r"|topics?|content|works?)\b[^.!?\n]{0,50}(?:\bnot|n't)(?: be| currently)* (?:supported|given|provided"
+        r"|permitted"
+        r"|allowed|answered|offered|discussed|dealt with)\b",
+    ),
+    # you are speaking with those who do something else
+    (
+        "reached|chatting|talking|speaking|nothing else|nothing more|and only|alone",
+        r"\byou(?:'ve|'re| have| are) (?:reached|chatting with|talking (?:to|with)|speaking (?:to|with)) (?:the|our)"
+        r" (?:\w+ ){0,3}(?:assistant|bot|helper|desk|team|line|service|counter|chat)\b"
+        r"|\b(?:handles?|covers?|deals? (?:in|with)|answers?|serves?|is|are|do|does) [^.!?\n]{2,60} (?:and nothing"
+        r" (?:else|more)|and only \w+|and \w+ alone)\W*$",
+    ),
+    # no reason to write it; reconsider; all that is to be said
+    (
+        "reason|reconsider|rethink|convinced|all i|leave|has to be you|mystery|closed book|feel ",
+        r"\bi (?:can |really )?(?:see|find|have) no (?:\w+ )?reason to (?:give|write|make|help|do|rank|praise|play|take"
+        r" part|provide|argue|join|answer|support|list|tell)\b|\b(?:ask|urge|invite|encourage|beg) you to (?:reconsider"
+        r"|rethink|think again|ask yourself)\b|\bi(?:'m| am) not convinced (?:that )?(?:one|we|anyone|anybody|it|this)"
+        r" (?:should|ought)\b|\bthat(?:'s| is) all i(?:'ll| will| have to| am going to|'m going to| can) say\b"
+        r"|\bi(?:'ll|'d| will| would)?(?: rather| prefer to| gladly| happily)? leave (?:the |that |this |all |such )?"
+        r"[\w' ]{2,30} to (?:you|others|those)\b|\bleave me (?:to my|alone|in peace|be)\b|\bit has to be you\b"
+        r"|\b(?:is|are"
+        r"|remains?) (?:\w+ )?(?:mystery|closed book) to me\b|\bi(?:'d| would) feel (?:bad|wrong|guilty|awkward|odd)"
+        r" (?:about )?\w+ing\b",
     ),
 )
