@@ -46,6 +46,7 @@ class Exchange:
         self.tokens: Literal["same", "own"] = SAME
         self._side: _Beside | None = None
         self._sent: tuple[Tensor, Tensor] | None = None
+        self._sends = True
 
     @property
     def count(self) -> int:
@@ -79,7 +80,7 @@ class Exchange:
 
     def send(self, hidden: Tensor) -> None:
         """Send what a router is given [..., D], which nearly always is what its experts are given, too."""
-        if self.tokens == SAME or not self.early or not hidden.is_cuda:
+        if self.tokens == SAME or not (self.early and self._sends and hidden.is_cuda):
             return
         sent: Any = _GatheredEarly.apply(self._beside(hidden.device), hidden.flatten(0, -2))
         self._sent = hidden, sent
@@ -95,7 +96,8 @@ class Exchange:
         (given, sent), self._sent = self._sent, None
         self._side.wait()
         same = given.data_ptr() == hidden_TD.data_ptr() and given.numel() == hidden_TD.numel()
-        return sent if same and given.dtype == hidden_TD.dtype else None
+        self._sends = same and given.dtype == hidden_TD.dtype  # of a model that has it otherwise, for nothing
+        return sent if self._sends else None
 
     def all_of(self, values: Tensor) -> Tensor:
         """Return values [T, ...] of the tokens that all ranks have together, which get no gradients."""
