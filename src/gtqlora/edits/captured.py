@@ -39,7 +39,6 @@ from gtqlora.ranks import all_of, average, ranks
 _SPARE_ROOM = 1.25
 """Room for rows of the experts held here, once there was too little: times the most that was seen."""
 
-
 _Handed = list[tuple[Tensor, Tensor]]
 """Trained parameters, and the memory of graphs that has their gradients."""
 

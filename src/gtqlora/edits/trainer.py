@@ -273,12 +273,13 @@ class GateTargetedTrainer(ReferenceTrainer):
     def _count_part(self, mine: Figures) -> None:
         """Add a part's figures, if they are numbers; with the last part the optimizer batch is whole."""
         found = told(mine)
-        for what in ("loss", "anchor"):
-            wrong = [value for value in (getattr(one, what) for one in found) if not math.isfinite(value)]
+        losses, anchors = [one.loss for one in found], [one.anchor for one in found]
+        for what, values in (("loss", losses), ("routing anchor", anchors)):
+            wrong = [value for value in values if not math.isfinite(value)]
             if wrong:
                 raise GuardStop(f"the {what} is {wrong[0]} at step {self.state.global_step + 1}")
         merge(self._metrics["train"], found)
-        self._whole.anchor += sum(one.anchor for one in found) / len(found)
+        self._whole.anchor += sum(anchors) / len(anchors)
         self._whole.left -= 1
         if self._whole.left == 0:
             self._metrics["train"]["loss/anchor"].append(self._whole.anchor)
