@@ -138,8 +138,8 @@ def anchor_of(inside: helpers.Inside, kinds: list[str]) -> tuple[float, Tensor |
     rows = [trainer.train_dataset[i] for i in range(len(kinds))]
     batch = trainer.data_collator(rows)
     batch["kind"] = torch.tensor([ALL_KINDS.index(kind) for kind in kinds])
-    kind_B = batch.pop("kind")
-    anchored = trainer._sums(batch, kind_B, None).anchored
+    trainer._whole = trainer._whole_of([batch])
+    kind_B, anchored = batch.pop("kind"), trainer._whole.sums.anchored
     both = Recorder()
     with router_hooks(trainer.model, trainer.anatomy, both):
         trainer.model(**{name: part for name, part in batch.items() if name != "completion_mask"}, use_cache=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from gtqlora.ranks import all_of, ranks
@@ -23,13 +24,23 @@ class Sums:
 
 @dataclass
 class Whole:
-    """An optimizer batch in progress: its sums, parts still to come, and the anchor so far."""
+    """An optimizer batch in progress: its sums, parts still to come, and the anchor so far.
+
+    Attributes:
+        sums: the mean of the ranks' sums: gradients are averaged over ranks, so each divides by it.
+        compared: of each part, the most rows of a rank whose routing is compared: anchored ones, and others.
+    """
 
     sums: Sums
+    compared: list[tuple[int, int]]
     left: int
     anchor: float = 0.0
 
 
-def mean_of_ranks(sums: Sums) -> Sums:
-    """Return the mean of the ranks' sums: gradients are averaged over ranks, so each divides by it."""
-    return Sums(*(sum(values) / ranks().count for values in zip(*all_of(astuple(sums)), strict=True)))
+def whole_of(parts: Sequence[Sums], compared: Sequence[tuple[int, int]] = ()) -> Whole:
+    """Return the optimizer batch that these parts on this rank, and as many on others, make; ranks tell it at once."""
+    mine = [sum(values) for values in zip(*map(astuple, parts), strict=True)]
+    sums, rows = zip(*all_of((mine, list(compared))), strict=True)
+    mean = Sums(*(sum(values) / ranks().count for values in zip(*sums, strict=True)))
+    most = [(max(a for a, _ in part), max(b for _, b in part)) for part in zip(*rows, strict=True)]
+    return Whole(mean, most, left=len(parts))

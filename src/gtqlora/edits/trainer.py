@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import astuple
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from gtqlora.contrasts import ALL_KINDS, DECLINED_KINDS
 from gtqlora.edits.captured import CapturedStack
 from gtqlora.edits.checkpointing import GuardStop
 from gtqlora.edits.collating import longest_of, most_tokens
-from gtqlora.edits.figures import Figures, figures_of, merge, of_this_rank, told
+from gtqlora.edits.figures import figures_of, merge, of_this_rank, told
 from gtqlora.edits.gate_rates import rates_by_effect
 from gtqlora.edits.hardening import AblationSampler
 from gtqlora.edits.head import completions_only
@@ -37,13 +36,13 @@ from gtqlora.edits.owned import OwnedAdamW
 from gtqlora.edits.packing import PackedStack, seen_at
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.reference import FILLER, Batch, ReferenceTrainer
-from gtqlora.edits.sums import Sums, Whole, mean_of_ranks
+from gtqlora.edits.sums import Sums, Whole, whole_of
 from gtqlora.edits.wrapping import Part, adapters_off, gate_weights, is_gate, restore_masters, trainable
 from gtqlora.experts.exchange import exchange_of
 from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import Anatomy
 from gtqlora.localize.expert_ablation import RowsAblated
-from gtqlora.ranks import all_of, average, most, ranks
+from gtqlora.ranks import all_of, average, ranks
 
 _LOGGED = 3
 """Logged batches over which the guard averages the overlap: one batch may hold few harmful prompts."""
@@ -159,8 +158,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         if self.settings.gate_step is None or not gate_weights(self.model):
             return
         parts = [self.collated(rows) for rows in self.drawn(self.args.train_batch_size * self.settings.accumulation)]
-        found = [self._sums(part, part["kind"], None) for part in parts]
-        whole = mean_of_ranks(Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True))))
+        whole = self._whole_of(parts).sums
 
         def loss_of(part: Batch) -> Tensor:
             kind_B = part.pop("kind")
@@ -185,6 +183,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         """Run one part forward and backward; hooks that recomputation needs stay on until the end."""
         with self._until_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
+            self._count_part()  # while a GPU is busy with the backward pass
         if self._whole.left == 0 and not (self._stack is not None and self._stack.averages):
             average(p.grad for p in self._trained if p.grad is not None)
         return loss
@@ -203,11 +202,15 @@ class GateTargetedTrainer(ReferenceTrainer):
         """Return the parts of one optimizer batch; what divides their losses is known before the first one runs."""
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._draw_silent(parts)
-        found = [self._sums(part, part["kind"], part.get("silent")) for part in parts]
-        if found:
-            whole = Sums(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
-            self._whole = Whole(mean_of_ranks(whole), left=len(parts))
+        if parts:
+            self._whole = self._whole_of(parts)
         return parts, items
+
+    def _whole_of(self, parts: list[Batch]) -> Whole:
+        given = [(part, part["kind"], part.get("silent")) for part in parts]
+        masks = [self._compared(kind_B, silent_B) for _, kind_B, silent_B in given]
+        compared = [(int(anchored_B.sum()), int(others_B.sum())) for anchored_B, others_B in masks]
+        return whole_of([self._sums(*one) for one in given], compared)
 
     def _draw_silent(self, parts: list[Batch]) -> None:
         """Mark the rows of each part that run with ablated experts."""
@@ -222,10 +225,19 @@ class GateTargetedTrainer(ReferenceTrainer):
             part["silent"] = silent_B.to(part["kind"].device)
 
     def _sums(self, inputs: Batch, kind_B: Tensor, silent_B: Tensor | None) -> Sums:
-        anchored_B = self._weights(kind_B) > 0 if silent_B is None else (self._weights(kind_B) > 0) & ~silent_B
+        anchored_B, _ = self._compared(kind_B, silent_B)
         tokens_B = inputs["attention_mask"][: len(kind_B)].sum(-1)  # chosen rows come first, then the rejected ones
         chosen, rows = inputs["completion_mask"][: len(kind_B), 1:].sum(), (kind_B != FILLER).sum()
         return Sums(rows=float(rows), chosen=float(chosen), anchored=float((tokens_B * anchored_B).sum()))
+
+    def _compared(self, kind_B: Tensor, silent_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return which rows are held to the original's routing, and which others are compared with it for figures.
+
+        Rows with ablated experts are left out: behind those, routing is not the original's in any case.
+        """
+        plain_B = torch.ones_like(kind_B, dtype=torch.bool) if silent_B is None else ~silent_B
+        anchored_B = self._weights(kind_B) > 0
+        return plain_B & anchored_B, plain_B & ~anchored_B & (kind_B != FILLER)
 
     def compute_loss(
         self,
@@ -243,7 +255,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         with self._recorded(both, *ablate):
             loss = self._preference_loss(model, inputs, part, whole)
         anchor = self._anchor(both, inputs, kind_B, silent_B) / max(whole.anchored, 1.0)
-        self._count_part(figures_of(loss, anchor, kind_B != FILLER, inputs["completion_mask"], self._found))
+        self._mine = figures_of(loss, anchor, kind_B != FILLER, inputs["completion_mask"], self._found)
         # gradient checkpointing runs the layers again, and they must route as they did
         self._until_backward.enter_context(router_hooks(self.model, self.anatomy, *ablate))
         return loss + anchor
@@ -270,9 +282,9 @@ class GateTargetedTrainer(ReferenceTrainer):
         fillers = rows - part.rows
         return loss - fillers / whole.rows * math.log(2) if fillers else loss
 
-    def _count_part(self, mine: Figures) -> None:
+    def _count_part(self) -> None:
         """Add a part's figures, if they are numbers; with the last part the optimizer batch is whole."""
-        found = told(mine)
+        found = told(self._mine)
         losses, anchors = [one.loss for one in found], [one.anchor for one in found]
         for what, values in (("loss", losses), ("routing anchor", anchors)):
             wrong = [value for value in values if not math.isfinite(value)]
@@ -315,26 +327,21 @@ class GateTargetedTrainer(ReferenceTrainer):
         """Weighted divergence of router scores from the original's, summed over prompt and chosen completion.
 
         The loss has the anchored kinds. On logging steps the other rows are compared too, for the health figures, and
-        by themselves: whether a step is logged must not change how the sums of its loss are rounded. Rows with ablated
-        experts are left out: behind those, routing is not the original's in any case.
+        by themselves: whether a step is logged must not change how the sums of its loss are rounded.
         """
-        weight_B = self._weights(kind_B)
-        plain_B = torch.ones_like(kind_B, dtype=torch.bool) if silent_B is None else ~silent_B
-        loss = self._divergence(both, inputs, kind_B, weight_B, plain_B & (weight_B > 0))
+        anchored_B, others_B = self._compared(kind_B, silent_B)
+        anchored, others = self._whole.compared[-self._whole.left]
+        loss = self._divergence(both, inputs, kind_B, anchored_B, anchored)
         if self._logging:
             with torch.no_grad():
-                others_B = plain_B & (weight_B == 0) & (kind_B != FILLER)
-                self._divergence(both, inputs, kind_B, weight_B, others_B)
+                self._divergence(both, inputs, kind_B, others_B, others)
         return loss
 
-    def _divergence(
-        self, both: Recorder, inputs: Batch, kind_B: Tensor, weight_B: Tensor, compared_B: Tensor
-    ) -> Tensor:
+    def _divergence(self, both: Recorder, inputs: Batch, kind_B: Tensor, compared_B: Tensor, together: int) -> Tensor:
         """Of the compared rows; they are counted for the health figures on logging steps."""
-        rows = compared_B.nonzero().squeeze(-1)
-        together = most(len(rows))
         if together == 0:
             return torch.zeros((), device=kind_B.device)
+        rows = compared_B.nonzero().squeeze(-1)
         original, edited = self._routing(inputs, rows, together, "lora", "gates"), both.at(seen_at(inputs, rows))
         known = {"lora": edited, "gates": original}  # it takes another pass only where both parts train
         lora = original
@@ -346,7 +353,7 @@ class GateTargetedTrainer(ReferenceTrainer):
         if self._logging:
             with torch.no_grad():
                 self.health.add(edited, original, lora, mask_BS, kind_B[rows])
-        weight_T = (weight_B[rows, None] * mask_BS).flatten()
+        weight_T = (self._weights(kind_B)[rows, None] * mask_BS).flatten()
         losses = [
             (routing.divergence_T(was.logits_TE, now.logits_TE, self.anatomy.spec, was.bias_E) * weight_T).sum()
             for was, now in ((original.decisions[p], now) for p, now in edited.decisions.items())
