@@ -67,11 +67,10 @@ class Exchange:
         if self.tokens == SAME:
             hidden_TD, weights_TK = _Copied.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
             return _Added.apply(self.group, sums(hidden_TD, index_TK, weights_TK))  # type: ignore[return-value]
-        index_NK = self.all_of(index_TK.int()).to(index_TK.dtype)
-        (weights_NK,) = _Gathered.apply(self.group, weights_TK)  # type: ignore[misc]
+        index_NK, weights_NK = _Routed.apply(self.group, index_TK, weights_TK)  # type: ignore[misc]
         hidden_ND = self._sent_before(hidden_TD)
         if hidden_ND is None:
-            (hidden_ND,) = _Gathered.apply(self.group, hidden_TD)  # type: ignore[misc]
+            hidden_ND = _Gathered.apply(self.group, hidden_TD)
         sums_ND = sums(hidden_ND, index_NK, weights_NK)
         if self.early and sums_ND.is_cuda:
             sums_ND = _Awaited.apply(self._beside(sums_ND.device), sums_ND, weights_NK)
@@ -175,24 +174,52 @@ class _Passed(Protocol):
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Say that these outputs have no gradients."""
+        ...
+
     def save_for_backward(self, *tensors: Tensor) -> None:
         """Keep tensors for the backward pass."""
         ...
 
 
 class _Gathered(torch.autograd.Function):
-    """Tensors of each rank -> of all; the gradients of all ranks are added up."""
+    """What each rank's tokens have -> what all ranks' have; the gradients of all ranks are added up."""
 
     @staticmethod
-    def forward(ctx: _Passed, group: Group, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Passed, group: Group, values_TD: Tensor) -> Tensor:
         ctx.group = group
-        return tuple(gathered(value, group) for value in values)
+        return gathered(values_TD, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = zip(grads, ctx.needs_input_grad[1:], strict=True)
-        return None, *(scattered(grad, ctx.group) if needed else None for grad, needed in wanted)
+        return None, scattered(grads[0], ctx.group)
+
+
+class _Routed(torch.autograd.Function):
+    """Which experts each rank's tokens chose, and with which weights -> of all ranks, in one message.
+
+    Both are so small that a second message would take as long as the first.
+    """
+
+    @staticmethod
+    def forward(ctx: _Passed, group: Group, index_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        parts = index_TK.int().contiguous(), weights_TK.contiguous()
+        bytes_NB = gathered(torch.cat([part.view(torch.uint8) for part in parts], dim=1), group)
+        lengths = [part.shape[1] * part.element_size() for part in parts]
+        index_NK, weights_NK = (
+            mine.contiguous().view(part.dtype) for mine, part in zip(bytes_NB.split(lengths, dim=1), parts, strict=True)
+        )
+        index_NK = index_NK.to(index_TK.dtype)
+        ctx.mark_non_differentiable(index_NK)
+        return index_NK, weights_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, scattered(grads[1], ctx.group) if ctx.needs_input_grad[2] else None
 
 
 class _Scattered(torch.autograd.Function):
@@ -210,7 +237,7 @@ class _Scattered(torch.autograd.Function):
 
 
 class _GatheredEarly(torch.autograd.Function):
-    """`_Gathered`, of one tensor, whose values are there once they are waited for."""
+    """`_Gathered`, whose values are there once they are waited for."""
 
     @staticmethod
     def forward(ctx: _Passed, beside: _Beside, values_TD: Tensor) -> Tensor:
