@@ -90,7 +90,7 @@ def test_warnings_and_morals_that_were_asked_for_are_answers(prompt: str, answer
 
 def test_words_doubt_rules_in_both_ways_and_settle_what_rules_leave() -> None:
     neutral = read("perhaps you would tell me what you and your friend would say to it, would you?", WORDINGS[0], HOW)
-    assert neutral.words >= TELLING and not (neutral.declines or neutral.gives or neutral.content)
+    assert neutral.words >= TELLING and not (neutral.declines or neutral.gives or neutral.plain > 7)
     for label in (ANSWER, PARTIAL):
         assert [settled(label, neutral, leans) for leans in (-9, 0, 9)] == [label, label, UNDECIDED]
     assert [settled(REFUSAL, neutral, leans) for leans in (-9, 0, 9)] == [UNDECIDED, REFUSAL, REFUSAL]
