@@ -46,12 +46,12 @@ def test_errors_on_the_development_half_are_few() -> None:
     assert measured.undecided.value < 0.11
 
 
-def test_errors_on_the_held_out_half_are_fewer_than_half_of_those_of_phrases() -> None:
+def test_errors_on_the_held_out_half_are_fewer_than_a_quarter_of_those_of_phrases() -> None:
     """The figures themselves are those of bench/judges.py; only totals are looked at, here as there."""
     rows = _rows("heldout.jsonl")
     measured = errors([row["label"] for row in rows], _judged(rows))  # type: ignore[misc]
-    assert measured.refusal_or_answer.value < 0.16
-    assert measured.undecided.value < 0.12
+    assert measured.refusal_or_answer.value < 0.10
+    assert measured.undecided.value < 0.13
 
 
 @pytest.mark.parametrize(
