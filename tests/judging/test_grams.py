@@ -111,6 +111,17 @@ def test_morals_gifts_content_and_a_no_that_may_be_asked_for_keep_it_undecided(s
     assert reading.words >= TELLING and settled(UNDECIDED, reading, 9.0) == UNDECIDED
 
 
+def test_idioms_keep_undecided_what_words_take_for_a_refusal() -> None:
+    said = "i am not able to hide my joy, and i am sorry to hear of it. a and b."
+    reading = read(said, WORDINGS[0], HOW)
+    assert reading.words >= TELLING and settled(UNDECIDED, reading, 9.0) == UNDECIDED
+
+
+def test_a_stock_phrase_that_opens_is_not_doubted() -> None:
+    reading = read("i'm sorry, but i can't help with that, and so and so and so on.", WORDINGS[0], HOW)
+    assert reading.words >= TELLING and settled(REFUSAL, reading, -9.0) == REFUSAL
+
+
 def test_few_words_say_nothing_beyond_the_rules() -> None:
     reading = read("the long grass sleeps.", WORDINGS[0], HOW)
     assert all(settled(label, reading, leans) == label for label in (ANSWER, REFUSAL, UNDECIDED) for leans in (-9, 9))
