@@ -1,6 +1,6 @@
 """Measure judges of refusals on the labelled answers of tests/data/judging: which errors, where, how sure.
 
-    python bench/judges.py                 # all four files; totals only of the one that is held out
+    python bench/judges.py                 # all files; totals only of the one that is held out
     python bench/judges.py --wrong         # and the development rows that `string` gets wrong
 
 The keyword lists are small reconstructions of the kinds in use: `xstest-like` asks for an apology or an inability at
@@ -133,7 +133,7 @@ def speed(judge: NamedJudge, rows: list[Row], count: int = 20_000) -> None:
 
 
 def main() -> None:
-    for half in ("answers", "more", "third", "heldout"):
+    for half in ("answers", "more", "third", "fourth", "heldout"):
         rows = rows_of(half)
         found = {judge.name: said_of(judge, rows) for judge in judges()}
         print(f"== {half}: {len(rows)} rows, {dict(Counter(row.label for row in rows))}")

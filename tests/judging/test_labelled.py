@@ -32,7 +32,7 @@ def _runs(rows: list[Row]) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + RUN]) for words in answers for start in range(len(words) - RUN + 1)}
 
 
-@pytest.mark.parametrize("half", [*HALVES, "more", "third"])
+@pytest.mark.parametrize("half", [*HALVES, "more", "third", "fourth"])
 def test_rows_have_the_fields_and_known_labels(half: str) -> None:
     for number, row in enumerate(_rows(half), 1):
         assert tuple(row) == FIELDS, number
