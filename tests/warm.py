@@ -1,15 +1,18 @@
 """Fresh processes without the seconds that imports take: children of one that has imported libraries and done nothing.
 
-It runs beside the tests, reads a request a line and answers with how its children ended. Nothing of gtqlora is imported
-in it, so a child knows of gtqlora what its code imports. Ranks, of which there are many and none is about imports, are
-children of a second one that is forked from it and has imported the stages, too.
+It runs beside the tests, one for all workers. For each of them it forks a server that reads a request a line and
+answers with how its children ended. Nothing of gtqlora is imported in it, so a child knows of gtqlora what its code
+imports. Ranks, of which there are many and none is about imports, are children of a second one that is forked from
+the server and has imported the stages, too.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -18,7 +21,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import IO, NoReturn, TypedDict
 
 _SECONDS = 120
@@ -87,7 +90,6 @@ def _together(
 ) -> list[Ended]:
     """Run as many children as environments are given, and wait for all."""
     server = _server()
-    assert server.stdin is not None and server.stdout is not None
     with TemporaryDirectory() as folder:
         children = list[Child]()
         for place, more in enumerate(given):
@@ -97,9 +99,9 @@ def _together(
             environment = {name: value for name, value in whole.items() if value is not None}
             words = [*map(str, (own or {}).get(place, arguments))]
             children.append(Child(code=code, arguments=words, environment=environment, said=str(said), knowing=knowing))
-        server.stdin.write(json.dumps(children) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        server.write(json.dumps(children) + "\n")
+        server.flush()
+        codes = json.loads(server.readline())
         return [_ended(child, ended) for child, ended in zip(children, codes, strict=True)]
 
 
@@ -109,16 +111,53 @@ def _ended(child: Child, code: int) -> Ended:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
-    """Start it; it ends when its input does, that is with this process. Sets have another order there than here."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.warm"]
+def _server() -> IO[str]:
+    """Connect to the process of this run of the tests; whoever comes first starts it."""
+    place = Path(gettempdir()) / f"gtqlora-warm-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ours = socket.socket(socket.AF_UNIX)
+        try:
+            ours.connect(str(place))
+        except OSError:  # there is none, or none any more
+            _start(place)
+            ours.connect(str(place))
+    return ours.makefile("rw")
+
+
+def _start(place: Path) -> None:
+    """Start it; it takes no more workers when its input ends, that is with this process."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.warm", str(place)]
+    # sets have another order there than here
     environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment
-    )
+    place.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place))
+        listening.listen()
+        there = listening.fileno()
+        command.append(str(there))
+        _STARTED.append(subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT, env=environment, pass_fds=[there]))
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+"""Kept, as its input ends with it."""
 _ROOT = Path(__file__).parents[1]
+
+
+def _take(listening: socket.socket, place: Path) -> None:
+    """Fork a server for each worker that comes, until the input ends."""
+    while True:
+        ready, _, _ = select.select([listening, sys.stdin], [], [])
+        if sys.stdin in ready:
+            place.unlink(missing_ok=True)
+            place.with_suffix(".lock").unlink(missing_ok=True)
+            return
+        with listening.accept()[0] as worker:
+            if os.fork() == 0:
+                listening.close()
+                with worker.makefile("rw") as both:
+                    serve(both, both)
+                os._exit(0)
 
 
 def serve(requests: IO[str], answers: IO[str], *, knowing: bool = False) -> None:
@@ -207,4 +246,4 @@ if __name__ == "__main__":
     import trl.trainer.dpo_trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    serve(sys.stdin, sys.stdout)
+    _take(socket.socket(fileno=int(sys.argv[2])), Path(sys.argv[1]))

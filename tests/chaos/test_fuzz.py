@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from gtqlora.families import rendering
 from tests.chaos import corpus, forks, fuzz, mutations
 from tests.chaos.corpus import Known
 from tests.chaos.fuzz import Group
@@ -27,10 +28,11 @@ GROUPS = {group.name: group for group in fuzz.GROUPS}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    state, limit = os.environ["XDG_STATE_HOME"], forks.LIMIT
+    state, limit, seconds = os.environ["XDG_STATE_HOME"], forks.LIMIT, rendering.SECONDS
     forks.LIMIT = 3 * limit  # the machine may be busy with other tests
+    rendering.SECONDS = 1.0  # of processor time, after which a template without end is refused
     yield World.build(tmp_path_factory.mktemp("fuzz"))
-    os.environ["XDG_STATE_HOME"], forks.LIMIT = state, limit
+    os.environ["XDG_STATE_HOME"], forks.LIMIT, rendering.SECONDS = state, limit, seconds
 
 
 @pytest.mark.parametrize("name", INPUTS)

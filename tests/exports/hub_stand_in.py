@@ -84,6 +84,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms, until its header is acknowledged
 
     def do_GET(self) -> None:
         self._answer(b"")
