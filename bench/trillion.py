@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def predicted(args: argparse.Namespace, gpus: int) -> tuple[dict[str, int], dict
     sizes, usable = sizes_for(args), torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 141 * 10**9
     settings = step.settings_of(args, torch.device("cpu"))
     planned = Step.of(settings, args.tokens, args.format, args.tokens // 2)
+    planned = replace(planned, expert_memory=args.expert_memory)
     placed = Placement(gpus=gpus) if args.expert_memory is None else as_loaded(sizes, planned, gpus, usable)
     parts = memory_of(sizes, planned, placed, usable).parts
     return sizes.counts(), {name: size / GIB for name, size in parts.items() if name != CONTEXT}
