@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +211,18 @@ def check_trainings(folder: Path) -> None:
 
 def check_split_dense_weights_train_as_whole_ones(folder: Path) -> None:
     config = TrainConfig(**json.loads((folder / "variants.json").read_text())["nf4"])
+    config = replace(config, gradient_checkpointing=True, activation_memory=1.0)
     worth_it, subjects.is_worth_it = subjects.is_worth_it, lambda _model, _anatomy: True
+    said, handler = list[str](), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("gtqlora").addHandler(handler)
     try:
         assert is_sharded(subjects.open_subject(config).model)
         helpers.trained(config, folder / "ranks" / "sharded")
     finally:
         subjects.is_worth_it = worth_it
+        logging.getLogger("gtqlora").removeHandler(handler)
+    assert any("activation_memory is not used" in line for line in said)
 
 
 def check_split_weights_take_other_values_and_their_own_again(folder: Path) -> None:

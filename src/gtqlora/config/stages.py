@@ -222,7 +222,8 @@ class TrainConfig(StageConfig):
         max_grad_norm: length to which longer gradients are cut; raised, fewer are cut.
         gradient_checkpointing: whether activations are computed again and not kept: less memory, more time.
         activation_memory: GiB of a GPU for activations that are kept all the same under `gradient_checkpointing`, of as
-            many layers as fit; raised, training is faster. Without it, what is free.
+            many layers as fit; raised, training is faster. Without it, what is free. Where several GPUs split dense
+            weights, none are kept.
         cuda_graphs: whether a GPU records the kernels of a batch's passes once and replays them for every batch of its
             shape; without it, small batches wait for Python.
         logging_steps: steps between two records of losses and routing health, which the guard reads too.

@@ -48,6 +48,7 @@ from gtqlora.edits.wrapping import (
     peft_targets_kept,
 )
 from gtqlora.errors import ConfigError, RunError, TrainingError
+from gtqlora.experts.sharding import is_sharded
 from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
@@ -188,6 +189,8 @@ def _attempt(config: TrainConfig, model: ModelIdentity, rows: Contrast, run: Run
     with enough(lambda: "while the model was loaded"):
         subject = open_subject(replace(config, model=model.model))
     model.check_unchanged()
+    if config.activation_memory and config.gradient_checkpointing and is_sharded(subject.model):
+        note("activation_memory is not used: dense weights are split, so that every layer is computed again")
     # Before anything is trained: one long row would run out of memory in the middle of it.
     limit = min(subject.max_length, config.max_length or subject.max_length)
     check_rendering(rows, subject.tokenizer, limit, subject.vocabulary)
