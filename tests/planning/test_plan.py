@@ -68,6 +68,18 @@ def test_rates_are_the_shares_that_they_say() -> None:
     assert link(1) > link(2) == link(8)
 
 
+def test_host_memory_that_was_named_bounds_what_is_asked_for_by_hand() -> None:
+    """Experts, and what layers were given where dense weights are split: both wait there."""
+    settings = {"batch_size": 4, "gradient_checkpointing": True, "expert_format": "native", "expert_memory": 40.0}
+    there, short = (planned(str(KIMI), "2x80GB", host=host, **settings) for host in ("1TB", "300GB"))
+    assert there.fits and there.streamed is not None and there.beside > there.streamed.host > 300 * 10**9
+    inputs = 61 * 2 * there.tokens * there.pairs * 7168 * 2  # of all GPUs
+    assert there.beside - there.streamed.host == inputs
+    assert not short.fits and short.needed == there.needed <= short.usable
+    assert short.change is not None and short.change.what[-1].startswith("--host ")
+    assert planned(str(KIMI), "2x80GB", **settings).fits  # no host memory was named
+
+
 def test_experts_wait_in_host_memory_where_gpus_are_too_small() -> None:
     found = planned(str(KIMI), "2x80GB", host="1TB", batch_size=4, gradient_checkpointing=True)
     there = found.streamed

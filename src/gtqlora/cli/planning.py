@@ -93,8 +93,7 @@ def _show(found: Plan) -> None:
     if found.fits and not found.speed and found.rated:
         say(console, "how long it takes cannot be told: no step with so few tokens, or so narrow a model, was measured")
     if not found.fits:
-        verdict = f"does not fit: {in_binary(found.needed)} of {in_binary(found.usable)} on each {found.card}"
-        say(console, verdict, accent=("does not fit", "bold red"))
+        say(console, f"does not fit: {', '.join(_short_of(found))}", accent=("does not fit", "bold red"))
         say(console, _change(found))
     for note in found.notes:
         say(console, f"note: {note}", accent=("note:", "yellow"))
@@ -125,6 +124,13 @@ def _memory(found: Plan) -> Sheet:
     )
 
 
+def _short_of(found: Plan) -> Iterator[str]:
+    if found.needed > found.usable:
+        yield f"{in_binary(found.needed)} of {in_binary(found.usable)} on each {found.card}"
+    if 0 < found.host < found.beside:
+        yield f"{size(found.beside)} of the {size(found.host)} of host memory"
+
+
 def _placement(found: Plan) -> Iterator[str]:
     if found.fits:
         yield f"fits, with {in_binary(found.usable - found.needed)} to spare on each GPU"
@@ -138,6 +144,8 @@ def _placement(found: Plan) -> Iterator[str]:
             f"experts of {there.layers} layers wait in {size(there.host)} of host memory: {size(there.per_pass)} come "
             f"to each GPU in a pass, {there.seconds:.2f} s by the link (--set expert_memory={there.expert_memory})"
         )
+    if inputs := found.beside - (found.streamed.host if found.streamed else 0):
+        yield f"what layers were given waits in {size(inputs)} of host memory until they are computed again"
 
 
 def _speed(speed: Speed, gpus: int) -> Iterator[str]:

@@ -138,11 +138,17 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the fullest GPU by part, the layers that keep their activations, and bytes in host memory of all."""
+    """Bytes on the fullest GPU by part, and the layers that keep their activations.
+
+    Attributes:
+        host: bytes of a machine's host memory in which experts wait.
+        inputs: the same, in which what layers were given waits until they are computed again.
+    """
 
     parts: dict[str, int]
     kept: int
     host: int
+    inputs: int
 
     @property
     def total(self) -> int:
@@ -175,10 +181,12 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
         CONTEXT: round(_CONTEXT),
     }
-    kept = 0 if split and step.checkpointing else _kept(sizes, step, usable, sum(parts.values()))
-    parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept, on_host=split and step.checkpointing))
+    away = split and step.checkpointing
+    kept = 0 if away else _kept(sizes, step, usable, sum(parts.values()))
+    parts[LAYERS] = round(_SLACK * _activations(sizes, step, kept, on_host=away))
     host = placed.on_host * sizes.experts * expert_bytes(sizes, step.held)
-    return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host)
+    inputs = away * placed.gpus * len(sizes.layers) * step.together * sizes.hidden * sizes.width
+    return Memory(parts={name: size for name, size in parts.items() if size}, kept=kept, host=host, inputs=inputs)
 
 
 def _on_their_way(sizes: Sizes) -> int:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 
 from gtqlora.errors import ConfigError
 from gtqlora.families.kinds import ROUTED
@@ -84,6 +85,7 @@ class Plan:
         formats: bytes of the model by format of its experts.
         experts: the range of routed experts of each GPU.
         usable, needed: bytes of each GPU, and those needed on the fullest, by part in `memory`.
+        host, beside: bytes of host memory that were named, 0 if none were, and those needed of each machine.
         layers_kept: layers whose activations are not computed again.
         streamed: experts in host memory, if some have to be there.
         rated: whether speeds were measured on such a card.
@@ -106,6 +108,8 @@ class Plan:
     experts: tuple[tuple[int, int], ...]
     usable: int
     needed: int
+    host: int
+    beside: int
     memory: dict[str, int]
     layers_kept: int
     layers: int
@@ -128,7 +132,7 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
     """
     _check(sizes, step, cards)
     placed, memory = _placed(sizes, step, cards, host)
-    fits = memory.total <= cards.bytes
+    fits = _fits(memory, cards, host)
     counts = sizes.counts()
     return Plan(
         model=sizes.model,
@@ -146,6 +150,8 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
         experts=spread(sizes.experts, cards.here),
         usable=cards.bytes,
         needed=memory.total,
+        host=host,
+        beside=memory.host + memory.inputs,
         memory=memory.parts,
         layers_kept=memory.kept,
         layers=len(sizes.layers),
@@ -156,6 +162,11 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
         change=None if fits else cheapest_change(sizes, step, cards, host),
         notes=tuple(_notes(sizes, step, cards, placed)),
     )
+
+
+def _fits(memory: Memory, cards: Cards, host: int) -> bool:
+    """Tell whether it fits the GPUs, and the host memory that was named."""
+    return memory.total <= cards.bytes and (host == 0 or memory.host + memory.inputs <= host)
 
 
 def _check(sizes: Sizes, step: Step, cards: Cards) -> None:
@@ -288,10 +299,12 @@ def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int, *, here: 
             placed, memory = _placed(sizes, changed, more, memory_there)
         except ConfigError:  # the experts do not divide into that format's groups
             continue
-        if memory.total <= more.bytes:
+        if _fits(memory, more, memory_there):
             waits = memory_there > host or changed.expert_memory != step.expert_memory
             size = in_gib(placed.on_gpu(sizes) * placed.layer(sizes, changed.held)) if waits else None
-            return Change(what=tuple(_words(step, changed, cards, more, size)), bytes=memory.total)
+            beside = memory.host + memory.inputs
+            named = [f"--host {ceil(beside / 10**9)}GB"] if here is None and 0 < host < beside else []
+            return Change(what=(*_words(step, changed, cards, more, size), *named), bytes=memory.total)
     return None
 
 
