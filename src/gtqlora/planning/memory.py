@@ -151,6 +151,11 @@ class Memory:
     inputs: int
 
     @property
+    def beside(self) -> int:
+        """All that waits in host memory."""
+        return self.host + self.inputs
+
+    @property
     def total(self) -> int:
         """All parts together."""
         return sum(self.parts.values())

@@ -151,7 +151,7 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
         usable=cards.bytes,
         needed=memory.total,
         host=host,
-        beside=memory.host + memory.inputs,
+        beside=memory.beside,
         memory=memory.parts,
         layers_kept=memory.kept,
         layers=len(sizes.layers),
@@ -166,7 +166,7 @@ def plan_for(sizes: Sizes, step: Step, cards: Cards, host: int, steps: int) -> P
 
 def _fits(memory: Memory, cards: Cards, host: int) -> bool:
     """Tell whether it fits the GPUs, and the host memory that was named."""
-    return memory.total <= cards.bytes and (host == 0 or memory.host + memory.inputs <= host)
+    return memory.total <= cards.bytes and (host == 0 or memory.beside <= host)
 
 
 def _check(sizes: Sizes, step: Step, cards: Cards) -> None:
@@ -302,8 +302,7 @@ def cheapest_change(sizes: Sizes, step: Step, cards: Cards, host: int, *, here: 
         if _fits(memory, more, memory_there):
             waits = memory_there > host or changed.expert_memory != step.expert_memory
             size = in_gib(placed.on_gpu(sizes) * placed.layer(sizes, changed.held)) if waits else None
-            beside = memory.host + memory.inputs
-            named = [f"--host {ceil(beside / 10**9)}GB"] if here is None and 0 < host < beside else []
+            named = [f"--host {ceil(memory.beside / 10**9)}GB"] if here is None and 0 < host < memory.beside else []
             return Change(what=(*_words(step, changed, cards, more, size), *named), bytes=memory.total)
     return None
 
