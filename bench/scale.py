@@ -9,8 +9,8 @@
 Random weights and tokens as in `bench/step.py`, whose trainer, batches and bound these are. `--pairs` is for each GPU,
 or for all together with `--strong`. "to ideal" is tokens a second to those of one GPU times their number. Every run
 trains on one repeated batch: losses of its first and last step, how far gates and LoRA moved (root mean square), and
-the experts' bits before and after are checked and printed. "between GPUs" is the time of NCCL's kernels in one
-profiled step, and of it what no other kernel ran beside.
+the experts' bits before and after are checked and printed. "between GPUs" is what messages, copies and waits for
+another GPU take in one profiled step, and "alone" how much of it no other kernel ran beside.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from ranked import ran
 
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.wrapping import routers_of, trainable
+from gtqlora.experts.exchange import exchange_of
 from gtqlora.ranks import all_of, end_process, joined, ranks
 
-WARMUP = step.WARMUP
+WARMUP, BETWEEN = step.WARMUP, step.BETWEEN
 
 
 class Overlap(transformers.TrainerCallback):
-    """Milliseconds of kernels by kind in one counted step, and those of NCCL that nothing else hid."""
+    """Milliseconds of kernels by kind in one counted step, and those between GPUs that nothing else hid."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -57,8 +58,10 @@ class Overlap(transformers.TrainerCallback):
         self._profile.__exit__(None, None, None)
         kernels = [e for e in self._profile.events() or [] if str(e.device_type).endswith("CUDA")]
         self.spent = step.by_kind(kernels)
-        sent = [(e.time_range.start, e.time_range.end) for e in kernels if "nccl" in e.name.lower()]
-        others = [(e.time_range.start, e.time_range.end) for e in kernels if "nccl" not in e.name.lower()]
+        sent, others = (
+            [(e.time_range.start, e.time_range.end) for e in kernels if (step.kind_of(e) == BETWEEN) == between]
+            for between in (True, False)
+        )
         self.spent["alone"] = (_covered([*sent, *others]) - _covered(others)) / 1e3
 
 
@@ -77,6 +80,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     model, anatomy = step.build(args, args.format, device, args.expert_memory)
     before, losses = frozen_state(model), []
+    exchange = exchange_of(model)
+    if exchange is not None:
+        exchange.direct = not args.nccl
     clock, overlap = step.Clock(device), Overlap()
     with TemporaryDirectory() as folder:
         trainer = step.trainer_of(args, args.format, model, anatomy, Path(folder), clock)
@@ -97,10 +103,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     assert_experts_frozen(trainer.model, before)
+    read_by_others = 0 if exchange is None else exchange.nbytes / 2**30  # which torch's allocator does not count
     found = {
         "experts_gib": step._bytes(step._expert_tensors(model, anatomy)),
-        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0,
-        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 + read_by_others if device.type == "cuda" else 0.0,
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 + read_by_others if device.type == "cuda" else 0.0,
         "losses": [float(loss) for loss in losses],
     }
     each = all_of(found)
@@ -140,7 +147,7 @@ def launched(args: argparse.Namespace, count: int) -> dict[str, Any]:
     given = [f"--{name.replace('_', '-')}={value}" for name, value in _passed(args, count).items()]
     given += [
         f"--{name.replace('_', '-')}"
-        for name in ("profile", "no_graphs", "tiny", "no_packing", "anchor")
+        for name in ("profile", "no_graphs", "tiny", "no_packing", "anchor", "nccl")
         if getattr(args, name)
     ]
     return ran(__file__, count, given)
@@ -174,6 +181,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-packing", action="store_true")
     parser.add_argument("--anchor", action="store_true")
+    parser.add_argument("--nccl", action="store_true", help="no GPU reads another's memory")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true")

@@ -145,8 +145,9 @@ class Measured:
         return statistics.median(self.steps)
 
 
+BETWEEN = "between GPUs"
 _KINDS = {
-    "between GPUs": ("nccl",),
+    BETWEEN: ("nccl", "symmetric_memory", "memcpy ptop"),
     "experts": ("grouped", "few_rows", "_gated", "_gather", "_combine", "absmax", "plan("),
     "attention": ("flash", "fmha", "attention", "sdpa", "cudnn"),
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
@@ -180,13 +181,16 @@ class Profile(TrainerCallback):
             print(f"  {kind:16}{milliseconds:9.1f} ms")
 
 
+def kind_of(kernel: Any) -> str:
+    name = kernel.name.lower()
+    return next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+
+
 def by_kind(kernels: list[Any]) -> dict[str, float]:
     """Milliseconds of a profiler's kernels."""
     spent: dict[str, float] = dict.fromkeys((*_KINDS, "other"), 0.0)
     for kernel in kernels:
-        name = kernel.name.lower()
-        kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
-        spent[kind] += kernel.time_range.elapsed_us() / 1e3
+        spent[kind_of(kernel)] += kernel.time_range.elapsed_us() / 1e3
     return spent
 
 

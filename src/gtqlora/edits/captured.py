@@ -26,6 +26,7 @@ from gtqlora.edits.packing import PackedStack, Places, Sequences
 from gtqlora.edits.recomputing import Recomputation
 from gtqlora.edits.wrapping import trainable
 from gtqlora.errors import TrainingError
+from gtqlora.experts.exchange import Exchange, exchange_of
 from gtqlora.experts.kernels.rows import Room
 from gtqlora.experts.module import FrozenExperts
 from gtqlora.experts.sharding import Shards, shards_of
@@ -56,6 +57,7 @@ class _Graphs:
         found: gradients of the trained parameters, which it writes; None for one that nothing reaches.
         handed: gradients that are still in any graph's memory.
         shards: whose places for whole layers it writes to.
+        exchange: which writes to memory that other ranks read.
     """
 
     inputs: tuple[Tensor, ...]
@@ -69,12 +71,15 @@ class _Graphs:
     backward: torch.cuda.CUDAGraph
     handed: _Handed
     shards: Shards | None
+    exchange: Exchange | None
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Run one of both passes, which begins with no layer whole, and leaves none that others know of."""
         _keep_handed(self.handed)
         if self.shards is not None:
             self.shards.forget()
+        if self.exchange is not None:
+            self.exchange.forget()
         graph.replay()
 
 
@@ -168,7 +173,8 @@ class CapturedStack:
         inputs: HostInputs | None,
     ) -> None:
         self.model, self.anatomy, self.packed, self.recomputation = model, anatomy, packed, recomputation
-        self._inputs, self._shards, self._averaged, self.averages = inputs, shards_of(model), averaged, False
+        self._inputs, self._averaged, self.averages = inputs, averaged, False
+        self._shards, self._exchange = shards_of(model), exchange_of(model)
         self._experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
         self._tiled, self._handed = list[bool](), _Handed()
         # what is replayed cannot ask for experts that wait on the host
@@ -238,6 +244,8 @@ class CapturedStack:
         """Let what runs beside this stream come to its end, as a recording has to."""
         if self._shards is not None:
             self._shards.forget()
+        if self._exchange is not None:
+            self._exchange.forget()
         if self._inputs is not None:
             self._inputs.settle()
 
@@ -312,6 +320,7 @@ class CapturedStack:
             backward=backward,
             handed=self._handed,
             shards=self._shards,
+            exchange=self._exchange,
         )
 
 

@@ -20,13 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gtqlora.experts.messages import Group, Messages, Way
+from gtqlora.experts.peer_memory import PeerMemory, are_readable
+
 SAME, OWN = "same", "own"
 
-# torch 2.13 calls them otherwise, and warns of the old names
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-Group = dist.ProcessGroup
 Sums = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden_TD, index_TK, weights_TK) -> weighted sums_TD over the experts held here."""
 
@@ -39,10 +37,12 @@ class Exchange:
         tokens: whether every rank has the same tokens, or each its own.
         early: on a GPU, send hidden states while the router computes, and gradients while a layer is computed again;
             this takes memory of its own.
+        direct: where there is `early`, let GPUs read one another's memory if they can; this takes memory, too.
     """
 
     def __init__(self, group: Group) -> None:
-        self.group, self.early = group, True
+        self.group, self.early, self.direct = group, True, True
+        self._ways: list[Way] = []
         self.tokens: Literal["same", "own"] = SAME
         self._side: _Beside | None = None
         self._sent: tuple[Tensor, Tensor] | None = None
@@ -67,25 +67,46 @@ class Exchange:
         if self.tokens == SAME:
             hidden_TD, weights_TK = _Copied.apply(self.group, hidden_TD, weights_TK)  # type: ignore[misc]
             return _Added.apply(self.group, sums(hidden_TD, index_TK, weights_TK))  # type: ignore[return-value]
-        index_NK, weights_NK = _Routed.apply(self.group, index_TK, weights_TK)  # type: ignore[misc]
+        way = self._way(hidden_TD.device)
+        index_NK, weights_NK = _Routed.apply(way, index_TK, weights_TK)  # type: ignore[misc]
         hidden_ND = self._sent_before(hidden_TD)
         if hidden_ND is None:
-            hidden_ND = _Gathered.apply(self.group, hidden_TD)
+            hidden_ND = _Gathered.apply(way, hidden_TD)
         sums_ND = sums(hidden_ND, index_NK, weights_NK)
         if self.early and sums_ND.is_cuda:
-            sums_ND = _Awaited.apply(self._beside(sums_ND.device), sums_ND, weights_NK)
-            return _ScatteredEarly.apply(self._beside(sums_ND.device), sums_ND)  # type: ignore[return-value]
-        return _Scattered.apply(self.group, sums_ND)  # type: ignore[return-value]
+            beside = self._beside(sums_ND.device)
+            sums_ND = _Awaited.apply(beside, sums_ND, weights_NK)
+            return _ScatteredEarly.apply(way, beside, sums_ND)  # type: ignore[return-value]
+        return _Scattered.apply(way, sums_ND)  # type: ignore[return-value]
 
     def send(self, hidden: Tensor) -> None:
         """Send what a router is given [..., D], which nearly always is what its experts are given, too."""
         if self.tokens == SAME or not (self.early and self._sends and hidden.is_cuda):
             return
-        sent: Any = _GatheredEarly.apply(self._beside(hidden.device), hidden.flatten(0, -2))
+        way, beside = self._way(hidden.device), self._beside(hidden.device)
+        sent: Any = _GatheredEarly.apply(way, beside, hidden.flatten(0, -2))
         self._sent = hidden, sent
 
+    def forget(self) -> None:
+        """Take nothing for granted of what lies in memory that others read: recorded passes write there as well."""
+        for way in self._ways:
+            if isinstance(way, PeerMemory):
+                way.forget()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of memory that others read."""
+        return sum(way.nbytes for way in self._ways if isinstance(way, PeerMemory))
+
+    def _way(self, device: torch.device, *, beside: bool = False) -> Way:
+        """Return how tensors travel in the stream of the model's passes, or beside it."""
+        if not self._ways:
+            direct = self.early and self.direct and device.type == "cuda" and are_readable(self.group, device)
+            self._ways = [PeerMemory(self.group, device) if direct else Messages(self.group) for _ in range(2)]
+        return self._ways[beside]
+
     def _beside(self, device: torch.device) -> _Beside:
-        self._side = self._side or _Beside(self.group, device)
+        self._side = self._side or _Beside(self._way(device, beside=True), device)
         return self._side
 
     def _sent_before(self, hidden_TD: Tensor) -> Tensor | None:
@@ -100,12 +121,13 @@ class Exchange:
 
     def all_of(self, values: Tensor) -> Tensor:
         """Return values [T, ...] of the tokens that all ranks have together, which get no gradients."""
-        return values if self.tokens == SAME else gathered(values, self.group)
+        return values if self.tokens == SAME else self._way(values.device).gathered(values)[0]
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Return what all ranks found [N, ...] for these tokens, added up; of this rank's tokens."""
-        sums = _Added if self.tokens == SAME else _Scattered
-        return sums.apply(self.group, values)  # type: ignore[return-value]
+        if self.tokens == SAME:
+            return _Added.apply(self.group, values)  # type: ignore[return-value]
+        return _Scattered.apply(self._way(values.device), values)  # type: ignore[return-value]
 
 
 class _Beside:
@@ -115,8 +137,8 @@ class _Beside:
     recorded. What is made here is freed here, and nothing else is begun here before all that was given to others.
     """
 
-    def __init__(self, group: Group, device: torch.device) -> None:
-        self._group, self._stream = group, torch.cuda.Stream(device)
+    def __init__(self, way: Way, device: torch.device) -> None:
+        self._way, self._stream = way, torch.cuda.Stream(device)
         self._read: list[Tensor] = []
 
     def gathered(self, values_TD: Tensor) -> Tensor:
@@ -124,11 +146,7 @@ class _Beside:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._read.append(values_TD)
         with torch.cuda.stream(self._stream):
-            return gathered(values_TD, self._group)
-
-    def scattered(self, values_ND: Tensor) -> Tensor:
-        """Return this rank's values_TD of the sums over all ranks."""
-        return scattered(values_ND, self._group)
+            return self._way.gathered(values_TD)[0]
 
     def wait(self) -> None:
         """Wait for all that was sent."""
@@ -141,25 +159,6 @@ def exchange_of(model: nn.Module) -> Exchange | None:
     return next((found for module in model.modules() if (found := getattr(module, "exchange", None)) is not None), None)
 
 
-def gather_into(whole: Tensor, part: Tensor, group: Group) -> None:
-    """Put the parts [P, ...] of all ranks into whole [ranks * P, ...], in their order."""
-    _all_gather(whole, part, group=group)
-
-
-def gathered(values_TD: Tensor, group: Group) -> Tensor:
-    """Return values_ND of all ranks, in their order."""
-    whole = values_TD.new_empty(dist.get_world_size(group) * len(values_TD), *values_TD.shape[1:])
-    gather_into(whole, values_TD.contiguous(), group)
-    return whole
-
-
-def scattered(values_ND: Tensor, group: Group) -> Tensor:
-    """Return this rank's values_TD of the sums over all ranks."""
-    mine = values_ND.new_empty(len(values_ND) // dist.get_world_size(group), *values_ND.shape[1:])
-    _reduce_scatter(mine, values_ND.contiguous(), group=group)
-    return mine
-
-
 def _added(values: Tensor, group: Group) -> Tensor:
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
@@ -170,6 +169,7 @@ class _Passed(Protocol):
     """What a forward pass leaves for its backward pass."""
 
     group: Group
+    way: Way
     beside: _Beside
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
@@ -187,31 +187,23 @@ class _Gathered(torch.autograd.Function):
     """What each rank's tokens have -> what all ranks' have; the gradients of all ranks are added up."""
 
     @staticmethod
-    def forward(ctx: _Passed, group: Group, values_TD: Tensor) -> Tensor:
-        ctx.group = group
-        return gathered(values_TD, group)
+    def forward(ctx: _Passed, way: Way, values_TD: Tensor) -> Tensor:
+        ctx.way = way
+        return way.gathered(values_TD)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, scattered(grads[0], ctx.group)
+        return None, ctx.way.scattered(grads[0])
 
 
 class _Routed(torch.autograd.Function):
-    """Which experts each rank's tokens chose, and with which weights -> of all ranks, in one message.
-
-    Both are so small that a second message would take as long as the first.
-    """
+    """Which experts each rank's tokens chose, and with which weights -> of all ranks."""
 
     @staticmethod
-    def forward(ctx: _Passed, group: Group, index_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        parts = index_TK.int().contiguous(), weights_TK.contiguous()
-        bytes_NB = gathered(torch.cat([part.view(torch.uint8) for part in parts], dim=1), group)
-        lengths = [part.shape[1] * part.element_size() for part in parts]
-        index_NK, weights_NK = (
-            mine.contiguous().view(part.dtype) for mine, part in zip(bytes_NB.split(lengths, dim=1), parts, strict=True)
-        )
+    def forward(ctx: _Passed, way: Way, index_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.way = way
+        index_NK, weights_NK = way.gathered(index_TK.int(), weights_TK)
         index_NK = index_NK.to(index_TK.dtype)
         ctx.mark_non_differentiable(index_NK)
         return index_NK, weights_NK
@@ -219,49 +211,49 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, scattered(grads[1], ctx.group) if ctx.needs_input_grad[2] else None
+        return None, None, ctx.way.scattered(grads[1]) if ctx.needs_input_grad[2] else None
 
 
 class _Scattered(torch.autograd.Function):
     """What each rank adds to the sums of all tokens -> the sums of this rank's."""
 
     @staticmethod
-    def forward(ctx: _Passed, group: Group, values_ND: Tensor) -> Tensor:
-        ctx.group = group
-        return scattered(values_ND, group)
+    def forward(ctx: _Passed, way: Way, values_ND: Tensor) -> Tensor:
+        ctx.way = way
+        return way.scattered(values_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, gathered(grads[0], ctx.group)
+        return None, ctx.way.gathered(grads[0])[0]
 
 
 class _GatheredEarly(torch.autograd.Function):
     """`_Gathered`, whose values are there once they are waited for."""
 
     @staticmethod
-    def forward(ctx: _Passed, beside: _Beside, values_TD: Tensor) -> Tensor:
-        ctx.beside = beside
+    def forward(ctx: _Passed, way: Way, beside: _Beside, values_TD: Tensor) -> Tensor:
+        ctx.way = way
         return beside.gathered(values_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.beside.scattered(grads[0])
+        return None, None, ctx.way.scattered(grads[0])
 
 
 class _ScatteredEarly(torch.autograd.Function):
     """`_Scattered`, whose gradients are there once `_Awaited` has waited for them."""
 
     @staticmethod
-    def forward(ctx: _Passed, beside: _Beside, values_ND: Tensor) -> Tensor:
+    def forward(ctx: _Passed, way: Way, beside: _Beside, values_ND: Tensor) -> Tensor:
         ctx.beside = beside
-        return beside.scattered(values_ND)
+        return way.scattered(values_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Passed, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.beside.gathered(grads[0])
+        return None, None, ctx.beside.gathered(grads[0])
 
 
 class _Awaited(torch.autograd.Function):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gtqlora.experts import vocabulary
-from gtqlora.experts.exchange import Exchange, Group, gather_into
+from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.messages import Group, gather_into
 from gtqlora.families import Family
 from gtqlora.families.layers import moe_layers_of
 from gtqlora.planning.memory import is_split

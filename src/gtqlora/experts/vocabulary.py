@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gtqlora.experts.exchange import Exchange, Group, gather_into
+from gtqlora.experts.exchange import Exchange
+from gtqlora.experts.messages import Group, gather_into
 from gtqlora.planning.memory import TILE
 
 Lend = Callable[[int], Tensor]

@@ -40,7 +40,7 @@ IN_FLIGHT = 2
 SPLIT = 1 / 16
 """Share of a GPU's memory from which on dense weights are split among GPUs, see `experts.sharding`."""
 _EXCHANGED = 3
-"""Tensors of all GPUs' tokens that an exchange has at once."""
+"""Tensors of all GPUs' tokens that an exchange has at once; where GPUs read one another's memory, there is one more."""
 FIRST_ROOM = 1.5
 """Rows that experts have room for in recorded passes, where others hold some: times an even share of all rows."""
 _COPIED = 4
@@ -182,7 +182,7 @@ def memory_of(sizes: Sizes, step: Step, placed: Placement, usable: int) -> Memor
         LORA: 0 if step.mode == "gates" else sizes.lora(step.rank) * (_HALF + trained),
         HEAD: _head(sizes, step),
         ANCHOR: _anchor(sizes, step),
-        EXCHANGE: _exchanged(sizes, step, placed),
+        EXCHANGE: _exchanged(sizes, step, placed, direct=not split),
         WORKSPACE: round(_WORKSPACE) + _decoded(sizes, step, placed),
         CONTEXT: round(_CONTEXT),
     }
@@ -208,11 +208,12 @@ def _on_their_way(sizes: Sizes) -> int:
     return places * sizes.width
 
 
-def _exchanged(sizes: Sizes, step: Step, placed: Placement) -> int:
+def _exchanged(sizes: Sizes, step: Step, placed: Placement, *, direct: bool) -> int:
     """Bytes of all GPUs' tokens; and of rows that nobody may want, in recorded passes, whose shapes are fixed."""
     if placed.gpus == 1:
         return 0
-    tokens = _EXCHANGED * placed.gpus * sizes.hidden
+    # those that others fetch are beside what others have to add up
+    tokens = (_EXCHANGED * placed.gpus + direct * (placed.gpus + 1)) * sizes.hidden
     spare = 0 if placed.on_host else min(FIRST_ROOM, placed.gpus) - 1
     return round(step.together * (tokens + spare * sizes.top_k * (2 * sizes.inner + sizes.hidden)) * sizes.width)
 
