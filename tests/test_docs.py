@@ -104,6 +104,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_scripts_exist_and_take_their_flags(page: Path) -> None:
     for script, rest in re.findall(r"python (bench/\w+\.py)([^`\n]*)", page.read_text()):
         source = (ROOT / script).read_text()
+        for neighbour in re.findall(r"\b(scale|step)\.parse\(", source):  # whose flags it takes
+            source += (ROOT / "bench" / f"{neighbour}.py").read_text()
         assert not [flag for flag in re.findall(r"--[\w-]+", rest) if f'"{flag}"' not in source], script
 
 
