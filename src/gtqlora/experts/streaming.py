@@ -1,7 +1,8 @@
 """Layers of frozen experts that do not fit the GPU wait on the host, and come when it is their turn.
 
 Two slots on the GPU hold a layer each: one computes while the next arrives, on a stream of its own. As soon as a pass
-has read a layer, the one after the next takes its slot, in the direction in which layers are asked for. At the turn
+has read a layer, the one after the next takes its slot, in the direction in which layers are asked for. Of a layer the
+matrices come first that are read first, and a kernel waits for those that it reads. At the turn
 from forward to backward the last two are still there, and at the end the first two are. Layers that wait lie evenly
 among those that stay, under whose work copies hide.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -44,11 +45,11 @@ class _Part:
     dtype: torch.dtype
 
     @property
-    def size(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+    def end(self) -> int:
+        return self.start + prod(self.shape) * self.dtype.itemsize
 
     def of(self, bytes: Tensor) -> Tensor:
-        return bytes[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+        return bytes[self.start : self.end].view(self.dtype).view(self.shape)
 
 
 def _parts_of(module: FrozenExperts) -> tuple[dict[str, _Part], int]:
@@ -56,8 +57,13 @@ def _parts_of(module: FrozenExperts) -> tuple[dict[str, _Part], int]:
     found, end = dict[str, _Part](), 0
     for name, (shape, dtype) in module.layout().items():
         found[name] = part = _Part(end, torch.Size(shape), dtype)
-        end += -(-part.size // _ALIGNED) * _ALIGNED
+        end = -(-part.end // _ALIGNED) * _ALIGNED
     return found, end
+
+
+def _read_first(parts: dict[str, _Part]) -> int:
+    """Return where gate and up end, which a layer's forward pass reads first: they come first."""
+    return min(part.start for name, part in parts.items() if name.startswith("down"))
 
 
 class _Visitor(FrozenExperts):
@@ -76,14 +82,20 @@ class _Visitor(FrozenExperts):
             device="meta",
         )
         self._places, self._home, self._at_home = parts, ref(home), bytes
-        self._slot: Tensor | None = None
+        self._slot: _Slot | None = None
 
-    def enter(self, slot: Tensor) -> None:
-        """Take the weights that are in a slot."""
+    def enter(self, slot: _Slot) -> None:
+        """Take the weights that are in a slot, or on their way there."""
         if self._slot is not slot:
             self._slot = slot
             for name, part in self._places.items():
-                self._buffers[name] = part.of(slot)
+                self._buffers[name] = part.of(slot.bytes)
+
+    def get_buffer(self, target: str) -> Tensor:
+        """Return a part of the weights, for which this stream waits."""
+        if self._slot is not None:
+            self._slot.wait(self._places[target].end)
+        return super().get_buffer(target)
 
     def arrange(self, *, tiled: bool) -> None:
         """Put the weights into this order here and at home."""
@@ -92,19 +104,31 @@ class _Visitor(FrozenExperts):
             return
         super().arrange(tiled=tiled)
         # in another order they are what they were, so this counts for no write to them
-        self._at_home.data.copy_(slot[: len(self._at_home)])
+        self._at_home.data.copy_(slot.bytes[: len(self._at_home)])
         home.tiled = tiled
 
 
 @dataclass(eq=False)
 class _Slot:
-    """Room for one layer; which one is in it, when it is ready, and which streams have read it since."""
+    """Room for one layer; which one is in it, and which streams have read it since.
+
+    Attributes:
+        ready: up to which byte it is there when; the last event is for all of it.
+        coming: what puts its copy on a stream.
+    """
 
     bytes: Tensor
     layer: int | None = None
-    ready: torch.cuda.Event | None = None
+    ready: list[tuple[int, torch.cuda.Event]] = field(default_factory=list)
     coming: Future[None] | None = None
     readers: set[torch.cuda.Stream] = field(default_factory=set)
+
+    def wait(self, end: int) -> None:
+        """Let the stream that asks wait for the bytes up to one; the processor goes on."""
+        for there, event in self.ready:
+            if end <= there:
+                torch.cuda.current_stream(self.bytes.device).wait_event(event)
+                return
 
     def arrived(self) -> None:
         """Wait until its copy is on its stream; only a file's is put there by another thread."""
@@ -198,7 +222,7 @@ class Streaming:
             # the other slot is last from here on: it is the one to fill
             self._slots.sort(key=lambda slot: slot is not mine)
             self._foresee(1, self._slots[-1])
-            return self._visitor(index, self._ready(mine))
+            return self._visitor(index, self._asked(mine))
 
     def leave(self, index: int) -> None:
         """Be told that the pass which fetched a layer last has read it: the one after the next may take its slot."""
@@ -252,37 +276,38 @@ class Streaming:
         if self._stream is None:
             target.copy_(home)
         else:
-            self._send(home, target, slot, self._stream)
+            self._send(home, target, slot, self._stream, _read_first(self._parts[index]))
         slot.layer = index
         return slot
 
-    def _send(self, home: Tensor, target: Tensor, slot: _Slot, stream: torch.cuda.Stream) -> None:
+    def _send(self, home: Tensor, target: Tensor, slot: _Slot, stream: torch.cuda.Stream, read_first: int) -> None:
         for reader in slot.readers:  # all that read what was there before is on these streams by now
             stream.wait_stream(reader)
         slot.readers.clear()
-        slot.ready = torch.cuda.Event()
+        slot.ready = []
         if home.is_pinned():
             with torch.cuda.stream(stream):
-                target.copy_(home, non_blocking=True)
-                slot.ready.record(stream)
+                for start, end in pairwise((0, read_first, len(home))):
+                    target[start:end].copy_(home[start:end], non_blocking=True)
+                    slot.ready.append((end, event := torch.cuda.Event()))
+                    event.record(stream)
         else:
             self._files = self._files or _Files(self.device)
-            slot.coming = self._files.copy(home, target, stream, slot.ready)
+            slot.ready.append((len(home), event := torch.cuda.Event()))
+            slot.coming = self._files.copy(home, target, stream, event)
 
-    def _ready(self, slot: _Slot) -> _Slot:
-        """Let the stream that asks wait for a slot; the processor goes on."""
-        if slot.ready is not None:
+    def _asked(self, slot: _Slot) -> _Slot:
+        """Note who will read a slot."""
+        if slot.ready:
             slot.arrived()
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(slot.ready)
-            slot.readers.add(now)
+            slot.readers.add(torch.cuda.current_stream(self.device))
         return slot
 
     def _visitor(self, index: int, slot: _Slot) -> FrozenExperts:
         home = self._layers[index]()
         assert home is not None  # it asks
         visitor = self._visitors[index] = self._visitors[index] or _Visitor(home, self._parts[index], self.homes[index])
-        visitor.enter(slot.bytes)
+        visitor.enter(slot)
         visitor.tiled = home.tiled
         return visitor
 
