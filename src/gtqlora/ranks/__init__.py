@@ -4,7 +4,7 @@ Every rank runs the same code over the same inputs. Rank 0, the leader, alone wr
 such as asking a judge, it does for all (`by_leader`). What would part the ranks is found by `agree` before it does.
 """
 
-from gtqlora.ranks.joining import end_process, joined, partings, speaker
+from gtqlora.ranks.joining import end_process, joined, partings, progressing, speaker
 from gtqlora.ranks.telling import (
     agree,
     all_of,
@@ -29,6 +29,7 @@ __all__ = [
     "least",
     "most",
     "partings",
+    "progressing",
     "ranks",
     "share",
     "speaker",

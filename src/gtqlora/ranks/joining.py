@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from threading import Thread, current_thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, NoReturn
 
 from gtqlora.errors import ConfigError, RankError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _STEP_LIMIT = timedelta(minutes=10)
 """How long ranks wait for one another inside a model's pass; a rank that is slower hangs."""
+_STILL, _STILL_AT_FIRST, _TIMES = 600.0, 3600.0, 3.0
+"""Seconds in which a rank has to get on, or times the longest that it took before; at first it may take more."""
 _PATIENCE = timedelta(days=7)
 """How long ranks wait while one of them works for all: a judge may take its time. One that dies is noticed at once."""
 _GRACE = 5.0
@@ -55,7 +57,8 @@ def joined(speak: Speak = lambda _: None) -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    failed = True
+    global _say
+    failed, _say = True, speak
     try:
         become(_stored(from_environment()))
         with _told_to_end(speak), partings():
@@ -112,7 +115,8 @@ def _met(me: Ranks) -> Ranks:
             timeout=_STEP_LIMIT,
             device_id=torch.device("cuda", me.place) if on_gpu else None,
         )
-        groups = [dist.new_group(range(start, start + me.here)) for start in range(0, me.count, me.here)]
+        machines = [range(start, start + me.here) for start in range(0, me.count, me.here)]
+        groups = [dist.new_group(machine, timeout=_STEP_LIMIT) for machine in machines]
         host = dist.new_group(backend="gloo", timeout=_PATIENCE)
     if not me.leads and _keeps_store():
         Thread(target=_hear, args=(me.store.clone(),), daemon=True).start()
@@ -162,6 +166,7 @@ def end_process(code: int) -> None:
 
 _speaker: int | None = 0
 _spoken = False
+_say: Speak = print
 _remedies: list[Callable[[], str]] = [lambda: "Run the same command again"]
 
 
@@ -280,9 +285,50 @@ def _end_late(ears: socket.socket, speak: Speak, me: Ranks) -> None:
     if not signals:
         return
     time.sleep(_GRACE)
-    if ranks() is ALONE:  # it has left by itself
-        return
+    if ranks() is not ALONE:  # else it has left by itself
+        _end_from_beside(speak)
+
+
+def _end_from_beside(speak: Speak) -> NoReturn:
+    """End this process, whose main thread does not."""
     _claim()
     if speaker() is not None:
         speak(_parted())
     os._exit(RankError.exit_code)
+
+
+@contextmanager
+def progressing() -> Iterator[Callable[[], None]]:
+    """End the command in one line when this rank does not get on, as one does that waits for another in vain.
+
+    What waits on a GPU, or for a kernel of NCCL in a recorded pass, has no limit of its own.
+
+    Yields:
+        What to call whenever this rank got on.
+    """
+    if not ranks().several:
+        yield lambda: None
+        return
+    watch = _Watch()
+    Thread(target=watch.run, args=(_say,), daemon=True).start()
+    try:
+        yield watch.got_on
+    finally:
+        watch.over.set()
+
+
+class _Watch:
+    """Looks every second whether this rank got on."""
+
+    def __init__(self) -> None:
+        self.over, self._last, self._limit = Event(), time.monotonic(), _STILL_AT_FIRST
+
+    def got_on(self) -> None:
+        now = time.monotonic()
+        before = 0.0 if self._limit == _STILL_AT_FIRST else self._limit
+        self._last, self._limit = now, max(_STILL, before, _TIMES * (now - self._last))
+
+    def run(self, speak: Speak) -> None:
+        while not self.over.wait(1.0):
+            if time.monotonic() - self._last > self._limit:
+                _end_from_beside(speak)

@@ -34,7 +34,7 @@ from gtqlora.edits.checkpoint_files import (
     tidy,
     usable,
 )
-from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finite
+from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, ProgressCallback, assert_finite
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
@@ -53,7 +53,7 @@ from gtqlora.families import load_config
 from gtqlora.families.identity import ModelIdentity, identify
 from gtqlora.judging.judge import Judge, judge_of
 from gtqlora.progress import note
-from gtqlora.ranks import by_leader, leader_first, partings, ranks
+from gtqlora.ranks import by_leader, leader_first, partings, progressing, ranks
 from gtqlora.results.adapter import Info, LogitsMoved, Training, info_of, read_info
 from gtqlora.results.metrics import LOGITS_BY_GATES, LOGITS_BY_LORA, METRICS, read_metrics
 from gtqlora.run import PATHS, Run, fingerprint
@@ -263,7 +263,9 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
         try:
             if last is None or last.step < trainer.args.max_steps:
                 _say_threads(last)
-                trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
+                with progressing() as got_on:
+                    trainer.add_callback(ProgressCallback(got_on))
+                    trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
                 assert_finite(trainer.model)
                 steps = trainer.state.global_step
             else:  # killed between the last step and the adapter; transformers would do one step more
