@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from gtqlora.experts.messages import Group
@@ -132,7 +131,7 @@ def are_readable(group: Group, device: torch.device) -> bool:
     try:
         _made(_ALIGNED, group, device)
         objection = None
-    except RuntimeError as error:
+    except (ImportError, AttributeError, RuntimeError) as error:
         objection = " ".join(str(error).split())[:200]
     objection = next((said for said in all_of(objection) if said is not None), None)
     if objection is not None:
@@ -141,6 +140,9 @@ def are_readable(group: Group, device: torch.device) -> bool:
 
 
 def _made(size: int, group: Group, device: torch.device) -> _Place:
+    # torch does not call it stable yet: without it there is NCCL
+    import torch.distributed._symmetric_memory as symmetric_memory
+
     mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     handle = symmetric_memory.rendezvous(mine, group)
     others = (handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size()))

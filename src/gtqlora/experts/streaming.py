@@ -1,10 +1,10 @@
 """Layers of frozen experts that do not fit the GPU wait on the host, and come when it is their turn.
 
 Two slots on the GPU hold a layer each: one computes while the next arrives, on a stream of its own. As soon as a pass
-has read a layer, the one after the next takes its slot, in the direction in which layers are asked for. Of a layer the
-matrices come first that are read first, and a kernel waits for those that it reads. At the turn
-from forward to backward the last two are still there, and at the end the first two are. Layers that wait lie evenly
-among those that stay, under whose work copies hide.
+has read a layer, the one after the next takes its slot, in the direction in which layers are asked for. Of a layer
+those matrices come first that are read first, and a kernel waits for what it reads. At the turn from forward to
+backward the last two layers are still there, and at the end the first two are. Layers that wait lie evenly among those
+that stay, under whose work copies hide.
 
 A layer's buffers lie on the host for good, and what kernels are given is a visitor: experts of the same kind whose
 buffers are views into a slot. So whoever looks at a model finds its bits where they were, and nothing is ever swapped.
