@@ -49,6 +49,19 @@ def _tracked(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 @contextmanager
+def also_told(listener: Callable[[], None]) -> Iterator[None]:
+    """Tell a listener, too, whenever a task got on within a `with` block."""
+    reporter = _reporter.get()
+
+    def both(what: str, done: int, total: int) -> None:
+        reporter(what, done, total)
+        listener()
+
+    with shown_by(both):
+        yield
+
+
+@contextmanager
 def shown_by(reporter: Reporter) -> Iterator[None]:
     """Send progress to `reporter` within a `with` block."""
     token = _reporter.set(reporter)

@@ -39,6 +39,18 @@ def check_both_ways_bring_the_same(device: torch.device) -> None:
     assert direct.nbytes > 0
 
 
+def check_a_place_that_is_new_is_ready_for_all(device: torch.device) -> None:
+    """One rank makes it while its GPU has much to do, and the others, which have nothing to do, meet it there."""
+    by_nccl, count = Messages(ranks().machine), ranks().here
+    for late in range(count):
+        mine, whole = _values(64, late), _values(count * 64, late + 1)
+        direct, expected = PeerMemory(ranks().machine, device), (by_nccl.gathered(mine)[0], by_nccl.scattered(whole))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000_000 if ranks().place == late else 0)  # about a second
+        found = direct.gathered(mine)[0], direct.scattered(whole)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def check_no_place_is_written_while_it_is_read(device: torch.device) -> None:
     by_nccl, direct, count = Messages(ranks().machine), PeerMemory(ranks().machine, device), ranks().here
     given = [(_values(2048, 2 * turn), _values(count * 2048, 2 * turn + 1)) for turn in range(20)]
@@ -99,6 +111,7 @@ def check_sums_and_gradients_of_experts(device: torch.device) -> None:
 
 CHECKS: tuple[Callable[[torch.device], None], ...] = (
     check_both_ways_bring_the_same,
+    check_a_place_that_is_new_is_ready_for_all,
     check_no_place_is_written_while_it_is_read,
     check_recorded_passes,
     check_sums_and_gradients_of_experts,

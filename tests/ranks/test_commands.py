@@ -258,7 +258,7 @@ def test_a_rank_that_hears_nothing_ends_when_it_is_told_to(train: list[str], tmp
 
 def test_ranks_that_do_not_get_on_end(train: list[str], tmp_path: Path) -> None:
     """Nobody tells them to: one hangs, and the other waits for it."""
-    run, few = tmp_path / "run", "joining._STILL, joining._STILL_AT_FIRST = 3.0, 30.0\n"
+    run, few = tmp_path / "run", "joining._STILL, joining._TIMES = 3.0, 1.0\n"
     line = spoken(ranks(*train, "--run", run, code=STUCK + few + CODE))
     assert "another rank of this command has gone or does not answer" in line
     assert re.search(rf"The same command goes on from {run}/checkpoints/checkpoint-[23]$", line), line

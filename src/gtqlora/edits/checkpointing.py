@@ -103,19 +103,6 @@ class CheckpointedTrainer(DPOTrainer):
             super()._load_rng_state(checkpoint)
 
 
-class ProgressCallback(TrainerCallback):
-    """Says whenever training got on, by a batch or a part of one."""
-
-    def __init__(self, got_on: Callable[[], None]) -> None:
-        self.got_on = got_on
-
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say so after a part of a batch."""
-        self.got_on()
-
-    on_step_end = on_substep_end
-
-
 class MetricsCallback(TrainerCallback):
     """Progress, `metrics.jsonl`, and a mark on every checkpoint that is whole and good."""
 

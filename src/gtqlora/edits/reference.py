@@ -83,7 +83,8 @@ class ReferenceTrainer(CheckpointedTrainer):
     def _computed(self, dataset: Dataset, batch_size: int) -> Dataset:
         # TRL's own hands them from rank to rank in a cache file, which data in memory has in one process only
         rows, found = range(len(dataset)), list[list[float]]()
-        for start in range(0, len(rows), batch_size):
+        starts = range(0, len(rows), batch_size)
+        for start in track(starts, "reference", len(starts)):
             batch = self._batch([dataset[i] for i in rows[start : start + batch_size]])
             pairs = torch.stack(self._reference(batch), dim=1)[batch["kind"] != FILLER].float().tolist()
             found += [pair for rank in all_of(pairs) for pair in rank]

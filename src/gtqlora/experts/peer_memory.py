@@ -27,7 +27,7 @@ _READ_BY_KERNELS = 2**21
 """Bytes of a rank's part, at most, that are read by a kernel: a copy engine takes longer to begin."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Place:
     """Bytes (uint8) of every rank.
 
@@ -35,11 +35,13 @@ class _Place:
         mine: this rank's.
         all: every rank's, as this one reads them.
         handle: of torch, by which ranks meet.
+        recorded: whether passes that were recorded go on using it.
     """
 
     mine: Tensor
     all: tuple[Tensor, ...]
     handle: Any
+    recorded: bool = False
 
     def meet(self) -> None:
         """Let this stream go on when that of every rank is here."""
@@ -56,7 +58,7 @@ class PeerMemory:
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group, self._device = group, device
         self._places: dict[tuple[str, torch.dtype], _Place] = {}
-        self._outgrown: list[_Place] = []  # which recorded passes go on using
+        self._outgrown: list[_Place] = []
         self._last: tuple[str, torch.dtype] | None = None
 
     @property
@@ -120,9 +122,10 @@ class PeerMemory:
     def _place(self, key: tuple[str, torch.dtype], size: int) -> _Place:
         place = self._places.get(key)
         if place is None or len(place.mine) < size:
-            if place is not None:
+            if place is not None and place.recorded:
                 self._outgrown.append(place)
             place = self._places[key] = _made(size, self._group, self._device)
+        place.recorded |= torch.cuda.is_current_stream_capturing()
         return place
 
 
@@ -143,8 +146,12 @@ def _made(size: int, group: Group, device: torch.device) -> _Place:
     # torch does not call it stable yet: without it there is NCCL
     import torch.distributed._symmetric_memory as symmetric_memory
 
+    torch.cuda.empty_cache()  # this memory is none of torch's allocator, which may hold what is free
     mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    # torch clears the memory by which ranks meet in turn with this stream's work: no rank may meet another before
+    torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(mine, group)
+    torch.cuda.synchronize(device)
     others = (handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size()))
     return _Place(mine, tuple(others), handle)
 

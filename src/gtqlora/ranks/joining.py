@@ -15,6 +15,7 @@ from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, NoReturn
 
 from gtqlora.errors import ConfigError, RankError
+from gtqlora.progress import also_told
 from gtqlora.ranks.who import ALONE, ENVIRONMENT, Ranks, become, from_environment, ranks, started
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 _STEP_LIMIT = timedelta(minutes=10)
 """How long ranks wait for one another inside a model's pass; a rank that is slower hangs."""
-_STILL, _STILL_AT_FIRST, _TIMES = 600.0, 3600.0, 3.0
+_STILL, _STILL_AT_FIRST, _TIMES = 1800.0, 3600.0, 3.0
 """Seconds in which a rank has to get on, or times the longest that it took before; at first it may take more."""
+_TURN = 1.0
+"""Seconds after which it is looked whether it did."""
 _PATIENCE = timedelta(days=7)
 """How long ranks wait while one of them works for all: a judge may take its time. One that dies is noticed at once."""
 _GRACE = 5.0
@@ -291,44 +294,47 @@ def _end_late(ears: socket.socket, speak: Speak, me: Ranks) -> None:
 
 def _end_from_beside(speak: Speak) -> NoReturn:
     """End this process, whose main thread does not."""
+    me = ranks()
     _claim()
     if speaker() is not None:
         speak(_parted())
+    if me.leads and _keeps_store():
+        _await(me, _HEARD, me.count - 1, _HEARING)  # without the store others would speak, too
     os._exit(RankError.exit_code)
 
 
 @contextmanager
-def progressing() -> Iterator[Callable[[], None]]:
-    """End the command in one line when this rank does not get on, as one does that waits for another in vain.
+def progressing() -> Iterator[None]:
+    """End the command in one line when this rank reports no progress, as one does that waits for another in vain.
 
-    What waits on a GPU, or for a kernel of NCCL in a recorded pass, has no limit of its own.
-
-    Yields:
-        What to call whenever this rank got on.
+    What waits on a GPU for another one's memory, or for a kernel of NCCL in a recorded pass, has no limit of its own.
     """
     if not ranks().several:
-        yield lambda: None
+        yield
         return
     watch = _Watch()
     Thread(target=watch.run, args=(_say,), daemon=True).start()
     try:
-        yield watch.got_on
+        with also_told(watch.got_on):
+            yield
     finally:
         watch.over.set()
 
 
 class _Watch:
-    """Looks every second whether this rank got on."""
+    """Looks now and then whether this rank got on."""
 
     def __init__(self) -> None:
-        self.over, self._last, self._limit = Event(), time.monotonic(), _STILL_AT_FIRST
+        self.over, self._still, self._longest, self._begun = Event(), 0.0, 0.0, False
 
     def got_on(self) -> None:
-        now = time.monotonic()
-        before = 0.0 if self._limit == _STILL_AT_FIRST else self._limit
-        self._last, self._limit = now, max(_STILL, before, _TIMES * (now - self._last))
+        self._longest, self._still, self._begun = max(self._longest, self._still), 0.0, True
 
     def run(self, speak: Speak) -> None:
-        while not self.over.wait(1.0):
-            if time.monotonic() - self._last > self._limit:
+        last = time.monotonic()
+        while not self.over.wait(_TURN):
+            now = time.monotonic()
+            self._still += min(now - last, 2 * _TURN)  # whoever was suspended did not hang
+            last = now
+            if self._still > (max(_STILL, _TIMES * self._longest) if self._begun else _STILL_AT_FIRST):
                 _end_from_beside(speak)

@@ -34,7 +34,7 @@ from gtqlora.edits.checkpoint_files import (
     tidy,
     usable,
 )
-from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, ProgressCallback, assert_finite
+from gtqlora.edits.checkpointing import GuardStop, MetricsCallback, assert_finite
 from gtqlora.edits.collating import KindCollator
 from gtqlora.edits.frozen import assert_experts_frozen, frozen_state
 from gtqlora.edits.hardening import sampler
@@ -176,7 +176,7 @@ def _train(config: TrainConfig, model: ModelIdentity, judge: Judge, run: Run, or
     check_memory(config, rows)
     while True:
         try:
-            with partings(lambda: goes_on(run.home / CHECKPOINTS)):
+            with partings(lambda: goes_on(run.home / CHECKPOINTS)), progressing():
                 return _attempt(config, model, rows, run, origin, again)
         except Unusable as bad:  # parts of it may be in the model already
             set_aside(bad)
@@ -263,9 +263,7 @@ def _fit(trainer: GateTargetedTrainer, checkpoints: Path) -> tuple[int, str | No
         try:
             if last is None or last.step < trainer.args.max_steps:
                 _say_threads(last)
-                with progressing() as got_on:
-                    trainer.add_callback(ProgressCallback(got_on))
-                    trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
+                trainer.train(resume_from_checkpoint=str(last.folder) if last else None)
                 assert_finite(trainer.model)
                 steps = trainer.state.global_step
             else:  # killed between the last step and the adapter; transformers would do one step more
