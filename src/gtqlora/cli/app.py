@@ -97,6 +97,7 @@ def _called_by_ranks(arguments: Sequence[str] | None) -> int:
     def speak(text: str) -> None:
         silence.end()
         say_error(text)
+        silence.begin()  # the main thread may come so far, too, until the process has ended
 
     try:
         with joined(speak) as me:

@@ -60,8 +60,8 @@ def joined(speak: Speak = lambda _: None) -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    global _say
-    failed, _say = True, speak
+    global _say, _claimed
+    failed, _say, _claimed = True, speak, False
     try:
         become(_stored(from_environment()))
         with _told_to_end(speak), partings():
@@ -169,6 +169,7 @@ def end_process(code: int) -> None:
 
 _speaker: int | None = 0
 _spoken = False
+_claimed = False
 _say: Speak = print
 _remedies: list[Callable[[], str]] = [lambda: "Run the same command again"]
 
@@ -184,7 +185,8 @@ def speaker() -> int | None:
 
 def _claim() -> None:
     """Be the one that says why the command ends, if no other is."""
-    global _speaker
+    global _speaker, _claimed
+    _claimed = True
     _deaf()
     me = ranks()
     _speaker = me.rank
@@ -295,9 +297,12 @@ def _end_late(ears: socket.socket, speak: Speak, me: Ranks) -> None:
 def _end_from_beside(speak: Speak) -> NoReturn:
     """End this process, whose main thread does not."""
     me = ranks()
-    _claim()
-    if speaker() is not None:
-        speak(_parted())
+    if _claimed:
+        time.sleep(_GRACE)  # the main thread came so far after all, and is saying it
+    else:
+        _claim()
+        if speaker() is not None:
+            speak(_parted())
     if me.leads and _keeps_store():
         _await(me, _HEARD, me.count - 1, _HEARING)  # without the store others would speak, too
     os._exit(RankError.exit_code)
