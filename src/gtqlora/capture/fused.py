@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,14 +46,23 @@ def fuse(model: nn.Module) -> int:
         note("norms and rotary embeddings are computed in torch; `pip install liger-kernel` makes them faster")
         return 0
     norms = [module for module in model.modules() if is_norm(module)]
-    fused = {kind: _norm_fits(next(n for n in norms if type(n) is kind)) for kind in {type(norm) for norm in norms}}
-    for norm in norms:
-        if fused[type(norm)]:
-            norm.forward = partial(_norm, norm)
+    fits = {kind: _norm_fits(next(n for n in norms if type(n) is kind)) for kind in {type(norm) for norm in norms}}
+    fused = [norm for norm in norms if fits[type(norm)]]
+    for norm in fused:
+        norm.__class__ = _fused(type(norm))
     attention = [module for module in model.modules() if hasattr(sys.modules[type(module).__module__], _ROTARY)]
     for name in {type(module).__module__ for module in attention}:
         _fuse_rotary(name, like)
-    return sum(fused[type(norm)] for norm in norms)
+    return len(fused)
+
+
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a kind of norm by Liger.
+
+    A class, and no function that one module is given: copies of a norm compute with the weights that they are given.
+    """
+    return kind if kind.forward is _norm else type(kind.__name__, (kind,), {"forward": _norm})
 
 
 def _norm(norm: Any, x_BSD: Tensor) -> Tensor:
