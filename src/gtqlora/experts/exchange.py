@@ -88,15 +88,14 @@ class Exchange:
         self._sent = hidden, sent
 
     def forget(self) -> None:
-        """Take nothing for granted of what lies in memory that others read: recorded passes write there as well."""
+        """As `Way`."""
         for way in self._ways:
-            if isinstance(way, PeerMemory):
-                way.forget()
+            way.forget()
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of memory that others read."""
-        return sum(way.nbytes for way in self._ways if isinstance(way, PeerMemory))
+        """As `Way`."""
+        return sum(way.nbytes for way in self._ways)
 
     def _way(self, device: torch.device, *, beside: bool = False) -> Way:
         """Return how tensors travel in the stream of the model's passes, or beside it."""

@@ -29,6 +29,15 @@ class Way(Protocol):
         """Return this rank's [T, ...] of the sums over all ranks [N, ...]."""
         ...
 
+    def forget(self) -> None:
+        """Take nothing for granted of what lies in memory that others read: recorded passes write there as well."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of this rank's memory that others read."""
+        ...
+
 
 class Messages:
     """Messages of a group's own backend."""
@@ -49,6 +58,14 @@ class Messages:
     def scattered(self, values: Tensor) -> Tensor:
         """As `Way`."""
         return scattered(values, self._group)
+
+    def forget(self) -> None:
+        """As `Way`: no memory is read by others."""
+
+    @property
+    def nbytes(self) -> int:
+        """As `Way`: no memory is read by others."""
+        return 0
 
 
 def gather_into(whole: Tensor, part: Tensor, group: Group) -> None:

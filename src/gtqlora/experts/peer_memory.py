@@ -9,7 +9,6 @@ Shape letters: T tokens of a rank, N of all ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from gtqlora.experts.messages import Group
+from gtqlora.experts.packed_memory import ALIGNED, starts_of, tensor_at
 from gtqlora.progress import note
 from gtqlora.ranks import all_of
 
-_ALIGNED = 256
-"""Bytes: parts begin at multiples, as kernels want it."""
 _READ_BY_KERNELS = 2**21
 """Bytes of a rank's part, at most, that are read by a kernel: a copy engine takes longer to begin."""
 
@@ -63,17 +61,17 @@ class PeerMemory:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of this rank's memory that others read, which torch's allocator does not count."""
+        """As `Way`; torch's allocator does not count them."""
         return sum(len(place.mine) for place in (*self._places.values(), *self._outgrown))
 
     def forget(self) -> None:
-        """Take for granted nothing of which place was written last: others will have written, as recorded passes do."""
+        """As `Way`: nothing is known of which place was written last."""
         self._last = None
 
     def gathered(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """As `Way`."""
         place = self._laid("gathered", parts)
-        starts, _ = _starts(parts)
+        starts = starts_of(part.nbytes for part in parts)[:-1]
         return tuple(self._joined(part, place, start) for part, start in zip(parts, starts, strict=True))
 
     def _joined(self, part: Tensor, place: _Place, start: int) -> Tensor:
@@ -90,7 +88,7 @@ class PeerMemory:
         """As `Way`; sums are rounded to the values' dtype after every rank."""
         of_ranks = values.contiguous().view(self._group.size(), -1, *values.shape[1:])
         place = self._laid("scattered", of_ranks.unbind(), but=self._rank)
-        start = self._rank * _aligned(of_ranks[0].nbytes)
+        start = starts_of(part.nbytes for part in of_ranks)[self._rank]
         total = of_ranks[self._rank]
         for index, rank in enumerate(self._others):
             theirs = _at(place.all[rank], start, total)
@@ -108,11 +106,11 @@ class PeerMemory:
 
     def _laid(self, name: str, parts: Sequence[Tensor], but: int | None = None) -> _Place:
         """Return the place where all ranks' parts lie, one after the other, without the one of the index `but`."""
-        key, (starts, size) = (name, parts[0].dtype), _starts(parts)
-        place = self._place(key, size)
+        key, starts = (name, parts[0].dtype), starts_of(part.nbytes for part in parts)
+        place = self._place(key, starts[-1])
         if self._last in (None, key):
             place.meet()
-        for index, (part, start) in enumerate(zip(parts, starts, strict=True)):
+        for index, (part, start) in enumerate(zip(parts, starts[:-1], strict=True)):
             if index != but:
                 _at(place.mine, start, part).copy_(part)
         place.meet()
@@ -132,7 +130,7 @@ class PeerMemory:
 def are_readable(group: Group, device: torch.device) -> bool:
     """Tell whether all ranks of a group read one another's memory; the user is told why not."""
     try:
-        _made(_ALIGNED, group, device)
+        _made(ALIGNED, group, device)
         objection = None
     except (ImportError, AttributeError, RuntimeError) as error:
         objection = " ".join(str(error).split())[:200]
@@ -156,19 +154,6 @@ def _made(size: int, group: Group, device: torch.device) -> _Place:
     return _Place(mine, tuple(others), handle)
 
 
-def _aligned(size: int) -> int:
-    return math.ceil(size / _ALIGNED) * _ALIGNED
-
-
-def _starts(parts: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Return the byte where each part begins, and where all end."""
-    starts, at = list[int](), 0
-    for part in parts:
-        starts.append(at)
-        at += _aligned(part.nbytes)
-    return starts, at
-
-
 def _at(memory: Tensor, start: int, like: Tensor) -> Tensor:
     """Return the bytes of a memory from one on, as a tensor like another."""
-    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+    return tensor_at(memory, start, like.shape, like.dtype)

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from gtqlora.experts import vocabulary
 from gtqlora.experts.exchange import Exchange
 from gtqlora.experts.messages import Group, gather_into
+from gtqlora.experts.packed_memory import ALIGNED, aligned, starts_of, tensor_at
 from gtqlora.families import Family
 from gtqlora.families.layers import moe_layers_of
 from gtqlora.planning.memory import is_split
 from gtqlora.ranks import ranks
 
-_ALIGNED = 256
-"""Bytes: weights begin at multiples, as kernels want it."""
 _SHARDS = "shards"
 
 
@@ -110,8 +109,7 @@ class Shards:
         memory, piece = self._place(index).memory, starts[-1] // self.group.size()
         first = piece * self.group.rank()
         views = [
-            memory[at : at + weight.nbytes].view(weight.dtype).view(weight.shape)
-            for at, weight in zip(starts[:-1], weights, strict=True)
+            tensor_at(memory, at, weight.shape, weight.dtype) for at, weight in zip(starts[:-1], weights, strict=True)
         ]
         for view, weight in zip(views, weights, strict=True):
             view.copy_(weight)
@@ -197,12 +195,8 @@ class _OfLayer:
 
 def _starts(weights: Sequence[Tensor], ranks_here: int) -> list[int]:
     """Return the byte at which each weight of a layer begins, and where all end; each rank has as many of them."""
-    starts, at = list[int](), 0
-    for weight in weights:
-        starts.append(at)
-        at += -(-weight.nbytes // _ALIGNED) * _ALIGNED
-    each = -(-at // (ranks_here * _ALIGNED)) * _ALIGNED
-    return [*starts, each * ranks_here]
+    *starts, end = starts_of(weight.nbytes for weight in weights)
+    return [*starts, aligned(end, ranks_here * ALIGNED)]
 
 
 def part_of(parameter: nn.Parameter, values: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle, pairwise
-from math import prod
 from pathlib import Path
 from threading import Lock
 from weakref import ref
@@ -28,10 +27,9 @@ from torch import Tensor, nn
 
 from gtqlora.experts.host_memory import homes, in_memory
 from gtqlora.experts.module import FrozenExperts, Waiting
+from gtqlora.experts.packed_memory import size_of, starts_of, tensor_at
 from gtqlora.planning.memory import IN_FLIGHT
 
-_ALIGNED = 512
-"""Bytes at whose multiples parts begin: what TMA and torch's own allocator want, and more."""
 _PIECE = 2**26
 """Bytes of a file that are read at a time."""
 
@@ -41,24 +39,22 @@ class _Part:
     """A buffer's place in the bytes of its layer."""
 
     start: int
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def end(self) -> int:
-        return self.start + prod(self.shape) * self.dtype.itemsize
+        return self.start + size_of(self.shape, self.dtype)
 
     def of(self, bytes: Tensor) -> Tensor:
-        return bytes[self.start : self.end].view(self.dtype).view(self.shape)
+        return tensor_at(bytes, self.start, self.shape, self.dtype)
 
 
 def _parts_of(module: FrozenExperts) -> tuple[dict[str, _Part], int]:
     """Return the places of a layer's buffers, and the bytes that they take together."""
-    found, end = dict[str, _Part](), 0
-    for name, (shape, dtype) in module.layout().items():
-        found[name] = part = _Part(end, torch.Size(shape), dtype)
-        end = -(-part.end // _ALIGNED) * _ALIGNED
-    return found, end
+    layout = module.layout()
+    *starts, end = starts_of(size_of(*part) for part in layout.values())
+    return {name: _Part(start, *part) for start, (name, part) in zip(starts, layout.items(), strict=True)}, end
 
 
 def _read_first(parts: dict[str, _Part]) -> int:
