@@ -3,7 +3,7 @@
 It runs beside the tests, one for all workers. For each of them it forks a server that reads a request a line and
 answers with how its children ended. Nothing of gtqlora is imported in it, so a child knows of gtqlora what its code
 imports. Ranks, of which there are many and none is about imports, are children of a second one that is forked from
-the server and has imported the stages, too.
+it and has imported the stages, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -29,13 +29,12 @@ _SECONDS = 120
 
 
 class Child(TypedDict):
-    """Python code, its `sys.argv[1:]`, its environment, the folder for what it says; whether it knows the stages."""
+    """Python code, its `sys.argv[1:]`, its environment, the folder for what it says."""
 
     code: str
     arguments: list[str]
     environment: dict[str, str]
     said: str
-    knowing: bool
 
 
 Ended = subprocess.CompletedProcess[str]
@@ -89,7 +88,7 @@ def _together(
     knowing: bool = False,
 ) -> list[Ended]:
     """Run as many children as environments are given, and wait for all."""
-    server = _server()
+    server = _server(KNOWING if knowing else "")
     with TemporaryDirectory() as folder:
         children = list[Child]()
         for place, more in enumerate(given):
@@ -98,7 +97,7 @@ def _together(
             whole = {**os.environ, **more}
             environment = {name: value for name, value in whole.items() if value is not None}
             words = [*map(str, (own or {}).get(place, arguments))]
-            children.append(Child(code=code, arguments=words, environment=environment, said=str(said), knowing=knowing))
+            children.append(Child(code=code, arguments=words, environment=environment, said=str(said)))
         server.write(json.dumps(children) + "\n")
         server.flush()
         codes = json.loads(server.readline())
@@ -110,18 +109,22 @@ def _ended(child: Child, code: int) -> Ended:
     return subprocess.CompletedProcess(child["arguments"], code, out, err)
 
 
+KNOWING = "-knowing"
+"""Behind the name of the process: the one that has imported the stages."""
+
+
 @cache
-def _server() -> IO[str]:
-    """Connect to the process of this run of the tests; whoever comes first starts it."""
+def _server(which: str) -> IO[str]:
+    """Connect to a process of this run of the tests; whoever comes first starts it."""
     place = Path(gettempdir()) / f"gtqlora-warm-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ours = socket.socket(socket.AF_UNIX)
         try:
-            ours.connect(str(place))
+            ours.connect(f"{place}{which}")
         except OSError:  # there is none, or none any more
             _start(place)
-            ours.connect(str(place))
+            ours.connect(f"{place}{which}")
     return ours.makefile("rw")
 
 
@@ -130,13 +133,14 @@ def _start(place: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.warm", str(place)]
     # sets have another order there than here
     environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
-    place.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(place))
-        listening.listen()
-        there = listening.fileno()
-        command.append(str(there))
-        _STARTED.append(subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT, env=environment, pass_fds=[there]))
+    with socket.socket(socket.AF_UNIX) as plain, socket.socket(socket.AF_UNIX) as knowing:
+        for listening, which in ((plain, ""), (knowing, KNOWING)):
+            Path(f"{place}{which}").unlink(missing_ok=True)
+            listening.bind(f"{place}{which}")
+            listening.listen()
+        there = [plain.fileno(), knowing.fileno()]
+        command += map(str, there)
+        _STARTED.append(subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT, env=environment, pass_fds=there))
 
 
 _STARTED: list[subprocess.Popen[bytes]] = []
@@ -144,28 +148,54 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 _ROOT = Path(__file__).parents[1]
 
 
-def _take(listening: socket.socket, place: Path) -> None:
-    """Fork a server for each worker that comes, until the input ends."""
+def _take(plain: socket.socket, knowing: socket.socket, place: Path) -> None:
+    """Fork a server for each worker that comes, and the second process for the first that asks for it."""
+    for listening in _asked(plain, knowing):
+        if listening is plain:
+            _serve(plain)
+        elif os.fork() == 0:
+            plain.close()
+            _know()
+            for _ in _asked(knowing):
+                _serve(knowing)
+            os._exit(0)
+        else:
+            knowing.close()
+    for name in (place, Path(f"{place}{KNOWING}"), place.with_suffix(".lock")):
+        name.unlink(missing_ok=True)
+
+
+def _asked(*listening: socket.socket) -> Iterator[socket.socket]:
+    """Give the socket to which a worker comes, until the input ends."""
     while True:
-        ready, _, _ = select.select([listening, sys.stdin], [], [])
-        if sys.stdin in ready:
-            place.unlink(missing_ok=True)
-            place.with_suffix(".lock").unlink(missing_ok=True)
+        open_ones = [one for one in listening if one.fileno() >= 0]
+        if select.select([sys.stdin, *open_ones], [], [])[0] == [sys.stdin]:
             return
-        with listening.accept()[0] as worker:
-            if os.fork() == 0:
-                listening.close()
-                with worker.makefile("rw") as both:
-                    serve(both, both)
-                os._exit(0)
+        yield from select.select(open_ones, [], [], 0)[0]
 
 
-def serve(requests: IO[str], answers: IO[str], *, knowing: bool = False) -> None:
-    """Fork the children of each request, or have the second server do so, and say how they ended."""
-    for line in requests:
-        children = json.loads(line)
-        answers.write(json.dumps(_forked(children)) + "\n" if children[0]["knowing"] == knowing else _passed_on(line))
-        answers.flush()
+def _serve(listening: socket.socket) -> None:
+    """Fork a server for the worker that came."""
+    with listening.accept()[0] as worker:
+        if os.fork() == 0:
+            listening.close()
+            with worker.makefile("rw") as both:
+                for line in both:
+                    both.write(json.dumps(_forked(json.loads(line))) + "\n")
+                    both.flush()
+            os._exit(0)
+
+
+def _know() -> None:
+    """Import the stages."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import gtqlora.cli.app  # noqa: F401
+    import tests.ranks.checks  # noqa: F401
+
+    quiet()
+    get_checkpoint_conversion_mapping("qwen3_moe")  # hundreds of patterns, which are compiled once
+    gc.freeze()  # collections in children must not touch, and so copy, all that was imported
 
 
 def _forked(children: Sequence[Child]) -> list[int]:
@@ -175,34 +205,6 @@ def _forked(children: Sequence[Child]) -> list[int]:
         if started[-1] == 0:
             _child(child)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-
-
-def _passed_on(line: str) -> str:
-    second = _second()
-    second.write(line)
-    second.flush()
-    return second.readline()
-
-
-@cache
-def _second() -> IO[str]:
-    """Fork the server whose children know the stages."""
-    ours, theirs = socket.socketpair()
-    if os.fork() == 0:
-        ours.close()
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        import gtqlora.cli.app  # noqa: F401
-        import tests.ranks.checks  # noqa: F401
-
-        quiet()
-        get_checkpoint_conversion_mapping("qwen3_moe")  # hundreds of patterns, which are compiled once
-        gc.freeze()  # collections in children must not touch, and so copy, all that was imported
-        with theirs.makefile("rw") as both:
-            serve(both, both, knowing=True)
-        os._exit(0)
-    theirs.close()
-    return ours.makefile("rw")
 
 
 def _child(request: Child) -> NoReturn:
@@ -246,4 +248,5 @@ if __name__ == "__main__":
     import trl.trainer.dpo_trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    _take(socket.socket(fileno=int(sys.argv[2])), Path(sys.argv[1]))
+    plain, knowing = (socket.socket(fileno=int(there)) for there in sys.argv[2:])
+    _take(plain, knowing, Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gtqlora.bitdelta.llama_adapter import Plan
 from gtqlora.bitdelta.llama_cpp import adapt
 from gtqlora.bitdelta.onebit import OneBit, decode, encode
 from gtqlora.bitdelta.placing import place
-from gtqlora.capture import open_subject
+from gtqlora.capture import Subject, open_subject
 from gtqlora.config import VerifyConfig
 from gtqlora.edits.merging import Whole
 from gtqlora.errors import FloorError, GtqloraError, ModelError, RunError
@@ -211,8 +212,8 @@ def is_covered(model: EditedModel, tensors: Tensors) -> bool:
 
 
 @torch.no_grad()
-def placed(model: EditedModel, tensors: Tensors) -> NDArray[np.float64]:
-    subject = open_subject(model.model)
+def placed(base: Subject, model: EditedModel, tensors: Tensors) -> NDArray[np.float64]:
+    subject = replace(base, model=deepcopy(base.model))
     place(subject, model.names, identify(model.model), tensors.edits)
     return subject.model(TOKENS).logits[0].double().log_softmax(-1).numpy()
 
@@ -220,7 +221,7 @@ def placed(model: EditedModel, tensors: Tensors) -> NDArray[np.float64]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_group_alone_has_its_effect_or_is_refused(toy: helpers.Toy, tmp_path: Path, family: str) -> None:
     model = unedited(wide(toy, family))
-    groups = random_groups(model)
+    groups, subject = random_groups(model), open_subject(model.model)
     taken = {group: tensors for group, tensors in groups.items() if is_covered(model, tensors)}
     mla = {"self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"}
     assert groups.keys() - taken.keys() == ({*mla, "lm_head"} if family in ("deepseek_v3", "glm4_moe_lite") else set())
@@ -232,7 +233,7 @@ def test_each_group_alone_has_its_effect_or_is_refused(toy: helpers.Toy, tmp_pat
         before = distributions(server, TOKENS.tolist(), [0.0] * len(taken))[0]
         for number, (group, tensors) in enumerate(taken.items()):
             found = distributions(server, TOKENS.tolist(), [float(number == n) for n in range(len(taken))])[0]
-            wanted = placed(model, tensors)
+            wanted = placed(subject, model, tensors)
             effect = np.linalg.norm(wanted - before)
             # what is left is that llama.cpp rounds activations to 8 bits
             assert np.linalg.norm(found - wanted) < 0.1 * effect, group
@@ -264,7 +265,7 @@ def test_what_the_file_holds_is_what_llama_cpp_adds(base: Path, adapter: Path, g
     model = unedited(base)
     dense = merged(model, adapter / "adapter.gguf")
     found, before = logprobs(gguf, TOKENS.tolist(), adapter / "adapter.gguf")[0], logprobs(gguf, TOKENS.tolist())[0]
-    wanted = placed(model, Tensors(bits={}, dense=dense))
+    wanted = placed(open_subject(model.model), model, Tensors(bits={}, dense=dense))
     assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted - before)
 
 

@@ -28,8 +28,8 @@ def test_study_gives_all_the_numbers(
 ) -> None:
     seen: list[str] = []
     # all that is diagnosed, and enough of the others: to edit by, and for a floor that fails
-    counts = {("validation", kind): 100 for kind in contrasts.KINDS}
-    counts |= {(split, kind): 100 for split in ("train", "heldout") for kind in contrasts.KINDS}
+    counts = {("validation", kind): 40 for kind in contrasts.KINDS}
+    counts |= {(split, kind): 60 for split in ("train", "heldout") for kind in contrasts.KINDS}
     found, sentence = study(
         embedded.organism("routed"),
         helpers.write_rows(tmp_path / "contrast.jsonl", helpers.toy_rows(counts)),

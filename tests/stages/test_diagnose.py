@@ -35,7 +35,7 @@ FEW: dict[str, int] = {"max_candidates": 1, "random_controls": 0}
 
 
 def _write_contrast(
-    path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row, groups: int = 40
+    path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _i, row: row, groups: int = 34
 ) -> Path:
     """Groups of a benign row, a lookalike and a harmful one, each row changed."""
     rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
@@ -46,7 +46,7 @@ def _write_contrast(
 
 @pytest.fixture(scope="module")
 def contrast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write_contrast(tmp_path_factory.mktemp("contrast") / "c.jsonl")
+    return _write_contrast(tmp_path_factory.mktemp("contrast") / "c.jsonl", groups=40)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     assert found.verdict == "cannot tell"
     assert (found.matched, found.n_aligned, found.difference.verdict) == (False, 0, "cannot tell")
     for kind in found.kinds:
-        assert (kind.cells, kind.shares, kind.unusable) == ([], {}, {"without a twin of equal token count": 40})
+        assert (kind.cells, kind.shares, kind.unusable) == ([], {}, {"without a twin of equal token count": 34})
     assert found.warnings[0] == NO_TWINS
     assert found.top_experts and found.curves and found.directions.layers
     assert found.causal_experts == [] and any(e.restore.low > 0 for e in found.experts)
@@ -318,6 +318,6 @@ def test_twins_of_other_lengths_cannot_tell(tmp_path: Path) -> None:
     with Run(tmp_path / "run") as run:
         found = diagnose(_config("routed", contrast, **FEW), run)
     assert (found.verdict, found.n_aligned) == ("cannot tell", 0)
-    assert "40 without a twin of equal token count" in found.sentence
-    assert found.n_pairs == 80
+    assert "34 without a twin of equal token count" in found.sentence
+    assert found.n_pairs == 68
     assert found.top_experts  # the association needs no equal lengths

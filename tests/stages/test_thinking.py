@@ -63,7 +63,7 @@ def thinking(model: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def contrast(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.loads(line) for line in embedded.contrast().read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "validation"][: 3 * 40]
+    rows = [row for row in rows if row["split"] == "validation"][: 3 * 34]
     return helpers.write_rows(tmp_path_factory.mktemp("contrast") / "c.jsonl", rows)
 
 

@@ -262,10 +262,10 @@ def test_a_write_to_the_experts_is_noticed(
 
 def test_diagnosis_and_projection_with_frozen_experts(tmp_path: Path) -> None:
     kinds = contrasts.KINDS
-    counts = {(split, kind): 40 for split in ("train", "validation") for kind in kinds}
+    counts = {(split, kind): 36 for split in ("train", "validation") for kind in kinds}
     file = helpers.write_rows(tmp_path / "c.jsonl", helpers.toy_rows(counts))
     shared: dict[str, Any] = {"model": str(embedded.organism("routed")), "contrast": str(file), "expert_format": "nf4"}
-    shared |= {"judge": embedded.JUDGE, "max_new_tokens": 6}
+    shared |= {"judge": embedded.JUDGE, "max_new_tokens": 6, "batch_size": 128}
     with Run(tmp_path / "run") as run:
         found = diagnose(DiagnoseConfig(**shared, bootstrap=50, random_controls=0, max_candidates=1), run)
         assert found.verdict == "routing"

@@ -163,10 +163,11 @@ def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.float
     if groups is None:
         return values
     number: dict[Hashable, int] = {}
-    of = [number.setdefault(group, len(number)) for group in groups]
-    sums = np.zeros((len(number), *values.shape[1:]))
-    np.add.at(sums, of, values)
-    return sums
+    of = np.array([number.setdefault(group, len(number)) for group in groups], dtype=np.intp)
+    shape = len(number), *values.shape[1:]
+    each = math.prod(values.shape[1:])
+    places = (of[:, None] * each + np.arange(each)).ravel()  # of all numbers, as bincount takes one axis
+    return np.bincount(places, weights=values.ravel(), minlength=math.prod(shape)).reshape(shape)
 
 
 def group_means(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
