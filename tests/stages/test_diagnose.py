@@ -26,10 +26,13 @@ COMPONENTS = ("routing", "experts", "residual")
 
 
 def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
-    settings = {"model": embedded.organism(organism), "contrast": contrast, "random_controls": 1, "max_candidates": 6}
+    settings = {"model": embedded.organism(organism), "contrast": contrast}
     return build(DiagnoseConfig, file=embedded.recipe(), **settings | given)
 
 
+EXPERTS: dict[str, int] = {"max_candidates": 6, "random_controls": 1}
+LOOKED_INTO = ("routed", "routed-qwen3", "null")
+"""Organisms of which single experts are looked at."""
 FEW: dict[str, int] = {"max_candidates": 1, "random_controls": 0}
 """Enough where the test is not about single experts."""
 
@@ -55,7 +58,7 @@ def diagnosed(tmp_path_factory: pytest.TempPathFactory, contrast: Path) -> Calla
     def of(organism: str) -> tuple[Diagnosis, Path]:
         path = tmp_path_factory.mktemp(organism)
         with Run(path / "run") as run:
-            return diagnose(_config(organism, contrast), run), run.path
+            return diagnose(_config(organism, contrast, **(EXPERTS if organism in LOOKED_INTO else FEW)), run), run.path
 
     return of
 
@@ -211,7 +214,7 @@ def test_a_second_diagnosis_reads_the_first(diagnosed: Any, contrast: Path) -> N
     file = path / "diagnosis" / "diagnosis.json"
     before = file.stat().st_mtime_ns
     with Run(path) as run:
-        assert diagnose(_config("routed", contrast), run) == found == read_diagnosis(run.path)
+        assert diagnose(_config("routed", contrast, **EXPERTS), run) == found == read_diagnosis(run.path)
     assert file.stat().st_mtime_ns == before
 
 
@@ -231,7 +234,7 @@ def test_it_repeats_by_seed(tmp_path: Path, contrast: Path) -> None:
 def test_without_twins_it_says_what_that_costs(tmp_path: Path) -> None:
     contrast = _write_contrast(tmp_path / "c.jsonl", lambda i, row: {**row, "twin": None, "pair_id": f"p{i}"})
     with Run(tmp_path / "run") as run:
-        found = diagnose(_config("routed", contrast, max_candidates=1), run)
+        found = diagnose(_config("routed", contrast, **FEW), run)
     assert found.verdict == "cannot tell"
     assert (found.matched, found.n_aligned, found.difference.verdict) == (False, 0, "cannot tell")
     for kind in found.kinds:
@@ -266,7 +269,7 @@ def _only(*kinds: str, twins: bool = False) -> Callable[[int, dict[str, Any]], d
 def test_an_empty_class_is_an_error(tmp_path: Path, kinds: tuple[str, ...], message: str) -> None:
     contrast = _write_contrast(tmp_path / "c.jsonl", _only(*kinds))
     with Run(tmp_path / "run") as run, pytest.raises(ContrastError, match=message):
-        diagnose(_config("routed", contrast), run)
+        diagnose(_config("routed", contrast, **FEW), run)
     assert not (tmp_path / "run" / "diagnosis").exists()
 
 
@@ -277,7 +280,7 @@ def test_nan_activations_are_an_error_and_leave_nothing(tmp_path: Path, contrast
     weights["model.layers.2.mlp.shared_experts.down_proj.weight"][3] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with Run(tmp_path / "run") as run, pytest.raises(ModelError, match="NaN"):
-        diagnose(_config("routed", contrast, model=str(model)), run)
+        diagnose(_config("routed", contrast, model=str(model), **FEW), run)
     assert not (tmp_path / "run" / "diagnosis").exists()
 
 
@@ -299,7 +302,7 @@ def test_refusals_that_begin_like_answers_leave_no_log_odds(tmp_path: Path) -> N
 def test_too_few_pairs_cannot_tell(tmp_path: Path, contrast: Path, max_pairs: int) -> None:
     """And it says how many are needed."""
     with Run(tmp_path) as run:
-        found = diagnose(_config("routed", contrast, max_pairs=max_pairs), run)
+        found = diagnose(_config("routed", contrast, max_pairs=max_pairs, **FEW), run)
     assert found.verdict == "cannot tell"
     assert f"and {MIN_PAIRS} are needed" in found.sentence
     assert any("from 8 pair_ids on" in warning for warning in found.warnings)
