@@ -26,7 +26,7 @@ COMPONENTS = ("routing", "experts", "residual")
 
 
 def _config(organism: str, contrast: Path, **given: Any) -> DiagnoseConfig:
-    settings = {"model": embedded.organism(organism), "contrast": contrast}
+    settings: dict[str, Any] = {"model": embedded.organism(organism), "contrast": contrast}
     return build(DiagnoseConfig, file=embedded.recipe(), **settings | given)
 
 

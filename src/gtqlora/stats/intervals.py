@@ -167,7 +167,8 @@ def group_sums(values: NDArray[np.floating], groups: Groups) -> NDArray[np.float
     shape = len(number), *values.shape[1:]
     each = math.prod(values.shape[1:])
     places = (of[:, None] * each + np.arange(each)).ravel()  # of all numbers, as bincount takes one axis
-    return np.bincount(places, weights=values.ravel(), minlength=math.prod(shape)).reshape(shape)
+    sums = np.bincount(places, weights=values.ravel(), minlength=math.prod(shape))
+    return sums.astype(float, copy=False).reshape(shape)
 
 
 def group_means(values: NDArray[np.floating], groups: Groups) -> NDArray[np.floating]:
