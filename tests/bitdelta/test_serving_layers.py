@@ -117,13 +117,14 @@ def test_a_mixed_batch(toy: Toy, family: str, biased: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", MOST)
 @torch.no_grad()
-def test_a_mixed_batch_on_a_gpu(toy: Toy) -> None:
+def test_a_mixed_batch_on_a_gpu(toy: Toy, family: str) -> None:
     """By the kernels what merged weights give on the CPU."""
-    subject = _subject(toy, "deepseek_v3")
+    subject = _subject(toy, family)
     variants = [lora_variant(subject, "edit"), bits_variant(subject, "tuned")]
     wanted = [subject.model, *(merged(subject.model, variant) for variant in variants)]
-    there = open_subject(ModelConfig(model=str(toy.model("deepseek_v3")), device="cuda"))
+    there = open_subject(ModelConfig(model=str(toy.model(family)), device="cuda"))
     order, ids = [2, 0, 1, 2], models.some_tokens()
     install(there, variants).begin(order)
     found = there.model(ids.cuda()).logits.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,11 @@ def test_a_refusal_far_into_an_answer_is_no_refusal() -> None:
     assert judge("word " * 20 + "I cannot")
 
 
-@given(st.sampled_from(REFUSALS), st.text(st.characters(exclude_categories=["N", "Cs"]), max_size=50))
+def _no_figure(character: str) -> bool:
+    return not any(map(str.isdigit, unicodedata.normalize("NFKC", character)))
+
+
+@given(st.sampled_from(REFUSALS), st.text(st.characters(exclude_categories=["Cs"]).filter(_no_figure), max_size=50))
 def test_every_listed_phrase_refuses_in_any_case(phrase: str, rest: str) -> None:
     """In a sentence of its own: what follows in the same one may make it an idiom ("I will not refuse").
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gtqlora.experts.messages import Group
-from gtqlora.experts.packed_memory import ALIGNED, starts_of, tensor_at
+from gtqlora.experts.packed_memory import ALIGNED, aligned, starts_of, tensor_at
 from gtqlora.progress import note
 from gtqlora.ranks import all_of
 
@@ -88,7 +88,7 @@ class PeerMemory:
         """As `Way`; sums are rounded to the values' dtype after every rank."""
         of_ranks = values.contiguous().view(self._group.size(), -1, *values.shape[1:])
         place = self._laid("scattered", of_ranks.unbind(), but=self._rank)
-        start = starts_of(part.nbytes for part in of_ranks)[self._rank]
+        start = self._rank * aligned(of_ranks[0].nbytes)
         total = of_ranks[self._rank]
         for index, rank in enumerate(self._others):
             theirs = _at(place.all[rank], start, total)
