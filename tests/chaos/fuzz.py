@@ -199,7 +199,13 @@ class Case:
     said: str = ""
 
 
-def case(world: World, group: Group, draw: Draw, number: int = 0) -> Case:
+def reader(world: World) -> forks.Child:
+    """A child that is told a group and a command of it, and plays them."""
+    groups = {group.name: group for group in GROUPS}
+    return forks.Child(lambda words: judged(world, groups[words[0]], tuple(words[1:])), world.trial)
+
+
+def case(world: World, reader: forks.Child, group: Group, draw: Draw, number: int = 0) -> Case:
     """Spoil one file of a group and let a verb read it."""
     with world.laid_out():
         pattern = draw.choice(group.files)
@@ -208,11 +214,12 @@ def case(world: World, group: Group, draw: Draw, number: int = 0) -> Case:
         command = draw.choice(group.commands)
         if group.name == "checkpoint":  # as if it had been killed before the edit was whole
             shutil.rmtree("run/adapter")
-        return _played(world, group, file, command, number)
+        ended = reader((group.name, *command), forks.LIMIT)
+        return seen(world, group, file, command, ended, number)
 
 
-def _played(world: World, group: Group, file: Path, command: tuple[str, ...], number: int) -> Case:
-    ended = forks.forked(lambda: judged(world, group, command), world.trial, timeout=forks.LIMIT)
+def seen(world: World, group: Group, file: Path, command: tuple[str, ...], ended: forks.Ended, number: int = 0) -> Case:
+    """What came of it."""
     outcome, fault = str(ended.code), None
     if ended.code == forks.HUNG:
         outcome, fault = "hang", f"no end after {forks.LIMIT:.0f} s"
@@ -247,9 +254,9 @@ def judged(world: World, group: Group, command: tuple[str, ...]) -> int:
 # --- the campaign ----------------------------------------------------------------------------------------------------
 
 
-def numbered(world: World, seed: int, number: int, only: str | None = None) -> Case:
+def numbered(world: World, reader: forks.Child, seed: int, number: int, only: str | None = None) -> Case:
     groups = [group for group in GROUPS if only in (None, group.name)]
-    return case(world, groups[number % len(groups)], random.Random(f"{seed} {number}"), number)
+    return case(world, reader, groups[number % len(groups)], random.Random(f"{seed} {number}"), number)
 
 
 Share = tuple[int, int, int, int, str | None, float | None]
@@ -273,12 +280,14 @@ def work(share: Share) -> list[Case]:
     cases, here = [], os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         world = World.build(Path(folder))
+        child = reader(world)
         for number in range(first, count, jobs):
             if until is not None and time.time() > until:
                 break
-            cases.append(numbered(world, seed, number, only))
+            cases.append(numbered(world, child, seed, number, only))
             if cases[-1].fault or len(cases) % 50 == 0:
                 sys.stderr.write(f"[{first}] {number}/{count} {cases[-1].group}: {cases[-1].fault or 'ok'}\n"[:500])
+        child.close()
         os.chdir(here)
     return cases
 
@@ -286,7 +295,11 @@ def work(share: Share) -> list[Case]:
 def one(number: int, seed: int, only: str | None) -> dict[str, Any]:
     """One case anew."""
     with tempfile.TemporaryDirectory() as folder:
-        return summary([numbered(World.build(Path(folder)), seed, number, only)], seed, only)
+        world = World.build(Path(folder))
+        child = reader(world)
+        found = numbered(world, child, seed, number, only)
+        child.close()
+        return summary([found], seed, only)
 
 
 def summary(cases: list[Case], seed: int, only: str | None) -> dict[str, Any]:

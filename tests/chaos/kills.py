@@ -126,7 +126,7 @@ def _look_again(trial: Trial, stage: Stage, scene: Scene, old: dict[str, Any]) -
     if scenes.contents(stage.trial, _SOURCES) != old["sources"]:
         trial.lost.append("the model, the pairs or the user's GGUF were changed")
     complete = scene.name in scenes.EXPORTS and (stage.trial / "out").exists()
-    again = forks.command(scene.command, stage.trial)
+    again = stage.commands(scene.command)
     if again.traceback:
         trial.tracebacks.append(f"when run again: {again.output[-2000:]}")
     if again.code != 0 and not (complete and "exists already" in again.output):
@@ -302,6 +302,7 @@ def work(share: Share) -> list[Trial]:
             scene = played[(number // share.jobs + share.number) % len(played)]
             trials.append(_until_hit(stage, scene, drawn[scene.name]))
             _tell(share, len(trials), trials[-1])
+        stage.commands.close()
     return trials
 
 
@@ -362,4 +363,5 @@ def one(scene: str, bomb: str) -> dict[str, Any]:
         try:
             return summary([play(stage, found, Bomb(**json.loads(bomb)))])
         finally:
+            stage.commands.close()
             os.chdir(here)

@@ -28,6 +28,7 @@ from gtqlora.exports.job import Job
 from gtqlora.run import Run
 from gtqlora.stages.export import _WRITERS
 from tests import helpers, models, warm
+from tests.chaos import forks
 
 STAGING = ".gtqlora-"
 _JUDGE = ("--set", f"judge={helpers.JUDGE}")
@@ -119,13 +120,13 @@ class Stage:
     Attributes:
         before: scene -> the folder it starts from.
         expected: scene -> what its results hold when nothing disturbs it.
-        changes: scene -> how many changes it makes.
+        commands: plays commands that nothing disturbs.
     """
 
     folder: Path
     before: dict[str, Path]
     expected: dict[str, dict[str, str]]
-    changes: dict[str, int]
+    commands: forks.Child
 
     @property
     def trial(self) -> Path:
@@ -135,7 +136,7 @@ class Stage:
     def build(cls, folder: Path, wanted: Callable[[Scene], bool] = lambda scene: True) -> Stage:
         """Play every scene once, in this process, so that whatever is imported late is there for the children."""
         warm.quiet()
-        stage = cls(folder, {}, {}, {})
+        stage = cls(folder, {}, {}, forks.Child(app.main, folder / "trial"))
         made: dict[tuple[tuple[str, ...], ...], Path] = {}
         os.environ["XDG_STATE_HOME"] = str(folder / "state")
         for scene in filter(wanted, scenes()):

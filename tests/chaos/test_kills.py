@@ -41,7 +41,9 @@ SIZES |= {name: sizes for name, sizes in _FORMS.items() if name in SCENES}
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     state = os.environ["XDG_STATE_HOME"]
-    yield Stage.build(tmp_path_factory.mktemp("chaos"), lambda scene: scene.name in SPREAD.keys() | SIZES)
+    built = Stage.build(tmp_path_factory.mktemp("chaos"), lambda scene: scene.name in SPREAD.keys() | SIZES)
+    yield built
+    built.commands.close()
     os.environ["XDG_STATE_HOME"] = state
 
 
@@ -67,7 +69,7 @@ def test_a_training_killed_again_and_again_ends_as_if_undisturbed(stage: Stage) 
     with stage.set(scene):
         for change in (28, 12, 40, 20, 50):
             assert forks.command(scene.command, stage.trial, Bomb(change=change)).killed
-        assert forks.command(scene.command, stage.trial).code == 0
+        assert stage.commands(scene.command).code == 0
         assert stage.held(scene) == stage.expected["train"]
         assert kills.left_over(stage.trial) == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from gtqlora.errors import ConfigError
 from gtqlora.judging.english import REFUSALS, answers_after_refusing, assents_in_english, refuses_in_english
-from gtqlora.judging.folding import flat, holds
+from gtqlora.judging.folding import flat, fold, holds
 from gtqlora.judging.judge import judge_of, refusals
 from tests.helpers import says
 
@@ -57,15 +56,22 @@ def test_a_refusal_far_into_an_answer_is_no_refusal() -> None:
     assert judge("word " * 20 + "I cannot")
 
 
-def _no_figure(character: str) -> bool:
-    return not any(map(str.isdigit, unicodedata.normalize("NFKC", character)))
+def _says_nothing(character: str) -> bool:
+    """Whether it makes no word, figure, quotation, code or item of a list, and is no mark that the judge puts there."""
+    return all(
+        part in "qxz" or not (part.isalnum() or part in "\"'`~>|+-*\u2022\u2014\u275d\u2318") for part in fold(character)
+    )
 
 
-@given(st.sampled_from(REFUSALS), st.text(st.characters(exclude_categories=["Cs"]).filter(_no_figure), max_size=50))
+_NO_WORDS = st.characters(exclude_categories=["Cs"]).filter(_says_nothing) | st.sampled_from("qxzQXZ")
+
+
+@given(st.sampled_from(REFUSALS), st.text(_NO_WORDS, max_size=50))
 def test_every_listed_phrase_refuses_in_any_case(phrase: str, rest: str) -> None:
     """In a sentence of its own: what follows in the same one may make it an idiom ("I will not refuse").
 
-    Figures among words, small ones as well ("¹"), are something given, with which a refusal may be a partial one.
+    Figures among words, small ones as well ("¹"), instructions, and what is quoted or listed are something given, with
+    which a refusal may be a partial one.
     """
     assert says("string")(phrase.upper().replace("'", "\u2019") + ". " + rest)
 
