@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 warnings.filterwarnings("ignore", category=UserWarning, module="peft|torch")
 
 
+_HERE = Path(__file__).parent
 _LONGEST = ("chaos", "stages", "ranks", "exports", "bitdelta", "experts", "edits", "organisms")
 """Rooms whose files take longest. They come first, so that no worker is left with one when the others are done."""
 
@@ -44,6 +46,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     warm.quiet()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What stays the same as long as the tests run is made once."""
+    from gtqlora.judging import trust
+    from tests import models
+
+    models.KEPT_IN = tmp_path_factory.mktemp("models")
+    anew, known = trust._hash_of, cache(trust._hash_of)
+    # that of a judge in here is of hundreds of files
+    trust._hash_of = lambda source, judge: (known if _HERE in source.parents else anew)(source, judge)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,31 @@ def save_tiny(
     model: PreTrainedModel | None = None,
     **changes: Any,
 ) -> Path:
-    """Write a folder as the hub would hold it: weights, config, toy tokenizer; wrapped models with other towers."""
-    model = model if model is not None else tiny_model(family, seed, dtype, **changes)
+    """Write a folder as the hub would hold it: weights, config, toy tokenizer; wrapped models with other towers.
+
+    In a run of the tests it is made once for the same arguments, and copied from then on.
+    """
+    if model is not None or KEPT_IN is None:
+        model = model if model is not None else tiny_model(family, seed, dtype, **changes)
+        return _written(path, family, model, tokenizer, max_shard_size)
+    known = (family, seed, dtype, tokenizer, max_shard_size, repr(sorted(changes.items())))
+    if known not in _kept:
+        folder = KEPT_IN / str(len(_kept))
+        _written(folder, family, tiny_model(family, seed, dtype, **changes), tokenizer, max_shard_size)
+        _kept[known] = folder, torch.get_rng_state()
+    folder, drawn = _kept[known]
+    shutil.copytree(folder, path, copy_function=shutil.copy, dirs_exist_ok=True)
+    torch.set_rng_state(drawn)
+    return path
+
+
+KEPT_IN: Path | None = None
+"""A folder for models that are copied."""
+_kept: dict[tuple[object, ...], tuple[Path, Tensor]] = {}
+"""Folders there, and the state of the generator after they were made."""
+
+
+def _written(path: Path, family: str, model: PreTrainedModel, tokenizer: bool, max_shard_size: str) -> Path:
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=family != "qwen3_5_moe")
     if tokenizer:
         Language().save(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_faults_are_seen(world: World, behaves: str, outcome: str, monkeypatch: 
 def test_a_child_works_again_and_again_until_it_dies(tmp_path: Path) -> None:
     def work(words: list[str]) -> int:
         Path(words[0]).write_text("")
-        print(os.getpid(), os.getcwd(), words[0])
+        sys.stdout.write(f"{os.getpid()} {os.getcwd()} {words[0]}")
         if words[0] == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         return len(words)

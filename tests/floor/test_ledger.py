@@ -87,7 +87,8 @@ def test_an_edit_has_one_past_wherever_it_was_judged(tmp_path: Path) -> None:
         ledger.append([file], entry())
     ledger.append([files[2]], replace(entry(), finished="2025-01-01T00:00:00+00:00", verdict="pass"))
     ledger.append([files[1]], entry("b"))
-    assert [e.verdict for e in ledger.on_edit("a", [*files, tmp_path / "none"])] == ["pass", "fail"]
+    every = [known for file in (*files, tmp_path / "none") for known in ledger.read(file)]
+    assert [known.verdict for known in ledger.on_edit("a", every)] == ["pass", "fail"]
 
 
 def test_where_it_cannot_be_written_the_next_place_is_taken(tmp_path: Path) -> None:

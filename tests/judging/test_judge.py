@@ -59,7 +59,8 @@ def test_a_refusal_far_into_an_answer_is_no_refusal() -> None:
 def _says_nothing(character: str) -> bool:
     """Whether it makes no word, figure, quotation, code or item of a list, and is no mark that the judge puts there."""
     return all(
-        part in "qxz" or not (part.isalnum() or part in "\"'`~>|+-*\u2022\u2014\u275d\u2318") for part in fold(character)
+        part in "qxz" or not (part.isalnum() or part in "\"'`~>|+-*\u2022\u2014\u275d\u2318")
+        for part in fold(character)
     )
 
 

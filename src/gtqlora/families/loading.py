@@ -116,6 +116,21 @@ def meta_model(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
     return model.to(config.dtype or torch.bfloat16)
 
 
+def _skeleton(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a `meta_model` to look at and not to change: that of last time for the same config.
+
+    A stage that goes through a model layer by layer loads it once for each.
+    """
+    made = (family.model_type, config.to_json_string(use_diff=False))
+    if made not in _last:
+        _last.clear()
+        _last[made] = meta_model(family, config)
+    return _last[made]
+
+
+_last: dict[tuple[str, str], PreTrainedModel] = {}
+
+
 def tensor_names(model: str, family: Family, skeleton: PreTrainedModel) -> TensorNames:
     """Return what MODEL's tensors are called on disk and in memory, from the headers of its files.
 
@@ -182,7 +197,7 @@ def load_model(
     folder, names = files.weight_files(model)
     headers = read_headers(folder, names, files.weight_map(folder))
     check_generation(model, folder, config.vocab_size)
-    skeleton = meta_model(source.family, config)
+    skeleton = _skeleton(source.family, config)
     tensors = TensorNames(skeleton, source.family, headers)
     check_headers(model, source.family, tensors, headers, source.quantization)
     check_size(model, sum(p.numel() for p in skeleton.parameters()), headers)

@@ -10,11 +10,11 @@ import json
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from gtqlora.errors import RunError
-from gtqlora.results.typed import Mismatch, from_json
+from gtqlora.results.typed import Mismatch, from_json, to_json
 from gtqlora.run import sha256_json
 from gtqlora.storage import user_state
 from gtqlora.storage.atomic import named_errors
@@ -79,11 +79,9 @@ def of_edits(run: Path) -> Path:
     return (user_state.folder() or run) / _OF_EDITS
 
 
-def on_edit(adapter: str, files: Iterable[Path]) -> list[Entry]:
-    """Collect every verdict on an edit that any of the files holds, the same one once."""
-    found = {}
-    for entry in (entry for file in files for entry in read(file) if entry.adapter == adapter):
-        found[json.dumps(asdict(entry), sort_keys=True)] = entry
+def on_edit(adapter: str, entries: Iterable[Entry]) -> list[Entry]:
+    """Return the verdicts on an edit, the same one once."""
+    found = {_line(entry): entry for entry in entries if entry.adapter == adapter}
     return sorted(found.values(), key=lambda entry: entry.finished)
 
 
@@ -104,11 +102,12 @@ class Past:
 
 def past(adapter: str, contrast: str, run: Path, history: Path) -> Past:
     """Read what is remembered of an edit: a copy of the run, or of the edit, has the same past."""
-    beside = places(contrast, run)
+    here = read(history)
+    beside = [entry for file in places(contrast, run) for entry in read(file)]
     return Past(
-        told=tuple(on_edit(adapter, [history, *beside])),
-        verdicts=tuple(on_edit(adapter, [history, *beside, of_edits(run)])),
-        beside=tuple(entry for file in beside for entry in read(file)),
+        told=tuple(on_edit(adapter, [*here, *beside])),
+        verdicts=tuple(on_edit(adapter, [*here, *beside, *read(of_edits(run))])),
+        beside=tuple(beside),
     )
 
 
@@ -123,11 +122,15 @@ def append(files: Iterable[Path], entry: Entry) -> Path:
         try:
             with named_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                append_line(file, json.dumps(asdict(entry), sort_keys=True))
+                append_line(file, _line(entry))
             return file
         except OSError as error:
             problem = problem or error
     raise problem or OSError("no place for the ledger of verdicts")
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(to_json(entry), sort_keys=True)
 
 
 def read(file: Path) -> list[Entry]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+_Reader = Callable[[object, str], object]
+"""(value, where it stands, such as `experts[0].ablate`) -> the value as it should be; it raises `Mismatch`."""
 
 _EXACT = frozenset[object]({str, bool, int, NoneType})
 """Plain types of which any value will do, unlike numbers, which have to be finite."""
@@ -52,26 +54,30 @@ def from_json(kind: type[T], value: object) -> T:
     Raises:
         Mismatch: an unknown or missing key, or a value of another type; the message names the first one.
     """
-    return cast(T, _record(value, kind, ""))
+    return cast(T, _record(kind, value, ""))
 
 
-def _read(value: object, hint: object, place: str) -> object:
-    """Return a value as its type hint says; `place` is where it stands, such as `experts[0].ablate`."""
-    # nearly all values are of just the plain type that is wanted
-    if hint in _EXACT and hint is type(value):
-        return value
-    origin = get_origin(hint)
+@functools.cache
+def _reader(hint: object) -> _Reader:
+    """Return what reads values of a type hint; worked out once, since there may be a row for every prompt or expert."""
+    origin, inner = get_origin(hint), get_args(hint)
     # `X | None` is a UnionType, `Optional[X]` a Union; both may stand in a record
     if origin in (UnionType, Union):
-        return _one_of(value, get_args(hint), place)
+        return functools.partial(_one_of, inner, [_reader(each) for each in inner if each is not NoneType])
     if origin in _CONTAINERS:
-        return _CONTAINERS[origin](value, get_args(hint), place)
+        return functools.partial(_CONTAINERS[origin], [_reader(each) for each in inner if each is not Ellipsis])
     if is_dataclass(hint):
-        return _record(value, cast("type[DataclassInstance]", hint), place)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise Mismatch(f"{place!r} is {value!a}, none of {', '.join(map(repr, get_args(hint)))}")
-        return value
+        return functools.partial(_record, cast("type[DataclassInstance]", hint))
+    return functools.partial(_literal, inner) if origin is Literal else functools.partial(_plain_one, hint)
+
+
+def _literal(known: tuple[object, ...], value: object, place: str) -> object:
+    if value not in known:
+        raise Mismatch(f"{place!r} is {value!a}, none of {', '.join(map(repr, known))}")
+    return value
+
+
+def _plain_one(hint: object, value: object, place: str) -> object:
     if not _is_plain(value, hint):
         raise Mismatch(f"{place!r} is {in_json(value)}, not {KINDS.get(hint, str(hint))}")
     return value
@@ -97,11 +103,11 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _record(value: object, kind: type[DataclassInstance], place: str) -> DataclassInstance:
+def _record(kind: type[DataclassInstance], value: object, place: str) -> DataclassInstance:
     if not isinstance(value, Mapping):
         found = in_json(value)
         raise Mismatch(f"{place!r} is {found}, not an object" if place else f"holds {found}, no object")
-    entries, hints = cast("Mapping[str, object]", value), _hints(kind)
+    entries, hints, found = cast("Mapping[str, object]", value), _hints(kind), dict[str, object]()
     at = f"{place} has" if place else "has"
     # unknown keys first: they tell an older version's file better than what is missing for them
     for key in entries:
@@ -110,10 +116,15 @@ def _record(value: object, kind: type[DataclassInstance], place: str) -> Datacla
     for key in hints:
         if key not in entries and key not in _optional(kind):
             raise Mismatch(f"{at} no {key!a}")
-    return kind(**{key: _read(entry, hints[key], f"{place}.{key}" if place else key) for key, entry in entries.items()})
+    for key, entry in entries.items():
+        hint = hints[key]
+        # nearly all values are of just the plain type that is wanted
+        plain = hint is type(entry) and hint in _EXACT
+        found[key] = entry if plain else _reader(hint)(entry, f"{place}.{key}" if place else key)
+    return kind(**found)
 
 
-def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
+def _one_of(hints: tuple[object, ...], readers: Sequence[_Reader], value: object, place: str) -> object:
     """Return a value as the first of a union's types that it fits; else what is wrong with it as the likeliest one."""
     # before the others, so that what is wrong is told of the type that a value is meant to have
     if value is None and NoneType in hints:
@@ -121,34 +132,33 @@ def _one_of(value: object, hints: tuple[object, ...], place: str) -> object:
     if type(value) in hints and type(value) in _EXACT:
         return value
     wrong: Mismatch | None = None
-    for hint in (hint for hint in hints if hint is not NoneType):
+    for read in readers:
         try:
-            return _read(value, hint, place)
+            return read(value, place)
         except Mismatch as error:
             wrong = wrong or error
     raise wrong or Mismatch(f"{place!r} is {in_json(value)}, not null")
 
 
-def _list(value: object, hints: tuple[object, ...], place: str) -> list[object]:
+def _list(readers: Sequence[_Reader], value: object, place: str) -> list[object]:
     if not isinstance(value, list | tuple):
         raise Mismatch(f"{place!r} is {in_json(value)}, not a list")
-    entries = cast("Sequence[object]", value)
-    return [_read(entry, hints[0], f"{place}[{i}]") for i, entry in enumerate(entries)]
+    entries, read = cast("Sequence[object]", value), readers[0]
+    return [read(entry, f"{place}[{i}]") for i, entry in enumerate(entries)]
 
 
-def _tuple(value: object, hints: tuple[object, ...], place: str) -> tuple[object, ...]:
-    return tuple(_list(value, hints, place))
+def _tuple(readers: Sequence[_Reader], value: object, place: str) -> tuple[object, ...]:
+    return tuple(_list(readers, value, place))
 
 
-def _dict(value: object, hints: tuple[object, ...], place: str) -> dict[str, object]:
+def _dict(readers: Sequence[_Reader], value: object, place: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise Mismatch(f"{place!r} is {in_json(value)}, not an object")
-    entries = cast("dict[str, object]", value)
-    return {key: _read(entry, hints[1], f"{place}.{key}") for key, entry in entries.items()}
+    entries, read = cast("dict[str, object]", value), readers[1]
+    return {key: read(entry, f"{place}.{key}") for key, entry in entries.items()}
 
 
-_Reader = Callable[[object, tuple[object, ...], str], object]
-_CONTAINERS: dict[object, _Reader] = {
+_CONTAINERS: dict[object, Callable[[Sequence[_Reader], object, str], object]] = {
     list: _list,
     tuple: _tuple,
     dict: _dict,

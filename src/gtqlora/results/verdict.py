@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from gtqlora.contrasts import ALL_KINDS, KINDS, Messages, Row
@@ -257,6 +258,10 @@ class Outcome:
     @property
     def prompt(self) -> Messages:
         """Return the row's messages."""
+        return self._messages
+
+    @cached_property
+    def _messages(self) -> Messages:
         return tuple(json.loads(self.prompt_json))
 
 
