@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from gtqlora.errors import ContrastError, ModelError
 from gtqlora.judging.judge import Message
@@ -38,6 +39,24 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         ContrastError: the tokenizer cannot read it.
     """
+    if len(text) > _LONGEST:
+        return _encoded(tokenizer, text)
+    known = _known.setdefault(tokenizer, {})
+    # a tokenizer may have been given tokens since
+    asked = (len(tokenizer), text)
+    if asked not in known:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[asked] = tuple(_encoded(tokenizer, text))
+    return list(known[asked])
+
+
+_MOST_KNOWN, _LONGEST = 40_000, 5_000
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, str], tuple[int, ...]]] = WeakKeyDictionary()
+"""Token ids by text, for as long as a tokenizer is there: a stage reads each prompt several times."""
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
     except Exception as error:  # the Rust library raises bare Exception, e.g. for a word without an unknown token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, NotRequired, TypedDict, cast
@@ -41,6 +42,11 @@ class Manifest(TypedDict):
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on, of those that are here."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for package in _PACKAGES:
         try:
