@@ -40,7 +40,7 @@ VERIFY = [
     word
     for setting in (
         *("margin=0.05", f"judge={JUDGE}", "max_new_tokens=2", "ablation=2", "ablation_prompts=20"),
-        *("wrapped_prompts=80", "wrapped_margin=0.1", "mediation_prompts=20"),
+        *("wrapped_prompts=60", "wrapped_margin=0.1", "mediation_prompts=20"),
     )
     for word in ("--set", setting)
 ]
@@ -105,7 +105,7 @@ class Toy:
     def verify_config(self, model: Path, **changes: Any) -> VerifyConfig:
         settings: dict[str, Any] = {
             **{"model": str(model), "contrast": str(self.contrast), "judge": JUDGE, "batch_size": 128},
-            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 80, "wrapped_margin": 0.1},
+            **{"max_new_tokens": 2, "margin": 0.05, "wrapped_prompts": 60, "wrapped_margin": 0.1},
             **{"ablation": 0, "ablation_prompts": 20, "mediation_prompts": 20},
         }
         return VerifyConfig(**{**settings, **changes})

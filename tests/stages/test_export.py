@@ -254,9 +254,10 @@ def test_a_form_that_does_not_keep_the_floor_inside_frames_is_refused(passed: Pa
 
 @pytest.mark.parametrize(("plain", "wanted"), [(1, "enough"), (10_000, "all")])
 def test_fewer_prompts_are_asked_inside_frames_of_a_form_but_no_fewer_than_decide(
-    passed: Path, caplog: pytest.LogCaptureFixture, plain: int, wanted: str
+    toy: helpers.Toy, passed: Path, caplog: pytest.LogCaptureFixture, plain: int, wanted: str
 ) -> None:
     with Run(passed) as run:
+        verify(toy.verify_config(source(toy, "qwen3_moe"), wrapped_prompts=80), run)
         certificate = certify(run, helpers.JUDGE)
     numbers = {row.number for row in certificate.framed if row.kind == "harmful"}
     note.cache_clear()

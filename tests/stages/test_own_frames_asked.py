@@ -50,7 +50,7 @@ def test_own_frames_are_asked_beside_those_of_the_model_and_recorded(asked: Path
     found = read_verdict(asked)
     assert found.wrapped is not None and found.decision == "pass"
     assert [row.name for row in found.wrapped.wrappers] == [*Language().wrappers, f"{OWN}mine"]
-    assert {row.asked for row in found.wrapped.wrappers} == {80}
+    assert {row.asked for row in found.wrapped.wrappers} == {60}
     assert found.wrapped.own is not None and found.wrapped.own.verdict == "pass"
     assert found.wrappers == sha256_file(asked.parent / "mine.json")
     framed = [o.prompt[-1]["content"] for o in read_outcomes(asked, WRAPPED) if o.wrapper == f"{OWN}mine"]

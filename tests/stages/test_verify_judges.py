@@ -225,7 +225,7 @@ def test_a_misspelt_judge_is_told_before_anything_is_hashed(
     [
         ({"max_new_tokens": 5}, "verified with max_new_tokens = 2 and not 5"),
         ({"split": "train"}, 'verified with split = "heldout" and not "train"'),
-        ({"wrapped_prompts": 7}, "verified with wrapped_prompts = 80 and not 7"),
+        ({"wrapped_prompts": 7}, "verified with wrapped_prompts = 60 and not 7"),
     ],
 )
 def test_what_would_be_said_otherwise_is_not_judged_again(
