@@ -2,8 +2,8 @@
 
 It runs beside the tests, one for all workers. For each of them it forks a server that reads a request a line and
 answers with how its children ended. Nothing of gtqlora is imported in it, so a child knows of gtqlora what its code
-imports. Ranks, of which there are many and none is about imports, are children of a second one that is forked from
-it and has imported the stages, too.
+imports. Ranks, and others that are not about imports, are children of a second one that is forked from it and has
+imported the stages, too.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ class Child(TypedDict):
 Ended = subprocess.CompletedProcess[str]
 
 
-def process(code: str, *arguments: object) -> Ended:
-    """Run Python code, in which `torch` is imported, in such a child with one thread."""
-    return _together(code, arguments, [{}])[0]
+def process(code: str, *arguments: object, knowing: bool = False) -> Ended:
+    """Run Python code, in which `torch` is imported, in such a child with one thread.
+
+    Args:
+        knowing: the stages are imported, too: for what is about a new process, and not about what that imports.
+    """
+    return _together(code, arguments, [{}], knowing=knowing)[0]
 
 
 def ranks(

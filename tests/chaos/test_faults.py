@@ -48,7 +48,7 @@ print(hash("gate"), adapter_hash(run / "adapter"))
 
 def test_r9_the_adapter_s_hash_is_everybody_s(toy: helpers.Toy, tmp_path: Path) -> None:
     """PEFT holds names as sets, whose order is that of the process."""
-    done = warm.process("import sys" + NOOP, toy.model("qwen3_moe"), toy.contrast, tmp_path / "there")
+    done = warm.process("import sys" + NOOP, toy.model("qwen3_moe"), toy.contrast, tmp_path / "there", knowing=True)
     assert done.returncode == 0, done.stderr
     seeded, there = done.stdout.split()[-2:]
     assert int(seeded) != hash("gate")  # of a process with another hash seed

@@ -166,7 +166,7 @@ save_file(found, sys.argv[2])
 def test_fresh_process_computes_the_trainers_logits(fitted: Callable[[Case], Fitted], tmp_path: Path) -> None:
     todo = [(identity(case), str(fitted(case).model), str(fitted(case).adapter)) for case in CASES]
     (tmp_path / "todo.json").write_text(json.dumps(todo))
-    done = warm.process(LOAD_ALL, tmp_path / "todo.json", tmp_path / "logits.safetensors")
+    done = warm.process(LOAD_ALL, tmp_path / "todo.json", tmp_path / "logits.safetensors", knowing=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits.safetensors")
     for case in CASES:

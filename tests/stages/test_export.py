@@ -422,7 +422,7 @@ with shown_by(die):
 
 def test_killed_export_leaves_nothing_that_looks_like_weights(passed: Path, tmp_path: Path) -> None:
     out = tmp_path / "place" / "out"
-    died = warm.process(EXPORT_AND_DIE, passed, out)
+    died = warm.process(EXPORT_AND_DIE, passed, out, knowing=True)
     assert died.returncode == -9, died.stderr
     assert not out.exists()
     assert [p.name.startswith(".") for p in out.parent.iterdir()] == [True]

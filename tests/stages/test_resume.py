@@ -92,7 +92,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(toy: helpers.Toy, tmp_path:
     settings: dict[str, Any] = {"steps": 8, "accumulation": 2, "warmup": 0.25, "gate_step": 0.05, "lr_gates": None}
     config = toy.train_config(toy.model("deepseek_v3"), **settings)
     expected = digest(helpers.weights(trained(config, tmp_path / "straight").adapter))
-    died = warm.process(TRAIN_AND_DIE, json.dumps(asdict(config)), tmp_path / "killed")
+    died = warm.process(TRAIN_AND_DIE, json.dumps(asdict(config)), tmp_path / "killed", knowing=True)
     assert died.returncode == -9, died.stderr
     assert not (tmp_path / "killed" / "adapter").exists()
     checkpoints = tmp_path / "killed" / "checkpoints"
