@@ -382,6 +382,23 @@ def test_what_waits_for_the_gpu_is_not_captured(
 
 
 @pytest.mark.gpu
+def test_what_waits_for_the_gpu_once_is_captured_from_then_on(
+    tmp_path: Path, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a kernel does that is loaded when it first runs: else a process's first decoding was never captured."""
+    subject, seen = on_gpu(tmp_path, "qwen3_moe", "bfloat16"), list[float]()
+
+    def waits(_position: int, _module: nn.Module, decision: Decision) -> None:
+        if decision.logits_TE.shape[0] == len(prompts) and not seen:  # a step, and not the reading of prompts
+            seen.append(float(decision.logits_TE.max()))
+
+    engine = an_engine(subject, len(prompts), Change(handlers=(waits,)), capture=True)
+    expected = said_in(an_engine(subject, len(prompts), capture=True), prompts)
+    assert tokens_of(said_in(engine, prompts)) == tokens_of(expected)
+    assert seen and engine.captured and "waits for the GPU" not in caplog.text
+
+
+@pytest.mark.gpu
 def test_a_runner_goes_by_row_on_a_gpu(tmp_path: Path, prompts: list[list[int]]) -> None:
     subject = on_gpu(tmp_path, "qwen3_moe", "float32")
     assert decoding.goes_by_row(subject, prompts, AS_IS, NEW)

@@ -78,7 +78,7 @@ class Repeated:
 
     def __init__(self, *, capture: bool) -> None:
         self.capture = capture
-        self._warm = False
+        self._warm = self._waited = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: Tensor | None = None
 
@@ -93,11 +93,13 @@ class Repeated:
             return compute()
         if not self._warm:
             # Kernels are compiled and libraries set up now, which no capture allows.
-            self._warm = True
             found, waits = watched(compute)
-            self.capture = waits is None
-            if waits is not None:
+            self._warm = waits is None
+            # once may be a kernel that is loaded when it first runs
+            if waits is not None and self._waited:
+                self.capture = False
                 _log.warning("decoding is not captured: %s waits for the GPU at every step", waits)
+            self._waited = waits is not None
             return found
         if self._graph is None or self._found is None:
             self._graph, self._found = _captured(compute)
