@@ -4,7 +4,7 @@ Written in torch they are a dozen kernels that read and write whole activations 
 second and take any shape, where `torch.compile` takes ten seconds for each. Whether one fits a model is not looked up
 by name but tried, on random numbers in the model's dtype: what it computes otherwise stays as it is.
 
-Shape letters: B rows, S sequence, H heads, D sizes of a norm or a head.
+Shape letters: B rows, S sequence, T = B*S tokens, H heads, D sizes of a norm or a head.
 """
 
 from __future__ import annotations
@@ -101,7 +101,17 @@ def _rotated(
         return own(q_BHSD, k_BHSD, cos_BSD, sin_BSD, *more, **others)
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    return LigerRopeFunction.apply(q_BHSD, k_BHSD, cos_BSD, sin_BSD)  # type: ignore[return-value]
+    if len(cos_BSD) != len(q_BHSD):  # the same positions in every row
+        return LigerRopeFunction.apply(q_BHSD, k_BHSD, cos_BSD, sin_BSD)  # type: ignore[return-value]
+    # All rows as one sequence: Liger compiles its kernel anew for each number of rows, and rows end one by one.
+    heads = (_in_one_row(each.transpose(1, 2)).transpose(1, 2) for each in (q_BHSD, k_BHSD))
+    rotated = LigerRopeFunction.apply(*heads, _in_one_row(cos_BSD), _in_one_row(sin_BSD))
+    q_BHSD, k_BHSD = (each[0].unflatten(1, cos_BSD.shape[:2]).transpose(0, 1) for each in rotated)  # type: ignore[union-attr]
+    return q_BHSD, k_BHSD
+
+
+def _in_one_row(x_BS: Tensor) -> Tensor:
+    return x_BS.flatten(0, 1)[None]
 
 
 @torch.no_grad()
