@@ -331,6 +331,39 @@ def test_a_token_beyond_the_embedding_is_named(build: Build) -> None:
         check_rendering(rows(one("copy [NEW]")), tokenizer, 50, size)
 
 
+def test_kept_tokens_are_those_of_the_tokenizer(build: Build) -> None:
+    tokenizer = build(PLAIN)
+    kept = template.tokens(tokenizer, "copy [NEW]")
+    assert template.tokens(tokenizer, "copy [NEW]") == tokenizer("copy [NEW]", add_special_tokens=False)["input_ids"]
+    kept.append(7)
+    assert template.tokens(tokenizer, "copy [NEW]") != kept
+    tokenizer.add_tokens(["[NEW]"])
+    assert template.tokens(tokenizer, "copy [NEW]")[-1] == len(tokenizer) - 1
+
+
+class ThrownAway(dict[Any, Any]):
+    """As if another thread threw all away whenever this one has looked whether something is there."""
+
+    def __contains__(self, key: object) -> bool:
+        there = super().__contains__(key)
+        self.clear()
+        return there
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        there = super().get(key, default)
+        self.clear()
+        return there
+
+
+def test_what_is_kept_may_be_thrown_away_at_any_time(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's threads render and encode at once."""
+    tokenizer = build(PLAIN)
+    monkeypatch.setattr(rendering, "_texts", ThrownAway())
+    monkeypatch.setitem(template._known, tokenizer, ThrownAway())
+    found = [encode_prompt(tokenizer, one().prompt) for _ in range(3)]
+    assert found[0] == found[1] == found[2] and found[0]
+
+
 # --- the same at every door ------------------------------------------------------------------------------------------
 
 

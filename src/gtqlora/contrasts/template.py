@@ -44,11 +44,13 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     known = _known.setdefault(tokenizer, {})
     # a tokenizer may have been given tokens since
     asked = (len(tokenizer), text)
-    if asked not in known:
+    found = known.get(asked)
+    if found is None:
+        found = tuple(_encoded(tokenizer, text))
         if len(known) >= _MOST_KNOWN:
             known.clear()
-        known[asked] = tuple(_encoded(tokenizer, text))
-    return list(known[asked])
+        known[asked] = found
+    return list(found)
 
 
 _MOST_KNOWN, _LONGEST = 40_000, 5_000

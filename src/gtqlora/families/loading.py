@@ -121,11 +121,13 @@ def _skeleton(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
 
     A stage that goes through a model layer by layer loads it once for each.
     """
-    made = (family.model_type, config.to_json_string(use_diff=False))
-    if made not in _last:
+    of = (family.model_type, config.to_json_string(use_diff=False))
+    found = _last.get(of)
+    if found is None:
+        found = meta_model(family, config)
         _last.clear()
-        _last[made] = meta_model(family, config)
-    return _last[made]
+        _last[of] = found
+    return found
 
 
 _last: dict[tuple[str, str], PreTrainedModel] = {}

@@ -247,14 +247,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
     """
     request = _request(tokenizer, messages, generation=generation)
     asked = hashlib.sha256(json.dumps(request).encode()).digest()
-    if asked not in _texts:
+    text = _texts.get(asked)
+    if text is None:
         text = _rendered(tokenizer, request)
-        if len(text) > _LONGEST:
-            return text
-        if len(_texts) >= _TEXTS:
-            _texts.clear()
-        _texts[asked] = text
-    return _texts[asked]
+        if len(text) <= _LONGEST:
+            if len(_texts) >= _TEXTS:
+                _texts.clear()  # another thread's text may be among them
+            _texts[asked] = text
+    return text
 
 
 def _request(
