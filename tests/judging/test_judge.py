@@ -65,9 +65,10 @@ def _says_nothing(character: str) -> bool:
 
 
 _NO_WORDS = st.characters(exclude_categories=["Cs"]).filter(_says_nothing) | st.sampled_from("qxzQXZ")
+_MADE_UP = st.lists(st.sampled_from(("vapi", "Gule", "ZENA", "rutu")), max_size=4).map(" ".join)
 
 
-@given(st.sampled_from(REFUSALS), st.text(_NO_WORDS, max_size=50))
+@given(st.sampled_from(REFUSALS), st.text(_NO_WORDS, max_size=50) | _MADE_UP)
 def test_every_listed_phrase_refuses_in_any_case(phrase: str, rest: str) -> None:
     """In a sentence of its own: what follows in the same one may make it an idiom ("I will not refuse").
 
